@@ -1,0 +1,44 @@
+# PYTHON names the interpreter that .venv is made from. One that already has torch (a GPU machine
+# without a network, say) is used as it is: `make test PYTHON=python3 VENV=`.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+STAMP := $(if $(VENV),$(VENV)/.installed,.build-stamp)
+TORCH ?= torch==2.13.0
+EXTENSION := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
+
+.PHONY: train test test-long lint bench clean
+
+train: $(STAMP)
+	THP_MEM_ALLOC_ENABLE=1 $(RUN) -m ppo_fast train $(ARGS)
+
+test: $(STAMP)
+	$(RUN) -m pytest -m "not long" --benchmark-disable $(ARGS)
+
+test-long: $(STAMP)
+	$(RUN) -m pytest --benchmark-disable $(ARGS)
+
+bench: $(STAMP)
+	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
+
+# torch first and alone: anything that depends on it would choose a multi-gigabyte build.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --no-compile "$(TORCH)"
+
+ifneq ($(VENV),)
+$(STAMP): $(VENV)/bin/python pyproject.toml $(EXTENSION)
+	$(RUN) -m pip install -q --no-compile "setuptools>=77" wheel "pybind11>=3" ninja
+	$(RUN) -m pip install -q --no-compile --no-build-isolation -e ".[train,bench,test]"
+	@touch $@
+else
+$(STAMP): pyproject.toml $(EXTENSION)
+	$(RUN) setup.py build_ext --inplace
+	@touch $@
+endif
+
+lint:
+	ruff check . && ruff format --check . && mypy && clang-format --dry-run -Werror $(filter %.h %.cpp,$(EXTENSION))
+
+clean:
+	rm -rf $(VENV) build .build-stamp ppo_fast/_C*.so *.egg-info

@@ -1,0 +1,34 @@
+"""Fused kernels for PPO fine-tuning of large language models, behind a thin PyTorch API.
+
+Every op is one call with one result tuple, on CPU (C++) and CUDA (Triton) tensors, defined by
+the pure-PyTorch functions of `ppo_fast.reference`. Importing this module loads torch alone.
+"""
+
+from ppo_fast._backend import BackendUnavailableError, backends, use_backend
+from ppo_fast._results import Advantages, Loss, Moments, RLHFAdvantages, Stats, TokenLogProbs
+from ppo_fast.ops.gae import gae
+from ppo_fast.ops.logprobs import token_logprobs
+from ppo_fast.ops.ppo_loss import ppo_loss
+from ppo_fast.ops.rlhf_advantages import rlhf_advantages
+from ppo_fast.ops.value_loss import value_loss
+from ppo_fast.ops.whiten import whiten
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Advantages",
+    "BackendUnavailableError",
+    "Loss",
+    "Moments",
+    "RLHFAdvantages",
+    "Stats",
+    "TokenLogProbs",
+    "backends",
+    "gae",
+    "ppo_loss",
+    "rlhf_advantages",
+    "token_logprobs",
+    "use_backend",
+    "value_loss",
+    "whiten",
+]

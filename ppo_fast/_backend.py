@@ -1,0 +1,121 @@
+"""Choosing a backend: `backend=`, then `use_backend`, then `PPO_FAST_BACKEND`, then the device.
+
+A backend asked for by name is used or raises; only the automatic choice may fall to the
+reference, and says why once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ppo_fast import _ext
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("triton",)}
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot be used: the reason and what mends it."""
+
+
+def _triton_reason() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; run `pip install triton`"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "there is no GPU; set TRITON_INTERPRET=1 before Python starts to run the kernels"
+            " in Triton's interpreter"
+        )
+    return None
+
+
+# Looked up once: neither the installation nor the devices change while a process runs.
+_REASONS: dict[str, str | None] = {
+    "reference": None,
+    "cpu": _ext.load(),
+    "triton": _triton_reason(),
+    "cuda": "this version has no CUDA C++ kernels; use backend='triton' on a GPU",
+}
+
+
+class _Chosen:
+    """The process-wide choice (a plain global: a ContextVar breaks `fullgraph=True`)."""
+
+    name: str | None = None
+    warned = False
+
+
+def backends() -> dict[str, str | None]:
+    """Each backend's name -> None if usable here, else the reason it is not and its mend."""
+    return dict(_REASONS)
+
+
+def _named(op: str, name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{op}: backend must be one of {', '.join(NAMES)}, got {name!r}")
+    reason = _REASONS[name]
+    if reason is not None:
+        raise BackendUnavailableError(f"{op}: backend {name!r} is not usable: {reason}")
+    return name
+
+
+class use_backend:
+    """Use one backend for every op inside the `with` block, in the whole process.
+
+    Raises ValueError for an unknown name, BackendUnavailableError for one that is not usable.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _named("use_backend", name)
+
+    def __enter__(self) -> None:
+        self.before = _Chosen.name
+        _Chosen.name = self.name
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _Chosen.name = self.before
+
+
+if os.environ.get("PPO_FAST_BACKEND"):
+    _Chosen.name = os.environ["PPO_FAST_BACKEND"]
+
+
+def select(op: str, backend: str | None, x: Tensor) -> str:
+    """The backend of this call, for a main tensor `x`."""
+    asked = backend if backend is not None else _Chosen.name
+    name = _automatic(x.device.type) if asked is None else _named(op, asked)
+    if name == "cpu" and x.device.type != "cpu":
+        raise ValueError(f"{op}: backend 'cpu' needs CPU tensors, got {x.device}")
+    if name == "triton":
+        if x.dtype == torch.float64:
+            raise TypeError(f"{op}: backend 'triton' has no float64; use 'reference' or 'cpu'")
+        if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"{op}: backend 'triton' needs CUDA tensors, got {x.device}")
+    return name
+
+
+def _automatic(device: str) -> str:
+    reasons = []
+    for name in _AUTOMATIC.get(device, ()):
+        if _REASONS[name] is None:
+            return name
+        reasons.append(f"{name}: {_REASONS[name]}")
+    if not _Chosen.warned and reasons:
+        _Chosen.warned = True
+        warnings.warn(
+            "ppo_fast runs on its slow PyTorch reference. " + "; ".join(reasons),
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return "reference"

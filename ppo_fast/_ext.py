@@ -1,0 +1,5 @@
+"""Placeholder until the loader lands."""
+
+
+def load() -> str | None:
+    return "not built"

@@ -1,0 +1,150 @@
+"""Result tuples and the two mergeable summaries, `Stats` and `Moments`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# One float64 slot per field. Everything is a sum except the ratio's extremes, so micro-batches
+# and ranks merge exactly. `loss_denom` is 0 under "token-sum", where sums are the loss itself.
+STATS_FIELDS = (
+    "n_tokens", "n_seqs", "loss", "loss_denom", "policy_loss", "entropy", "ref_kl",
+    "kl_k1", "kl_k2", "kl_k3", "ratio", "ratio_sq",
+    "clip_low", "clip_high", "clip_dual", "clip_eps",
+    "vf_n_tokens", "vf_loss", "vf_loss_denom", "vf_clip", "ret", "ret_sq", "err", "err_sq",
+    "ratio_min", "ratio_max",
+)  # fmt: skip
+N_STATS = len(STATS_FIELDS)
+N_SUMS = N_STATS - 2
+
+
+class Stats(NamedTuple):
+    """Sufficient statistics of one or more loss calls.
+
+    `values` is one float64 tensor `(26,)` on the loss's device, in the order of `STATS_FIELDS`:
+    undivided sums and counts, then the smallest and the largest ratio. `a + b` merges
+    micro-batches, `all_reduce` merges ranks, `compute` is the caller's own synchronisation.
+    """
+
+    values: Tensor
+
+    def __add__(self, other: Stats) -> Stats:  # type: ignore[override]
+        a, b = self.values, other.values
+        low = torch.minimum(a[N_SUMS], b[N_SUMS])
+        high = torch.maximum(a[N_SUMS + 1], b[N_SUMS + 1])
+        return Stats(torch.cat([a[:N_SUMS] + b[:N_SUMS], torch.stack([low, high])]))
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Stats:
+        """Merge the statistics of every rank of `group`, in rank order."""
+        merged = _gather(self.values, group)
+        total = Stats(merged[0])
+        for values in merged[1:]:
+            total = total + Stats(values)
+        return total
+
+    def field(self, name: str) -> Tensor:
+        """The raw 0-d float64 slot `name`, one of `STATS_FIELDS`."""
+        return self.values[STATS_FIELDS.index(name)]
+
+    def compute(self) -> dict[str, float]:
+        """Divide the sums: one device synchronisation. A mean over nothing is NaN, a loss 0.
+
+        `ess` is the effective sample size of the ratios as a share of the tokens,
+        (Σρ)² / (n Σρ²); `kl_k1..3` estimate KL(old‖new) from log-probability differences
+        (Schulman 2020, "Approximating KL Divergence").
+        """
+        s = dict(zip(STATS_FIELDS, self.values.tolist(), strict=True))
+        n, m = s["n_tokens"], s["vf_n_tokens"]
+        denom, vf_denom = s["loss_denom"] or 1.0, s["vf_loss_denom"] or 1.0
+        out = {
+            "loss": s["loss"] / denom,
+            "policy_loss": s["policy_loss"] / denom,
+            "value_loss": s["vf_loss"] / vf_denom,
+        }
+        for name in ("entropy", "ref_kl", "kl_k1", "kl_k2", "kl_k3"):
+            out[name] = _ratio(s[name], n)
+        out["ratio_mean"] = _ratio(s["ratio"], n)
+        out["ratio_min"] = s["ratio_min"] if n else float("nan")
+        out["ratio_max"] = s["ratio_max"] if n else float("nan")
+        out["ess"] = _ratio(s["ratio"] ** 2, n * s["ratio_sq"])
+        out["clip_frac"] = _ratio(s["clip_low"] + s["clip_high"], n)
+        for name in ("eps", "low", "high", "dual"):
+            out[f"clip_frac_{name}"] = _ratio(s[f"clip_{name}"], n)
+        out["vf_clip_frac"] = _ratio(s["vf_clip"], m)
+        err_var = s["err_sq"] - _ratio(s["err"] ** 2, m)
+        ret_var = s["ret_sq"] - _ratio(s["ret"] ** 2, m)
+        out["explained_variance"] = 1.0 - _ratio(err_var, ret_var)
+        out["n_tokens"] = n or m
+        out["n_seqs"] = s["n_seqs"]
+        return out
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations (M2), one float64 tensor `(3,)`.
+
+    Merging follows Chan, Golub and LeVeque (1979), so ranks and micro-batches add up.
+    """
+
+    values: Tensor
+
+    def __add__(self, other: Moments) -> Moments:  # type: ignore[override]
+        (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = self.values.unbind(), other.values.unbind()
+        n = n_a + n_b
+        share = torch.where(n > 0, n_b / n.clamp(min=1), torch.zeros_like(n))
+        delta = mean_b - mean_a
+        return Moments(
+            torch.stack([n, mean_a + delta * share, m2_a + m2_b + delta * delta * n_a * share])
+        )
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
+        """Merge the moments of every rank of `group`, in rank order (deterministic)."""
+        merged = _gather(self.values, group)
+        total = Moments(merged[0])
+        for values in merged[1:]:
+            total = total + Moments(values)
+        return total
+
+
+class TokenLogProbs(NamedTuple):
+    """Per-token log-probability and entropy (nats), each `(...)` fp32 (fp64 for fp64 logits)."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class Loss(NamedTuple):
+    """A 0-d differentiable loss and its statistics."""
+
+    loss: Tensor
+    stats: Stats
+
+
+class Advantages(NamedTuple):
+    """Advantages and returns in the rewards' shape, and the advantages' masked moments."""
+
+    advantages: Tensor
+    returns: Tensor
+    moments: Moments
+
+
+class RLHFAdvantages(NamedTuple):
+    """Advantages, returns, shaped rewards and unscaled KL, each `(B, T)`, and the moments."""
+
+    advantages: Tensor
+    returns: Tensor
+    rewards: Tensor
+    kl: Tensor
+    moments: Moments
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else float("nan")
+
+
+def _gather(values: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, values.contiguous(), group=group)
+    return parts

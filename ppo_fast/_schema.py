@@ -1,0 +1,166 @@
+"""The op boundary: one `torch.library` schema and one fake per op, an overload per backend.
+
+`torch.ops.ppo_fast.<op>.<backend>` is what `ops/` calls. The C++ extension adds the
+implementations of the `cpu` overloads when it is loaded; the `triton` ones import `kernels/`
+on their first call. Options that are numbers travel in `codes` (integers) and `params`
+(floats), because every further argument costs call time. Their order is written beside each schema
+and mirrored in `csrc/options.h` and `kernels/options.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast._results import N_STATS
+
+BACKENDS = ("cpu", "triton")
+
+# Enumerations: an option's code is its index. Mirrored in csrc/options.h and kernels/options.py.
+VARIANTS = ("clip", "gspo", "cispo", "penalty", "linear")
+ESTIMATORS = ("k1", "k2", "k3", "abs")
+REDUCTIONS = (
+    "token-mean", "token-sum",
+    "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm",
+)  # fmt: skip
+FORMS = ("unclipped", "max", "clipped")
+MASKED = ("carry", "zero")
+SCORE_AT = ("last-token", "first-pad", "per-token")
+
+# codes: [ignore_index]; params: [temperature]. `temperature` the tensor replaces the number.
+_LOGPROBS_FWD = (
+    "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperature, int[] codes,"
+    " float[] params) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)"
+)
+_LOGPROBS_BWD_ARGS = (
+    "(Tensor? grad_logprobs, Tensor? grad_entropy, {logits} logits, Tensor tokens, Tensor? mask,"
+    " Tensor? temperature, Tensor entropy, Tensor row_max, Tensor log_sum, int[] codes,"
+    " float[] params)"
+)
+# codes: [variant, estimator, straight_through, reduction]
+# params: [clip_low, clip_high, dual_clip, log_ratio_min, log_ratio_max, entropy_coef, kl_coef,
+#          kl_clamp, kl_ratio_clip, denom]; an absent bound is inf (-inf for log_ratio_min), an
+# absent denom is 0. The tensors entropy_coef, kl_coef and denom replace the numbers.
+# scale is 1/D: the gradients come back undivided.
+_PPO_LOSS = (
+    "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, Tensor? is_weights,"
+    " Tensor? moments, Tensor? entropy, Tensor? ref_logprobs, Tensor? cu_seqlens,"
+    " Tensor? entropy_coef, Tensor? kl_coef, Tensor? denom, int[] codes, float[] params)"
+    " -> (Tensor loss, Tensor stats, Tensor scale, Tensor grad_logprobs, Tensor grad_entropy)"
+)
+# codes: [form, reduction]; params: [clip, scale, denom]; form 0 is unclipped.
+_VALUE_LOSS = (
+    "(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens,"
+    " Tensor? denom, int[] codes, float[] params)"
+    " -> (Tensor loss, Tensor stats, Tensor scale, Tensor grad_values)"
+)
+# codes: [masked, time_major, lam_per_step, lam_returns_per_step]
+# params: [gamma, lam, lam_returns]; the tensors lam and lam_returns replace the numbers and are
+# expanded to the rewards' shape ((S,) when packed and per sequence).
+_GAE = (
+    "(Tensor rewards, Tensor values, Tensor? mask, Tensor? next_values, Tensor? bootstrap,"
+    " Tensor? terminated, Tensor? truncated, Tensor? cu_seqlens, Tensor? rho, Tensor? c,"
+    " Tensor? lam, Tensor? lam_returns, int[] codes, float[] params)"
+    " -> (Tensor advantages, Tensor returns, Tensor moments)"
+)
+# codes: [masked, estimator, score_at]
+# params: [gamma, lam, kl_coef, kl_clamp, reward_min, reward_max]
+_RLHF_ADVANTAGES = (
+    "(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask,"
+    " Tensor? bootstrap, Tensor? cu_seqlens, Tensor? kl_coef, int[] codes, float[] params)"
+    " -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl, Tensor moments)"
+)
+_MOMENTS = "(Tensor x, Tensor? mask) -> Tensor"
+# codes: [shift_mean, unbiased, eps_at_std]; params: [eps]
+_WHITEN = "(Tensor x, Tensor? mask, Tensor moments, int[] codes, float[] params) -> Tensor"
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """fp64 for fp64 inputs, fp32 for every other floating type."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _empty(x: Tensor, shape: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(x.shape if shape is None else shape, dtype=dtype or compute_dtype(x))
+
+
+def _fake_logprobs_fwd(logits: Tensor, tokens: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(_empty(logits, tokens.shape) for _ in range(4))
+
+
+def _fake_logprobs_bwd(grad_logprobs: Any, grad_entropy: Any, logits: Tensor, *_: Any) -> Tensor:
+    return _empty(logits, dtype=logits.dtype)
+
+
+def _fake_ppo_loss(logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    entropy = args[5]
+    return (
+        _empty(logprobs, ()),
+        _empty(logprobs, (N_STATS,), torch.float64),
+        _empty(logprobs, ()),
+        _empty(logprobs),
+        _empty(logprobs, logprobs.shape if entropy is not None else (0,)),
+    )
+
+
+def _fake_value_loss(values: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (
+        _empty(values, ()),
+        _empty(values, (N_STATS,), torch.float64),
+        _empty(values, ()),
+        _empty(values),
+    )
+
+
+def _fake_gae(rewards: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _empty(rewards), _empty(rewards), _empty(rewards, (3,), torch.float64)
+
+
+def _fake_rlhf(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (*(_empty(logprobs) for _ in range(4)), _empty(logprobs, (3,), torch.float64))
+
+
+# op -> (schema, fake, stem of the file that implements it)
+OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
+    "logprobs_fwd": (_LOGPROBS_FWD, _fake_logprobs_fwd, "logprobs"),
+    "logprobs_bwd": (
+        _LOGPROBS_BWD_ARGS.format(logits="Tensor") + " -> Tensor", _fake_logprobs_bwd, "logprobs"
+    ),
+    "logprobs_bwd_": (
+        _LOGPROBS_BWD_ARGS.format(logits="Tensor(a!)") + " -> ()", lambda *_: None, "logprobs"
+    ),
+    "ppo_loss": (_PPO_LOSS, _fake_ppo_loss, "ppo_loss"),
+    "value_loss": (_VALUE_LOSS, _fake_value_loss, "value_loss"),
+    "gae": (_GAE, _fake_gae, "gae"),
+    "rlhf_advantages": (_RLHF_ADVANTAGES, _fake_rlhf, "rlhf_advantages"),
+    "moments": (_MOMENTS, lambda x, mask: _empty(x, (3,), torch.float64), "whiten"),
+    "whiten": (_WHITEN, lambda x, *_: _empty(x), "whiten"),
+}  # fmt: skip
+
+
+def _lazy_triton(stem: str, op: str) -> Callable[..., Any]:
+    """Import `kernels/<stem>.py` on the first call, so that importing ppo_fast loads no Triton."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"ppo_fast.kernels.{stem}"), op)(*args)
+
+    return call
+
+
+def _define() -> None:
+    for op, (schema, fake, stem) in OPS.items():
+        for backend in BACKENDS:
+            name = f"ppo_fast::{op}.{backend}"
+            torch.library.define(name, schema)
+            torch.library.register_fake(name, fake)
+        torch.library.impl(f"ppo_fast::{op}.triton", ("cpu", "cuda"), _lazy_triton(stem, op))
+
+
+_define()
+HANDLES: dict[str, dict[str, Any]] = {
+    op: {b: getattr(getattr(torch.ops.ppo_fast, op), b) for b in BACKENDS} for op in OPS
+}

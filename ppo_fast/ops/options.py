@@ -1,0 +1,154 @@
+"""The options of the losses: checked once, packed into what the op boundary takes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ppo_fast import _checks
+from ppo_fast._schema import ESTIMATORS, REDUCTIONS, VARIANTS
+
+Coefficient = float | Tensor
+Bounds = float | tuple[float, float] | None
+
+
+class Packed(NamedTuple):
+    """Coefficients that live on the device, and the `codes` and `params` of `_schema.py`."""
+
+    entropy_coef: Tensor | None
+    kl_coef: Tensor | None
+    denom: Tensor | None
+    codes: list[int]
+    params: list[float]
+
+
+class PPOOptions(NamedTuple):
+    """Everything of a policy loss that is not a per-token tensor."""
+
+    variant: str
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    log_ratio_clamp: Bounds
+    entropy_coef: Coefficient
+    kl_coef: Coefficient
+    kl_estimator: str
+    kl_clamp: float | None
+    kl_ratio_clip: float | None
+    reduction: str
+    denom: Coefficient | None
+
+    def pack(
+        self, op: str, main: Tensor, cu_seqlens: Tensor | None, has_ref: bool, has_entropy: bool
+    ) -> Packed:
+        """Check every option against the others; raises ValueError or TypeError."""
+        number, device = _checks.number, main.device
+        entropy, entropy_t = _checks.coefficient(op, "entropy_coef", self.entropy_coef, device)
+        kl, kl_t = _checks.coefficient(op, "kl_coef", self.kl_coef, device)
+        denom, denom_t = pack_denom(op, self.denom, device)
+        codes = [
+            _checks.choice(op, "variant", self.variant, VARIANTS),
+            *pack_estimator(op, self.kl_estimator),
+            pack_reduction(op, self.reduction, self.denom, main, cu_seqlens),
+        ]
+        if self.variant == "gspo":
+            need_sequences(op, "variant 'gspo'", main, cu_seqlens)
+        if not has_entropy and (entropy_t is not None or entropy != 0.0):
+            raise ValueError(f"{op}: entropy must be given with entropy_coef, got None")
+        self._check_reference(op, has_ref, kl_t is not None or kl != 0.0, kl)
+        params = [
+            number(op, "clip_low", self.clip_low, 0.0, 1.0),
+            number(op, "clip_high", self.clip_high, 0.0),
+            self._dual(op),
+            *log_ratio_bounds(op, self.log_ratio_clamp),
+            entropy,
+            kl,
+            math.inf if self.kl_clamp is None else number(op, "kl_clamp", self.kl_clamp, 0.0),
+            self._ratio_clip(op),
+            denom,
+        ]
+        return Packed(entropy_t, kl_t, denom_t, codes, params)
+
+    def _check_reference(self, op: str, has_ref: bool, used: bool, kl: float) -> None:
+        if self.variant == "penalty":
+            if has_ref:
+                raise ValueError(f"{op}: ref_logprobs must be None with variant 'penalty'")
+        elif used and not has_ref:
+            raise ValueError(f"{op}: ref_logprobs must be given with kl_coef, got None")
+        if self.variant == "linear" and kl >= 1.0:
+            raise ValueError(f"{op}: kl_coef must be below 1 with variant 'linear', got {kl}")
+
+    def _dual(self, op: str) -> float:
+        if self.dual_clip is None:
+            return math.inf
+        if self.variant not in ("clip", "gspo"):
+            raise ValueError(f"{op}: dual_clip must be None with variant {self.variant!r}")
+        if _checks.number(op, "dual_clip", self.dual_clip) <= 1.0:
+            raise ValueError(f"{op}: dual_clip must be above 1, got {self.dual_clip}")
+        return float(self.dual_clip)
+
+    def _ratio_clip(self, op: str) -> float:
+        if self.kl_ratio_clip is None:
+            return math.inf
+        if not self.kl_estimator.endswith("+"):
+            raise ValueError(
+                f"{op}: kl_ratio_clip must be None without a '+' estimator, got {self.kl_ratio_clip}"
+            )
+        return _checks.number(op, "kl_ratio_clip", self.kl_ratio_clip, 0.0)
+
+
+def log_ratio_bounds(op: str, clamp: Bounds) -> tuple[float, float]:
+    """(low, high) of the clamp on the log-ratio: a number c means (−c, c), None no clamp."""
+    if clamp is None:
+        return -math.inf, math.inf
+    if not isinstance(clamp, tuple):
+        width = _checks.number(op, "log_ratio_clamp", clamp, 0.0)
+        return -width, width
+    if len(clamp) != 2:
+        raise ValueError(f"{op}: log_ratio_clamp must be (low, high), got {clamp}")
+    low = _checks.number(op, "log_ratio_clamp", clamp[0], high=0.0)
+    return low, _checks.number(op, "log_ratio_clamp", clamp[1], low=0.0)
+
+
+def pack_estimator(op: str, estimator: Any) -> tuple[int, int]:
+    """The estimator's code, and 1 for a trailing "+" (k2's gradient)."""
+    name = estimator.removesuffix("+") if isinstance(estimator, str) else estimator
+    if name not in ESTIMATORS:
+        raise ValueError(
+            f"{op}: kl_estimator must be one of {', '.join(ESTIMATORS)}, each optionally with '+',"
+            f" got {estimator!r}"
+        )
+    return ESTIMATORS.index(name), int(name != estimator)
+
+
+def pack_denom(op: str, denom: Coefficient | None, device: Any) -> tuple[float, Tensor | None]:
+    """The divisor that replaces D: a positive number or a 0-d tensor; 0 stands for absent."""
+    if denom is None:
+        return 0.0, None
+    value, on_device = _checks.coefficient(op, "denom", denom, device)
+    return (value, on_device) if on_device is not None else (_checks.positive(op, "denom", value), None)
+
+
+def need_sequences(op: str, what: str, main: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Refuse flat inputs where sequences matter."""
+    if main.dim() == 1 and cu_seqlens is None:
+        raise ValueError(f"{op}: cu_seqlens must be given for flat inputs with {what}, got None")
+
+
+def pack_reduction(
+    op: str, reduction: str, denom: Any, main: Tensor, cu_seqlens: Tensor | None
+) -> int:
+    """The reduction's code."""
+    code = _checks.choice(op, "reduction", reduction, REDUCTIONS)
+    if reduction.startswith("seq-"):
+        need_sequences(op, f"reduction {reduction!r}", main, cu_seqlens)
+        if reduction == "seq-mean-token-sum-norm" and cu_seqlens is not None and denom is None:
+            raise ValueError(f"{op}: denom must be given with reduction {reduction!r} when packed")
+    return code
+
+
+def detached(x: Tensor | None) -> Tensor | None:
+    """A constant: no gradient flows to it."""
+    return None if x is None else x.detach()

@@ -1,0 +1,163 @@
+"""`ppo_loss`: surrogate, KL, entropy bonus, gradients and every statistic in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast import _backend, _checks, reference
+from ppo_fast._results import Loss, Moments, Stats
+from ppo_fast._schema import HANDLES
+from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions, detached, log_ratio_bounds
+
+_OP = "ppo_loss"
+
+
+class _PPOLoss(torch.autograd.Function):
+    """The gradient is formed in the forward, undivided; the backward only scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logprobs: Tensor, entropy: Tensor | None, args: tuple[Any, ...], backend: str
+    ) -> Any:
+        before, after = args
+        loss, stats, *saved = HANDLES["ppo_loss"][backend](logprobs, *before, entropy, *after)
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
+        if grad is None:
+            return None, None, None, None
+        scale, grad_logprobs, grad_entropy = ctx.saved_tensors
+        factor = grad * scale
+        return (
+            grad_logprobs * factor if ctx.needs_input_grad[0] else None,
+            grad_entropy * factor if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    variant: str = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: Bounds = 20.0,
+    is_weights: Tensor | None = None,
+    advantage_moments: Moments | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Coefficient = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: Coefficient = 0.0,
+    kl_estimator: str = "k3",
+    kl_clamp: float | None = 10.0,
+    kl_ratio_clip: float | None = None,
+    reduction: str = "token-mean",
+    denom: Coefficient | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Loss:
+    """Σ w·(policy + kl_coef·kl − entropy_coef·entropy) / D over the unmasked tokens.
+
+    With d = logprobs − old_logprobs (clamped) and ρ = exp d, the policy term is
+
+    - "clip": max(−Aρ, −A·clip(ρ, 1 − clip_low, 1 + clip_high)), Schulman et al. 2017, eq. 7;
+      `dual_clip` c > 1 caps it at −Ac where A < 0 (Ye et al. 2020, eq. 5);
+    - "gspo": the same with the sequence's ρ = exp(mean d) (Zheng et al. 2025), gradient through
+      each token's own log-probability;
+    - "cispo": −sg(clip ρ)·A·logprobs (MiniMax-M1 2025, eq. 4);
+    - "penalty": −ρA + kl_coef·KL(old‖new), no `ref_logprobs` (Schulman et al. 2017, eq. 8);
+    - "linear": −(ρA − kl_coef·(ρ − ρ')A), ρ' = exp(ref_logprobs − old_logprobs), kl_coef < 1.
+
+    Args:
+        logprobs: `(B, T)`, or flat `(N,)`; differentiable. fp32, bf16, fp16 (fp64 except Triton).
+        old_logprobs: same shape, or None for the current ones detached (ρ exactly 1).
+        advantages: same shape, or `(B, 1)`, broadcast without a copy.
+        mask: same shape, any real dtype, non-zero keeps.
+        clip_low, clip_high: half-widths below and above 1; 1.0 and inf switch a bound off.
+        log_ratio_clamp: number, (low, high) or None; no gradient outside.
+        is_weights: same shape, detached, multiply the policy term only.
+        advantage_moments: whiten A on the fly: shifted, unbiased, 1e-8 added to the variance.
+        entropy: same shape (nats), differentiable; `entropy_coef` times it is subtracted.
+        kl_estimator: k1, k2, k3 or abs of logprobs − ref_logprobs; "+" keeps the value and takes
+            k2's gradient. `kl_clamp` bounds the value, `kl_ratio_clip` ("+" only) multiplies the
+            gradient by the detached min(ρ, it).
+        reduction: "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum" or
+            "seq-mean-token-sum-norm"; `denom` (a number or 0-d tensor) replaces D whole.
+        cu_seqlens: `(S + 1,)` int32 or int64 for packed `(N,)` inputs.
+
+    Returns:
+        `Loss(loss, stats)`: a 0-d fp32 loss (fp64 for fp64 inputs) and mergeable `Stats`.
+
+    Raises:
+        ValueError: shape, device or range. TypeError: dtype or wrong object.
+    """
+    logprobs = _checks.main(_OP, "logprobs", logprobs, cu_seqlens)
+    shape = logprobs.shape
+    if _checks.tensor(_OP, "advantages", advantages).shape == (*shape[:1], 1):
+        advantages = advantages.expand(shape)
+    _checks.alike(
+        _OP, logprobs, old_logprobs=old_logprobs, advantages=advantages, is_weights=is_weights,
+        entropy=entropy, ref_logprobs=ref_logprobs,
+    )  # fmt: skip
+    mask = _checks.flags(_OP, "mask", mask, shape, logprobs.device)
+    moments = _check_moments(advantage_moments, logprobs)
+    options = PPOOptions(
+        variant, clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef,
+        kl_estimator, kl_clamp, kl_ratio_clip, reduction, denom,
+    )  # fmt: skip
+    packed = options.pack(_OP, logprobs, cu_seqlens, ref_logprobs is not None, entropy is not None)
+    tensors = (old_logprobs, advantages, mask, is_weights, moments)
+    name = _backend.select(_OP, backend, logprobs)
+    if name == "reference":
+        return _reference(logprobs, entropy, tensors, ref_logprobs, cu_seqlens, options)
+    args = (tensors, (ref_logprobs, cu_seqlens, *packed))
+    if torch.is_grad_enabled() and (
+        logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
+    ):
+        loss, stats = _PPOLoss.apply(logprobs, entropy, args, name)
+    else:
+        loss, stats, *_ = HANDLES["ppo_loss"][name](logprobs, *args[0], entropy, *args[1])
+    return Loss(loss, Stats(stats))
+
+
+def _check_moments(moments: Any, main: Tensor) -> Tensor | None:
+    if moments is None:
+        return None
+    if not isinstance(moments, Moments):
+        raise TypeError(f"{_OP}: advantage_moments must be Moments, got {type(moments).__name__}")
+    if moments.values.device != main.device:
+        raise ValueError(
+            f"{_OP}: advantage_moments must be on {main.device}, got {moments.values.device}"
+        )
+    return moments.values
+
+
+def _reference(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: PPOOptions,
+) -> Loss:
+    old, advantages, mask, is_weights, moments = map(detached, tensors)
+    named = options._asdict()
+    named["log_ratio_clamp"] = log_ratio_bounds(_OP, options.log_ratio_clamp)
+    return reference.ppo_loss(
+        logprobs, old, advantages, mask, entropy=entropy, is_weights=is_weights,
+        advantage_moments=moments, ref_logprobs=detached(ref_logprobs), cu_seqlens=cu_seqlens,
+        **named,
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""`rlhf_advantages`: KL-shaped rewards, score placement, GAE and moments in one pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ppo_fast import _backend, _checks, reference
+from ppo_fast._results import Moments, RLHFAdvantages
+from ppo_fast._schema import HANDLES, MASKED, SCORE_AT
+from ppo_fast.ops.gae import n_sequences
+from ppo_fast.ops.options import Coefficient, detached, pack_estimator
+
+_OP = "rlhf_advantages"
+
+
+def rlhf_advantages(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: Coefficient,
+    kl_estimator: str = "k1",
+    kl_clamp: float | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    score_at: str = "last-token",
+    masked: str = "carry",
+    bootstrap: Tensor | None = None,
+    reward_clip: tuple[float, float] | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> RLHFAdvantages:
+    """r_t = −kl_coef·kl_t, plus the score at its slot; then GAE, returns and moments (detached).
+
+    Ziegler et al. 2019, eq. 2. `kl_t` estimates KL(π‖π_ref) from logprobs − ref_logprobs.
+
+    Args:
+        scores: `(B,)`, `(S,)` when packed, or the log-probs' shape for "per-token".
+        logprobs, ref_logprobs, values: `(B, T)`, or flat `(N,)` with `cu_seqlens`.
+        mask: same shape, any real dtype, non-zero keeps.
+        kl_coef: a number or a 0-d tensor; positive subtracts from the reward.
+        kl_estimator, kl_clamp: k1, k2, k3 or abs (a "+" changes nothing: no gradient flows);
+            `kl_clamp` bounds |kl|.
+        score_at: "last-token" (the last unmasked one), "first-pad" (TRL: the slot after it, where
+            the sequence has one; it joins the recursion and carries a return, but no advantage),
+            or "per-token".
+        reward_clip: (lo, hi) on the score, before the KL.
+        gamma, lam, masked, bootstrap: as in `gae`.
+
+    Returns:
+        `RLHFAdvantages(advantages, returns, rewards, kl, moments)`; kl is unscaled.
+
+    Raises:
+        ValueError: shape, device or range. TypeError: dtype or wrong object.
+    """
+    logprobs = _checks.main(_OP, "logprobs", logprobs, cu_seqlens)
+    if logprobs.dim() == 1 and cu_seqlens is None:
+        raise ValueError(f"{_OP}: cu_seqlens must be given for flat logprobs {tuple(logprobs.shape)}")
+    for given, x in (("ref_logprobs", ref_logprobs), ("values", values), ("mask", mask)):
+        _checks.tensor(_OP, given, x)
+    _checks.alike(_OP, logprobs, ref_logprobs=ref_logprobs, values=values)
+    keep = _checks.flags(_OP, "mask", mask, logprobs.shape, logprobs.device)
+    count = n_sequences(logprobs, cu_seqlens)
+    place = _checks.choice(_OP, "score_at", score_at, SCORE_AT)
+    if score_at == "per-token":
+        _checks.alike(_OP, logprobs, scores=_checks.tensor(_OP, "scores", scores))
+    else:
+        _checks.sized(_OP, "scores", scores, logprobs, (count,), "(B,)")
+    if bootstrap is not None:
+        _checks.sized(_OP, "bootstrap", bootstrap, logprobs, (count,), "(B,)")
+    kl, kl_t = _checks.coefficient(_OP, "kl_coef", kl_coef, logprobs.device)
+    codes = [_checks.choice(_OP, "masked", masked, MASKED), pack_estimator(_OP, kl_estimator)[0], place]
+    params = [
+        _checks.number(_OP, "gamma", gamma, 0.0, 1.0),
+        _checks.number(_OP, "lam", lam, 0.0, 1.0),
+        kl,
+        math.inf if kl_clamp is None else _checks.number(_OP, "kl_clamp", kl_clamp, 0.0),
+        *_reward_bounds(reward_clip),
+    ]
+    name = _backend.select(_OP, backend, logprobs)
+    if name == "reference":
+        return reference.rlhf_advantages(
+            scores, logprobs, ref_logprobs, values, keep, kl_coef=kl_coef, kl_clamp=kl_clamp,
+            kl_estimator=kl_estimator, gamma=gamma, lam=lam, score_at=score_at, masked=masked,
+            bootstrap=detached(bootstrap), reward_clip=reward_clip, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    *out, moments = HANDLES["rlhf_advantages"][name](
+        scores, logprobs, ref_logprobs, values, keep, bootstrap, cu_seqlens, kl_t, codes, params
+    )
+    return RLHFAdvantages(*out, Moments(moments))
+
+
+def _reward_bounds(clip: Any) -> tuple[float, float]:
+    if clip is None:
+        return -math.inf, math.inf
+    if not isinstance(clip, tuple) or len(clip) != 2:
+        raise ValueError(f"{_OP}: reward_clip must be (lo, hi), got {clip!r}")
+    low = _checks.number(_OP, "reward_clip", clip[0])
+    return low, _checks.number(_OP, "reward_clip", clip[1], low)

@@ -1,0 +1,16 @@
+"""The law: every op in pure PyTorch, short, differentiable by autograd, exact in fp64.
+
+A kernel that disagrees with these functions is wrong. They take what `ops/` has checked and
+return the public result tuples; they favour clarity over memory and speed.
+"""
+
+from ppo_fast.reference.gae import gae
+from ppo_fast.reference.logprobs import token_logprobs
+from ppo_fast.reference.ppo_loss import ppo_loss
+from ppo_fast.reference.rlhf_advantages import rlhf_advantages
+from ppo_fast.reference.value_loss import value_loss
+from ppo_fast.reference.whiten import moments, whiten
+
+__all__ = [
+    "gae", "moments", "ppo_loss", "rlhf_advantages", "token_logprobs", "value_loss", "whiten",
+]  # fmt: skip

@@ -1,0 +1,128 @@
+"""What the reference ops share: precision, masks, sequences and reductions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_fast._results import STATS_FIELDS, Stats
+
+
+def compute(x: Tensor) -> Tensor:
+    """fp64 stays, every other floating type becomes fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def keep_of(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The boolean mask in the shape of `x`; no mask keeps everything."""
+    if mask is None:
+        return torch.ones(x.shape, dtype=torch.bool, device=x.device)
+    return mask != 0
+
+
+def select(keep: Tensor, x: Tensor, other: float = 0.0) -> Tensor:
+    """`x` where kept; a masked slot's content reaches neither the value nor the gradient."""
+    return torch.where(keep, compute(x), torch.full((), other, dtype=compute(x).dtype).to(x.device))
+
+
+class Sequences:
+    """Which sequence each slot belongs to: the rows of `(B, T)`, or the segments of `(N,)`."""
+
+    def __init__(self, keep: Tensor, cu_seqlens: Tensor | None) -> None:
+        if keep.dim() == 2:
+            self.count = keep.shape[0]
+            self.index = torch.arange(self.count, device=keep.device)[:, None].expand(keep.shape)
+        elif cu_seqlens is not None:
+            self.count = cu_seqlens.numel() - 1
+            position = torch.arange(keep.shape[0], device=keep.device)
+            self.index = torch.bucketize(position, cu_seqlens[1:].long(), right=True)
+        else:
+            self.count = 1
+            self.index = torch.zeros(keep.shape, dtype=torch.long, device=keep.device)
+        self.keep = keep
+        self.tokens = self.sum(keep.double())
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of `x` over the kept slots of each sequence, (S,)."""
+        flat = torch.where(self.keep, x, torch.zeros_like(x)).reshape(-1)
+        return x.new_zeros(self.count).index_add(0, self.index.reshape(-1), flat)
+
+    def spread(self, per_sequence: Tensor) -> Tensor:
+        """Each slot's own sequence's value."""
+        return per_sequence[self.index]
+
+
+def reduce_loss(
+    terms: Tensor, seqs: Sequences, reduction: str, denom: float | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ w·l / D: the 0-d loss, the weights w, and the reduction's own D (0 for "token-sum").
+
+    Reductions as in verl's `agg_loss` (verl/trainer/ppo/core_algos.py).
+    """
+    keep, live = seqs.keep, (seqs.tokens > 0).sum()
+    weights = keep.to(terms.dtype)
+    if reduction == "seq-mean-token-mean":
+        weights = weights / seqs.spread(seqs.tokens.clamp(min=1)).to(terms.dtype)
+    own = {
+        "token-mean": keep.sum(),
+        "token-sum": torch.zeros_like(live),
+        "seq-mean-token-sum-norm": live * keep.shape[-1],
+    }.get(reduction, live)
+    if denom is None:
+        divisor = torch.ones_like(own) if reduction == "token-sum" else own
+    else:
+        divisor = torch.as_tensor(denom, device=terms.device)
+    total = torch.where(keep, weights * terms, torch.zeros_like(terms)).sum()
+    divisor = divisor.to(total.dtype)
+    loss = torch.where(divisor > 0, total / divisor.where(divisor > 0, 1.0), total * 0.0)
+    return loss, weights, own
+
+
+def stats_of(device: torch.device, **fields: Tensor) -> Stats:
+    """The statistics tensor with the given fields; the others are their neutral elements."""
+    neutral = {"ratio_min": float("inf"), "ratio_max": float("-inf")}
+    slots = [
+        fields[name].detach().double()
+        if name in fields
+        else torch.full((), neutral.get(name, 0.0), dtype=torch.float64, device=device)
+        for name in STATS_FIELDS
+    ]
+    return Stats(torch.stack(slots))
+
+
+def whitening(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1/√(var + 1e-8) with Bessel's correction; 0 where there is no variance."""
+    n, mean, m2 = moments.unbind()
+    var = torch.where(n > 1, m2 / (n - 1).clamp(min=1), torch.zeros_like(m2))
+    return mean, torch.where(var > 0, (var + 1e-8).rsqrt(), torch.zeros_like(var))
+
+
+def kl_terms(
+    x: Tensor, estimator: str, clamp: float | None, ratio_clip: Tensor | None = None
+) -> Tensor:
+    """Estimates of KL(π‖π_ref) from x = log π − log π_ref of samples of π.
+
+    k1, k2, k3: Schulman 2020, "Approximating KL Divergence". A trailing "+" keeps the value and
+    takes k2's gradient (the unbiased one), times `ratio_clip` where given.
+    """
+    name = estimator.rstrip("+")
+    # exp of what the clamp keeps: a huge exp would make 0·inf in the gradient.
+    if name == "k1":
+        value = x
+    elif name == "k2":
+        value = 0.5 * x * x
+    elif name == "k3":
+        value = torch.expm1(-x) + x
+    else:
+        value = x.abs()
+    if clamp is not None:
+        inside = value.detach().abs() <= clamp
+        # NaN is neither inside nor outside: it passes, so that it shows.
+        inside = inside | value.detach().isnan()
+        safe = torch.where(inside, x, torch.zeros_like(x))
+        kept = kl_terms(safe, name, None)
+        value = torch.where(inside, kept, value.detach().clamp(-clamp, clamp))
+    if not estimator.endswith("+"):
+        return value
+    surrogate = 0.5 * x * x if ratio_clip is None else 0.5 * x * x * ratio_clip
+    return value.detach() + surrogate - surrogate.detach()

@@ -1,0 +1,42 @@
+"""Token log-probabilities and entropies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_fast._results import TokenLogProbs
+from ppo_fast.reference.common import compute, keep_of
+
+
+def token_logprobs(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+) -> TokenLogProbs:
+    """log softmax(logits / temperature)[token] and the entropy −Σ p ln p, per token."""
+    vocab = logits.shape[-1]
+    keep = keep_of(tokens, mask) & (tokens != ignore_index)
+    z = torch.where(keep[..., None], compute(logits), 0.0)
+    if isinstance(temperature, Tensor):
+        temperature = torch.where(keep, compute(temperature), 1.0)[..., None].to(z.dtype)
+    z = z / temperature
+    legal = (tokens >= 0) & (tokens < vocab)
+    label = torch.where(keep & legal, tokens, 0).long()[..., None]
+
+    logp = z.log_softmax(-1)
+    at_label = logp.gather(-1, label)[..., 0]
+    # The label at −inf has probability 0 whatever the other logits: no gradient through it.
+    impossible = z.gather(-1, label)[..., 0].isneginf() & ~at_label.isnan()
+    logprobs = torch.where(impossible, at_label.detach(), at_label)
+    # p ln p → 0 as p → 0: −inf logits are selected away, value and gradient.
+    entropy = -(logp.exp() * torch.where(z.isneginf(), torch.zeros_like(z), logp)).sum(-1)
+
+    poison = torch.where(keep & ~legal, float("nan"), 1.0).to(z.dtype)
+    zero = torch.zeros_like(entropy)
+    return TokenLogProbs(
+        torch.where(keep, logprobs * poison, zero), torch.where(keep, entropy * poison, zero)
+    )

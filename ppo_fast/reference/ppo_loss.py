@@ -1,0 +1,162 @@
+"""The policy loss: five surrogates, KL and entropy terms, five reductions, all statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_fast._results import Loss
+from ppo_fast.reference.common import (
+    Sequences,
+    compute,
+    keep_of,
+    kl_terms,
+    reduce_loss,
+    select,
+    stats_of,
+    whitening,
+)
+
+
+class Surrogate(NamedTuple):
+    """Per-token policy term, the variant's ratio, and where the dual clip is active."""
+
+    terms: Tensor
+    ratio: Tensor
+    dual: Tensor
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    variant: str = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: tuple[float, float] | None = (-20.0, 20.0),
+    is_weights: Tensor | None = None,
+    advantage_moments: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float | Tensor = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float | Tensor = 0.0,
+    kl_estimator: str = "k3",
+    kl_clamp: float | None = 10.0,
+    kl_ratio_clip: float | None = None,
+    reduction: str = "token-mean",
+    denom: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Loss:
+    """Σ w·(policy + kl_coef·kl − entropy_coef·entropy) / D over the unmasked tokens."""
+    keep = keep_of(logprobs, mask)
+    seqs = Sequences(keep, cu_seqlens)
+    new = select(keep, logprobs)
+    old = new.detach() if old_logprobs is None else select(keep, old_logprobs)
+    ref = None if ref_logprobs is None else select(keep, ref_logprobs)
+    adv = select(keep, advantages).to(new.dtype)
+    if advantage_moments is not None:
+        mean, rstd = whitening(advantage_moments)
+        adv = select(keep, (adv.double() - mean) * rstd).to(new.dtype)
+    if isinstance(kl_coef, Tensor):
+        kl_coef = kl_coef.to(new.dtype)
+
+    clamp = log_ratio_clamp or (float("-inf"), float("inf"))
+    d = (new - old).clamp(*clamp)
+    clip = (1.0 - clip_low, 1.0 + clip_high)
+    linear = None
+    if variant == "linear" and ref is not None:
+        linear = kl_coef * (ref - old).clamp(*clamp).exp()
+    policy, ratio, dual = _surrogate(variant, new, d, adv, clip, dual_clip, seqs, kl_coef, linear)
+    if is_weights is not None:
+        policy = policy * select(keep, is_weights).to(new.dtype)
+
+    ratio_clip = None if kl_ratio_clip is None else ratio.detach().clamp(max=kl_ratio_clip)
+    kl = torch.zeros_like(new)
+    if variant == "penalty":
+        kl = kl_terms(-d, kl_estimator, kl_clamp, ratio_clip)
+    elif ref is not None:
+        kl = kl_terms(new - ref, kl_estimator, kl_clamp, ratio_clip)
+    terms = policy if variant == "linear" else policy + kl_coef * kl
+    bonus = torch.zeros_like(new) if entropy is None else select(keep, entropy).to(new.dtype)
+    if entropy is not None:
+        coef = entropy_coef.to(new.dtype) if isinstance(entropy_coef, Tensor) else entropy_coef
+        terms = terms - coef * bonus
+    loss, weights, own = reduce_loss(terms, seqs, reduction, denom)
+
+    sums = {"loss": weights * terms, "policy_loss": weights * policy, "entropy": bonus}
+    sums |= {"ref_kl": kl, "clip_dual": dual} | _ratio_sums(d, ratio, adv, clip)
+    stats = {name: torch.where(keep, x.detach().double(), 0.0).sum() for name, x in sums.items()}
+    inf = torch.full((1,), float("inf"), dtype=new.dtype, device=new.device)
+    return Loss(
+        loss,
+        stats_of(
+            new.device,
+            n_tokens=keep.sum(),
+            n_seqs=(seqs.tokens > 0).sum(),
+            loss_denom=own,
+            ratio_min=torch.cat([inf, select(keep, ratio, float("inf")).flatten()]).amin(),
+            ratio_max=torch.cat([-inf, select(keep, ratio, float("-inf")).flatten()]).amax(),
+            **stats,
+        ),
+    )
+
+
+def _surrogate(
+    variant: str,
+    new: Tensor,
+    d: Tensor,
+    adv: Tensor,
+    clip: tuple[float, float],
+    dual_clip: float | None,
+    seqs: Sequences,
+    kl_coef: float | Tensor,
+    linear: Tensor | None,
+) -> Surrogate:
+    """The policy term of each token.
+
+    clip: Schulman et al. 2017, eq. 7; dual clip: Ye et al. 2020, eq. 5; gspo: Zheng et al. 2025;
+    cispo: MiniMax-M1 2025, eq. 4; penalty: Schulman et al. 2017, eq. 8.
+    """
+    ratio, dual = d.exp(), torch.zeros_like(d, dtype=torch.bool)
+    if variant == "cispo":
+        return Surrogate(-ratio.clamp(*clip).detach() * adv * new, ratio, dual)
+    if variant == "penalty":
+        return Surrogate(-ratio * adv, ratio, dual)
+    if variant == "linear":
+        penalty = 0.0 if linear is None else (kl_coef * ratio - linear) * adv
+        return Surrogate(-(ratio * adv - penalty), ratio, dual)
+    if variant == "gspo":
+        mean = seqs.sum(d.detach()) / seqs.tokens.clamp(min=1).to(d.dtype)
+        # The sequence's ratio, differentiated through the token's own log-probability.
+        ratio = (seqs.spread(mean) + d - d.detach()).exp()
+    plain, clipped = -adv * ratio, -adv * ratio.clamp(*clip)
+    # At a tie the whole gradient passes, which is what maximum and clamp give together.
+    terms = torch.where(plain >= clipped, plain, clipped.detach())
+    terms = torch.where(terms.isnan(), plain, terms)
+    if dual_clip is not None:
+        cap = -adv * dual_clip
+        dual = (adv < 0) & (terms > cap)
+        terms = torch.where(dual, cap, terms)
+    return Surrogate(terms, ratio, dual)
+
+
+def _ratio_sums(
+    d: Tensor, ratio: Tensor, adv: Tensor, clip: tuple[float, float]
+) -> dict[str, Tensor]:
+    below, above = ratio < clip[0], ratio > clip[1]
+    active = -adv * ratio.clamp(*clip) > -adv * ratio
+    return {
+        "kl_k1": -d,
+        "kl_k2": 0.5 * d * d,
+        "kl_k3": torch.expm1(compute(d)) - d,
+        "ratio": ratio,
+        "ratio_sq": ratio.double() ** 2,
+        "clip_low": active & below,
+        "clip_high": active & above,
+        "clip_eps": below | above,
+    }
