@@ -31,7 +31,9 @@ def tensor(op: str, name: str, x: Any) -> Tensor:
 def floating(op: str, name: str, x: Any) -> Tensor:
     """`x` itself, which must be a tensor of a supported floating type."""
     if tensor(op, name, x).dtype not in _FLOATS:
-        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+        raise TypeError(
+            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}"
+        )
     return x
 
 
@@ -41,14 +43,18 @@ def label(shape: Sequence[int], time_major: bool = False) -> str:
     return f"{dims} = {tuple(shape)}"
 
 
-def main(op: str, name: str, x: Any, cu_seqlens: Any = None, *, time_major: bool = False) -> Tensor:
+def main(
+    op: str, name: str, x: Any, cu_seqlens: Any = None, *, time_major: bool = False
+) -> Tensor:
     """The tensor that sets shape, device and precision: `(B, T)`, or flat `(N,)`."""
     floating(op, name, x)
     if x.dim() not in (1, 2):
         raise ValueError(f"{op}: {name} must have shape (B, T) or (N,), got {tuple(x.shape)}")
     if cu_seqlens is not None:
         if x.dim() != 1:
-            raise ValueError(f"{op}: {name} must have shape (N,) with cu_seqlens, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{op}: {name} must have shape (N,) with cu_seqlens, got {tuple(x.shape)}"
+            )
         if time_major:
             raise ValueError(f"{op}: time_major must be False with cu_seqlens, got True")
         offsets(op, cu_seqlens, x)
@@ -57,35 +63,31 @@ def main(op: str, name: str, x: Any, cu_seqlens: Any = None, *, time_major: bool
 
 def alike(op: str, main: Tensor, *, time_major: bool = False, **others: Any) -> None:
     """Floating tensors (None passes) of the main one's shape, device and precision class."""
-    double = main.dtype == torch.float64
-    shape, device = main.shape, main.device
+    shape = main.shape
     for name, x in others.items():
         if x is None:
             continue
-        floating(op, name, x)
-        if x.shape != shape:
+        if floating(op, name, x).shape != shape:
             raise ValueError(
                 f"{op}: {name} must have shape {label(shape, time_major)}, got {tuple(x.shape)}"
             )
-        if x.device != device:
-            raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
-        if (x.dtype == torch.float64) != double:
-            raise TypeError(
-                f"{op}: {name} must not mix float64 with other types:"
-                f" got {x.dtype} beside {main.dtype}"
-            )
+        _beside(op, name, x, main)
 
 
 def sized(op: str, name: str, x: Any, main: Tensor, shape: tuple[int, ...], text: str) -> None:
-    """One floating tensor of a given shape, on the main one's device."""
-    floating(op, name, x)
-    if tuple(x.shape) != shape:
+    """One floating tensor of a given shape, with the main one's device and precision class."""
+    if tuple(floating(op, name, x).shape) != shape:
         raise ValueError(f"{op}: {name} must have shape {text} = {shape}, got {tuple(x.shape)}")
+    _beside(op, name, x, main)
+
+
+def _beside(op: str, name: str, x: Tensor, main: Tensor) -> None:
     if x.device != main.device:
         raise ValueError(f"{op}: {name} must be on {main.device}, got {x.device}")
     if (x.dtype == torch.float64) != (main.dtype == torch.float64):
         raise TypeError(
-            f"{op}: {name} must not mix float64 with other types: got {x.dtype} beside {main.dtype}"
+            f"{op}: {name} must not mix float64 with other types,"
+            f" got {x.dtype} beside {main.dtype}"
         )
 
 
@@ -120,7 +122,9 @@ def offsets(op: str, cu_seqlens: Any, main: Tensor) -> None:
     if tensor(op, "cu_seqlens", cu_seqlens).dtype not in _INTEGERS:
         raise TypeError(f"{op}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(f"{op}: cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
+        raise ValueError(
+            f"{op}: cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}"
+        )
     if cu_seqlens.device != main.device:
         raise ValueError(f"{op}: cu_seqlens must be on {main.device}, got {cu_seqlens.device}")
     if DEBUG:
@@ -163,7 +167,9 @@ def coefficient(
     if not isinstance(value, Tensor):
         return number(op, name, value, low), None
     if value.dim() != 0:
-        raise ValueError(f"{op}: {name} must be a number or a 0-d tensor, got {tuple(value.shape)}")
+        raise ValueError(
+            f"{op}: {name} must be a number or a 0-d tensor, got {tuple(value.shape)}"
+        )
     if not value.dtype.is_floating_point:
         value = value.float()
     if value.device != device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
@@ -114,7 +113,9 @@ def _check_layout(
 ) -> None:
     _checks.tensor(_OP, "values", values)
     if rewards.dim() == 1 and cu_seqlens is None:
-        raise ValueError(f"{_OP}: cu_seqlens must be given for flat rewards {tuple(rewards.shape)}")
+        raise ValueError(
+            f"{_OP}: cu_seqlens must be given for flat rewards {tuple(rewards.shape)}"
+        )
     if next_values is not None and bootstrap is not None:
         raise ValueError(f"{_OP}: bootstrap must be None with next_values, got a tensor")
     if truncated is not None and next_values is None:

@@ -18,7 +18,9 @@ class _TokenLogProbs(torch.autograd.Function):
     """Saves three numbers per row; the backward reads the logits once more."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, args: tuple[Any, ...], backend: str, inplace: bool) -> Any:
+    def forward(
+        ctx: Any, logits: Tensor, args: tuple[Any, ...], backend: str, inplace: bool
+    ) -> Any:
         logprobs, entropy, row_max, log_sum = HANDLES["logprobs_fwd"][backend](logits, *args)
         ctx.save_for_backward(logits, *args[:3], entropy, row_max, log_sum)
         ctx.codes, ctx.params, ctx.backend, ctx.inplace = *args[3:], backend, inplace

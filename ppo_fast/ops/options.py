@@ -94,7 +94,8 @@ class PPOOptions(NamedTuple):
             return math.inf
         if not self.kl_estimator.endswith("+"):
             raise ValueError(
-                f"{op}: kl_ratio_clip must be None without a '+' estimator, got {self.kl_ratio_clip}"
+                f"{op}: kl_ratio_clip must be None without a '+' estimator,"
+                f" got {self.kl_ratio_clip}"
             )
         return _checks.number(op, "kl_ratio_clip", self.kl_ratio_clip, 0.0)
 
@@ -128,7 +129,11 @@ def pack_denom(op: str, denom: Coefficient | None, device: Any) -> tuple[float, 
     if denom is None:
         return 0.0, None
     value, on_device = _checks.coefficient(op, "denom", denom, device)
-    return (value, on_device) if on_device is not None else (_checks.positive(op, "denom", value), None)
+    return (
+        (value, on_device)
+        if on_device is not None
+        else (_checks.positive(op, "denom", value), None)
+    )
 
 
 def need_sequences(op: str, what: str, main: Tensor, cu_seqlens: Tensor | None) -> None:

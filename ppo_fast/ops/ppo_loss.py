@@ -122,7 +122,9 @@ def ppo_loss(
     tensors = (old_logprobs, advantages, mask, is_weights, moments)
     name = _backend.select(_OP, backend, logprobs)
     if name == "reference":
-        return _reference(logprobs, entropy, tensors, ref_logprobs, cu_seqlens, options)
+        return _reference(
+            logprobs, entropy, advantages, tensors, ref_logprobs, cu_seqlens, options
+        )
     args = (tensors, (ref_logprobs, cu_seqlens, *packed))
     if torch.is_grad_enabled() and (
         logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
@@ -148,16 +150,17 @@ def _check_moments(moments: Any, main: Tensor) -> Tensor | None:
 def _reference(
     logprobs: Tensor,
     entropy: Tensor | None,
+    advantages: Tensor,
     tensors: tuple[Tensor | None, ...],
     ref_logprobs: Tensor | None,
     cu_seqlens: Tensor | None,
     options: PPOOptions,
 ) -> Loss:
-    old, advantages, mask, is_weights, moments = map(detached, tensors)
+    old, _, mask, is_weights, moments = map(detached, tensors)
     named = options._asdict()
     named["log_ratio_clamp"] = log_ratio_bounds(_OP, options.log_ratio_clamp)
     return reference.ppo_loss(
-        logprobs, old, advantages, mask, entropy=entropy, is_weights=is_weights,
+        logprobs, old, advantages.detach(), mask, entropy=entropy, is_weights=is_weights,
         advantage_moments=moments, ref_logprobs=detached(ref_logprobs), cu_seqlens=cu_seqlens,
         **named,
     )  # fmt: skip

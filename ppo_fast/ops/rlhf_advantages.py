@@ -60,7 +60,9 @@ def rlhf_advantages(
     """
     logprobs = _checks.main(_OP, "logprobs", logprobs, cu_seqlens)
     if logprobs.dim() == 1 and cu_seqlens is None:
-        raise ValueError(f"{_OP}: cu_seqlens must be given for flat logprobs {tuple(logprobs.shape)}")
+        raise ValueError(
+            f"{_OP}: cu_seqlens must be given for flat logprobs {tuple(logprobs.shape)}"
+        )
     for given, x in (("ref_logprobs", ref_logprobs), ("values", values), ("mask", mask)):
         _checks.tensor(_OP, given, x)
     _checks.alike(_OP, logprobs, ref_logprobs=ref_logprobs, values=values)
@@ -74,7 +76,11 @@ def rlhf_advantages(
     if bootstrap is not None:
         _checks.sized(_OP, "bootstrap", bootstrap, logprobs, (count,), "(B,)")
     kl, kl_t = _checks.coefficient(_OP, "kl_coef", kl_coef, logprobs.device)
-    codes = [_checks.choice(_OP, "masked", masked, MASKED), pack_estimator(_OP, kl_estimator)[0], place]
+    codes = [
+        _checks.choice(_OP, "masked", masked, MASKED),
+        pack_estimator(_OP, kl_estimator)[0],
+        place,
+    ]
     params = [
         _checks.number(_OP, "gamma", gamma, 0.0, 1.0),
         _checks.number(_OP, "lam", lam, 0.0, 1.0),
@@ -85,14 +91,14 @@ def rlhf_advantages(
     name = _backend.select(_OP, backend, logprobs)
     if name == "reference":
         return reference.rlhf_advantages(
-            scores, logprobs, ref_logprobs, values, keep, kl_coef=kl_coef, kl_clamp=kl_clamp,
+            scores, logprobs, ref_logprobs, values, mask, kl_coef=kl_coef, kl_clamp=kl_clamp,
             kl_estimator=kl_estimator, gamma=gamma, lam=lam, score_at=score_at, masked=masked,
             bootstrap=detached(bootstrap), reward_clip=reward_clip, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-    *out, moments = HANDLES["rlhf_advantages"][name](
+    adv, returns, rewards, kl_out, moments = HANDLES["rlhf_advantages"][name](
         scores, logprobs, ref_logprobs, values, keep, bootstrap, cu_seqlens, kl_t, codes, params
     )
-    return RLHFAdvantages(*out, Moments(moments))
+    return RLHFAdvantages(adv, returns, rewards, kl_out, Moments(moments))
 
 
 def _reward_bounds(clip: Any) -> tuple[float, float]:

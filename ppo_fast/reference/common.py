@@ -22,7 +22,9 @@ def keep_of(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def select(keep: Tensor, x: Tensor, other: float = 0.0) -> Tensor:
     """`x` where kept; a masked slot's content reaches neither the value nor the gradient."""
-    return torch.where(keep, compute(x), torch.full((), other, dtype=compute(x).dtype).to(x.device))
+    return torch.where(
+        keep, compute(x), torch.full((), other, dtype=compute(x).dtype).to(x.device)
+    )
 
 
 class Sequences:

@@ -93,7 +93,7 @@ def _recur(
     masked: str,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence on rows `(B, T)`, last step first."""
-    reward, value = compute(rows["reward"]), compute(rows["value"])
+    reward = compute(rows["reward"])
     dtype, (n_rows, length) = reward.dtype, exists.shape
     live_all = exists & (rows["mask"] != 0) if "mask" in rows else exists
     zero = torch.zeros(n_rows, dtype=dtype, device=reward.device)

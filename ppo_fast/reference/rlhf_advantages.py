@@ -30,7 +30,7 @@ def rlhf_advantages(
     reward_clip: tuple[float, float] | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> RLHFAdvantages:
-    """r_t = −kl_coef·kl_t + [t is the score's slot]·score, then GAE (Ziegler et al. 2019, eq. 2)."""
+    """r_t = −kl_coef·kl_t + [t is the score's slot]·score, then GAE (Ziegler et al. 2019)."""
     keep = keep_of(logprobs, mask)
     x = select(keep, logprobs.detach()) - select(keep, ref_logprobs.detach())
     kl = select(keep, kl_terms(x, kl_estimator.rstrip("+"), kl_clamp))

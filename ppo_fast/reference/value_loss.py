@@ -45,6 +45,4 @@ def value_loss(
     sums = {"vf_loss": weights * scale * terms, "vf_clip": active, "ret": ret, "ret_sq": ret * ret}
     sums |= {"err": err, "err_sq": err * err}
     stats = {name: torch.where(keep, x.detach().double(), 0.0).sum() for name, x in sums.items()}
-    return Loss(
-        loss, stats_of(new.device, vf_n_tokens=keep.sum(), vf_loss_denom=own, **stats)
-    )
+    return Loss(loss, stats_of(new.device, vf_n_tokens=keep.sum(), vf_loss_denom=own, **stats))

@@ -29,7 +29,7 @@ def whiten(
     eps: float = 1e-8,
     eps_at: str = "var",
 ) -> Tensor:
-    """(x − mean)·rsqrt(var + eps), or /(std + eps); the mean is added back without `shift_mean`."""
+    """(x − mean)·rsqrt(var + eps), or /(std + eps); plus the mean without `shift_mean`."""
     n, mean, m2 = moments.values.unbind()
     free = n - 1 if unbiased else n
     var = torch.where(free > 0, m2 / free.clamp(min=1), 0.0)
