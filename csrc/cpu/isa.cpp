@@ -1,0 +1,70 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace ppo {
+namespace {
+
+constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512};
+
+Isa detect() {
+#if PPO_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Isa::avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return Isa::avx2;
+  }
+#endif
+  return Isa::scalar;
+}
+
+Isa parse(const std::string& name) {
+  if (name == "auto") return best_isa();
+  for (Isa isa : kAll) {
+    if (name != isa_name(isa)) continue;
+    if (isa <= best_isa()) return isa;
+    throw std::invalid_argument("PPO_FAST_ISA: this CPU has no " + name + ", its best is " +
+                                isa_name(best_isa()));
+  }
+  throw std::invalid_argument("PPO_FAST_ISA: must be auto, scalar, avx2 or avx512, got " + name);
+}
+
+// A function-local static, so that a bad PPO_FAST_ISA is an exception and not a failed dlopen.
+std::atomic<Isa>& choice() {
+  static std::atomic<Isa> isa{[] {
+    const char* name = std::getenv("PPO_FAST_ISA");
+    return parse(name ? name : "auto");
+  }()};
+  return isa;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "scalar";
+  }
+}
+
+Isa best_isa() {
+  static const Isa best = detect();
+  return best;
+}
+
+Isa active_isa() { return choice().load(std::memory_order_relaxed); }
+
+void set_isa(const char* name) { choice().store(parse(name), std::memory_order_relaxed); }
+
+}  // namespace ppo

@@ -1,0 +1,64 @@
+// What the policy and the value loss share around their kernels: sequences, weights, D, blocks.
+#pragma once
+
+#include "loss_args.h"
+#include "views.h"
+
+namespace ppo {
+
+using LossStats = std::array<double, kNStats>;
+
+// Sequences of a loss call, how many unmasked tokens each has, and the weights that follow.
+class LossSequences {
+ public:
+  LossSequences(const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
+                Reduction reduction, const char* op);
+  LossArgs args() const { return {map_, mask_, weight_.empty() ? nullptr : weight_.data()}; }
+  const SequenceMap& map() const { return map_; }
+  int64_t tokens() const { return map_.tokens(); }
+  int64_t live(int64_t s) const { return live_[size_t(s)]; }
+  double n_tokens() const { return double(n_tokens_); }
+  double n_seqs() const { return double(n_seqs_); }
+  // The reduction's own D; 0 for token_sum.
+  double own_denom(Reduction reduction) const;
+
+ private:
+  std::vector<int64_t> offsets_, live_;
+  std::vector<double> weight_;
+  SequenceMap map_;
+  View mask_;
+  int64_t width_ = 0, n_tokens_ = 0, n_seqs_ = 0;
+};
+
+// At least this many tokens for every thread.
+inline constexpr int64_t kGrain = 8 * kBlock;
+
+// block(first, last, stats) over all slots, on torch's threads; the sum of all blocks' statistics,
+// added in their order.
+template <class Block>
+LossStats sum_blocks(int64_t tokens, const Block& block) {
+  LossStats total{};
+  total[kRatioMin] = std::numeric_limits<double>::infinity();
+  total[kRatioMax] = -total[kRatioMin];
+  std::vector<LossStats> parts(size_t((tokens + kBlock - 1) / kBlock), total);
+  parallel_for(int64_t(parts.size()), kGrain / kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      block(i * kBlock, std::min(tokens, (i + 1) * kBlock), parts[size_t(i)].data());
+    }
+  });
+  for (const LossStats& part : parts) {
+    for (int k = 0; k < kRatioMin; ++k) total[size_t(k)] += part[size_t(k)];
+    total[kRatioMin] = std::min(total[kRatioMin], part[kRatioMin]);
+    total[kRatioMax] = std::max(total[kRatioMax], part[kRatioMax]);
+  }
+  return total;
+}
+
+// loss = sum / D, stats and 1 / D as tensors; without a positive D the loss and 1 / D are 0.
+struct LossOutputs {
+  Tensor loss, stats, scale;
+};
+LossOutputs loss_outputs(const LossStats& stats, double sum, double own_denom,
+                         const ReduceOptions& reduce, ScalarType dtype);
+
+}  // namespace ppo

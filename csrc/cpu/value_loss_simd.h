@@ -1,0 +1,121 @@
+// One pass over a range of tokens: gradients and undivided sums (no include guard).
+#include "loss_core.h"
+
+namespace ppo::PPO_ISA {
+
+template <class T>
+struct ValueSums {
+  T loss, clipped;
+  // In double: explained variance is a small difference of these.
+  Acc<T> ret, ret_sq, err, err_sq;
+
+  PPO_INLINE ValueSums() { loss = clipped = set1<T>(0); }
+  void flush(double* stats) const {
+    stats[kVfLoss] += double(reduce_add(loss));
+    stats[kVfClip] += double(reduce_add(clipped));
+    stats[kRet] += ret.total();
+    stats[kRetSq] += ret_sq.total();
+    stats[kErr] += err.total();
+    stats[kErrSq] += err_sq.total();
+  }
+};
+
+template <class T>
+struct ValueBuffers {
+  Buffer<T> values, old_values, returns;
+  uint8_t mask[kBlock];
+};
+
+// Rows of one piece. Absent old_values are the values.
+template <class T>
+struct ValueRows {
+  const scalar_t<T>*values, *old_values, *returns;
+  const uint8_t* mask;
+  scalar_t<T>* grad;
+  T weight;
+
+  ValueRows(const ValueArgs& a, const Piece& p, ValueBuffers<T>& b) {
+    values = fetch_piece<T>(a.values, p, b.values);
+    old_values = fetch_piece<T>(a.old_values, p, b.old_values);
+    if (!old_values) old_values = values;
+    returns = fetch_piece<T>(a.returns, p, b.returns);
+    mask = fetch_mask(a.base.mask, p, b.mask);
+    grad = static_cast<scalar_t<T>*>(a.grad_values) + p.flat;
+    const double* w = a.base.weight;
+    weight = set1<T>(scalar_t<T>(w ? w[p.sequence] : 1.0));
+  }
+};
+
+// Loss over the options' scale, half its gradient over the same, and whether the clip is active.
+template <class T>
+struct ValueTerms {
+  T loss, half_grad;
+  mask_t<T> clipped;
+};
+
+// The clipped value loss of OpenAI's ppo2 (max), or its clipped prediction alone (SB3).
+template <class T>
+PPO_INLINE ValueTerms<T> value_terms(Form form, T clip, T value, T old, T target) {
+  const T zero = set1<T>(0), e = value - target;
+  if (form == Form::unclipped) return {e * e, e, first_n<T>(0)};
+  const T lo = old - clip, hi = old + clip;
+  const T bounded_e = vmin(hi, vmax(lo, value)) - target;
+  const T plain = e * e, bounded = bounded_e * bounded_e;
+  if (form == Form::max) {
+    const mask_t<T> active = bounded > plain;
+    return {select(active, bounded, plain), select(active, zero, e), active};
+  }
+  const mask_t<T> outside = (value < lo) | (value > hi);
+  return {bounded, select(outside, zero, bounded_e), outside};
+}
+
+template <class T, bool whole>
+PPO_INLINE void value_step(const ValueOptions& o, const ValueRows<T>& rows, Lanes<T, whole> at,
+                           ValueSums<T>& sums) {
+  const mask_t<T> live = at.live(rows.mask);
+  const T value = at.read(rows.values, live), old = at.read(rows.old_values, live);
+  const T target = at.read(rows.returns, live), scale = set1<T>(scalar_t<T>(o.scale));
+  const T clip = set1<T>(scalar_t<T>(o.clip));
+  const ValueTerms<T> x = value_terms(o.form, clip, value, old, target);
+  sums.loss = vfma(rows.weight, scale * x.loss, sums.loss);
+  add_if(sums.clipped, x.clipped);
+  sums.ret.add(target);
+  sums.ret_sq.add_square(target);
+  sums.err.add(target - old);
+  sums.err_sq.add_square(target - old);
+  const T grad = rows.weight * ((scale + scale) * x.half_grad);
+  at.write(rows.grad, select(live, grad, set1<T>(0)));
+}
+
+// Slots [first, last), at most kRun<T> of them; adds their sums to stats.
+template <class T>
+void value_run(const ValueArgs& a, int64_t first, int64_t last, double* stats) {
+  ValueBuffers<T> buffers;
+  ValueSums<T> sums;
+  for (int64_t slot = first; slot < last;) {
+    const Piece piece = piece_at(a.base.seqs, slot, last);
+    const ValueRows<T> rows(a, piece, buffers);
+    int64_t i = 0;
+    for (; i + lanes<T> <= piece.size; i += lanes<T>) {
+      value_step(a.options, rows, Lanes<T, true>{i, lanes<T>}, sums);
+    }
+    if (i < piece.size) value_step(a.options, rows, Lanes<T, false>{i, piece.size - i}, sums);
+    slot += piece.size;
+  }
+  sums.flush(stats);
+}
+
+// Gradients of slots [first, last), a block; adds their sums to stats (kNStats).
+template <class T>
+void value_block(const ValueArgs& a, int64_t first, int64_t last, double* stats) {
+  for (; first < last; first += kRun<T>) {
+    value_run<T>(a, first, first + kRun<T> < last ? first + kRun<T> : last, stats);
+  }
+}
+
+// A name that PPO_SELECT can take: F is a different type for every instruction set.
+inline void value_block_f(const ValueArgs& a, int64_t first, int64_t last, double* stats) {
+  value_block<F>(a, first, last, stats);
+}
+
+}  // namespace ppo::PPO_ISA

@@ -1,0 +1,57 @@
+// Moments and whitening of a range of flat slots, once per instruction set (no include guard, see
+// foreach_isa.h).
+#include "moments_simd.h"
+
+namespace ppo::PPO_ISA {
+
+// Consecutive slots of one row, converted.
+template <class S>
+struct WhitenPiece {
+  static constexpr int64_t kMost = 1024;
+  const S* x;
+  const uint8_t* mask;
+  int64_t size;
+  alignas(64) S buffer[kMost];
+  uint8_t mask_buffer[kMost];
+
+  void read(const WhitenArgs& a, int64_t slot, int64_t last) {
+    const int64_t row = slot / a.cols, col = slot % a.cols;
+    size = a.cols - col < last - slot ? a.cols - col : last - slot;
+    if (size > kMost) size = kMost;
+    x = fetch(a.x.row(row, a.x_size), 0, col, size, buffer);
+    mask = a.mask.view.data ? fetch_bytes(a.mask.row(row, 1), 0, col, size, mask_buffer) : nullptr;
+  }
+};
+
+template <class S>
+void moment_block(const WhitenArgs& a, int64_t first, int64_t last, double* out) {
+  WhitenPiece<S> piece;
+  MomentSum<S> sum;
+  for (int64_t slot = first; slot < last; slot += piece.size) {
+    piece.read(a, slot, last);
+    sum.add(piece.x, piece.mask, piece.size);
+  }
+  sum.write(out);
+}
+
+template <class S>
+void whiten_block(const WhitenArgs& a, int64_t first, int64_t last) {
+  using V = widest<S>;
+  // The mean in two parts: one rounding of it would shift every element alike.
+  const V high = set1<V>(S(a.mean)), low = set1<V>(S(a.mean - double(S(a.mean))));
+  const V scale = set1<V>(S(a.scale)), add = set1<V>(S(a.add)), zero = set1<V>(0);
+  S* out = static_cast<S*>(a.out);
+  WhitenPiece<S> piece;
+  for (int64_t slot = first; slot < last; slot += piece.size) {
+    piece.read(a, slot, last);
+    for (int64_t i = 0; i < piece.size; i += lanes<V>) {
+      const int64_t left = piece.size - i;
+      V y = vfma((load_first<V>(piece.x + i, left) - high) - low, scale, add);
+      if (a.flat) y = add;
+      if (piece.mask) y = select(load_first<V>(piece.mask + i, left) != zero, y, zero);
+      store_first(out + slot + i, y, left);
+    }
+  }
+}
+
+}  // namespace ppo::PPO_ISA

@@ -1,0 +1,169 @@
+// Token maths of the losses, shared by the CPU's vectors, fp64 and CUDA (no include guard).
+//
+// Everything is a template over a lane type T and uses only the vocabulary of cpu/simd.h, into
+// whose namespace it goes: set1, select, first_n, vfma, vabs, vmin, vmax, round_even, pow2 and the
+// operators. A CUDA build provides the same words for one float. loss_options.h comes first.
+namespace ppo::PPO_ISA {
+
+// As torch.clamp: NaN passes.
+template <class T>
+PPO_INLINE T clamp(T x, T lo, T hi) {
+  return vmin(hi, vmax(lo, x));
+}
+
+// exp(x), exp(x) - 1 and exp(x) - 1 - x from one range reduction, each to 1-2 ulp of itself.
+template <class T>
+struct ExpParts {
+  T exp, expm1, k3;
+};
+
+// With x = n ln2 + r: expm1(r) = r + r^2 q(r), q interpolated at the Chebyshev nodes of
+// |r| <= 0.3466 (relative error 1e-8). Where n = 0, r^2 q(r) is k3 itself: nothing cancels near
+// 0, and exp(0) is exactly 1. Half of 2^n is applied first: 2^128 overflows before exp does.
+// Below exp(-86.6), where that half would be subnormal, exp is 0.
+template <class T>
+PPO_INLINE ExpParts<T> exp_parts(T x) {
+  const T lowest = set1<T>(-86.6f), zero = set1<T>(0.f);
+  const T bounded = clamp(x, lowest, set1<T>(89.f));
+  const T n = round_even(bounded * set1<T>(0x1.715476p+0f));
+  // ln2 in two parts, the first short enough that n times it is exact.
+  const T r = vfma(n, set1<T>(-0x1.7f7d1cp-20f), vfma(n, set1<T>(-0x1.62e4p-1f), bounded));
+  // Estrin's order: what bounds the losses is the latency of this chain.
+  const T r2 = r * r;
+  const T q0 = vfma(set1<T>(1.66666672e-1f), r, set1<T>(0.5f));
+  const T q1 = vfma(set1<T>(8.33331048e-3f), r, set1<T>(4.16664667e-2f));
+  const T q2 = vfma(set1<T>(1.98909888e-4f), r, set1<T>(1.39336474e-3f));
+  const T q = r2 * vfma(vfma(q2, r2, q1), r2, q0);
+  const T p = r + q;
+  const T half = pow2(n - set1<T>(1.f));
+  const T exp = vfma(half, p, half), expm1 = vfma(half, p, half - set1<T>(0.5f));
+  const mask_t<T> near = n == zero;
+  const T em1 = select(near, p, expm1 + expm1);
+  return {select(x < lowest, zero, exp + exp), em1, select(near, q, em1 - x)};
+}
+template <>
+PPO_INLINE ExpParts<double> exp_parts(double x) {
+  const double em1 = ::expm1(x);
+  return {::exp(x), em1, em1 - x};
+}
+
+// The numbers of a policy loss in every lane.
+template <class T>
+struct PolicyConsts {
+  T clip_lo, clip_hi, dual_clip, d_min, d_max, entropy_coef, kl_coef, kl_clamp, kl_ratio_clip;
+  T adv_mean_hi, adv_mean_lo, adv_rstd;
+
+  PPO_INLINE explicit PolicyConsts(const PolicyOptions& o)
+      : clip_lo(of(1.0 - o.clip_low)),
+        clip_hi(of(1.0 + o.clip_high)),
+        dual_clip(of(o.dual_clip)),
+        d_min(of(o.log_ratio_min)),
+        d_max(of(o.log_ratio_max)),
+        entropy_coef(of(o.entropy_coef)),
+        kl_coef(of(o.kl_coef)),
+        kl_clamp(of(o.kl_clamp)),
+        kl_ratio_clip(of(o.kl_ratio_clip)),
+        adv_mean_hi(of(o.adv_mean)),
+        adv_mean_lo(of(o.adv_mean - double(scalar_t<T>(o.adv_mean)))),
+        adv_rstd(of(o.adv_rstd)) {}
+  PPO_INLINE static T of(double x) { return set1<T>(scalar_t<T>(x)); }
+};
+
+// One token per lane; whatever is absent: old_logprobs the current ones, is_weight 1, the rest 0.
+// A masked lane holds zeros (and is_weight and seq_ratio anything finite).
+template <class T>
+struct PolicyToken {
+  T logprobs, old_logprobs, advantage, is_weight, entropy, ref_logprobs, seq_ratio;
+};
+
+// Undivided loss terms; grad is of `loss` with respect to logprobs.
+template <class T>
+struct PolicyTerms {
+  T loss, policy, kl, grad, d, k3, ratio;
+  mask_t<T> clip_low, clip_high, clip_dual, clip_eps;
+};
+
+// Whitened advantage; the mean is subtracted in two parts, the variance may be 0 (rstd = 0).
+template <class T>
+PPO_INLINE T whiten_advantage(const PolicyConsts<T>& c, T advantage) {
+  return ((advantage - c.adv_mean_hi) - c.adv_mean_lo) * c.adv_rstd;
+}
+
+template <class T>
+struct KlTerm {
+  T value, grad;  // grad with respect to x
+};
+
+// Estimators of KL from x, a difference of log-probabilities (Schulman 2020, "Approximating KL
+// Divergence"). `minus` is exp_parts(-x), read for k3 only.
+template <class T>
+PPO_INLINE KlTerm<T> kl_term(const PolicyOptions& o, const PolicyConsts<T>& c, T x,
+                             const ExpParts<T>& minus, T ratio) {
+  const T zero = set1<T>(0.f), one = set1<T>(1.f);
+  T k = x, g = one;
+  if (o.estimator == Estimator::k3) {
+    k = minus.k3, g = -minus.expm1;
+  } else if (o.estimator == Estimator::k2) {
+    k = set1<T>(0.5f) * x * x, g = x;
+  } else if (o.estimator == Estimator::abs) {
+    k = vabs(x), g = select(x > zero, one, select(x < zero, -one, x));
+  }
+  g = select(vabs(k) > c.kl_clamp, zero, g);
+  if (o.straight_through) g = o.has_kl_ratio_clip ? x * vmin(c.kl_ratio_clip, ratio) : x;
+  return {clamp(k, -c.kl_clamp, c.kl_clamp), g};
+}
+
+// Schulman et al. 2017 (clip, penalty); Ye et al. 2020 (dual clip); Zheng et al. 2025 (gspo);
+// MiniMax-M1 2025 (cispo). NaN counts as unclipped, so that it shows in loss and gradient.
+template <Variant variant, class T>
+PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConsts<T>& c,
+                                       const PolicyToken<T>& t) {
+  const T zero = set1<T>(0.f);
+  const T raw = t.logprobs - t.old_logprobs, d = clamp(raw, c.d_min, c.d_max);
+  const mask_t<T> inside = (raw >= c.d_min) & (raw <= c.d_max);
+  const ExpParts<T> e = exp_parts(d);
+  const T ratio = variant == Variant::gspo ? t.seq_ratio : e.exp;
+  const T minus_a = -t.advantage;
+  const T plain = minus_a * ratio, clipped = minus_a * clamp(ratio, c.clip_lo, c.clip_hi);
+  const mask_t<T> below = ratio<c.clip_lo, above = ratio> c.clip_hi, active = clipped > plain;
+
+  T policy = plain, grad = select(inside, plain, zero);
+  mask_t<T> dual = first_n<T>(0);
+  if constexpr (variant == Variant::clip || variant == Variant::gspo) {
+    const T cap = minus_a * c.dual_clip;
+    policy = select(active, clipped, plain);
+    dual = (minus_a > zero) & (policy > cap);
+    policy = select(dual, cap, policy);
+    grad = select(active | dual, zero, grad);
+  } else if constexpr (variant == Variant::cispo) {
+    policy = clipped * t.logprobs;
+    grad = clipped;
+  } else if constexpr (variant == Variant::linear) {
+    if (o.has_ref) {
+      const T ref = exp_parts(clamp(t.ref_logprobs - t.old_logprobs, c.d_min, c.d_max)).exp;
+      policy = minus_a * (ratio - c.kl_coef * (ratio - ref));
+      grad = (set1<T>(1.f) - c.kl_coef) * grad;
+    }
+  }
+  policy = policy * t.is_weight;
+  grad = grad * t.is_weight;
+
+  KlTerm<T> kl{zero, zero};
+  if constexpr (variant == Variant::penalty) {
+    kl = kl_term(o, c, -d, e, ratio);
+    kl.grad = select(inside, -kl.grad, zero);
+  } else if (o.has_ref) {
+    const T x = t.logprobs - t.ref_logprobs;
+    kl = kl_term(o, c, x, o.estimator == Estimator::k3 ? exp_parts(-x) : e, ratio);
+  }
+  T loss = policy;
+  if (variant != Variant::linear && (o.has_ref || variant == Variant::penalty)) {
+    loss = vfma(c.kl_coef, kl.value, loss);
+    grad = vfma(c.kl_coef, kl.grad, grad);
+  }
+  loss = vfma(-c.entropy_coef, t.entropy, loss);
+  const mask_t<T> low = active & below, high = active & above, outside = below | above;
+  return {loss, policy, kl.value, grad, d, e.k3, ratio, low, high, dual, outside};
+}
+
+}  // namespace ppo::PPO_ISA

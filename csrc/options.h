@@ -1,0 +1,50 @@
+// Mirrors the enumerations of ppo_fast/_schema.py: an option's code is its index there.
+#pragma once
+
+namespace ppo {
+
+enum class Variant : int { clip, gspo, cispo, penalty, linear };
+enum class Estimator : int { k1, k2, k3, abs };
+enum class Reduction : int {
+  token_mean,
+  token_sum,
+  seq_mean_token_mean,
+  seq_mean_token_sum,
+  seq_mean_token_sum_norm,
+};
+enum class Form : int { unclipped, max, clipped };
+enum class Masked : int { carry, zero };
+enum class ScoreAt : int { last_token, first_pad, per_token };
+
+// Slots of the stats tensor: STATS_FIELDS of ppo_fast/_results.py.
+enum Stat : int {
+  kNTokens,
+  kNSeqs,
+  kLoss,
+  kLossDenom,
+  kPolicyLoss,
+  kEntropy,
+  kRefKl,
+  kKlK1,
+  kKlK2,
+  kKlK3,
+  kRatio,
+  kRatioSq,
+  kClipLow,
+  kClipHigh,
+  kClipDual,
+  kClipEps,
+  kVfNTokens,
+  kVfLoss,
+  kVfLossDenom,
+  kVfClip,
+  kRet,
+  kRetSq,
+  kErr,
+  kErrSq,
+  kRatioMin,
+  kRatioMax,
+  kNStats,
+};
+
+}  // namespace ppo
