@@ -1,0 +1,72 @@
+"""How the backward recurrences are laid over programs, on the host's side."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+
+from . import config
+from .common import LAUNCH, MERGE_BLOCK
+
+
+def steps_of(x: Tensor | None, time_major: bool = False) -> tuple[Tensor | None, int, int]:
+    """(tensor, stride between sequences, stride between steps); flat tensors have no first one."""
+    if x is None:
+        return None, 0, 0
+    if x.dim() == 1:
+        return x, 0, x.stride(0)
+    return (x, x.stride(1), x.stride(0)) if time_major else (x, x.stride(0), x.stride(1))
+
+
+class Grid(NamedTuple):
+    """How sequences are spread over programs."""
+
+    n_seqs: int
+    length: int  # steps of a row, or N when packed
+    programs: int
+    tile: config.Chunks
+    wide: bool
+
+    def options(self) -> dict[str, Any]:
+        """The launch's constants."""
+        rows, chunk, warps = self.tile
+        return LAUNCH | {
+            "ROWS": rows, "CHUNK": chunk, "WIDE": self.wide, "MERGE": MERGE_BLOCK,
+            "num_warps": warps,
+        }  # fmt: skip
+
+
+def grid_of(main: Tensor, cu_seqlens: Tensor | None, time_major: bool = False) -> Grid:
+    """Batch and length of (B, T), (T, B) or packed (N,), and the programs for them."""
+    if cu_seqlens is None:
+        length, n_seqs = main.shape if time_major else main.shape[::-1]
+        tile, wide = config.chunks(length)
+    else:
+        length, n_seqs = main.shape[0], cu_seqlens.numel() - 1
+        tile, wide = config.chunks(length / max(n_seqs, 1))
+    return Grid(n_seqs, length, n_seqs if wide else triton.cdiv(n_seqs, tile.rows), tile, wide)
+
+
+def pointers(kind: str, *names: str) -> dict[str, str]:
+    """Their AOT types."""
+    return {f"{name}_ptr": f"{kind}:16" for name in names}
+
+
+def strides(*names: str) -> dict[str, str]:
+    """Their AOT types."""
+    return {f"{name}_{dim}": "i64" for name in names for dim in ("seq", "step")}
+
+
+def tile_axes(wide: bool) -> dict[str, Any]:
+    """The AOT constants of a tile."""
+    tile = config.LONG_CHUNKS if wide else config.SHORT_CHUNKS
+    return {"WIDE": wide, "ROWS": tile.rows, "CHUNK": tile.chunk, "num_warps": tile.warps}
+
+
+# What the two kernels have in common.
+AXES = pointers("*fp64", "parts", "moments") | pointers("*fp32", "adv", "ret") | {
+    "counter_ptr": "*i32", "n_seqs": "i64", "length": "i64", "gamma": "fp32", "decay": "fp32",
+    "MERGE": MERGE_BLOCK,
+}  # fmt: skip

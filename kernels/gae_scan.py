@@ -1,0 +1,142 @@
+"""The backward recurrence A_t = a_t·A_{t+1} + b_t in chunks, shared by gae and rlhf_advantages.
+
+A program holds a tile of ROWS chunks of CHUNK steps: a chunk of each of ROWS sequences, or (WIDE)
+ROWS consecutive chunks of one sequence. Chunks are anchored at their sequence's start. Inside one,
+the steps are scanned as affine maps, last step first (reversed addresses: Triton's
+`reverse=True` is wrong for maps that do not commute); from chunk to chunk a state is carried, one
+after the other. So a sequence's bits depend on CHUNK alone, not on ROWS, WIDE, padding or packing.
+No stride is specialised and every thread holds single steps, so that the layout of the scan, and
+with it its tree, is the same for every input.
+"""
+
+import triton
+import triton.language as tl
+
+NO_STEP = tl.constexpr(2147483647)  # no later step is live
+
+
+@triton.jit
+def sequences(cu_ptr, n_seqs, length, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """Of the tile's rows: sequence (int64), first slot (int64), number of steps (int32)."""
+    if WIDE:
+        seq = tl.zeros([ROWS], tl.int64) + tl.program_id(0)
+    else:
+        seq = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = seq < n_seqs
+    if cu_ptr is None:
+        first = tl.zeros([ROWS], tl.int64)
+        steps = tl.where(inside, length, 0).to(tl.int32)
+    else:  # length is N here: whatever the offsets hold, nothing outside is touched
+        size = tl.full([ROWS], 0, tl.int64) + length
+        first = tl.load(cu_ptr + seq, mask=inside, other=0).to(tl.int64)
+        end = tl.load(cu_ptr + seq + 1, mask=inside, other=0).to(tl.int64)
+        first = tl.minimum(tl.maximum(first, 0), size)
+        steps = (tl.maximum(tl.minimum(end, size), first) - first).to(tl.int32)
+    return seq, first, steps
+
+
+@triton.jit
+def tile_count(steps, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
+    """Tiles of the longest row."""
+    if WIDE:
+        return tl.cdiv(tl.max(steps, axis=0), ROWS * CHUNK)
+    else:
+        return tl.cdiv(tl.max(steps, axis=0), CHUNK)
+
+
+@triton.jit
+def tile_steps(tile, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
+    """Step of each slot of a tile, later ones first along both dimensions."""
+    lane = CHUNK - 1 - tl.arange(0, CHUNK)[None, :]
+    row = ROWS - 1 - tl.arange(0, ROWS)[:, None]
+    if WIDE:
+        return (tile * ROWS + row) * CHUNK + lane
+    else:
+        return row * 0 + tile * CHUNK + lane
+
+
+@triton.jit
+def at(seq, first, t, seq_stride, step_stride):
+    """int64 offsets of the steps t."""
+    return (seq * seq_stride + first * step_stride)[:, None] + t.to(tl.int64) * step_stride
+
+
+@triton.jit
+def _affine(cut1, a1, b1, cut2, a2, b2):
+    # A cut map forgets its argument by selection: 0·NaN would not.
+    return cut1 | cut2, a1 * a2, tl.where(cut2 != 0, b2, tl.fma(a2, b1, b2))
+
+
+@triton.jit
+def _affine_uncut(a1, b1, a2, b2):
+    return a1 * a2, tl.fma(a2, b1, b2)
+
+
+@triton.jit
+def _smaller(x, y):
+    return tl.minimum(x, y)
+
+
+@triton.jit
+def recur(cut, a, b, state, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
+    """A of every slot of the tile, and the state behind it, (ROWS,). `cut` may be None."""
+    if cut is None:
+        a, b = tl.associative_scan((a, b), 1, _affine_uncut)
+    else:
+        cut, a, b = tl.associative_scan((cut, a, b), 1, _affine)
+    row = tl.arange(0, ROWS)
+    last = tl.arange(0, CHUNK)[None, :] == CHUNK - 1
+    a_end = tl.sum(tl.where(last, a, 0.0), axis=1)
+    b_end = tl.sum(tl.where(last, b, 0.0), axis=1)
+    if cut is not None:
+        cut_end = tl.sum(tl.where(last, cut, 0), axis=1)
+    enters = state
+    if WIDE:
+        for q in tl.static_range(ROWS):
+            enters = tl.where(row == q, state, enters)
+            here_a = tl.sum(tl.where(row == q, a_end, 0.0), axis=0)
+            here_b = tl.sum(tl.where(row == q, b_end, 0.0), axis=0)
+            after = tl.fma(state, here_a, here_b)
+            if cut is not None:
+                here_cut = tl.sum(tl.where(row == q, cut_end, 0), axis=0)
+                after = tl.where(here_cut != 0, here_b, after)
+            state = after
+    else:
+        after = tl.fma(state, a_end, b_end)
+        if cut is not None:
+            after = tl.where(cut_end != 0, b_end, after)
+        state = after
+    adv = tl.fma(a, enters[:, None], b)
+    if cut is not None:
+        adv = tl.where(cut != 0, b, adv)
+    return adv, state
+
+
+@triton.jit
+def next_live(live_next, t, state, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """The first live step after each t (NO_STEP: none), and the state behind the tile, (ROWS,).
+
+    `live_next`: whether step t + 1 exists and is live. Minima of integers: exact in any order.
+    """
+    found = tl.where(live_next, t + 1, NO_STEP)
+    end = tl.min(found, axis=1)
+    found = tl.associative_scan(found, 1, _smaller)
+    enters = state
+    if WIDE:
+        row = tl.arange(0, ROWS)
+        for q in tl.static_range(ROWS):
+            enters = tl.where(row == q, state, enters)
+            here = tl.min(tl.where(row == q, end, NO_STEP), axis=0)
+            state = tl.minimum(state, here)
+    else:
+        state = tl.minimum(state, end)
+    return tl.minimum(found, enters[:, None]), state
+
+
+@triton.jit
+def chan(n, mean, m2, n_new, mean_new, m2_new):
+    """Merged (count, mean, M2): Chan, Golub and LeVeque 1979."""
+    total = n + n_new
+    share = n_new / tl.maximum(total, 1.0)
+    delta = mean_new - mean
+    return total, tl.fma(delta, share, mean), m2 + m2_new + delta * delta * n * share

@@ -1,0 +1,223 @@
+"""Token log-probabilities and entropies from logits.
+
+`segments_kernel` reads each row once, a program per (row, segment) with the segments fixed by V,
+and keeps (m, s, t) = (max z, sum e^(z-m), sum (z-m) e^(z-m)) per lane; nothing crosses lanes
+until the segment ends. `merge_kernel` folds a row's segments in a fixed tree and takes the
+label's logit. The gradient is in logprobs_grad.py.
+
+Bits: arithmetic is elementwise or in pairs and contraction is written out, so a row's result
+depends on its logits and V alone: not on the other rows, nor on strides and alignment, which only
+choose the width of the loads.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .common import (
+    LAUNCH, Aot, flag_bytes, load_flag, on_device, pair_sum, row_blocks, row_offset
+)  # fmt: skip
+from .logprobs_grad import logprobs_bwd, logprobs_bwd_
+from .softmax import (
+    LOG2E, LOWEST, ROW_AXES, ROW_STRIDES, ZERO_EXP,
+    aligned, alignment, how_axis, inverse_temperature, label_rows, rescale, valid_alignment
+)  # fmt: skip
+
+__all__ = ["logprobs_bwd", "logprobs_bwd_", "logprobs_fwd"]
+
+
+@triton.jit
+def scan_step(
+    row_ptr, col, end, m, s, t, inv_t,
+    LANES: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take UNROLL logits per lane from column `col` on into the lanewise state."""
+    lanes = tl.arange(0, LANES)
+    xs = ()
+    for u in tl.static_range(UNROLL):
+        if MASKED:
+            inside = col + u * LANES + lanes < end
+            x = tl.load(row_ptr + col + u * LANES + lanes, mask=inside, other=float("-inf"))
+        else:
+            x = tl.load(row_ptr + col + u * LANES + lanes)
+        xs = xs + (x.to(tl.float32),)
+    top = xs[0]
+    for u in tl.static_range(1, UNROLL):
+        top = tl.maximum(top, xs[u])
+    top = tl.maximum(m, top * inv_t)
+    s, t = rescale(m, top, s, t)
+    for u in tl.static_range(UNROLL):
+        d = tl.fma(xs[u], inv_t, -top)
+        e = tl.exp2(d * LOG2E)
+        s += e
+        t = tl.fma(e, tl.maximum(d, ZERO_EXP), t)
+    return top, s, t
+
+
+@triton.jit(do_not_specialize=[*ROW_STRIDES, "inner", "n_parts", "n_segments", "inv_temp", "ignore_index"])
+def segments_kernel(
+    logits_ptr,  # (rows, V)
+    logits_outer: tl.int64,
+    logits_inner: tl.int64,
+    tokens_ptr,  # (rows,), as the next two
+    tokens_outer: tl.int64,
+    tokens_inner: tl.int64,
+    mask_ptr,
+    mask_outer: tl.int64,
+    mask_inner: tl.int64,
+    temp_ptr,
+    temp_outer: tl.int64,
+    temp_inner: tl.int64,
+    parts_ptr,  # (3, rows, segments) fp32: m, s, t; unwritten for rows that are not live
+    inner,
+    V,
+    n_parts: tl.int64,
+    n_segments,
+    inv_temp,
+    ignore_index: tl.int64,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    STAGES: tl.constexpr,
+    ALIGN: tl.constexpr,  # every row starts at a multiple of this many elements
+):
+    part = tl.program_id(0)
+    row = part // n_segments
+    token = tl.load(tokens_ptr + row_offset(row, inner, tokens_outer, tokens_inner))
+    live = token != ignore_index
+    live = load_flag(mask_ptr, row_offset(row, inner, mask_outer, mask_inner), live)
+    if live:
+        offset = row_offset(row, inner, temp_outer, temp_inner)
+        inv_t = inverse_temperature(temp_ptr, offset, live, inv_temp)
+        row_ptr = logits_ptr + aligned(row_offset(row, inner, logits_outer, logits_inner), ALIGN)
+        m = tl.full([LANES], LOWEST, tl.float32)
+        s = tl.zeros([LANES], tl.float32)
+        t = tl.zeros([LANES], tl.float32)
+        start = (part - row * n_segments) * SEGMENT
+        end = tl.minimum(start + SEGMENT, V)
+        STEP: tl.constexpr = LANES * UNROLL
+        full_end = start + (end - start) // STEP * STEP
+        for col in tl.range(start, full_end, STEP, num_stages=STAGES):
+            m, s, t = scan_step(row_ptr, col, V, m, s, t, inv_t, LANES, UNROLL, False)
+        if full_end < end:
+            m, s, t = scan_step(row_ptr, full_end, V, m, s, t, inv_t, LANES, UNROLL, True)
+        top = tl.max(m, axis=0)
+        s, t = rescale(m, top, s, t)
+        tl.store(parts_ptr + part, top)
+        tl.store(parts_ptr + n_parts + part, pair_sum(s, LANES))
+        tl.store(parts_ptr + 2 * n_parts + part, pair_sum(t, LANES))
+
+
+@triton.jit(do_not_specialize=[*ROW_STRIDES, "inner", "V", "n_rows", "n_segments", "inv_temp", "ignore_index"])
+def merge_kernel(
+    logits_ptr,  # (rows, V)
+    logits_outer: tl.int64,
+    logits_inner: tl.int64,
+    tokens_ptr,  # (rows,), as the next two
+    tokens_outer: tl.int64,
+    tokens_inner: tl.int64,
+    mask_ptr,
+    mask_outer: tl.int64,
+    mask_inner: tl.int64,
+    temp_ptr,
+    temp_outer: tl.int64,
+    temp_inner: tl.int64,
+    parts_ptr,  # (3, rows, segments) fp32
+    logprobs_ptr,  # (rows,) fp32 contiguous, as the next three
+    entropy_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    inner,
+    V,
+    n_rows,
+    n_segments,
+    inv_temp,
+    ignore_index: tl.int64,
+    ROWS: tl.constexpr,
+    SEGMENTS: tl.constexpr,  # a power of two >= n_segments
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n_rows
+    live, legal, token, x, inv_t = label_rows(
+        rows, inside, inner, V, logits_ptr, logits_outer, logits_inner,
+        tokens_ptr, tokens_outer, tokens_inner, mask_ptr, mask_outer, mask_inner,
+        temp_ptr, temp_outer, temp_inner, inv_temp, ignore_index,
+    )  # fmt: skip
+    segment = tl.arange(0, SEGMENTS)[None, :]
+    part = parts_ptr + rows[:, None].to(tl.int64) * n_segments + segment
+    n_parts = n_rows.to(tl.int64) * n_segments
+    here = live[:, None] & (segment < n_segments)
+    m = tl.load(part, mask=here, other=LOWEST)
+    s = tl.load(part + n_parts, mask=here, other=0.0)
+    t = tl.load(part + 2 * n_parts, mask=here, other=0.0)
+    top = tl.max(m, axis=1)
+    s, t = rescale(m, top[:, None], s, t)
+    s = pair_sum(s, SEGMENTS)
+    t = pair_sum(t, SEGMENTS)
+
+    sound = s > 0  # a finite logit, and neither NaN nor +inf
+    s = tl.where(sound, s, 1.0)
+    log_sum = tl.log(s)
+    top = tl.where(sound, top, float("nan"))
+    logprob = tl.where(legal, tl.fma(x, inv_t, -top) - log_sum, float("nan"))
+    entropy = tl.where(legal & sound, log_sum - tl.div_rn(t, s), float("nan"))
+    tl.store(logprobs_ptr + rows, tl.where(live, logprob, 0.0), mask=inside)
+    tl.store(entropy_ptr + rows, tl.where(live, entropy, 0.0), mask=inside)
+    tl.store(row_max_ptr + rows, tl.where(live, top, 0.0), mask=inside)
+    tl.store(log_sum_ptr + rows, tl.where(live, log_sum, 0.0), mask=inside)
+
+
+def logprobs_fwd(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    codes: list[int],
+    params: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ppo_fast/_schema.py; (logprobs, entropy, row_max, log_sum), fp32, shaped as tokens."""
+    outs = tuple(
+        torch.empty(tokens.shape, dtype=torch.float32, device=logits.device) for _ in range(4)
+    )
+    vocab = logits.shape[-1]
+    how = config.scan(vocab)
+    segments = max(1, triton.cdiv(vocab, how.segment))
+    with on_device(logits):
+        for block in row_blocks(tokens.shape, logits, tokens, flag_bytes(mask), temperature):
+            n_rows = block.outer * block.inner
+            if n_rows == 0:
+                break
+            parts = logits.new_empty(3, n_rows, segments, dtype=torch.float32)
+            scalars = (1.0 / params[0], codes[0])
+            segments_kernel[(n_rows * segments,)](
+                *block.args, parts, block.inner, vocab, n_rows * segments, segments, *scalars,
+                LANES=how.lanes, UNROLL=how.unroll, SEGMENT=how.segment, STAGES=how.stages,
+                ALIGN=alignment(*block.args[:3]), num_warps=how.warps, **LAUNCH,
+            )  # fmt: skip
+            merge_kernel[(triton.cdiv(n_rows, config.ROW_SCALARS.block),)](
+                *block.args, parts, *(x.view(-1)[block.start :] for x in outs),
+                block.inner, vocab, n_rows, segments, *scalars,
+                ROWS=config.ROW_SCALARS.block, SEGMENTS=triton.next_power_of_2(segments),
+                num_warps=config.ROW_SCALARS.warps, **LAUNCH,
+            )  # fmt: skip
+    return outs
+
+
+AOT = (
+    Aot(
+        segments_kernel,
+        ROW_AXES | {"n_parts": "i64", "V": ("i32:16", "i32", 1), "how": how_axis(config.WIDE, config.NARROW), "ALIGN": (8, 4, 2, 1)},
+        valid_alignment,
+    ),
+    Aot(
+        merge_kernel,
+        ROW_AXES
+        | {f"{name}_ptr": "*fp32:16" for name in ("logprobs", "entropy", "row_max", "log_sum")}
+        | {"ROWS": config.ROW_SCALARS.block, "num_warps": config.ROW_SCALARS.warps}
+        | {"SEGMENTS": (1, 2, 4, 8, 16)},
+    ),
+)

@@ -1,0 +1,38 @@
+"""The codes of ppo_fast/_schema.py as Triton constants; tests/test_aot.py compares the two.
+
+PREFIX_NAME is the index of "name" in the tuple that PREFIX stands for.
+"""
+
+import triton.language as tl
+
+VARIANT_CLIP = tl.constexpr(0)
+VARIANT_GSPO = tl.constexpr(1)
+VARIANT_CISPO = tl.constexpr(2)
+VARIANT_PENALTY = tl.constexpr(3)
+VARIANT_LINEAR = tl.constexpr(4)
+
+ESTIMATOR_K1 = tl.constexpr(0)
+ESTIMATOR_K2 = tl.constexpr(1)
+ESTIMATOR_K3 = tl.constexpr(2)
+ESTIMATOR_ABS = tl.constexpr(3)
+
+REDUCTION_TOKEN_MEAN = tl.constexpr(0)
+REDUCTION_TOKEN_SUM = tl.constexpr(1)
+REDUCTION_SEQ_MEAN_TOKEN_MEAN = tl.constexpr(2)
+REDUCTION_SEQ_MEAN_TOKEN_SUM = tl.constexpr(3)
+REDUCTION_SEQ_MEAN_TOKEN_SUM_NORM = tl.constexpr(4)
+
+FORM_UNCLIPPED = tl.constexpr(0)
+FORM_MAX = tl.constexpr(1)
+FORM_CLIPPED = tl.constexpr(2)
+
+MASKED_CARRY = tl.constexpr(0)
+MASKED_ZERO = tl.constexpr(1)
+
+SCORE_AT_LAST_TOKEN = tl.constexpr(0)
+SCORE_AT_FIRST_PAD = tl.constexpr(1)
+SCORE_AT_PER_TOKEN = tl.constexpr(2)
+
+# ppo_fast._results.STATS_FIELDS: N_SUMS sums, then ratio_min and ratio_max.
+N_STATS = tl.constexpr(26)
+N_SUMS = tl.constexpr(24)

@@ -1,0 +1,212 @@
+"""Policy loss, gradients and all statistics: one launch, one read.
+
+Where a token needs its whole sequence first (gspo, seq-mean-token-mean), or sequences are packed,
+a launch that counts goes before it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arrival import counter, is_last
+from .common import Aot, flag_bytes, load_f32, load_flag, on_device
+from .kl import clamp, coefficient
+from .options import (
+    N_STATS,
+    N_SUMS,
+    REDUCTION_SEQ_MEAN_TOKEN_MEAN,
+    VARIANT_GSPO,
+    VARIANT_LINEAR,
+    VARIANT_PENALTY,
+)
+from .reduce_loss import AXES, absent, merge_loss, plan, token_slots
+from .sequences import pointers, sequence_of, strided, strides
+from .token_loss import RATIO, kl_term, log_ratio, sums_of, surrogate, whitened
+
+# Of the 16 sums, in the order of STATS_FIELDS, two are formed elsewhere; a program's partial
+# results hold the ratio's extremes in their place.
+LOSS = tl.constexpr(2)
+N_SEQS = tl.constexpr(1)
+LOSS_DENOM = tl.constexpr(3)
+WIDTH = tl.constexpr(16)
+
+
+@triton.jit
+def store_stats(stats_ptr, sums, low, high, n_seqs, own):
+    i = tl.arange(0, WIDTH)
+    sums = tl.where(i == N_SEQS, n_seqs, tl.where(i == LOSS_DENOM, own, sums))
+    tl.store(stats_ptr + i, sums)
+    tl.store(stats_ptr + WIDTH + i, tl.zeros([WIDTH], tl.float64), mask=i < N_SUMS - WIDTH)
+    # Minima drop a NaN ratio; the sum of ratios has kept it.
+    ratios = tl.sum(tl.where(i == RATIO, sums, 0.0))
+    low = tl.sum(tl.where(i == N_SEQS, low, 0.0))
+    high = tl.sum(tl.where(i == LOSS_DENOM, high, 0.0))
+    tl.store(stats_ptr + N_SUMS, tl.where(ratios == ratios, low, ratios))
+    tl.store(stats_ptr + N_SUMS + 1, tl.where(ratios == ratios, high, ratios))
+
+
+# fmt: off
+@triton.jit
+def ppo_kernel(
+    logp_ptr, logp_row: tl.int64, logp_col: tl.int64,
+    old_ptr, old_row: tl.int64, old_col: tl.int64,
+    adv_ptr, adv_row: tl.int64, adv_col: tl.int64,
+    mask_ptr, mask_row: tl.int64, mask_col: tl.int64,
+    is_ptr, is_row: tl.int64, is_col: tl.int64,
+    ent_ptr, ent_row: tl.int64, ent_col: tl.int64,
+    ref_ptr, ref_row: tl.int64, ref_col: tl.int64,
+    moments_ptr,  # (3,) float64
+    cu_ptr,  # (S + 1,)
+    counts_ptr,  # int32, see live_sequences
+    means_ptr,  # (S,) fp32, gspo only
+    ent_coef_ptr, kl_coef_ptr, denom_ptr,
+    grad_ptr, grad_ent_ptr, loss_ptr, scale_ptr, stats_ptr,
+    parts_ptr,  # (programs, 16) float64
+    counter_ptr,
+    n_rows: tl.int64, n_cols: tl.int64, n_tiles: tl.int64, n_counts: tl.int64, n_pieces: tl.int64,
+    n_seqs: tl.int64,
+    variant: tl.int32, estimator: tl.int32, straight: tl.int32, reduction: tl.int32,
+    ratio_low, ratio_high, dual, log_min, log_max,
+    ent_coef, kl_coef, kl_clamp, ratio_clip, denom,
+    PER_SEQUENCE: tl.constexpr,  # counts holds the tokens of each sequence
+    LOOK_UP: tl.constexpr,  # and tokens need them
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):
+    # fmt: on
+    kl_coef = coefficient(kl_coef_ptr, kl_coef)
+    ent_coef = coefficient(ent_coef_ptr, ent_coef)
+    acc = tl.zeros([WIDTH], tl.float64)
+    low = tl.full([], float("inf"), tl.float32)
+    high = tl.full([], float("-inf"), tl.float32)
+    i = tl.arange(0, WIDTH)
+    for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
+        row, col, inside = token_slots(tile, n_rows, n_cols, ROWS, COLS)
+        keep = load_flag(mask_ptr, row * mask_row + col * mask_col, inside)
+        logp = load_f32(logp_ptr, row * logp_row + col * logp_col, keep, 0.0)
+        adv = load_f32(adv_ptr, row * adv_row + col * adv_col, keep, 0.0)
+        adv = whitened(adv, moments_ptr)
+        offset = row * old_row + col * old_col
+        d, free = log_ratio(logp, old_ptr, offset, keep, log_min, log_max)
+        ratio = tl.exp(d)
+        weight = 1.0
+        if LOOK_UP:
+            seq = sequence_of(cu_ptr, n_seqs, row, col)
+            count = tl.load(counts_ptr + seq, mask=keep, other=1).to(tl.float32)
+            means = reduction == REDUCTION_SEQ_MEAN_TOKEN_MEAN
+            weight = tl.where(means, tl.div_rn(1.0, count), 1.0)
+            if means_ptr is not None:
+                ratio = tl.exp(tl.load(means_ptr + seq, mask=keep, other=0.0))
+        excess = tl.zeros_like(ratio)
+        x = tl.where(variant == VARIANT_PENALTY, -d, 0.0)
+        if ref_ptr is not None:
+            ref = load_f32(ref_ptr, row * ref_row + col * ref_col, keep, 0.0)
+            x = logp - ref
+            old = logp if old_ptr is None else load_f32(old_ptr, offset, keep, 0.0)
+            excess = ratio - tl.exp(clamp(ref - old, log_min, log_max))
+        term, slope, clips, capped = surrogate(
+            variant, logp, free, ratio, adv, ratio_low, ratio_high, dual, kl_coef, excess
+        )
+        is_weight = load_f32(is_ptr, row * is_row + col * is_col, keep, 1.0)
+        term *= is_weight
+        slope *= is_weight
+        kl, kl_slope = kl_term(variant, estimator, straight, x, ratio, free, kl_clamp, ratio_clip)
+        linear = variant == VARIANT_LINEAR  # its KL is in the policy term
+        loss = tl.where(linear, term, tl.fma(kl_coef, kl, term))
+        slope = tl.where(linear, slope, tl.fma(kl_coef, kl_slope, slope))
+        entropy = load_f32(ent_ptr, row * ent_row + col * ent_col, keep, 0.0)
+        if ent_ptr is not None:
+            loss = tl.fma(-ent_coef, entropy, loss)
+            tl.store(grad_ent_ptr + row * n_cols + col,
+                     tl.where(keep, -(weight * ent_coef), 0.0), mask=inside)  # fmt: skip
+        tl.store(grad_ptr + row * n_cols + col, tl.where(keep, weight * slope, 0.0), mask=inside)
+        acc += sums_of(keep, weight * loss, weight * term, entropy, kl, d, ratio, clips, capped,
+                       ratio_low, ratio_high, ROWS * COLS)  # fmt: skip
+        low = tl.minimum(low, tl.min(tl.where(keep, ratio, float("inf"))))
+        high = tl.maximum(high, tl.max(tl.where(keep, ratio, float("-inf"))))
+        if not PER_SEQUENCE:
+            tl.store(counts_ptr + tile, tl.sum(tl.max(keep.to(tl.int32), axis=1)))
+    acc = tl.where(i == N_SEQS, low, tl.where(i == LOSS_DENOM, high, acc))
+    tl.store(parts_ptr + tl.program_id(0) * WIDTH + i, acc)
+    if is_last(counter_ptr):
+        sums, lows, highs, n_live, own = merge_loss(
+            parts_ptr, counts_ptr, n_counts, n_pieces, n_cols, reduction, denom_ptr, denom,
+            loss_ptr, scale_ptr, LOSS, WIDTH, PER_SEQUENCE,
+        )  # fmt: skip
+        store_stats(stats_ptr, sums, lows, highs, n_live, own)
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    is_weights: Tensor | None,
+    moments: Tensor | None,
+    entropy: Tensor | None,
+    ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    entropy_coef: Tensor | None,
+    kl_coef: Tensor | None,
+    denom: Tensor | None,
+    codes: list[int],
+    params: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ppo_fast/_schema.py; (loss, stats, scale, grad_logprobs, grad_entropy)."""
+    clip_low, clip_high, dual, log_min, log_max, *coefs = params
+    bounds = (log_min, log_max) if codes[0] == VARIANT_GSPO.value else None
+    f32, f64 = ({"dtype": t, "device": logprobs.device} for t in (torch.float32, torch.float64))
+    grad, loss, scale = (torch.empty(shape, **f32) for shape in (logprobs.shape, (), ()))
+    grad_entropy = torch.empty(0 if entropy is None else logprobs.shape, **f32)
+    stats = torch.empty(N_STATS.value, **f64)
+    tensors = (
+        logprobs, old_logprobs, advantages, flag_bytes(mask), is_weights, entropy, ref_logprobs
+    )  # fmt: skip
+    with on_device(logprobs):
+        how = plan(logprobs, old_logprobs, mask, cu_seqlens, codes[3], bounds)
+        parts = torch.empty(how.programs, WIDTH.value, **f64)
+        ppo_kernel[(how.programs,)](
+            *(arg for x in tensors for arg in strided(x)),
+            moments, cu_seqlens, how.counts, how.means, entropy_coef, kl_coef, denom,
+            grad, grad_entropy, loss, scale, stats, parts, counter(logprobs), *how.sizes, *codes,
+            1.0 - clip_low, 1.0 + clip_high, dual, log_min, log_max, *coefs, **how.options,
+        )  # fmt: skip
+    return loss, stats, scale, grad, grad_entropy
+
+
+_OPTIONAL = ("is", "ent", "ref")
+_DEVICE = ("ent_coef", "kl_coef", "denom")
+AOT = (
+    Aot(
+        ppo_kernel,
+        AXES | strides("logp", "old", "adv", "mask", "is", "ent", "ref")
+        | pointers("*fp32", "grad_ent")
+        | dict.fromkeys(("variant", "estimator", "straight"), "i32")
+        | dict.fromkeys(("ratio_low", "ratio_high", "dual", "log_min", "log_max"), "fp32")
+        | dict.fromkeys(("ent_coef", "kl_coef", "kl_clamp", "ratio_clip"), "fp32")
+        | {
+            "sequences": (
+                absent("cu", "means") | {"PER_SEQUENCE": False, "LOOK_UP": False},
+                absent("cu") | pointers("*fp32", "means")
+                | {"PER_SEQUENCE": True, "LOOK_UP": True},
+                absent("cu", "means") | {"PER_SEQUENCE": True, "LOOK_UP": True},
+                absent("means") | pointers("*i32", "cu")
+                | {"PER_SEQUENCE": True, "LOOK_UP": False},
+                absent("means") | pointers("*i32", "cu") | {"PER_SEQUENCE": True, "LOOK_UP": True},
+                pointers("*i64", "cu") | pointers("*fp32", "means")
+                | {"PER_SEQUENCE": True, "LOOK_UP": True},
+            ),
+            "inputs": (
+                pointers("*fp32", "logp", "old", "adv"),
+                pointers("*bf16", "logp", "old", "adv"),
+                pointers("*fp32", "logp", "adv") | absent("old"),
+            ),
+            "optional": (absent(*_OPTIONAL), pointers("*fp32", *_OPTIONAL)),
+            "mask_ptr": ("*u8:16", None),
+            "moments_ptr": ("*fp64:16", None),
+            "device": (absent(*_DEVICE), pointers("*fp32", *_DEVICE)),
+        },
+    ),
+)  # fmt: skip

@@ -1,0 +1,163 @@
+"""Value loss, gradient and statistics: one launch, one read; see ppo_loss for the sequences."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arrival import counter, is_last
+from .common import Aot, flag_bytes, load_f32, load_flag, on_device
+from .kl import clamp
+from .options import FORM_CLIPPED, FORM_MAX, N_STATS, N_SUMS
+from .reduce_loss import AXES, absent, merge_loss, plan, stack8, token_slots
+from .sequences import pointers, sequence_of, strided, strides
+
+# The sums are STATS_FIELDS[16:24]; the divisor is formed at the end.
+FIRST = tl.constexpr(16)
+WIDTH = tl.constexpr(8)
+LOSS = tl.constexpr(1)
+LOSS_DENOM = tl.constexpr(2)
+
+
+@triton.jit
+def squared_error(v, target, old, clip, scale, form):
+    """The token's loss, its derivative, and whether the clip is active."""
+    error = v - target
+    plain = error * error
+    bounded = clamp(v, old - clip, old + clip)
+    bounded_error = bounded - target
+    clipped = bounded_error * bounded_error
+    outside = (v < old - clip) | (v > old + clip)
+    takes = (plain >= clipped) | (clipped != clipped)
+    by_max = form == FORM_MAX
+    by_clip = form == FORM_CLIPPED
+    term = tl.where(by_max, tl.where(takes, plain, clipped), tl.where(by_clip, clipped, plain))
+    slope = tl.where(by_max, tl.where(takes, error, 0.0), error)
+    slope = tl.where(by_clip, tl.where(outside, 0.0, bounded_error), slope)
+    never = outside & (outside == 0)
+    active = tl.where(by_max, clipped > plain, tl.where(by_clip, outside, never))
+    return scale * term, 2.0 * scale * slope, active
+
+
+@triton.jit
+def store_stats(stats_ptr, sums, own):
+    i = tl.arange(0, WIDTH)
+    j = tl.arange(0, FIRST)
+    tl.store(stats_ptr + j, tl.zeros([FIRST], tl.float64))
+    tl.store(stats_ptr + FIRST + i, tl.where(i == LOSS_DENOM, own, sums))
+    tl.store(stats_ptr + N_SUMS, float("inf"))
+    tl.store(stats_ptr + N_SUMS + 1, float("-inf"))
+
+
+# fmt: off
+@triton.jit
+def value_kernel(
+    v_ptr, v_row: tl.int64, v_col: tl.int64,
+    old_ptr, old_row: tl.int64, old_col: tl.int64,
+    ret_ptr, ret_row: tl.int64, ret_col: tl.int64,
+    mask_ptr, mask_row: tl.int64, mask_col: tl.int64,
+    cu_ptr,  # (S + 1,)
+    counts_ptr,  # int32, see live_sequences
+    denom_ptr, grad_ptr, loss_ptr, scale_ptr, stats_ptr,
+    parts_ptr,  # (programs, 8) float64
+    counter_ptr,
+    n_rows: tl.int64, n_cols: tl.int64, n_tiles: tl.int64, n_counts: tl.int64, n_pieces: tl.int64,
+    n_seqs: tl.int64,
+    form: tl.int32, reduction: tl.int32,
+    clip, factor, denom,
+    PER_SEQUENCE: tl.constexpr,  # counts holds the tokens of each sequence
+    LOOK_UP: tl.constexpr,  # and tokens need them
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):
+    # fmt: on
+    acc = tl.zeros([WIDTH], tl.float64)
+    for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
+        row, col, inside = token_slots(tile, n_rows, n_cols, ROWS, COLS)
+        keep = load_flag(mask_ptr, row * mask_row + col * mask_col, inside)
+        v = load_f32(v_ptr, row * v_row + col * v_col, keep, 0.0)
+        target = load_f32(ret_ptr, row * ret_row + col * ret_col, keep, 0.0)
+        old = v
+        if old_ptr is not None:
+            old = load_f32(old_ptr, row * old_row + col * old_col, keep, 0.0)
+        term, slope, active = squared_error(v, target, old, clip, factor, form)
+        weight = 1.0
+        if LOOK_UP:
+            seq = sequence_of(cu_ptr, n_seqs, row, col)
+            count = tl.load(counts_ptr + seq, mask=keep, other=1).to(tl.float32)
+            weight = tl.div_rn(1.0, count)
+        tl.store(grad_ptr + row * n_cols + col, tl.where(keep, weight * slope, 0.0), mask=inside)
+        wide = tl.where(keep, target, 0.0).to(tl.float64)
+        error = tl.where(keep, wide - old, 0.0)
+        sums = stack8(
+            tl.where(keep, 1.0, 0.0).to(tl.float64),
+            tl.where(keep, weight * term, 0.0).to(tl.float64),
+            wide * 0.0,
+            tl.where(keep & active, 1.0, 0.0).to(tl.float64),
+            wide,
+            wide * wide,
+            error,
+            error * error,
+        )
+        acc += tl.sum(tl.reshape(sums, [ROWS * COLS, WIDTH]), axis=0)
+        if not PER_SEQUENCE:
+            rows_live = tl.max(keep.to(tl.int32), axis=1)
+            tl.store(counts_ptr + tile, tl.sum(rows_live))
+    tl.store(parts_ptr + tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), acc)
+    if is_last(counter_ptr):
+        sums, _, _, _, own = merge_loss(
+            parts_ptr, counts_ptr, n_counts, n_pieces, n_cols, reduction, denom_ptr, denom,
+            loss_ptr, scale_ptr, LOSS, WIDTH, PER_SEQUENCE,
+        )  # fmt: skip
+        store_stats(stats_ptr, sums, own)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    denom: Tensor | None,
+    codes: list[int],
+    params: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ppo_fast/_schema.py; (loss, stats, scale, grad_values)."""
+    f32, f64 = ({"dtype": t, "device": values.device} for t in (torch.float32, torch.float64))
+    grad, loss, scale = (torch.empty(shape, **f32) for shape in (values.shape, (), ()))
+    stats = torch.empty(N_STATS.value, **f64)
+    tensors = (values, old_values, returns, flag_bytes(mask))
+    with on_device(values):
+        how = plan(values, None, mask, cu_seqlens, codes[1])
+        parts = torch.empty(how.programs, WIDTH.value, **f64)
+        value_kernel[(how.programs,)](
+            *(arg for x in tensors for arg in strided(x)), cu_seqlens, how.counts, denom,
+            grad, loss, scale, stats, parts, counter(values), *how.sizes, *codes, *params,
+            **how.options,
+        )  # fmt: skip
+    return loss, stats, scale, grad
+
+
+AOT = (
+    Aot(
+        value_kernel,
+        AXES | strides("v", "old", "ret", "mask")
+        | {"form": "i32", "clip": "fp32", "factor": "fp32"}
+        | {
+            "sequences": (
+                absent("cu") | {"PER_SEQUENCE": False, "LOOK_UP": False},
+                absent("cu") | {"PER_SEQUENCE": True, "LOOK_UP": True},
+                pointers("*i32", "cu") | {"PER_SEQUENCE": True, "LOOK_UP": False},
+                pointers("*i64", "cu") | {"PER_SEQUENCE": True, "LOOK_UP": True},
+            ),
+            "inputs": (
+                pointers("*fp32", "v", "old", "ret"),
+                pointers("*bf16", "v", "old", "ret"),
+                pointers("*fp32", "v", "ret") | absent("old"),
+            ),
+            "mask_ptr": ("*u8:16", None),
+            "denom_ptr": ("*fp32", None),
+        },
+    ),
+)  # fmt: skip

@@ -1,0 +1,150 @@
+"""Masked moments and whitening of tensors the size of a batch of tokens."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .common import (
+    LAUNCH, Aot, RowBlock, block_moments, flag_bytes, load_flag, merge_moments, on_device,
+    row_blocks, row_offset
+)  # fmt: skip
+
+GEOMETRY = ["x_outer", "x_inner", "mask_outer", "mask_inner", "inner", "n"]
+BLOCK, WARPS = config.TOKENS
+
+
+@triton.jit
+def kept_elements(
+    x_ptr, x_outer, x_inner, mask_ptr, mask_outer, mask_inner, inner, n,
+    BLOCK: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """This program's elements: their index, value as loaded, and whether the mask keeps them."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x_at = i if DENSE else row_offset(i, inner, x_outer, x_inner)
+    mask_at = i if DENSE else row_offset(i, inner, mask_outer, mask_inner)
+    live = load_flag(mask_ptr, mask_at, i < n)
+    return i, tl.load(x_ptr + x_at, mask=live, other=0.0), live
+
+
+@triton.jit(do_not_specialize=[*GEOMETRY, "n_parts"])
+def moments_kernel(
+    x_ptr,  # (outer, inner), as the mask
+    x_outer: tl.int64,
+    x_inner: tl.int64,
+    mask_ptr,
+    mask_outer: tl.int64,
+    mask_inner: tl.int64,
+    parts_ptr,  # (3, n_parts) float64: counts, means, M2s
+    inner: tl.int64,
+    n: tl.int64,  # outer * inner
+    n_parts: tl.int64,
+    BLOCK: tl.constexpr,
+    DENSE: tl.constexpr,  # x and the mask are contiguous
+):
+    _, x, live = kept_elements(
+        x_ptr, x_outer, x_inner, mask_ptr, mask_outer, mask_inner, inner, n, BLOCK, DENSE
+    )
+    count, mean, m2 = block_moments(x, live)
+    part = parts_ptr + tl.program_id(0)
+    tl.store(part, count)
+    tl.store(part + n_parts, mean)
+    tl.store(part + 2 * n_parts, m2)
+
+
+@triton.jit(do_not_specialize=[*GEOMETRY, "shift_mean", "unbiased", "eps_at_std", "eps"])
+def whiten_kernel(
+    x_ptr,  # (outer, inner), as the mask
+    x_outer: tl.int64,
+    x_inner: tl.int64,
+    mask_ptr,
+    mask_outer: tl.int64,
+    mask_inner: tl.int64,
+    moments_ptr,  # (3,) float64: count, mean, M2
+    out_ptr,  # (n,) fp32
+    inner: tl.int64,
+    n: tl.int64,  # outer * inner
+    shift_mean,
+    unbiased,
+    eps_at_std,
+    eps,
+    BLOCK: tl.constexpr,
+    DENSE: tl.constexpr,  # x and the mask are contiguous
+):
+    i, x, live = kept_elements(
+        x_ptr, x_outer, x_inner, mask_ptr, mask_outer, mask_inner, inner, n, BLOCK, DENSE
+    )
+    mean = tl.load(moments_ptr + 1)
+    free = tl.load(moments_ptr) - tl.where(unbiased != 0, 1.0, 0.0)
+    var = tl.where(free > 0, tl.load(moments_ptr + 2) / tl.maximum(free, 1.0), 0.0)
+    varies = var > 0
+    var = tl.where(varies, var, 1.0)
+    spread = tl.where(eps_at_std != 0, tl.sqrt(var) + eps, tl.sqrt(var + eps))
+    scale = (1.0 / spread).to(tl.float32)
+
+    # The mean as two fp32 numbers: the subtraction keeps a small deviation from a large mean.
+    high = mean.to(tl.float32)
+    low = (mean - high.to(tl.float64)).to(tl.float32)
+    y = tl.where(varies, ((x.to(tl.float32) - high) - low) * scale, 0.0)
+    y = tl.where(shift_mean != 0, y, (y + low) + high)
+    tl.store(out_ptr + i, tl.where(live, y, 0.0), mask=i < n)
+
+
+def _dense(block: RowBlock) -> bool:
+    """Whether the block's tensors are contiguous: unit inner strides in one row."""
+    x_inner, mask, mask_inner = block.args[2], block.args[3], block.args[5]
+    return block.outer == 1 and x_inner == 1 and (mask is None or mask_inner == 1)
+
+
+def moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(3,) float64: count, mean and M2 of the unmasked elements."""
+    with on_device(x):
+        blocks = [b for b in row_blocks(x.shape, x, flag_bytes(mask)) if b.outer * b.inner]
+        counts = [triton.cdiv(b.outer * b.inner, BLOCK) for b in blocks]
+        parts = x.new_empty(3, sum(counts), dtype=torch.float64)
+        for k, block in enumerate(blocks):
+            moments_kernel[(counts[k],)](
+                *block.args, parts.view(-1)[sum(counts[:k]) :], block.inner,
+                block.outer * block.inner, parts.shape[1],
+                BLOCK=BLOCK, DENSE=_dense(block), num_warps=WARPS, **LAUNCH,
+            )  # fmt: skip
+        return merge_moments(parts)
+
+
+def whiten(
+    x: Tensor, mask: Tensor | None, moments: Tensor, codes: list[int], params: list[float]
+) -> Tensor:
+    """See ppo_fast/_schema.py; fp32, contiguous, shaped as x."""
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        for block in row_blocks(x.shape, x, flag_bytes(mask)):
+            n = block.outer * block.inner
+            if n == 0:
+                break
+            whiten_kernel[(triton.cdiv(n, BLOCK),)](
+                *block.args, moments, out.view(-1)[block.start :], block.inner, n, *codes, *params,
+                BLOCK=BLOCK, DENSE=_dense(block), num_warps=WARPS, **LAUNCH,
+            )  # fmt: skip
+    return out
+
+
+AXES = {
+    "x_ptr": ("*fp32:16", "*bf16:16", "*fp16:16", "*fp32"),
+    "mask_ptr": (None, "*u8:16", "*u8"),
+    **dict.fromkeys(GEOMETRY, "i64"),
+    "BLOCK": BLOCK,
+    "num_warps": WARPS,
+    "DENSE": (True, False),
+}
+AOT = (
+    Aot(moments_kernel, AXES | {"parts_ptr": "*fp64:16", "n_parts": "i64"}),
+    Aot(
+        whiten_kernel,
+        AXES
+        | {"moments_ptr": "*fp64:16", "out_ptr": "*fp32:16", "eps": "fp32"}
+        | dict.fromkeys(["shift_mean", "unbiased", "eps_at_std"], "i32"),
+    ),
+)
