@@ -1,0 +1,131 @@
+"""The command line: `ppo-fast train`, `ppo-fast info`, `ppo-fast bench`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import ppo_fast
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ppo_fast.loop import Outcome, TrainConfig, Trainer
+
+_USAGE = """usage: ppo-fast COMMAND [OPTIONS]
+
+  train   fine-tune a causal language model with PPO (ppo-fast train --help lists the options)
+  info    versions and usable backends
+  bench   pytest benchmarks/ --benchmark-only, further arguments passed through
+"""
+_TRAIN_HELP = """PPO on a causal language model. The default fine-tunes SmolLM2-135M-Instruct
+to continue film reviews with positive sentiment."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    command, *args = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command == "train":
+        return _train(args)
+    if command == "info":
+        return _info()
+    if command == "bench":
+        return _bench(args)
+    print(_USAGE, end="")
+    if command in ("-h", "--help"):
+        return 0
+    print(f"\nppo-fast: unknown command {command!r}", file=sys.stderr)
+    return 2
+
+
+def _train(args: list[str]) -> int:
+    try:
+        import tyro
+        from rich.console import Console
+        from transformers.utils.logging import disable_progress_bar
+
+        from ppo_fast.loop import RewardLengthError, TrainConfig, train
+    except ModuleNotFoundError as error:
+        print(f"{error}; `ppo-fast train` needs: pip install 'ppo_fast[train]'", file=sys.stderr)
+        return 1
+    config = tyro.cli(TrainConfig, args=args, prog="ppo-fast train", description=_TRAIN_HELP)
+    console = Console()
+    disable_progress_bar()  # the run draws its own
+    try:
+        trainer, outcome = train(config, console)
+        _print_outcome(console, outcome)
+        if outcome.interrupted:
+            return 130
+        _compare(console, config, trainer)
+    except RewardLengthError as error:
+        print(f"stopped: {error}; log, plot and model are in {config.out}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _print_outcome(console: Console, outcome: Outcome) -> None:
+    updates = len(outcome.rewards)
+    ended = "interrupted after" if outcome.interrupted else "done:"
+    console.print(
+        f"{ended} {updates} updates, KL to the reference {outcome.kl:.2f} nats a sequence"
+    )
+    if updates:
+        change = outcome.last - outcome.first
+        console.print(
+            f"mean reward: first fifth {outcome.first:+.3f}, last fifth {outcome.last:+.3f}"
+            f" ({change:+.3f}); curve: {outcome.plot}"
+        )
+    console.print(f"model: {outcome.model}")
+
+
+def _compare(console: Console, config: TrainConfig, trainer: Trainer) -> None:
+    """Replay the last batch on both backends and print what they cost and how they differ."""
+    if config.compare == 0 or trainer.last_batch is None:
+        return
+    from ppo_fast.loop.compare import compare
+
+    if trainer.backend == "reference":
+        console.print("ran on the reference backend, so there is nothing to compare it with")
+        return
+    with console.status("comparing with the reference backend"):
+        result = compare(trainer, config.compare)
+    console.print(result.table(f"one update, medians of {config.compare} on {trainer.device}"))
+    console.print(
+        f"largest difference: loss {result.loss_difference:.2e} (loss {result.loss:.4f}),"
+        f" gradients {result.gradient_difference:.2e} (largest {result.gradient:.2e})"
+    )
+
+
+def _info() -> int:
+    print(f"ppo_fast {ppo_fast.__version__}, Python {sys.version.split()[0]}")
+    for package in ("torch", "triton", "transformers"):
+        try:
+            print(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{package} not installed")
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    print(f"CPU threads {torch.get_num_threads()}, GPU {cuda}")
+    for name, reason in ppo_fast.backends().items():
+        print(f"backend {name}: {reason or 'usable'}")
+    return 0
+
+
+def _bench(args: list[str]) -> int:
+    folder = Path(ppo_fast.__file__).resolve().parent.parent / "benchmarks"
+    if not folder.is_dir():
+        print(f"ppo-fast bench runs from a checkout; {folder} is missing", file=sys.stderr)
+        return 1
+    command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-only", *args]
+    return subprocess.run(command, check=False, cwd=folder.parent).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""A minimal PPO loop for transformers causal language models, built on the ops of ppo_fast."""
+
+from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.rewards import RewardLengthError
+from ppo_fast.loop.trainer import Outcome, Trainer, train
+
+__all__ = ["Outcome", "RewardLengthError", "TrainConfig", "Trainer", "train"]

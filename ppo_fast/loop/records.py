@@ -1,0 +1,88 @@
+"""What a run leaves in its folder: log, samples and reward curve."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.rewards import Scores
+
+Record = dict[str, Any]
+
+
+class Recorder:
+    """Writes `config.json`, `log.jsonl` (an update a line) and `samples.txt` as updates finish."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.folder = config.out
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = json.dumps(dataclasses.asdict(config), default=str, indent=2)
+        (self.folder / "config.json").write_text(options + "\n")
+        self.records: list[Record] = []
+        self._log = (self.folder / "log.jsonl").open("w", encoding="utf-8")
+        self._samples = (self.folder / "samples.txt").open("w", encoding="utf-8")
+
+    def update(self, record: Record) -> None:
+        """Append one finished update; a number that is not finite is written as null."""
+        self.records.append(record)
+        self._log.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._log.flush()
+
+    def samples(self, update: int, prompts: list[str], completions: list[str], s: Scores) -> None:
+        """Append the first two completions of an update."""
+        for i, (prompt, text) in enumerate(zip(prompts[:2], completions[:2], strict=True)):
+            verdict = s.faults.get(i) or f"{s.values[i]:+.3f}"
+            self._samples.write(f"[{update}] {verdict}\n  {prompt} |{text}\n")
+        self._samples.flush()
+
+    def close(self) -> Path | None:
+        """Close the files and draw the reward curve; returns its path if there is any update."""
+        self._log.close()
+        self._samples.close()
+        if not self.records:
+            return None
+        path = self.folder / "reward.png"
+        plot(self.records, path)
+        return path
+
+
+def fifths(rewards: list[float]) -> tuple[float, float]:
+    """Mean reward of the first and of the last fifth of the updates, skipped ones left out."""
+    n = max(1, len(rewards) // 5)
+    return _mean(rewards[:n]), _mean(rewards[-n:])
+
+
+def plot(records: list[Record], path: Path) -> None:
+    """Reward and KL per sequence against updates."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    updates = [r["update"] for r in records]
+    rewards = [r["reward"] for r in records]
+    smooth = [_mean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
+    top.plot(updates, rewards, ".", alpha=0.5, label="mean of the batch")
+    top.plot(updates, smooth, label="mean of the last five")
+    top.set_ylabel("reward")
+    top.legend(loc="lower right")
+    bottom.plot(updates, [r.get("kl", math.nan) for r in records])
+    bottom.set_ylabel("KL to the reference\n(nats per sequence)")
+    bottom.set_xlabel("update")
+    figure.savefig(path, dpi=120)
+
+
+def _mean(values: list[float]) -> float:
+    kept = [v for v in values if math.isfinite(v)]
+    return sum(kept) / len(kept) if kept else math.nan
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,206 @@
+"""The loop: rollout, reward, scoring, advantages, update, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+import ppo_fast
+from ppo_fast._backend import select
+from ppo_fast.loop import data, models, rewards
+from ppo_fast.loop.agent import Agent, Scored
+from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.kl import adapt_penalty, adapt_reward_kl
+from ppo_fast.loop.meter import timed
+from ppo_fast.loop.policy import Sequences
+from ppo_fast.loop.records import Record, Recorder, fifths
+from ppo_fast.loop.rollout import Rollout, completions, encode, generate
+from ppo_fast.loop.update import Batch, Plan, Updated, make_plan, update
+
+_LOSS_KL = {"linear": 0.05, "penalty": 1.0}
+
+
+@dataclass
+class Outcome:
+    """What a run ended with. `first` and `last` are the mean rewards of its outer fifths."""
+
+    rewards: list[float]
+    first: float
+    last: float
+    kl: float
+    interrupted: bool
+    plot: Path | None
+    model: Path
+
+
+class Trainer:
+    """PPO on one model. `step` does one update; `run` does them all and saves what they left.
+
+    `model` is any transformers causal LM and is trained in place, `reward` a function
+    fn(prompts, completions) -> list[float].
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: Any, tokenizer: Any,
+        prompts: list[str], reward: rewards.RewardFn,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(config.seed)
+        self.config, self.tokenizer, self.reward = config, tokenizer, reward
+        self.agent = Agent(model, config)
+        self.device = self.agent.parameters[0].device
+        asked = None if config.backend == "auto" else config.backend
+        self.backend = select("train", asked, self.agent.parameters[0])
+        self.eos = models.eos_ids(model, tokenizer)
+        self.prompts = data.PromptStream(prompts, config.seed)
+        self.sampling = torch.Generator(self.device).manual_seed(config.seed)
+        self.shuffling = torch.Generator().manual_seed(config.seed)
+        self.kl_coef = config.kl_coef
+        coef = config.loss_kl_coef
+        self.loss_kl_coef = _LOSS_KL.get(config.variant, 0.0) if coef is None else coef
+        self.recorder = Recorder(config)
+        self.updates = 0
+        self.last_batch: tuple[list[str], rewards.Scores] | None = None
+
+    def run(self, console: Console) -> Outcome:
+        """Train to the end, or to Ctrl-C. However it ends, log, plot and model are written."""
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+        interrupted, plot = False, None
+        folder = self.config.out / "model"
+        try:
+            with Progress(*columns, console=console) as progress:
+                task = progress.add_task("training", total=self.config.updates)
+                while self.updates < self.config.updates:
+                    record = self.step()
+                    progress.update(task, advance=1, description=f"reward {record['reward']:+.2f}")
+                    self._report(console, record)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            models.save_model(self.agent.policy.model, self.tokenizer, folder)
+            plot = self.recorder.close()
+        records = self.recorder.records
+        means = [r["reward"] for r in records]
+        kl = fifths([r.get("kl", math.nan) for r in records])[1]
+        return Outcome(means, *fifths(means), kl, interrupted, plot, folder)
+
+    def step(self) -> Record:
+        """One update, logged when it is finished."""
+        prompts = self.prompts.next(self.config.batch)
+        with timed(self.device) as rollout_time:
+            rollout = self.rollout(prompts, self.backend)
+        texts = completions(self.tokenizer, rollout.seqs)
+        scores = rewards.score(self.reward, prompts, texts)
+        record: Record = {
+            "update": self.updates, "reward": scores.mean, "dropped": scores.faults,
+            "seconds": {"rollout": rollout_time.seconds},
+        }  # fmt: skip
+        seqs = self.kept(rollout.seqs, scores)
+        if seqs.mask.any():
+            record |= self._learn(rollout, seqs, scores, record["seconds"])
+            self.last_batch = (prompts, scores)
+        self.updates += 1
+        self.recorder.update(record)
+        self.recorder.samples(record["update"], prompts, texts, scores)
+        return record
+
+    def _learn(
+        self, rollout: Rollout, seqs: Sequences, scores: rewards.Scores, seconds: dict[str, float]
+    ) -> Record:
+        """Scoring, advantages and update; fills `seconds` and returns the rest of the record."""
+        plan = self.plan()
+        with timed(self.device) as scoring_time:
+            scored = self.agent.score(seqs, [rows for part in plan for rows in part], self.backend)
+        with timed(self.device) as advantage_time:
+            batch, kl = self.advantages(seqs, scored, scores, self.backend)
+        warm = min(1.0, (self.updates + 1) / max(1, self.config.warmup))
+        self.agent.set_lr(self.config.lr * warm)
+        with timed(self.device) as update_time:
+            done = self.update(batch, plan, self.backend)
+        seconds["scoring"] = scoring_time.seconds
+        seconds["advantages"] = advantage_time.seconds
+        seconds["update"] = update_time.seconds
+        gap = (rollout.logprobs - scored.old)[seqs.mask].abs()
+        record: Record = {
+            "kl": kl, "kl_coef": self.kl_coef, "loss_kl_coef": self.loss_kl_coef,
+            "rollout_gap_max": float(gap.max()), "rollout_gap_mean": float(gap.mean()),
+            "grad_norm": done.grad_norm, "steps": done.steps, "stopped_by_kl": done.stopped_by_kl,
+        }  # fmt: skip
+        if done.stats is not None:
+            record |= done.stats.compute()
+        self._control(kl, sum(scores.kept), done)
+        return record
+
+    def _control(self, kl: float, n: int, done: Updated) -> None:
+        """Move the KL coefficients."""
+        c = self.config
+        if c.kl_target is not None:
+            self.kl_coef = adapt_reward_kl(self.kl_coef, kl, c.kl_target, n, c.kl_horizon)
+        if c.variant == "penalty" and done.last is not None:
+            reached = done.last.compute()["kl_k3"]
+            self.loss_kl_coef = adapt_penalty(self.loss_kl_coef, reached, c.penalty_target)
+
+    def plan(self) -> Plan:
+        """The minibatches of a first epoch."""
+        c = self.config
+        return make_plan(c.batch, c.minibatches, c.micro_batch, self.shuffling)
+
+    def rollout(self, prompts: list[str], backend: str) -> Rollout:
+        """Sample one completion per prompt."""
+        tokens, attention = encode(self.tokenizer, prompts, self.device)
+        return generate(
+            self.agent.policy.model, tokens, attention,
+            max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature,
+            eos=self.eos, generator=self.sampling, backend=backend,
+        )  # fmt: skip
+
+    def kept(self, seqs: Sequences, scores: rewards.Scores) -> Sequences:
+        """The same sequences with those without a reward masked out."""
+        kept = torch.tensor(scores.kept, device=self.device)
+        return seqs._replace(mask=seqs.mask & kept[:, None])
+
+    def advantages(
+        self, seqs: Sequences, scored: Scored, scores: rewards.Scores, backend: str
+    ) -> tuple[Batch, float]:
+        """The batch an update reads, and its mean KL to the reference per sequence (nats)."""
+        out = ppo_fast.rlhf_advantages(
+            scored.old.new_tensor(scores.values), scored.old, scored.ref,
+            scored.values, seqs.mask, kl_coef=self.kl_coef,
+            gamma=self.config.gamma, lam=self.config.lam, backend=backend,
+        )  # fmt: skip
+        kl = float(out.kl.sum()) / max(1, sum(scores.kept))
+        return Batch(seqs, scored, out.advantages, out.returns, out.moments), kl
+
+    def update(self, batch: Batch, plan: Plan, backend: str) -> Updated:
+        """The optimisation phase."""
+        return update(self.agent, batch, plan, self.loss_kl_coef, self.shuffling, backend)
+
+    def _report(self, console: Console, record: Record) -> None:
+        """Print faults as they come, and a line now and then where no bar can be drawn."""
+        for i, reason in record["dropped"].items():
+            console.print(f"update {record['update']}: sample {i} dropped: {reason}", markup=False)
+        every = max(1, self.config.updates // 10)
+        if not console.is_terminal and self.updates % every == 0:
+            kl = record.get("kl", math.nan)
+            console.print(f"update {self.updates}: reward {record['reward']:+.3f}, KL {kl:.2f}")
+
+
+def train(config: TrainConfig, console: Console) -> tuple[Trainer, Outcome]:
+    """Load what `config` names, train, and return the trainer with the outcome."""
+    config = config.resolved()
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    texts = data.movie_reviews()
+    torch.manual_seed(config.seed)
+    console.print(f"loading {config.model}")
+    model, tokenizer = models.load_model(config.model, texts[:200], torch.device(name))
+    prompts = data.opening_words(texts, config.prompt_words)
+    reward = rewards.load_reward(config.reward)
+    trainer = Trainer(config, model, tokenizer, prompts, reward)
+    return trainer, trainer.run(console)

@@ -1,0 +1,145 @@
+"""PPO's optimisation phase: epochs of minibatches, each accumulated over micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import ppo_fast
+from ppo_fast.loop.agent import Agent, Scored
+from ppo_fast.loop.policy import Sequences
+
+Plan = list[list[Tensor]]
+
+
+class Batch(NamedTuple):
+    """Everything an update reads. Per-token tensors are (B, R) fp32 and constant."""
+
+    seqs: Sequences
+    scored: Scored
+    advantages: Tensor
+    returns: Tensor
+    moments: ppo_fast.Moments
+
+
+@dataclass
+class Updated:
+    """What an update did: merged statistics, the last minibatch's own, and the norms."""
+
+    stats: ppo_fast.Stats | None = None
+    last: ppo_fast.Stats | None = None
+    grad_norm: float = 0.0
+    steps: int = 0
+    stopped_by_kl: bool = False
+
+
+def make_plan(n: int, minibatches: int, micro_batch: int, generator: torch.Generator) -> Plan:
+    """A fresh permutation of `n` sequences, cut into minibatches of micro-batches (rows)."""
+    order = torch.randperm(n, generator=generator)
+    return [list(part.split(micro_batch)) for part in order.tensor_split(minibatches)]
+
+
+def update(
+    agent: Agent, batch: Batch, plan: Plan, loss_kl_coef: float,
+    generator: torch.Generator, backend: str,
+) -> Updated:  # fmt: skip
+    """Run `epochs` passes over the batch; `plan` orders the first, each later one is drawn anew.
+
+    A minibatch with no token left is skipped. Before the first optimiser step every ratio must be
+    exactly 1. An update ends early once a minibatch's KL(old, new) exceeds 1.5 times `kl_stop`;
+    its gradient is thrown away.
+    """
+    config, done = agent.config, Updated()
+    for epoch in range(config.epochs):
+        if epoch:
+            plan = make_plan(
+                len(batch.seqs.mask), config.minibatches, config.micro_batch, generator
+            )
+        for minibatch in plan:
+            agent.optimizer.zero_grad(set_to_none=True)
+            stats = accumulate(agent, batch, minibatch, loss_kl_coef, backend, done.steps == 0)
+            if stats is None:
+                continue
+            done.last = stats
+            done.stats = stats if done.stats is None else done.stats + stats
+            if config.kl_stop and stats.compute()["kl_k3"] > 1.5 * config.kl_stop:
+                agent.optimizer.zero_grad(set_to_none=True)
+                done.stopped_by_kl = True
+                return done
+            norm = torch.nn.utils.clip_grad_norm_(agent.parameters, config.max_grad_norm)
+            agent.optimizer.step()
+            done.grad_norm, done.steps = float(norm), done.steps + 1
+    agent.optimizer.zero_grad(set_to_none=True)
+    return done
+
+
+def accumulate(
+    agent: Agent, batch: Batch, minibatch: list[Tensor], loss_kl_coef: float,
+    backend: str, unchanged: bool = False,
+) -> ppo_fast.Stats | None:  # fmt: skip
+    """Add one minibatch's gradient to the parameters, and return its statistics.
+
+    Every micro-batch divides by the tokens of the whole minibatch, so the gradient does not depend
+    on the split. `unchanged` says that the weights are still those the old log-probs came from.
+    Returns None, and adds nothing, when no token is left.
+    """
+    tokens = sum(batch.seqs.mask[rows].sum() for rows in minibatch)
+    if tokens == 0:
+        return None
+    total: ppo_fast.Stats | None = None
+    for rows in minibatch:
+        part = _rows(batch, rows)
+        if not part.seqs.mask.any():
+            continue
+        logprobs, entropy, values = agent.forward(part.seqs, part.scored.trunk, backend)
+        if unchanged:
+            _require_ratio_one(logprobs, part)
+        loss, stats = _loss(agent, part, logprobs, entropy, values, tokens, loss_kl_coef, backend)
+        loss.backward()
+        total = stats if total is None else total + stats
+    return total
+
+
+def _loss(
+    agent: Agent, part: Batch, logprobs: Tensor, entropy: Tensor, values: Tensor,
+    tokens: Tensor, loss_kl_coef: float, backend: str,
+) -> tuple[Tensor, ppo_fast.Stats]:  # fmt: skip
+    """Policy loss plus `vf_coef` times value loss of one micro-batch, over `tokens`."""
+    config, mask = agent.config, part.seqs.mask
+    penalty = config.variant == "penalty"
+    policy = ppo_fast.ppo_loss(
+        logprobs, part.scored.old, part.advantages, mask,
+        variant=config.variant, clip_low=config.clip, clip_high=config.clip,
+        advantage_moments=part.moments,
+        entropy=entropy if config.entropy_coef else entropy.detach(),
+        entropy_coef=config.entropy_coef,
+        ref_logprobs=None if penalty else part.scored.ref, kl_coef=loss_kl_coef,
+        denom=tokens, backend=backend,
+    )  # fmt: skip
+    value = ppo_fast.value_loss(
+        values, part.scored.values, part.returns, mask,
+        clip=config.vf_clip, denom=tokens, backend=backend,
+    )  # fmt: skip
+    return policy.loss + config.vf_coef * value.loss, policy.stats + value.stats
+
+
+def _rows(batch: Batch, index: Tensor) -> Batch:
+    """The batch at row indices `index`; the moments stay those of the whole."""
+    old, ref, values, trunk = batch.scored
+    trunk = None if trunk is None else trunk[index]
+    scored = Scored(old[index], ref[index], values[index], trunk)
+    advantages, returns = batch.advantages[index], batch.returns[index]
+    return Batch(batch.seqs.rows(index), scored, advantages, returns, batch.moments)
+
+
+def _require_ratio_one(logprobs: Tensor, part: Batch) -> None:
+    gap = (logprobs.detach() - part.scored.old)[part.seqs.mask].abs().max().item()
+    if gap != 0.0:
+        raise RuntimeError(
+            "the policy's log-probs must equal the old ones before the first optimiser step,"
+            f" got a difference of {gap}: the model's forward is not deterministic"
+            " (dropout, or kernels that differ between runs)"
+        )
