@@ -151,12 +151,18 @@ def _lazy_triton(stem: str, op: str) -> Callable[..., Any]:
     return call
 
 
+# Gradients belong to the autograd.Functions of ops/: what comes out of the boundary is a
+# constant, whatever requires grad among the arguments.
+_LIBRARY = torch.library.Library("ppo_fast", "FRAGMENT")
+
+
 def _define() -> None:
     for op, (schema, fake, stem) in OPS.items():
         for backend in BACKENDS:
             name = f"ppo_fast::{op}.{backend}"
             torch.library.define(name, schema)
             torch.library.register_fake(name, fake)
+            _LIBRARY.impl(f"{op}.{backend}", torch.library.fallthrough_kernel, "Autograd")
         torch.library.impl(f"ppo_fast::{op}.triton", ("cpu", "cuda"), _lazy_triton(stem, op))
 
 

@@ -127,4 +127,4 @@ def kl_terms(
     if not estimator.endswith("+"):
         return value
     surrogate = 0.5 * x * x if ratio_clip is None else 0.5 * x * x * ratio_clip
-    return value.detach() + surrogate - surrogate.detach()
+    return value.detach() + (surrogate - surrogate.detach())

@@ -1,0 +1,1 @@
+"""The benchmark suite: every op beside its peers, `pytest benchmarks/ --benchmark-only`."""

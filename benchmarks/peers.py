@@ -1,0 +1,115 @@
+"""The peers in plain PyTorch, written as trainers write them, and ceilings of pure traffic."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# What a trainer logs, in the order of each loss's second result.
+PPO_STATS = (
+    "loss", "policy_loss", "entropy", "ref_kl", "kl_k1", "kl_k2", "kl_k3", "ratio_mean",
+    "ratio_min", "ratio_max", "ess", "clip_frac", "clip_frac_low", "clip_frac_high",
+    "clip_frac_eps", "n_tokens", "n_seqs",
+)  # fmt: skip
+VALUE_STATS = ("value_loss", "vf_clip_frac", "explained_variance", "n_tokens")
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """TRL's `selective_log_softmax_and_entropy` before it had kernels."""
+    logp = F.log_softmax(logits, dim=-1)
+    logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return logprobs, entropy
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    entropy: Tensor,
+    ref_logprobs: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_clamp: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss of verl's actor update with a k3 term, and `PPO_STATS` without a sync."""
+    keep = mask.to(logprobs.dtype)
+    n = keep.sum()
+
+    def mean(x: Tensor) -> Tensor:
+        return (x * keep).sum() / n
+
+    d = (logprobs - old_logprobs).clamp(-20.0, 20.0)
+    ratio = d.exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    policy_loss = mean(torch.maximum(plain, clipped))
+    x = logprobs - ref_logprobs
+    ref_kl = mean((torch.expm1(-x) + x).clamp(-kl_clamp, kl_clamp))
+    entropy_mean = mean(entropy)
+    loss = policy_loss + kl_coef * ref_kl - entropy_coef * entropy_mean
+    with torch.no_grad():
+        active = (clipped > plain) * keep
+        below, above = (ratio < 1 - clip_low).to(keep), (ratio > 1 + clip_high).to(keep)
+        low, high = (active * below).sum() / n, (active * above).sum() / n
+        stats = (
+            loss, policy_loss, entropy_mean, ref_kl,
+            mean(-d), mean(0.5 * d * d), mean(torch.expm1(d) - d), mean(ratio),
+            ratio.masked_fill(~mask, torch.inf).amin(),
+            ratio.masked_fill(~mask, -torch.inf).amax(),
+            (ratio * keep).sum() ** 2 / (n * (ratio * ratio * keep).sum()),
+            low + high, low, high, mean(below + above), n, mask.any(-1).sum().to(n),
+        )  # fmt: skip
+        return loss, torch.stack(stats)
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float
+) -> tuple[Tensor, Tensor]:
+    """The clipped value loss of TRL and verl, and `VALUE_STATS`."""
+    keep = mask.to(values.dtype)
+    n = keep.sum()
+    bounded = torch.clamp(values, old_values - clip, old_values + clip)
+    plain, clipped = (values - returns) ** 2, (bounded - returns) ** 2
+    loss = 0.5 * (torch.maximum(plain, clipped) * keep).sum() / n
+    with torch.no_grad():
+        error = returns - old_values
+
+        def variance(x: Tensor) -> Tensor:
+            mean = (x * keep).sum() / n
+            return ((x - mean) ** 2 * keep).sum() / n
+
+        clip_frac = ((clipped > plain) * keep).sum() / n
+        explained = 1 - variance(error) / variance(returns)
+        return loss, torch.stack((loss, clip_frac, explained, n))
+
+
+def gae_loop(
+    rewards: Tensor, values: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """The per-token loop of TRL, OpenRLHF and verl: advantages and returns."""
+    length = rewards.shape[1]
+    last = torch.zeros_like(rewards[:, 0])
+    reversed_advantages = []
+    for t in reversed(range(length)):
+        next_values = values[:, t + 1] if t < length - 1 else 0.0
+        delta = rewards[:, t] + gamma * next_values - values[:, t]
+        last = delta + gamma * lam * last
+        reversed_advantages.append(last)
+    advantages = torch.stack(reversed_advantages[::-1], dim=1)
+    return advantages, advantages + values
+
+
+def copy(*tensors: Tensor) -> list[Tensor]:
+    """A fresh copy of each: what an op that reads its inputs and writes as much cannot beat."""
+    return [x.clone() for x in tensors]
+
+
+def read(*tensors: Tensor) -> list[Tensor]:
+    """One read of each."""
+    return [x.sum() for x in tensors]

@@ -1,0 +1,133 @@
+"""Timing providers against each other: rounds interleaved, so that a swing hits them all."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROUNDS = 25
+# What one provider may take of a case, in seconds: slower ones sit rounds out, down to 5 samples.
+BUDGET = 3.0
+MIN_SAMPLES = 5
+# A sample lasts at least this long, by repeating short calls.
+MIN_SAMPLE = 4e-3
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A provider with its inputs in place.
+
+    `call` is what is timed, the release of its result included. `named` turns that result into
+    named tensors for the gate. `prepare` runs before each timed call, untimed.
+    """
+
+    call: Callable[[], Any]
+    named: Callable[[Any], dict[str, Any]]
+    prepare: Callable[[], None] | None = None
+
+
+class ReplayClock:
+    """The timer that pytest-benchmark is given: it reads back samples that were interleaved."""
+
+    def __init__(self) -> None:
+        self._readings: deque[float] = deque()
+
+    def load(self, samples: list[float]) -> None:
+        self._readings.clear()
+        for sample in samples:
+            self._readings.extend((0.0, sample))
+
+    def read(self) -> float:
+        return self._readings.popleft()
+
+
+CLOCK = ReplayClock()
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _sample(bound: Bound, number: int) -> float:
+    """Seconds per call over `number` calls."""
+    if bound.prepare is not None:
+        bound.prepare()
+    call = bound.call
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    return (time.perf_counter() - start) / number
+
+
+def _calls_per_sample(bound: Bound) -> int:
+    if bound.prepare is not None:
+        return 1
+    number = 1
+    while (took := _sample(bound, number) * number) < MIN_SAMPLE:
+        number = max(2 * number, math.ceil(number * MIN_SAMPLE / max(took, 1e-7)))
+    return number
+
+
+def interleave(providers: dict[str, Bound], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Samples (seconds per call) of every provider, one sample a round in turn."""
+    with _no_collector():
+        number = {name: _calls_per_sample(bound) for name, bound in providers.items()}
+        every = {}
+        for name, bound in providers.items():
+            wanted = BUDGET / (_sample(bound, number[name]) * number[name])
+            every[name] = math.ceil(rounds / min(rounds, max(MIN_SAMPLES, wanted)))
+        samples: dict[str, list[float]] = {name: [] for name in providers}
+        for turn in range(rounds):
+            for name, bound in providers.items():
+                if turn % every[name] == 0:
+                    samples[name].append(_sample(bound, number[name]))
+    return samples
+
+
+def percentile(samples: list[float], q: float) -> float:
+    """The q-th quantile, linear between the two nearest samples."""
+    ordered = sorted(samples)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def median(samples: list[float]) -> float:
+    return statistics.median(samples)
+
+
+def peak_mb(bound: Bound) -> float | None:
+    """Peak resident MB of one call beyond what stands before it; None where Linux cannot say."""
+    if bound.prepare is not None:
+        bound.prepare()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+        before = _status_kb("VmRSS")
+        bound.call()
+        return max(0.0, (_status_kb("VmHWM") - before) / 1024)
+    except OSError:
+        return None
+
+
+def _status_kb(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")

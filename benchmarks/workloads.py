@@ -1,0 +1,94 @@
+"""Each case's inputs as an op call, and the bytes and operations that it cannot do without."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.shapes import BOTH, DTYPES, Case
+from ppo_fast.testing import Call, gae_call, logprobs_call, rlhf_call, value_call, whiten_call
+
+# The settings RLHF trainers use; the same for every provider.
+PPO_OPTIONS: dict[str, Any] = {
+    "clip_low": 0.2, "clip_high": 0.2, "entropy_coef": 0.01, "kl_coef": 0.05, "kl_clamp": 10.0,
+    "reduction": "token-mean",
+}  # fmt: skip
+GAE_OPTIONS: dict[str, Any] = {"gamma": 0.99, "lam": 0.95}
+
+
+class Cost(NamedTuple):
+    """The least traffic (each input read and each output written once a pass) and arithmetic."""
+
+    bytes: int
+    flops: int
+
+
+def make_call(case: Case) -> Call:
+    """The case's inputs, the same in every process."""
+    dims, dtype = case.shape.dims, DTYPES[case.dtype]
+    if case.op == "token_logprobs":
+        call = logprobs_call(dims[:1], dims[1], dtype=dtype, mask=None, temperature=1.0)
+    elif case.op == "ppo_loss":
+        call = _ppo_call(dims, dtype)
+    elif case.op == "value_loss":
+        call = value_call(dims, dtype=dtype, mask=None).replace(mask=_responses(dims))
+    elif case.op == "gae":
+        call = gae_call(dims, dtype=dtype, mask=None, extras=(), **GAE_OPTIONS)
+    elif case.op == "rlhf_advantages":
+        call = rlhf_call(dims, dtype=dtype, bootstrap=False, **GAE_OPTIONS)
+        call = call.replace(mask=_responses(dims))
+    else:
+        call = whiten_call(dims, dtype=dtype, mask=None).replace(mask=_responses(dims))
+    return call if case.direction == BOTH else call._replace(cotangents={})
+
+
+def _responses(dims: tuple[int, int]) -> torch.Tensor:
+    """The mask of right-padded responses, each half to all of its row."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(dims[1] // 2, dims[1] + 1, (dims[0], 1), generator=generator)
+    return torch.arange(dims[1]) < lengths
+
+
+def _ppo_call(dims: tuple[int, int], dtype: torch.dtype) -> Call:
+    """A policy some steps from the one that sampled: a tenth of its ratios are clipped."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(dims, generator=generator) * scale).to(dtype)
+
+    logprobs, ratio = -normal(2.0).abs(), normal(0.15).exp()
+    # Statistics count clipped tokens: none may stand where rounding decides on which side.
+    for bound in (1 - PPO_OPTIONS["clip_low"], 1 + PPO_OPTIONS["clip_high"]):
+        ratio = torch.where((ratio - bound).abs() < 1e-3, bound + 1e-2, ratio)
+    tensors = {
+        "logprobs": logprobs,
+        "old_logprobs": logprobs - ratio.log(),
+        "advantages": normal(),
+        "mask": _responses(dims),
+        "entropy": normal().abs(),
+        "ref_logprobs": logprobs + normal(0.1),
+    }
+    return Call("ppo_loss", tensors, dict(PPO_OPTIONS), {"loss": torch.ones(())})
+
+
+def cost(case: Case) -> Cost:
+    """Least bytes moved and operations (exp, log and division count one each)."""
+    n, wide = case.shape.numel, DTYPES[case.dtype].itemsize
+    rows = case.shape.dims[0]
+    both = case.direction == BOTH
+    if case.op == "token_logprobs":
+        # Forward: the logits, 8 bytes of token and 8 of results a row; subtract, exp, add,
+        # multiply, add. Backward: the logits again and their gradient; 8 more operations.
+        forward = Cost(n * wide + rows * 16, 5 * n)
+        return Cost(forward.bytes + 2 * n * wide + rows * 24, 13 * n) if both else forward
+    if case.op == "ppo_loss":
+        # Five floats and a mask byte in, two gradients out.
+        return Cost(n * (5 * wide + 1 + (8 if both else 0)), 60 * n)
+    if case.op == "value_loss":
+        return Cost(n * (3 * wide + 1 + (4 if both else 0)), 20 * n)
+    if case.op == "gae":
+        return Cost(n * (2 * wide + 8), 8 * n)
+    if case.op == "rlhf_advantages":
+        return Cost(n * (3 * wide + 1 + 16), 14 * n)
+    return Cost(n * (wide + 1 + 4), 3 * n)

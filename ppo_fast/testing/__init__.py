@@ -1,0 +1,44 @@
+"""What tests and benchmarks share: input factories, fp64 error budgets, poisoned allocations.
+
+An op call is data (`Call`), so one test can run every op: promote it to fp64, put its tensors in
+another layout, fill its masked slots with garbage, take some of its rows.
+"""
+
+from ppo_fast.testing.budget import assert_agrees, assert_within_budget
+from ppo_fast.testing.calls import Call, output, promoted, run, same_bits
+from ppo_fast.testing.inputs import (
+    FACTORIES,
+    gae_call,
+    logprobs_call,
+    make_mask,
+    ppo_call,
+    rlhf_call,
+    value_call,
+    whiten_call,
+)
+from ppo_fast.testing.layouts import LAYOUTS, laid_out, with_garbage, with_layout, with_rows
+from ppo_fast.testing.poison import poisoned_allocations
+
+__all__ = [
+    "FACTORIES",
+    "LAYOUTS",
+    "Call",
+    "assert_agrees",
+    "assert_within_budget",
+    "gae_call",
+    "laid_out",
+    "logprobs_call",
+    "make_mask",
+    "output",
+    "poisoned_allocations",
+    "ppo_call",
+    "promoted",
+    "rlhf_call",
+    "run",
+    "same_bits",
+    "value_call",
+    "whiten_call",
+    "with_garbage",
+    "with_layout",
+    "with_rows",
+]

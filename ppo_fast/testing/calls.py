@@ -1,0 +1,89 @@
+"""One op call as data, and running it on a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import ppo_fast
+from ppo_fast import Moments, Stats
+
+# What gradients flow to, and the outputs that they flow from.
+DIFFERENTIABLE = {
+    "token_logprobs": (("logits",), ("logprobs", "entropy")),
+    "ppo_loss": (("logprobs", "entropy"), ("loss",)),
+    "value_loss": (("values",), ("loss",)),
+}
+
+
+class Call(NamedTuple):
+    """An op of the public API, its tensor arguments and options, and its outputs' gradients.
+
+    `cotangents` is keyed by output; an output without one takes no part in the backward.
+    """
+
+    op: str
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    cotangents: dict[str, Tensor]
+
+    def replace(self, **tensors: Tensor | None) -> Call:
+        """The same call with some tensors replaced, or dropped where None."""
+        merged = {**self.tensors, **tensors}
+        return self._replace(tensors={k: v for k, v in merged.items() if v is not None})
+
+    def option(self, **options: Any) -> Call:
+        """The same call with other options."""
+        return self._replace(options={**self.options, **options})
+
+
+def promoted(call: Call, dtype: torch.dtype = torch.float64) -> Call:
+    """The same call, already rounded, with every floating tensor in another precision.
+
+    Masks keep their type: they are flags, whatever their dtype.
+    """
+
+    def up(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            k: v.to(dtype) if v.is_floating_point() and k != "mask" else v for k, v in x.items()
+        }
+
+    return call._replace(tensors=up(call.tensors), cotangents=up(call.cotangents))
+
+
+def output(result: Any) -> dict[str, Tensor]:
+    """A result tuple as plain tensors by name."""
+    if isinstance(result, Tensor):
+        return {"out": result}
+    named = result._asdict()
+    return {k: v.values if isinstance(v, Stats | Moments) else v for k, v in named.items()}
+
+
+def run(call: Call, backend: str | None) -> dict[str, Tensor]:
+    """Outputs by name and, for differentiable ops, `grad_<input>` of each leaf."""
+    leaves, outputs = DIFFERENTIABLE.get(call.op, ((), ()))
+    tensors = dict(call.tensors)
+    given = [name for name in leaves if name in tensors and call.cotangents]
+    for name in given:
+        tensors[name] = tensors[name].detach().requires_grad_()
+    out = output(getattr(ppo_fast, call.op)(**tensors, **call.options, backend=backend))
+    if given:
+        used = [name for name in outputs if name in call.cotangents]
+        grads = torch.autograd.grad(
+            [out[name] for name in used],
+            [tensors[name] for name in given],
+            [call.cotangents[name].to(out[name].dtype) for name in used],
+        )
+        out |= {f"grad_{name}": grad for name, grad in zip(given, grads, strict=True)}
+    return {name: x.detach() for name, x in out.items()}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal types, shapes and values; NaN equals NaN (its payload is nobody's promise)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    both_nan = a.isnan() & b.isnan() if a.is_floating_point() else torch.zeros_like(a, dtype=torch.bool)
+    return bool(((a == b) | both_nan).all())

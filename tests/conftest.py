@@ -1,0 +1,73 @@
+"""Backends, devices and poisoned memory for every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Triton reads it when it is imported, ppo_fast when it lists its backends: before both.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import hypothesis
+
+import ppo_fast
+from ppo_fast import testing
+
+KERNELS = ("cpu", "triton")
+
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, print_blob=True
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "own_memory: allocations stay as they are (a compiler looks at them)"
+    )
+
+
+def usable(name: str) -> str:
+    """The name, or a skip with the reason; tests/test_backend.py fails where cpu should work."""
+    reason = ppo_fast.backends()[name]
+    if reason is not None:
+        pytest.skip(f"backend {name!r}: {reason}")
+    return name
+
+
+@pytest.fixture(params=("reference", *KERNELS))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend, the law included."""
+    return usable(request.param)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    """Every backend that has kernels."""
+    return usable(request.param)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the backend of this test computes."""
+    name = next(
+        request.getfixturevalue(fixture)
+        for fixture in ("backend", "kernel")
+        if fixture in request.fixturenames
+    )
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fresh memory is NaN wherever a backend is tested, so that an unwritten output shows."""
+    tested = {"backend", "kernel"} & set(request.fixturenames)
+    if not tested or request.node.get_closest_marker("own_memory"):
+        yield
+        return
+    with testing.poisoned_allocations():
+        yield

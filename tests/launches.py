@@ -1,0 +1,75 @@
+"""Every interpreted launch is one that test_aot.py compiles: same constants, pointers and Nones.
+
+`watch()` makes the Triton interpreter check that while the block runs, so that a launcher cannot
+gain a specialisation that kernels/*.py `AOT` lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from aot import product
+
+DTYPES = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16",
+    torch.float16: "*fp16", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+@functools.cache
+def registered(module: str, name: str) -> tuple[tuple[str, ...], frozenset[Any]]:
+    """The parameters that specialise a kernel, and the combinations registered for it."""
+    entries = [e for e in importlib.import_module(module).AOT if e.kernel.__name__ == name]
+    if not entries:
+        raise AssertionError(f"{module}.{name} is launched and not in AOT")
+    cases = product(entries[0])
+    parameters = inspect.signature(entries[0].kernel.fn).parameters
+    keys = tuple(
+        k for k, p in parameters.items()
+        if "constexpr" in str(p.annotation)
+        or any(c[k] is None or str(c[k]).startswith("*") for c in cases)
+    )  # fmt: skip
+    keys += ("num_warps",) * any("num_warps" in c for c in cases)
+    strip = lambda x: x.split(":")[0] if isinstance(x, str) else x  # noqa: E731
+    return keys, frozenset(tuple(strip(c[k]) for k in keys) for c in cases)
+
+
+def check(fn: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise AssertionError unless the launch is registered."""
+    signature = inspect.signature(fn)
+    launch = {k: v for k, v in kwargs.items() if k in signature.parameters}
+    values = kwargs | signature.bind(*args, **launch).arguments
+    keys, cases = registered(fn.__module__, fn.__name__)
+    found = tuple(
+        DTYPES[values[k].dtype] if isinstance(values[k], torch.Tensor) else values[k] for k in keys
+    )
+    if found not in cases:
+        raise AssertionError(
+            f"{fn.__name__} is launched with {dict(zip(keys, found, strict=True))},"
+            f" which its AOT does not list"
+        )
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[None]:
+    """Check every interpreted launch inside the block."""
+    from triton.runtime.interpreter import GridExecutor
+
+    call = GridExecutor.__call__
+
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        check(self.fn, args, kwargs)
+        call(self, *args, **kwargs)
+
+    GridExecutor.__call__ = checked
+    try:
+        yield
+    finally:
+        GridExecutor.__call__ = call

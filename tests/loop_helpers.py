@@ -1,0 +1,65 @@
+"""A tiny model, its prompts and a trainer on them, for the tests of the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppo_fast.loop import TrainConfig, Trainer
+from ppo_fast.loop.models import tiny_model
+from ppo_fast.loop.rewards import RewardFn, Scores, letters
+from ppo_fast.loop.rollout import Rollout
+from ppo_fast.loop.update import Batch, Plan
+
+TEXTS = [
+    "a film of great warmth and wit",
+    "the plot is thin, the actors are tired and the jokes are old",
+    "one of the best comedies in years",
+    "it is slow",
+    "nobody in this picture seems to know why they are there at all",
+    "wonderful music, wonderful faces",
+    "I laughed twice",
+    "an honest and moving portrait of two brothers",
+]
+
+
+def tiny(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Any, Any]:
+    """A tiny Llama and its tokenizer, ready for the loop."""
+    torch.manual_seed(seed)
+    model, tokenizer = tiny_model(TEXTS)
+    tokenizer.padding_side = "left"
+    return model.eval().to(dtype), tokenizer
+
+
+def trainer(
+    out: Path, reward: RewardFn = letters, dtype: torch.dtype = torch.float32, **options: Any
+) -> Trainer:
+    """A trainer of the tiny model: 8 prompts, 6 new tokens, one trainable layer of two."""
+    defaults = {
+        "updates": 3, "batch": 8, "minibatches": 2, "micro_batch": 2, "max_new_tokens": 6,
+        "train_layers": 1, "lr": 1e-3, "warmup": 0, "model": "tiny", "device": "cpu",
+    }  # fmt: skip
+    config = TrainConfig(out=out, **(defaults | options))
+    return Trainer(config, *tiny(dtype), TEXTS, reward)
+
+
+def batch_of(t: Trainer, scores: Scores | None = None) -> tuple[Rollout, Batch, Plan]:
+    """A rollout, the batch made of it and the plan its old log-probs were scored in."""
+    prompts = t.prompts.next(t.config.batch)
+    rollout = t.rollout(prompts, t.backend)
+    scores = scores or Scores([0.1 * i for i in range(t.config.batch)])
+    seqs, plan = t.kept(rollout.seqs, scores), t.plan()
+    scored = t.agent.score(seqs, [rows for part in plan for rows in part], t.backend)
+    return rollout, t.advantages(seqs, scored, scores, t.backend)[0], plan
+
+
+def weights(t: Trainer) -> list[torch.Tensor]:
+    """Copies of the trainable weights."""
+    return [p.detach().clone() for p in t.agent.parameters]
+
+
+def gradients(t: Trainer) -> list[torch.Tensor]:
+    """Copies of the gradients."""
+    return [p.grad.clone() for p in t.agent.parameters if p.grad is not None]

@@ -1,0 +1,122 @@
+"""Choosing a backend: by argument, context, environment, device; named ones never fall back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ppo_fast
+from ppo_fast import _backend, testing
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PPO_FAST_BACKEND", "TRITON_INTERPRET")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_backends_are_named_with_reasons() -> None:
+    found = ppo_fast.backends()
+    assert list(found) == ["reference", "cpu", "triton", "cuda"]
+    assert found["reference"] is None and "triton" in str(found["cuda"])
+    assert all(reason is None or len(reason) > 20 for reason in found.values())
+
+
+def test_the_extension_is_built_where_it_can_be() -> None:
+    """A machine with a compiler has the `cpu` backend: its tests must not be skipped there."""
+    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    reason = ppo_fast.backends()["cpu"]
+    assert reason is None or compiler is None, f"{compiler} is here, but: {reason}"
+
+
+def test_triton_is_usable_here() -> None:
+    """Compiled on a GPU, else interpreted: conftest.py set TRITON_INTERPRET."""
+    assert ppo_fast.backends()["triton"] is None
+
+
+def test_the_result_of_backends_is_a_copy() -> None:
+    ppo_fast.backends()["reference"] = "broken"
+    assert ppo_fast.backends()["reference"] is None
+
+
+def test_the_argument_wins_over_the_context() -> None:
+    x = torch.zeros(2, 3)
+    with ppo_fast.use_backend("triton"):
+        assert _backend.select("op", None, x) == "triton"
+        assert _backend.select("op", "reference", x) == "reference"
+        with ppo_fast.use_backend("reference"):
+            assert _backend.select("op", None, x) == "reference"
+        assert _backend.select("op", None, x) == "triton"
+
+
+def test_the_context_ends_with_an_exception() -> None:
+    before = _backend._Chosen.name
+    with pytest.raises(KeyError), ppo_fast.use_backend("reference"):
+        raise KeyError
+    assert _backend._Chosen.name == before
+
+
+@pytest.mark.parametrize("name", ["fast", "", "CPU"])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(ValueError, match=f"use_backend: backend must be one of .*got '{name}'"):
+        ppo_fast.use_backend(name)
+
+
+def test_a_named_backend_that_is_unusable_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reason and its mend; the automatic choice says so once and runs the reference."""
+    monkeypatch.setitem(_backend._REASONS, "cpu", "it is not built; run make")
+    monkeypatch.setattr(_backend._Chosen, "warned", False)
+    monkeypatch.setattr(_backend._Chosen, "name", None)
+    call = testing.gae_call()
+    with pytest.raises(ppo_fast.BackendUnavailableError, match="gae: .*'cpu' is not usable: it is not built; run make"):
+        testing.run(call, "cpu")
+    with pytest.raises(ppo_fast.BackendUnavailableError, match="use_backend: .*run make"):
+        ppo_fast.use_backend("cpu")
+    with pytest.warns(RuntimeWarning, match="slow PyTorch reference. cpu: it is not built; run make"):
+        out = testing.run(call, None)
+    want = testing.run(call, "reference")
+    assert all(testing.same_bits(out[k], want[k]) for k in want)
+    testing.run(call, None)  # a second warning would be an error here
+
+
+def test_the_automatic_choice_is_the_device_s() -> None:
+    reason = ppo_fast.backends()["cpu"]
+    if reason:
+        pytest.skip(f"backend 'cpu': {reason}")
+    assert _backend.select("op", None, torch.zeros(1)) == "cpu"
+    assert _backend.select("op", None, torch.zeros(1, dtype=torch.float64)) == "cpu"
+    assert _backend.select("op", None, torch.zeros(1, device="meta")) == "reference"
+
+
+def test_tensors_elsewhere_are_refused() -> None:
+    reason = ppo_fast.backends()["cpu"]
+    if reason:
+        pytest.skip(f"backend 'cpu': {reason}")
+    with pytest.raises(ValueError, match="op: backend 'cpu' needs CPU tensors, got meta"):
+        _backend.select("op", "cpu", torch.zeros(1, device="meta"))
+
+
+def test_triton_without_interpreter_needs_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="'triton' needs CUDA tensors, got cpu"):
+        _backend.select("op", "triton", torch.zeros(1))
+
+
+def test_the_environment_chooses() -> None:
+    code = "import ppo_fast, torch; from ppo_fast._backend import select; print(select('op', None, torch.zeros(1)))"
+    assert python(code, PPO_FAST_BACKEND="reference").stdout.strip() == "reference"
+    wrong = python(code, PPO_FAST_BACKEND="fast")
+    assert wrong.returncode != 0 and "backend must be one of" in wrong.stderr and "'fast'" in wrong.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_triton_says_what_it_lacks() -> None:
+    out = python("import ppo_fast; print(ppo_fast.backends()['triton'])").stdout
+    assert "there is no GPU; set TRITON_INTERPRET=1" in out

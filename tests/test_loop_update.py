@@ -1,0 +1,166 @@
+"""The optimisation phase: exact first ratio, split invariance, dropped samples, backends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from loop_helpers import batch_of, gradients, trainer, weights
+
+from ppo_fast.loop.rewards import Scores
+from ppo_fast.loop.trainer import Trainer
+from ppo_fast.loop.update import Batch, accumulate, make_plan, update
+
+# fp64 sums in another order: 2**-53 times terms and condition number below 1e4, per unit.
+FP64 = 1e-12
+
+
+def gradient_of(t: Trainer, batch: Batch, minibatch: list[torch.Tensor]) -> list[torch.Tensor]:
+    t.agent.optimizer.zero_grad()
+    assert accumulate(t.agent, batch, minibatch, t.loss_kl_coef, t.backend) is not None
+    return gradients(t)
+
+
+def assert_near(a: list[torch.Tensor], b: list[torch.Tensor], share: float) -> None:
+    """Equal up to `share` of the largest entry of all."""
+    assert len(a) == len(b) > 0
+    largest = max(float(x.abs().max()) for x in a)
+    assert largest > 0
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=share * largest)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_first_minibatch_has_ratio_exactly_one(
+    tmp_path: Path, micro_batch: int, critic: str
+) -> None:
+    t = trainer(tmp_path, micro_batch=micro_batch, critic=critic, temperature=0.7)
+    _, batch, plan = batch_of(t)
+    assert [len(part) for part in plan[0]] == [1] * 4 if micro_batch == 1 else plan
+    stats = accumulate(t.agent, batch, plan[0], 0.0, t.backend, unchanged=True)
+    assert stats is not None
+    computed = stats.compute()
+    assert computed["ratio_min"] == computed["ratio_max"] == 1.0
+    assert computed["kl_k2"] == 0.0 and computed["n_tokens"] > 0
+
+
+def test_a_ratio_off_one_by_one_ulp_stops_the_update(tmp_path: Path) -> None:
+    t = trainer(tmp_path)
+    _, batch, plan = batch_of(t)
+    old = batch.scored.old
+    old[:, 0] = torch.nextafter(old[:, 0], torch.tensor(0.0))
+    before = weights(t)
+    with pytest.raises(RuntimeError, match="must equal the old ones before the first"):
+        update(t.agent, batch, plan, 0.0, t.shuffling, t.backend)
+    assert all(map(torch.equal, before, weights(t)))
+
+
+@pytest.mark.parametrize("variant", ["clip", "gspo", "cispo", "penalty", "linear"])
+def test_gradient_does_not_depend_on_the_micro_batch_split(tmp_path: Path, variant: str) -> None:
+    t = trainer(tmp_path, dtype=torch.float64, variant=variant, entropy_coef=0.1)
+    _, batch, _ = batch_of(t)
+    batch.scored.old.add_(0.1 * torch.randn_like(batch.scored.old))  # ratios away from 1
+    rows = torch.arange(8)
+    whole = gradient_of(t, batch, [rows])
+    for size in (1, 3, 4):
+        assert_near(whole, gradient_of(t, batch, list(rows.split(size))), FP64)
+
+
+def test_a_dropped_sample_leaves_the_others_as_if_it_had_not_been(tmp_path: Path) -> None:
+    t = trainer(tmp_path, dtype=torch.float64)
+    values = [0.1 * i for i in range(8)]
+    state = t.sampling.get_state()
+    _, dropped, _ = batch_of(t, Scores([*values[:3], 0.0, *values[4:]], {3: "no reward"}))
+    t.sampling.set_state(state)
+    others = torch.tensor([0, 1, 2, 4, 5, 6, 7])
+    batch = dropped._replace(
+        seqs=dropped.seqs.rows(others),
+        scored=type(dropped.scored)(*(x[others] for x in dropped.scored)),
+        advantages=dropped.advantages[others],
+        returns=dropped.returns[others],
+    )
+    assert float(dropped.moments.values[0]) == float(batch.seqs.mask.sum())
+    assert not dropped.seqs.mask[3].any() and dropped.advantages[3].eq(0).all()
+    with_hole = gradient_of(t, dropped, [torch.arange(8)])
+    assert_near(with_hole, gradient_of(t, batch, [torch.arange(7)]), FP64)
+
+
+def test_nothing_left_leaves_weights_and_optimiser_alone(tmp_path: Path) -> None:
+    t = trainer(tmp_path)
+    _, batch, plan = batch_of(t, Scores([0.0] * 8, dict.fromkeys(range(8), "no reward")))
+    before = weights(t)
+    done = update(t.agent, batch, plan, 0.0, t.shuffling, t.backend)
+    assert done.steps == 0 and done.stats is None
+    assert all(map(torch.equal, before, weights(t))) and not t.agent.optimizer.state
+
+
+def test_kl_stop_throws_away_the_gradient_that_went_too_far(tmp_path: Path) -> None:
+    t = trainer(tmp_path, kl_stop=1e-9, epochs=4)
+    _, batch, plan = batch_of(t)
+    done = update(t.agent, batch, plan, 0.0, t.shuffling, t.backend)
+    assert done.stopped_by_kl and done.steps == 1
+    assert done.last is not None and done.last.compute()["kl_k3"] > 1.5e-9
+    assert all(p.grad is None for p in t.agent.parameters)
+
+
+def test_plan_covers_every_row_once() -> None:
+    plan = make_plan(10, 3, 2, torch.Generator().manual_seed(0))
+    assert [[len(rows) for rows in part] for part in plan] == [[2, 2], [2, 1], [2, 1]]
+    assert sorted(torch.cat([rows for part in plan for rows in part]).tolist()) == list(range(10))
+
+
+def test_separate_critic_leaves_the_policy_to_the_policy_loss(tmp_path: Path) -> None:
+    grads = []
+    for vf_coef in (0.0, 1.0):
+        t = trainer(tmp_path, dtype=torch.float64, critic="separate", vf_coef=vf_coef)
+        torch.nn.init.ones_(t.agent.critic.head.weight)
+        _, batch, _ = batch_of(t)
+        gradient_of(t, batch, [torch.arange(8)])
+        policy = [p.grad for p in t.agent.policy.model.parameters() if p.grad is not None]
+        body = [p.grad for p in t.agent.critic.body.parameters() if p.grad is not None]
+        grads.append((policy, sum(float(g.abs().sum()) for g in body)))
+    assert all(map(torch.equal, grads[0][0], grads[1][0]))
+    assert grads[0][1] == 0.0 and grads[1][1] > 0.0
+
+
+@pytest.mark.parametrize("variant", ["clip", "gspo", "cispo", "penalty", "linear"])
+def test_every_variant_takes_its_steps(tmp_path: Path, variant: str) -> None:
+    t = trainer(tmp_path, variant=variant)
+    before = weights(t)
+    records = [t.step() for _ in range(2)]
+    assert [r["steps"] for r in records] == [4, 4]
+    assert all(abs(r["loss"]) < 10 and 0 < r["grad_norm"] < 100 for r in records)
+    assert not any(map(torch.equal, before, weights(t)))
+    if variant == "penalty":
+        ratio = records[1]["loss_kl_coef"] / records[0]["loss_kl_coef"]
+        assert records[0]["loss_kl_coef"] == 1.0 and ratio in (0.5, 1.0, 2.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"critic": "separate"}, {"train_layers": 0}])
+def test_default_backend_and_reference_train_alike(tmp_path: Path, options: dict) -> None:
+    """In fp64 both compute the same real numbers, so the runs part by rounding alone.
+
+    Adam divides by |g| + 1e-5: a gradient off by 1e-13 moves a step of lr = 1e-3 by 1e-11 at
+    most, and 12 steps carry that on.
+    """
+    runs = []
+    for backend in ("auto", "reference"):
+        t = trainer(tmp_path, dtype=torch.float64, backend=backend, **options)
+        runs.append(([t.step() for _ in range(3)], weights(t)))
+    (fast, fast_weights), (plain, plain_weights) = runs
+    for name in ("reward", "kl", "loss", "value_loss", "entropy", "ref_kl", "grad_norm"):
+        for a, b in zip(fast, plain, strict=True):
+            assert a[name] == pytest.approx(b[name], rel=1e-8, abs=1e-9), name
+    for x, y in zip(fast_weights, plain_weights, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+
+
+def test_default_backend_and_reference_agree_on_a_batch_in_fp32(tmp_path: Path) -> None:
+    """One fp32 gradient: each backend rounds sums of at most 300 terms, 2**-24 each."""
+    t = trainer(tmp_path)
+    _, batch, plan = batch_of(t)
+    mine = gradient_of(t, batch, plan[0])
+    t.backend = "reference"
+    assert_near(mine, gradient_of(t, batch, plan[0]), 300 * 2**-24)

@@ -1,0 +1,125 @@
+"""What stands in a masked slot reaches no output and no gradient, whatever it is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ppo_fast import testing
+from ppo_fast._schema import REDUCTIONS, VARIANTS
+from ppo_fast.testing import Call, make_mask, run, same_bits
+
+GARBAGE = (math.nan, math.inf, -math.inf)
+MASKS = ("random", "row", "empty", "left")
+ENDS = ("next_values", "terminated", "truncated")
+
+CALLS: dict[str, tuple[str, dict[str, object]]] = {
+    "logprobs": ("token_logprobs", {}),
+    **{f"ppo {v}": ("ppo_loss", {"variant": v}) for v in VARIANTS},
+    **{f"ppo {r}": ("ppo_loss", {"reduction": r}) for r in REDUCTIONS},
+    "ppo gspo sequences": ("ppo_loss", {"variant": "gspo", "reduction": "seq-mean-token-mean"}),
+    "ppo unclamped": ("ppo_loss", {"log_ratio_clamp": None, "kl_clamp": None}),
+    "value max": ("value_loss", {}),
+    "value clipped": ("value_loss", {"form": "clipped", "reduction": "seq-mean-token-mean"}),
+    "value unclipped": ("value_loss", {"clip": None}),
+    "gae carry": ("gae", {"extras": ("bootstrap", "terminated", "rho", "c", "lam", "lam_returns")}),
+    "gae zero": ("gae", {"masked": "zero", "extras": ("bootstrap", "terminated", "rho", "c")}),
+    "gae lam zero": ("gae", {"masked": "zero", "extras": ("bootstrap", "lam", "lam_returns")}),
+    "gae ends carry": ("gae", {"extras": ENDS}),
+    "gae ends zero": ("gae", {"masked": "zero", "extras": ENDS}),
+    "rlhf last": ("rlhf_advantages", {}),
+    "rlhf pad": ("rlhf_advantages", {"score_at": "first-pad", "masked": "zero"}),
+    "rlhf token": ("rlhf_advantages", {"score_at": "per-token", "kl_estimator": "k3"}),
+    "whiten": ("whiten", {}),
+}
+
+
+def live(call: Call) -> torch.Tensor:
+    """The mask, and for "first-pad" the slot whose value is read."""
+    keep = call.tensors["mask"]
+    if call.options.get("score_at") != "first-pad":
+        return keep
+    out = keep.clone()
+    for b, row in enumerate(keep.tolist()):
+        last = max((t for t, kept in enumerate(row) if kept), default=None)
+        if last is not None and last + 1 < len(row):
+            out[b, last + 1] = True
+    return out
+
+
+@pytest.mark.parametrize("op, options", CALLS.values(), ids=CALLS.keys())
+def test_garbage_is_as_good_as_zeros(
+    backend: str, device: str, op: str, options: dict[str, object]
+) -> None:
+    """X2: NaN and ±inf in every masked slot of every input: the same bits."""
+    for mask in MASKS:
+        call = testing.FACTORIES[op]((4, 9), mask=mask, device=device, **options)
+        read = live(call)
+        clean = run(testing.with_garbage(call, 0.0, read), backend)
+        for value in GARBAGE:
+            dirty = run(testing.with_garbage(call, value, read), backend)
+            for name, x in dirty.items():
+                assert same_bits(x, clean[name]), (mask, value, name)
+
+
+@pytest.mark.parametrize("op, options", CALLS.values(), ids=CALLS.keys())
+def test_masked_slots_are_exactly_zero(
+    backend: str, device: str, op: str, options: dict[str, object]
+) -> None:
+    for mask in MASKS:
+        call = testing.FACTORIES[op]((4, 9), mask=mask, device=device, **options)
+        keep = call.tensors["mask"]
+        for name, x in run(testing.with_garbage(call, math.nan, live(call)), backend).items():
+            if name in ("loss", "stats", "moments"):
+                assert not bool(x.isnan().any()), name
+                continue
+            dropped = ~live(call) if name in ("returns", "rewards") else ~keep
+            assert bool((x[dropped] == 0).all()), name
+            assert bool(x[keep].isfinite().all()), name
+
+
+@pytest.mark.parametrize("op", ["ppo_loss", "value_loss", "gae"])
+def test_packed_garbage(backend: str, device: str, op: str) -> None:
+    """`mask` and `cu_seqlens` together."""
+    call = testing.FACTORIES[op]((45,), packed=True, device=device)
+    clean, dirty = (run(testing.with_garbage(call, x), backend) for x in (0.0, math.nan))
+    assert all(same_bits(dirty[k], clean[k]) for k in clean)
+
+
+@pytest.mark.parametrize("op", testing.FACTORIES)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.bfloat16], ids=str
+)
+def test_masks_of_any_dtype_are_flags(
+    backend: str, device: str, op: str, dtype: torch.dtype
+) -> None:
+    """Non-zero keeps: 2, −1, 0.5 are no weights."""
+    call = testing.FACTORIES[op]((4, 9), device=device)
+    want = run(call, backend)
+    flags = call.tensors["mask"].to(dtype)
+    kinds = [flags, flags * 2, -flags] if dtype != torch.uint8 else [flags, flags * 255]
+    for mask in kinds + ([flags * 0.5] if dtype.is_floating_point else []):
+        got = run(call.replace(mask=mask), backend)
+        assert all(same_bits(got[k], want[k]) for k in want)
+
+
+@pytest.mark.parametrize("op", ["token_logprobs", "ppo_loss", "value_loss", "gae", "whiten"])
+def test_no_mask_is_a_mask_of_ones(backend: str, device: str, op: str) -> None:
+    call = testing.FACTORIES[op]((4, 9), mask=None, device=device)
+    full = call.replace(mask=make_mask((4, 9), "all", device=device))
+    a, b = run(call, backend), run(full, backend)
+    assert all(same_bits(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("op", [op for op in testing.FACTORIES if op != "whiten"])
+def test_an_empty_row_leaves_the_others(backend: str, device: str, op: str) -> None:
+    """X11: per-row outputs of the other rows are those of a batch without it."""
+    options = {"reduction": "token-sum"} if op in ("ppo_loss", "value_loss") else {}
+    call = testing.FACTORIES[op]((4, 9), mask="row", device=device, **options)
+    rest = testing.with_rows(call, torch.arange(1, 4, device=device))
+    a, b = run(call, backend), run(rest, backend)
+    for name, x in a.items():
+        if x.dim() >= 2:
+            assert not bool(x[0].any()) and same_bits(x[1:], b[name]), name

@@ -1,0 +1,124 @@
+"""The op boundary: schemas, fakes, opcheck of every overload, fp64 gradcheck."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ppo_fast
+from ppo_fast import _schema, testing
+
+DOUBLE = torch.float64
+PPO = [1, 2, 1, 2], [0.2, 0.3, 3.0, -20.0, 20.0, 0.01, 0.1, 10.0, 2.0, 0.0]
+
+
+def boundary(device: str) -> dict[str, tuple[Any, ...]]:
+    """One full argument list per op."""
+    g = torch.Generator().manual_seed(0)
+
+    def x(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g).to(device)
+
+    mask = torch.tensor([[1, 1, 0, 1, 0]] * 3, dtype=torch.uint8, device=device)
+    tokens = torch.arange(15, device=device).view(3, 5) % 11
+    heat = x(3, 5).abs() + 0.5
+    logits, logs, entropy, row_max = x(3, 5, 11), x(3, 5), x(3, 5).abs(), x(3, 5) + 5
+    moments = torch.tensor([9.0, 0.1, 8.0], dtype=DOUBLE, device=device)
+    back = (logs, x(3, 5), logits, tokens, mask, heat, entropy, row_max, entropy + 1, [-100], [1.0])
+    none = None
+    return {
+        "logprobs_fwd": (logits, tokens, mask, heat, [-100], [1.0]),
+        "logprobs_bwd": back,
+        "logprobs_bwd_": (*back[:2], logits.clone(), *back[3:]),
+        "ppo_loss": (logs, logs + 0.1, x(3, 5), mask, x(3, 5).abs(), moments, entropy, logs - 0.2,
+                     none, none, none, none, *PPO),
+        "value_loss": (logs, logs + 0.1, x(3, 5), mask, none, none, [1, 2], [0.2, 0.5, 0.0]),
+        "gae": (x(3, 5), x(3, 5), mask, none, x(3), mask, none, none, none, none, none, none,
+                [0, 0, 0, 0], [0.99, 0.95, 0.95]),
+        "rlhf_advantages": (x(3), logs, logs + 0.1, x(3, 5), mask, x(3), none, none, [0, 0, 1],
+                            [0.99, 0.95, 0.1, 5.0, -3.0, 3.0]),
+        "moments": (x(3, 5), mask),
+        "whiten": (x(3, 5), mask, moments, [1, 1, 0], [1e-8]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("op", _schema.OPS)
+def test_opcheck(kernel: str, device: str, op: str) -> None:
+    """I1: the schema, autograd registration, fake tensors and dynamic shapes of every overload."""
+    results = torch.library.opcheck(_schema.HANDLES[op][kernel], boundary(device)[op])
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+@pytest.mark.parametrize("op", _schema.OPS)
+@pytest.mark.parametrize("rows", [0, 3])
+def test_outputs_are_contiguous_and_as_the_fake_says(
+    kernel: str, device: str, op: str, rows: int
+) -> None:
+    args = [
+        a[:rows] if isinstance(a, torch.Tensor) and a.dim() and a.shape[0] == 3 and op != "moments"
+        and a.dtype != DOUBLE else a
+        for a in boundary(device)[op]
+    ]  # fmt: skip
+    real = _schema.HANDLES[op][kernel](*args)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+        fake = _schema.HANDLES[op][kernel](*fakes)
+    if real is None:
+        assert fake is None
+        return
+    pairs = zip(*((x if isinstance(x, tuple) else (x,)) for x in (real, fake)), strict=True)
+    for got, want in pairs:
+        assert got.is_contiguous() and got.shape == want.shape and got.dtype == want.dtype
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+class TestGradcheck:
+    """Numerical derivatives in fp64, with no tolerance for differences between two runs."""
+
+    def check(self, call: testing.Call, leaves: list[str], outputs: list[str]) -> bool:
+        def f(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            given = call.replace(**dict(zip(leaves, xs, strict=True)))
+            out = getattr(ppo_fast, call.op)(**given.tensors, **given.options, backend=self.name)
+            return tuple(testing.output(out)[k] for k in outputs)
+
+        xs = [call.tensors[k].clone().requires_grad_() for k in leaves]
+        return torch.autograd.gradcheck(f, xs, eps=1e-6, atol=1e-5, rtol=1e-3, nondet_tol=0.0)
+
+    @pytest.fixture(autouse=True)
+    def backend_of(self, name: str) -> None:
+        from conftest import usable
+
+        self.name = usable(name)
+
+    def test_logprobs(self) -> None:
+        for temperature in (0.7, "token"):
+            call = testing.logprobs_call((2, 3), 13, dtype=DOUBLE, temperature=temperature)
+            assert self.check(call, ["logits"], ["logprobs", "entropy"])
+
+    @pytest.mark.parametrize("estimator", _schema.ESTIMATORS)
+    @pytest.mark.parametrize("variant", ["clip", "penalty", "linear"])
+    def test_ppo(self, variant: str, estimator: str) -> None:
+        """gspo, cispo and "+" stop gradients by definition: test_ppo_loss.py has them by hand."""
+        for reduction in _schema.REDUCTIONS[1:4]:
+            call = testing.ppo_call(
+                (3, 6), dtype=DOUBLE, variant=variant, kl_estimator=estimator, reduction=reduction,
+                dual_clip=3.0 if variant == "clip" else None, log_ratio_clamp=5.0,
+            )  # fmt: skip
+            assert self.check(call, ["logprobs", "entropy"], ["loss"])
+
+    @pytest.mark.parametrize("options", [{}, {"form": "clipped"}, {"clip": None}], ids=str)
+    def test_value(self, options: dict[str, Any]) -> None:
+        call = testing.value_call((3, 6), dtype=DOUBLE, **options)
+        assert self.check(call, ["values"], ["loss"])
+
+
+@pytest.mark.parametrize("op", testing.FACTORIES)
+def test_fp64_agrees_to_fp64(op: str) -> None:
+    """The C++ path in double against the reference in double."""
+    from conftest import usable
+
+    backend = usable("cpu")
+    for seed in range(3):
+        testing.assert_agrees(testing.FACTORIES[op]((5, 21), dtype=DOUBLE, seed=seed), backend)
