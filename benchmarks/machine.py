@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -60,6 +61,7 @@ def describe() -> dict[str, Any]:
         "isa": build.get("isa", "none"),
         "torch_isa": torch.backends.cpu.get_cpu_capability().lower(),
         "threads": THREADS,
+        "load": round(os.getloadavg()[0], 1),
         "compiler": build.get("compiler"),
         "versions": versions,
         "commit": commit(),

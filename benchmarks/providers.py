@@ -114,7 +114,7 @@ def _with_stats(names: tuple[str, ...]) -> Callable[[Any], dict[str, Tensor]]:
     return lambda out: {"loss": out[0], **dict(zip(names, out[1], strict=True))}
 
 
-_PLAIN = {
+_PLAIN: dict[str, tuple[Callable[..., Any], Callable[[Any], dict[str, Tensor]]]] = {
     "token_logprobs": (peers.token_logprobs, _pair("logprobs", "entropy")),
     "ppo_loss": (peers.ppo_loss, _with_stats(peers.PPO_STATS)),
     "value_loss": (peers.value_loss, _with_stats(peers.VALUE_STATS)),

@@ -58,7 +58,7 @@ inline void set_whitening(PolicyOptions& o, const double* moments) {
   const double var = moments[0] > 1.0 ? moments[2] / (moments[0] - 1.0) : 0.0;
   o.whiten = true;
   o.adv_mean = moments[1];
-  o.adv_rstd = var > 0.0 ? 1.0 / std::sqrt(var + 1e-8) : 0.0;
+  o.adv_rstd = var == 0.0 ? 0.0 : 1.0 / std::sqrt(var + 1e-8);
 }
 
 }  // namespace ppo

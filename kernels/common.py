@@ -107,8 +107,7 @@ def load_flag(ptr, offsets, inside):
     """Whether the flag byte is set; `inside` where there are no flags, False outside."""
     if ptr is None:
         return inside
-    else:
-        return tl.load(ptr + offsets, mask=inside, other=0) != 0
+    return tl.load(ptr + offsets, mask=inside, other=0) != 0
 
 
 @triton.jit
@@ -116,8 +115,7 @@ def load_f32(ptr, offsets, inside, default):
     """The value as fp32; `default` outside, and everywhere where the tensor is absent."""
     if ptr is None:
         return tl.where(inside, default, default).to(tl.float32)
-    else:
-        return tl.where(inside, tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32), default)
+    return tl.where(inside, tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32), default)
 
 
 @triton.jit
@@ -152,8 +150,7 @@ def pair_sum(x, N: tl.constexpr):
     if N > 1:
         halves = tl.sum(tl.reshape(x, x.shape[:-1] + [N // 2, 2]), axis=-1)
         return pair_sum(halves, N // 2)
-    else:
-        return tl.sum(x, axis=-1)
+    return tl.sum(x, axis=-1)
 
 
 @triton.jit

@@ -59,16 +59,15 @@ def grad(vocab: int) -> Rows:
     return NARROW_GRAD if vocab <= NARROW_GRAD.segment else WIDE_GRAD
 
 
-# gae and rlhf_advantages. `chunk` fixes a sequence's bits, so it is one for all shapes. The
-# interpreter scans one element after the other: smaller tiles there.
-LONG_CHUNKS = Chunks(rows=2, chunk=16, warps=1) if INTERPRETED else Chunks(8, 128, 4)
-SHORT_CHUNKS = Chunks(rows=2, chunk=16, warps=1) if INTERPRETED else Chunks(4, 128, 4)
+# gae and rlhf_advantages: one tile for all shapes, as the scan's layout, and with it a sequence's
+# bits, follow from it. 4 * 128 over 4 warps: each warp has 32 neighbouring steps of every chunk,
+# each thread one step of each chunk. The interpreter scans one element after the other: smaller.
+CHUNKS = Chunks(rows=2, chunk=16, warps=1) if INTERPRETED else Chunks(rows=4, chunk=128, warps=4)
 
 
-def chunks(steps: float) -> tuple[Chunks, bool]:
-    """The tile for sequences of `steps` on average, and whether it is one sequence's."""
-    wide = steps > 4 * LONG_CHUNKS.chunk
-    return (LONG_CHUNKS if wide else SHORT_CHUNKS), wide
+def chunks_wide(steps: float) -> bool:
+    """Whether a tile is one sequence's, for sequences of `steps` on average."""
+    return steps > CHUNKS.rows * CHUNKS.chunk
 
 
 class TokenTile(NamedTuple):

@@ -26,19 +26,20 @@ from .options import MASKED_CARRY
 @triton.jit
 def next_value(
     values_ptr, mask_ptr, boot, later, seq, first, steps, t, seq_stride, step_stride,
-    mask_seq, mask_step, CARRY: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    mask_seq, mask_step,
+    CARRY: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """V of the next step: the next live one if masked steps are as if absent (CARRY)."""
-    inside = t + 1 < steps[:, None]
+    inside = t + 1 < steps
     live = load_flag(mask_ptr, at(seq, first, t + 1, mask_seq, mask_step), inside)
     step = t + 1
-    end = step == steps[:, None]
+    end = step == steps
     if CARRY and mask_ptr is not None:
-        step, later = next_live(live, t, later, ROWS, WIDE)
+        step, later = next_live(live, t, later, ROWS, CHUNK, WIDE)
         live = step < NO_STEP
         end = step == NO_STEP
     after = load_f32(values_ptr, at(seq, first, step, seq_stride, step_stride), live, 0.0)
-    return tl.where(end, boot[:, None], after), later
+    return tl.where(end, boot, after), later
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def decay_of(
         if STEPS:
             lam = load_f32(lam_ptr, at(seq, first, t, lam_seq, lam_step), live, 1.0)
         else:
-            lam = load_f32(lam_ptr, seq * lam_seq, seq < n_seqs, 0.0)[:, None]
+            lam = load_f32(lam_ptr, seq * lam_seq, seq < n_seqs, 0.0)
         lam = lam.to(tl.float64)
         return (lam * gamma + lam * gamma_low).to(tl.float32)
 
@@ -100,7 +101,7 @@ def gae_kernel(
     ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, MERGE: tl.constexpr,
 ):
     # fmt: on
-    seq, first, steps = sequences(cu_ptr, n_seqs, length, ROWS, WIDE)
+    seq, first, steps = sequences(cu_ptr, n_seqs, length, ROWS, CHUNK, WIDE)
     boot = load_f32(boot_ptr, seq * boot_seq, seq < n_seqs, 0.0)
     state = tl.zeros([ROWS], tl.float32)
     state_ret = tl.zeros([ROWS], tl.float32)
@@ -111,7 +112,7 @@ def gae_kernel(
     n_tiles = tile_count(steps, ROWS, CHUNK, WIDE)
     for done_tiles in range(n_tiles):
         t = tile_steps(n_tiles - 1 - done_tiles, ROWS, CHUNK, WIDE)
-        inside = t < steps[:, None]
+        inside = t < steps
         live = load_flag(mask_ptr, at(seq, first, t, mask_seq, mask_step), inside)
         moves = live if CARRY else inside
         r = load_f32(r_ptr, at(seq, first, t, r_seq, r_step), live, 0.0)
@@ -119,7 +120,7 @@ def gae_kernel(
         if next_ptr is None:
             after, later = next_value(
                 v_ptr, mask_ptr, boot, later, seq, first, steps, t, v_seq, v_step,
-                mask_seq, mask_step, CARRY, ROWS, WIDE,
+                mask_seq, mask_step, CARRY, ROWS, CHUNK, WIDE,
             )  # fmt: skip
         else:
             after = load_f32(next_ptr, at(seq, first, t, next_seq, next_step), live, 0.0)

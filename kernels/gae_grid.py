@@ -20,33 +20,35 @@ def steps_of(x: Tensor | None, time_major: bool = False) -> tuple[Tensor | None,
     return (x, x.stride(1), x.stride(0)) if time_major else (x, x.stride(0), x.stride(1))
 
 
+def tile_axes(wide: bool) -> dict[str, Any]:
+    """The constants of a tile."""
+    tile = config.CHUNKS
+    return {"WIDE": wide, "ROWS": tile.rows, "CHUNK": tile.chunk, "num_warps": tile.warps}
+
+
 class Grid(NamedTuple):
     """How sequences are spread over programs."""
 
     n_seqs: int
     length: int  # steps of a row, or N when packed
     programs: int
-    tile: config.Chunks
     wide: bool
 
     def options(self) -> dict[str, Any]:
         """The launch's constants."""
-        rows, chunk, warps = self.tile
-        return LAUNCH | {
-            "ROWS": rows, "CHUNK": chunk, "WIDE": self.wide, "MERGE": MERGE_BLOCK,
-            "num_warps": warps,
-        }  # fmt: skip
+        return LAUNCH | tile_axes(self.wide) | {"MERGE": MERGE_BLOCK}
 
 
 def grid_of(main: Tensor, cu_seqlens: Tensor | None, time_major: bool = False) -> Grid:
     """Batch and length of (B, T), (T, B) or packed (N,), and the programs for them."""
     if cu_seqlens is None:
         length, n_seqs = main.shape if time_major else main.shape[::-1]
-        tile, wide = config.chunks(length)
+        wide = config.chunks_wide(length)
     else:
         length, n_seqs = main.shape[0], cu_seqlens.numel() - 1
-        tile, wide = config.chunks(length / max(n_seqs, 1))
-    return Grid(n_seqs, length, n_seqs if wide else triton.cdiv(n_seqs, tile.rows), tile, wide)
+        wide = config.chunks_wide(length / max(n_seqs, 1))
+    programs = n_seqs if wide else triton.cdiv(n_seqs, config.CHUNKS.rows)
+    return Grid(n_seqs, length, programs, wide)
 
 
 def pointers(kind: str, *names: str) -> dict[str, str]:
@@ -57,12 +59,6 @@ def pointers(kind: str, *names: str) -> dict[str, str]:
 def strides(*names: str) -> dict[str, str]:
     """Their AOT types."""
     return {f"{name}_{dim}": "i64" for name in names for dim in ("seq", "step")}
-
-
-def tile_axes(wide: bool) -> dict[str, Any]:
-    """The AOT constants of a tile."""
-    tile = config.LONG_CHUNKS if wide else config.SHORT_CHUNKS
-    return {"WIDE": wide, "ROWS": tile.rows, "CHUNK": tile.chunk, "num_warps": tile.warps}
 
 
 # What the two kernels have in common.

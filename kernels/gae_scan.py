@@ -5,8 +5,10 @@ ROWS consecutive chunks of one sequence. Chunks are anchored at their sequence's
 the steps are scanned as affine maps, last step first (reversed addresses: Triton's
 `reverse=True` is wrong for maps that do not commute); from chunk to chunk a state is carried, one
 after the other. So a sequence's bits depend on CHUNK alone, not on ROWS, WIDE, padding or packing.
-No stride is specialised and every thread holds single steps, so that the layout of the scan, and
-with it its tree, is the same for every input.
+Slots are one-dimensional, and rows of chunks only for the scan: with two
+dimensions Triton chooses which of them a warp spans, in its own way in each version. No stride is
+specialised, so that a thread never holds neighbouring steps. Then the scan's layout along the
+chunk, and with it its tree, is the same for every input.
 """
 
 import triton
@@ -16,18 +18,20 @@ NO_STEP = tl.constexpr(2147483647)  # no later step is live
 
 
 @triton.jit
-def sequences(cu_ptr, n_seqs, length, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """Of the tile's rows: sequence (int64), first slot (int64), number of steps (int32)."""
-    if WIDE:
-        seq = tl.zeros([ROWS], tl.int64) + tl.program_id(0)
-    else:
-        seq = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def sequences(
+    cu_ptr, n_seqs, length, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Sequence (int64), first slot (int64) and number of steps (int32): of the whole tile where
+    WIDE (scalars), else of each of its slots."""
+    seq = tl.program_id(0).to(tl.int64)
+    if not WIDE:
+        seq = seq * ROWS + tl.arange(0, ROWS * CHUNK) // CHUNK
     inside = seq < n_seqs
     if cu_ptr is None:
-        first = tl.zeros([ROWS], tl.int64)
+        first = seq * 0
         steps = tl.where(inside, length, 0).to(tl.int32)
     else:  # length is N here: whatever the offsets hold, nothing outside is touched
-        size = tl.full([ROWS], 0, tl.int64) + length
+        size = seq * 0 + length
         first = tl.load(cu_ptr + seq, mask=inside, other=0).to(tl.int64)
         end = tl.load(cu_ptr + seq + 1, mask=inside, other=0).to(tl.int64)
         first = tl.minimum(tl.maximum(first, 0), size)
@@ -38,27 +42,30 @@ def sequences(cu_ptr, n_seqs, length, ROWS: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def tile_count(steps, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
     """Tiles of the longest row."""
+    span = CHUNK
+    longest = steps
     if WIDE:
-        return tl.cdiv(tl.max(steps, axis=0), ROWS * CHUNK)
+        span = ROWS * CHUNK
     else:
-        return tl.cdiv(tl.max(steps, axis=0), CHUNK)
+        longest = tl.max(steps, axis=0)
+    return tl.cdiv(longest, span)
 
 
 @triton.jit
 def tile_steps(tile, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
-    """Step of each slot of a tile, later ones first along both dimensions."""
-    lane = CHUNK - 1 - tl.arange(0, CHUNK)[None, :]
-    row = ROWS - 1 - tl.arange(0, ROWS)[:, None]
+    """Step of each of a tile's ROWS * CHUNK slots, later ones first."""
+    slot = tl.arange(0, ROWS * CHUNK)
     if WIDE:
-        return (tile * ROWS + row) * CHUNK + lane
+        t = (tile + 1) * (ROWS * CHUNK) - 1 - slot
     else:
-        return row * 0 + tile * CHUNK + lane
+        t = (tile + 1) * CHUNK - 1 - slot % CHUNK
+    return t
 
 
 @triton.jit
 def at(seq, first, t, seq_stride, step_stride):
     """int64 offsets of the steps t."""
-    return (seq * seq_stride + first * step_stride)[:, None] + t.to(tl.int64) * step_stride
+    return (seq * seq_stride + first * step_stride) + t.to(tl.int64) * step_stride
 
 
 @triton.jit
@@ -80,6 +87,10 @@ def _smaller(x, y):
 @triton.jit
 def recur(cut, a, b, state, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
     """A of every slot of the tile, and the state behind it, (ROWS,). `cut` may be None."""
+    a = tl.reshape(a, [ROWS, CHUNK])
+    b = tl.reshape(b, [ROWS, CHUNK])
+    if cut is not None:
+        cut = tl.reshape(cut, [ROWS, CHUNK])
     if cut is None:
         a, b = tl.associative_scan((a, b), 1, _affine_uncut)
     else:
@@ -109,16 +120,18 @@ def recur(cut, a, b, state, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.co
     adv = tl.fma(a, enters[:, None], b)
     if cut is not None:
         adv = tl.where(cut != 0, b, adv)
-    return adv, state
+    return tl.reshape(adv, [ROWS * CHUNK]), state
 
 
 @triton.jit
-def next_live(live_next, t, state, ROWS: tl.constexpr, WIDE: tl.constexpr):
+def next_live(
+    live_next, t, state, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
     """The first live step after each t (NO_STEP: none), and the state behind the tile, (ROWS,).
 
     `live_next`: whether step t + 1 exists and is live. Minima of integers: exact in any order.
     """
-    found = tl.where(live_next, t + 1, NO_STEP)
+    found = tl.reshape(tl.where(live_next, t + 1, NO_STEP), [ROWS, CHUNK])
     end = tl.min(found, axis=1)
     found = tl.associative_scan(found, 1, _smaller)
     enters = state
@@ -130,7 +143,7 @@ def next_live(live_next, t, state, ROWS: tl.constexpr, WIDE: tl.constexpr):
             state = tl.minimum(state, here)
     else:
         state = tl.minimum(state, end)
-    return tl.minimum(found, enters[:, None]), state
+    return tl.reshape(tl.minimum(found, enters[:, None]), [ROWS * CHUNK]), state
 
 
 @triton.jit

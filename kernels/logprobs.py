@@ -19,12 +19,29 @@ from torch import Tensor
 
 from . import config
 from .common import (
-    LAUNCH, Aot, flag_bytes, load_flag, on_device, pair_sum, row_blocks, row_offset
+    LAUNCH,
+    Aot,
+    flag_bytes,
+    load_flag,
+    on_device,
+    pair_sum,
+    row_blocks,
+    row_offset,
 )  # fmt: skip
 from .logprobs_grad import logprobs_bwd, logprobs_bwd_
 from .softmax import (
-    LOG2E, LOWEST, ROW_AXES, ROW_STRIDES, ZERO_EXP,
-    aligned, alignment, how_axis, inverse_temperature, label_rows, rescale, valid_alignment
+    LOG2E,
+    LOWEST,
+    ROW_AXES,
+    RUNTIME,
+    ZERO_EXP,
+    aligned,
+    alignment,
+    how_axis,
+    inverse_temperature,
+    label_rows,
+    rescale,
+    valid_alignment,
 )  # fmt: skip
 
 __all__ = ["logprobs_bwd", "logprobs_bwd_", "logprobs_fwd"]
@@ -44,7 +61,7 @@ def scan_step(
             x = tl.load(row_ptr + col + u * LANES + lanes, mask=inside, other=float("-inf"))
         else:
             x = tl.load(row_ptr + col + u * LANES + lanes)
-        xs = xs + (x.to(tl.float32),)
+        xs = (*xs, x.to(tl.float32))
     top = xs[0]
     for u in tl.static_range(1, UNROLL):
         top = tl.maximum(top, xs[u])
@@ -58,7 +75,7 @@ def scan_step(
     return top, s, t
 
 
-@triton.jit(do_not_specialize=[*ROW_STRIDES, "inner", "n_parts", "n_segments", "inv_temp", "ignore_index"])
+@triton.jit(do_not_specialize=RUNTIME)
 def segments_kernel(
     logits_ptr,  # (rows, V)
     logits_outer: tl.int64,
@@ -112,7 +129,7 @@ def segments_kernel(
         tl.store(parts_ptr + 2 * n_parts + part, pair_sum(t, LANES))
 
 
-@triton.jit(do_not_specialize=[*ROW_STRIDES, "inner", "V", "n_rows", "n_segments", "inv_temp", "ignore_index"])
+@triton.jit(do_not_specialize=[*RUNTIME, "V"])
 def merge_kernel(
     logits_ptr,  # (rows, V)
     logits_outer: tl.int64,
@@ -142,7 +159,7 @@ def merge_kernel(
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n_rows
-    live, legal, token, x, inv_t = label_rows(
+    live, legal, _, x, inv_t = label_rows(
         rows, inside, inner, V, logits_ptr, logits_outer, logits_inner,
         tokens_ptr, tokens_outer, tokens_inner, mask_ptr, mask_outer, mask_inner,
         temp_ptr, temp_outer, temp_inner, inv_temp, ignore_index,
@@ -210,7 +227,9 @@ def logprobs_fwd(
 AOT = (
     Aot(
         segments_kernel,
-        ROW_AXES | {"n_parts": "i64", "V": ("i32:16", "i32", 1), "how": how_axis(config.WIDE, config.NARROW), "ALIGN": (8, 4, 2, 1)},
+        ROW_AXES
+        | {"n_parts": "i64", "V": ("i32:16", "i32", 1), "ALIGN": (8, 4, 2, 1)}
+        | {"how": how_axis(config.WIDE, config.NARROW)},
         valid_alignment,
     ),
     Aot(

@@ -3,7 +3,7 @@
 `terms_kernel` folds everything per row into six numbers and the label, reading the label's logit
 before anything is overwritten in place; `dlogits_kernel` is one read and one write, or only the
 write for rows without a gradient. With p = exp(z - m - log_sum), ln p its argument and T the
-temperature, dz_j = -p_j (a + b ln p_j) + [j = y] c, where b = h/T, a = (g + h H)/T and c = g/T.
+temperature, dz_j = p_j (a + b ln p_j) + [j = y] c, where b = -h/T, a = -(g + h H)/T and c = g/T.
 """
 
 from __future__ import annotations
@@ -18,15 +18,24 @@ from torch import Tensor
 from . import config
 from .common import LAUNCH, Aot, flag_bytes, load_f32, on_device, row_blocks, row_offset
 from .softmax import (
-    LOG2E, ROW_AXES, ROW_STRIDES, ZERO_EXP, aligned, alignment, how_axis, label_rows, rounded, valid_alignment
+    LOG2E,
+    ROW_AXES,
+    RUNTIME,
+    STRIDES,
+    ZERO_EXP,
+    aligned,
+    alignment,
+    how_axis,
+    label_rows,
+    rounded,
+    valid_alignment,
 )  # fmt: skip
 
 ZERO_ROW = tl.constexpr(-1)  # in place of the label
 N_TERMS = 6  # m, log_sum, 1/T, a, b, c
-GRADS = [f"{x}_{level}" for x in ("grad_logprobs", "grad_entropy") for level in ("outer", "inner")]
 
 
-@triton.jit(do_not_specialize=[*ROW_STRIDES, *GRADS, "inner", "V", "n_rows", "inv_temp", "ignore_index"])
+@triton.jit(do_not_specialize=[*RUNTIME, "V"])
 def terms_kernel(
     logits_ptr,  # (rows, V)
     logits_outer: tl.int64,
@@ -76,14 +85,14 @@ def terms_kernel(
     # A label at -inf stays impossible: no gradient through its log-probability.
     g = tl.where(legal & (tl.fma(x, inv_t, -m) == float("-inf")), 0.0, g)
     zero = (g == 0.0) & (h == 0.0)
-    a = tl.fma(h, entropy, g) * inv_t
+    a = -tl.fma(h, entropy, g) * inv_t
     terms = terms_ptr + rows
     step = n_rows.to(tl.int64)
     tl.store(terms, m, mask=inside)
     tl.store(terms + step, log_sum, mask=inside)
     tl.store(terms + 2 * step, inv_t, mask=inside)
     tl.store(terms + 3 * step, tl.where(legal, a, float("nan")), mask=inside)
-    tl.store(terms + 4 * step, h * inv_t, mask=inside)
+    tl.store(terms + 4 * step, -h * inv_t, mask=inside)
     tl.store(terms + 5 * step, g * inv_t, mask=inside)
     label = tl.where(legal, token, 0).to(tl.int32)
     tl.store(labels_ptr + rows, tl.where(zero, ZERO_ROW, label), mask=inside)
@@ -100,18 +109,18 @@ def grad_step(
     for u in tl.static_range(UNROLL):
         at = col + u * LANES
         inside = at + lanes < end if MASKED else None
-        xs = xs + (tl.load(row_ptr + at + lanes, mask=inside).to(tl.float32),)
+        xs = (*xs, tl.load(row_ptr + at + lanes, mask=inside).to(tl.float32))
     for u in tl.static_range(UNROLL):
         at = col + u * LANES
         log_p = tl.fma(xs[u], inv_t, -m) - log_sum
         p = tl.exp2(log_p * LOG2E)
-        dz = -p * tl.fma(b, tl.maximum(log_p, ZERO_EXP), a)
+        dz = p * tl.fma(b, tl.maximum(log_p, ZERO_EXP), a)
         dz = tl.where(lanes == label - at, dz + c, dz)
         inside = at + lanes < end if MASKED else None
         tl.store(to_ptr + at + lanes, rounded(dz, to_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=[*ROW_STRIDES[:2], "out_outer", "out_inner", "inner", "n_rows", "n_segments"])
+@triton.jit(do_not_specialize=RUNTIME)
 def dlogits_kernel(
     logits_ptr,  # (rows, V)
     logits_outer: tl.int64,
@@ -222,9 +231,9 @@ def logprobs_bwd_(*args: Any) -> None:
 AOT = (
     Aot(
         terms_kernel,
-        {k: v for k, v in ROW_AXES.items() if k not in ("parts_ptr", "n_segments")}
+        ROW_AXES
         | {"grad_logprobs_ptr": (None, "*fp32:16"), "grad_entropy_ptr": (None, "*fp32:16")}
-        | dict.fromkeys(GRADS, "i64")
+        | dict.fromkeys(STRIDES[8:12], "i64")
         | {f"{x}_ptr": "*fp32:16" for x in ("entropy", "row_max", "log_sum", "terms")}
         | {"labels_ptr": "*i32:16"}
         | {"ROWS": config.ROW_SCALARS.block, "num_warps": config.ROW_SCALARS.warps},

@@ -22,7 +22,7 @@ from .options import (
     VARIANT_LINEAR,
     VARIANT_PENALTY,
 )
-from .reduce_loss import AXES, absent, merge_loss, plan, token_slots
+from .reduce_loss import AXES, absent, live_rows, merge_loss, plan, token_slots
 from .sequences import pointers, sequence_of, strided, strides
 from .token_loss import RATIO, kl_term, log_ratio, sums_of, surrogate, whitened
 
@@ -127,7 +127,7 @@ def ppo_kernel(
         low = tl.minimum(low, tl.min(tl.where(keep, ratio, float("inf"))))
         high = tl.maximum(high, tl.max(tl.where(keep, ratio, float("-inf"))))
         if not PER_SEQUENCE:
-            tl.store(counts_ptr + tile, tl.sum(tl.max(keep.to(tl.int32), axis=1)))
+            tl.store(counts_ptr + tile, live_rows(keep, ROWS, COLS))
     acc = tl.where(i == N_SEQS, low, tl.where(i == LOSS_DENOM, high, acc))
     tl.store(parts_ptr + tl.program_id(0) * WIDTH + i, acc)
     if is_last(counter_ptr):

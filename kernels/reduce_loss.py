@@ -26,11 +26,21 @@ PIECES_STEP = tl.constexpr(64)
 
 @triton.jit
 def token_slots(tile, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """int64 row (ROWS, 1) and column (1, COLS) of a tile's slots, and which of them exist."""
+    """int64 row and column of a tile's ROWS * COLS slots, and which of them exist.
+
+    One dimension: with two, Triton chooses which of them a warp spans, not always the columns.
+    """
     across = tl.cdiv(n_cols, COLS)
-    row = (tile // across) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = (tile % across) * COLS + tl.arange(0, COLS)[None, :]
+    slot = tl.arange(0, ROWS * COLS)
+    row = (tile // across) * ROWS + slot // COLS
+    col = (tile % across) * COLS + slot % COLS
     return row, col, (row < n_rows) & (col < n_cols)
+
+
+@triton.jit
+def live_rows(keep, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows of a tile with an unmasked token."""
+    return tl.sum(tl.max(tl.reshape(keep.to(tl.int32), [ROWS, COLS]), axis=1))
 
 
 @triton.jit

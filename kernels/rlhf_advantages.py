@@ -22,9 +22,9 @@ def score_slots(live, later, t, steps, mask_ptr, seq, first, mask_seq, mask_step
     A live step that no live one follows is the last; first-pad is the slot after it.
     """
     first_pad = place == SCORE_AT_FIRST_PAD
-    room = t + 1 < steps[:, None]
+    room = t + 1 < steps
     last = live & (later == NO_STEP)
-    before = (t > 0) & (t < steps[:, None])
+    before = (t > 0) & (t < steps)
     before = load_flag(mask_ptr, at(seq, first, t - 1, mask_seq, mask_step), before)
     # Selected rather than and-ed: the interpreter turns a boolean tensor & scalar into integers.
     none = live & (live == 0)
@@ -42,9 +42,9 @@ def next_value(
     follows = tl.where(masked == MASKED_CARRY, tl.where(pad_next, t + 1, later), t + 1)
     near = follows == t + 1
     live = tl.where(near, live_next | pad_next, follows < NO_STEP)
-    end = tl.where(near, t + 1 == steps[:, None], follows == NO_STEP)
+    end = tl.where(near, t + 1 == steps, follows == NO_STEP)
     after = load_f32(v_ptr, at(seq, first, follows, v_seq, v_step), live, 0.0)
-    return tl.where(end, boot[:, None], after)
+    return tl.where(end, boot, after)
 
 
 # fmt: off
@@ -67,7 +67,7 @@ def rlhf_kernel(
     ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, MERGE: tl.constexpr,
 ):
     # fmt: on
-    seq, first, steps = sequences(cu_ptr, n_seqs, length, ROWS, WIDE)
+    seq, first, steps = sequences(cu_ptr, n_seqs, length, ROWS, CHUNK, WIDE)
     boot = load_f32(boot_ptr, seq * boot_seq, seq < n_seqs, 0.0)
     coef = coefficient(kl_coef_ptr, kl_coef)
     state = tl.zeros([ROWS], tl.float32)
@@ -78,11 +78,11 @@ def rlhf_kernel(
     n_tiles = tile_count(steps, ROWS, CHUNK, WIDE)
     for done_tiles in range(n_tiles):
         t = tile_steps(n_tiles - 1 - done_tiles, ROWS, CHUNK, WIDE)
-        inside = t < steps[:, None]
+        inside = t < steps
         live = load_flag(mask_ptr, at(seq, first, t, mask_seq, mask_step), inside)
-        live_next = t + 1 < steps[:, None]
+        live_next = t + 1 < steps
         live_next = load_flag(mask_ptr, at(seq, first, t + 1, mask_seq, mask_step), live_next)
-        later, later_state = next_live(live_next, t, later_state, ROWS, WIDE)
+        later, later_state = next_live(live_next, t, later_state, ROWS, CHUNK, WIDE)
         slot, pad, pad_next = score_slots(
             live, later, t, steps, mask_ptr, seq, first, mask_seq, mask_step, place
         )

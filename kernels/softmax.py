@@ -17,14 +17,17 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: a state without a logit
 ZERO_EXP = tl.constexpr(-200.0)
 INTERPRETED = tl.constexpr(config.INTERPRETED)
 
-# The arguments that describe rows, which three kernels begin with, and their AOT alternatives.
-ROW_STRIDES = [f"{x}_{k}" for x in ("logits", "tokens", "mask", "temp") for k in ("outer", "inner")]
+# The row arguments of the kernels, which share their names: those Triton shall not specialise
+# on, and the AOT alternatives of all of them.
+TENSORS = ("logits", "tokens", "mask", "temp", "grad_logprobs", "grad_entropy", "out")
+STRIDES = [f"{x}_{level}" for x in TENSORS for level in ("outer", "inner")]
+RUNTIME = [*STRIDES, "inner", "n_rows", "n_parts", "n_segments", "inv_temp", "ignore_index"]
 ROW_AXES = {
     "logits_ptr": ("*bf16:16", "*fp16:16", "*fp32:16", "*bf16"),
     "tokens_ptr": ("*i64:16", "*i32:16"),
     "mask_ptr": (None, "*u8:16"),
     "temp_ptr": (None, "*fp32:16"),
-    **dict.fromkeys([*ROW_STRIDES, "ignore_index"], "i64"),
+    **dict.fromkeys([*STRIDES[:8], "ignore_index"], "i64"),
     **dict.fromkeys(["inner", "V", "n_rows", "n_segments"], "i32"),
     "inv_temp": "fp32",
     "parts_ptr": "*fp32:16",
@@ -36,8 +39,7 @@ def inverse_temperature(temp_ptr, offset, inside, inv_temp):
     """1 / temperature of the row or rows: the tensor's, or the number given."""
     if temp_ptr is None:
         return inv_temp
-    else:
-        return tl.div_rn(1.0, tl.load(temp_ptr + offset, mask=inside, other=1.0).to(tl.float32))
+    return tl.div_rn(1.0, tl.load(temp_ptr + offset, mask=inside, other=1.0).to(tl.float32))
 
 
 @triton.jit
@@ -82,8 +84,7 @@ def rounded(x, dtype: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x10000)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
+    return x.to(dtype)
 
 
 def alignment(base: Tensor, *strides: int) -> int:

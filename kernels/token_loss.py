@@ -21,10 +21,10 @@ def whitened(adv, moments_ptr):
         n = tl.load(moments_ptr)
         mean = tl.load(moments_ptr + 1)
         var = tl.where(n > 1, tl.load(moments_ptr + 2) / tl.maximum(n - 1, 1.0), 0.0)
-        rstd = tl.where(var > 0, 1.0 / tl.sqrt(var + 1e-8), 0.0).to(tl.float32)
+        rstd = (1.0 / tl.sqrt(var + 1e-8)).to(tl.float32)
         high = mean.to(tl.float32)
         low = (mean - high).to(tl.float32)
-        return tl.where(var > 0, ((adv - high) - low) * rstd, 0.0)
+        return tl.where(var != 0, ((adv - high) - low) * rstd, 0.0)
 
 
 @triton.jit

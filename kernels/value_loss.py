@@ -11,7 +11,7 @@ from .arrival import counter, is_last
 from .common import Aot, flag_bytes, load_f32, load_flag, on_device
 from .kl import clamp
 from .options import FORM_CLIPPED, FORM_MAX, N_STATS, N_SUMS
-from .reduce_loss import AXES, absent, merge_loss, plan, stack8, token_slots
+from .reduce_loss import AXES, absent, live_rows, merge_loss, plan, stack8, token_slots
 from .sequences import pointers, sequence_of, strided, strides
 
 # The sums are STATS_FIELDS[16:24]; the divisor is formed at the end.
@@ -102,8 +102,7 @@ def value_kernel(
         )
         acc += tl.sum(tl.reshape(sums, [ROWS * COLS, WIDTH]), axis=0)
         if not PER_SEQUENCE:
-            rows_live = tl.max(keep.to(tl.int32), axis=1)
-            tl.store(counts_ptr + tile, tl.sum(rows_live))
+            tl.store(counts_ptr + tile, live_rows(keep, ROWS, COLS))
     tl.store(parts_ptr + tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), acc)
     if is_last(counter_ptr):
         sums, _, _, _, own = merge_loss(

@@ -9,8 +9,16 @@ from torch import Tensor
 
 from . import config
 from .common import (
-    LAUNCH, Aot, RowBlock, block_moments, flag_bytes, load_flag, merge_moments, on_device,
-    row_blocks, row_offset
+    LAUNCH,
+    Aot,
+    RowBlock,
+    block_moments,
+    flag_bytes,
+    load_flag,
+    merge_moments,
+    on_device,
+    row_blocks,
+    row_offset,
 )  # fmt: skip
 
 GEOMETRY = ["x_outer", "x_inner", "mask_outer", "mask_inner", "inner", "n"]
@@ -80,7 +88,7 @@ def whiten_kernel(
     mean = tl.load(moments_ptr + 1)
     free = tl.load(moments_ptr) - tl.where(unbiased != 0, 1.0, 0.0)
     var = tl.where(free > 0, tl.load(moments_ptr + 2) / tl.maximum(free, 1.0), 0.0)
-    varies = var > 0
+    varies = var != 0  # NaN passes, so that it shows
     var = tl.where(varies, var, 1.0)
     spread = tl.where(eps_at_std != 0, tl.sqrt(var) + eps, tl.sqrt(var + eps))
     scale = (1.0 / spread).to(tl.float32)

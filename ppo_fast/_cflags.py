@@ -10,6 +10,7 @@ from pathlib import Path
 CFLAGS = (
     "-std=c++17",
     "-O3",
+    "-g0",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",

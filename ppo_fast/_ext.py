@@ -23,7 +23,9 @@ _CSRC = Path(__file__).parent / "csrc"
 def load() -> str | None:
     """None if the extension is usable, else the reason it is not and the command that mends it."""
     try:
-        module()
+        module().build_info()
+    except ValueError as error:  # PPO_FAST_ISA
+        return str(error)
     except ModuleNotFoundError as error:
         if error.name != "ppo_fast._C":
             return f"the C++ extension did not load ({error})"

@@ -79,8 +79,9 @@ def pairs(cases: list[Case]) -> list[Case]:
 
 def source_of(kernel: Any, case: Case) -> tuple[Any, dict[str, Any]]:
     """The ASTSource of a case and the launch options beside it."""
-    from ppo_fast.kernels.common import LAUNCH
     from triton.compiler import ASTSource
+
+    from ppo_fast.kernels.common import LAUNCH
 
     names = kernel.arg_names
     missing = set(names) - set(case)
@@ -96,7 +97,7 @@ def source_of(kernel: Any, case: Case) -> tuple[Any, dict[str, Any]]:
         signature[name], _, divisor = value.partition(":")
         if divisor:
             attrs[(i,)] = [["tt.divisibility", int(divisor)]]
-    options = LAUNCH | {k: v for k, v in case.items() if k not in names}
+    options = LAUNCH | {k: v for k, v in case.items() if k in ("num_warps", "num_stages")}
     return ASTSource(kernel, signature, constants, attrs), options
 
 
@@ -166,7 +167,8 @@ def report(results: list[dict[str, Any]]) -> None:
     for (name, target), group in itertools.groupby(sorted(results, key=key), key=key):
         rows = list(group)
         good = [r for r in rows if "error" not in r]
-        worst = {k: max((r[k] for r in good), default=0) for k in ("registers", "spilled", "shared")}
+        kinds = ("registers", "spilled", "shared")
+        worst = {k: max((r[k] for r in good), default=0) for k in kinds}
         spent = sum(r["seconds"] for r in rows)
         text = " ".join(f"{k} {v}" for k, v in worst.items())
         print(

@@ -44,12 +44,18 @@ def gae_row(
     r = [rewards[t] if keep[t] else 0.0 for t in steps]
     v = [values[t] if keep[t] else 0.0 for t in steps]
     term = [bool(terminated[t]) and keep[t] if terminated else False for t in steps]
-    done = [d or (bool(truncated[t]) and keep[t] if truncated else False) for d, t in zip(term, steps)]
+    done = [
+        d or (bool(truncated[t]) and keep[t] if truncated else False)
+        for d, t in zip(term, steps, strict=True)
+    ]
     weight = [rho[t] if rho and keep[t] else 1.0 for t in steps]
     trace = [c[t] if c and keep[t] else 1.0 for t in steps]
-    after = [*v[1:], last] if following is None else [following[t] if keep[t] else 0.0 for t in steps]
+    after = (
+        [*v[1:], last] if following is None else [following[t] if keep[t] else 0.0 for t in steps]
+    )
     delta = [
-        weight[i] * (r[i] + (0.0 if term[i] else gamma * after[i]) - v[i]) for i in range(len(steps))
+        weight[i] * (r[i] + (0.0 if term[i] else gamma * after[i]) - v[i])
+        for i in range(len(steps))
     ]
     advantages, returns = [0.0] * n, [0.0] * n
     for i, t in enumerate(steps):
@@ -64,6 +70,16 @@ def gae_row(
     return advantages, returns
 
 
+def gae_recursion(rewards: Row, values: Row, gamma: float, lam: float, last: float) -> list[float]:
+    """The textbook loop, for rows too long for the sum."""
+    out, following, advantage = [], last, 0.0
+    for r, v in zip(reversed(rewards), reversed(values), strict=True):
+        advantage = r + gamma * following - v + gamma * lam * advantage
+        following = v
+        out.append(advantage)
+    return out[::-1]
+
+
 def kl(x: float, estimator: str, clamp: float | None) -> float:
     value = {
         "k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x, "abs": abs(x),
@@ -71,7 +87,9 @@ def kl(x: float, estimator: str, clamp: float | None) -> float:
     return value if clamp is None else min(max(value, -clamp), clamp)
 
 
-def policy_term(variant: str, new: float, ratio: float, adv: float, low: float, high: float) -> float:
+def policy_term(
+    variant: str, new: float, ratio: float, adv: float, low: float, high: float
+) -> float:
     """The surrogate as its paper writes it, to be minimised."""
     clipped = min(max(ratio, 1 - low), 1 + high)
     if variant in ("clip", "gspo"):
@@ -111,7 +129,7 @@ def ppo_rows(
 
 
 def value_token(value: float, old: float, target: float, clip: float | None, form: str) -> float:
-    """Half the squared error, as OpenAI Baselines (max) and Stable-Baselines3 (clipped) write it."""
+    """Half the squared error, as OpenAI Baselines (max) and SB3 (clipped) write it."""
     plain = (value - target) ** 2
     if clip is None:
         return plain / 2

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import aot
+import launches
+import pytest
+import torch
+
 from ppo_fast import _results, _schema
 
 KERNELS = aot.ROOT / "kernels"
@@ -98,6 +100,27 @@ def test_pairs_cover() -> None:
     for x, y in (("a", "b"), ("a", "c"), ("b", "c")):
         assert {(r[x], r[y]) for r in chosen} == {(r[x], r[y]) for r in table}
     assert len(chosen) < len(table) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 16, 33, 2052, 40000])
+def test_launches_are_registered(vocab: int, dtype: torch.dtype) -> None:
+    """Interpreted launches of logprobs and whiten have the constants that were compiled."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter's launches are what is watched")
+    from ppo_fast.kernels import logprobs, whiten
+
+    logits = torch.randn(2, 3, vocab).to(dtype)
+    tokens = torch.randint(vocab, (2, 3))
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with launches.watch():
+        for keep, temperature in ((None, None), (mask, torch.ones(2, 3))):
+            args = (keep, temperature)
+            _, *saved = logprobs.logprobs_fwd(logits, tokens, *args, [-100], [1.0])
+            for grads in ((torch.ones(2, 3), None), (None, torch.ones(()).expand(2, 3))):
+                logprobs.logprobs_bwd(*grads, logits, tokens, *args, *saved, [-100], [1.0])
+            moments = whiten.moments(logits[..., 0], keep)
+            whiten.whiten(logits[..., 0], keep, moments, [1, 1, 0], [1e-8])
 
 
 def main_loop(ptx: str) -> str:

@@ -16,9 +16,15 @@ from ppo_fast import _backend, testing
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PPO_FAST_BACKEND", "TRITON_INTERPRET")}
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("PPO_FAST_BACKEND", "TRITON_INTERPRET")
+    }
     return subprocess.run(
-        [sys.executable, "-c", code], env=env | environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=env | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -75,11 +81,16 @@ def test_a_named_backend_that_is_unusable_raises(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_backend._Chosen, "warned", False)
     monkeypatch.setattr(_backend._Chosen, "name", None)
     call = testing.gae_call()
-    with pytest.raises(ppo_fast.BackendUnavailableError, match="gae: .*'cpu' is not usable: it is not built; run make"):
+    with pytest.raises(
+        ppo_fast.BackendUnavailableError,
+        match=r"gae: .*'cpu' is not usable: it is not built; run make",
+    ):
         testing.run(call, "cpu")
-    with pytest.raises(ppo_fast.BackendUnavailableError, match="use_backend: .*run make"):
+    with pytest.raises(ppo_fast.BackendUnavailableError, match=r"use_backend: .*run make"):
         ppo_fast.use_backend("cpu")
-    with pytest.warns(RuntimeWarning, match="slow PyTorch reference. cpu: it is not built; run make"):
+    with pytest.warns(
+        RuntimeWarning, match="slow PyTorch reference. cpu: it is not built; run make"
+    ):
         out = testing.run(call, None)
     want = testing.run(call, "reference")
     assert all(testing.same_bits(out[k], want[k]) for k in want)
@@ -110,10 +121,17 @@ def test_triton_without_interpreter_needs_cuda(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_environment_chooses() -> None:
-    code = "import ppo_fast, torch; from ppo_fast._backend import select; print(select('op', None, torch.zeros(1)))"
+    code = (
+        "import torch; from ppo_fast._backend import select;"
+        "print(select('op', None, torch.zeros(1)))"
+    )
     assert python(code, PPO_FAST_BACKEND="reference").stdout.strip() == "reference"
     wrong = python(code, PPO_FAST_BACKEND="fast")
-    assert wrong.returncode != 0 and "backend must be one of" in wrong.stderr and "'fast'" in wrong.stderr
+    assert (
+        wrong.returncode != 0
+        and "backend must be one of" in wrong.stderr
+        and "'fast'" in wrong.stderr
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

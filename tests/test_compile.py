@@ -21,16 +21,19 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compiled_run(call: Call, backend: str, **options: object) -> dict[str, torch.Tensor]:
+def compiled_run(call: Call, kernel: str, compiler: str) -> dict[str, torch.Tensor]:
     """As testing.run, the op compiled; the backward runs through the compiled graph."""
     leaves, outputs = testing.calls.DIFFERENTIABLE.get(call.op, ((), ()))
     given = [k for k in leaves if k in call.tensors]
-    tensors = {k: v.detach().requires_grad_(k in given) if k in given else v for k, v in call.tensors.items()}
+    tensors = {
+        k: v.detach().requires_grad_(k in given) if k in given else v
+        for k, v in call.tensors.items()
+    }
 
     def f(tensors: dict[str, torch.Tensor]) -> object:
-        return getattr(ppo_fast, call.op)(**tensors, **call.options, backend=backend)
+        return getattr(ppo_fast, call.op)(**tensors, **call.options, backend=kernel)
 
-    result = torch.compile(f, fullgraph=True, **options)(tensors)
+    result = torch.compile(f, fullgraph=True, backend=compiler)(tensors)
     out = testing.output(result)
     if given:
         used = [k for k in outputs if k in call.cotangents]
@@ -51,7 +54,7 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 def test_fullgraph(kernel: str, device: str, op: str) -> None:
     """I2: no graph break, a NamedTuple out, the same bits."""
     call = testing.FACTORIES[op]((4, 9), device=device)
-    assert_same(compiled_run(call, kernel, backend="aot_eager"), run(call, kernel))
+    assert_same(compiled_run(call, kernel, "aot_eager"), run(call, kernel))
 
 
 @pytest.mark.parametrize("op", ["token_logprobs", "ppo_loss", "gae"])
@@ -78,7 +81,7 @@ def test_inductor(op: str) -> None:
     backend = usable("triton" if torch.cuda.is_available() else "cpu")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     call = testing.FACTORIES[op]((4, 9), device=device)
-    assert_same(compiled_run(call, backend), run(call, backend))
+    assert_same(compiled_run(call, backend, "inductor"), run(call, backend))
 
 
 def test_a_training_step_compiles(kernel: str, device: str) -> None:
@@ -91,7 +94,12 @@ def test_a_training_step_compiles(kernel: str, device: str) -> None:
         rest = {k: v for k, v in head.tensors.items() if k != "logits"}
         out = ppo_fast.token_logprobs(logits, **rest, backend=kernel)
         return ppo_fast.ppo_loss(
-            out.logprobs, mask=rest["mask"], entropy=out.entropy, **others, **loss.options, backend=kernel
+            out.logprobs,
+            mask=rest["mask"],
+            entropy=out.entropy,
+            **others,
+            **loss.options,
+            backend=kernel,
         )
 
     results = []

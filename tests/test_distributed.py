@@ -22,7 +22,9 @@ def inputs(rank: int) -> tuple[testing.Call, torch.Tensor, torch.Tensor]:
 
 
 def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
+    )
     call, x, mask = inputs(rank)
     with ppo_fast.use_backend("reference"):
         stats = ppo_fast.Stats(testing.run(call, None)["stats"]).all_reduce()

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (one bad input a line)
 """Bad input: one row each of op, what is changed, the exception and what its text says."""
 
 from __future__ import annotations

@@ -123,16 +123,18 @@ def test_time_major(kernel: str, device: str) -> None:
     ).replace(bootstrap=call.tensors["bootstrap"])
     a, b = run(call, kernel), run(turned.option(time_major=True), kernel)
     for name in ("advantages", "returns"):
-        ulp = torch.finfo(torch.float32).eps * a[name].abs().clamp(min=torch.finfo(torch.float32).tiny)
+        ulp = torch.finfo(torch.float32).eps * a[name].abs().clamp(
+            min=torch.finfo(torch.float32).tiny
+        )
         assert bool(((a[name] - b[name].T).abs() <= 2 * ulp).all()), name
 
 
 @pytest.mark.parametrize("op", testing.FACTORIES)
 def test_run_to_run(kernel: str, device: str, op: str) -> None:
     """D1: the same bits every time, sums over rows too."""
-    call = testing.FACTORIES[op]((8, 40) if kernel == "triton" else (60, 130), device=device)
+    call = testing.FACTORIES[op]((8, 40) if kernel == "triton" else (40, 60), device=device)
     want = run(call, kernel)
-    for _ in range(2 if kernel == "triton" and device == "cpu" else 30):
+    for _ in range(2 if kernel == "triton" and device == "cpu" else 20):
         got = run(call, kernel)
         assert all(same_bits(got[k], want[k]) for k in want)
 

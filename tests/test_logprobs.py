@@ -103,7 +103,9 @@ def test_label_at_minus_infinity(backend: str, device: str) -> None:
     call = call.replace(logits=logits, tokens=torch.tensor([4, 4], device=device))
     out = testing.run(call, backend)
     assert float(out["logprobs"][0]) == -INF and bool(out["logprobs"][1].isfinite())
-    only = call._replace(cotangents={**call.cotangents, "entropy": torch.zeros_like(call.cotangents["entropy"])})
+    only = call._replace(
+        cotangents={**call.cotangents, "entropy": torch.zeros_like(call.cotangents["entropy"])}
+    )
     assert bool((testing.run(only, backend)["grad_logits"][0] == 0).all())
     testing.assert_agrees(call, backend)
 
@@ -200,7 +202,10 @@ def test_one_gradient_alone(backend: str, device: str, only: str) -> None:
 
 def test_zero_cotangent_rows_get_exact_zeros(backend: str, device: str) -> None:
     call = testing.logprobs_call((4,), 50, device=device, mask=None)
-    grads = {k: v * torch.tensor([1.0, 0.0, 1.0, 0.0], device=device) for k, v in call.cotangents.items()}
+    grads = {
+        k: v * torch.tensor([1.0, 0.0, 1.0, 0.0], device=device)
+        for k, v in call.cotangents.items()
+    }
     grad = testing.run(call._replace(cotangents=grads), backend)["grad_logits"]
     assert bool((grad[[1, 3]] == 0).all()) and bool(grad[0].any())
 

@@ -24,7 +24,10 @@ CALLS: dict[str, tuple[str, dict[str, object]]] = {
     "value max": ("value_loss", {}),
     "value clipped": ("value_loss", {"form": "clipped", "reduction": "seq-mean-token-mean"}),
     "value unclipped": ("value_loss", {"clip": None}),
-    "gae carry": ("gae", {"extras": ("bootstrap", "terminated", "rho", "c", "lam", "lam_returns")}),
+    "gae carry": (
+        "gae",
+        {"extras": ("bootstrap", "terminated", "rho", "c", "lam", "lam_returns")},
+    ),
     "gae zero": ("gae", {"masked": "zero", "extras": ("bootstrap", "terminated", "rho", "c")}),
     "gae lam zero": ("gae", {"masked": "zero", "extras": ("bootstrap", "lam", "lam_returns")}),
     "gae ends carry": ("gae", {"extras": ENDS}),
@@ -90,7 +93,9 @@ def test_packed_garbage(backend: str, device: str, op: str) -> None:
 
 @pytest.mark.parametrize("op", testing.FACTORIES)
 @pytest.mark.parametrize(
-    "dtype", [torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.bfloat16], ids=str
+    "dtype",
+    [torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.bfloat16],
+    ids=str,
 )
 def test_masks_of_any_dtype_are_flags(
     backend: str, device: str, op: str, dtype: torch.dtype

@@ -32,12 +32,19 @@ def checkout(tmp_path: Path) -> Path:
     return tree
 
 
-def setup(tree: Path, *args: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def setup(
+    tree: Path, *args: str, path: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`setup.py args` in a fresh interpreter that also sees the modules in `path`."""
     env = {k: v for k, v in os.environ.items() if k != "PPO_FAST_BUILD"} | environment
     env["PYTHONPATH"] = str(path or "")
     return subprocess.run(
-        [sys.executable, "setup.py", *args], cwd=tree, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "setup.py", *args],
+        cwd=tree,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -49,7 +56,11 @@ def built(tree: Path, pattern: str) -> Path:
 def expected(suffixes: tuple[str, ...]) -> set[str]:
     """Every source of the package, by the name it is imported by."""
     names = set()
-    for folder, prefix in (("ppo_fast", "ppo_fast"), ("kernels", "ppo_fast/kernels"), ("csrc", "ppo_fast/csrc")):
+    for folder, prefix in (
+        ("ppo_fast", "ppo_fast"),
+        ("kernels", "ppo_fast/kernels"),
+        ("csrc", "ppo_fast/csrc"),
+    ):
         for path in (ROOT / folder).rglob("*"):
             inside = path.relative_to(ROOT / folder).as_posix()
             linked = folder == "ppo_fast" and inside.startswith(("kernels", "csrc"))
@@ -79,15 +90,21 @@ def test_an_explicit_request_never_degrades(checkout: Path, tmp_path: Path) -> N
     done = setup(checkout, "bdist_wheel", path=blocked, PPO_FAST_BUILD="cpu")
     assert done.returncode != 0 and "PPO_FAST_BUILD=cpu needs torch" in done.stderr
     wrong = setup(checkout, "bdist_wheel", PPO_FAST_BUILD="gpu")
-    assert wrong.returncode != 0 and "must be one of auto, none, cpu, cuda, got 'gpu'" in wrong.stderr
+    assert (
+        wrong.returncode != 0 and "must be one of auto, none, cpu, cuda, got 'gpu'" in wrong.stderr
+    )
 
 
 def test_the_sdist_follows_both_symlinks(checkout: Path) -> None:
     done = setup(checkout, "sdist", PPO_FAST_BUILD="none")
     assert done.returncode == 0, done.stderr
-    names = tarfile.open(built(checkout, "*.tar.gz")).getnames()
+    with tarfile.open(built(checkout, "*.tar.gz")) as archive:
+        names = archive.getnames()
     held = {name.split("/", 1)[1] for name in names if "/" in name}
-    assert expected((".py", ".h", ".cpp")) | {"ppo_fast/py.typed", "setup.py", "pyproject.toml"} <= held
+    assert (
+        expected((".py", ".h", ".cpp")) | {"ppo_fast/py.typed", "setup.py", "pyproject.toml"}
+        <= held
+    )
 
 
 @pytest.mark.long
@@ -97,7 +114,17 @@ def test_an_installed_wheel_runs(checkout: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     target = tmp_path / "site"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(built(checkout, "*.whl"))],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--target",
+            str(target),
+            str(built(checkout, "*.whl")),
+        ],
         check=True,
     )
     code = (
@@ -105,5 +132,12 @@ def test_an_installed_wheel_runs(checkout: Path, tmp_path: Path) -> None:
         "print(ppo_fast.__file__, ppo_fast.gae(x, x, backend='cpu').advantages.shape)"
     )
     env = os.environ | {"PYTHONPATH": str(target)}
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert str(target) in out.stdout and "[2, 3]" in out.stdout

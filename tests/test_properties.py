@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import usable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import usable
 from ppo_fast import testing
 from ppo_fast._schema import ESTIMATORS, MASKED, REDUCTIONS, SCORE_AT, VARIANTS
 
@@ -23,13 +23,17 @@ GAE_EXTRAS = st.sampled_from(
     [(), ("bootstrap",), ("bootstrap", "terminated"), ("next_values", "terminated", "truncated"),
      ("next_values", "rho", "c", "lam", "lam_returns"), ("bootstrap", "row_lam")]
 )  # fmt: skip
-PPO_EXTRAS = st.sets(st.sampled_from(["entropy", "ref_logprobs", "is_weights", "advantage_moments"]))
+PPO_EXTRAS = st.sets(
+    st.sampled_from(["entropy", "ref_logprobs", "is_weights", "advantage_moments"])
+)
 
 
 def options_of(op: str) -> st.SearchStrategy[dict[str, Any]]:
     """The options of one op."""
     return {
-        "token_logprobs": st.fixed_dictionaries({"vocab": VOCABULARIES, "scale": st.sampled_from([0.0, 3.0, 30.0])}),
+        "token_logprobs": st.fixed_dictionaries({
+            "vocab": VOCABULARIES, "scale": st.sampled_from([0.0, 3.0, 30.0]),
+        }),
         "ppo_loss": st.fixed_dictionaries({
             "variant": st.sampled_from(VARIANTS), "reduction": st.sampled_from(REDUCTIONS),
             "kl_estimator": st.sampled_from([e + p for e in ESTIMATORS for p in ("", "+")]),
@@ -92,7 +96,13 @@ def packed_calls(draw: st.DrawFn, op: str, device: str) -> testing.Call:
     lengths = draw(st.lists(st.sampled_from([0, 1, 2, 5, 33]), max_size=6))
     ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     n, seed = ends[-1], draw(st.integers(0, 99))
-    call = testing.FACTORIES[op]((n,), seed=seed, device=device, mask=draw(MASKS.filter(lambda m: m not in ("row", "left", "right"))), packed=True)
+    call = testing.FACTORIES[op](
+        (n,),
+        seed=seed,
+        device=device,
+        mask=draw(MASKS.filter(lambda m: m not in ("row", "left", "right"))),
+        packed=True,
+    )
     per_sequence = {
         k: torch.randn(len(lengths), generator=torch.Generator().manual_seed(seed)).to(device)
         for k in ("scores", "bootstrap") if k in call.tensors

@@ -36,7 +36,9 @@ def test_logprobs_are_a_categorical_distribution(temperature: float) -> None:
 
 def test_logprob_gradient_is_onehot_minus_probabilities() -> None:
     call = testing.logprobs_call(mask=None, temperature=2.0, **F64)
-    grads = {k: torch.full_like(v, 1.0 if k == "logprobs" else 0.0) for k, v in call.cotangents.items()}
+    grads = {
+        k: torch.full_like(v, 1.0 if k == "logprobs" else 0.0) for k, v in call.cotangents.items()
+    }
     grad = testing.run(call._replace(cotangents=grads), "reference")["grad_logits"]
     p = (call.tensors["logits"] / 2.0).softmax(-1)
     onehot = torch.nn.functional.one_hot(call.tensors["tokens"], p.shape[-1])
@@ -91,8 +93,10 @@ def test_ppo_loss_is_the_scalar_loop(variant: str, reduction: str) -> None:
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
 def test_kl_estimators(estimator: str, clamp: float | None) -> None:
     """The KL term is what two losses with and without it differ by."""
-    call = testing.ppo_call((3, 7), extras=("ref_logprobs",), kl_estimator=estimator, kl_clamp=clamp,
-                            kl_coef=0.25, reduction="token-sum", **F64)  # fmt: skip
+    options = {"kl_estimator": estimator, "kl_clamp": clamp, "kl_coef": 0.25}
+    call = testing.ppo_call(
+        (3, 7), extras=("ref_logprobs",), reduction="token-sum", **options, **F64
+    )
     t = call.tensors
     gaps = (t["logprobs"] - t["ref_logprobs"])[t["mask"]].tolist()
     want = 0.25 * math.fsum(spelled_out.kl(x, estimator, clamp) for x in gaps)
@@ -106,7 +110,9 @@ def test_value_loss_is_the_scalar_loop(form: str | None) -> None:
     options = {"clip": None} if form is None else {"form": form}
     call = testing.value_call((4, 9), reduction="token-sum", **options, **F64)
     t = call.tensors
-    rows = [t[k][t["mask"]].tolist() if k in t else None for k in ("values", "old_values", "returns")]
+    rows = [
+        t[k][t["mask"]].tolist() if k in t else None for k in ("values", "old_values", "returns")
+    ]
     olds = rows[1] or rows[0]
     want = math.fsum(
         spelled_out.value_token(v, old, r, None if form is None else 0.2, form or "max")

@@ -41,7 +41,9 @@ def test_precisions(backend: str, device: str, place: str, dtype: torch.dtype) -
     testing.assert_agrees(call, backend)
 
 
-def by_hand(device: str, mask: list[list[int]], place: str, backend: str, **options: object) -> dict[str, torch.Tensor]:
+def by_hand(
+    device: str, mask: list[list[int]], place: str, backend: str, **options: object
+) -> dict[str, torch.Tensor]:
     """No KL, no values, γ = λ = 1, scores 1, 2, ...: rewards and returns are sums of scores."""
     keep = torch.tensor(mask, device=device)
     scores = torch.arange(1.0, len(mask) + 1, device=device)
@@ -64,9 +66,21 @@ def test_last_token(backend: str, device: str) -> None:
 def test_first_pad(backend: str, device: str) -> None:
     """The slot joins the recursion, carries a return, but no advantage and not the moments."""
     out = by_hand(device, MASKS, "first-pad", backend)
-    assert out["rewards"].tolist() == [[0, 0, 1, 0], [0, 0, 0, 2], [0] * 4, [0, 0, 0, 4], [0, 0, 0, 5]]
+    assert out["rewards"].tolist() == [
+        [0, 0, 1, 0],
+        [0, 0, 0, 2],
+        [0] * 4,
+        [0, 0, 0, 4],
+        [0, 0, 0, 5],
+    ]
     assert out["returns"].tolist() == [[1, 1, 1, 0], [2] * 4, [0] * 4, [0, 4, 0, 4], [0, 5, 5, 5]]
-    assert out["advantages"].tolist() == [[1, 1, 0, 0], [2] * 4, [0] * 4, [0, 4, 0, 4], [0, 5, 5, 0]]
+    assert out["advantages"].tolist() == [
+        [1, 1, 0, 0],
+        [2] * 4,
+        [0] * 4,
+        [0, 4, 0, 4],
+        [0, 5, 5, 0],
+    ]
     assert float(out["moments"][0]) == 10 and not bool(out["kl"].any())
 
 
@@ -113,7 +127,11 @@ def test_it_is_gae_of_its_rewards(backend: str, device: str) -> None:
     for packed in (False, True):
         call = rlhf_call((40,) if packed else (4, 10), mask="random", packed=packed, device=device)
         out = run(call, backend)
-        shared = {k: v for k, v in call.tensors.items() if k in ("values", "mask", "bootstrap", "cu_seqlens")}
+        shared = {
+            k: v
+            for k, v in call.tensors.items()
+            if k in ("values", "mask", "bootstrap", "cu_seqlens")
+        }
         again = testing.Call("gae", {"rewards": out["rewards"], **shared}, {"gamma": 0.99}, {})
         gae = run(again, backend)
         assert all(testing.same_bits(out[k], gae[k]) for k in ("advantages", "returns", "moments"))

@@ -26,7 +26,19 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
     heat = x(3, 5).abs() + 0.5
     logits, logs, entropy, row_max = x(3, 5, 11), x(3, 5), x(3, 5).abs(), x(3, 5) + 5
     moments = torch.tensor([9.0, 0.1, 8.0], dtype=DOUBLE, device=device)
-    back = (logs, x(3, 5), logits, tokens, mask, heat, entropy, row_max, entropy + 1, [-100], [1.0])
+    back = (
+        logs,
+        x(3, 5),
+        logits,
+        tokens,
+        mask,
+        heat,
+        entropy,
+        row_max,
+        entropy + 1,
+        [-100],
+        [1.0],
+    )
     none = None
     return {
         "logprobs_fwd": (logits, tokens, mask, heat, [-100], [1.0]),

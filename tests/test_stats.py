@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -43,7 +44,10 @@ def test_denom_adds_micro_batches_up(backend: str, device: str, op: str, reducti
     whole = {"token-mean": float(keep.sum()), "token-sum": 1.0}.get(reduction, rows)
     whole = whole * 9 if reduction.endswith("norm") else whole
     parts = [
-        run(testing.with_rows(call, torch.arange(i, i + 2, device=device)).option(denom=whole), backend)
+        run(
+            testing.with_rows(call, torch.arange(i, i + 2, device=device)).option(denom=whole),
+            backend,
+        )
         for i in (0, 2, 4)
     ]
     want = run(call, backend)
@@ -89,13 +93,15 @@ def test_every_field_by_hand(backend: str, device: str) -> None:
     d = torch.tensor([[0.5, -0.5], [0.0, math.log(1.1)]], device=device)
     new = torch.full((2, 2), -1.0, device=device)
     out = ppo_fast.ppo_loss(
-        new, new - d, torch.ones(2, 2, device=device), entropy=torch.full((2, 2), 0.7, device=device),
+        new, new - d, torch.ones(2, 2, device=device),
+        entropy=torch.full((2, 2), 0.7, device=device),
         ref_logprobs=new - 1, kl_estimator="k1", backend=backend,
     )  # fmt: skip
     gaps = [0.5, -0.5, 0.0, math.log(1.1)]
     ratios = [math.exp(x) for x in gaps]
     want = {
-        "policy_loss": -(1.2 + ratios[1] + 1.0 + 1.1) / 4, "loss": -(1.2 + ratios[1] + 1.0 + 1.1) / 4,
+        "policy_loss": -(1.2 + ratios[1] + 1.0 + 1.1) / 4,
+        "loss": -(1.2 + ratios[1] + 1.0 + 1.1) / 4,
         "value_loss": 0.0, "entropy": 0.7, "ref_kl": 1.0, "kl_k1": -sum(gaps) / 4,
         "kl_k2": sum(x * x for x in gaps) / 8,
         "kl_k3": sum(math.expm1(x) - x for x in gaps) / 4,
@@ -134,7 +140,7 @@ def test_moments_merge(cuts: tuple[int, ...]) -> None:
     x = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e3
     edges = [0, *cuts, 50]
     total = Moments(torch.zeros(3, dtype=torch.float64))
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         part = x[a:b]
         n = float(b - a)
         mean = float(part.mean()) if n else 0.0

@@ -49,7 +49,9 @@ def test_layouts(
 @pytest.mark.parametrize("layout", ["sliced", "offset", "expanded"])
 @pytest.mark.parametrize("op", ["ppo_loss", "value_loss", "gae", "rlhf_advantages"])
 def test_packed_layouts(backend: str, device: str, op: str, layout: str) -> None:
-    view, dense = testing.with_layout(testing.FACTORIES[op]((41,), packed=True, device=device), layout)
+    view, dense = testing.with_layout(
+        testing.FACTORIES[op]((41,), packed=True, device=device), layout
+    )
     a, b = run(view, backend), run(dense, backend)
     assert all(same_bits(a[k], b[k]) for k in b)
 
@@ -94,7 +96,9 @@ def test_a_second_backward_gives_the_same(backend: str, device: str, op: str) ->
     call = testing.FACTORIES[op]((4, 9), device=device)
     leaf = {"token_logprobs": "logits", "ppo_loss": "logprobs", "value_loss": "values"}[op]
     x = call.tensors[leaf].clone().requires_grad_()
-    out = testing.output(getattr(ppo_fast, op)(**call.replace(**{leaf: x}).tensors, **call.options, backend=backend))
+    out = testing.output(
+        getattr(ppo_fast, op)(**call.replace(**{leaf: x}).tensors, **call.options, backend=backend)
+    )
     total = sum((out[k] * v).sum() for k, v in call.cotangents.items())
     first = torch.autograd.grad(total, x, retain_graph=True)
     second = torch.autograd.grad(total, x)
@@ -107,11 +111,13 @@ def test_double_backward_raises(kernel: str, device: str, op: str) -> None:
     call = testing.FACTORIES[op]((2, 5), device=device)
     leaf = {"token_logprobs": "logits", "ppo_loss": "logprobs", "value_loss": "values"}[op]
     x = call.tensors[leaf].clone().requires_grad_()
-    out = testing.output(getattr(ppo_fast, op)(**call.replace(**{leaf: x}).tensors, **call.options, backend=kernel))
+    out = testing.output(
+        getattr(ppo_fast, op)(**call.replace(**{leaf: x}).tensors, **call.options, backend=kernel)
+    )
     total = sum((out[k] * v).sum() for k, v in call.cotangents.items())
     (grad,) = torch.autograd.grad(total, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+        (grad.sum() + x.sum()).backward()  # alone it would miss a gradient taken for constant
 
 
 @pytest.mark.parametrize("op", ["ppo_loss", "value_loss"])

@@ -18,10 +18,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_within_budget(
-    backend: str, device: str, form: dict[str, object], reduction: str
-) -> None:
-    testing.assert_agrees(value_call(mask="row", reduction=reduction, device=device, **form), backend)
+def test_within_budget(backend: str, device: str, form: dict[str, object], reduction: str) -> None:
+    testing.assert_agrees(
+        value_call(mask="row", reduction=reduction, device=device, **form), backend
+    )
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -52,13 +52,17 @@ def test_many_blocks(backend: str, device: str) -> None:
     testing.assert_agrees(value_call((3, 1500), device=device), backend)
 
 
-def tiny(device: str, values: list[float], old: list[float], target: list[float], **options: object) -> testing.Call:
+def tiny(
+    device: str, values: list[float], old: list[float], target: list[float], **options: object
+) -> testing.Call:
     tensors = {
         name: torch.tensor(x, device=device)
         for name, x in (("values", values), ("old_values", old), ("returns", target))
     }
     loss = {"loss": torch.tensor(1.0, device=device)}
-    return testing.Call("value_loss", tensors, {"reduction": "token-sum", "clip": 0.5, **options}, loss)
+    return testing.Call(
+        "value_loss", tensors, {"reduction": "token-sum", "clip": 0.5, **options}, loss
+    )
 
 
 def test_max_takes_the_worse_term(backend: str, device: str) -> None:
@@ -82,7 +86,9 @@ def test_explained_variance(backend: str, device: str) -> None:
     for clip in (0.2, None):
         call = value_call((30,), clip=clip, device=device, mask=None)
         target = call.tensors["returns"] + 1000.0
-        shifted = {k: call.tensors[k] + 1000.0 for k in ("values", "old_values") if k in call.tensors}
+        shifted = {
+            k: call.tensors[k] + 1000.0 for k in ("values", "old_values") if k in call.tensors
+        }
         out = run(call.replace(returns=target, **shifted), backend)
         base = shifted.get("old_values", shifted["values"]).double()
         want = 1 - (target.double() - base).var() / target.double().var()

@@ -59,7 +59,9 @@ def test_given_moments_are_those_computed(backend: str, device: str) -> None:
     call = testing.gae_call((5, 21), device=device)
     out, mask = run(call, backend), call.tensors["mask"]
     own = ppo_fast.whiten(out["advantages"], mask, backend=backend)
-    given = ppo_fast.whiten(out["advantages"], mask, moments=Moments(out["moments"]), backend=backend)
+    given = ppo_fast.whiten(
+        out["advantages"], mask, moments=Moments(out["moments"]), backend=backend
+    )
     assert torch.allclose(own, given, rtol=1e-6, atol=1e-6)
     assert not bool(given[~mask].any())
 

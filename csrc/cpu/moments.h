@@ -1,6 +1,7 @@
 // Merging (count, mean, M2) partials.
 #pragma once
 
+#include <cstddef>
 #include <vector>
 
 namespace ppo {

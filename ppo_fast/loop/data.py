@@ -8,12 +8,12 @@ import random
 from pathlib import Path
 
 
-def package_folder(package: str, extra: str = "train") -> Path:
-    """The folder of an installed package, found without importing it."""
+def package_folder(package: str) -> Path:
+    """The folder of an installed package, found without importing it or what it depends on."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"package {package!r} is not installed: pip install 'ppo_fast[{extra}]'"
+            f"package {package!r} is not installed: pip install --no-deps {package}"
         )
     return Path(spec.submodule_search_locations[0])
 

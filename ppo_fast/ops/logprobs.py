@@ -10,6 +10,7 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import TokenLogProbs
 from ppo_fast._schema import HANDLES, compute_dtype
+from ppo_fast.ops.once import once_differentiable
 
 _OP = "token_logprobs"
 
@@ -28,7 +29,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None

@@ -10,6 +10,7 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Loss, Moments, Stats
 from ppo_fast._schema import HANDLES
+from ppo_fast.ops.once import once_differentiable
 from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions, detached, log_ratio_bounds
 
 _OP = "ppo_loss"
@@ -30,7 +31,7 @@ class _PPOLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
             return None, None, None, None

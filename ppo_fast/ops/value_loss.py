@@ -10,6 +10,7 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Loss, Stats
 from ppo_fast._schema import FORMS, HANDLES
+from ppo_fast.ops.once import once_differentiable
 from ppo_fast.ops.options import Coefficient, detached, pack_denom, pack_reduction
 
 _OP = "value_loss"
@@ -27,7 +28,7 @@ class _ValueLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
             return None, None, None

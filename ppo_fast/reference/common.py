@@ -96,7 +96,7 @@ def whitening(moments: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 1/√(var + 1e-8) with Bessel's correction; 0 where there is no variance."""
     n, mean, m2 = moments.unbind()
     var = torch.where(n > 1, m2 / (n - 1).clamp(min=1), torch.zeros_like(m2))
-    return mean, torch.where(var > 0, (var + 1e-8).rsqrt(), torch.zeros_like(var))
+    return mean, torch.where(var == 0, torch.zeros_like(var), (var + 1e-8).rsqrt())
 
 
 def kl_terms(

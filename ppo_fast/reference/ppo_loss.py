@@ -130,19 +130,24 @@ def _surrogate(
     if variant == "linear":
         penalty = 0.0 if linear is None else (kl_coef * ratio - linear) * adv
         return Surrogate(-(ratio * adv - penalty), ratio, dual)
+    log_ratio = d
     if variant == "gspo":
         mean = seqs.sum(d.detach()) / seqs.tokens.clamp(min=1).to(d.dtype)
         # The sequence's ratio, differentiated through the token's own log-probability.
-        ratio = (seqs.spread(mean) + d - d.detach()).exp()
-    plain, clipped = -adv * ratio, -adv * ratio.clamp(*clip)
+        log_ratio = seqs.spread(mean) + d - d.detach()
+        ratio = log_ratio.exp()
+    plain, bounded = (-adv * r for r in (ratio.detach(), ratio.detach().clamp(*clip)))
     # At a tie the whole gradient passes, which is what maximum and clamp give together.
-    terms = torch.where(plain >= clipped, plain, clipped.detach())
-    terms = torch.where(terms.isnan(), plain, terms)
+    cut = bounded > plain
+    terms = torch.where(cut, bounded, plain)
     if dual_clip is not None:
         cap = -adv * dual_clip
         dual = (adv < 0) & (terms > cap)
         terms = torch.where(dual, cap, terms)
-    return Surrogate(terms, ratio, dual)
+    cut = cut | dual
+    # The exponent is selected, not the product: a clipped ratio may be inf, and 0·inf is NaN.
+    passing = torch.where(cut, log_ratio.detach(), log_ratio).exp()
+    return Surrogate(torch.where(cut, terms, -adv * passing), ratio, dual)
 
 
 def _ratio_sums(

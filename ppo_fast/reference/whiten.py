@@ -34,9 +34,9 @@ def whiten(
     free = n - 1 if unbiased else n
     var = torch.where(free > 0, m2 / free.clamp(min=1), 0.0)
     scale = (var + eps).rsqrt() if eps_at == "var" else 1.0 / (var.sqrt() + eps)
-    centred = (x.detach().double() - mean) * torch.where(var > 0, scale, 0.0)
+    centred = (x.detach().double() - mean) * scale
+    zero = torch.zeros_like(centred)
+    # With no variance the centred value is 0; a NaN variance shows.
+    centred = torch.where(var == 0, zero, centred)
     out = centred if shift_mean else centred + mean
-    zero = torch.zeros_like(out)
-    # 0·inf: with no variance the centred value is 0, whatever the slot.
-    out = torch.where(var > 0, out, zero if shift_mean else zero + mean)
     return torch.where(keep_of(x, mask), out, zero).to(compute(x).dtype)

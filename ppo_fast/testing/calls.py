@@ -85,5 +85,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal types, shapes and values; NaN equals NaN (its payload is nobody's promise)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    both_nan = a.isnan() & b.isnan() if a.is_floating_point() else torch.zeros_like(a, dtype=torch.bool)
+    both_nan = (
+        a.isnan() & b.isnan() if a.is_floating_point() else torch.zeros_like(a, dtype=torch.bool)
+    )
     return bool(((a == b) | both_nan).all())

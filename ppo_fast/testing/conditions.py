@@ -202,7 +202,12 @@ def value_condition(call: Call, exact: dict[str, Tensor], eps: float) -> Conditi
     adds = 1 + math.sqrt(max(1, int(seqs.keep.sum()))) / 4
     gap = t["returns"] - old
     # Returns and errors are accumulated in double: one rounding of an error, and of fp64 sums.
-    sums = {"err": gap.abs(), "err_sq": gap**2, "ret": t["returns"].abs(), "ret_sq": t["returns"] ** 2}
+    sums = {
+        "err": gap.abs(),
+        "err_sq": gap**2,
+        "ret": t["returns"].abs(),
+        "ret_sq": t["returns"] ** 2,
+    }
     stats = _stats(seqs.keep, {"vf_loss": size}, adds)
     stats += _stats(seqs.keep, {k: sums[k] for k in ("err", "err_sq")}, 1.0)
     stats += _stats(seqs.keep, sums, adds * EPS64 / eps)
@@ -222,7 +227,9 @@ def _moments(advantages: Tensor) -> Tensor:
         return torch.zeros(3, dtype=torch.float64)
     spread = (advantages - advantages.mean()).square().sum()
     top = advantages.abs().amax()
-    return torch.stack([torch.zeros_like(top), top, spread]) * (1 + math.sqrt(advantages.numel()) / 4)
+    return torch.stack([torch.zeros_like(top), top, spread]) * (
+        1 + math.sqrt(advantages.numel()) / 4
+    )
 
 
 def gae_condition(call: Call, exact: dict[str, Tensor], eps: float) -> Conditions:
@@ -261,8 +268,9 @@ def whiten_condition(call: Call, exact: dict[str, Tensor], eps: float) -> Condit
     moments = (given or reference.moments(call.tensors["x"], call.tensors.get("mask"))).values
     n, mean, m2 = moments.tolist()
     free = max(1.0, n - 1 if o.get("unbiased", True) else n)
-    eps, std = o.get("eps", 1e-8), math.sqrt(m2 / free)
-    scale = (1 / math.sqrt(m2 / free + eps)) if o.get("eps_at", "var") == "var" else 1 / (std + eps)
+    var, added = m2 / free, o.get("eps", 1e-8)
+    root = math.sqrt(var + added) if o.get("eps_at", "var") == "var" else math.sqrt(var) + added
+    scale = 1 / root if root else 0.0
     shift = 0.0 if o.get("shift_mean", True) else abs(mean)
     y = _finite(exact["out"]).abs() + 2 * shift
     # The sums are fp64: their rounding moves the mean, and the mean's own split by 2^-24 of it.

@@ -41,8 +41,10 @@ class _Source:
         return torch.randn(shape, generator=self.rng, dtype=dtype).to(self.device)
 
 
-def make_mask(shape: Shape, kind: str, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """A boolean mask: "all", "empty", "random", "row" (first row empty), "right" or "left" padded."""
+def make_mask(
+    shape: Shape, kind: str, seed: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A boolean mask: all, empty, random, row (the first one empty), right or left padded."""
     if kind == "all":
         return torch.ones(shape, dtype=torch.bool, device=device)
     if kind == "empty":
@@ -58,7 +60,9 @@ def make_mask(shape: Shape, kind: str, seed: int = 0, device: torch.device | str
     return keep.to(device)
 
 
-def _finish(op: str, tensors: dict[str, Any], options: dict[str, Any], **cotangents: Tensor) -> Call:
+def _finish(
+    op: str, tensors: dict[str, Any], options: dict[str, Any], **cotangents: Tensor
+) -> Call:
     return Call(op, {k: v for k, v in tensors.items() if v is not None}, options, cotangents)
 
 
@@ -145,7 +149,9 @@ def _clear_of_kinks(call: Call, margin: float = 1e-4) -> Call:
     low, high = 1 - o["clip_low"], 1 + o["clip_high"]
     ratio = d.clamp(-20, 20).exp()
     if o.get("variant") == "gspo" and d.dim() == 2:
-        mean = (d.clamp(-20, 20) * keep).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)
+        mean = (d.clamp(-20, 20) * keep).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(
+            min=1
+        )
         ratio = mean.exp().expand_as(d)
     near = (d.abs() - 20).abs() < margin
     for kink in (low, high, o.get("dual_clip") or 3.0):

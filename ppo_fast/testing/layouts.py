@@ -1,4 +1,4 @@
-"""The same numbers in other memory layouts, other rows of a call, garbage where it must not matter."""
+"""The same numbers in other layouts, some rows of a call, garbage where it must not matter."""
 
 from __future__ import annotations
 

@@ -1,0 +1,30 @@
+"""A backward that cannot be differentiated again, and says so."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_TWICE = b"ppo_fast: trying to differentiate twice through an op that is once_differentiable"
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As PyTorch's decorator of that name, whatever gradient comes in.
+
+    PyTorch's sees the first backward's inputs only: where they are constants, as a loss's own
+    gradient is, a second derivative would be taken for zero.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return out
+        fail: Any = torch._C._functions.DelayedError(_TWICE, len(out))
+        return fail(*(None if x is None else x.detach().requires_grad_() for x in out))
+
+    return wrapper
