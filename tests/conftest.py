@@ -31,6 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+def shape_of(op: str) -> tuple[int, int]:
+    """Small, and smaller for logits: Triton's interpreter takes 40 ms a row of them."""
+    return (4, 2) if op == "token_logprobs" else (4, 9)
+
+
 def usable(name: str) -> str:
     """The name, or a skip with the reason; tests/test_backend.py fails where cpu should work."""
     reason = ppo_fast.backends()[name]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import shape_of
 
 import ppo_fast
 from ppo_fast import testing
@@ -53,7 +54,7 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("op", testing.FACTORIES)
 def test_fullgraph(kernel: str, device: str, op: str) -> None:
     """I2: no graph break, a NamedTuple out, the same bits."""
-    call = testing.FACTORIES[op]((4, 9), device=device)
+    call = testing.FACTORIES[op](shape_of(op), device=device)
     assert_same(compiled_run(call, kernel, "aot_eager"), run(call, kernel))
 
 
@@ -67,7 +68,8 @@ def test_dynamic_shapes(kernel: str, device: str, op: str) -> None:
         return graph.forward
 
     function = torch.compile(getattr(ppo_fast, op), fullgraph=True, backend=counting)
-    for shape in ((4, 9), (5, 11), (6, 16), (7, 32)):
+    steps = (2, 3, 4, 8) if op == "token_logprobs" else (9, 11, 16, 32)
+    for shape in zip((4, 5, 6, 7), steps, strict=True):
         call = testing.FACTORIES[op](shape, device=device)._replace(cotangents={})
         out = testing.output(function(**call.tensors, **call.options, backend=kernel))
         assert_same(out, run(call, kernel))
@@ -80,7 +82,7 @@ def test_inductor(op: str) -> None:
 
     backend = usable("triton" if torch.cuda.is_available() else "cpu")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    call = testing.FACTORIES[op]((4, 9), device=device)
+    call = testing.FACTORIES[op](shape_of(op), device=device)
     assert_same(compiled_run(call, backend, "inductor"), run(call, backend))
 
 

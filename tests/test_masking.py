@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import shape_of
 
 from ppo_fast import testing
 from ppo_fast._schema import REDUCTIONS, VARIANTS
@@ -58,7 +59,7 @@ def test_garbage_is_as_good_as_zeros(
 ) -> None:
     """X2: NaN and ±inf in every masked slot of every input: the same bits."""
     for mask in MASKS:
-        call = testing.FACTORIES[op]((4, 9), mask=mask, device=device, **options)
+        call = testing.FACTORIES[op](shape_of(op), mask=mask, device=device, **options)
         read = live(call)
         clean = run(testing.with_garbage(call, 0.0, read), backend)
         for value in GARBAGE:
@@ -72,7 +73,7 @@ def test_masked_slots_are_exactly_zero(
     backend: str, device: str, op: str, options: dict[str, object]
 ) -> None:
     for mask in MASKS:
-        call = testing.FACTORIES[op]((4, 9), mask=mask, device=device, **options)
+        call = testing.FACTORIES[op](shape_of(op), mask=mask, device=device, **options)
         keep = call.tensors["mask"]
         for name, x in run(testing.with_garbage(call, math.nan, live(call)), backend).items():
             if name in ("loss", "stats", "moments"):
@@ -101,7 +102,7 @@ def test_masks_of_any_dtype_are_flags(
     backend: str, device: str, op: str, dtype: torch.dtype
 ) -> None:
     """Non-zero keeps: 2, −1, 0.5 are no weights."""
-    call = testing.FACTORIES[op]((4, 9), device=device)
+    call = testing.FACTORIES[op](shape_of(op), device=device)
     want = run(call, backend)
     flags = call.tensors["mask"].to(dtype)
     kinds = [flags, flags * 2, -flags] if dtype != torch.uint8 else [flags, flags * 255]
@@ -112,8 +113,8 @@ def test_masks_of_any_dtype_are_flags(
 
 @pytest.mark.parametrize("op", ["token_logprobs", "ppo_loss", "value_loss", "gae", "whiten"])
 def test_no_mask_is_a_mask_of_ones(backend: str, device: str, op: str) -> None:
-    call = testing.FACTORIES[op]((4, 9), mask=None, device=device)
-    full = call.replace(mask=make_mask((4, 9), "all", device=device))
+    call = testing.FACTORIES[op](shape_of(op), mask=None, device=device)
+    full = call.replace(mask=make_mask(shape_of(op), "all", device=device))
     a, b = run(call, backend), run(full, backend)
     assert all(same_bits(a[k], b[k]) for k in a)
 
@@ -122,7 +123,7 @@ def test_no_mask_is_a_mask_of_ones(backend: str, device: str, op: str) -> None:
 def test_an_empty_row_leaves_the_others(backend: str, device: str, op: str) -> None:
     """X11: per-row outputs of the other rows are those of a batch without it."""
     options = {"reduction": "token-sum"} if op in ("ppo_loss", "value_loss") else {}
-    call = testing.FACTORIES[op]((4, 9), mask="row", device=device, **options)
+    call = testing.FACTORIES[op](shape_of(op), mask="row", device=device, **options)
     rest = testing.with_rows(call, torch.arange(1, 4, device=device))
     a, b = run(call, backend), run(rest, backend)
     for name, x in a.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import shape_of
 
 import ppo_fast
 from ppo_fast import testing
@@ -36,7 +37,7 @@ def test_layouts(
 ) -> None:
     """X15: transposed, every second element, one element off, stride 0: equal to contiguous."""
     for dtype in FLOATS[:2]:
-        call = testing.FACTORIES[op]((5, 12), dtype=dtype, device=device, **options)
+        call = testing.FACTORIES[op](shape_of(op), dtype=dtype, device=device, **options)
         view, dense = testing.with_layout(call, layout)
         a, b = run(view, backend), run(dense, backend)
         for name, x in b.items():
@@ -83,7 +84,7 @@ def test_inputs_are_not_written(
     backend: str, device: str, op: str, options: dict[str, object]
 ) -> None:
     """X16: bytes and versions of every input, forward and backward."""
-    call = testing.FACTORIES[op]((4, 9), device=device, **options)
+    call = testing.FACTORIES[op](shape_of(op), device=device, **options)
     tensors = {**call.tensors, **{f"grad {k}": v for k, v in call.cotangents.items()}}
     before = {k: (v.clone(), v._version) for k, v in tensors.items()}
     run(call, backend)
@@ -93,7 +94,7 @@ def test_inputs_are_not_written(
 
 @pytest.mark.parametrize("op", ["token_logprobs", "ppo_loss", "value_loss"])
 def test_a_second_backward_gives_the_same(backend: str, device: str, op: str) -> None:
-    call = testing.FACTORIES[op]((4, 9), device=device)
+    call = testing.FACTORIES[op](shape_of(op), device=device)
     leaf = {"token_logprobs": "logits", "ppo_loss": "logprobs", "value_loss": "values"}[op]
     x = call.tensors[leaf].clone().requires_grad_()
     out = testing.output(
