@@ -107,7 +107,8 @@ def load_flag(ptr, offsets, inside):
     """Whether the flag byte is set; `inside` where there are no flags, False outside."""
     if ptr is None:
         return inside
-    return tl.load(ptr + offsets, mask=inside, other=0) != 0
+    else:
+        return tl.load(ptr + offsets, mask=inside, other=0) != 0
 
 
 @triton.jit
@@ -115,7 +116,9 @@ def load_f32(ptr, offsets, inside, default):
     """The value as fp32; `default` outside, and everywhere where the tensor is absent."""
     if ptr is None:
         return tl.where(inside, default, default).to(tl.float32)
-    return tl.where(inside, tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32), default)
+    else:
+        x = tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        return tl.where(inside, x, default)
 
 
 @triton.jit
@@ -150,7 +153,8 @@ def pair_sum(x, N: tl.constexpr):
     if N > 1:
         halves = tl.sum(tl.reshape(x, x.shape[:-1] + [N // 2, 2]), axis=-1)
         return pair_sum(halves, N // 2)
-    return tl.sum(x, axis=-1)
+    else:
+        return tl.sum(x, axis=-1)
 
 
 @triton.jit

@@ -61,7 +61,7 @@ def scan_step(
             x = tl.load(row_ptr + col + u * LANES + lanes, mask=inside, other=float("-inf"))
         else:
             x = tl.load(row_ptr + col + u * LANES + lanes)
-        xs = (*xs, x.to(tl.float32))
+        xs = xs + (x.to(tl.float32),)
     top = xs[0]
     for u in tl.static_range(1, UNROLL):
         top = tl.maximum(top, xs[u])

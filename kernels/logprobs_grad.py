@@ -109,7 +109,7 @@ def grad_step(
     for u in tl.static_range(UNROLL):
         at = col + u * LANES
         inside = at + lanes < end if MASKED else None
-        xs = (*xs, tl.load(row_ptr + at + lanes, mask=inside).to(tl.float32))
+        xs = xs + (tl.load(row_ptr + at + lanes, mask=inside).to(tl.float32),)
     for u in tl.static_range(UNROLL):
         at = col + u * LANES
         log_p = tl.fma(xs[u], inv_t, -m) - log_sum
@@ -174,21 +174,9 @@ def dlogits_kernel(
             )  # fmt: skip
 
 
-def _write(
-    out: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    entropy: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    codes: list[int],
-    params: list[float],
-) -> None:
-    """Fill `out`, of the logits' shape and dtype; it may be the logits."""
+def _write(out: Tensor, *args: Any) -> None:
+    """Fill `out`, of the logits' shape and dtype or they themselves; `args` are the schema's."""
+    grad_logprobs, grad_entropy, logits, tokens, mask, temperature, *saved, codes, params = args
     vocab = logits.shape[-1]
     how = config.grad(vocab)
     segments = triton.cdiv(vocab, how.segment)
@@ -200,10 +188,9 @@ def _write(
                 break
             terms = logits.new_empty(N_TERMS, n_rows, dtype=torch.float32)
             labels = logits.new_empty(n_rows, dtype=torch.int32)
-            saved = (x.view(-1)[block.start :] for x in (entropy, row_max, log_sum))
             terms_kernel[(triton.cdiv(n_rows, config.ROW_SCALARS.block),)](
-                *block.args[:-3], *saved, terms, labels, block.inner, vocab, n_rows,
-                1.0 / params[0], codes[0],
+                *block.args[:-3], *(x.view(-1)[block.start :] for x in saved), terms, labels,
+                block.inner, vocab, n_rows, 1.0 / params[0], codes[0],
                 ROWS=config.ROW_SCALARS.block, num_warps=config.ROW_SCALARS.warps, **LAUNCH,
             )  # fmt: skip
             source, target = block.args[:3], block.args[-3:]

@@ -39,7 +39,8 @@ def inverse_temperature(temp_ptr, offset, inside, inv_temp):
     """1 / temperature of the row or rows: the tensor's, or the number given."""
     if temp_ptr is None:
         return inv_temp
-    return tl.div_rn(1.0, tl.load(temp_ptr + offset, mask=inside, other=1.0).to(tl.float32))
+    else:
+        return tl.div_rn(1.0, tl.load(temp_ptr + offset, mask=inside, other=1.0).to(tl.float32))
 
 
 @triton.jit
@@ -84,7 +85,8 @@ def rounded(x, dtype: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x10000)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
+    else:
+        return x.to(dtype)
 
 
 def alignment(base: Tensor, *strides: int) -> int:
