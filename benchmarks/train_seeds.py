@@ -19,7 +19,6 @@ from typing import Any
 
 from ppo_fast.loop.records import fifths
 
-
 Log = list[dict[str, Any]]
 
 
