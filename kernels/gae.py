@@ -18,7 +18,7 @@ from .common import (
     load_flag,
     on_device,
 )
-from .gae_grid import AXES, grid_of, pointers, steps_of, strides, tile_axes
+from .gae_grid import AXES, grid_of, lambda_axes, pointers, steps_of, strides, tile_axes
 from .gae_scan import NO_STEP, at, chan, next_live, recur, sequences, tile_count, tile_steps
 from .options import MASKED_CARRY
 
@@ -207,10 +207,6 @@ def gae(
     return adv, ret, moments
 
 
-_NONE = dict.fromkeys(("next_ptr", "boot_ptr", "term_ptr", "trunc_ptr"))
-_PLAIN = dict.fromkeys(("rho_ptr", "c_ptr", "lam_ptr", "lam_ret_ptr")) | dict.fromkeys(
-    ("LAM_STEPS", "LAM_RET_STEPS", "TWO"), False
-)
 AOT = (
     Aot(
         gae_kernel,
@@ -229,21 +225,16 @@ AOT = (
                 {"mask_ptr": "*u8:16", "CARRY": True},
                 {"mask_ptr": "*u8:16", "CARRY": False},
             ),
-            "future": (
-                _NONE,
-                _NONE | pointers("*fp32", "boot"),
-                _NONE | pointers("*u8", "term"),
-                _NONE | pointers("*bf16", "next"),
-                _NONE | pointers("*fp32", "next") | pointers("*u8", "trunc"),
-                _NONE | pointers("*fp32", "next") | pointers("*u8", "trunc", "term"),
-            ),
-            "decays": (
-                _PLAIN,
-                _PLAIN | pointers("*fp32", "rho", "c") | {"TWO": True},
-                _PLAIN | pointers("*fp32", "lam") | {"LAM_STEPS": True},
-                _PLAIN | pointers("*fp32", "rho", "c", "lam", "lam_ret")
-                | {"LAM_RET_STEPS": True, "TWO": True},
-            ),
+            "lambdas": lambda_axes(),
+            "next_ptr": (None, "*fp32"),
+            "boot_ptr": (None, "*fp32"),
+            "term_ptr": (None, "*u8"),
+            "trunc_ptr": (None, "*u8"),
+            "rho_ptr": (None, "*fp32"),
+            "c_ptr": (None, "*fp32"),
         },
+        # next_values exclude a bootstrap, and a truncation needs them.
+        lambda case: not (case["next_ptr"] and case["boot_ptr"])
+        and not (case["trunc_ptr"] and not case["next_ptr"]),
     ),
 )  # fmt: skip

@@ -61,6 +61,19 @@ def strides(*names: str) -> dict[str, str]:
     return {f"{name}_{dim}": "i64" for name in names for dim in ("seq", "step")}
 
 
+def lambda_axes() -> tuple[dict[str, Any], ...]:
+    """A number, a tensor per sequence or one per step for each of the two λ; the same, or two."""
+    kinds = (None, False, True)  # per step, where a tensor
+    return tuple(
+        {
+            "lam_ptr": None if one is None else "*fp32",
+            "lam_ret_ptr": None if two is None else "*fp32",
+            "LAM_STEPS": bool(one), "LAM_RET_STEPS": bool(two), "TWO": apart,
+        }
+        for one in kinds for two in kinds for apart in (False, True) if apart or one is two
+    )  # fmt: skip
+
+
 # What the two kernels have in common.
 AXES = pointers("*fp64", "parts", "moments") | pointers("*fp32", "adv", "ret") | {
     "counter_ptr": "*i32", "n_seqs": "i64", "length": "i64", "gamma": "fp32", "decay": "fp32",

@@ -45,7 +45,7 @@ _LOGPROBS_BWD_ARGS = (
 # params: [clip_low, clip_high, dual_clip, log_ratio_min, log_ratio_max, entropy_coef, kl_coef,
 #          kl_clamp, kl_ratio_clip, denom]; an absent bound is inf (-inf for log_ratio_min), an
 # absent denom is 0. The tensors entropy_coef, kl_coef and denom replace the numbers.
-# scale is 1/D: the gradients come back undivided.
+# The gradients still want multiplying by scale: 1/D, or 1 from a backend that knew D beforehand.
 _PPO_LOSS = (
     "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, Tensor? is_weights,"
     " Tensor? moments, Tensor? entropy, Tensor? ref_logprobs, Tensor? cu_seqlens,"

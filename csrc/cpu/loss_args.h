@@ -29,11 +29,12 @@ struct SequenceMap {
   int64_t column(int64_t s, int64_t slot) const { return offsets ? slot : slot - s * steps; }
 };
 
-// Per sequence: weight is null where every token weighs 1.
+// Per sequence: weight is null where every token weighs 1. Gradients are divided by D.
 struct LossArgs {
   SequenceMap seqs;
   View mask;
   const double* weight;
+  double inverse_denom;
 };
 
 // Absent tensors have null data; the gradients are contiguous, grad_entropy is null without one.

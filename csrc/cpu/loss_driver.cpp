@@ -76,14 +76,17 @@ double LossSequences::own_denom(Reduction reduction) const {
   }
 }
 
-LossOutputs loss_outputs(const LossStats& stats, double sum, double own_denom,
-                         const ReduceOptions& reduce, ScalarType dtype) {
-  double denom = own_denom;
+double LossSequences::inverse_denom(const ReduceOptions& reduce) const {
+  double denom = own_denom(reduce.reduction);
   if (reduce.reduction == Reduction::token_sum) denom = 1.0;
   if (reduce.has_denom) denom = reduce.denom;
-  const bool good = denom > 0.0;
-  LossOutputs out{scalar(good ? sum / denom : 0.0, dtype), empty({kNStats}, ScalarType::Double),
-                  scalar(good ? 1.0 / denom : 0.0, dtype)};
+  return denom > 0.0 ? 1.0 / denom : 0.0;
+}
+
+LossOutputs loss_outputs(const LossStats& stats, double sum, double inverse_denom,
+                         ScalarType dtype) {
+  const double loss = inverse_denom > 0.0 ? sum * inverse_denom : 0.0;
+  LossOutputs out{scalar(loss, dtype), empty({kNStats}, ScalarType::Double), scalar(1.0, dtype)};
   std::copy(stats.begin(), stats.end(), data<double>(out.stats));
   return out;
 }

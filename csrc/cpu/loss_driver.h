@@ -13,7 +13,9 @@ class LossSequences {
  public:
   LossSequences(const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
                 Reduction reduction, const char* op);
-  LossArgs args() const { return {map_, mask_, weight_.empty() ? nullptr : weight_.data()}; }
+  LossArgs args(const ReduceOptions& reduce) const {
+    return {map_, mask_, weight_.empty() ? nullptr : weight_.data(), inverse_denom(reduce)};
+  }
   const SequenceMap& map() const { return map_; }
   int64_t tokens() const { return map_.tokens(); }
   int64_t live(int64_t s) const { return live_[size_t(s)]; }
@@ -21,6 +23,8 @@ class LossSequences {
   double n_seqs() const { return double(n_seqs_); }
   // The reduction's own D; 0 for token_sum.
   double own_denom(Reduction reduction) const;
+  // 1 / D; 0 without a positive D.
+  double inverse_denom(const ReduceOptions& reduce) const;
 
  private:
   std::vector<int64_t> offsets_, live_;
@@ -54,11 +58,11 @@ LossStats sum_blocks(int64_t tokens, const Block& block) {
   return total;
 }
 
-// loss = sum / D, stats and 1 / D as tensors; without a positive D the loss and 1 / D are 0.
+// loss = sum / D and stats as tensors. The gradients are divided already: scale is 1.
 struct LossOutputs {
   Tensor loss, stats, scale;
 };
-LossOutputs loss_outputs(const LossStats& stats, double sum, double own_denom,
-                         const ReduceOptions& reduce, ScalarType dtype);
+LossOutputs loss_outputs(const LossStats& stats, double sum, double inverse_denom,
+                         ScalarType dtype);
 
 }  // namespace ppo

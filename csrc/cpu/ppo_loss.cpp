@@ -1,4 +1,4 @@
-// ppo_fast::ppo_loss.cpu: loss, statistics and undivided gradients of every variant.
+// ppo_fast::ppo_loss.cpu: loss, statistics and gradients of every variant.
 #include "loss_driver.h"
 
 #define PPO_KERNEL "ppo_loss_simd.h"
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss(
   args.options.has_ref = ref_logprobs.has_value();
   const ReduceOptions& reduce = args.options.reduce;
   const LossSequences seqs(logprobs, mask, cu_seqlens, reduce.reduction, kOp);
-  args.base = seqs.args();
+  args.base = seqs.args(reduce);
   args.logprobs = view_of(logprobs);
   args.old_logprobs = optional_view(old_logprobs);
   args.advantages = view_of(advantages);
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss(
   args.grad_logprobs = grad_logprobs.mutable_data_ptr();
   args.grad_entropy = entropy ? grad_entropy.mutable_data_ptr() : nullptr;
   const LossStats stats = run(args, seqs, is_double(logprobs));
-  const LossOutputs out = loss_outputs(stats, stats[kLoss], stats[kLossDenom], reduce, dtype);
+  const LossOutputs out = loss_outputs(stats, stats[kLoss], args.base.inverse_denom, dtype);
   return {out.loss, out.stats, out.scale, grad_logprobs, grad_entropy};
 }
 

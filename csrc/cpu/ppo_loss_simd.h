@@ -64,7 +64,7 @@ struct PolicyRows {
   const scalar_t<T>*logprobs, *old_logprobs, *advantages, *is_weights, *entropy, *ref_logprobs;
   const uint8_t* mask;
   scalar_t<T>*grad_logprobs, *grad_entropy;
-  T weight, seq_ratio;
+  T weight, grad_weight, seq_ratio;
 
   PolicyRows(const PolicyArgs& a, const Piece& p, PolicyBuffers<T>& b) {
     logprobs = fetch_piece<T>(a.logprobs, p, b.logprobs);
@@ -78,7 +78,9 @@ struct PolicyRows {
     grad_logprobs = static_cast<scalar_t<T>*>(a.grad_logprobs) + p.flat;
     grad_entropy = a.grad_entropy ? static_cast<scalar_t<T>*>(a.grad_entropy) + p.flat : nullptr;
     const double* w = a.base.weight;
-    weight = set1<T>(scalar_t<T>(w ? w[p.sequence] : 1.0));
+    const double token_weight = w ? w[p.sequence] : 1.0;
+    weight = set1<T>(scalar_t<T>(token_weight));
+    grad_weight = set1<T>(scalar_t<T>(token_weight * a.base.inverse_denom));
     const double mean = a.mean_log_ratio ? a.mean_log_ratio[p.sequence] : 0.0;
     seq_ratio = exp_parts(set1<T>(scalar_t<T>(mean))).exp;
   }
@@ -100,9 +102,9 @@ PPO_INLINE void policy_step(const PolicyOptions& o, const PolicyConsts<T>& c,
   t.seq_ratio = select(live, rows.seq_ratio, one);
   const PolicyTerms<T> x = policy_terms<variant>(o, c, t);
   sums.add(live, x, t.entropy, rows.weight);
-  at.write(rows.grad_logprobs, select(live, rows.weight * x.grad, zero));
+  at.write(rows.grad_logprobs, select(live, rows.grad_weight * x.grad, zero));
   if (rows.grad_entropy) {
-    at.write(rows.grad_entropy, select(live, -rows.weight * c.entropy_coef, zero));
+    at.write(rows.grad_entropy, select(live, -rows.grad_weight * c.entropy_coef, zero));
   }
 }
 

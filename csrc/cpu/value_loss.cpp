@@ -1,4 +1,4 @@
-// ppo_fast::value_loss.cpu: loss, statistics and undivided gradients of every form.
+// ppo_fast::value_loss.cpu: loss, statistics and gradients of every form.
 #include "loss_driver.h"
 
 #define PPO_KERNEL "value_loss_simd.h"
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss(Tensor values, OptTensor o
   reduce.denom = scalar_or(denom, reduce.denom);
   reduce.has_denom |= denom.has_value();
   const LossSequences seqs(values, mask, cu_seqlens, reduce.reduction, kOp);
-  args.base = seqs.args();
+  args.base = seqs.args(reduce);
   args.values = view_of(values);
   if (old_values) args.old_values = view_of(*old_values);
   args.returns = view_of(returns);
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss(Tensor values, OptTensor o
   Tensor grad_values = empty(values.sizes(), dtype);
   args.grad_values = grad_values.mutable_data_ptr();
   const LossStats stats = run(args, seqs, is_double(values));
-  const LossOutputs out = loss_outputs(stats, stats[kVfLoss], stats[kVfLossDenom], reduce, dtype);
+  const LossOutputs out = loss_outputs(stats, stats[kVfLoss], args.base.inverse_denom, dtype);
   return {out.loss, out.stats, out.scale, grad_values};
 }
 

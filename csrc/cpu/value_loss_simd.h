@@ -32,7 +32,7 @@ struct ValueRows {
   const scalar_t<T>*values, *old_values, *returns;
   const uint8_t* mask;
   scalar_t<T>* grad;
-  T weight;
+  T weight, grad_weight;
 
   ValueRows(const ValueArgs& a, const Piece& p, ValueBuffers<T>& b) {
     values = fetch_piece<T>(a.values, p, b.values);
@@ -42,7 +42,9 @@ struct ValueRows {
     mask = fetch_mask(a.base.mask, p, b.mask);
     grad = static_cast<scalar_t<T>*>(a.grad_values) + p.flat;
     const double* w = a.base.weight;
-    weight = set1<T>(scalar_t<T>(w ? w[p.sequence] : 1.0));
+    const double token_weight = w ? w[p.sequence] : 1.0;
+    weight = set1<T>(scalar_t<T>(token_weight));
+    grad_weight = set1<T>(scalar_t<T>(token_weight * a.base.inverse_denom));
   }
 };
 
@@ -83,7 +85,7 @@ PPO_INLINE void value_step(const ValueOptions& o, const ValueRows<T>& rows, Lane
   sums.ret_sq.add_square(target);
   sums.err.add(target - old);
   sums.err_sq.add_square(target - old);
-  const T grad = rows.weight * ((scale + scale) * x.half_grad);
+  const T grad = rows.grad_weight * ((scale + scale) * x.half_grad);
   at.write(rows.grad, select(live, grad, set1<T>(0)));
 }
 

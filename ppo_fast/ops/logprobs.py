@@ -10,7 +10,7 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import TokenLogProbs
 from ppo_fast._schema import HANDLES, compute_dtype
-from ppo_fast.ops.once import once_differentiable
+from ppo_fast.ops.backward import once_differentiable
 
 _OP = "token_logprobs"
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Loss, Moments, Stats
 from ppo_fast._schema import HANDLES
-from ppo_fast.ops.once import once_differentiable
+from ppo_fast.ops.backward import once_differentiable, scaled
 from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions, detached, log_ratio_bounds
 
 _OP = "ppo_loss"
 
 
 class _PPOLoss(torch.autograd.Function):
-    """The gradient is formed in the forward, undivided; the backward only scales it."""
+    """The gradient is formed in the forward; the backward only scales it."""
 
     @staticmethod
     def forward(
@@ -38,8 +38,8 @@ class _PPOLoss(torch.autograd.Function):
         scale, grad_logprobs, grad_entropy = ctx.saved_tensors
         factor = grad * scale
         return (
-            grad_logprobs * factor if ctx.needs_input_grad[0] else None,
-            grad_entropy * factor if ctx.needs_input_grad[1] else None,
+            scaled(grad_logprobs, factor) if ctx.needs_input_grad[0] else None,
+            scaled(grad_entropy, factor) if ctx.needs_input_grad[1] else None,
             None,
             None,
         )

@@ -10,14 +10,14 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Loss, Stats
 from ppo_fast._schema import FORMS, HANDLES
-from ppo_fast.ops.once import once_differentiable
+from ppo_fast.ops.backward import once_differentiable, scaled
 from ppo_fast.ops.options import Coefficient, detached, pack_denom, pack_reduction
 
 _OP = "value_loss"
 
 
 class _ValueLoss(torch.autograd.Function):
-    """The gradient is formed in the forward, undivided; the backward only scales it."""
+    """The gradient is formed in the forward; the backward only scales it."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, args: tuple[Any, ...], backend: str) -> Any:
@@ -33,7 +33,7 @@ class _ValueLoss(torch.autograd.Function):
         if grad is None:
             return None, None, None
         scale, grad_values = ctx.saved_tensors
-        return grad_values * (grad * scale), None, None
+        return scaled(grad_values, grad * scale), None, None
 
 
 def value_loss(

@@ -1,4 +1,4 @@
-"""A backward that cannot be differentiated again, and says so."""
+"""What the backwards share: they cannot be differentiated again, and may have nothing to scale."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _TWICE = b"ppo_fast: trying to differentiate twice through an op that is once_differentiable"
 
@@ -28,3 +29,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return fail(*(None if x is None else x.detach().requires_grad_() for x in out))
 
     return wrapper
+
+
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad·factor; the gradient itself where a factor that is on the CPU is exactly 1."""
+    if factor.device.type == "cpu" and not torch.compiler.is_compiling() and factor.item() == 1.0:
+        return grad
+    return grad * factor
