@@ -9,7 +9,8 @@ parameter to the alternatives that the launcher can produce, a tuple or a single
 - any other one: a Triton type, "*bf16", "i32", "fp32"; ":16" appended where the launch has it
   divisible by 16 (pointers from the allocator, integers Triton specialises); None where the
   launcher passes None;
-- "num_warps" and "num_stages" where they are not the defaults (4 and 3); LAUNCH is implied;
+- "num_warps", "num_stages" and "maxnreg" where they are not the defaults (4, 3 and none); LAUNCH
+  is implied;
 - a made-up name whose alternatives are dicts: parameters that only vary together.
 
 `valid(case)` drops combinations that no launch makes. Keep the axes few: every value and every
@@ -32,6 +33,9 @@ MERGE_BLOCK = 1024  # partial moments a step of the merge
 # Every launch passes **LAUNCH. Contraction is written out (tl.fma) where it is wanted: the default
 # differs between Triton versions, and with it the bits would.
 LAUNCH = {"enable_fp_fusion": False}
+# For kernels with many operands: registers a thread may have. Left alone, ptxas stops at an
+# occupancy of its own choosing and spills the rest. AMD's compiler has no such option.
+ROOMY = {} if torch.version.hip else {"maxnreg": 128}
 
 
 class Aot(NamedTuple):

@@ -85,5 +85,5 @@ LOSS_PROGRAMS = 512
 def token_tile(cols: int) -> TokenTile:
     """The tile for rows of `cols` tokens; several columns of tiles only with one row each."""
     if cols <= 16:
-        return TokenTile(64, 16, 8)
-    return TokenTile(8, 128, 8) if cols <= 128 else TokenTile(1, 1024, 8)
+        return TokenTile(32, 16, 8)
+    return TokenTile(4, 128, 8) if cols <= 128 else TokenTile(1, 512, 8)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .common import LAUNCH
+from .common import LAUNCH, ROOMY
 from .options import (
     REDUCTION_SEQ_MEAN_TOKEN_MEAN,
     REDUCTION_SEQ_MEAN_TOKEN_SUM_NORM,
@@ -170,7 +170,7 @@ def plan(
         counts = torch.empty(tiles, dtype=torch.int32, device=main.device)
         n_counts = tiles if pieces == 1 else rows
     n_seqs = 0 if cu_seqlens is None else counts.shape[0]
-    options = LAUNCH | {
+    options = LAUNCH | ROOMY | {
         "PER_SEQUENCE": per_sequence, "LOOK_UP": look_up, "ROWS": tile.rows, "COLS": tile.cols,
         "num_warps": tile.warps,
     }  # fmt: skip
@@ -190,7 +190,7 @@ AXES = (
     | {f"n_{name}": "i64" for name in ("rows", "cols", "tiles", "counts", "pieces", "seqs")}
     | {
         "tile": tuple(
-            {"ROWS": t.rows, "COLS": t.cols, "num_warps": t.warps}
+            {"ROWS": t.rows, "COLS": t.cols, "num_warps": t.warps} | ROOMY
             for t in map(config.token_tile, (16, 128, 1024))
         )
     }

@@ -97,7 +97,9 @@ def source_of(kernel: Any, case: Case) -> tuple[Any, dict[str, Any]]:
         signature[name], _, divisor = value.partition(":")
         if divisor:
             attrs[(i,)] = [["tt.divisibility", int(divisor)]]
-    options = LAUNCH | {k: v for k, v in case.items() if k in ("num_warps", "num_stages")}
+    options = LAUNCH | {
+        k: v for k, v in case.items() if k in ("num_warps", "num_stages", "maxnreg")
+    }
     return ASTSource(kernel, signature, constants, attrs), options
 
 

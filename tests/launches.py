@@ -57,18 +57,20 @@ def check(fn: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[None]:
-    """Check every interpreted launch inside the block."""
+def watch() -> Iterator[set[str]]:
+    """Check every interpreted launch inside the block; gives the names of the kernels launched."""
     from triton.runtime.interpreter import GridExecutor
 
     call = GridExecutor.__call__
+    launched: set[str] = set()
 
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         check(self.fn, args, kwargs)
+        launched.add(self.fn.__name__)
         call(self, *args, **kwargs)
 
     GridExecutor.__call__ = checked
     try:
-        yield
+        yield launched
     finally:
         GridExecutor.__call__ = call

@@ -108,12 +108,12 @@ def test_launches_are_registered(vocab: int, dtype: torch.dtype) -> None:
     """Interpreted launches of logprobs and whiten have the constants that were compiled."""
     if torch.cuda.is_available():
         pytest.skip("the interpreter's launches are what is watched")
-    from ppo_fast.kernels import logprobs, whiten
+    from ppo_fast.kernels import logprobs, logprobs_grad, whiten
 
     logits = torch.randn(2, 3, vocab).to(dtype)
     tokens = torch.randint(vocab, (2, 3))
     mask = torch.ones(2, 3, dtype=torch.bool)
-    with launches.watch():
+    with launches.watch() as launched:
         for keep, temperature in ((None, None), (mask, torch.ones(2, 3))):
             args = (keep, temperature)
             _, *saved = logprobs.logprobs_fwd(logits, tokens, *args, [-100], [1.0])
@@ -121,6 +121,9 @@ def test_launches_are_registered(vocab: int, dtype: torch.dtype) -> None:
                 logprobs.logprobs_bwd(*grads, logits, tokens, *args, *saved, [-100], [1.0])
             moments = whiten.moments(logits[..., 0], keep)
             whiten.whiten(logits[..., 0], keep, moments, [1, 1, 0], [1e-8])
+    assert launched == {
+        e.kernel.__name__ for m in (logprobs, logprobs_grad, whiten) for e in m.AOT
+    } | {"merge_moments_kernel"}
 
 
 def main_loop(ptx: str) -> str:
