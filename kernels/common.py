@@ -33,9 +33,9 @@ MERGE_BLOCK = 1024  # partial moments a step of the merge
 # Every launch passes **LAUNCH. Contraction is written out (tl.fma) where it is wanted: the default
 # differs between Triton versions, and with it the bits would.
 LAUNCH = {"enable_fp_fusion": False}
-# For kernels with many operands: registers a thread may have. Left alone, ptxas stops at an
-# occupancy of its own choosing and spills the rest. AMD's compiler has no such option.
-ROOMY = {} if torch.version.hip else {"maxnreg": 128}
+# For kernels with many operands: all the registers that a thread may have. Left alone, ptxas stops
+# at an occupancy of its own choosing and spills the rest. AMD's compiler has no such option.
+ROOMY = {} if torch.version.hip else {"maxnreg": 255}
 
 
 class Aot(NamedTuple):

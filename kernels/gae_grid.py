@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from . import config
-from .common import LAUNCH, MERGE_BLOCK
+from .common import LAUNCH, MERGE_BLOCK, ROOMY
 
 
 def steps_of(x: Tensor | None, time_major: bool = False) -> tuple[Tensor | None, int, int]:
@@ -23,7 +23,8 @@ def steps_of(x: Tensor | None, time_major: bool = False) -> tuple[Tensor | None,
 def tile_axes(wide: bool) -> dict[str, Any]:
     """The constants of a tile."""
     tile = config.CHUNKS
-    return {"WIDE": wide, "ROWS": tile.rows, "CHUNK": tile.chunk, "num_warps": tile.warps}
+    shape = {"WIDE": wide, "ROWS": tile.rows, "CHUNK": tile.chunk, "num_warps": tile.warps}
+    return shape | ROOMY
 
 
 class Grid(NamedTuple):
