@@ -5,6 +5,8 @@
 //   #include "foreach_isa.h"
 //   ... PPO_SELECT(row_kernel)(args) runs the one for this CPU.
 //
+// With PPO_UP_TO_AVX2 defined first, AVX-512 machines run the AVX2 kernels.
+//
 // A kernel header, and every header of ours that it includes (csrc/math.h), has no include guard
 // and puts all its code into `namespace ppo::PPO_ISA`; simd.h and fetch.h are already there.
 // Outside headers must be included before this file, at the baseline target: an inline function of
@@ -46,11 +48,16 @@
 #undef PPO_ISA_WIDTH
 #if defined(__clang__)
 #pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#ifndef PPO_UP_TO_AVX2
+#if defined(__clang__)
 #pragma clang attribute push(                                                    \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
     apply_to = function)
 #else
-#pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
@@ -65,4 +72,5 @@
 #else
 #pragma GCC pop_options
 #endif
+#endif  // PPO_UP_TO_AVX2
 #endif  // PPO_X86
