@@ -21,10 +21,10 @@ struct ExpParts {
 // |r| <= 0.3466 (relative error 1e-8). Where n = 0, r^2 q(r) is k3 itself: nothing cancels near
 // 0, and exp(0) is exactly 1. Half of 2^n is applied first: 2^128 overflows before exp does.
 // Below exp(-86.6), where that half would be subnormal, exp is 0.
-template <class T>
-PPO_INLINE ExpParts<T> exp_parts(T x) {
+template <class T, bool inside>
+PPO_INLINE ExpParts<T> exp_parts_fp32(T x) {
   const T lowest = set1<T>(-86.6f), zero = set1<T>(0.f);
-  const T bounded = clamp(x, lowest, set1<T>(89.f));
+  const T bounded = inside ? x : clamp(x, lowest, set1<T>(89.f));
   const T n = round_even(bounded * set1<T>(0x1.715476p+0f));
   // ln2 in two parts, the first short enough that n times it is exact.
   const T r = vfma(n, set1<T>(-0x1.7f7d1cp-20f), vfma(n, set1<T>(-0x1.62e4p-1f), bounded));
@@ -39,12 +39,20 @@ PPO_INLINE ExpParts<T> exp_parts(T x) {
   const T exp = vfma(half, p, half), expm1 = vfma(half, p, half - set1<T>(0.5f));
   const mask_t<T> near = n == zero;
   const T em1 = select(near, p, expm1 + expm1);
-  return {select(x < lowest, zero, exp + exp), em1, select(near, q, em1 - x)};
+  const T e = exp + exp;
+  return {inside ? e : select(x < lowest, zero, e), em1, select(near, q, em1 - x)};
 }
-template <>
-PPO_INLINE ExpParts<double> exp_parts(double x) {
-  const double em1 = ::expm1(x);
-  return {::exp(x), em1, em1 - x};
+
+// `inside` promises |x| <= kExpInside, or NaN.
+constexpr float kExpInside = 86.f;
+template <class T, bool inside = false>
+PPO_INLINE ExpParts<T> exp_parts(T x) {
+  if constexpr (sizeof(scalar_t<T>) == 8) {  // libm is exact enough for fp64
+    const T em1 = ::expm1(x);
+    return {::exp(x), em1, em1 - x};
+  } else {
+    return exp_parts_fp32<T, inside>(x);
+  }
 }
 
 // The numbers of a policy loss in every lane.
@@ -73,13 +81,14 @@ struct PolicyConsts {
 // A masked lane holds zeros (and is_weight and seq_ratio anything finite).
 template <class T>
 struct PolicyToken {
-  T logprobs, old_logprobs, advantage, is_weight, entropy, ref_logprobs, seq_ratio;
+  T logprobs, old_logprobs, advantage, is_weight, ref_logprobs, seq_ratio;
 };
 
-// Undivided loss terms; grad is of `loss` with respect to logprobs.
+// Undivided terms: the loss is policy + kl_coef kl - entropy_coef entropy (linear: without its KL,
+// which is in the policy term); grad is its derivative by logprobs.
 template <class T>
 struct PolicyTerms {
-  T loss, policy, kl, grad, d, k3, ratio;
+  T policy, kl, grad, d, k3, ratio;
   mask_t<T> clip_low, clip_high, clip_dual, clip_eps;
 };
 
@@ -115,19 +124,20 @@ PPO_INLINE KlTerm<T> kl_term(const PolicyOptions& o, const PolicyConsts<T>& c, T
 
 // Schulman et al. 2017 (clip, penalty); Ye et al. 2020 (dual clip); Zheng et al. 2025 (gspo);
 // MiniMax-M1 2025 (cispo). NaN counts as unclipped, so that it shows in loss and gradient.
-template <Variant variant, class T>
+// `inside` promises that the log-ratio's clamp is within kExpInside.
+template <Variant variant, bool inside, class T>
 PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConsts<T>& c,
                                        const PolicyToken<T>& t) {
   const T zero = set1<T>(0.f);
   const T raw = t.logprobs - t.old_logprobs, d = clamp(raw, c.d_min, c.d_max);
-  const mask_t<T> inside = (raw >= c.d_min) & (raw <= c.d_max);
-  const ExpParts<T> e = exp_parts(d);
+  const mask_t<T> free = (raw >= c.d_min) & (raw <= c.d_max);
+  const ExpParts<T> e = exp_parts<T, inside>(d);
   const T ratio = variant == Variant::gspo ? t.seq_ratio : e.exp;
   const T minus_a = -t.advantage;
   const T plain = minus_a * ratio, clipped = minus_a * clamp(ratio, c.clip_lo, c.clip_hi);
   const mask_t<T> below = ratio<c.clip_lo, above = ratio> c.clip_hi, active = clipped > plain;
 
-  T policy = plain, grad = select(inside, plain, zero);
+  T policy = plain, grad = select(free, plain, zero);
   mask_t<T> dual = first_n<T>(0);
   if constexpr (variant == Variant::clip || variant == Variant::gspo) {
     const T cap = minus_a * c.dual_clip;
@@ -151,19 +161,16 @@ PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConst
   KlTerm<T> kl{zero, zero};
   if constexpr (variant == Variant::penalty) {
     kl = kl_term(o, c, -d, e, ratio);
-    kl.grad = select(inside, -kl.grad, zero);
+    kl.grad = select(free, -kl.grad, zero);
   } else if (o.has_ref) {
     const T x = t.logprobs - t.ref_logprobs;
     kl = kl_term(o, c, x, o.estimator == Estimator::k3 ? exp_parts(-x) : e, ratio);
   }
-  T loss = policy;
   if (variant != Variant::linear && (o.has_ref || variant == Variant::penalty)) {
-    loss = vfma(c.kl_coef, kl.value, loss);
     grad = vfma(c.kl_coef, kl.grad, grad);
   }
-  loss = vfma(-c.entropy_coef, t.entropy, loss);
   const mask_t<T> low = active & below, high = active & above, outside = below | above;
-  return {loss, policy, kl.value, grad, d, e.k3, ratio, low, high, dual, outside};
+  return {policy, kl.value, grad, d, e.k3, ratio, low, high, dual, outside};
 }
 
 }  // namespace ppo::PPO_ISA

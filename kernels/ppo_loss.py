@@ -6,7 +6,6 @@ a launch that counts goes before it.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,14 +14,13 @@ from .arrival import counter, is_last
 from .common import Aot, flag_bytes, load_f32, load_flag, on_device
 from .kl import clamp, coefficient
 from .options import (
-    N_STATS,
     N_SUMS,
     REDUCTION_SEQ_MEAN_TOKEN_MEAN,
     VARIANT_GSPO,
     VARIANT_LINEAR,
     VARIANT_PENALTY,
 )
-from .reduce_loss import AXES, absent, live_rows, merge_loss, plan, token_slots
+from .reduce_loss import AXES, absent, empty_outputs, live_rows, merge_loss, plan, token_slots
 from .sequences import pointers, sequence_of, strided, strides
 from .token_loss import RATIO, kl_term, log_ratio, sums_of, surrogate, whitened
 
@@ -119,9 +117,12 @@ def ppo_kernel(
         entropy = load_f32(ent_ptr, row * ent_row + col * ent_col, keep, 0.0)
         if ent_ptr is not None:
             loss = tl.fma(-ent_coef, entropy, loss)
+        if grad_ent_ptr is not None:
             tl.store(grad_ent_ptr + row * n_cols + col,
                      tl.where(keep, -(weight * ent_coef), 0.0), mask=inside)  # fmt: skip
-        tl.store(grad_ptr + row * n_cols + col, tl.where(keep, weight * slope, 0.0), mask=inside)
+        if grad_ptr is not None:
+            tl.store(grad_ptr + row * n_cols + col,
+                     tl.where(keep, weight * slope, 0.0), mask=inside)  # fmt: skip
         acc += sums_of(keep, weight * loss, weight * term, entropy, kl, d, ratio, clips, capped,
                        ratio_low, ratio_high, ROWS * COLS)  # fmt: skip
         low = tl.minimum(low, tl.min(tl.where(keep, ratio, float("inf"))))
@@ -153,27 +154,26 @@ def ppo_loss(
     denom: Tensor | None,
     codes: list[int],
     params: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See ppo_fast/_schema.py; (loss, stats, scale, grad_logprobs, grad_entropy)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ppo_fast/_schema.py; (loss, stats, scale, grads)."""
     clip_low, clip_high, dual, log_min, log_max, *coefs = params
     bounds = (log_min, log_max) if codes[0] == VARIANT_GSPO.value else None
-    f32, f64 = ({"dtype": t, "device": logprobs.device} for t in (torch.float32, torch.float64))
-    grad, loss, scale = (torch.empty(shape, **f32) for shape in (logprobs.shape, (), ()))
-    grad_entropy = torch.empty(0 if entropy is None else logprobs.shape, **f32)
-    stats = torch.empty(N_STATS.value, **f64)
+    *codes, n_grads = codes
+    loss, stats, scale, grads = outputs = empty_outputs(logprobs, n_grads)
     tensors = (
         logprobs, old_logprobs, advantages, flag_bytes(mask), is_weights, entropy, ref_logprobs
     )  # fmt: skip
     with on_device(logprobs):
         how = plan(logprobs, old_logprobs, mask, cu_seqlens, codes[3], bounds)
-        parts = torch.empty(how.programs, WIDTH.value, **f64)
+        parts = stats.new_empty(how.programs, WIDTH.value)
         ppo_kernel[(how.programs,)](
             *(arg for x in tensors for arg in strided(x)),
             moments, cu_seqlens, how.counts, how.means, entropy_coef, kl_coef, denom,
-            grad, grad_entropy, loss, scale, stats, parts, counter(logprobs), *how.sizes, *codes,
+            *grads, *[None] * (2 - n_grads), loss, scale, stats, parts, counter(logprobs),
+            *how.sizes, *codes,
             1.0 - clip_low, 1.0 + clip_high, dual, log_min, log_max, *coefs, **how.options,
         )  # fmt: skip
-    return loss, stats, scale, grad, grad_entropy
+    return outputs
 
 
 _OPTIONAL = ("is", "ent", "ref")
@@ -182,7 +182,6 @@ AOT = (
     Aot(
         ppo_kernel,
         AXES | strides("logp", "old", "adv", "mask", "is", "ent", "ref")
-        | pointers("*fp32", "grad_ent")
         | dict.fromkeys(("variant", "estimator", "straight"), "i32")
         | dict.fromkeys(("ratio_low", "ratio_high", "dual", "log_min", "log_max"), "fp32")
         | dict.fromkeys(("ent_coef", "kl_coef", "kl_clamp", "ratio_clip"), "fp32")
@@ -202,6 +201,11 @@ AOT = (
                 pointers("*fp32", "logp", "old", "adv"),
                 pointers("*bf16", "logp", "old", "adv"),
                 pointers("*fp32", "logp", "adv") | absent("old"),
+            ),
+            "grads": (
+                pointers("*fp32", "grad", "grad_ent"),
+                pointers("*fp32", "grad") | absent("grad_ent"),
+                absent("grad", "grad_ent"),
             ),
             "optional": (absent(*_OPTIONAL), pointers("*fp32", *_OPTIONAL)),
             "mask_ptr": ("*u8:16", None),

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import config
 from .common import LAUNCH, ROOMY
 from .options import (
+    N_STATS,
     REDUCTION_SEQ_MEAN_TOKEN_MEAN,
     REDUCTION_SEQ_MEAN_TOKEN_SUM_NORM,
     REDUCTION_TOKEN_MEAN,
@@ -133,6 +134,14 @@ def merge_loss(
     return sums, low, high, n_seqs, own
 
 
+def empty_outputs(main: Tensor, n_grads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, stats, scale, grads) of a loss whose tokens have the shape of `main`."""
+    f32, f64 = ({"dtype": t, "device": main.device} for t in (torch.float32, torch.float64))
+    loss, scale = torch.empty((), **f32), torch.empty((), **f32)
+    grads = torch.empty((n_grads, *main.shape), **f32)
+    return loss, torch.empty(N_STATS.value, **f64), scale, grads
+
+
 class Plan(NamedTuple):
     """How a loss is launched: (B, T), or flat tokens as one row, in tiles within rows' ends."""
 
@@ -185,7 +194,7 @@ def absent(*names: str) -> dict[str, None]:
 
 # What the AOT cases of the two losses have in common.
 AXES = (
-    pointers("*fp32", "grad", "loss", "scale") | pointers("*fp64", "stats", "parts")
+    pointers("*fp32", "loss", "scale") | pointers("*fp64", "stats", "parts")
     | pointers("*i32", "counts") | {"counter_ptr": "*i32", "reduction": "i32", "denom": "fp32"}
     | {f"n_{name}": "i64" for name in ("rows", "cols", "tiles", "counts", "pieces", "seqs")}
     | {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,8 +9,17 @@ from torch import Tensor
 from .arrival import counter, is_last
 from .common import Aot, flag_bytes, load_f32, load_flag, on_device
 from .kl import clamp
-from .options import FORM_CLIPPED, FORM_MAX, N_STATS, N_SUMS
-from .reduce_loss import AXES, absent, live_rows, merge_loss, plan, stack8, token_slots
+from .options import FORM_CLIPPED, FORM_MAX, N_SUMS
+from .reduce_loss import (
+    AXES,
+    absent,
+    empty_outputs,
+    live_rows,
+    merge_loss,
+    plan,
+    stack8,
+    token_slots,
+)
 from .sequences import pointers, sequence_of, strided, strides
 
 # The sums are STATS_FIELDS[16:24]; the divisor is formed at the end.
@@ -87,7 +95,9 @@ def value_kernel(
             seq = sequence_of(cu_ptr, n_seqs, row, col)
             count = tl.load(counts_ptr + seq, mask=keep, other=1).to(tl.float32)
             weight = tl.div_rn(1.0, count)
-        tl.store(grad_ptr + row * n_cols + col, tl.where(keep, weight * slope, 0.0), mask=inside)
+        if grad_ptr is not None:
+            tl.store(grad_ptr + row * n_cols + col,
+                     tl.where(keep, weight * slope, 0.0), mask=inside)  # fmt: skip
         wide = tl.where(keep, target, 0.0).to(tl.float64)
         error = tl.where(keep, wide - old, 0.0)
         sums = stack8(
@@ -122,20 +132,19 @@ def value_loss(
     codes: list[int],
     params: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ppo_fast/_schema.py; (loss, stats, scale, grad_values)."""
-    f32, f64 = ({"dtype": t, "device": values.device} for t in (torch.float32, torch.float64))
-    grad, loss, scale = (torch.empty(shape, **f32) for shape in (values.shape, (), ()))
-    stats = torch.empty(N_STATS.value, **f64)
+    """See ppo_fast/_schema.py; (loss, stats, scale, grads)."""
+    *codes, n_grads = codes
+    loss, stats, scale, grads = outputs = empty_outputs(values, n_grads)
     tensors = (values, old_values, returns, flag_bytes(mask))
     with on_device(values):
         how = plan(values, None, mask, cu_seqlens, codes[1])
-        parts = torch.empty(how.programs, WIDTH.value, **f64)
+        parts = stats.new_empty(how.programs, WIDTH.value)
         value_kernel[(how.programs,)](
             *(arg for x in tensors for arg in strided(x)), cu_seqlens, how.counts, denom,
-            grad, loss, scale, stats, parts, counter(values), *how.sizes, *codes, *params,
-            **how.options,
+            *grads, *[None] * (1 - n_grads), loss, scale, stats, parts, counter(values),
+            *how.sizes, *codes, *params, **how.options,
         )  # fmt: skip
-    return loss, stats, scale, grad
+    return outputs
 
 
 AOT = (
@@ -155,6 +164,7 @@ AOT = (
                 pointers("*bf16", "v", "old", "ret"),
                 pointers("*fp32", "v", "ret") | absent("old"),
             ),
+            "grad_ptr": ("*fp32", None),
             "mask_ptr": ("*u8:16", None),
             "denom_ptr": ("*fp32", None),
         },

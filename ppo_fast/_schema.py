@@ -41,22 +41,23 @@ _LOGPROBS_BWD_ARGS = (
     " Tensor? temperature, Tensor entropy, Tensor row_max, Tensor log_sum, int[] codes,"
     " float[] params)"
 )
-# codes: [variant, estimator, straight_through, reduction]
+# codes: [variant, estimator, straight_through, reduction, n_grads]
 # params: [clip_low, clip_high, dual_clip, log_ratio_min, log_ratio_max, entropy_coef, kl_coef,
 #          kl_clamp, kl_ratio_clip, denom]; an absent bound is inf (-inf for log_ratio_min), an
 # absent denom is 0. The tensors entropy_coef, kl_coef and denom replace the numbers.
-# The gradients still want multiplying by scale: 1/D, or 1 from a backend that knew D beforehand.
+# grads is (n_grads, *shape): by logprobs, by entropy. It still wants multiplying by scale: 1/D,
+# or 1 from a backend that knew D beforehand.
 _PPO_LOSS = (
     "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, Tensor? is_weights,"
     " Tensor? moments, Tensor? entropy, Tensor? ref_logprobs, Tensor? cu_seqlens,"
     " Tensor? entropy_coef, Tensor? kl_coef, Tensor? denom, int[] codes, float[] params)"
-    " -> (Tensor loss, Tensor stats, Tensor scale, Tensor grad_logprobs, Tensor grad_entropy)"
+    " -> (Tensor loss, Tensor stats, Tensor scale, Tensor grads)"
 )
-# codes: [form, reduction]; params: [clip, scale, denom]; form 0 is unclipped.
+# codes: [form, reduction, n_grads]; params: [clip, scale, denom]; form 0 is unclipped.
 _VALUE_LOSS = (
     "(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens,"
     " Tensor? denom, int[] codes, float[] params)"
-    " -> (Tensor loss, Tensor stats, Tensor scale, Tensor grad_values)"
+    " -> (Tensor loss, Tensor stats, Tensor scale, Tensor grads)"
 )
 # codes: [masked, time_major, lam_per_step, lam_returns_per_step]
 # params: [gamma, lam, lam_returns]; the tensors lam and lam_returns replace the numbers and are
@@ -96,23 +97,13 @@ def _fake_logprobs_bwd(grad_logprobs: Any, grad_entropy: Any, logits: Tensor, *_
     return _empty(logits, dtype=logits.dtype)
 
 
-def _fake_ppo_loss(logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    entropy = args[5]
+def _fake_loss(main: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *_, codes, _ = args
     return (
-        _empty(logprobs, ()),
-        _empty(logprobs, (N_STATS,), torch.float64),
-        _empty(logprobs, ()),
-        _empty(logprobs),
-        _empty(logprobs, logprobs.shape if entropy is not None else (0,)),
-    )
-
-
-def _fake_value_loss(values: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return (
-        _empty(values, ()),
-        _empty(values, (N_STATS,), torch.float64),
-        _empty(values, ()),
-        _empty(values),
+        _empty(main, ()),
+        _empty(main, (N_STATS,), torch.float64),
+        _empty(main, ()),
+        _empty(main, (codes[-1], *main.shape)),
     )
 
 
@@ -133,8 +124,8 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "logprobs_bwd_": (
         _LOGPROBS_BWD_ARGS.format(logits="Tensor(a!)") + " -> ()", lambda *_: None, "logprobs"
     ),
-    "ppo_loss": (_PPO_LOSS, _fake_ppo_loss, "ppo_loss"),
-    "value_loss": (_VALUE_LOSS, _fake_value_loss, "value_loss"),
+    "ppo_loss": (_PPO_LOSS, _fake_loss, "ppo_loss"),
+    "value_loss": (_VALUE_LOSS, _fake_loss, "value_loss"),
     "gae": (_GAE, _fake_gae, "gae"),
     "rlhf_advantages": (_RLHF_ADVANTAGES, _fake_rlhf, "rlhf_advantages"),
     "moments": (_MOMENTS, lambda x, mask: _empty(x, (3,), torch.float64), "whiten"),

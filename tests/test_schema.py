@@ -11,7 +11,7 @@ import ppo_fast
 from ppo_fast import _schema, testing
 
 DOUBLE = torch.float64
-PPO = [1, 2, 1, 2], [0.2, 0.3, 3.0, -20.0, 20.0, 0.01, 0.1, 10.0, 2.0, 0.0]
+PPO = [1, 2, 1, 2, 2], [0.2, 0.3, 3.0, -20.0, 20.0, 0.01, 0.1, 10.0, 2.0, 0.0]
 
 
 def boundary(device: str) -> dict[str, tuple[Any, ...]]:
@@ -46,7 +46,7 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
         "logprobs_bwd_": (*back[:2], logits.clone(), *back[3:]),
         "ppo_loss": (logs, logs + 0.1, x(3, 5), mask, x(3, 5).abs(), moments, entropy, logs - 0.2,
                      none, none, none, none, *PPO),
-        "value_loss": (logs, logs + 0.1, x(3, 5), mask, none, none, [1, 2], [0.2, 0.5, 0.0]),
+        "value_loss": (logs, logs + 0.1, x(3, 5), mask, none, none, [1, 2, 1], [0.2, 0.5, 0.0]),
         "gae": (x(3, 5), x(3, 5), mask, none, x(3), mask, none, none, none, none, none, none,
                 [0, 0, 0, 0], [0.99, 0.95, 0.95]),
         "rlhf_advantages": (x(3), logs, logs + 0.1, x(3, 5), mask, x(3), none, none, [0, 0, 1],
@@ -83,6 +83,19 @@ def test_outputs_are_contiguous_and_as_the_fake_says(
     pairs = zip(*((x if isinstance(x, tuple) else (x,)) for x in (real, fake)), strict=True)
     for got, want in pairs:
         assert got.is_contiguous() and got.shape == want.shape and got.dtype == want.dtype
+
+
+@pytest.mark.parametrize("op", ["ppo_loss", "value_loss"])
+def test_gradients_that_nobody_wants_change_no_bit(kernel: str, device: str, op: str) -> None:
+    handle = _schema.HANDLES[op][kernel]
+    *args, codes, params = boundary(device)[op]
+    *full, every = handle(*args, codes, params)
+    assert bool((every != 0).any())
+    for n in range(codes[-1]):
+        *some, grads = handle(*args, [*codes[:-1], n], params)
+        assert torch.equal(grads, every[:n])
+        for got, want in zip(some, full, strict=True):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])

@@ -37,7 +37,7 @@ struct LossArgs {
   double inverse_denom;
 };
 
-// Absent tensors have null data; the gradients are contiguous, grad_entropy is null without one.
+// Absent tensors have null data; the gradients are contiguous, null where nobody wants them.
 struct PolicyArgs {
   LossArgs base;
   View logprobs, old_logprobs, advantages, is_weights, entropy, ref_logprobs;

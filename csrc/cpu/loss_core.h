@@ -34,32 +34,54 @@ inline const uint8_t* fetch_mask(const View& v, const Piece& p, uint8_t* buffer)
   return fetch_bytes(v, p.sequence, p.column, p.size, buffer);
 }
 
-// Lanes i .. i + lanes<T> of a piece; `whole` promises that all of them are inside it.
-template <class T, bool whole>
+// Which of the lanes i .. i + lanes<T> of a piece hold a token: all of them unmasked, all of them,
+// or only those before the piece's end.
+enum class Part { every, masked, tail };
+
+template <class T, Part part>
 struct Lanes {
   int64_t i, left;
+  mask_t<T> live;
 
-  PPO_INLINE mask_t<T> live(const uint8_t* mask) const {
-    if (!mask) return first_n<T>(left);
-    return whole ? load_mask<T>(mask + i) : load_mask_n<T>(mask + i, left);
+  // x, and 0 in a dead slot.
+  PPO_INLINE T only(T x) const { return part == Part::every ? x : select(live, x, set1<T>(0)); }
+  PPO_INLINE T read(const scalar_t<T>* p) const {
+    return only(part == Part::tail ? load_n<T>(p + i, left, 0) : load<T>(p + i));
   }
-  // What stands in a dead slot is replaced by 0.
-  PPO_INLINE T read(const scalar_t<T>* p, mask_t<T> live) const {
-    const T x = whole ? load<T>(p + i) : load_n<T>(p + i, left, 0);
-    return select(live, x, set1<T>(0));
-  }
+  // Dead slots get 0.
   PPO_INLINE void write(scalar_t<T>* p, T x) const {
-    if (whole) {
-      store(p + i, x);
+    if (part == Part::tail) {
+      store_n(p + i, only(x), left);
     } else {
-      store_n(p + i, x, left);
+      store(p + i, only(x));
     }
   }
 };
 
+// Of the `left` slots from i on, those that are unmasked.
 template <class T>
-PPO_INLINE void add_if(T& sum, mask_t<T> m) {
-  sum = sum + select(m, set1<T>(1), set1<T>(0));
+PPO_INLINE mask_t<T> live_lanes(const uint8_t* mask, int64_t i, int64_t left) {
+  return mask ? load_mask_n<T>(mask + i, left) : first_n<T>(left);
+}
+
+// step.tokens(lanes) over a piece; step.nothing(lanes) where all of them are dead.
+template <class T, class Step>
+PPO_INLINE void each_lanes(const uint8_t* mask, int64_t size, const Step& step) {
+  int64_t i = 0;
+  for (; i + lanes<T> <= size; i += lanes<T>) {
+    const mask_t<T> live = mask ? load_mask<T>(mask + i) : first_n<T>(lanes<T>);
+    if (all(live)) {
+      step.tokens(Lanes<T, Part::every>{i, lanes<T>, live});
+    } else if (any(live)) {
+      step.tokens(Lanes<T, Part::masked>{i, lanes<T>, live});
+    } else {
+      step.nothing(Lanes<T, Part::masked>{i, lanes<T>, live});
+    }
+  }
+  const int64_t left = size - i;
+  if (left == 0) return;
+  const mask_t<T> live = live_lanes<T>(mask, i, left);
+  step.tokens(Lanes<T, Part::tail>{i, left, live});
 }
 
 }  // namespace ppo::PPO_ISA

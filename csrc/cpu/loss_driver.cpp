@@ -32,7 +32,21 @@ Tensor scalar(double value, ScalarType dtype) {
   return out;
 }
 
+Tensor stacked(const Tensor& main, int64_t count) {
+  std::vector<int64_t> sizes{count};
+  for (int64_t n : main.sizes()) sizes.push_back(n);
+  return empty({sizes.data(), sizes.size()}, compute_dtype(main));
+}
+
 }  // namespace
+
+Gradients::Gradients(const Tensor& main, int64_t count) : all(stacked(main, count)) {}
+
+void* Gradients::at(int64_t i) const {
+  const int64_t count = all.sizes()[0], item = is_double(all) ? 8 : 4;
+  if (i >= count) return nullptr;
+  return data<char>(all) + i * item * (all.numel() / count);
+}
 
 LossSequences::LossSequences(const Tensor& main, const OptTensor& mask,
                              const OptTensor& cu_seqlens, Reduction reduction, const char* op)

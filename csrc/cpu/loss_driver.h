@@ -58,6 +58,15 @@ LossStats sum_blocks(int64_t tokens, const Block& block) {
   return total;
 }
 
+// As many gradients as were asked for, in one tensor (count, *shape): an allocator keeps one large
+// block where it hands two back to the system, to be faulted in again by the next call.
+struct Gradients {
+  Tensor all;
+  Gradients(const Tensor& main, int64_t count);
+  // The storage of gradient i, or null where it was not asked for.
+  void* at(int64_t i) const;
+};
+
 // loss = sum / D and stats as tensors. The gradients are divided already: scale is 1.
 struct LossOutputs {
   Tensor loss, stats, scale;

@@ -14,7 +14,7 @@ View optional_view(const OptTensor& x) { return x ? view_of(*x) : View{}; }
 PolicyOptions read_options(const std::vector<int64_t>& codes, const std::vector<double>& params,
                            const OptTensor& moments, const OptTensor& entropy_coef,
                            const OptTensor& kl_coef, const OptTensor& denom) {
-  check_options(codes, 4, params, 10, kOp);
+  check_options(codes, 5, params, 10, kOp);
   PolicyOptions o = policy_options(codes, params);
   o.entropy_coef = scalar_or(entropy_coef, o.entropy_coef);
   o.kl_coef = scalar_or(kl_coef, o.kl_coef);
@@ -56,7 +56,7 @@ LossStats run(PolicyArgs& args, const LossSequences& seqs, bool fp64) {
   return stats;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
     Tensor logprobs, OptTensor old_logprobs, Tensor advantages, OptTensor mask,
     OptTensor is_weights, OptTensor moments, OptTensor entropy, OptTensor ref_logprobs,
     OptTensor cu_seqlens, OptTensor entropy_coef, OptTensor kl_coef, OptTensor denom,
@@ -81,13 +81,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss(
   args.ref_logprobs = optional_view(ref_logprobs);
 
   const ScalarType dtype = compute_dtype(logprobs);
-  Tensor grad_logprobs = empty(logprobs.sizes(), dtype);
-  Tensor grad_entropy = entropy ? empty(logprobs.sizes(), dtype) : empty({0}, dtype);
-  args.grad_logprobs = grad_logprobs.mutable_data_ptr();
-  args.grad_entropy = entropy ? grad_entropy.mutable_data_ptr() : nullptr;
+  const Gradients grads(logprobs, codes[4]);
+  args.grad_logprobs = grads.at(0);
+  args.grad_entropy = grads.at(1);
   const LossStats stats = run(args, seqs, is_double(logprobs));
   const LossOutputs out = loss_outputs(stats, stats[kLoss], args.base.inverse_denom, dtype);
-  return {out.loss, out.stats, out.scale, grad_logprobs, grad_entropy};
+  return {out.loss, out.stats, out.scale, grads.all};
 }
 
 }  // namespace

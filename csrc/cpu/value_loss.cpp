@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss(Tensor values, OptTensor o
   check_like(values, old_values, kOp, "old_values");
   check_like(values, returns, kOp, "returns");
   check_like(values, mask, kOp, "mask");
-  check_options(codes, 2, params, 3, kOp);
+  check_options(codes, 3, params, 3, kOp);
   ValueArgs args{};
   args.options = value_options(codes, params);
   ReduceOptions& reduce = args.options.reduce;
@@ -40,11 +40,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss(Tensor values, OptTensor o
   args.returns = view_of(returns);
 
   const ScalarType dtype = compute_dtype(values);
-  Tensor grad_values = empty(values.sizes(), dtype);
-  args.grad_values = grad_values.mutable_data_ptr();
+  const Gradients grads(values, codes[2]);
+  args.grad_values = grads.at(0);
   const LossStats stats = run(args, seqs, is_double(values));
   const LossOutputs out = loss_outputs(stats, stats[kVfLoss], args.base.inverse_denom, dtype);
-  return {out.loss, out.stats, out.scale, grad_values};
+  return {out.loss, out.stats, out.scale, grads.all};
 }
 
 }  // namespace

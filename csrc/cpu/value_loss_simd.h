@@ -5,14 +5,15 @@ namespace ppo::PPO_ISA {
 
 template <class T>
 struct ValueSums {
-  T loss, clipped;
+  T loss;
+  int64_t clipped = 0;
   // In double: explained variance is a small difference of these.
   Acc<T> ret, ret_sq, err, err_sq;
 
-  PPO_INLINE ValueSums() { loss = clipped = set1<T>(0); }
+  PPO_INLINE ValueSums() { loss = set1<T>(0); }
   void flush(double* stats) const {
     stats[kVfLoss] += double(reduce_add(loss));
-    stats[kVfClip] += double(reduce_add(clipped));
+    stats[kVfClip] += double(clipped);
     stats[kRet] += ret.total();
     stats[kRetSq] += ret_sq.total();
     stats[kErr] += err.total();
@@ -40,7 +41,7 @@ struct ValueRows {
     if (!old_values) old_values = values;
     returns = fetch_piece<T>(a.returns, p, b.returns);
     mask = fetch_mask(a.base.mask, p, b.mask);
-    grad = static_cast<scalar_t<T>*>(a.grad_values) + p.flat;
+    grad = a.grad_values ? static_cast<scalar_t<T>*>(a.grad_values) + p.flat : nullptr;
     const double* w = a.base.weight;
     const double token_weight = w ? w[p.sequence] : 1.0;
     weight = set1<T>(scalar_t<T>(token_weight));
@@ -71,23 +72,31 @@ PPO_INLINE ValueTerms<T> value_terms(Form form, T clip, T value, T old, T target
   return {bounded, select(outside, zero, bounded_e), outside};
 }
 
-template <class T, bool whole>
-PPO_INLINE void value_step(const ValueOptions& o, const ValueRows<T>& rows, Lanes<T, whole> at,
-                           ValueSums<T>& sums) {
-  const mask_t<T> live = at.live(rows.mask);
-  const T value = at.read(rows.values, live), old = at.read(rows.old_values, live);
-  const T target = at.read(rows.returns, live), scale = set1<T>(scalar_t<T>(o.scale));
-  const T clip = set1<T>(scalar_t<T>(o.clip));
-  const ValueTerms<T> x = value_terms(o.form, clip, value, old, target);
-  sums.loss = vfma(rows.weight, scale * x.loss, sums.loss);
-  add_if(sums.clipped, x.clipped);
-  sums.ret.add(target);
-  sums.ret_sq.add_square(target);
-  sums.err.add(target - old);
-  sums.err_sq.add_square(target - old);
-  const T grad = rows.grad_weight * ((scale + scale) * x.half_grad);
-  at.write(rows.grad, select(live, grad, set1<T>(0)));
-}
+template <class T>
+struct ValueStep {
+  const ValueOptions& o;
+  const ValueRows<T>& rows;
+  ValueSums<T>& sums;
+
+  template <Part part>
+  PPO_INLINE void tokens(Lanes<T, part> at) const {
+    const T value = at.read(rows.values), old = at.read(rows.old_values);
+    const T target = at.read(rows.returns), scale = set1<T>(scalar_t<T>(o.scale));
+    const T clip = set1<T>(scalar_t<T>(o.clip));
+    const ValueTerms<T> x = value_terms(o.form, clip, value, old, target);
+    sums.loss = vfma(rows.weight, scale * x.loss, sums.loss);
+    sums.clipped += count(x.clipped);
+    sums.ret.add(target);
+    sums.ret_sq.add_square(target);
+    sums.err.add(target - old);
+    sums.err_sq.add_square(target - old);
+    if (rows.grad) at.write(rows.grad, rows.grad_weight * ((scale + scale) * x.half_grad));
+  }
+  template <Part part>
+  PPO_INLINE void nothing(Lanes<T, part> at) const {
+    if (rows.grad) at.write(rows.grad, set1<T>(0));
+  }
+};
 
 // Slots [first, last), at most kRun<T> of them; adds their sums to stats.
 template <class T>
@@ -97,11 +106,7 @@ void value_run(const ValueArgs& a, int64_t first, int64_t last, double* stats) {
   for (int64_t slot = first; slot < last;) {
     const Piece piece = piece_at(a.base.seqs, slot, last);
     const ValueRows<T> rows(a, piece, buffers);
-    int64_t i = 0;
-    for (; i + lanes<T> <= piece.size; i += lanes<T>) {
-      value_step(a.options, rows, Lanes<T, true>{i, lanes<T>}, sums);
-    }
-    if (i < piece.size) value_step(a.options, rows, Lanes<T, false>{i, piece.size - i}, sums);
+    each_lanes<T>(rows.mask, piece.size, ValueStep<T>{a.options, rows, sums});
     slot += piece.size;
   }
   sums.flush(stats);

@@ -21,14 +21,24 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             out = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return out
         fail: Any = torch._C._functions.DelayedError(_TWICE, len(out))
         return fail(*(None if x is None else x.detach().requires_grad_() for x in out))
 
     return wrapper
+
+
+def n_grads(*inputs: Tensor | None) -> int:
+    """How many of the inputs, from the first, need a gradient: up to the last that requires it."""
+    if not torch.is_grad_enabled():
+        return 0
+    wanted = [i for i, x in enumerate(inputs, 1) if x is not None and x.requires_grad]
+    return max(wanted, default=0)
 
 
 def scaled(grad: Tensor, factor: Tensor) -> Tensor:

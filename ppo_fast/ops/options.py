@@ -41,7 +41,14 @@ class PPOOptions(NamedTuple):
     denom: Coefficient | None
 
     def pack(
-        self, op: str, main: Tensor, cu_seqlens: Tensor | None, has_ref: bool, has_entropy: bool
+        self,
+        op: str,
+        main: Tensor,
+        cu_seqlens: Tensor | None,
+        *,
+        has_ref: bool,
+        has_entropy: bool,
+        n_grads: int,
     ) -> Packed:
         """Check every option against the others; raises ValueError or TypeError."""
         number, device = _checks.number, main.device
@@ -52,6 +59,7 @@ class PPOOptions(NamedTuple):
             _checks.choice(op, "variant", self.variant, VARIANTS),
             *pack_estimator(op, self.kl_estimator),
             pack_reduction(op, self.reduction, self.denom, main, cu_seqlens),
+            n_grads,
         ]
         if self.variant == "gspo":
             need_sequences(op, "variant 'gspo'", main, cu_seqlens)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Loss, Moments, Stats
 from ppo_fast._schema import HANDLES
-from ppo_fast.ops.backward import once_differentiable, scaled
+from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions, detached, log_ratio_bounds
 
 _OP = "ppo_loss"
@@ -35,14 +35,10 @@ class _PPOLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
             return None, None, None, None
-        scale, grad_logprobs, grad_entropy = ctx.saved_tensors
-        factor = grad * scale
-        return (
-            scaled(grad_logprobs, factor) if ctx.needs_input_grad[0] else None,
-            scaled(grad_entropy, factor) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-        )
+        scale, grads = ctx.saved_tensors
+        by_logprobs, by_entropy, *_ = ctx.needs_input_grad
+        grads = scaled(grads, grad * scale)
+        return grads[0] if by_logprobs else None, grads[1] if by_entropy else None, None, None
 
 
 def ppo_loss(
@@ -119,7 +115,11 @@ def ppo_loss(
         variant, clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef,
         kl_estimator, kl_clamp, kl_ratio_clip, reduction, denom,
     )  # fmt: skip
-    packed = options.pack(_OP, logprobs, cu_seqlens, ref_logprobs is not None, entropy is not None)
+    grads = n_grads(logprobs, entropy)
+    packed = options.pack(
+        _OP, logprobs, cu_seqlens, has_ref=ref_logprobs is not None,
+        has_entropy=entropy is not None, n_grads=grads,
+    )  # fmt: skip
     tensors = (old_logprobs, advantages, mask, is_weights, moments)
     name = _backend.select(_OP, backend, logprobs)
     if name == "reference":
@@ -127,9 +127,7 @@ def ppo_loss(
             logprobs, entropy, advantages, tensors, ref_logprobs, cu_seqlens, options
         )
     args = (tensors, (ref_logprobs, cu_seqlens, *packed))
-    if torch.is_grad_enabled() and (
-        logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
-    ):
+    if grads:
         loss, stats = _PPOLoss.apply(logprobs, entropy, args, name)
     else:
         loss, stats, *_ = HANDLES["ppo_loss"][name](logprobs, *args[0], entropy, *args[1])

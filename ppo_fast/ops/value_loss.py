@@ -10,7 +10,7 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Loss, Stats
 from ppo_fast._schema import FORMS, HANDLES
-from ppo_fast.ops.backward import once_differentiable, scaled
+from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.options import Coefficient, detached, pack_denom, pack_reduction
 
 _OP = "value_loss"
@@ -32,8 +32,8 @@ class _ValueLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
             return None, None, None
-        scale, grad_values = ctx.saved_tensors
-        return scaled(grad_values, grad * scale), None, None
+        scale, grads = ctx.saved_tensors
+        return scaled(grads[0], grad * scale), None, None
 
 
 def value_loss(
@@ -78,9 +78,11 @@ def value_loss(
         got = "None" if old_values is None else "a tensor"
         raise ValueError(f"{_OP}: old_values must be None if and only if clip is, got {got}")
     divisor, divisor_t = pack_denom(_OP, denom, values.device)
+    grads = n_grads(values)
     codes = [
         0 if clip is None else form_code,
         pack_reduction(_OP, reduction, denom, values, cu_seqlens),
+        grads,
     ]
     width = 0.0 if clip is None else _checks.number(_OP, "clip", clip, 0.0)
     params = [width, _checks.number(_OP, "scale", scale, 0.0), divisor]
@@ -91,7 +93,7 @@ def value_loss(
             scale=scale, reduction=reduction, denom=denom, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     args = (old_values, returns, mask, cu_seqlens, divisor_t, codes, params)
-    if torch.is_grad_enabled() and values.requires_grad:
+    if grads:
         loss, stats = _ValueLoss.apply(values, args, name)
     else:
         loss, stats, *_ = HANDLES["value_loss"][name](values, *args)
