@@ -19,7 +19,7 @@ struct ReduceOptions {
 struct PolicyOptions {
   Variant variant;
   Estimator estimator;
-  bool straight_through, has_kl_ratio_clip, has_ref, whiten;
+  bool straight_through, has_dual, has_kl_ratio_clip, has_ref, whiten;
   double clip_low, clip_high, dual_clip, log_ratio_min, log_ratio_max;
   double entropy_coef, kl_coef, kl_clamp, kl_ratio_clip;
   double adv_mean, adv_rstd;
@@ -42,6 +42,7 @@ inline PolicyOptions policy_options(const std::vector<int64_t>& codes,
   o.clip_low = p[0], o.clip_high = p[1], o.dual_clip = p[2];
   o.log_ratio_min = p[3], o.log_ratio_max = p[4];
   o.entropy_coef = p[5], o.kl_coef = p[6], o.kl_clamp = p[7], o.kl_ratio_clip = p[8];
+  o.has_dual = std::isfinite(p[2]);
   o.has_kl_ratio_clip = std::isfinite(p[8]);
   o.reduce = {Reduction(codes[3]), p[9], p[9] > 0.0};
   return o;

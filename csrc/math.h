@@ -130,7 +130,7 @@ PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConst
                                        const PolicyToken<T>& t) {
   const T zero = set1<T>(0.f);
   const T raw = t.logprobs - t.old_logprobs, d = clamp(raw, c.d_min, c.d_max);
-  const mask_t<T> free = (raw >= c.d_min) & (raw <= c.d_max);
+  const mask_t<T> free = d == raw;
   const ExpParts<T> e = exp_parts<T, inside>(d);
   const T ratio = variant == Variant::gspo ? t.seq_ratio : e.exp;
   const T minus_a = -t.advantage;
@@ -140,11 +140,14 @@ PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConst
   T policy = plain, grad = select(free, plain, zero);
   mask_t<T> dual = first_n<T>(0);
   if constexpr (variant == Variant::clip || variant == Variant::gspo) {
-    const T cap = minus_a * c.dual_clip;
     policy = select(active, clipped, plain);
-    dual = (minus_a > zero) & (policy > cap);
-    policy = select(dual, cap, policy);
-    grad = select(active | dual, zero, grad);
+    grad = select(active, zero, grad);
+    if (o.has_dual) {
+      const T cap = minus_a * c.dual_clip;
+      dual = (minus_a > zero) & (policy > cap);
+      policy = select(dual, cap, policy);
+      grad = select(dual, zero, grad);
+    }
   } else if constexpr (variant == Variant::cispo) {
     policy = clipped * t.logprobs;
     grad = clipped;

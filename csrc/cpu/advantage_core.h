@@ -161,6 +161,7 @@ void sweep(Job& job, const Recursion& how, const Unit& unit) {
     for (int l = 0; l < lanes<T>; ++l) {
       if (at.seq[l] >= 0 && at.left[l] < steps) steps = at.left[l];
     }
+    if (steps > 2 * lanes<T>) steps -= steps % (2 * lanes<T>);
     job.tile(int(steps));
     for (int l = 0; l < lanes<T>; ++l) {
       if (at.seq[l] < 0 || (at.left[l] -= steps) > 0) continue;

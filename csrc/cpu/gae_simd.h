@@ -27,6 +27,9 @@ struct GaeJob {
   void start(int) {}
 
   void tile(int steps) {
+    if constexpr (lanes<T> > 1) {
+      if (fits_registers(steps)) return tile_in_registers(steps);
+    }
     const Recursion& how = args.base;
     const int n = steps * lanes<T>;
     load_tile<T>(args.rewards, at, steps, buffer.reward);
@@ -51,6 +54,78 @@ struct GaeJob {
   }
 
  private:
+  // Rewards and values alone, rows of fp32, a sequence in every lane.
+  bool fits_registers(int steps) const {
+    const Recursion& how = args.base;
+    const auto rows_of_fp32 = [](const View& v) {
+      return v.dtype == DType::f32 && v.col_stride == 1;
+    };
+    return steps % (2 * lanes<T>) == 0 && at.full() && !has_extras() && !how.mask.data &&
+           rows_of_fp32(args.rewards) && rows_of_fp32(how.values) &&
+           how.advantages.col_stride == 1;
+  }
+
+  // The operations of the buffered path, square blocks of steps and lanes at a time.
+  void tile_in_registers(int steps) {
+    constexpr int W = lanes<T>;
+    const Recursion& how = args.base;
+    const Decays<T> by(how);
+    const S *reward_rows[W], *value_rows[W];
+    S *advantage_rows[W], *return_rows[W];
+    row_pointers(args.rewards, steps, reward_rows);
+    row_pointers(how.values, steps, value_rows);
+    row_pointers(how.advantages, steps, advantage_rows);
+    row_pointers(how.returns, steps, return_rows);
+    T later = load<T>(state.advantage), next = load<T>(state.next_value);
+    auto deviations = moments.open(later);
+    for (int t = steps - 2 * W; t >= 0; t -= 2 * W) {
+      T reward[2 * W], value[2 * W];
+      load_line(reward_rows, t, reward);
+      load_line(value_rows, t, value);
+      for (int i = 2 * W - 1; i >= 0; --i) {
+        const T delta = vfma(by.gamma, next, reward[i]) - value[i];
+        next = value[i];
+        reward[i] = later = vfma(by.advantages, later, delta);
+        value[i] = later + next;
+        deviations.add(later);
+      }
+      store_line(reward, t, advantage_rows);
+      store_line(value, t, return_rows);
+    }
+    moments.close(deviations, steps * W);
+    store(state.advantage, later);
+    store(state.for_return, later);
+    store(state.next_value, next);
+  }
+
+  // A cache line of every row at a time: rows often lie a multiple of 4096 bytes apart, where few
+  // lines of a column of them stay in the cache.
+  PPO_INLINE static void load_line(const S* const* rows, int t, T* block) {
+    constexpr int W = lanes<T>;
+    for (int l = 0; l < W; ++l) {
+      block[l] = load<T>(rows[l] + t);
+      block[l + W] = load<T>(rows[l] + t + W);
+    }
+    transpose(block);
+    transpose(block + W);
+  }
+  PPO_INLINE static void store_line(T* block, int t, S* const* rows) {
+    constexpr int W = lanes<T>;
+    transpose(block);
+    transpose(block + W);
+    for (int l = 0; l < W; ++l) {
+      store(rows[l] + t, block[l]);
+      store(rows[l] + t + W, block[l + W]);
+    }
+  }
+
+  template <class P>
+  void row_pointers(const View& v, int steps, P** rows) const {
+    for (int l = 0; l < lanes<T>; ++l) {
+      rows[l] = const_cast<P*>(ppo::at<S>(v, at.seq[l], at.column(l, steps)));
+    }
+  }
+
   bool has_extras() const {
     return args.next_values.data || args.terminated.data || args.truncated.data || args.rho.data ||
            args.c.data || args.lam.data || args.base.two_lambdas;

@@ -84,6 +84,26 @@ struct MomentSum {
     }
   }
 
+  // The sums in registers, while whole vectors without masked lanes are added.
+  struct Open {
+    Acc<V> sum, squares;
+    double pivot;
+    PPO_INLINE void add(V x) { add_deviation(sum, squares, x, pivot); }
+  };
+  PPO_INLINE Open open(V like) {
+    if (count == 0) {
+      S first[lanes<V>];
+      store(first, like);
+      pivot = first[0];
+    }
+    return {sum, squares, double(pivot)};
+  }
+  PPO_INLINE void close(const Open& open, int64_t n) {
+    sum = open.sum;
+    squares = open.squares;
+    count += double(n);
+  }
+
   void write(double* out) const {
     const double total = sum.total(), shift = count > 0 ? total / count : 0.0;
     const double m2 = squares.total() - shift * total;

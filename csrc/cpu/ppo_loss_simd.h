@@ -140,8 +140,8 @@ struct PolicyStep {
 // What most trainers ask for is compiled apart, with fewer live registers.
 inline bool usual(const PolicyArgs& a) {
   const PolicyOptions& o = a.options;
-  return o.estimator == Estimator::k3 && !o.straight_through && !a.is_weights.data &&
-         o.log_ratio_min >= -kExpInside && o.log_ratio_max <= kExpInside;
+  return o.estimator == Estimator::k3 && !o.straight_through && !o.has_dual &&
+         !a.is_weights.data && o.log_ratio_min >= -kExpInside && o.log_ratio_max <= kExpInside;
 }
 
 // Slots [first, last), at most kRun<T> of them; adds their sums to stats.
@@ -149,7 +149,10 @@ template <Variant variant, bool is_usual, class T>
 void policy_run(const PolicyArgs& a, int64_t first, int64_t last, double* stats) {
   PolicyBuffers<T> buffers;
   PolicyOptions options = a.options;
-  if (is_usual) options.estimator = Estimator::k3, options.straight_through = false;
+  if (is_usual) {
+    options.estimator = Estimator::k3;
+    options.straight_through = options.has_dual = false;
+  }
   const PolicyConsts<T> consts(options);
   PolicySums<T> sums;
   for (int64_t slot = first; slot < last;) {
