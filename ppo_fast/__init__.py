@@ -5,8 +5,19 @@ the pure-PyTorch functions of `ppo_fast.reference`. Importing this module loads 
 """
 
 from ppo_fast._backend import BackendUnavailableError, backends, use_backend
-from ppo_fast._results import Advantages, Loss, Moments, RLHFAdvantages, Stats, TokenLogProbs
+from ppo_fast._results import (
+    Advantages,
+    HeadLoss,
+    Loss,
+    Moments,
+    RLHFAdvantages,
+    Stats,
+    TokenLogProbs,
+)
 from ppo_fast.ops.gae import gae
+from ppo_fast.ops.linear_logprobs import linear_token_logprobs
+from ppo_fast.ops.linear_ppo_loss import linear_ppo_loss
+from ppo_fast.ops.logits_ppo_loss import logits_ppo_loss
 from ppo_fast.ops.logprobs import token_logprobs
 from ppo_fast.ops.ppo_loss import ppo_loss
 from ppo_fast.ops.rlhf_advantages import rlhf_advantages
@@ -18,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Advantages",
     "BackendUnavailableError",
+    "HeadLoss",
     "Loss",
     "Moments",
     "RLHFAdvantages",
@@ -25,6 +37,9 @@ __all__ = [
     "TokenLogProbs",
     "backends",
     "gae",
+    "linear_ppo_loss",
+    "linear_token_logprobs",
+    "logits_ppo_loss",
     "ppo_loss",
     "rlhf_advantages",
     "token_logprobs",

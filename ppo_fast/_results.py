@@ -122,6 +122,15 @@ class Loss(NamedTuple):
     stats: Stats
 
 
+class HeadLoss(NamedTuple):
+    """A loss and its statistics; log-probabilities and entropies `(...)`, detached."""
+
+    loss: Tensor
+    stats: Stats
+    logprobs: Tensor
+    entropy: Tensor
+
+
 class Advantages(NamedTuple):
     """Advantages and returns in the rewards' shape, and the advantages' masked moments."""
 

@@ -77,13 +77,12 @@ def token_logprobs(
     Raises:
         ValueError: shape, device or range. TypeError: dtype. IndexError: see `tokens`.
     """
-    _check_logits(logits)
+    check_logits(_OP, logits)
     shape = logits.shape[:-1]
     _checks.indices(_OP, "tokens", tokens, shape, logits.device)
     mask = _checks.flags(_OP, "mask", mask, shape, logits.device)
-    scalar, per_token = _check_temperature(temperature, logits)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{_OP}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    scalar, per_token = check_temperature(_OP, temperature, logits)
+    check_ignore_index(_OP, ignore_index)
     if _checks.DEBUG:
         keep = tokens != ignore_index
         keep = keep if mask is None else keep & (mask != 0)
@@ -102,31 +101,37 @@ def token_logprobs(
     return TokenLogProbs(*HANDLES["logprobs_fwd"][name](logits, *args)[:2])
 
 
-def _check_logits(logits: Tensor) -> None:
-    if _checks.floating(_OP, "logits", logits).dim() < 1 or logits.shape[-1] < 1:
+def check_logits(op: str, logits: Tensor) -> None:
+    """A floating `(..., V)` with a contiguous last dimension, or ValueError or TypeError."""
+    if _checks.floating(op, "logits", logits).dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(
-            f"{_OP}: logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}"
+            f"{op}: logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}"
         )
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
-            f"{_OP}: logits must have a contiguous last dimension, got strides {logits.stride()}"
+            f"{op}: logits must have a contiguous last dimension, got strides {logits.stride()}"
         )
 
 
-def _check_temperature(temperature: Any, logits: Tensor) -> tuple[float, Tensor | None]:
+def check_ignore_index(op: str, ignore_index: Any) -> None:
+    """An int, or TypeError."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+
+
+def check_temperature(op: str, temperature: Any, main: Tensor) -> tuple[float, Tensor | None]:
+    """The number and None, or 1 and the tensor for every token; `main` is `(..., V or H)`."""
     if not isinstance(temperature, Tensor):
-        return _checks.positive(_OP, "temperature", temperature), None
-    _checks.floating(_OP, "temperature", temperature)
-    shape = logits.shape[:-1]
-    if temperature.device != logits.device:
-        raise ValueError(
-            f"{_OP}: temperature must be on {logits.device}, got {temperature.device}"
-        )
+        return _checks.positive(op, "temperature", temperature), None
+    _checks.floating(op, "temperature", temperature)
+    shape = main.shape[:-1]
+    if temperature.device != main.device:
+        raise ValueError(f"{op}: temperature must be on {main.device}, got {temperature.device}")
     try:
         heat = temperature.detach().expand(shape)
     except RuntimeError as error:
         raise ValueError(
-            f"{_OP}: temperature must broadcast to {_checks.label(shape)},"
+            f"{op}: temperature must broadcast to {_checks.label(shape)},"
             f" got {tuple(temperature.shape)}"
         ) from error
-    return 1.0, heat.to(compute_dtype(logits))
+    return 1.0, heat.to(compute_dtype(main))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Loss, Moments, Stats
-from ppo_fast._schema import HANDLES
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
-from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions, detached, log_ratio_bounds
+from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions
+from ppo_fast.ops.policy import Policy, check_policy
 
 _OP = "ppo_loss"
 
@@ -21,10 +21,14 @@ class _PPOLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logprobs: Tensor, entropy: Tensor | None, args: tuple[Any, ...], backend: str
+        ctx: Any,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        mask: Tensor | None,
+        policy: Policy,
+        backend: str,
     ) -> Any:
-        before, after = args
-        loss, stats, *saved = HANDLES["ppo_loss"][backend](logprobs, *before, entropy, *after)
+        loss, stats, *saved = policy.call(backend, logprobs, mask, entropy)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -34,11 +38,12 @@ class _PPOLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
-            return None, None, None, None
+            return None, None, None, None, None
         scale, grads = ctx.saved_tensors
         by_logprobs, by_entropy, *_ = ctx.needs_input_grad
         grads = scaled(grads, grad * scale)
-        return grads[0] if by_logprobs else None, grads[1] if by_entropy else None, None, None
+        by = grads[0] if by_logprobs else None, grads[1] if by_entropy else None
+        return *by, None, None, None
 
 
 def ppo_loss(
@@ -102,64 +107,26 @@ def ppo_loss(
         ValueError: shape, device or range. TypeError: dtype or wrong object.
     """
     logprobs = _checks.main(_OP, "logprobs", logprobs, cu_seqlens)
-    shape = logprobs.shape
-    if _checks.tensor(_OP, "advantages", advantages).shape == (*shape[:1], 1):
-        advantages = advantages.expand(shape)
-    _checks.alike(
-        _OP, logprobs, old_logprobs=old_logprobs, advantages=advantages, is_weights=is_weights,
-        entropy=entropy, ref_logprobs=ref_logprobs,
-    )  # fmt: skip
-    mask = _checks.flags(_OP, "mask", mask, shape, logprobs.device)
-    moments = _check_moments(advantage_moments, logprobs)
-    options = PPOOptions(
-        variant, clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef,
-        kl_estimator, kl_clamp, kl_ratio_clip, reduction, denom,
-    )  # fmt: skip
+    _checks.alike(_OP, logprobs, entropy=entropy)
+    mask = _checks.flags(_OP, "mask", mask, logprobs.shape, logprobs.device)
     grads = n_grads(logprobs, entropy)
-    packed = options.pack(
-        _OP, logprobs, cu_seqlens, has_ref=ref_logprobs is not None,
+    policy = check_policy(
+        _OP, logprobs, old_logprobs, advantages, is_weights=is_weights,
+        advantage_moments=advantage_moments, ref_logprobs=ref_logprobs, cu_seqlens=cu_seqlens,
+        options=PPOOptions(
+            variant, clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef,
+            kl_estimator, kl_clamp, kl_ratio_clip, reduction, denom,
+        ),
         has_entropy=entropy is not None, n_grads=grads,
     )  # fmt: skip
-    tensors = (old_logprobs, advantages, mask, is_weights, moments)
     name = _backend.select(_OP, backend, logprobs)
     if name == "reference":
-        return _reference(
-            logprobs, entropy, advantages, tensors, ref_logprobs, cu_seqlens, options
-        )
-    args = (tensors, (ref_logprobs, cu_seqlens, *packed))
+        return reference.ppo_loss(
+            logprobs, policy.old_logprobs, policy.advantages, mask, entropy=entropy,
+            **policy.plain(_OP),
+        )  # fmt: skip
     if grads:
-        loss, stats = _PPOLoss.apply(logprobs, entropy, args, name)
+        loss, stats = _PPOLoss.apply(logprobs, entropy, mask, policy, name)
     else:
-        loss, stats, *_ = HANDLES["ppo_loss"][name](logprobs, *args[0], entropy, *args[1])
+        loss, stats, *_ = policy.call(name, logprobs, mask, entropy)
     return Loss(loss, Stats(stats))
-
-
-def _check_moments(moments: Any, main: Tensor) -> Tensor | None:
-    if moments is None:
-        return None
-    if not isinstance(moments, Moments):
-        raise TypeError(f"{_OP}: advantage_moments must be Moments, got {type(moments).__name__}")
-    if moments.values.device != main.device:
-        raise ValueError(
-            f"{_OP}: advantage_moments must be on {main.device}, got {moments.values.device}"
-        )
-    return moments.values
-
-
-def _reference(
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    advantages: Tensor,
-    tensors: tuple[Tensor | None, ...],
-    ref_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: PPOOptions,
-) -> Loss:
-    old, _, mask, is_weights, moments = map(detached, tensors)
-    named = options._asdict()
-    named["log_ratio_clamp"] = log_ratio_bounds(_OP, options.log_ratio_clamp)
-    return reference.ppo_loss(
-        logprobs, old, advantages.detach(), mask, entropy=entropy, is_weights=is_weights,
-        advantage_moments=moments, ref_logprobs=detached(ref_logprobs), cu_seqlens=cu_seqlens,
-        **named,
-    )  # fmt: skip

@@ -5,6 +5,9 @@ return the public result tuples; they favour clarity over memory and speed.
 """
 
 from ppo_fast.reference.gae import gae
+from ppo_fast.reference.linear_logprobs import linear_token_logprobs
+from ppo_fast.reference.linear_ppo_loss import linear_ppo_loss
+from ppo_fast.reference.logits_ppo_loss import logits_ppo_loss
 from ppo_fast.reference.logprobs import token_logprobs
 from ppo_fast.reference.ppo_loss import ppo_loss
 from ppo_fast.reference.rlhf_advantages import rlhf_advantages
@@ -12,5 +15,6 @@ from ppo_fast.reference.value_loss import value_loss
 from ppo_fast.reference.whiten import moments, whiten
 
 __all__ = [
-    "gae", "moments", "ppo_loss", "rlhf_advantages", "token_logprobs", "value_loss", "whiten",
+    "gae", "linear_ppo_loss", "linear_token_logprobs", "logits_ppo_loss", "moments", "ppo_loss",
+    "rlhf_advantages", "token_logprobs", "value_loss", "whiten",
 ]  # fmt: skip

@@ -54,6 +54,24 @@ class Sequences:
         return per_sequence[self.index]
 
 
+def token_weights(seqs: Sequences, reduction: str, dtype: torch.dtype) -> Tensor:
+    """w of every slot; 0 where masked."""
+    weights = seqs.keep.to(dtype)
+    if reduction == "seq-mean-token-mean":
+        weights = weights / seqs.spread(seqs.tokens.clamp(min=1)).to(dtype)
+    return weights
+
+
+def own_denom(seqs: Sequences, reduction: str) -> Tensor:
+    """The reduction's own D; 0 for "token-sum"."""
+    live = (seqs.tokens > 0).sum()
+    return {
+        "token-mean": seqs.keep.sum(),
+        "token-sum": torch.zeros_like(live),
+        "seq-mean-token-sum-norm": live * seqs.keep.shape[-1],
+    }.get(reduction, live)
+
+
 def reduce_loss(
     terms: Tensor, seqs: Sequences, reduction: str, denom: float | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,15 +79,8 @@ def reduce_loss(
 
     Reductions as in verl's `agg_loss` (verl/trainer/ppo/core_algos.py).
     """
-    keep, live = seqs.keep, (seqs.tokens > 0).sum()
-    weights = keep.to(terms.dtype)
-    if reduction == "seq-mean-token-mean":
-        weights = weights / seqs.spread(seqs.tokens.clamp(min=1)).to(terms.dtype)
-    own = {
-        "token-mean": keep.sum(),
-        "token-sum": torch.zeros_like(live),
-        "seq-mean-token-sum-norm": live * keep.shape[-1],
-    }.get(reduction, live)
+    keep, own = seqs.keep, own_denom(seqs, reduction)
+    weights = token_weights(seqs, reduction, terms.dtype)
     if denom is None:
         divisor = torch.ones_like(own) if reduction == "token-sum" else own
     else:

@@ -1,0 +1,202 @@
+"""What the linear ops share: the rows that count, and the head in chunks of a fixed height.
+
+The (N, V) logits never exist: a chunk of rows goes through the GEMM into one workspace, through
+the one-pass kernels of `token_logprobs` in place, and through the two GEMMs of the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppo_fast._schema import HANDLES
+from ppo_fast.ops import gemm
+from ppo_fast.ops.shards import Shard, Softmax
+
+# Of a GEMM library the rows of a block keep their bits when its height is a multiple of this.
+_TILE = {"cpu": 16, "cuda": 256}
+# Logits in the workspace: 128 MB of fp32 on a CPU, 1 GB on a GPU.
+_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
+_TALLEST = {"cpu": 512, "cuda": 4096}
+
+
+def chunk_height(vocab: int, device: str) -> int:
+    """Rows of a chunk: of the vocabulary alone, never of how many rows there are."""
+    tile = _TILE[device]
+    return max(tile, min(_TALLEST[device], _LOGITS[device] // vocab // tile * tile))
+
+
+def _up(count: int, tile: int) -> int:
+    return -(-count // tile) * tile
+
+
+class Rows(NamedTuple):
+    """Per-token arguments of the rows that are computed, each (R,), and where they stand."""
+
+    places: Tensor | None  # (R,) int64 into the N tokens, ascending; None: all of them
+    tokens: Tensor
+    keep: Tensor | None  # bool; None keeps all
+    heat: Tensor | None  # temperature per token
+    n: int  # tokens in all
+
+    def pick(self, x: Tensor) -> Tensor:
+        """A per-token tensor's values at these rows, (R,)."""
+        flat = x.reshape(-1)
+        return flat if self.places is None else flat[self.places]
+
+    def pick_some(self, x: Tensor | None) -> Tensor | None:
+        """The same where there is a tensor."""
+        return None if x is None else self.pick(x)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(R, ...) back among all tokens, 0 elsewhere: (N, ...)."""
+        if self.places is None:
+            return x
+        return x.new_zeros(self.n, *x.shape[1:]).index_copy_(0, self.places, x)
+
+
+class Options(NamedTuple):
+    """What is not a per-token tensor."""
+
+    temperature: float
+    softcap: float | None
+    shard: Shard | None
+    backend: str
+
+
+class Head:
+    """One call's chunks: logits, softmax, and the gradients that are accumulated."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, options: Options
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.rows, self.options = rows, options
+        self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.height = chunk_height(weight.shape[0], hidden.device.type)
+        self.tile = _TILE[hidden.device.type]
+        self.dx: Tensor | None = None
+        self.dw: Tensor | None = None
+        self.db: Tensor | None = None
+        self._z: Tensor | None = None
+
+    def want(self, hidden: bool, weight: bool, bias: bool) -> None:
+        """Allocate the gradients that are asked for: dX in the rows' order, dW and db wide."""
+        r, (v, h) = self.rows.tokens.shape[0], self.weight.shape
+        if hidden:
+            self.dx = self.hidden.new_zeros(r, h)
+        if weight:
+            self.dw = self.weight.new_zeros(v, h, dtype=self.wide)
+        if bias:
+            self.db = self.weight.new_zeros(v, dtype=self.wide)
+
+    def chunks(self, count: int) -> Iterator[slice]:
+        """Slices of `count` rows."""
+        for start in range(0, count, self.height):
+            yield slice(start, min(count, start + self.height))
+
+    def inputs(self, at: Tensor | slice) -> Tensor:
+        """Hidden rows of a chunk, (R, H); 0 where masked: 0·NaN would reach dW."""
+        index = at if self.rows.places is None else self.rows.places[at]
+        try:
+            x = self.hidden.view(-1, self.hidden.shape[-1])[index]
+        except RuntimeError:  # rows that do not lie at one stride are gathered, not copied whole
+            every = torch.arange(self.rows.n, device=self.hidden.device)
+            x = self.hidden[torch.unravel_index(every[index], self.hidden.shape[:-1])]
+        if self.rows.keep is None:
+            return x
+        return torch.where(self.rows.keep[at][:, None], x, torch.zeros_like(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """z = cap(x · weightᵀ + bias), (R, V), in the workspace."""
+        count = x.shape[0]
+        if self._z is None:
+            # On CUDA always the whole height: the choice of GEMM must not follow N.
+            tall = self.height if x.is_cuda else min(self.height, _up(count, self.tile))
+            self._z = torch.empty(tall, self.weight.shape[0], dtype=self.wide, device=x.device)
+        tall = self.height if x.is_cuda else _up(count, self.tile)
+        if tall != count:
+            x = torch.cat([x, x.new_zeros(tall - count, x.shape[1])])
+        gemm.logits_into(self._z[:tall], x, self.weight)
+        z = self._z[:count]
+        if self.bias is not None:
+            z += self.bias
+        if self.options.softcap is not None:
+            z.div_(self.options.softcap).tanh_().mul_(self.options.softcap)
+        return z
+
+    def arguments(self, at: Tensor | slice) -> tuple[object, ...]:
+        """Tokens, mask, temperature, codes and params of the kernels, for a chunk."""
+        rows, shard = self.rows, self.options.shard
+        tokens = rows.tokens[at]
+        if shard is not None:
+            tokens = shard.local(tokens)[0]
+        keep, heat = (None if x is None else x[at] for x in (rows.keep, rows.heat))
+        # Ignored tokens are masked by now; no code stands for them.
+        return tokens, keep, heat, [-(1 << 62)], [self.options.temperature]
+
+    def heat(self, at: Tensor | slice) -> Tensor | float:
+        return self.options.temperature if self.rows.heat is None else self.rows.heat[at]
+
+    def softmax(self, z: Tensor, at: Tensor | slice) -> Softmax:
+        """Log-probability, entropy and what the gradient needs of a chunk."""
+        part = Softmax(*HANDLES["logprobs_fwd"][self.options.backend](z, *self.arguments(at)))
+        shard, keep = self.options.shard, self.rows.keep
+        if shard is None:
+            return part
+        whole = shard.merge(part, z, self.heat(at), self.rows.tokens[at])
+        if keep is None:
+            return whole
+        return Softmax(*(torch.where(keep[at], x, torch.zeros_like(x)) for x in whole))
+
+    def backward(
+        self, z: Tensor, x: Tensor, at: Tensor | slice, part: Softmax, g: Tensor, h: Tensor
+    ) -> None:
+        """Accumulate the gradients of Σ g·logprobs + h·entropy over a chunk; overwrites z."""
+        cap, shard = self.options.softcap, self.options.shard
+        inside = None if cap is None else 1.0 - (z / cap).square_()
+        if shard is not None:
+            # A label of probability 0 passes no gradient, on whatever rank it is.
+            g = torch.where(part.logprobs.isneginf(), torch.zeros_like(g), g)
+            column, elsewhere = shard.spread_gradient(
+                z, self.heat(at), part, self.rows.tokens[at], (g, h)
+            )
+        tokens, keep, heat, codes, params = self.arguments(at)
+        HANDLES["logprobs_bwd_"][self.options.backend](
+            g, h, z, tokens, keep, heat, *part[1:], codes, params
+        )
+        if shard is not None:
+            z[:, 0] = torch.where(elsewhere, column, z[:, 0])
+        if inside is not None:
+            z *= inside
+        self._accumulate(z, x, at)
+
+    def _accumulate(self, dz: Tensor, x: Tensor, at: Tensor | slice) -> None:
+        if self.dx is not None:
+            dx = gemm.hidden_gradient(dz, self.weight)
+            if self.options.shard is not None:
+                dist.all_reduce(dx, group=self.options.shard.group)
+            self.dx[at] = dx.to(self.dx.dtype)
+        if self.dw is not None:
+            gemm.add_weight_gradient(self.dw, dz, x)
+        if self.db is not None:
+            self.db += dz.sum(0)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dX (N, H), dW and db, in the inputs' precision."""
+        dx = None if self.dx is None else self.rows.spread(self.dx).view(self.hidden.shape)
+        dw = None if self.dw is None else self.dw.to(self.weight.dtype)
+        db = None if self.db is None or self.bias is None else self.db.to(self.bias.dtype)
+        return dx, dw, db
+
+
+def live_rows(g: Tensor, h: Tensor) -> Tensor | None:
+    """Rows with a gradient, where the host knows them and they are not all; else None."""
+    if g.device.type != "cpu":
+        return None
+    live = (g != 0) | (h != 0)
+    return None if bool(live.all()) else live.nonzero()[:, 0]

@@ -1,0 +1,176 @@
+"""The checked arguments of the linear ops: which rows are computed, and with which options."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppo_fast import _backend, _checks
+from ppo_fast.ops.head import Options, Rows
+from ppo_fast.ops.logprobs import check_ignore_index, check_temperature
+from ppo_fast.ops.shards import Shard
+
+
+class HeadInputs(NamedTuple):
+    """Arguments of one call; `keep` is bool in the tokens' shape, ignored tokens left out."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    tokens: Tensor
+    keep: Tensor | None
+    row_index: Tensor | None
+    temperature: float | Tensor
+    rows: Rows
+    options: Options
+
+    def exact(self) -> contextlib.AbstractContextManager[Any]:
+        """No autocast inside: the precision is the op's own."""
+        return torch.autocast(self.hidden.device.type, enabled=False)
+
+    def plain(self) -> dict[str, Any]:
+        """As the reference takes them."""
+        return {
+            "hidden": self.hidden, "weight": self.weight, "tokens": self.tokens,
+            "bias": self.bias, "temperature": self.temperature, "softcap": self.options.softcap,
+            "mask": self.keep, "row_index": self.row_index,
+        }  # fmt: skip
+
+
+def check_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    row_index: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+    backend: str | None,
+) -> HeadInputs:
+    """Raises ValueError, TypeError or IndexError, as api says; else what the chunks need."""
+    weight = _plain_tensor(weight, process_group)
+    bias = None if bias is None else _plain_tensor(bias, process_group)
+    hidden, weight, bias = _cast(op, hidden, weight, bias)
+    shape, device = hidden.shape[:-1], hidden.device
+    _checks.indices(op, "tokens", tokens, shape, device)
+    mask = _checks.flags(op, "mask", mask, shape, device)
+    scalar, per_token = check_temperature(op, temperature, hidden)
+    check_ignore_index(op, ignore_index)
+    cap = None if softcap is None else _checks.positive(op, "softcap", softcap)
+    name = _backend.select(op, backend, hidden)
+    shard = _shard(op, process_group, weight, name)
+    keep = tokens != ignore_index
+    keep = keep if mask is None else keep & (mask != 0)
+    if _checks.DEBUG:
+        vocab = weight.shape[0] if shard is None else shard.vocab
+        _checks.tokens_in_range(op, tokens, keep, vocab)
+    if row_index is not None:
+        row_index = _check_rows(op, row_index, tokens)
+    rows = _rows(tokens, keep, per_token, row_index)
+    heat = scalar if per_token is None else per_token
+    options = Options(scalar, cap, shard, name)
+    return HeadInputs(hidden, weight, bias, tokens, keep, row_index, heat, rows, options)
+
+
+def _plain_tensor(x: Any, group: dist.ProcessGroup | None) -> Any:
+    """A DTensor as this rank's share with a group, whole without one; others as they are."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    return x.full_tensor() if group is None else x.to_local()
+
+
+def _cast(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if _checks.floating(op, "hidden", hidden).dim() < 1:
+        raise ValueError(f"{op}: hidden must have shape (..., H), got {tuple(hidden.shape)}")
+    width = hidden.shape[-1]
+    if _checks.floating(op, "weight", weight).dim() != 2 or weight.shape[1] != width:
+        raise ValueError(
+            f"{op}: weight must have shape (V, H) = (V, {width}), got {tuple(weight.shape)}"
+        )
+    if weight.shape[0] < 1:
+        raise ValueError(f"{op}: weight must have at least one row, got {tuple(weight.shape)}")
+    if weight.device != hidden.device:
+        raise ValueError(f"{op}: weight must be on {hidden.device}, got {weight.device}")
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"{op}: weight must be {hidden.dtype} as hidden is, got {weight.dtype}")
+    if width > 1 and hidden.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: hidden must have a contiguous last dimension, got strides {hidden.stride()}"
+        )
+    if bias is not None:
+        _checks.sized(op, "bias", bias, hidden, (weight.shape[0],), "(V,)")
+    return hidden, weight, bias
+
+
+_SHARES: set[tuple[int, int]] = set()
+
+
+def _shard(op: str, group: dist.ProcessGroup | None, weight: Tensor, backend: str) -> Shard | None:
+    """This rank's share; that all are equal is asked of the other ranks once per size."""
+    if group is None:
+        return None
+    if backend == "reference":
+        raise ValueError(f"{op}: process_group must be None on 'reference', got {group}")
+    size = weight.shape[0]
+    if (id(group), size) not in _SHARES:
+        mine = torch.tensor([size], device=weight.device)
+        sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(sizes, mine, group=group)
+        every = [int(x) for x in sizes]
+        if len(set(every)) > 1:
+            raise ValueError(f"{op}: weight must have equal shares on all ranks, got {every} rows")
+        _SHARES.add((id(group), size))
+    return Shard(group, size)
+
+
+def _check_rows(op: str, index: Any, tokens: Tensor) -> Tensor:
+    n = tokens.numel()
+    if _checks.tensor(op, "row_index", index).dtype != torch.int64 or index.dim() != 1:
+        raise TypeError(
+            f"{op}: row_index must be (R,) int64, got {tuple(index.shape)} {index.dtype}"
+        )
+    if index.device != tokens.device:
+        raise ValueError(f"{op}: row_index must be on {tokens.device}, got {index.device}")
+    if index.device.type == "cpu" or _checks.DEBUG:
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= n):
+            raise ValueError(
+                f"{op}: row_index must be in [0, {n}), got {int(index.min())}..{int(index.max())}"
+            )
+        if bool((index[1:] <= index[:-1]).any()):
+            at = int((index[1:] <= index[:-1]).nonzero()[0])
+            raise ValueError(
+                f"{op}: row_index must ascend without repeats,"
+                f" got {int(index[at])} before {int(index[at + 1])}"
+            )
+    # Elsewhere what is out of range is not read out of bounds.
+    return index.clamp(0, max(0, n - 1))
+
+
+def _rows(tokens: Tensor, keep: Tensor, heat: Tensor | None, row_index: Tensor | None) -> Rows:
+    """The rows that are computed: on a CPU the unmasked ones, else `row_index` or all."""
+    index, flat = row_index, keep.reshape(-1)
+    on_host = tokens.device.type == "cpu"
+    if on_host and index is not None:
+        index = index[flat[index]]
+    elif on_host and not bool(flat.all()):
+        index = flat.nonzero()[:, 0]
+    rows = Rows(index, tokens, None, None, tokens.numel())
+    return rows._replace(
+        tokens=rows.pick(tokens), keep=None if on_host else rows.pick(flat),
+        heat=rows.pick_some(heat),
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+"""`linear_token_logprobs`: the head's log-probabilities and entropies without its logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppo_fast import reference
+from ppo_fast._results import TokenLogProbs
+from ppo_fast.ops.backward import n_grads, once_differentiable
+from ppo_fast.ops.head import Head, live_rows
+from ppo_fast.ops.head_inputs import HeadInputs, check_head
+from ppo_fast.ops.shards import Softmax
+
+_OP = "linear_token_logprobs"
+
+
+def all_rows(head: Head) -> Softmax:
+    """The softmax numbers of every row that is computed, (R,) each."""
+    count = head.rows.tokens.shape[0]
+    out = Softmax(*torch.empty(4, count, dtype=head.wide, device=head.hidden.device))
+    for at in head.chunks(count):
+        for to, x in zip(out, head.softmax(head.logits(head.inputs(at)), at), strict=True):
+            to[at] = x
+    return out
+
+
+def accumulate(head: Head, part: Softmax, g: Tensor, h: Tensor) -> None:
+    """Recompute the chunks with a gradient and accumulate it."""
+    live = live_rows(g, h)
+    for at in head.chunks(g.shape[0] if live is None else live.shape[0]):
+        rows = at if live is None else live[at]
+        x = head.inputs(rows)
+        chosen = Softmax(*(number[rows] for number in part))
+        head.backward(head.logits(x), x, rows, chosen, g[rows], h[rows])
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """Saves four numbers per row; the backward runs the GEMM once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, given: HeadInputs
+    ) -> Any:
+        with given.exact():
+            head = Head(hidden, weight, bias, given.rows, given.options)
+            part = all_rows(head)
+        ctx.save_for_backward(hidden, weight, bias, *part)
+        ctx.given = given
+        ctx.set_materialize_grads(False)
+        return given.rows.spread(part.logprobs), given.rows.spread(part.entropy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, None
+        hidden, weight, bias, *part = ctx.saved_tensors
+        given: HeadInputs = ctx.given
+        numbers = Softmax(*part)
+        zero = torch.zeros_like(numbers.logprobs)
+        g = zero if grad_logprobs is None else given.rows.pick(grad_logprobs)
+        h = zero if grad_entropy is None else given.rows.pick(grad_entropy)
+        with given.exact():
+            head = Head(hidden, weight, bias, given.rows, given.options)
+            head.want(*ctx.needs_input_grad[:3])
+            accumulate(head, numbers, g, h)
+        return *head.gradients(), None
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    row_index: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> TokenLogProbs:
+    """`token_logprobs` of the logits cap(hidden·weightᵀ + bias), which never exist as a whole.
+
+    Rows go through the GEMM in chunks of a height that the vocabulary alone decides, with or
+    without gradients: the bits are the same. The backward recomputes each chunk.
+
+    Args:
+        hidden: `(..., H)` fp32, bf16 or fp16 (fp64 except on Triton), last dimension contiguous.
+        weight: `(V, H)` of the same dtype; with `process_group` this rank's equal share in rank
+            order (tokens stay global ids). A DTensor is taken as its local share with a group
+            and whole without. Frozen weights cost no gradient GEMM.
+        tokens, temperature, mask, ignore_index: as in `token_logprobs`.
+        bias: `(V,)`, or this rank's share.
+        softcap: z ← cap·tanh(z / cap), before the temperature.
+        row_index: `(R,)` int64, ascending and unique: the flat rows to compute. The others give 0
+            and no gradient. On a CPU masked rows are left out by themselves.
+        process_group: ranks that hold a share of the vocabulary each, with identical tokens.
+
+    Returns:
+        `TokenLogProbs(logprobs, entropy)`, each `(...)` fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shape, device or range. TypeError: dtype. IndexError: see `token_logprobs`.
+    """
+    given = check_head(
+        _OP, hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap,
+        mask=mask, ignore_index=ignore_index, row_index=row_index, process_group=process_group,
+        backend=backend,
+    )  # fmt: skip
+    shape = tokens.shape
+    if given.options.backend == "reference":
+        return reference.linear_token_logprobs(**given.plain())
+    args = (given.hidden, given.weight, given.bias)
+    if n_grads(*args):
+        logprobs, entropy = _LinearLogProbs.apply(*args, given)
+    else:
+        with given.exact():
+            part = all_rows(Head(*args, given.rows, given.options))
+        logprobs, entropy = given.rows.spread(part.logprobs), given.rows.spread(part.entropy)
+    return TokenLogProbs(logprobs.view(shape), entropy.view(shape))

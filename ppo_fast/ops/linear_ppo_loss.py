@@ -1,0 +1,212 @@
+"""`linear_ppo_loss`: a head's policy loss and all its gradients without its logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppo_fast import _checks, reference
+from ppo_fast._results import HeadLoss, Moments, Stats
+from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
+from ppo_fast.ops.head import Head, live_rows
+from ppo_fast.ops.head_inputs import HeadInputs, check_head
+from ppo_fast.ops.linear_logprobs import accumulate, all_rows
+from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions
+from ppo_fast.ops.policy import Policy, check_policy
+from ppo_fast.ops.shards import Softmax
+
+_OP = "linear_ppo_loss"
+
+
+class _Loss:
+    """One call: the loss over the computed rows, and the slopes of its tokens."""
+
+    def __init__(self, head: Head, given: HeadInputs, policy: Policy) -> None:
+        self.head, self.given = head, given
+        counted = _all_true(given.tokens) if given.keep is None else given.keep
+        self.mask = reference.linear_logprobs.rows_of(given.tokens, counted, given.row_index)
+        # Rows that row_index leaves out count in D all the same.
+        denom = None if given.row_index is None else policy.denom(counted)
+        self.policy = policy.replace(n_grads=0, denom=denom)
+        self.weights = given.rows.pick(policy.weights(self.mask, counted))
+        flat, rows = policy.per_token(), given.rows
+        self.tokens = flat._replace(
+            old_logprobs=rows.pick_some(flat.old_logprobs),
+            advantages=rows.pick(flat.advantages),
+            is_weights=rows.pick_some(flat.is_weights),
+            ref_logprobs=rows.pick_some(flat.ref_logprobs),
+        )  # fmt: skip
+
+    def total(self, part: Softmax, n: int = 0) -> tuple[Tensor, ...]:
+        """(loss, stats, scale, grads, logprobs, entropy) over all tokens."""
+        shape, rows = self.given.tokens.shape, self.given.rows
+        logprobs, entropy = (rows.spread(x).view(shape) for x in (part.logprobs, part.entropy))
+        policy = self.policy.replace(n_grads=n)
+        result = policy.call(self.given.options.backend, logprobs, self.mask, entropy)
+        return *result, logprobs, entropy
+
+    def slopes(self, part: Softmax, at: slice) -> tuple[Tensor, Tensor]:
+        """The loss's derivatives by a chunk's log-probabilities and entropies."""
+        t = self.tokens
+        chunk = t._replace(
+            old_logprobs=_at(t.old_logprobs, at), advantages=t.advantages[at],
+            is_weights=_at(t.is_weights, at), ref_logprobs=_at(t.ref_logprobs, at),
+        )  # fmt: skip
+        keep = _at(self.given.rows.keep, at)
+        *_, grads = chunk.call(self.given.options.backend, part.logprobs, keep, part.entropy)
+        g, h = grads * self.weights[at]
+        return g, h
+
+    def one_pass(self) -> Softmax:
+        """Three products: logits, and both gradients while the chunk's softmax is at hand."""
+        head, count = self.head, self.given.rows.tokens.shape[0]
+        out = Softmax(*torch.empty(4, count, dtype=head.wide, device=head.hidden.device))
+        for at in head.chunks(count):
+            x = head.inputs(at)
+            z = head.logits(x)
+            part = head.softmax(z, at)
+            for to, number in zip(out, part, strict=True):
+                to[at] = number
+            g, h = self.slopes(part, at)
+            live = live_rows(g, h)
+            if live is None:
+                head.backward(z, x, at, part, g, h)
+            elif live.numel():
+                chosen = Softmax(*(number[live] for number in part))
+                head.backward(z[live], x[live], live + at.start, chosen, g[live], h[live])
+        return out
+
+    def two_passes(self) -> Softmax:
+        """gspo: a token's slope needs its whole sequence, so the logits are formed again."""
+        part = all_rows(self.head)
+        _, _, scale, grads, *_ = self.total(part, 2)
+        g, h = (self.given.rows.pick(grad) for grad in grads * scale)
+        accumulate(self.head, part, g, h)
+        return part
+
+
+def _all_true(tokens: Tensor) -> Tensor:
+    return torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
+
+
+def _at(x: Tensor | None, at: slice) -> Tensor | None:
+    return None if x is None else x[at]
+
+
+class _LinearPPOLoss(torch.autograd.Function):
+    """The gradients are formed in the forward; the backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        given: HeadInputs,
+        policy: Policy,
+    ) -> Any:
+        with given.exact():
+            head = Head(hidden, weight, bias, given.rows, given.options)
+            head.want(*ctx.needs_input_grad[:3])
+            call = _Loss(head, given, policy)
+            part = call.two_passes() if policy.options.variant == "gspo" else call.one_pass()
+            loss, stats, _, _, logprobs, entropy = call.total(part)
+        ctx.save_for_backward(*head.gradients())
+        ctx.mark_non_differentiable(stats, logprobs, entropy)
+        ctx.set_materialize_grads(False)
+        return loss, stats, logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        if grad is None:
+            return None, None, None, None, None
+        dx, dw, db = (
+            None if x is None else scaled(x, grad.to(x.dtype)) for x in ctx.saved_tensors
+        )
+        return dx, dw, db, None, None
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    row_index: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    variant: str = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: Bounds = 20.0,
+    is_weights: Tensor | None = None,
+    advantage_moments: Moments | None = None,
+    entropy_coef: Coefficient = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: Coefficient = 0.0,
+    kl_estimator: str = "k3",
+    kl_clamp: float | None = 10.0,
+    kl_ratio_clip: float | None = None,
+    reduction: str = "token-mean",
+    denom: Coefficient | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> HeadLoss:
+    """`ppo_loss` of the head's own log-probabilities and entropies, in three matrix products.
+
+    The gradients by hidden, weight and bias are formed in the forward pass, a chunk of rows at a
+    time; the backward scales them. Rows without a gradient (masked, clipped, advantage 0 with no
+    other term) take no part in the gradients' products on a CPU. "gspo" forms the logits twice.
+
+    Args:
+        hidden, weight, bias, tokens, temperature, softcap, ignore_index, row_index,
+        process_group: as in `linear_token_logprobs`; tokens `(B, T)`, or flat `(N,)`.
+        old_logprobs, advantages, mask and the options of the loss: as in `ppo_loss`. Ignored
+            tokens are masked. What `row_index` leaves out counts in the default D alone.
+
+    Returns:
+        `HeadLoss(loss, stats, logprobs, entropy)`; the last two `(...)` fp32 (fp64 for fp64
+        inputs), detached, 0 where not computed.
+
+    Raises:
+        ValueError: shape, device or range. TypeError: dtype. IndexError: see `token_logprobs`.
+    """
+    given = check_head(
+        _OP, hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap,
+        mask=mask, ignore_index=ignore_index, row_index=row_index, process_group=process_group,
+        backend=backend,
+    )  # fmt: skip
+    args = (given.hidden, given.weight, given.bias)
+    # A slice of the hidden states stands for a tensor of the tokens' shape.
+    main = _checks.main(_OP, "hidden[..., 0]", given.hidden.detach()[..., 0], cu_seqlens)
+    policy = check_policy(
+        _OP, main, old_logprobs, advantages, is_weights=is_weights,
+        advantage_moments=advantage_moments, ref_logprobs=ref_logprobs, cu_seqlens=cu_seqlens,
+        options=PPOOptions(
+            variant, clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef,
+            kl_estimator, kl_clamp, kl_ratio_clip, reduction, denom,
+        ),
+        has_entropy=True, n_grads=0,
+    )  # fmt: skip
+    if given.options.backend == "reference":
+        return reference.linear_ppo_loss(
+            old_logprobs=policy.old_logprobs, advantages=policy.advantages, **given.plain(),
+            **policy.plain(_OP),
+        )  # fmt: skip
+    if n_grads(*args):
+        loss, stats, logprobs, entropy = _LinearPPOLoss.apply(*args, given, policy)
+    else:
+        with given.exact():
+            head = Head(*args, given.rows, given.options)
+            loss, stats, _, _, logprobs, entropy = _Loss(head, given, policy).total(all_rows(head))
+    return HeadLoss(loss, Stats(stats), logprobs, entropy)

@@ -1,0 +1,139 @@
+"""`logits_ppo_loss`: a policy loss straight from logits, gradient formed in the forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast import _backend, _checks, reference
+from ppo_fast._results import HeadLoss, Moments, Stats
+from ppo_fast._schema import HANDLES
+from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
+from ppo_fast.ops.logprobs import check_ignore_index, check_logits, check_temperature
+from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions
+from ppo_fast.ops.policy import Policy, check_policy
+
+_OP = "logits_ppo_loss"
+
+
+class _LogitsPPOLoss(torch.autograd.Function):
+    """Saves the logits' gradient; where it lies over the logits, a second backward raises."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        scoring: tuple[Any, ...],
+        policy: Policy,
+        backend: str,
+        inplace: bool,
+    ) -> Any:
+        logprobs, entropy, *rest = HANDLES["logprobs_fwd"][backend](logits, *scoring)
+        mask = scoring[1]
+        loss, stats, scale, grads = policy.call(backend, logprobs, mask, entropy)
+        tokens, mask, heat, codes, params = scoring
+        args = (*(grads * scale), logits, tokens, mask, heat, entropy, *rest, codes, params)
+        if inplace:
+            HANDLES["logprobs_bwd_"][backend](*args)
+            torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(logits if inplace else HANDLES["logprobs_bwd"][backend](*args))
+        ctx.inplace = inplace
+        ctx.mark_non_differentiable(stats, logprobs, entropy)
+        ctx.set_materialize_grads(False)
+        return loss, stats, logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        if grad is None:
+            return None, None, None, None, None
+        (dlogits,) = ctx.saved_tensors
+        if not ctx.inplace:
+            return scaled(dlogits, grad.to(dlogits.dtype)), None, None, None, None
+        dlogits = dlogits.detach()
+        dlogits *= grad
+        torch.autograd.graph.increment_version(ctx.saved_tensors[0])
+        return dlogits, None, None, None, None
+
+
+def logits_ppo_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    variant: str = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: Bounds = 20.0,
+    is_weights: Tensor | None = None,
+    advantage_moments: Moments | None = None,
+    entropy_coef: Coefficient = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: Coefficient = 0.0,
+    kl_estimator: str = "k3",
+    kl_clamp: float | None = 10.0,
+    kl_ratio_clip: float | None = None,
+    reduction: str = "token-mean",
+    denom: Coefficient | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> HeadLoss:
+    """`ppo_loss` of `token_logprobs(logits, tokens)` with its entropies, gradient and all.
+
+    Args:
+        logits: `(B, T, V)` or `(N, V)`, as in `token_logprobs`; differentiable.
+        inplace: write the gradient over the logits, which nothing else may use; their version is
+            bumped, so a second backward raises. Without a gradient to form, nothing is written.
+        tokens, temperature, ignore_index: as in `token_logprobs`. Ignored tokens are masked.
+        old_logprobs, advantages, mask and the options of the loss: as in `ppo_loss`.
+
+    Returns:
+        `HeadLoss(loss, stats, logprobs, entropy)`; the last two `(...)`, detached, 0 where masked.
+
+    Raises:
+        ValueError: shape, device or range. TypeError: dtype. IndexError: see `token_logprobs`.
+    """
+    check_logits(_OP, logits)
+    shape = logits.shape[:-1]
+    _checks.indices(_OP, "tokens", tokens, shape, logits.device)
+    mask = _checks.flags(_OP, "mask", mask, shape, logits.device)
+    scalar, per_token = check_temperature(_OP, temperature, logits)
+    check_ignore_index(_OP, ignore_index)
+    main = _checks.main(_OP, "logits[..., 0]", logits.detach()[..., 0], cu_seqlens)
+    policy = check_policy(
+        _OP, main, old_logprobs, advantages, is_weights=is_weights,
+        advantage_moments=advantage_moments, ref_logprobs=ref_logprobs, cu_seqlens=cu_seqlens,
+        options=PPOOptions(
+            variant, clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef,
+            kl_estimator, kl_clamp, kl_ratio_clip, reduction, denom,
+        ),
+        has_entropy=True, n_grads=2 * n_grads(logits),
+    )  # fmt: skip
+    keep = tokens != ignore_index
+    keep = keep if mask is None else keep & (mask != 0)
+    if _checks.DEBUG:
+        _checks.tokens_in_range(_OP, tokens, keep, logits.shape[-1])
+    name = _backend.select(_OP, backend, logits)
+    if name == "reference":
+        if inplace:
+            raise ValueError(f"{_OP}: inplace must be False on 'reference', got True")
+        return reference.logits_ppo_loss(
+            logits, tokens, policy.old_logprobs, policy.advantages, keep,
+            temperature=scalar if per_token is None else per_token, **policy.plain(_OP),
+        )  # fmt: skip
+    scoring = (tokens, keep, per_token, [ignore_index], [scalar])
+    if n_grads(logits):
+        out = _LogitsPPOLoss.apply(logits, scoring, policy, name, inplace)
+        loss, stats, logprobs, entropy = out
+    else:
+        logprobs, entropy, *_ = HANDLES["logprobs_fwd"][name](logits, *scoring)
+        loss, stats, *_ = policy.call(name, logprobs, keep, entropy)
+    return HeadLoss(loss, Stats(stats), logprobs, entropy)

@@ -1,0 +1,41 @@
+"""Token log-probabilities of a linear head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_fast._results import TokenLogProbs
+from ppo_fast.reference.common import compute, keep_of
+from ppo_fast.reference.logprobs import token_logprobs
+
+
+def rows_of(tokens: Tensor, mask: Tensor | None, row_index: Tensor | None) -> Tensor:
+    """The unmasked slots among the rows that `row_index` names, bool."""
+    keep = keep_of(tokens, mask)
+    if row_index is None:
+        return keep
+    named = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
+    return keep & named.index_fill(0, row_index, True).view(tokens.shape)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> TokenLogProbs:
+    """`token_logprobs` of z = cap·tanh((hidden·weightᵀ + bias) / cap)."""
+    keep = rows_of(tokens, mask, row_index)
+    # Selected before the product: 0·NaN would reach the weight's gradient.
+    z = torch.where(keep[..., None], compute(hidden), 0.0) @ compute(weight).t()
+    if bias is not None:
+        z = z + compute(bias)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return token_logprobs(z, tokens, temperature=temperature, mask=keep)

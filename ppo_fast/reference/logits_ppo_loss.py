@@ -1,0 +1,47 @@
+"""The policy loss of a head: log-probabilities, then `ppo_loss`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast._results import HeadLoss, TokenLogProbs
+from ppo_fast.reference.common import Sequences, keep_of, own_denom
+from ppo_fast.reference.logprobs import token_logprobs
+from ppo_fast.reference.ppo_loss import ppo_loss
+
+
+def head_loss(
+    scored: TokenLogProbs,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    rows: Tensor,
+    counted: Tensor,
+    **options: Any,
+) -> HeadLoss:
+    """`ppo_loss` over `rows`, divided by the D of the slots that are `counted`."""
+    if options["denom"] is None:
+        own = own_denom(Sequences(counted, options["cu_seqlens"]), options["reduction"])
+        options["denom"] = torch.ones_like(own) if options["reduction"] == "token-sum" else own
+    loss, stats = ppo_loss(
+        scored.logprobs, old_logprobs, advantages, rows, entropy=scored.entropy, **options
+    )
+    return HeadLoss(loss, stats, scored.logprobs.detach(), scored.entropy.detach())
+
+
+def logits_ppo_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    **options: Any,
+) -> HeadLoss:
+    """`ppo_loss` of `token_logprobs`, entropy bonus included."""
+    keep = keep_of(tokens, mask)
+    scored = token_logprobs(logits, tokens, temperature=temperature, mask=keep)
+    return head_loss(scored, old_logprobs, advantages, keep, keep, **options)
