@@ -91,15 +91,17 @@ def test_an_eos_at_once_is_an_empty_completion_of_one_token() -> None:
     assert completions(tokenizer, ended) == ["", ""]
 
 
-def test_only_kept_tokens_reach_the_output_head(tmp_path: Path) -> None:
-    t = trainer(tmp_path)
+@pytest.mark.parametrize("head", ["linear", "logits"])
+def test_only_kept_tokens_reach_the_output_head(tmp_path: Path, head: str) -> None:
+    t = trainer(tmp_path, head=head)
     rows: list[int] = []
-    head = t.agent.policy.model.get_output_embeddings()
-    head.register_forward_hook(lambda m, a, out: rows.append(out.shape[:-1].numel()))
+    module = t.agent.policy.model.get_output_embeddings()
+    module.register_forward_hook(lambda m, a, out: rows.append(out.shape[:-1].numel()))
     _, batch, _ = batch_of(t)
     sampling = t.config.max_new_tokens
     assert rows[:sampling] == [t.config.batch] * sampling
-    assert sum(rows[sampling:]) == int(batch.seqs.mask.sum())
+    kept = int(batch.seqs.mask.sum())
+    assert sum(rows[sampling:]) == (kept if head == "logits" else 0)
 
 
 def models() -> dict[str, Any]:
@@ -128,7 +130,7 @@ def test_replayed_layers_change_no_bit(name: str) -> None:
     attention[0, :3] = 0
     seqs = Sequences(tokens, attention, torch.ones(3, 4, dtype=torch.bool))
     tower = Tower(model, split)
-    logits, trunk = tower.logits_and_trunk(seqs)
+    (logits, _), trunk = tower.with_trunk(lambda: tower.logits(seqs))
     assert trunk is not None and trunk.shape[:2] == tokens.shape
     calls: list[int] = []
     handle = tower.layers[0].register_forward_hook(lambda *_: calls.append(1))
@@ -139,6 +141,26 @@ def test_replayed_layers_change_no_bit(name: str) -> None:
     full = model(input_ids=tokens, attention_mask=attention,
                  position_ids=(attention.cumsum(1) - 1).clamp(min=0)).logits[:, 4:8]  # fmt: skip
     torch.testing.assert_close(logits.view(3, 4, 300), full, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "gemma3"])
+def test_the_linear_head_is_the_models_own(name: str) -> None:
+    tower = Tower(models()[name].eval().double(), 0)
+    tokens = torch.randint(300, (3, 9), generator=torch.Generator().manual_seed(1))
+    seqs = Sequences(tokens, torch.ones_like(tokens), torch.ones(3, 4, dtype=torch.bool))
+    logits, hidden = tower.logits(seqs)
+    want = ppo_fast.token_logprobs(logits, seqs.flat(seqs.response), backend="reference")
+    got = ppo_fast.linear_token_logprobs(
+        hidden, tokens=seqs.flat(seqs.response), backend="reference", **tower.head()
+    )
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=FP64)
+
+
+def test_a_model_that_scales_its_logits_wants_the_other_head() -> None:
+    model = models()["llama"]
+    model.config.logit_scale = 0.5
+    with pytest.raises(ValueError, match="head must be 'logits' for a model with logit_scale"):
+        Tower(model, 0).head()
 
 
 def test_copies_share_frozen_weights_and_own_trainable_ones() -> None:

@@ -46,6 +46,17 @@ def test_first_minibatch_has_ratio_exactly_one(
     assert computed["kl_k2"] == 0.0 and computed["n_tokens"] > 0
 
 
+@pytest.mark.parametrize("variant", ["clip", "gspo", "penalty"])
+def test_both_heads_have_one_gradient(tmp_path: Path, variant: str) -> None:
+    found = []
+    for head in ("linear", "logits"):
+        t = trainer(tmp_path, dtype=torch.float64, head=head, variant=variant, train_layers=0,
+                    entropy_coef=0.01)  # fmt: skip
+        _, batch, plan = batch_of(t)
+        found.append(gradient_of(t, batch, plan[0]))
+    assert_near(*found, share=FP64)
+
+
 def test_a_ratio_off_one_by_one_ulp_stops_the_update(tmp_path: Path) -> None:
     t = trainer(tmp_path)
     _, batch, plan = batch_of(t)

@@ -25,6 +25,14 @@ class Scored(NamedTuple):
     trunk: Tensor | None
 
 
+class Forward(NamedTuple):
+    """Last hidden states (n, H), logits (n, V) where they are formed, and values (n,)."""
+
+    hidden: Tensor
+    logits: Tensor | None
+    values: Tensor
+
+
 class Agent:
     """Policy, frozen reference, critic and their optimiser."""
 
@@ -50,25 +58,46 @@ class Agent:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def forward(
-        self, seqs: Sequences, trunk: Tensor | None, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The training forward: log-prob, entropy and value of each response token, (B, R).
+    def forward(self, seqs: Sequences, trunk: Tensor | None) -> Forward:
+        """The training forward over the n kept tokens."""
+        logits: Tensor | None = None
+        if self.config.head == "logits":
+            logits, hidden = self.policy.logits(seqs, trunk)
+        else:
+            hidden = self.policy.hidden(seqs, trunk)
+        return Forward(hidden, logits, self.critic(hidden, seqs, trunk))
 
-        The logits (n, V) of the kept tokens are this call's own, so their gradient may overwrite
-        them. All three are 0 at the tokens that are not kept.
-        """
-        logits, hidden = self.policy.logits(seqs, trunk)
-        scored = ppo_fast.token_logprobs(
-            logits,
-            seqs.response[seqs.mask],
-            temperature=self.config.temperature,
-            inplace_backward=backend != "reference",
-            backend=backend,
+    def logprobs(
+        self, tower: Tower, hidden: Tensor, logits: Tensor | None, seqs: Sequences, backend: str
+    ) -> Tensor:
+        """Log-probability of each kept token, (n,), from the logits or else the hidden states."""
+        options: dict[str, Any] = {"temperature": self.config.temperature, "backend": backend}
+        tokens = seqs.flat(seqs.response)
+        if logits is not None:
+            return ppo_fast.token_logprobs(logits, tokens, **options).logprobs
+        head = tower.head()
+        weight = head.pop("weight")
+        return ppo_fast.linear_token_logprobs(hidden, weight, tokens, **head, **options).logprobs
+
+    def policy_loss(
+        self, out: Forward, seqs: Sequences, old: Tensor, advantages: Tensor, backend: str,
+        **options: Any,
+    ) -> ppo_fast.HeadLoss:  # fmt: skip
+        """The policy loss over the n kept tokens; `old` and `advantages` (n,)."""
+        options |= {"temperature": self.config.temperature, "backend": backend}
+        options["cu_seqlens"] = seqs.cu_seqlens()
+        tokens = seqs.flat(seqs.response)
+        if out.logits is not None:
+            # The logits are this call's own: their gradient may overwrite them.
+            own = backend != "reference"
+            return ppo_fast.logits_ppo_loss(
+                out.logits, tokens, old, advantages, inplace=own, **options
+            )
+        head = self.policy.head()
+        weight = head.pop("weight")
+        return ppo_fast.linear_ppo_loss(
+            out.hidden, weight, tokens, old, advantages, **head, **options
         )
-        values = self.critic(hidden, seqs, trunk)
-        logprobs, entropy = scored.logprobs, scored.entropy
-        return seqs.unflatten(logprobs), seqs.unflatten(entropy), seqs.unflatten(values)
 
     @torch.no_grad()
     def score(self, seqs: Sequences, parts: list[Tensor], backend: str) -> Scored:
@@ -85,20 +114,22 @@ class Agent:
             rows = seqs.rows(part)
             if not rows.mask.any():
                 continue
-            logits, bottom = self.reference.logits_and_trunk(rows)
-            scored = ppo_fast.token_logprobs(
-                logits,
-                rows.response[rows.mask],
-                temperature=self.config.temperature,
-                backend=backend,
-            )
-            del logits
-            ref[part] = rows.unflatten(scored.logprobs)
+            scored, bottom = self._reference_logprobs(rows, backend)
+            ref[part] = rows.unflatten(scored)
             if bottom is not None:
                 if trunk is None:
                     trunk = bottom.new_zeros(len(seqs.tokens), *bottom.shape[1:])
                 trunk[part] = bottom
             with torch.enable_grad():
-                logprobs, _, value = self.forward(rows, bottom, backend)
-            old[part], values[part] = logprobs.detach(), value.detach()
+                out = self.forward(rows, bottom)
+            logprobs = self.logprobs(self.policy, out.hidden, out.logits, rows, backend)
+            old[part], values[part] = rows.unflatten(logprobs), rows.unflatten(out.values.detach())
         return Scored(old, ref, values, trunk)
+
+    def _reference_logprobs(self, rows: Sequences, backend: str) -> tuple[Tensor, Tensor | None]:
+        tower = self.reference
+        if self.config.head == "logits":
+            (logits, hidden), bottom = tower.with_trunk(lambda: tower.logits(rows))
+            return self.logprobs(tower, hidden, logits, rows, backend), bottom
+        hidden, bottom = tower.with_trunk(lambda: tower.hidden(rows))
+        return self.logprobs(tower, hidden, None, rows, backend), bottom

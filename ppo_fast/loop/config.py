@@ -42,6 +42,9 @@ class TrainConfig:
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Backend of every op; "auto" lets the dispatcher choose by device."""
 
+    head: Literal["linear", "logits"] = "linear"
+    """"linear" never holds the logits of an update; "logits" forms them all."""
+
     updates: int = 40
     """Rollouts, each followed by `epochs` passes over it."""
     batch: int = 16

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ppo_fast.loop.models import decoder_layers
+
+T = TypeVar("T")
 
 
 class Sequences(NamedTuple):
@@ -32,6 +34,15 @@ class Sequences(NamedTuple):
     def rows(self, index: Tensor) -> Sequences:
         """The sequences at `index`."""
         return Sequences(*(x[index] for x in self))
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Of a (B, R) tensor, the values at the n kept tokens, (n,)."""
+        return x[self.mask]
+
+    def cu_seqlens(self) -> Tensor:
+        """Where each sequence's kept tokens begin among the n, (B + 1,) int64."""
+        ends = self.mask.sum(1).cumsum(0)
+        return torch.cat([ends.new_zeros(1), ends])
 
     def scored_positions(self) -> Tensor:
         """Flat indices into (B, P + R), ascending, of the positions that predict a kept token."""
@@ -88,18 +99,27 @@ class Tower:
         out = self._forward(self.model.base_model, seqs, trunk)
         return out.last_hidden_state.flatten(0, 1).index_select(0, seqs.scored_positions())
 
-    def logits_and_trunk(self, seqs: Sequences) -> tuple[Tensor, Tensor | None]:
-        """`logits` (n, V), and the bottom activations it passed by (None if nothing is frozen)."""
+    def with_trunk(self, forward: Callable[[], T]) -> tuple[T, Tensor | None]:
+        """What `forward` gives, and the bottom activations on its way (None: none are frozen)."""
         if self.split == 0:
-            return self.logits(seqs)[0], None
+            return forward(), None
         seen: list[Tensor] = []
 
         def keep(_: nn.Module, args: object, output: Tensor) -> None:
             seen.append(output)
 
         with _hooked(self.layers[self.split - 1].register_forward_hook, keep):
-            logits, _ = self.logits(seqs)
-        return logits, seen[0]
+            return forward(), seen[0]
+
+    def head(self) -> dict[str, Any]:
+        """Weight, bias and soft cap of the output head, as `linear_ppo_loss` takes them."""
+        config = self.model.config.get_text_config()
+        for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+            if getattr(config, name, 1.0) not in (None, 1.0):
+                raise ValueError(f"head must be 'logits' for a model with {name}, got 'linear'")
+        linear = self.model.get_output_embeddings()
+        cap = getattr(config, "final_logit_softcapping", None)
+        return {"weight": linear.weight, "bias": linear.bias, "softcap": cap}
 
     def _forward(self, module: Any, seqs: Sequences, trunk: Tensor | None) -> Any:
         with _replayed(self.layers, self.split, trunk):

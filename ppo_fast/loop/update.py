@@ -94,36 +94,33 @@ def accumulate(
         part = _rows(batch, rows)
         if not part.seqs.mask.any():
             continue
-        logprobs, entropy, values = agent.forward(part.seqs, part.scored.trunk, backend)
+        policy, loss, stats = _loss(agent, part, tokens, loss_kl_coef, backend)
         if unchanged:
-            _require_ratio_one(logprobs, part)
-        loss, stats = _loss(agent, part, logprobs, entropy, values, tokens, loss_kl_coef, backend)
+            _require_ratio_one(policy.logprobs, part)
         loss.backward()
         total = stats if total is None else total + stats
     return total
 
 
 def _loss(
-    agent: Agent, part: Batch, logprobs: Tensor, entropy: Tensor, values: Tensor,
-    tokens: Tensor, loss_kl_coef: float, backend: str,
-) -> tuple[Tensor, ppo_fast.Stats]:  # fmt: skip
-    """Policy loss plus `vf_coef` times value loss of one micro-batch, over `tokens`."""
-    config, mask = agent.config, part.seqs.mask
-    penalty = config.variant == "penalty"
-    policy = ppo_fast.ppo_loss(
-        logprobs, part.scored.old, part.advantages, mask,
+    agent: Agent, part: Batch, tokens: Tensor, loss_kl_coef: float, backend: str
+) -> tuple[ppo_fast.HeadLoss, Tensor, ppo_fast.Stats]:
+    """Policy loss, plus `vf_coef` times value loss, of one micro-batch, over `tokens`."""
+    config, seqs, scored = agent.config, part.seqs, part.scored
+    out = agent.forward(seqs, scored.trunk)
+    policy = agent.policy_loss(
+        out, seqs, seqs.flat(scored.old), seqs.flat(part.advantages), backend,
         variant=config.variant, clip_low=config.clip, clip_high=config.clip,
-        advantage_moments=part.moments,
-        entropy=entropy if config.entropy_coef else entropy.detach(),
-        entropy_coef=config.entropy_coef,
-        ref_logprobs=None if penalty else part.scored.ref, kl_coef=loss_kl_coef,
-        denom=tokens, backend=backend,
+        advantage_moments=part.moments, entropy_coef=config.entropy_coef,
+        ref_logprobs=None if config.variant == "penalty" else seqs.flat(scored.ref),
+        kl_coef=loss_kl_coef, denom=tokens,
     )  # fmt: skip
     value = ppo_fast.value_loss(
-        values, part.scored.values, part.returns, mask,
+        out.values, seqs.flat(scored.values), seqs.flat(part.returns),
         clip=config.vf_clip, denom=tokens, backend=backend,
     )  # fmt: skip
-    return policy.loss + config.vf_coef * value.loss, policy.stats + value.stats
+    loss = policy.loss + config.vf_coef * value.loss
+    return policy, loss, policy.stats + value.stats
 
 
 def _rows(batch: Batch, index: Tensor) -> Batch:
@@ -136,7 +133,7 @@ def _rows(batch: Batch, index: Tensor) -> Batch:
 
 
 def _require_ratio_one(logprobs: Tensor, part: Batch) -> None:
-    gap = (logprobs.detach() - part.scored.old)[part.seqs.mask].abs().max().item()
+    gap = (logprobs - part.seqs.flat(part.scored.old)).abs().max().item()
     if gap != 0.0:
         raise RuntimeError(
             "the policy's log-probs must equal the old ones before the first optimiser step,"

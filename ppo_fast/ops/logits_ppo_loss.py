@@ -53,8 +53,7 @@ class _LogitsPPOLoss(torch.autograd.Function):
         if not ctx.inplace:
             return scaled(dlogits, grad.to(dlogits.dtype)), None, None, None, None
         dlogits = dlogits.detach()
-        dlogits *= grad
-        torch.autograd.graph.increment_version(ctx.saved_tensors[0])
+        dlogits *= grad  # bumps the version: a second backward raises
         return dlogits, None, None, None, None
 
 
