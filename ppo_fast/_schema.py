@@ -53,6 +53,15 @@ _PPO_LOSS = (
     " Tensor? entropy_coef, Tensor? kl_coef, Tensor? denom, int[] codes, float[] params)"
     " -> (Tensor loss, Tensor stats, Tensor scale, Tensor grads)"
 )
+# One read of the logits for log-probability, loss slope and gradient. `weights` is w/D of every
+# token, or 0-d for all; gspo, whose slopes need whole sequences first, has no such op.
+# codes: [ignore_index, variant, estimator, straight_through]
+# params: [temperature], then ppo_loss's without denom.
+_LOGITS_PPO_LOSS_ARGS = (
+    "({logits} logits, Tensor tokens, Tensor? mask, Tensor? temperature, Tensor? old_logprobs,"
+    " Tensor advantages, Tensor? is_weights, Tensor? moments, Tensor? ref_logprobs,"
+    " Tensor weights, Tensor? entropy_coef, Tensor? kl_coef, int[] codes, float[] params)"
+)
 # codes: [form, reduction, n_grads]; params: [clip, scale, denom]; form 0 is unclipped.
 _VALUE_LOSS = (
     "(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens,"
@@ -97,6 +106,10 @@ def _fake_logprobs_bwd(grad_logprobs: Any, grad_entropy: Any, logits: Tensor, *_
     return _empty(logits, dtype=logits.dtype)
 
 
+def _fake_logits_loss(logits: Tensor, tokens: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty(logits, tokens.shape), _empty(logits, tokens.shape)
+
+
 def _fake_loss(main: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *_, codes, _ = args
     return (
@@ -125,6 +138,19 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
         _LOGPROBS_BWD_ARGS.format(logits="Tensor(a!)") + " -> ()", lambda *_: None, "logprobs"
     ),
     "ppo_loss": (_PPO_LOSS, _fake_loss, "ppo_loss"),
+    "logits_ppo_loss": (
+        _LOGITS_PPO_LOSS_ARGS.format(logits="Tensor")
+        + " -> (Tensor logprobs, Tensor entropy, Tensor grad_logits)",
+        lambda logits, tokens, *_: (
+            *_fake_logits_loss(logits, tokens), _empty(logits, dtype=logits.dtype)
+        ),
+        "logits_ppo_loss",
+    ),
+    "logits_ppo_loss_": (
+        _LOGITS_PPO_LOSS_ARGS.format(logits="Tensor(a!)")
+        + " -> (Tensor logprobs, Tensor entropy)",
+        _fake_logits_loss, "logits_ppo_loss",
+    ),
     "value_loss": (_VALUE_LOSS, _fake_loss, "value_loss"),
     "gae": (_GAE, _fake_gae, "gae"),
     "rlhf_advantages": (_RLHF_ADVANTAGES, _fake_rlhf, "rlhf_advantages"),

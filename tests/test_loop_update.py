@@ -32,11 +32,12 @@ def assert_near(a: list[torch.Tensor], b: list[torch.Tensor], share: float) -> N
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("head", ["linear", "logits"])
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
 def test_first_minibatch_has_ratio_exactly_one(
-    tmp_path: Path, micro_batch: int, critic: str
+    tmp_path: Path, micro_batch: int, head: str, critic: str
 ) -> None:
-    t = trainer(tmp_path, micro_batch=micro_batch, critic=critic, temperature=0.7)
+    t = trainer(tmp_path, micro_batch=micro_batch, head=head, critic=critic, temperature=0.7)
     _, batch, plan = batch_of(t)
     assert [len(part) for part in plan[0]] == [1] * 4 if micro_batch == 1 else plan
     stats = accumulate(t.agent, batch, plan[0], 0.0, t.backend, unchanged=True)

@@ -40,12 +40,16 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
         [1.0],
     )
     none = None
+    token = (logs - 3, x(3, 5), x(3, 5).abs(), moments, logs - 3.2, x(3, 5).abs(), none, none)
+    one_pass = (tokens, mask, heat, *token, [-100, 0, 2, 1], [1.0, *PPO[1][:-1]])
     return {
         "logprobs_fwd": (logits, tokens, mask, heat, [-100], [1.0]),
         "logprobs_bwd": back,
         "logprobs_bwd_": (*back[:2], logits.clone(), *back[3:]),
         "ppo_loss": (logs, logs + 0.1, x(3, 5), mask, x(3, 5).abs(), moments, entropy, logs - 0.2,
                      none, none, none, none, *PPO),
+        "logits_ppo_loss": (logits, *one_pass),
+        "logits_ppo_loss_": (logits.clone(), *one_pass),
         "value_loss": (logs, logs + 0.1, x(3, 5), mask, none, none, [1, 2, 1], [0.2, 0.5, 0.0]),
         "gae": (x(3, 5), x(3, 5), mask, none, x(3), mask, none, none, none, none, none, none,
                 [0, 0, 0, 0], [0.99, 0.95, 0.95]),

@@ -1,10 +1,6 @@
 // The gradient with respect to one segment of a row of logits (see foreach_isa.h).
 namespace ppo::PPO_ISA {
 
-// exp of it is exactly 0, so a logit of -inf gets the gradient 0.
-template <class T>
-constexpr scalar_t<T> kLowest = sizeof(scalar_t<T>) == 8 ? -750 : -105;
-
 template <class T>
 struct GradientLanes {
   T inv_temperature, neg_max, log_sum, slope, offset;

@@ -8,7 +8,7 @@
 namespace ppo {
 
 // Rows of fewer logits than this together are not worth another thread.
-constexpr int64_t kGrain = 16384;
+constexpr int64_t kLogitGrain = 16384;
 
 struct LogprobsProblem {
   const char* logits;
@@ -70,7 +70,7 @@ struct LogprobsProblem {
   void for_segments(const Fn& f) const {
     const int64_t length = vocab < kSegment ? vocab : kSegment;
     parallel_for(
-        rows.rows() * segments, 1 + kGrain / (length + 64), [&](int64_t begin, int64_t end) {
+        rows.rows() * segments, 1 + kLogitGrain / (length + 64), [&](int64_t begin, int64_t end) {
           for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task % segments * kSegment;
             f(task, task / segments, first, vocab - first < kSegment ? vocab - first : kSegment);

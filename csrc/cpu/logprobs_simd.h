@@ -2,13 +2,11 @@
 namespace ppo::PPO_ISA {
 
 // Logits are summed in blocks that stay in L1 between finding the maximum and the exponentials;
-// block sums are added up separately, which keeps fp32 rounding at the level of V / kBlock terms.
-constexpr int64_t kBlock = 256;
+// block sums are added up separately, which keeps fp32 rounding at the level of V / kSumBlock
+// terms.
+constexpr int64_t kSumBlock = 256;
 constexpr int64_t kPrefetchBytes = 2048;
 
-// exp of it is exactly 0, so that 0 * x stays 0 where a logit is -inf.
-template <class T>
-constexpr scalar_t<T> kLowest = sizeof(scalar_t<T>) == 8 ? -750 : -105;
 template <class T>
 constexpr scalar_t<T> kMostNegative = sizeof(scalar_t<T>) == 8 ? -DBL_MAX : -FLT_MAX;
 
@@ -92,7 +90,7 @@ template <class T, class P>
 inline SoftmaxPart segment_part(const P* x, int64_t n, double inv_temperature) {
   Running<T> state{scalar_t<T>(inv_temperature)};
   int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) state.add_block(x + i, kBlock);
+  for (; i + kSumBlock <= n; i += kSumBlock) state.add_block(x + i, kSumBlock);
   if (i < n) state.add_block(x + i, n - i);
   Acc<T> sum, dot;
   sum.add(state.sum);

@@ -33,6 +33,10 @@ PPO_INLINE T vexp(T x) {
   return ((expm1_reduced(r) + set1<T>(1.f)) * pow2(half)) * pow2(n - half);
 }
 
+// exp of it is exactly 0: below it nothing changes, and 0 * x stays 0 where a logit is -inf.
+template <class T>
+constexpr scalar_t<T> kLowest = sizeof(scalar_t<T>) == 8 ? -750 : -105;
+
 // exp for x in [-105, 1] (or NaN), cheaper; what is below the normal range (x < -87.3) may give 0,
 // and exp(-105) does.
 template <class T>

@@ -41,8 +41,17 @@ def n_grads(*inputs: Tensor | None) -> int:
     return max(wanted, default=0)
 
 
+def _is_one(factor: Tensor) -> bool:
+    """Known without asking a device."""
+    on_host = factor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_host and factor.item() == 1.0
+
+
 def scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """grad·factor; the gradient itself where a factor that is on the CPU is exactly 1."""
-    if factor.device.type == "cpu" and not torch.compiler.is_compiling() and factor.item() == 1.0:
-        return grad
-    return grad * factor
+    return grad if _is_one(factor) else grad * factor
+
+
+def scaled_(grad: Tensor, factor: Tensor) -> Tensor:
+    """The same in place."""
+    return grad if _is_one(factor) else grad.mul_(factor)

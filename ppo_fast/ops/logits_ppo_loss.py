@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import HeadLoss, Moments, Stats
 from ppo_fast._schema import HANDLES
-from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
+from ppo_fast.ops.backward import n_grads, once_differentiable, scaled, scaled_
 from ppo_fast.ops.logprobs import check_ignore_index, check_logits, check_temperature
 from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions
 from ppo_fast.ops.policy import Policy, check_policy
@@ -18,27 +18,58 @@ from ppo_fast.ops.policy import Policy, check_policy
 _OP = "logits_ppo_loss"
 
 
+class Scoring(NamedTuple):
+    """The checked arguments of the log-probabilities; `keep` is bool, ignored tokens left out."""
+
+    tokens: Tensor
+    keep: Tensor
+    heat: Tensor | None
+    codes: list[int]
+    params: list[float]
+
+
+def one_pass(
+    logits: Tensor, scoring: Scoring, policy: Policy, backend: str, inplace: bool
+) -> tuple[Tensor, ...]:
+    """(loss, stats, logprobs, entropy, gradient): the kernel reads each row from memory once."""
+    variant, estimator, straight, *_ = policy.packed.codes
+    results = HANDLES["logits_ppo_loss_" if inplace else "logits_ppo_loss"][backend](
+        logits, scoring.tokens, scoring.keep, scoring.heat, policy.old_logprobs,
+        policy.advantages, policy.is_weights, policy.moments, policy.ref_logprobs,
+        policy.weights(scoring.keep, scoring.keep), policy.packed.entropy_coef,
+        policy.packed.kl_coef, [*scoring.codes, variant, estimator, straight],
+        [*scoring.params, *policy.packed.params[:-1]],
+    )  # fmt: skip
+    logprobs, entropy = results[:2]
+    loss, stats, *_ = policy.call(backend, logprobs, scoring.keep, entropy)
+    return loss, stats, logprobs, entropy, logits if inplace else results[2]
+
+
+def two_passes(
+    logits: Tensor, scoring: Scoring, policy: Policy, backend: str, inplace: bool
+) -> tuple[Tensor, ...]:
+    """The same for gspo, where a token's slope needs its whole sequence first."""
+    logprobs, entropy, *rest = HANDLES["logprobs_fwd"][backend](logits, *scoring)
+    full = policy.replace(n_grads=2)
+    loss, stats, scale, grads = full.call(backend, logprobs, scoring.keep, entropy)
+    tokens, keep, heat, codes, params = scoring
+    args = (*(grads * scale), logits, tokens, keep, heat, entropy, *rest, codes, params)
+    written = HANDLES["logprobs_bwd_" if inplace else "logprobs_bwd"][backend](*args)
+    return loss, stats, logprobs, entropy, logits if inplace else written
+
+
 class _LogitsPPOLoss(torch.autograd.Function):
     """Saves the logits' gradient; where it lies over the logits, a second backward raises."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        scoring: tuple[Any, ...],
-        policy: Policy,
-        backend: str,
-        inplace: bool,
+        ctx: Any, logits: Tensor, scoring: Scoring, policy: Policy, backend: str, inplace: bool
     ) -> Any:
-        logprobs, entropy, *rest = HANDLES["logprobs_fwd"][backend](logits, *scoring)
-        mask = scoring[1]
-        loss, stats, scale, grads = policy.call(backend, logprobs, mask, entropy)
-        tokens, mask, heat, codes, params = scoring
-        args = (*(grads * scale), logits, tokens, mask, heat, entropy, *rest, codes, params)
+        how = two_passes if policy.options.variant == "gspo" else one_pass
+        loss, stats, logprobs, entropy, dlogits = how(logits, scoring, policy, backend, inplace)
         if inplace:
-            HANDLES["logprobs_bwd_"][backend](*args)
             torch.autograd.graph.increment_version(logits)
-        ctx.save_for_backward(logits if inplace else HANDLES["logprobs_bwd"][backend](*args))
+        ctx.save_for_backward(dlogits)
         ctx.inplace = inplace
         ctx.mark_non_differentiable(stats, logprobs, entropy)
         ctx.set_materialize_grads(False)
@@ -51,10 +82,10 @@ class _LogitsPPOLoss(torch.autograd.Function):
             return None, None, None, None, None
         (dlogits,) = ctx.saved_tensors
         if not ctx.inplace:
-            return scaled(dlogits, grad.to(dlogits.dtype)), None, None, None, None
-        dlogits = dlogits.detach()
-        dlogits *= grad  # bumps the version: a second backward raises
-        return dlogits, None, None, None, None
+            return scaled(dlogits, grad), None, None, None, None
+        # A second backward would scale what is scaled already: the version's bump makes it raise.
+        torch.autograd.graph.increment_version(dlogits)
+        return scaled_(dlogits.detach(), grad), None, None, None, None
 
 
 def logits_ppo_loss(
@@ -114,7 +145,7 @@ def logits_ppo_loss(
             variant, clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef,
             kl_estimator, kl_clamp, kl_ratio_clip, reduction, denom,
         ),
-        has_entropy=True, n_grads=2 * n_grads(logits),
+        has_entropy=True, n_grads=0,
     )  # fmt: skip
     keep = tokens != ignore_index
     keep = keep if mask is None else keep & (mask != 0)
@@ -128,7 +159,7 @@ def logits_ppo_loss(
             logits, tokens, policy.old_logprobs, policy.advantages, keep,
             temperature=scalar if per_token is None else per_token, **policy.plain(_OP),
         )  # fmt: skip
-    scoring = (tokens, keep, per_token, [ignore_index], [scalar])
+    scoring = Scoring(tokens, keep, per_token, [ignore_index], [scalar])
     if n_grads(logits):
         out = _LogitsPPOLoss.apply(logits, scoring, policy, name, inplace)
         loss, stats, logprobs, entropy = out
