@@ -24,6 +24,10 @@ _LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
 _TALLEST = {"cpu": 512, "cuda": 4096}
 
 
+# Ignored tokens are masked by now: no token has this code.
+_NOTHING_IGNORED = [-(1 << 62)]
+
+
 def chunk_height(vocab: int, device: str) -> int:
     """Rows of a chunk: of the vocabulary alone, never of how many rows there are."""
     tile = _TILE[device]
@@ -129,48 +133,42 @@ class Head:
             z.div_(self.options.softcap).tanh_().mul_(self.options.softcap)
         return z
 
-    def arguments(self, at: Tensor | slice) -> tuple[object, ...]:
-        """Tokens, mask, temperature, codes and params of the kernels, for a chunk."""
-        rows, shard = self.rows, self.options.shard
-        tokens = rows.tokens[at]
-        if shard is not None:
-            tokens = shard.local(tokens)[0]
-        keep, heat = (None if x is None else x[at] for x in (rows.keep, rows.heat))
-        # Ignored tokens are masked by now; no code stands for them.
-        return tokens, keep, heat, [-(1 << 62)], [self.options.temperature]
-
     def heat(self, at: Tensor | slice) -> Tensor | float:
+        """The temperature of a chunk's rows."""
         return self.options.temperature if self.rows.heat is None else self.rows.heat[at]
 
     def softmax(self, z: Tensor, at: Tensor | slice) -> Softmax:
         """Log-probability, entropy and what the gradient needs of a chunk."""
-        part = Softmax(*HANDLES["logprobs_fwd"][self.options.backend](z, *self.arguments(at)))
-        shard, keep = self.options.shard, self.rows.keep
+        rows, shard = self.rows, self.options.shard
+        tokens = rows.tokens[at] if shard is None else shard.local(rows.tokens[at])
+        keep, heat = (None if x is None else x[at] for x in (rows.keep, rows.heat))
+        part = Softmax(*HANDLES["logprobs_fwd"][self.options.backend](
+            z, tokens, keep, heat, _NOTHING_IGNORED, [self.options.temperature]
+        ))  # fmt: skip
         if shard is None:
             return part
-        whole = shard.merge(part, z, self.heat(at), self.rows.tokens[at])
-        if keep is None:
-            return whole
-        return Softmax(*(torch.where(keep[at], x, torch.zeros_like(x)) for x in whole))
+        return shard.merge(part, z, self.heat(at), rows.tokens[at], keep)
 
     def backward(
         self, z: Tensor, x: Tensor, at: Tensor | slice, part: Softmax, g: Tensor, h: Tensor
     ) -> None:
         """Accumulate the gradients of Σ g·logprobs + h·entropy over a chunk; overwrites z."""
-        cap, shard = self.options.softcap, self.options.shard
+        rows, cap, shard = self.rows, self.options.softcap, self.options.shard
+        keep, heat = (None if y is None else y[at] for y in (rows.keep, rows.heat))
         inside = None if cap is None else 1.0 - (z / cap).square_()
-        if shard is not None:
-            # A label of probability 0 passes no gradient, on whatever rank it is.
-            g = torch.where(part.logprobs.isneginf(), torch.zeros_like(g), g)
-            column, elsewhere = shard.spread_gradient(
-                z, self.heat(at), part, self.rows.tokens[at], (g, h)
-            )
-        tokens, keep, heat, codes, params = self.arguments(at)
-        HANDLES["logprobs_bwd_"][self.options.backend](
-            g, h, z, tokens, keep, heat, *part[1:], codes, params
-        )
-        if shard is not None:
-            z[:, 0] = torch.where(elsewhere, column, z[:, 0])
+
+        def kernel(label: Tensor, g: Tensor) -> Tensor:
+            HANDLES["logprobs_bwd_"][self.options.backend](
+                g, h, z, label, keep, heat, *part[1:], _NOTHING_IGNORED,
+                [self.options.temperature],
+            )  # fmt: skip
+            return z
+
+        tokens = rows.tokens[at]
+        if shard is None:
+            kernel(tokens, g)
+        else:
+            shard.gradient(kernel, z, self.heat(at), part, tokens, keep, g, h)
         if inside is not None:
             z *= inside
         self._accumulate(z, x, at)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ppo_fast import _backend, _checks
 from ppo_fast.ops.head import Options, Rows
 from ppo_fast.ops.logprobs import check_ignore_index, check_temperature
-from ppo_fast.ops.shards import Shard
+from ppo_fast.ops.shards import shard_of
 
 
 class HeadInputs(NamedTuple):
@@ -67,7 +67,7 @@ def check_head(
     check_ignore_index(op, ignore_index)
     cap = None if softcap is None else _checks.positive(op, "softcap", softcap)
     name = _backend.select(op, backend, hidden)
-    shard = _shard(op, process_group, weight, name)
+    shard = shard_of(op, "weight", process_group, weight, 0, name)
     keep = tokens != ignore_index
     keep = keep if mask is None else keep & (mask != 0)
     if _checks.DEBUG:
@@ -115,27 +115,6 @@ def _cast(
     if bias is not None:
         _checks.sized(op, "bias", bias, hidden, (weight.shape[0],), "(V,)")
     return hidden, weight, bias
-
-
-_SHARES: set[tuple[int, int]] = set()
-
-
-def _shard(op: str, group: dist.ProcessGroup | None, weight: Tensor, backend: str) -> Shard | None:
-    """This rank's share; that all are equal is asked of the other ranks once per size."""
-    if group is None:
-        return None
-    if backend == "reference":
-        raise ValueError(f"{op}: process_group must be None on 'reference', got {group}")
-    size = weight.shape[0]
-    if (id(group), size) not in _SHARES:
-        mine = torch.tensor([size], device=weight.device)
-        sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(sizes, mine, group=group)
-        every = [int(x) for x in sizes]
-        if len(set(every)) > 1:
-            raise ValueError(f"{op}: weight must have equal shares on all ranks, got {every} rows")
-        _SHARES.add((id(group), size))
-    return Shard(group, size)
 
 
 def _check_rows(op: str, index: Any, tokens: Tensor) -> Tensor:

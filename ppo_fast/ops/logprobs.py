@@ -2,44 +2,83 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import TokenLogProbs
 from ppo_fast._schema import HANDLES, compute_dtype
 from ppo_fast.ops.backward import once_differentiable
+from ppo_fast.ops.shards import Shard, Softmax, shard_of
 
 _OP = "token_logprobs"
+
+
+class Scoring(NamedTuple):
+    """The checked arguments but the logits; with a shard, `mask` leaves ignored tokens out."""
+
+    tokens: Tensor
+    mask: Tensor | None
+    heat: Tensor | None
+    codes: list[int]
+    params: list[float]
+    shard: Shard | None
+    backend: str
+
+
+def _softmax(logits: Tensor, s: Scoring) -> Softmax:
+    tokens = s.tokens if s.shard is None else s.shard.local(s.tokens)
+    part = Softmax(*HANDLES["logprobs_fwd"][s.backend](logits, tokens, *s[1:5]))
+    if s.shard is None:
+        return part
+    return s.shard.merge(part, logits, _heat(s), s.tokens, s.mask)
+
+
+def _heat(s: Scoring) -> Tensor | float:
+    return s.params[0] if s.heat is None else s.heat
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """Saves three numbers per row; the backward reads the logits once more."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, args: tuple[Any, ...], backend: str, inplace: bool
-    ) -> Any:
-        logprobs, entropy, row_max, log_sum = HANDLES["logprobs_fwd"][backend](logits, *args)
-        ctx.save_for_backward(logits, *args[:3], entropy, row_max, log_sum)
-        ctx.codes, ctx.params, ctx.backend, ctx.inplace = *args[3:], backend, inplace
+    def forward(ctx: Any, logits: Tensor, scoring: Scoring, inplace: bool) -> Any:
+        part = _softmax(logits, scoring)
+        ctx.save_for_backward(logits, *scoring[:3], *part)
+        ctx.scoring, ctx.inplace = scoring, inplace
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        return part.logprobs, part.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None, None
-        logits, *rest = ctx.saved_tensors
-        args = (grad_logprobs, grad_entropy, logits, *rest, ctx.codes, ctx.params)
-        if not ctx.inplace:
-            return HANDLES["logprobs_bwd"][ctx.backend](*args), None, None, None
-        HANDLES["logprobs_bwd_"][ctx.backend](*args)
-        torch.autograd.graph.increment_version(logits)
-        return logits.detach(), None, None, None
+            return None, None, None
+        logits, tokens, mask, heat, *numbers = ctx.saved_tensors
+        s: Scoring = ctx.scoring._replace(tokens=tokens, mask=mask, heat=heat)
+        part = Softmax(*numbers)
+
+        def kernel(label: Tensor, g: Tensor | None) -> Tensor:
+            args = (g, grad_entropy, logits, label, s.mask, s.heat, *part[1:], *s[3:5])
+            if not ctx.inplace:
+                return HANDLES["logprobs_bwd"][s.backend](*args)  # type: ignore[no-any-return]
+            HANDLES["logprobs_bwd_"][s.backend](*args)
+            return logits.detach()
+
+        if s.shard is None:
+            dlogits = kernel(s.tokens, grad_logprobs)
+        else:
+            zero = torch.zeros_like(part.logprobs)
+            arrived = [zero if x is None else x for x in (grad_logprobs, grad_entropy)]
+            dlogits = s.shard.gradient(
+                kernel, logits.detach(), _heat(s), part, s.tokens, s.mask, *arrived
+            )
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
+        return dlogits, None, None
 
 
 def token_logprobs(
@@ -49,6 +88,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    process_group: dist.ProcessGroup | None = None,
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> TokenLogProbs:
@@ -66,6 +106,8 @@ def token_logprobs(
         temperature: a positive number, or a tensor that broadcasts to `(...)`.
         mask: `(...)` of any real dtype, non-zero keeps.
         ignore_index: tokens of this value are treated as masked.
+        process_group: ranks that hold an equal share of the vocabulary each, in rank order, with
+            identical tokens (global ids) and masks; `logits` is this rank's `(..., V / ranks)`.
         inplace_backward: let the backward write the gradient over the logits. They must not be
             used by anything else; their version is bumped, so a second backward raises.
         backend: "reference", "cpu" or "triton"; by default the fastest for the device.
@@ -83,11 +125,15 @@ def token_logprobs(
     mask = _checks.flags(_OP, "mask", mask, shape, logits.device)
     scalar, per_token = check_temperature(_OP, temperature, logits)
     check_ignore_index(_OP, ignore_index)
-    if _checks.DEBUG:
+    name = _backend.select(_OP, backend, logits)
+    shard = shard_of(_OP, "logits", process_group, logits, -1, name)
+    if _checks.DEBUG or shard is not None:
         keep = tokens != ignore_index
         keep = keep if mask is None else keep & (mask != 0)
-        _checks.tokens_in_range(_OP, tokens, keep, logits.shape[-1])
-    name = _backend.select(_OP, backend, logits)
+        mask = mask if shard is None else keep
+    if _checks.DEBUG:
+        vocab = logits.shape[-1] if shard is None else shard.vocab
+        _checks.tokens_in_range(_OP, tokens, keep, vocab)
     if name == "reference":
         if inplace_backward:
             raise ValueError(f"{_OP}: inplace_backward must be False on 'reference', got True")
@@ -95,10 +141,10 @@ def token_logprobs(
         return reference.token_logprobs(
             logits, tokens, temperature=heat, mask=mask, ignore_index=ignore_index
         )
-    args = (tokens, mask, per_token, [ignore_index], [scalar])
+    scoring = Scoring(tokens, mask, per_token, [ignore_index], [scalar], shard, name)
     if torch.is_grad_enabled() and logits.requires_grad:
-        return TokenLogProbs(*_TokenLogProbs.apply(logits, args, name, inplace_backward))
-    return TokenLogProbs(*HANDLES["logprobs_fwd"][name](logits, *args)[:2])
+        return TokenLogProbs(*_TokenLogProbs.apply(logits, scoring, inplace_backward))
+    return TokenLogProbs(*_softmax(logits, scoring)[:2])
 
 
 def check_logits(op: str, logits: Tensor) -> None:

@@ -7,6 +7,7 @@ the rank that holds it. They are merged in rank order, so every rank has the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,28 +32,35 @@ class Shard:
         self.first = dist.get_rank(group) * size
         self.vocab = dist.get_world_size(group) * size
 
-    def local(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's row here (0 where it is elsewhere), and whether it is here."""
-        here = (tokens >= self.first) & (tokens < self.first + self.size)
-        return torch.where(here, tokens - self.first, torch.zeros_like(tokens)), here
+    def here(self, tokens: Tensor) -> Tensor:
+        """Whether each token's logit is on this rank."""
+        return (tokens >= self.first) & (tokens < self.first + self.size)
 
-    def merge(self, part: Softmax, z: Tensor, heat: Tensor | float, tokens: Tensor) -> Softmax:
-        """The whole vocabulary's softmax, from this share's and its logits z (R, V)."""
-        label, here = self.local(tokens)
-        own = z.gather(1, label.long()[:, None])[:, 0] / heat
+    def local(self, tokens: Tensor) -> Tensor:
+        """Each token's row here, 0 where it is elsewhere."""
+        return torch.where(self.here(tokens), tokens - self.first, torch.zeros_like(tokens))
+
+    def merge(
+        self, part: Softmax, z: Tensor, heat: Tensor | float, tokens: Tensor, keep: Tensor | None
+    ) -> Softmax:
+        """The whole vocabulary's softmax, from this share's and its logits z (..., V)."""
+        own = _at(z, self.local(tokens)) / heat
         # A share of −inf alone has no weight; alone it is no distribution, hence its NaN.
-        dead = z.amax(1).isneginf()
-        zero = torch.zeros_like(own)
+        dead = z.amax(-1).isneginf()
+        zero = torch.zeros_like(part.row_max)
         total = torch.where(dead, zero, part.log_sum.exp())
         mine = torch.stack([
             torch.where(dead, zero - float("inf"), part.row_max),
             total,
             torch.where(dead, zero, (part.log_sum - part.entropy) * total),
-            torch.where(here, own, zero),
+            torch.where(self.here(tokens), own, zero),
         ])  # fmt: skip
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, mine, group=self.group)
-        return self._fold(parts, tokens)
+        whole = self._fold(parts, tokens)
+        if keep is None:
+            return whole
+        return Softmax(*(torch.where(keep, x, zero) for x in whole))
 
     def _fold(self, parts: list[Tensor], tokens: Tensor) -> Softmax:
         row_max = torch.stack([part[0] for part in parts]).amax(0)
@@ -70,17 +78,59 @@ class Shard:
             (label - row_max) - log_sum + poison, log_sum - dot / total + poison, row_max, log_sum
         )
 
-    def spread_gradient(self, z: Tensor, heat: Tensor | float, part: Softmax, tokens: Tensor,
-                        upstream: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Column 0's gradient where the token is on another rank, and which rows those are.
+    def gradient(
+        self,
+        kernel: Callable[[Tensor, Tensor], Tensor],
+        z: Tensor,
+        heat: Tensor | float,
+        part: Softmax,
+        tokens: Tensor,
+        keep: Tensor | None,
+        g: Tensor,
+        h: Tensor,
+    ) -> Tensor:
+        """dz from `kernel(label, grad_logprobs)`, which may write it over z.
 
-        There the kernel takes column 0 for the token; its logit is replaced by a finite one that
-        it reads nothing from, and the caller writes this gradient over its result.
+        A kernel wants a label in every row. Where the token is elsewhere it gets the likeliest
+        column of this share, whose gradient, that of any other column, is then put in its place.
         """
-        _, here = self.local(tokens)
-        g, h = upstream
-        ln_p = z[:, 0] / heat - part.row_max - part.log_sum
+        # A label of probability 0 passes no gradient, on whatever rank it is.
+        g = torch.where(part.logprobs.isneginf(), torch.zeros_like(g), g)
+        stays = self.here(tokens) if keep is None else self.here(tokens) | ~keep
+        label = torch.where(self.here(tokens), self.local(tokens), z.argmax(-1).to(tokens.dtype))
+        ln_p = _at(z, label) / heat - part.row_max - part.log_sum
         p = ln_p.exp()
-        slope = torch.where(p == 0, p, p * (g + h * (ln_p + part.entropy)))
-        z[:, 0] = torch.where(here, z[:, 0], torch.zeros_like(p))
-        return -slope / heat, ~here
+        slope = torch.where(p == 0, p, -p * (g + h * (ln_p + part.entropy)) / heat)
+        dz = kernel(label, g)
+        there = torch.where(stays, _at(dz, label), slope.to(dz.dtype))
+        return dz.scatter_(-1, label.long()[..., None], there[..., None])
+
+
+def _at(x: Tensor, column: Tensor) -> Tensor:
+    return x.gather(-1, column.long()[..., None])[..., 0]
+
+
+_SHARES: set[tuple[int, int]] = set()
+
+
+def shard_of(
+    op: str, name: str, group: dist.ProcessGroup | None, x: Tensor, dim: int, backend: str
+) -> Shard | None:
+    """This rank's share, x.shape[dim] columns; None without a group.
+
+    That all shares are equal is asked of the other ranks once per size.
+    """
+    if group is None:
+        return None
+    if backend == "reference":
+        raise ValueError(f"{op}: process_group must be None on 'reference', got {group}")
+    size = x.shape[dim]
+    if (id(group), size) not in _SHARES:
+        mine = torch.tensor([size], device=x.device)
+        sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(sizes, mine, group=group)
+        every = [int(n) for n in sizes]
+        if len(set(every)) > 1:
+            raise ValueError(f"{op}: {name} must have equal shares on all ranks, got {every}")
+        _SHARES.add((id(group), size))
+    return Shard(group, size)
