@@ -15,6 +15,7 @@ from ppo_fast._results import (
     TokenLogProbs,
 )
 from ppo_fast.ops.gae import gae
+from ppo_fast.ops.group_advantages import group_advantages
 from ppo_fast.ops.linear_logprobs import linear_token_logprobs
 from ppo_fast.ops.linear_ppo_loss import linear_ppo_loss
 from ppo_fast.ops.logits_ppo_loss import logits_ppo_loss
@@ -37,6 +38,7 @@ __all__ = [
     "TokenLogProbs",
     "backends",
     "gae",
+    "group_advantages",
     "linear_ppo_loss",
     "linear_token_logprobs",
     "logits_ppo_loss",
