@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import results
+from benchmarks import results, tables
 from benchmarks.machine import describe
 from benchmarks.providers import Provider
 from benchmarks.shapes import Case
@@ -97,24 +97,20 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not measured:
         return
     facts = config.stash[_FACTS]
+    rows = [
+        row for case, outcomes in measured.items() for row in results.make_rows(case, outcomes)
+    ]
     write = terminalreporter.write_line
     terminalreporter.section("benchmarks")
-    write(", ".join(f"{key} {value}" for key, value in facts.items() if key != "versions"))
-    write(", ".join(f"{key} {value}" for key, value in facts["versions"].items()))
+    write(tables.describe_facts(facts))
     if facts["load"] > 0.5:
         write(
             f"LOAD {facts['load']} before the run: other work shared the cores, do not quote this"
         )
-    for line in results.table(measured, facts):
+    for line in tables.table(rows):
         write(line)
-    found = results.verdicts(measured)
     terminalreporter.section("goals")
-    for line in results.verdict_table(found):
+    for line in tables.verdict_table(results.verdicts(rows)):
         write(line)
     if config.getoption("save_results"):
-        rows = [
-            row
-            for case, outcomes in measured.items()
-            for row in results.make_rows(case, outcomes, facts)
-        ]
-        write(f"saved {results.save(config.getoption('results_dir'), rows, found)}")
+        write(f"saved {results.save(config.getoption('results_dir'), rows, facts)}")
