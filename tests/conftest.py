@@ -31,6 +31,24 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that compute on a GPU where there is one; asked for alone, they need one."""
+    asked = config.getoption("markexpr") == "gpu" and not torch.cuda.is_available()
+    for item in items:
+        if item.get_closest_marker("gpu") is None and _on_gpu(item):
+            item.add_marker(pytest.mark.gpu)
+        if asked and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+def _on_gpu(item: pytest.Item) -> bool:
+    """Whether a test's backend computes on CUDA tensors, as `device` below decides."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    names = {params.get(key) for key in ("backend", "kernel", "backend_name")}
+    follows = "device" in getattr(item, "fixturenames", ()) and "reference" in names
+    return "triton" in names or follows
+
+
 def shape_of(op: str) -> tuple[int, int]:
     """Small, and smaller for logits: Triton's interpreter takes 40 ms a row of them."""
     return (4, 2) if op == "token_logprobs" else (4, 9)
