@@ -103,4 +103,9 @@ def describe() -> dict[str, Any]:
 def slug(facts: dict[str, Any]) -> str:
     """The machine in a file name: its GPU, or its processor and the instruction set used."""
     name = facts.get("gpu") or f"{facts['machine']} {facts['isa']}"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return slugged(name)
+
+
+def slugged(text: str) -> str:
+    """Words joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from benchmarks.goals import Verdict
+from benchmarks.goals import Goal, Verdict
 from benchmarks.results import Row, by_case
 from benchmarks.shapes import CALL, CALL_GRAD, Case
 
@@ -19,55 +20,86 @@ def timed(rows: list[Row]) -> dict[str, Row]:
     return {row["provider"]: row for row in rows if "median_ms" in row}
 
 
-def untimed(rows: list[Row]) -> list[Row]:
-    """The rows that say why there is no time."""
-    return [row for row in rows if row["status"] != "ok"]
-
-
 def number(value: float | None, digits: int = 3) -> str:
     """Significant digits without an exponent."""
     if value is None:
         return "-"
-    if abs(value) >= 10**digits:
+    if value == 0 or abs(value) >= 10 ** (digits - 1):
         return f"{value:.0f}"
-    return f"{value:.{digits}g}"
+    return f"{value:.{digits - 1 - math.floor(math.log10(abs(value)))}f}"
+
+
+def ceiling_share(rows: list[Row], row: Row) -> float | None:
+    """The time of the case's slowest ceiling over a row's: 1 is as fast as can be."""
+    times = [r["median_ms"] for r in timed(rows).values() if r["ceiling"]]
+    return max(times) / row["median_ms"] if times else None
 
 
 def timing_cells(case: Case, rows: list[Row]) -> Cells:
-    """Heads and a line per timed provider; no lines where nothing was timed."""
+    """Heads and a line per timed provider; nothing where nothing was timed."""
     unit, scale = ("µs", 1e3) if case.direction in (CALL, CALL_GRAD) else ("ms", 1.0)
     found = timed(rows)
     base = next((name for name in _BASELINES if name in found), None)
-    heads = ["", f"median {unit}", "p20", "p80", "GB/s", f"× {base}", "peak MB", "samples"]
+    heads = ["", f"median {unit}", "p20", "p80", f"× {base}" if base else "×", "GB/s",
+             "of ceiling", "peak MB", "samples"]  # fmt: skip
     lines = []
     for name, row in found.items():
-        times = [number(row[key] * scale, 4) for key in ("median_ms", "p20_ms", "p80_ms")]
-        faster = found[base]["median_ms"] / row["median_ms"] if base else None
-        memory = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.1f}"
+        share = ceiling_share(rows, row)
         lines.append([
-            name, *times, number(row["gb_per_s"]), number(faster), memory, str(row["samples"]),
+            name, *(number(row[key] * scale, 4) for key in ("median_ms", "p20_ms", "p80_ms")),
+            number(found[base]["median_ms"] / row["median_ms"] if base else None),
+            number(row["gb_per_s"]), "-" if share is None else f"{share:.0%}",
+            "-" if row["peak_mb"] is None else f"{row['peak_mb']:.1f}", str(row["samples"]),
         ])  # fmt: skip
     return [heads, *lines] if lines else []
+
+
+def notes(rows: list[Row]) -> list[tuple[str, str]]:
+    """Per provider what a table's figures do not say: why there is no time, what it computes."""
+    found = []
+    for row in rows:
+        said = " ".join(row["detail"].split())
+        if row["status"] != "ok":
+            found.append((row["provider"], f"{row['status']}: {said}"))
+        elif row["computes"] or said:
+            parts = (f"computes {row['computes']}" if row["computes"] else "", said)
+            found.append((row["provider"], "; ".join(filter(None, parts))))
+    return found
+
+
+def goal_name(goal: Goal) -> str:
+    """The case, who must reach it, and beside whom."""
+    name = f"{goal.case.name} {goal.provider}"
+    if goal.against is None:
+        return name
+    return f"{name} {'faster than' if goal.faster else 'against'} {goal.against}"
+
+
+def figure(goal: Goal, value: float | None) -> str:
+    """A measured value in the goal's unit."""
+    return "not measured" if value is None else number(value) + _unit(goal)
+
+
+def bound(goal: Goal, value: float | None) -> str:
+    """What must hold of the measured value."""
+    return "-" if value is None else f"{'≥' if goal.faster else '≤'} {value:g}{_unit(goal)}"
+
+
+def _unit(goal: Goal) -> str:
+    return "×" if goal.against else " µs"
 
 
 def goal_cells(found: list[Verdict]) -> Cells:
     """The goals beside what was measured: must reach, and aim."""
     lines = [["goal", "measured", "must reach", "", "aim", ""]]
     for verdict in found:
-        goal, value = verdict.goal, verdict.value
-        unit, sign = ("×", "≥" if goal.faster else "≤") if goal.against else (" µs", "≤")
-        what = f"{goal.case.name} {goal.provider}"
-        if goal.against:
-            what += f" {'faster than' if goal.faster else 'against'} {goal.against}"
-
-        def bound(figure: float | None, unit: str = unit, sign: str = sign) -> str:
-            return "-" if figure is None else f"{sign} {figure:g}{unit}"
-
+        goal = verdict.goal
         lines.append([
-            what, "not measured" if value is None else number(value) + unit,
-            bound(goal.must), _WORDS[verdict.must_met], bound(goal.aim), _WORDS[verdict.aim_met],
+            goal_name(goal), figure(goal, verdict.value),
+            bound(goal, goal.must), _WORDS[verdict.must_met],
+            bound(goal, goal.aim), _WORDS[verdict.aim_met],
         ])  # fmt: skip
-    return lines if len(lines) > 1 else []
+    return lines
 
 
 def aligned(cells: Cells) -> list[str]:
@@ -84,8 +116,6 @@ def aligned(cells: Cells) -> list[str]:
 
 def markdown(cells: Cells) -> list[str]:
     """A Markdown table, figures to the right."""
-    if not cells:
-        return []
     rule = ["---", *["---:"] * (len(cells[0]) - 1)]
     return ["| " + " | ".join(line) + " |" for line in (cells[0], rule, *cells[1:])]
 
@@ -100,11 +130,12 @@ def table(rows: list[Row]) -> list[str]:
     """The timing tables for a terminal, one block a case."""
     out: list[str] = []
     for case, block in by_case(rows).items():
-        notes = [f"  {r['provider']}: {r['status']}: {r['detail']}" for r in untimed(block)]
-        out += ["", case.name, *("  " + s for s in aligned(timing_cells(case, block))), *notes]
+        cells = timing_cells(case, block)
+        out += ["", case.name, *("  " + line for line in (aligned(cells) if cells else []))]
+        out += [f"  {provider}: {note}" for provider, note in notes(block)]
     return out
 
 
 def verdict_table(found: list[Verdict]) -> list[str]:
     """The goals for a terminal."""
-    return aligned(goal_cells(found))
+    return aligned(goal_cells(found)) if found else []

@@ -1,0 +1,126 @@
+"""Plots of a results file as SVG: time and memory against size, and the share of the ceiling.
+
+What is drawn follows from the rows alone; the same rows give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from benchmarks.machine import slugged
+from benchmarks.results import Row, by_case
+from benchmarks.shapes import CALL, CALL_GRAD, Case, Shape
+from benchmarks.tables import ceiling_share, timed
+
+_ANY = Shape("any", (0, 0))
+
+
+class Plot(NamedTuple):
+    """One SVG: `lines` of (provider, ceiling?, cases, rows), `bars` of (case, provider, share)."""
+
+    op: str
+    name: str
+    title: str
+    lines: list[tuple[str, bool, list[Case], list[Row]]]
+    bars: list[tuple[str, str, float]]
+
+
+def by_size(rows: list[Row], machine: str) -> list[Plot]:
+    """One per kind of case (op, direction, dtype, ...) that was timed at two sizes or more."""
+    kinds: dict[Case, list[Case]] = {}
+    blocks = {case: timed(block) for case, block in by_case(rows).items()}
+    for case, block in blocks.items():
+        if block:
+            kinds.setdefault(replace(case, shape=_ANY), []).append(case)
+    plots = []
+    for kind, cases in kinds.items():
+        cases.sort(key=lambda case: case.shape.numel)
+        if len({case.shape.numel for case in cases}) < 2:
+            continue
+        lines = []
+        for name in dict.fromkeys(name for case in cases for name in blocks[case]):
+            there = [case for case in cases if name in blocks[case]]
+            found = [blocks[case][name] for case in there]
+            lines.append((name, found[0]["ceiling"], there, found))
+        title = kind.name.replace("any:0x0 ", "")
+        plots.append(Plot(kind.op, f"{machine}-{slugged(title)}", title, lines, []))
+    return plots
+
+
+def of_ceilings(rows: list[Row], machine: str) -> Plot | None:
+    """The fastest fused backend and the fastest peer of each case that has a ceiling."""
+    bars = []
+    for case, block in by_case(rows).items():
+        best: dict[bool, tuple[float, str]] = {}
+        for name, row in timed(block).items():
+            share = ceiling_share(block, row)
+            if share is None or row["ceiling"] or case.direction in (CALL, CALL_GRAD):
+                continue
+            mine = name.startswith("ppo_fast-")
+            best[mine] = max(best.get(mine, (0.0, "")), (share, name))
+        bars += [(case.name, name, share) for _, (share, name) in sorted(best.items())]
+    if not bars:
+        return None
+    return Plot("", f"{machine}-ceiling", "time of the ceiling over the provider's", [], bars)
+
+
+def planned(rows: list[Row], machine: str) -> list[Plot]:
+    """All plots of a file."""
+    ceilings = of_ceilings(rows, machine)
+    return by_size(rows, machine) + ([ceilings] if ceilings else [])
+
+
+def draw(plot: Plot) -> str:
+    """The plot as SVG."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "ppo_fast", "svg.fonttype": "none"}):
+        figure = _bars(plot) if plot.bars else _lines(plot)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _lines(plot: Plot) -> Any:
+    """Two panels over one size axis: time, memory."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    for name, ceiling, cases, rows in plot.lines:
+        sizes = [case.shape.numel for case in cases]
+        mine = name.startswith("ppo_fast-")
+        style: dict[str, Any] = {
+            "linestyle": ":" if ceiling else "-", "linewidth": 2 if mine else 1,
+            "marker": "o", "markersize": 3, "label": name,
+        }  # fmt: skip
+        time.plot(sizes, [row["median_ms"] for row in rows], **style)
+        known = [(x, row["peak_mb"]) for x, row in zip(sizes, rows, strict=True)
+                 if row["peak_mb"] is not None]  # fmt: skip
+        memory.plot([x for x, _ in known], [mb for _, mb in known], **style)
+    time.set(xscale="log", yscale="log", xlabel="elements", ylabel="median ms")
+    memory.set(xscale="log", xlabel="elements", ylabel="peak MB")
+    memory.set_yscale("symlog", linthresh=1)
+    memory.set_ylim(bottom=0)
+    figure.suptitle(plot.title)
+    figure.legend(*time.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    return figure
+
+
+def _bars(plot: Plot) -> Any:
+    """Horizontal bars, this library's dark."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.8 + 0.3 * len(plot.bars)), layout="constrained")
+    axes = figure.subplots()
+    for at, (case, name, share) in enumerate(plot.bars):
+        mine = name.startswith("ppo_fast-")
+        axes.barh(-at, share * 100, color="tab:blue" if mine else "lightgrey")
+        axes.text(share * 100, -at, f" {share:.1%}", va="center", fontsize="small")
+        axes.text(-1, -at, f"{case}: {name}", va="center", ha="right", fontsize="small")
+    axes.set_yticks([])
+    axes.axvline(100, color="black", linewidth=0.8)
+    axes.set(xlabel="% of the ceiling", title=plot.title)
+    return figure
