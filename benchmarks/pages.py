@@ -37,8 +37,9 @@ def title(facts: dict[str, Any]) -> str:
 
 def label(case: Case) -> str:
     """A case within its op's section."""
-    size = "×".join(map(str, case.shape.dims))
+    size = str(case.shape).replace("x", "×").replace(":", " ")
     parts = [case.direction.replace("+", " and "), f"{case.shape.name} {size}", case.dtype]
+    parts += [] if case.device == "cpu" else [case.device]
     return ", ".join(parts + [f"{key}={value}" for key, value in case.env])
 
 
@@ -62,10 +63,8 @@ def peers(rows: list[Row]) -> dict[str, Row]:
 
 def goals_of(results: Results) -> list[Verdict]:
     """Every goal for the devices that the file has rows of, measured or not."""
-    devices = {getattr(case, "device", "cpu") for case in by_case(results.rows)}
-    return verdicts(
-        results.rows, [goal for goal in GOALS if getattr(goal.case, "device", "cpu") in devices]
-    )
+    devices = {case.device for case in by_case(results.rows)}
+    return verdicts(results.rows, [goal for goal in GOALS if goal.case.device in devices])
 
 
 def tally(found: list[Verdict]) -> list[str]:

@@ -6,15 +6,12 @@ What is drawn follows from the rows alone; the same rows give the same bytes.
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from benchmarks.machine import slugged
 from benchmarks.results import Row, by_case
-from benchmarks.shapes import CALL, CALL_GRAD, Case, Shape
+from benchmarks.shapes import CALL, CALL_GRAD, Case
 from benchmarks.tables import ceiling_share, timed
-
-_ANY = Shape("any", (0, 0))
 
 
 class Plot(NamedTuple):
@@ -28,14 +25,14 @@ class Plot(NamedTuple):
 
 
 def by_size(rows: list[Row], machine: str) -> list[Plot]:
-    """One per kind of case (op, direction, dtype, ...) that was timed at two sizes or more."""
-    kinds: dict[Case, list[Case]] = {}
+    """One per kind of case (op, direction, layout, dtype, ...) timed at two sizes or more."""
+    kinds: dict[str, list[Case]] = {}
     blocks = {case: timed(block) for case, block in by_case(rows).items()}
-    for case, block in blocks.items():
-        if block:
-            kinds.setdefault(replace(case, shape=_ANY), []).append(case)
+    for case in (case for case, block in blocks.items() if block):
+        size = f"{case.shape.name}:{case.shape}"
+        kinds.setdefault(case.name.replace(size, case.shape.layout), []).append(case)
     plots = []
-    for kind, cases in kinds.items():
+    for title, cases in kinds.items():
         cases.sort(key=lambda case: case.shape.numel)
         if len({case.shape.numel for case in cases}) < 2:
             continue
@@ -44,8 +41,7 @@ def by_size(rows: list[Row], machine: str) -> list[Plot]:
             there = [case for case in cases if name in blocks[case]]
             found = [blocks[case][name] for case in there]
             lines.append((name, found[0]["ceiling"], there, found))
-        title = kind.name.replace("any:0x0 ", "")
-        plots.append(Plot(kind.op, f"{machine}-{slugged(title)}", title, lines, []))
+        plots.append(Plot(cases[0].op, f"{machine}-{slugged(title)}", title, lines, []))
     return plots
 
 
@@ -60,10 +56,12 @@ def of_ceilings(rows: list[Row], machine: str) -> Plot | None:
                 continue
             mine = name.startswith("ppo_fast-")
             best[mine] = max(best.get(mine, (0.0, "")), (share, name))
-        bars += [(case.name, name, share) for _, (share, name) in sorted(best.items())]
+        bars += [
+            (case.name, name, share) for _, (share, name) in sorted(best.items(), reverse=True)
+        ]
     if not bars:
         return None
-    return Plot("", f"{machine}-ceiling", "time of the ceiling over the provider's", [], bars)
+    return Plot("", f"{machine}-ceiling", "share of the ceiling, %", [], bars)
 
 
 def planned(rows: list[Row], machine: str) -> list[Plot]:
@@ -110,17 +108,21 @@ def _lines(plot: Plot) -> Any:
 
 
 def _bars(plot: Plot) -> Any:
-    """Horizontal bars, this library's dark."""
+    """Horizontal bars from the top down, this library's dark; a case is named at its first."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 0.8 + 0.3 * len(plot.bars)), layout="constrained")
+    figure = Figure(figsize=(9, 0.8 + 0.22 * len(plot.bars)), layout="constrained")
     axes = figure.subplots()
+    ticks = {}
     for at, (case, name, share) in enumerate(plot.bars):
-        mine = name.startswith("ppo_fast-")
-        axes.barh(-at, share * 100, color="tab:blue" if mine else "lightgrey")
-        axes.text(share * 100, -at, f" {share:.1%}", va="center", fontsize="small")
-        axes.text(-1, -at, f"{case}: {name}", va="center", ha="right", fontsize="small")
-    axes.set_yticks([])
-    axes.axvline(100, color="black", linewidth=0.8)
-    axes.set(xlabel="% of the ceiling", title=plot.title)
+        ticks.setdefault(case, -at)
+        dark = name.startswith("ppo_fast-")
+        axes.barh(-at, share * 100, color="tab:blue" if dark else "lightgrey")
+        axes.annotate(f"{name} {share:.1%}", (share * 100, -at), (3, 0),
+                      textcoords="offset points", va="center", fontsize="small")  # fmt: skip
+    axes.set_yticks(list(ticks.values()), list(ticks), fontsize="small")
+    axes.axvline(100, color="black", linewidth=0.8, zorder=0)
+    shares = [100 * share for _, _, share in plot.bars]
+    axes.set(xscale="log", xlim=(min(shares) / 2, 30 * max(100, *shares)))
+    axes.set_xlabel(plot.title)
     return figure

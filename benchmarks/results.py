@@ -47,18 +47,25 @@ def make_rows(case: Case, outcomes: dict[str, Outcome]) -> list[Row]:
         }  # fmt: skip
         if outcome.samples:
             seconds = median(outcome.samples)
-            row |= {
-                "median_ms": _short(seconds * 1e3),
-                "p20_ms": _short(percentile(outcome.samples, 0.2) * 1e3),
-                "p80_ms": _short(percentile(outcome.samples, 0.8) * 1e3),
-                "samples": len(outcome.samples),
+            row |= timing_fields(outcome) | {
                 "bytes": moved, "flops": flops,
                 "gb_per_s": _short(moved / seconds / 1e9),
                 "gflop_per_s": _short(flops / seconds / 1e9),
-                "peak_mb": None if outcome.peak_mb is None else _short(outcome.peak_mb),
             }  # fmt: skip
         rows.append(row)
     return rows
+
+
+def timing_fields(outcome: Outcome) -> Row:
+    """What the samples of a timed outcome say."""
+    row: Row = {
+        "median_ms": _short(median(outcome.samples) * 1e3),
+        "p20_ms": _short(percentile(outcome.samples, 0.2) * 1e3),
+        "p80_ms": _short(percentile(outcome.samples, 0.8) * 1e3),
+        "samples": len(outcome.samples),
+        "peak_mb": None if outcome.peak_mb is None else _short(outcome.peak_mb),
+    }
+    return row if outcome.graph is None else row | {"graph": outcome.graph}
 
 
 def _short(value: float) -> float:
@@ -121,11 +128,11 @@ def save(folder: Path, rows: list[Row], facts: dict[str, Any]) -> Path:
     used = sorted({row["run"] for row in merged})
     merged = [row | {"run": used.index(row["run"])} for row in merged]
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, _text(Results([runs[index] for index in used], merged)))
+    write_whole(path, to_text(Results([runs[index] for index in used], merged)))
     return path
 
 
-def _text(results: Results) -> str:
+def to_text(results: Results) -> str:
     """JSON with a line for each run and row, so that a diff shows what was measured again."""
 
     def lines(items: list[dict[str, Any]]) -> str:
