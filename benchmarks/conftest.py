@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=place)
     for item in items:
-        if getattr(_case_of(item), "device", "cpu") == "cuda":
+        if (case := _case_of(item)) is not None and case.device == "cuda":
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="there is no GPU"))

@@ -21,7 +21,7 @@ BUDGET = 1.0
 # Seconds below which a call is replayed from a graph. Python launches a forward and backward in
 # up to some hundreds of microseconds: a shorter call would be timed as fast as the host is.
 GRAPH_BELOW = 1e-3
-# Before the first sample: run-time compilation, library handles, the allocator's first blocks.
+# Calls on the capturing stream before the capture: what they keep per stream then exists.
 _WARM_UPS = 3
 _MB = 2**20
 
@@ -53,16 +53,20 @@ class Timed:
 
 
 def sampler(bound: Bound) -> Timed:
-    """Samples of a provider, warmed up, replayed if it is short and can be captured."""
+    """Samples of a provider that ran before; replayed if it is short and can be captured.
+
+    What needs preparing is not: a graph reads and writes where one preparation put things.
+    """
     eager = Timed(bound.call, bound.prepare)
-    if min(eager() for _ in range(_WARM_UPS)) >= GRAPH_BELOW:
+    eager()
+    if bound.prepare is not None or eager() >= GRAPH_BELOW:
         return eager
     try:
         graph = _captured(bound)
     except RuntimeError as error:
         reason = f"launches included: not capturable: {error}".splitlines()[0][:200]
-        return Timed(bound.call, bound.prepare, reason=reason)
-    return Timed(graph.replay, bound.prepare, graph=True)
+        return Timed(bound.call, None, reason=reason)
+    return Timed(graph.replay, None, graph=True)
 
 
 @functools.cache
@@ -74,7 +78,7 @@ def _flush() -> Tensor:
 
 @functools.cache
 def _side_stream() -> torch.cuda.Stream:
-    """Where capturing happens: what a call keeps per stream then exists before its capture."""
+    """Where capturing happens."""
     return torch.cuda.Stream()
 
 
@@ -84,8 +88,6 @@ def _captured(bound: Bound) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):  # puts the former stream back, also when capturing fails
         for _ in range(_WARM_UPS):
-            if bound.prepare is not None:
-                bound.prepare()
             bound.call()
         with torch.cuda.graph(graph, stream=stream):
             bound.call()

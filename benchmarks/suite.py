@@ -142,7 +142,7 @@ def _tried(case: Case, run: Callable[[], Any]) -> Any:
 
 
 def _on_gpu(case: Case) -> bool:
-    return getattr(case, "device", "cpu") == "cuda"
+    return case.device == "cuda"
 
 
 def _synchronize(case: Case) -> None:

@@ -28,7 +28,7 @@ Environment = tuple[tuple[str, str], ...]
 LIMIT = 120.0
 
 
-class Broken(RuntimeError):
+class BrokenError(RuntimeError):
     """The process died or fell silent; `provider` was at work, or "" where all were."""
 
     def __init__(self, provider: str, reason: str) -> None:
@@ -40,7 +40,7 @@ class Worker:
     """A process that measures one case at a time."""
 
     def __init__(self, env: Environment) -> None:
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (stop closes it)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
             cwd=ROOT, env={**os.environ, **dict(env)}, text=True,
@@ -56,7 +56,7 @@ class Worker:
         self._lines.put("")
 
     def ask(self, request: dict[str, Any], silence: float) -> dict[str, Outcome]:
-        """The outcomes of a request; raises Broken."""
+        """The outcomes of a request; raises BrokenError."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died: the reader says so below
             print(json.dumps(request), file=self._process.stdin, flush=True)
@@ -65,9 +65,9 @@ class Worker:
             try:
                 line = self._lines.get(timeout=silence)
             except queue.Empty:
-                raise Broken(at_work, f"hung: no sign of life for {silence:g} s") from None
+                raise BrokenError(at_work, f"hung: no sign of life for {silence:g} s") from None
             if not line:
-                raise Broken(at_work, f"crashed: {self._last_words()}")
+                raise BrokenError(at_work, f"crashed: {self._last_words()}")
             message = json.loads(line)
             if "at_work" not in message:
                 return {name: Outcome(**fields) for name, fields in message.items()}
@@ -96,7 +96,7 @@ class Workers:
         self, case: Case, names: list[str], *, time: bool = True, limit: float = LIMIT
     ) -> dict[str, Outcome]:
         """Measure a case where it must be: in this process unless it asks for another."""
-        if not case.missing_env and getattr(case, "device", "cpu") == "cpu":
+        if not case.missing_env and case.device == "cpu":
             return measure(case, names, time=time)
         left, broken = list(names), {}
         while left:
@@ -105,7 +105,7 @@ class Workers:
             request = {"case": case.to_json(), "names": left, "time": time, "seconds": limit}
             try:
                 outcomes = worker.ask(request, limit)
-            except Broken as error:
+            except BrokenError as error:
                 self._stop(case.env)
                 lost = [error.provider] if error.provider else left
                 broken |= {name: Outcome("error", str(error)) for name in lost}
@@ -145,7 +145,7 @@ def main() -> None:
             case, request["names"], time=request["time"], seconds=request["seconds"],
             announce=lambda name: say({"at_work": name}),
         )  # fmt: skip
-        if getattr(case, "device", "cpu") == "cuda":
+        if case.device == "cuda":
             cuda_timing.free()
         say({name: asdict(outcome) for name, outcome in outcomes.items()})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -33,11 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests that compute on a GPU where there is one; asked for alone, they need one."""
-    asked = config.getoption("markexpr") == "gpu" and not torch.cuda.is_available()
+    asked = re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr"))
     for item in items:
         if item.get_closest_marker("gpu") is None and _on_gpu(item):
             item.add_marker(pytest.mark.gpu)
-        if asked and item.get_closest_marker("gpu"):
+        if asked and item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
