@@ -1,8 +1,8 @@
-"""The text of benchmarks/README.md and of the figures in README.md, made from results alone."""
+"""The text of benchmarks/README.md, made from results alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from benchmarks import plots, tables
 from benchmarks.goals import GOALS, Verdict
 from benchmarks.machine import slug
 from benchmarks.results import Results, Row, by_case, verdicts
-from benchmarks.shapes import CALL, CALL_GRAD, Case
+from benchmarks.shapes import Case
 
 Files = dict[Path, Results]
 BUSY = 0.5  # load before a run from which on others' work shared the cores
@@ -45,11 +45,7 @@ def label(case: Case) -> str:
 
 def ours(rows: list[Row]) -> dict[str, Row]:
     """The timed rows of this library's fused backends."""
-    return {
-        name: row
-        for name, row in tables.timed(rows).items()
-        if name.startswith("ppo_fast-") and name != "ppo_fast-reference"
-    }
+    return {name: row for name, row in tables.timed(rows).items() if tables.fused(name)}
 
 
 def peers(rows: list[Row]) -> dict[str, Row]:
@@ -131,11 +127,14 @@ def _losses(rows: list[Row]) -> list[str]:
 def _sections(results: Results) -> Iterator[str]:
     """The ceilings' plot, then each op's plots and tables."""
     machine = slug(results.runs[0])
-    sized = plots.by_size(results.rows, machine)
-    ceilings = plots.of_ceilings(results.rows, machine)
+    rows = [row for row in results.rows if "share" not in row]
+    sized, ceilings = plots.by_size(rows, machine), plots.of_ceilings(rows, machine)
     if ceilings is not None:
         yield from ("### Share of the ceiling", "", _image(ceilings), "")
-    ops = dict.fromkeys(row["op"] for row in results.rows)
+    for name, block in tables.steps(results.rows).items():
+        yield from (f"### One PPO update: {name}", "")
+        yield from (*tables.markdown(tables.step_cells(block)), "", *_notes(block))
+    ops = dict.fromkeys(row["op"] for row in rows)
     bare = [op for op in ops if op not in {plot.op for plot in sized}]
     if bare:
         yield from (f"Measured at one size, so not plotted against it: {', '.join(bare)}.", "")
@@ -144,7 +143,7 @@ def _sections(results: Results) -> Iterator[str]:
         for plot in sized:
             if plot.op == op:
                 yield from (_image(plot), "")
-        yield from _tables([row for row in results.rows if row["op"] == op])
+        yield from _tables([row for row in rows if row["op"] == op])
 
 
 def _image(plot: plots.Plot) -> str:
@@ -157,9 +156,12 @@ def _tables(rows: list[Row]) -> Iterator[str]:
         cells = tables.timing_cells(case, block)
         if cells:
             yield from (*tables.markdown(cells), "")
-        found = [f"- {name}: {_quoted(note)}" for name, note in tables.notes(block)]
-        if found:
-            yield from (*found, "")
+        yield from _notes(block)
+
+
+def _notes(rows: list[Row]) -> list[str]:
+    found = [f"- {name}: {_quoted(note)}" for name, note in tables.notes(rows)]
+    return [*found, ""] if found else []
 
 
 def _quoted(text: str) -> str:
@@ -174,55 +176,3 @@ def duration(milliseconds: float) -> str:
     if milliseconds >= 1e4:
         return f"{tables.number(milliseconds / 1e3)} s"
     return f"{tables.number(milliseconds)} ms"
-
-
-def section(files: Files) -> str:
-    """README.md between its markers: the cases that have goals."""
-    lines: list[str] = []
-    for path, results in files.items():
-        facts, found = results.runs[0], goals_of(results)
-        commits = ", ".join(dict.fromkeys(str(run["commit"]) for run in results.runs))
-        lines += [
-            f"**{title(facts)}**, {facts['threads']} threads, torch {facts['versions']['torch']}, "
-            f"commit {commits} ([{path.name}](benchmarks/results/{path.name})):", "",
-            *tables.markdown(_figures(results.rows, found)), "", *_calls(results.rows), "",
-            *tally(found), "",
-        ]  # fmt: skip
-    if not any("gpu" in run for results in files.values() for run in results.runs):
-        lines.append("No figure measured on a GPU has been committed yet.")
-    return "\n".join(lines).rstrip()
-
-
-def _figures(rows: list[Row], found: Iterable[Verdict]) -> tables.Cells:
-    """A line per case and backend with a goal: its time, and times as fast as each peer."""
-    heads = ["op and shape", "time", "eager", "`torch.compile`", "other peers", "of ceiling"]
-    blocks, lines = by_case(rows), [heads]
-    for case, provider in dict.fromkeys((v.goal.case, v.goal.provider) for v in found):
-        block = blocks.get(case, [])
-        row = ours(block).get(provider)
-        if row is None or case.direction in (CALL, CALL_GRAD):
-            continue
-        times = {k: f"{tables.number(peer['median_ms'] / row['median_ms'])}×"
-                 for k, peer in peers(block).items()}  # fmt: skip
-        known = [times.pop(name, "-") for name in ("eager", "compile")]
-        others = ", ".join(f"{name} {ratio}" for name, ratio in times.items()) or "-"
-        share = tables.ceiling_share(block, row)
-        variant = provider.removeprefix("ppo_fast-")
-        name = f"`{case.op}` {label(case)} ({variant})"
-        lines.append([name, duration(row["median_ms"]), *known, others,
-                      "-" if share is None else f"{share:.0%}"])  # fmt: skip
-    return lines
-
-
-def _calls(rows: list[Row]) -> Iterator[str]:
-    """What a call on tiny tensors costs, over the ops."""
-    for direction, what in ((CALL, "without a gradient"), (CALL_GRAD, "with one recorded")):
-        times = [
-            row["median_ms"] * 1e3
-            for case, block in by_case(rows).items()
-            if case.direction == direction
-            for row in ours(block).values()
-        ]
-        if times:
-            low, high = (tables.number(end(times)) for end in (min, max))
-            yield f"A call on tiny tensors {what} takes {low} to {high} µs."

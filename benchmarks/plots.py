@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks.machine import slugged
 from benchmarks.results import Row, by_case
 from benchmarks.shapes import CALL, CALL_GRAD, Case
-from benchmarks.tables import ceiling_share, timed
+from benchmarks.tables import ceiling_share, fused, timed
 
 
 class Plot(NamedTuple):
@@ -54,7 +54,7 @@ def of_ceilings(rows: list[Row], machine: str) -> Plot | None:
             share = ceiling_share(block, row)
             if share is None or row["ceiling"] or case.direction in (CALL, CALL_GRAD):
                 continue
-            mine = name.startswith("ppo_fast-")
+            mine = fused(name)
             best[mine] = max(best.get(mine, (0.0, "")), (share, name))
         bars += [
             (case.name, name, share) for _, (share, name) in sorted(best.items(), reverse=True)
@@ -65,7 +65,8 @@ def of_ceilings(rows: list[Row], machine: str) -> Plot | None:
 
 
 def planned(rows: list[Row], machine: str) -> list[Plot]:
-    """All plots of a file."""
+    """All plots of a file; parts of a training step are not plotted."""
+    rows = [row for row in rows if "share" not in row]
     ceilings = of_ceilings(rows, machine)
     return by_size(rows, machine) + ([ceilings] if ceilings else [])
 
@@ -89,17 +90,20 @@ def _lines(plot: Plot) -> Any:
     time, memory = figure.subplots(1, 2)
     for name, ceiling, cases, rows in plot.lines:
         sizes = [case.shape.numel for case in cases]
-        mine = name.startswith("ppo_fast-")
         style: dict[str, Any] = {
-            "linestyle": ":" if ceiling else "-", "linewidth": 2 if mine else 1,
+            "linestyle": ":" if ceiling else "-", "linewidth": 2 if fused(name) else 1,
             "marker": "o", "markersize": 3, "label": name,
         }  # fmt: skip
         time.plot(sizes, [row["median_ms"] for row in rows], **style)
         known = [(x, row["peak_mb"]) for x, row in zip(sizes, rows, strict=True)
                  if row["peak_mb"] is not None]  # fmt: skip
         memory.plot([x for x, _ in known], [mb for _, mb in known], **style)
-    time.set(xscale="log", yscale="log", xlabel="elements", ylabel="median ms")
-    memory.set(xscale="log", xlabel="elements", ylabel="peak MB")
+    shapes = {case.shape.numel: str(case.shape) for _, _, cases, _ in plot.lines for case in cases}
+    for axes, what in ((time, "median ms"), (memory, "peak MB")):
+        axes.set(xscale="log", ylabel=what)
+        axes.set_xticks(list(shapes), list(shapes.values()), rotation=30, ha="right")
+        axes.minorticks_off()
+    time.set_yscale("log")
     memory.set_yscale("symlog", linthresh=1)
     memory.set_ylim(bottom=0)
     figure.suptitle(plot.title)
@@ -116,8 +120,8 @@ def _bars(plot: Plot) -> Any:
     ticks = {}
     for at, (case, name, share) in enumerate(plot.bars):
         ticks.setdefault(case, -at)
-        dark = name.startswith("ppo_fast-")
-        axes.barh(-at, share * 100, color="tab:blue" if dark else "lightgrey")
+        color = "tab:blue" if fused(name) else "lightgrey"
+        axes.barh(-at, share * 100, color=color)
         axes.annotate(f"{name} {share:.1%}", (share * 100, -at), (3, 0),
                       textcoords="offset points", va="center", fontsize="small")  # fmt: skip
     axes.set_yticks(list(ticks.values()), list(ticks), fontsize="small")

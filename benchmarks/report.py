@@ -15,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import pages, plots
+from benchmarks import pages, plots, readme
 from benchmarks.compare import compare
 from benchmarks.machine import slug
 from benchmarks.results import load, write_whole
@@ -49,10 +49,10 @@ def between_markers(text: str, inner: str) -> str:
 def generated(root: Path) -> dict[Path, str]:
     """Each page's path and the text that it should have."""
     files = newest(root / "benchmarks/results")
-    readme = root / "README.md"
+    front = root / "README.md"
     return {
         root / "benchmarks/README.md": pages.page(files),
-        readme: between_markers(readme.read_text(), pages.section(files)),
+        front: between_markers(front.read_text(), readme.section(files)),
     }
 
 

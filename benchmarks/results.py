@@ -42,7 +42,7 @@ def make_rows(case: Case, outcomes: dict[str, Outcome]) -> list[Row]:
     for name, outcome in outcomes.items():
         row: Row = case.to_json() | {
             "provider": name, "ceiling": of[name].ceiling,
-            "computes": getattr(of[name], "computes", ""),
+            "computes": of[name].computes,
             "status": outcome.status, "detail": outcome.detail,
         }  # fmt: skip
         if outcome.samples:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from benchmarks.goals import Goal, Verdict
-from benchmarks.results import Row, by_case
+from benchmarks.results import Row, by_case, case_of
 from benchmarks.shapes import CALL, CALL_GRAD, Case
 
 Cells = list[list[str]]
@@ -18,6 +18,11 @@ _WORDS = {True: "met", False: "SHORT", None: "-"}
 def timed(rows: list[Row]) -> dict[str, Row]:
     """The rows that have a time, by provider."""
     return {row["provider"]: row for row in rows if "median_ms" in row}
+
+
+def fused(provider: str) -> bool:
+    """Whether it is one of this library's backends, the reference aside."""
+    return provider.startswith("ppo_fast-") and provider != "ppo_fast-reference"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -52,6 +57,34 @@ def timing_cells(case: Case, rows: list[Row]) -> Cells:
             "-" if row["peak_mb"] is None else f"{row['peak_mb']:.1f}", str(row["samples"]),
         ])  # fmt: skip
     return [heads, *lines] if lines else []
+
+
+def steps(rows: list[Row]) -> dict[str, list[Row]]:
+    """The parts of whole training steps, by what was trained; rows of ops have no share of one."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if "share" in row:
+            case = case_of(row)
+            found.setdefault(f"{case.shape.name} {case.shape} {case.device}", []).append(row)
+    return found
+
+
+def step_cells(rows: list[Row]) -> Cells:
+    """A line per part of a step: each backend's time, its share of the step and its memory."""
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    parts: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        parts.setdefault(row["direction"], {})[row["provider"]] = row
+    units = ("ms", "share", "peak MB")
+    lines = [["", *(f"{name} {unit}" for name in names for unit in units)]]
+    for part, found in parts.items():
+        line = [part]
+        for row in (found.get(name) for name in names):
+            line += ["-"] * len(units) if row is None else [
+                number(row["median_ms"], 4), f"{row['share']:.1%}", number(row["peak_mb"], 4),
+            ]  # fmt: skip
+        lines.append(line)
+    return lines
 
 
 def notes(rows: list[Row]) -> list[tuple[str, str]]:
@@ -127,9 +160,11 @@ def describe_facts(facts: dict[str, Any]) -> str:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """The timing tables for a terminal, one block a case."""
+    """The timing tables for a terminal, one block a case or training step."""
     out: list[str] = []
-    for case, block in by_case(rows).items():
+    for name, block in steps(rows).items():
+        out += ["", f"ppo_update {name}", *("  " + line for line in aligned(step_cells(block)))]
+    for case, block in by_case(r for r in rows if "share" not in r).items():
         cells = timing_cells(case, block)
         out += ["", case.name, *("  " + line for line in (aligned(cells) if cells else []))]
         out += [f"  {provider}: {note}" for provider, note in notes(block)]

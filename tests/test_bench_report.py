@@ -1,49 +1,20 @@
-"""Results files and the pages made from them: what is kept, what is refused, what is said."""
+"""The pages made from results: that the committed ones are, and what they say."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from bench_rows import FACTS, GPU_FACTS, lines_with, row
 
-from benchmarks import cases, machine, pages, plots, report, results, shapes
-from benchmarks.compare import compare
+from benchmarks import cases, pages, plots, readme, report, results, shapes
 from benchmarks.goals import GOALS
 from benchmarks.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTS: dict[str, Any] = {
-    "date": "2026-01-02", "machine": "Some CPU", "isa": "avx2", "threads": 2, "load": 0.1,
-    "versions": {"torch": "2.13.0"}, "commit": "aaaaaaaaaaaa",
-}  # fmt: skip
-GPU_FACTS = FACTS | {"gpu": "NVIDIA H200", "driver": "580.65.06", "cuda": "13.0"}
-
-
-def row(case: shapes.Case, provider: str, median_ms: float | None, **fields: Any) -> results.Row:
-    """A row as a run leaves it, its spread a tenth to either side."""
-    made: results.Row = case.to_json() | {
-        "provider": provider, "ceiling": provider in ("read", "copy"), "computes": "",
-        "status": "ok", "detail": "",
-    }  # fmt: skip
-    if median_ms is not None:
-        made |= {
-            "median_ms": median_ms, "p20_ms": 0.9 * median_ms, "p80_ms": 1.1 * median_ms,
-            "samples": 25, "bytes": 4096, "flops": 4096, "gb_per_s": 4096e-6 / median_ms,
-            "gflop_per_s": 4096e-6 / median_ms, "peak_mb": 1.5,
-        }  # fmt: skip
-    return json.loads(json.dumps(made | fields))
-
-
-def lines_with(text: str, *parts: str) -> list[str]:
-    return [line for line in text.splitlines() if all(part in line for part in parts)]
 
 
 @pytest.fixture
@@ -58,9 +29,9 @@ def copied(tmp_path: Path) -> Path:
 
 def test_the_committed_pages_are_made_from_committed_results() -> None:
     assert report.stale(ROOT) == []
-    readme = (ROOT / "README.md").read_text()
+    front = (ROOT / "README.md").read_text()
     for path in report.newest(ROOT / "benchmarks/results"):
-        assert f"](benchmarks/results/{path.name})" in readme
+        assert f"](benchmarks/results/{path.name})" in front
 
 
 def test_a_figure_that_changed_makes_both_pages_stale(copied: Path) -> None:
@@ -85,100 +56,6 @@ def test_the_newest_file_of_each_machine_counts(tmp_path: Path) -> None:
     assert names == ["nvidia-h200-2026-01-02.json", "some-cpu-avx2-2026-02-01.json"]
 
 
-def test_another_format_is_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "some-cpu-avx2-2026-01-02.json"
-    path.write_text('{"format": 1, "rows": []}')
-    text = f"{path} has format 1, this suite reads {results.FORMAT}"
-    with pytest.raises(ValueError, match=text):
-        results.save(tmp_path, [row(cases.GAE, "loop", 1.0)], FACTS)
-    monkeypatch.setattr(sys, "argv", ["report", "--compare", str(path), str(path)])
-    with pytest.raises(SystemExit):
-        report.main()
-    assert text in capsys.readouterr().err
-
-
-def test_cases_merge_and_each_row_keeps_its_run(tmp_path: Path) -> None:
-    """What is measured again replaces its case whole; a run without rows is forgotten."""
-    later, last = FACTS | {"commit": "bbbbbbbbbbbb"}, FACTS | {"commit": "cccccccccccc"}
-    results.save(tmp_path, [row(cases.GAE, "loop", 9.0), row(cases.GAE, "copy", 1.0)], FACTS)
-    results.save(tmp_path, [row(cases.PPO_LOSS_BOTH, "eager", 3.0)], later)
-    path = results.save(tmp_path, [row(cases.GAE, "loop", 8.0)], last)
-    held = results.load(path)
-    found = [(r["op"], r["provider"], r["median_ms"], held.runs[r["run"]]) for r in held.rows]
-    assert found == [("ppo_loss", "eager", 3.0, later), ("gae", "loop", 8.0, last)]
-    assert held.runs == [later, last]
-    assert [path.name for path in tmp_path.iterdir()] == ["some-cpu-avx2-2026-01-02.json"]
-
-
-def test_saving_a_part_keeps_the_other_goals(tmp_path: Path) -> None:
-    """Verdicts are made of rows, not kept beside them."""
-    gae = [row(cases.GAE, "loop", 80.0), row(cases.GAE, "ppo_fast-cpu", 0.1)]
-    loss = [row(cases.PPO_LOSS_BOTH, "eager", 3.0), row(cases.PPO_LOSS_BOTH, "ppo_fast-cpu", 1.0)]
-    results.save(tmp_path, gae, FACTS)
-    path = results.save(tmp_path, loss, FACTS)
-    of = {(v.goal.case, v.goal.against): v for v in results.verdicts(results.load(path).rows)}
-    assert of[cases.GAE, "loop"].value == pytest.approx(800)
-    assert (of[cases.GAE, "loop"].must_met, of[cases.GAE, "loop"].aim_met) == (True, False)
-    assert of[cases.PPO_LOSS_BOTH, "eager"].must_met is False
-    assert of[cases.PPO_LOSS_BOTH, "compile"].value is None
-
-
-def test_a_write_that_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = results.save(tmp_path, [row(cases.GAE, "loop", 9.0)], FACTS)
-    before = path.read_text()
-
-    def full(_: int) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space left"):
-        results.save(tmp_path, [row(cases.GAE, "loop", 1.0)], FACTS)
-    assert path.read_text() == before
-
-
-def test_results_and_pages_do_not_make_a_commit_dirty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
-    generated = ("README.md", "benchmarks/README.md", "benchmarks/results/a.json")
-    for name in (*generated, "kernels/gae.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("before")
-    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
-    for args in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "all")):
-        subprocess.run(["git", *args], cwd=tmp_path, check=True)
-    for name in generated:
-        (tmp_path / name).write_text("after")
-    head = machine.commit()
-    assert head is not None and len(head) == 12
-    (tmp_path / "kernels/gae.py").write_text("after")
-    assert machine.commit() == f"{head}-dirty"
-
-
-def test_compare_says_what_moved() -> None:
-    case, other = cases.GAE, cases.PPO_LOSS_BOTH
-    before = Results([FACTS], [
-        row(case, "ppo_fast-cpu", 1.0), row(case, "loop", 80.0), row(case, "copy", 1.0),
-        row(case, "tianshou", 1.0), row(other, "eager", 3.0),
-    ])  # fmt: skip
-    after = Results([FACTS], [
-        row(case, "ppo_fast-cpu", 0.5), row(case, "loop", 88.0), row(case, "torchrl", 2.0),
-        row(case, "copy", 1.0), row(case, "tianshou", None, status="red", detail="off"),
-    ])  # fmt: skip
-    text = "\n".join(compare(before, after))
-    (moved,) = lines_with(text, case.name, "ppo_fast-cpu")
-    assert moved.split()[-4:] == ["1.000", "0.5000", "0.500", "moved"]
-    (same,) = lines_with(text, case.name, "loop")
-    assert same.split()[-3:] == ["80.00", "88.00", "1.10"]
-    assert f"status: {case.name} tianshou: ok -> red" in text
-    assert f"only after: {case.name} torchrl (ok)" in text
-    assert f"only before: {other.name} eager (ok)" in text
-
-
 def test_losses_and_failures_are_on_the_page() -> None:
     held = Results([FACTS], [
         row(cases.GAE, "ppo_fast-cpu", 2.0, run=0), row(cases.GAE, "tianshou", 0.5, run=0),
@@ -192,7 +69,22 @@ def test_losses_and_failures_are_on_the_page() -> None:
     assert "- torchrl: `red: returns: off by 3`" in text
     assert lines_with(text, "ppo_fast-cpu faster than tianshou", "0.250×", "≥ 3×", "SHORT")
     assert lines_with(text, "ppo_fast-cpu faster than loop", "not measured")
-    assert lines_with(pages.section(files), "| `gae`", "tianshou 0.250×", "5%")
+    assert lines_with(readme.section(files), "| `gae`", "tianshou 0.250×", "5%")
+
+
+def test_the_parts_of_a_training_step_make_one_table() -> None:
+    step = shapes.Case("ppo_update", "step", shapes.Shape("some-model", (8, 16)))
+    held = Results([FACTS], [
+        row(replace(step, direction=part), f"ppo_fast-{backend}", ms, share=ms / whole, run=0)
+        for backend, whole in (("cpu", 1000.0), ("reference", 3000.0))
+        for part, ms in (("step", whole), ("gae", 6.0))
+    ])  # fmt: skip
+    files = {Path("some-cpu-avx2-2026-01-02.json"): held}
+    text = pages.page(files)
+    assert "### One PPO update: some-model 8x16 cpu" in text
+    assert lines_with(text, "| gae | 6.000 | 0.6% | 1.500 | 6.000 | 0.2% | 1.500 |")
+    assert plots.planned(held.rows, "some") == []
+    assert "some-model 8x16 cpu takes 1000 ms with `ppo_fast-cpu`" in readme.section(files)
 
 
 def test_a_gpu_file_makes_a_page_with_plots(copied: Path) -> None:
@@ -209,18 +101,18 @@ def test_a_gpu_file_makes_a_page_with_plots(copied: Path) -> None:
     results.save(copied / "benchmarks/results", rows, GPU_FACTS)
     report.write(copied)
     assert report.stale(copied) == []
-    page, readme = ((copied / n).read_text() for n in ("benchmarks/README.md", "README.md"))
+    page, front = ((copied / n).read_text() for n in ("benchmarks/README.md", "README.md"))
     assert "## NVIDIA H200" in page
     assert lines_with(page, "gpu NVIDIA H200", "driver 580.65.06", "cuda 13.0", "commit aaaa")
     assert lines_with(page, "| ppo_fast-triton |", "21.3", "97%")
     assert lines_with(
         page, "cuda ppo_fast-triton", "600 µs", "≤ 640 µs", "met", "≤ 580 µs", "SHORT"
     )
-    assert "**NVIDIA H200**" in readme
+    assert "**NVIDIA H200**" in front
     assert lines_with(
-        readme, "| `token_logprobs` forward, qwen-r1 8192×151936, bf16, cuda", "21.3×"
+        front, "| `token_logprobs` forward, qwen-r1 8192×151936, bf16, cuda", "21.3×"
     )
-    assert "No figure measured on a GPU" not in readme
+    assert "No figure measured on a GPU" not in front
     drawn = sorted((copied / "benchmarks/plots").glob("nvidia-h200-*.svg"))
     assert [path.name for path in drawn] == [
         "nvidia-h200-ceiling.svg", "nvidia-h200-token-logprobs-forward-batch-major-bf16-cuda.svg",
