@@ -1,4 +1,4 @@
-"""What is measured, as data: the cases on a CPU and on a GPU."""
+"""What is measured, as data: the cases on a CPU and on a GPU, and what of them fits a machine."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ GPU = (
     _gpu("rlhf_advantages", FORWARD, "rlhf-512x8k"),
     _gpu("whiten", FORWARD, "rlhf-512x8k"),
 )
+
 
 def here(case: Case) -> Case:
     """The case scaled to this machine."""
