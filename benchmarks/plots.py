@@ -46,7 +46,7 @@ def by_size(rows: list[Row], machine: str) -> list[Plot]:
 
 
 def of_ceilings(rows: list[Row], machine: str) -> Plot | None:
-    """The fastest fused backend and the fastest peer of each case that has a ceiling."""
+    """The fastest fused backend and the fastest of the others, where a case has a ceiling."""
     bars = []
     for case, block in by_case(rows).items():
         best: dict[bool, tuple[float, str]] = {}

@@ -2,7 +2,8 @@
 
 A results file holds `runs`, the facts of each process that measured (machine, driver, versions,
 load, commit), and `rows`, each with the index of its run. Times are milliseconds, memory is MB of
-2^20 bytes, rates count what `workloads.cost` says a case cannot do without.
+2^20 bytes, rates count what `workloads.cost` says a case cannot do without and, of a ceiling, what
+it moves.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Results(NamedTuple):
 def make_rows(case: Case, outcomes: dict[str, Outcome]) -> list[Row]:
     """One row per provider of a case, in the order of the outcomes."""
     of = {provider.name: provider for provider in providers_of(case)}
-    moved, flops = cost(case)
+    least, flops = cost(case)
     rows = []
     for name, outcome in outcomes.items():
         row: Row = case.to_json() | {
@@ -46,7 +47,7 @@ def make_rows(case: Case, outcomes: dict[str, Outcome]) -> list[Row]:
             "status": outcome.status, "detail": outcome.detail,
         }  # fmt: skip
         if outcome.samples:
-            seconds = median(outcome.samples)
+            seconds, moved = median(outcome.samples), outcome.moved or least
             row |= timing_fields(outcome) | {
                 "bytes": moved, "flops": flops,
                 "gb_per_s": _short(moved / seconds / 1e9),

@@ -37,7 +37,7 @@ class Outcome:
     """What one provider did: timed ("ok"), or why there is no time.
 
     "skipped" is absent here, "red" disagrees with the reference, "error" raised, crashed or hung.
-    `graph` says whether a GPU's samples are of a replayed graph.
+    `graph` says whether a GPU's samples are of a replayed graph; `moved` is a ceiling's bytes.
     """
 
     status: str
@@ -45,6 +45,7 @@ class Outcome:
     samples: list[float] = field(default_factory=list)
     peak_mb: float | None = None
     graph: bool | None = None
+    moved: int | None = None
 
 
 def measure(
@@ -98,7 +99,7 @@ def _admit(provider: Provider, case: Case, call: Call, gate: Gate) -> tuple[Outc
         return bound
 
     done = _tried(case, run)
-    return (done, None) if isinstance(done, Outcome) else (Outcome("ok"), done)
+    return (done, None) if isinstance(done, Outcome) else (Outcome("ok", moved=done.moved), done)
 
 
 def _time(

@@ -12,6 +12,8 @@ from benchmarks.shapes import CALL, CALL_GRAD, Case
 Cells = list[list[str]]
 # Ratios in a timing table are to the first of these that the case has.
 _BASELINES = ("eager", "loop", "ppo_fast-reference")
+# Operations a byte from which on a machine is rather short of arithmetic than of bandwidth.
+_INTENSE = 50
 _WORDS = {True: "met", False: "SHORT", None: "-"}
 
 
@@ -45,7 +47,8 @@ def timing_cells(case: Case, rows: list[Row]) -> Cells:
     unit, scale = ("µs", 1e3) if case.direction in (CALL, CALL_GRAD) else ("ms", 1.0)
     found = timed(rows)
     base = next((name for name in _BASELINES if name in found), None)
-    heads = ["", f"median {unit}", "p20", "p80", f"× {base}" if base else "×", "GB/s",
+    rate, key_of_rate = _rate(found)
+    heads = ["", f"median {unit}", "p20", "p80", f"× {base}" if base else "×", rate,
              "of ceiling", "peak MB", "samples"]  # fmt: skip
     lines = []
     for name, row in found.items():
@@ -53,10 +56,16 @@ def timing_cells(case: Case, rows: list[Row]) -> Cells:
         lines.append([
             name, *(number(row[key] * scale, 4) for key in ("median_ms", "p20_ms", "p80_ms")),
             number(found[base]["median_ms"] / row["median_ms"] if base else None),
-            number(row["gb_per_s"]), "-" if share is None else f"{share:.0%}",
+            number(row[key_of_rate]), "-" if share is None else f"{share:.0%}",
             "-" if row["peak_mb"] is None else f"{row['peak_mb']:.1f}", str(row["samples"]),
         ])  # fmt: skip
     return [heads, *lines] if lines else []
+
+
+def _rate(found: dict[str, Row]) -> tuple[str, str]:
+    """GFLOP/s where arithmetic is what a case waits for, GB/s elsewhere; head and field."""
+    heavy = any(row["flops"] > _INTENSE * row["bytes"] for row in found.values())
+    return ("GFLOP/s", "gflop_per_s") if heavy else ("GB/s", "gb_per_s")
 
 
 def steps(rows: list[Row]) -> dict[str, list[Row]]:

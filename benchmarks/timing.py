@@ -32,12 +32,14 @@ class Bound:
     """A provider with its inputs in place.
 
     `call` is what is timed, the release of its result included. `named` turns that result into
-    named tensors for the gate. `prepare` runs before each timed call, untimed.
+    named tensors for the gate. `prepare` runs before each timed call, untimed. `moved` is a
+    ceiling's traffic in bytes; everybody else is credited with what the case cannot do without.
     """
 
     call: Callable[[], Any]
     named: Callable[[Any], dict[str, Any]]
     prepare: Callable[[], None] | None = None
+    moved: int | None = None
 
 
 class ReplayClock:

@@ -129,6 +129,7 @@ def _linear_ce(case: Case, call: Call) -> Bound:
 def _ceiling(name: str, function: Callable[..., list[Tensor]]) -> Provider:
     def bind(case: Case, call: Call) -> Bound:
         tensors = [x for key, x in call.tensors.items() if key not in ("tokens", "cu_seqlens")]
-        return Bound(lambda: function(*tensors), lambda out: {})
+        moved = sum(x.nbytes for x in (*tensors, *function(*tensors)))
+        return Bound(lambda: function(*tensors), lambda out: {}, moved=moved)
 
     return Provider(name, bind, ceiling=True)
