@@ -23,7 +23,7 @@ from benchmarks.shapes import BATCH_MAJOR, DIRECTIONS, DTYPES, LAYOUTS, SHAPES, 
 _FREE = re.compile(r"(?P<dims>\d+(x\d+){1,2})(:(?P<layout>[a-z-]+))?")
 
 
-class Unknown(ValueError):
+class UnknownNameError(ValueError):
     """A name that nothing here has; the message lists those that there are."""
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
@@ -40,7 +40,7 @@ def shape_of(text: str) -> Shape:
     if layout not in LAYOUTS or 0 in dims:
         known = [f"{name} ({shape})" for name, shape in SHAPES.items()]
         layouts = "|".join(LAYOUTS)
-        raise Unknown("shape", text, [*known, f"ROWSxCOLUMNS[:{layouts}]"])
+        raise UnknownNameError("shape", text, [*known, f"ROWSxCOLUMNS[:{layouts}]"])
     named = (s for s in SHAPES.values() if (s.dims, s.layout) == (dims, layout))
     return next(named, Shape("free", dims, layout))
 
@@ -50,19 +50,18 @@ def cases_of(
 ) -> tuple[Case, ...]:
     """The cases that the options ask for, on the devices of this machine."""
     if op is not None and op not in OPS:
-        raise Unknown("op", op, OPS)
-    found = [
-        c for c in CASES if runs_here(c) and op in (None, c.op) and device in (None, c.device)
-    ]
+        raise UnknownNameError("op", op, OPS)
+    collected = [c for c in CASES if runs_here(c)]
+    found = [c for c in collected if op in (None, c.op) and device in (None, c.device)]
     if not found:
-        raise Unknown("device here", device or "", {c.device for c in CASES if runs_here(c)})
+        raise UnknownNameError("device here", device or "", {c.device for c in collected})
     if shape is not None:
         found = _at(found, shape)
     if direction is not None:
         known = dict.fromkeys(c.direction for c in found)
         found = [c for c in found if c.direction == direction]
         if not found:
-            raise Unknown("direction here", direction, known)
+            raise UnknownNameError("direction here", direction, known)
     if dtype is not None:
         found = [replace(c, dtype=dtype) for c in found]
     return tuple(dict.fromkeys(found))
@@ -78,7 +77,9 @@ def _at(cases: list[Case], text: str) -> list[Case]:
     made = (here(replace(c, shape=shape)) for c in cases if not c.is_call and not c.env)
     fitting = [c for c in made if _has(c.op, shape)]
     if not found and not fitting:
-        raise Unknown("shape for the op", text, dict.fromkeys(c.shape.name for c in cases))
+        raise UnknownNameError(
+            "shape for the op", text, dict.fromkeys(c.shape.name for c in cases)
+        )
     return found or fitting
 
 
@@ -95,7 +96,7 @@ def peers_of(text: str, cases: Iterable[Case]) -> frozenset[str] | None:
     asked = frozenset(text.split(",")) - {"none", ""}
     known = dict.fromkeys(p.name for c in cases for p in providers_of(c) if is_peer(p))
     for name in sorted(asked - known.keys()):
-        raise Unknown("peer", name, ["all", "none", *known])
+        raise UnknownNameError("peer", name, ["all", "none", *known])
     return asked
 
 
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cases = cases_of(given.op, given.shape, given.direction, given.dtype, given.device)
         peers = peers_of(given.peers, cases)
-    except Unknown as error:
+    except UnknownNameError as error:
         parser.error(str(error))
     choose(cases, peers)
     if given.list:
