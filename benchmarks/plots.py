@@ -117,7 +117,7 @@ def _bars(plot: Plot) -> Any:
 
     figure = Figure(figsize=(9, 0.8 + 0.22 * len(plot.bars)), layout="constrained")
     axes = figure.subplots()
-    ticks = {}
+    ticks: dict[str, int] = {}
     for at, (case, name, share) in enumerate(plot.bars):
         ticks.setdefault(case, -at)
         color = "tab:blue" if fused(name) else "lightgrey"

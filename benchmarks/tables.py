@@ -88,9 +88,10 @@ def step_cells(rows: list[Row]) -> Cells:
     lines = [["", *(f"{name} {unit}" for name in names for unit in units)]]
     for part, found in parts.items():
         line = [part]
-        for row in (found.get(name) for name in names):
-            line += ["-"] * len(units) if row is None else [
-                number(row["median_ms"], 4), f"{row['share']:.1%}", number(row["peak_mb"], 4),
+        for name in names:
+            own = found.get(name)
+            line += ["-"] * len(units) if own is None else [
+                number(own["median_ms"], 4), f"{own['share']:.1%}", number(own["peak_mb"], 4),
             ]  # fmt: skip
         lines.append(line)
     return lines
