@@ -28,8 +28,8 @@ _PACKAGE = "liger-kernel==0.8.5"
 
 def of(case: Case) -> Iterator[Provider]:
     """Triton kernels on a GPU; the head has a PyTorch fallback for a CPU."""
+    rounded = 0.0 if case.dtype == "fp32" else BF16_LOGITS
     if case.op == LINEAR:
-        rounded = 0.0 if case.dtype == "fp32" else BF16_LOGITS
         missing = needs("liger_kernel.ops.fused_linear_scaled_cross_entropy", _PACKAGE)
         yield Provider("liger", _head, missing, roundings=rounded)
     if case.device != "cuda":
@@ -39,6 +39,7 @@ def of(case: Case) -> Iterator[Provider]:
             "liger", _cross_entropy,
             needs("liger_kernel.transformers.functional", _PACKAGE, gpu=True),
             computes="log-prob only; the forward forms the gradient, in place",
+            roundings=rounded,  # to the logits' precision in the forward, and again scaled
         )  # fmt: skip
     elif case.op == "token_logprobs":
         missing = needs("liger_kernel.ops.grpo_loss", _PACKAGE, gpu=True)
