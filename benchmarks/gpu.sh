@@ -9,11 +9,12 @@
 # OUT      where the JSON and the logs go (benchmarks/results)
 # PEERS    a folder of peers to measure: pure-Python wheels, or such unpacked (peers)
 # MINUTES  what all of it may take (9)
+# STEPS    which parts to run ("build tests rows")
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3} OUT=${OUT:-benchmarks/results} PEERS=${PEERS:-peers}
-DRY_RUN=${DRY_RUN:-0} MINUTES=${MINUTES:-9}
+DRY_RUN=${DRY_RUN:-0} MINUTES=${MINUTES:-9} STEPS=${STEPS:-build tests rows}
 export PYTHONUNBUFFERED=1
 status=0
 
@@ -82,16 +83,19 @@ rows() {
   fi
   # Status 1 is that of rows that say why they have no time: the table shows them.
   limited "$(left 20)" rows "$PYTHON" -m pytest benchmarks "${options[@]}" \
-    --case-seconds 40 -q -rN || code=$?
+    --case-seconds 60 -q -rN || code=$?
   report rows $((code == 1 ? 0 : code)) rows 0
 }
 
 mkdir -p "$OUT"
 touch "$OUT/gpu-rows.log"
 peers
-build
-tests
-rows
+for step in $STEPS; do
+  case $step in
+    build | tests | rows) "$step" ;;
+    *) echo "STEPS: build, tests or rows, got '$step'" && exit 2 ;;
+  esac
+done
 if ((!DRY_RUN)); then
   "$PYTHON" -m benchmarks.summary "$OUT" || status=1
 fi
