@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,10 +46,13 @@ def needs(module: str, package: str, *, gpu: bool = False) -> Callable[[], str |
     def missing() -> str | None:
         if gpu and not torch.cuda.is_available():
             return "its kernels need a GPU"
+        top = module.partition(".")[0]
+        if importlib.util.find_spec(top) is None:
+            return f"{top} is not installed; pip install '{package}'"
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            return f"{module} does not import ({error}); pip install '{package}'"
+        except Exception as error:  # importing a peer may fail in any way
+            return f"{module} does not import: {type(error).__name__}: {error}"
         return None
 
     return missing

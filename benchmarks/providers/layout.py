@@ -51,18 +51,26 @@ class Rows:
         return torch.cat([self.values[:, 1:], torch.zeros_like(self.values[:, :1])], 1)
 
 
-class Flat:
-    """Every sequence after the other in one flat batch, with the ends flagged."""
+class Flat(Rows):
+    """Every sequence after the other in one row `(1, N)`, with the ends flagged."""
 
     def __init__(self, call: Call) -> None:
-        rows = Rows(call)
-        self._like, keep = rows, rows.exists != 0
-        self.keep = keep
-        self.rewards, self.values = rows.rewards[keep], rows.values[keep]
-        self.next_values, self.ends = rows.next_values()[keep], rows.last()[keep]
+        self._apart = Rows(call)
+        self._keep = self._apart.exists != 0
+        self.rewards, self.values, self.exists = (
+            self._joined(x) for x in (self._apart.rewards, self._apart.values, self._apart.exists)
+        )
+
+    def _joined(self, x: Tensor) -> Tensor:
+        return x[self._keep][None]
 
     def back(self, x: Tensor) -> Tensor:
-        """A flat result in the call's own layout."""
-        out = x.new_zeros(self.keep.shape)
-        out[self.keep] = x
-        return self._like.back(out)
+        out = x.new_zeros(self._keep.shape)
+        out[self._keep] = x[0]
+        return self._apart.back(out)
+
+    def last(self) -> Tensor:
+        return self._joined(self._apart.last())
+
+    def next_values(self) -> Tensor:
+        return self._joined(self._apart.next_values())

@@ -26,8 +26,8 @@ def _bind(case: Case, call: Call) -> Bound:
 
     flat = Flat(call)
     # float64 rewards beside float32 values: the mixture that its own warm-up compiles.
-    rewards = flat.rewards.double().numpy()
-    values, after, end = (x.numpy() for x in (flat.values, flat.next_values, flat.ends))
+    rewards = flat.rewards[0].double().numpy()
+    values, after, end = (x[0].numpy() for x in (flat.values, flat.next_values(), flat.last()))
     gamma, lam = call.options["gamma"], call.options["lam"]
 
     def run() -> tuple[Any, Any]:
@@ -35,7 +35,6 @@ def _bind(case: Case, call: Call) -> Bound:
         return advantages, advantages + values
 
     def named(out: tuple[Any, Any]) -> Named:
-        pair = (flat.back(torch.from_numpy(x).float()) for x in out)
-        return dict(zip(("advantages", "returns"), pair, strict=True))
+        return flat.named("advantages", "returns")(torch.from_numpy(x).float()[None] for x in out)
 
     return Bound(run, named)

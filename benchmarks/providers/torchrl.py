@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.providers.base import Named, Provider, needs
-from benchmarks.providers.layout import Rows
+from benchmarks.providers.layout import Flat, Rows
 from benchmarks.shapes import Case
 from benchmarks.timing import Bound
 from ppo_fast.testing import Call
@@ -33,8 +33,7 @@ def of(case: Case) -> Iterator[Provider]:
             return f"a loop over {steps:,} steps takes too long to be timed"
         return _MISSING()
 
-    padded = " of padded rows" if case.shape.layout == "packed" else ""
-    less = f"no moments{padded}"
+    less = "no moments"
     yield Provider("torchrl", _vectorised, _MISSING, roundings=_DROPPED, computes=less)
     yield Provider("torchrl-loop", _loop, too_long, computes=less)
 
@@ -42,21 +41,21 @@ def of(case: Case) -> Iterator[Provider]:
 def _vectorised(case: Case, call: Call) -> Bound:
     from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
-    return _bind(call, vec_generalized_advantage_estimate)
+    # Padding, flagged as ended, would be as many trajectories of one step.
+    rows = Flat(call) if "cu_seqlens" in call.tensors else Rows(call)
+    return _bind(call, rows, vec_generalized_advantage_estimate)
 
 
 def _loop(case: Case, call: Call) -> Bound:
     from torchrl.objectives.value.functional import generalized_advantage_estimate
 
-    return _bind(call, generalized_advantage_estimate)
+    return _bind(call, Rows(call), generalized_advantage_estimate)
 
 
-def _bind(call: Call, function: Any) -> Bound:
-    rows = Rows(call)
-    rewards, values, after = (
-        x.unsqueeze(-1) for x in (rows.rewards, rows.values, rows.next_values())
+def _bind(call: Call, rows: Rows, function: Any) -> Bound:
+    rewards, values, after, done = (
+        x.unsqueeze(-1) for x in (rows.rewards, rows.values, rows.next_values(), rows.last())
     )
-    done = rows.last().unsqueeze(-1)
     gamma, lam = call.options["gamma"], call.options["lam"]
 
     def run() -> tuple[Tensor, Tensor]:
