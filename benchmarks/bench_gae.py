@@ -1,13 +1,13 @@
-"""`gae` with returns and moments beside the loop and the vectorised and compiled peers."""
+"""`gae` with returns and moments: in every layout, beside loops, scans and compiled peers."""
 
 from __future__ import annotations
 
-from benchmarks import shapes
 from benchmarks.conftest import Record
 from benchmarks.providers import Provider
 from benchmarks.rows import rows
+from benchmarks.shapes import Case
 
 
-@rows(shapes.GAE)
-def test_gae(case: shapes.Case, provider: Provider, record: Record) -> None:
+@rows("gae")
+def test_gae(case: Case, provider: Provider, record: Record) -> None:
     record(case, provider)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import shapes
 from benchmarks.conftest import Record
 from benchmarks.providers import Provider
 from benchmarks.rows import rows
+from benchmarks.shapes import Case
 
 
-@rows(shapes.LOGPROBS_FORWARD, shapes.LOGPROBS_BOTH, shapes.LOGPROBS_BOTH_THP)
-def test_logprobs(case: shapes.Case, provider: Provider, record: Record) -> None:
+@rows("token_logprobs")
+def test_logprobs(case: Case, provider: Provider, record: Record) -> None:
     record(case, provider)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import shapes
 from benchmarks.conftest import Record
 from benchmarks.providers import Provider
 from benchmarks.rows import rows
+from benchmarks.shapes import Case
 
 
-@rows(*shapes.CALLS, *shapes.CALLS_WITH_GRAD)
-def test_overhead(case: shapes.Case, provider: Provider, record: Record) -> None:
+@rows(calls=True)
+def test_overhead(case: Case, provider: Provider, record: Record) -> None:
     record(case, provider)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import shapes
 from benchmarks.conftest import Record
 from benchmarks.providers import Provider
 from benchmarks.rows import rows
+from benchmarks.shapes import Case
 
 
-@rows(shapes.PPO_LOSS_BOTH)
-def test_ppo_loss(case: shapes.Case, provider: Provider, record: Record) -> None:
+@rows("ppo_loss")
+def test_ppo_loss(case: Case, provider: Provider, record: Record) -> None:
     record(case, provider)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import shapes
 from benchmarks.conftest import Record
 from benchmarks.providers import Provider
 from benchmarks.rows import rows
+from benchmarks.shapes import Case
 
 
-@rows(shapes.VALUE_LOSS_BOTH)
-def test_value_loss(case: shapes.Case, provider: Provider, record: Record) -> None:
+@rows("value_loss")
+def test_value_loss(case: Case, provider: Provider, record: Record) -> None:
     record(case, provider)

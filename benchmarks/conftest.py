@@ -1,4 +1,7 @@
-"""The harness: each case is measured once, interleaved, and its rows replay their own samples."""
+"""The harness: each case is measured once, interleaved, and its rows replay their own samples.
+
+What a case gave is saved before the next one starts, so that a run may be stopped at any moment.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import results
+from benchmarks import results, tables
+from benchmarks.goals import GOALS
 from benchmarks.machine import describe
 from benchmarks.providers import Provider
 from benchmarks.shapes import Case
-from benchmarks.suite import Outcome, measure
+from benchmarks.suite import Outcome
 from benchmarks.timing import CLOCK
+from benchmarks.worker import LIMIT, Workers
 
 _MEASURED = pytest.StashKey[dict[Case, dict[str, Outcome]]]()
+_ROWS = pytest.StashKey[list[results.Row]]()
 _FACTS = pytest.StashKey[dict[str, Any]]()
+_WORKERS = pytest.StashKey[Workers]()
 RESULTS = Path(__file__).parent / "results"
 
 Record = Callable[[Case, Provider], None]
+Keep = Callable[[list[results.Row]], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,13 +42,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--results-dir", type=Path, default=RESULTS, help="where --save-results writes"
     )
+    group.addoption(
+        "--case-seconds",
+        type=float,
+        default=LIMIT,
+        help="after this long no further provider of a case begins, and a silent one is ended",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_MEASURED] = {}
+    config.stash[_MEASURED], config.stash[_ROWS] = {}, []
+    config.stash[_WORKERS] = Workers()
     # The summary below says more than pytest-benchmark's table; --benchmark-verbose shows both.
     config.option.benchmark_quiet = True
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[_WORKERS].close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a GPU, and put first what a goal is set for, in the goals' order."""
+    order = {goal.case: at for at, goal in reversed(list(enumerate(GOALS)))}
+
+    def place(item: pytest.Item) -> int:
+        case = _case_of(item)
+        return len(GOALS) if case is None else order.get(case, len(GOALS))
+
+    items.sort(key=place)
+    for item in items:
+        if (case := _case_of(item)) is not None and case.device == "cuda":
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+def _case_of(item: pytest.Item) -> Case | None:
+    return getattr(getattr(item, "callspec", None), "params", {}).get("case")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
@@ -49,25 +89,37 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
 
 def _selected(session: pytest.Session, case: Case) -> list[str]:
     """Providers of the case that this run's selection kept."""
-    chosen = []
-    for item in session.items:
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        if params.get("case") == case:
-            chosen.append(params["provider"].name)
-    return chosen
+    chosen = (item for item in session.items if _case_of(item) == case)
+    return [item.callspec.params["provider"].name for item in chosen]
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest, benchmark: Any) -> Record:
+def keep(request: pytest.FixtureRequest) -> Keep:
+    """Add rows to the summary and, where asked for, to the results file."""
+    config = request.config
+
+    def run(rows: list[results.Row]) -> None:
+        config.stash[_ROWS] += rows
+        if config.getoption("save_results"):
+            results.save(config.getoption("results_dir"), rows, config.stash[_FACTS])
+
+    return run
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest, benchmark: Any, keep: Keep) -> Record:
     """Measure a case on its first row; each row hands its samples to pytest-benchmark."""
     measured = request.config.stash[_MEASURED]
+    workers, limit = request.config.stash[_WORKERS], request.config.getoption("case_seconds")
 
     def run(case: Case, provider: Provider) -> None:
         if case not in measured:
             names = _selected(request.session, case)
             logging.disable(logging.INFO)  # the compiler's traces would bury a failure's reason
-            measured[case] = measure(case, names, time=benchmark.enabled)
+            measured[case] = workers.measure(case, names, time=benchmark.enabled, limit=limit)
             logging.disable(logging.NOTSET)
+            if benchmark.enabled:
+                keep(results.make_rows(case, measured[case]))
         outcome = measured[case][provider.name]
         benchmark.skipped = outcome.status != "ok"
         if outcome.status == "skipped":
@@ -89,32 +141,21 @@ def facts(request: pytest.FixtureRequest) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    measured = {
-        case: outcomes
-        for case, outcomes in config.stash[_MEASURED].items()
-        if any(outcome.samples for outcome in outcomes.values())
-    }
-    if not measured:
+    rows = config.stash[_ROWS]
+    if not rows:
         return
     facts = config.stash[_FACTS]
     write = terminalreporter.write_line
     terminalreporter.section("benchmarks")
-    write(", ".join(f"{key} {value}" for key, value in facts.items() if key != "versions"))
-    write(", ".join(f"{key} {value}" for key, value in facts["versions"].items()))
+    write(tables.describe_facts(facts))
     if facts["load"] > 0.5:
         write(
             f"LOAD {facts['load']} before the run: other work shared the cores, do not quote this"
         )
-    for line in results.table(measured, facts):
+    for line in tables.table(rows):
         write(line)
-    found = results.verdicts(measured)
     terminalreporter.section("goals")
-    for line in results.verdict_table(found):
+    for line in tables.verdict_table(results.verdicts(rows)):
         write(line)
     if config.getoption("save_results"):
-        rows = [
-            row
-            for case, outcomes in measured.items()
-            for row in results.make_rows(case, outcomes, facts)
-        ]
-        write(f"saved {results.save(config.getoption('results_dir'), rows, found)}")
+        write(f"saved in {config.getoption('results_dir')}")

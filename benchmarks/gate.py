@@ -1,4 +1,8 @@
-"""The correctness gate: outputs against the fp64 reference, within their derived error budget."""
+"""The correctness gate: outputs against the fp64 reference, within their derived error budget.
+
+It stands on the CPU. Where rows do not depend on each other and are too many for fp64, a sample of
+them, evenly spread from the first to the last, stands for all.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,10 @@ import math
 import torch
 from torch import Tensor
 
+from benchmarks.linear import LINEAR, composed, linear_condition
+from benchmarks.workloads import on
 from ppo_fast import Stats, reference
-from ppo_fast.testing import Call, assert_within_budget, promoted, run
+from ppo_fast.testing import Call, assert_within_budget, output, promoted, run
 from ppo_fast.testing.conditions import CONDITIONS
 
 # A statistic that is a mean over tokens: its sum's field in `Stats`, where the names differ.
@@ -18,16 +24,44 @@ _MEANS = {
     "kl_k2": "kl_k2", "kl_k3": "kl_k3", "ratio_mean": "ratio",
 }  # fmt: skip
 
+_CONDITIONS = {**CONDITIONS, LINEAR: linear_condition}
+
+# Logits in the sample: 0.5 GB of fp64, and some temporaries of that size.
+_SAMPLE = 2**26
+
+
+def _sampled(call: Call) -> tuple[Call, Tensor | None]:
+    """The call with as many of its rows as fit the sample, and which; None where all fit."""
+    if "tokens" not in call.tensors:
+        return call, None
+    head = call.tensors.get("weight")
+    vocab = call.tensors["logits"].shape[-1] if head is None else head.shape[0]
+    n, fit = call.tensors["tokens"].shape[0], max(2, _SAMPLE // vocab)
+    if n <= fit:
+        return call, None
+    rows = torch.linspace(0, n - 1, fit, dtype=torch.float64).long()
+    tensors = {k: x if k == "weight" else x[rows.to(x.device)] for k, x in call.tensors.items()}
+    cotangents = {k: x[rows.to(x.device)] for k, x in call.cotangents.items()}
+    return call._replace(tensors=tensors, cotangents=cotangents), rows
+
+
+def _run(call: Call) -> dict[str, Tensor]:
+    if call.op == LINEAR:
+        return output(composed(**call.tensors, backend="reference"))
+    return run(call, "reference")
+
 
 class Gate:
     """The exact results of one call, computed once for all its providers."""
 
     def __init__(self, call: Call) -> None:
-        self._call, wide = call, promoted(call)
+        sample, self._rows = _sampled(call)
+        self._call = on(sample, "cpu")
+        wide = promoted(self._call)
         double = any(x.dtype == torch.float64 for x in call.tensors.values())
         self._compute = torch.float64 if double else torch.float32
-        self._exact = run(wide, "reference")
-        self._budgets = CONDITIONS[call.op](wide, self._exact, torch.finfo(self._compute).eps)
+        self._exact = _run(wide)
+        self._budgets = _CONDITIONS[call.op](wide, self._exact, torch.finfo(self._compute).eps)
         if "stats" in self._exact:
             self._add_computed(self._exact["stats"])
 
@@ -53,30 +87,43 @@ class Gate:
     @functools.cached_property
     def _eager(self) -> dict[str, Tensor]:
         """The reference in the call's own precision: what plain PyTorch errs by."""
-        return run(self._call, "reference")
+        return _run(self._call)
 
     def check(
         self, outputs: dict[str, Tensor], *, plain: bool = False, roundings: float = 0.0
     ) -> None:
         """Raise AssertionError, naming the output and its worst element, if any is off.
 
-        A `plain` PyTorch peer may err twice as much as the reference does in its precision;
-        `roundings` are granted beyond the op's own.
+        `grad_logits|logprobs` is the gradient of that one output. A `plain` PyTorch peer may err
+        twice as much as the reference does in its precision; `roundings` are granted beyond the
+        op's own.
         """
         assert outputs, "no output to check"
-        for name, actual in outputs.items():
-            ops, condition, needs_eager = self._budgets[name]
-            needs_eager = needs_eager or (plain and name in self._eager)
-            exact = self._exact[name]
-            if name == "moments":  # they are those of the advantages that came with them
-                mask = self._call.tensors.get("mask")
-                exact = reference.moments(outputs["advantages"], mask).values
-            assert_within_budget(
-                actual,
-                exact,
-                condition=condition,
-                ops=ops + roundings,
-                eager=self._eager[name] if needs_eager else None,
-                compute=self._compute,
-                name=name,
-            )
+        for label, actual in outputs.items():
+            name, _, only = label.partition("|")
+            gate = self._only(only) if only else self
+            if self._rows is not None:
+                actual = actual[self._rows.to(actual.device)]
+            gate._check(name, actual, outputs.get("advantages"), plain, roundings)
+
+    @functools.cache  # noqa: B019 - a gate lives as long as its case is measured
+    def _only(self, cotangent: str) -> Gate:
+        """The gate of the same call where one output alone has a gradient."""
+        kept = {
+            k: x if k == cotangent else torch.zeros_like(x)
+            for k, x in self._call.cotangents.items()
+        }
+        return Gate(self._call._replace(cotangents=kept))
+
+    def _check(
+        self, name: str, actual: Tensor, advantages: Tensor | None, plain: bool, roundings: float
+    ) -> None:
+        ops, condition, needs_eager = self._budgets[name]
+        needs_eager = needs_eager or (plain and name in self._eager)
+        exact = self._exact[name]
+        if name == "moments" and advantages is not None:  # they are of those that came with them
+            exact = reference.moments(advantages.cpu(), self._call.tensors.get("mask")).values
+        assert_within_budget(
+            actual, exact, condition=condition, ops=ops + roundings,
+            eager=self._eager[name] if needs_eager else None, compute=self._compute, name=name,
+        )  # fmt: skip

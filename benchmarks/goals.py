@@ -1,7 +1,8 @@
-"""What each op must reach on a CPU, as data, and the verdict on a run.
+"""What each op must reach, as data, and the verdict on a run.
 
-The figures are the project's own targets for its embedded default, two threads: ratios of
-medians of one interleaved run.
+On a CPU the figures are the project's own targets for its embedded default, two threads: ratios of
+medians of one interleaved run. On a GPU they are device times on one NVIDIA H200, random data
+and a cold L2: the traffic that a case cannot do without at a copy's 4.3 TB/s, and some slack.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks import shapes
+from benchmarks import cases
 from benchmarks.shapes import Case
 
 
@@ -36,26 +37,42 @@ class Verdict(NamedTuple):
 
 
 _CPU, _INPLACE = "ppo_fast-cpu", "ppo_fast-cpu-inplace"
+_TRITON, _TRITON_INPLACE = "ppo_fast-triton", "ppo_fast-triton-inplace"
+
+
+def _device(case: Case, must: float, aim: float, provider: str = _TRITON) -> Goal:
+    """A time on the GPU in microseconds."""
+    return Goal(case, provider, None, must, aim, faster=False)
+
 
 GOALS = (
-    Goal(shapes.LOGPROBS_FORWARD, _CPU, "eager", 16, 24),
-    Goal(shapes.LOGPROBS_FORWARD, _CPU, "compile", 2.2, 3.5),
-    Goal(shapes.LOGPROBS_FORWARD, _CPU, "read", None, 2, faster=False),
-    Goal(shapes.LOGPROBS_BOTH, _CPU, "eager", 8, None),
-    Goal(shapes.LOGPROBS_BOTH, _CPU, "compile", 3, None),
-    Goal(shapes.LOGPROBS_BOTH, _INPLACE, "eager", None, 15),
-    Goal(shapes.LOGPROBS_BOTH, _INPLACE, "compile", None, None),
-    Goal(shapes.LOGPROBS_BOTH_THP, _CPU, "eager", 5, None),
-    Goal(shapes.LOGPROBS_BOTH_THP, _CPU, "compile", None, None),
-    Goal(shapes.LOGPROBS_BOTH_THP, _INPLACE, "eager", None, 15),
-    Goal(shapes.PPO_LOSS_BOTH, _CPU, "eager", 25, 50),
-    Goal(shapes.PPO_LOSS_BOTH, _CPU, "compile", 8, 16),
-    Goal(shapes.GAE, _CPU, "loop", 700, 900),
-    Goal(shapes.GAE, _CPU, "torchrl", 50, 100),
-    Goal(shapes.GAE, _CPU, "tianshou", 3, 6),
-    Goal(shapes.GAE, _CPU, "copy", 2, 1.4, faster=False),
-    *(Goal(case, _CPU, None, 25, 15, faster=False) for case in shapes.CALLS),
-    *(Goal(case, _CPU, None, 40, 25, faster=False) for case in shapes.CALLS_WITH_GRAD),
+    Goal(cases.LOGPROBS_FORWARD, _CPU, "eager", 16, 24),
+    Goal(cases.LOGPROBS_FORWARD, _CPU, "compile", 2.2, 3.5),
+    Goal(cases.LOGPROBS_FORWARD, _CPU, "read", None, 2, faster=False),
+    Goal(cases.LOGPROBS_BOTH, _CPU, "eager", 8, None),
+    Goal(cases.LOGPROBS_BOTH, _CPU, "compile", 3, None),
+    Goal(cases.LOGPROBS_BOTH, _INPLACE, "eager", None, 15),
+    Goal(cases.LOGPROBS_BOTH, _INPLACE, "compile", None, None),
+    Goal(cases.LOGPROBS_BOTH_THP, _CPU, "eager", 5, None),
+    Goal(cases.LOGPROBS_BOTH_THP, _CPU, "compile", None, None),
+    Goal(cases.LOGPROBS_BOTH_THP, _INPLACE, "eager", None, 15),
+    Goal(cases.PPO_LOSS_BOTH, _CPU, "eager", 25, 50),
+    Goal(cases.PPO_LOSS_BOTH, _CPU, "compile", 8, 16),
+    Goal(cases.GAE, _CPU, "loop", 700, 900),
+    Goal(cases.GAE, _CPU, "torchrl", 50, 100),
+    Goal(cases.GAE, _CPU, "tianshou", 3, 6),
+    Goal(cases.GAE, _CPU, "copy", 2, 1.4, faster=False),
+    *(Goal(case, _CPU, None, 25, 15, faster=False) for case in cases.CALLS),
+    *(Goal(case, _CPU, None, 40, 25, faster=False) for case in cases.CALLS_WITH_GRAD),
+    _device(cases.GPU_LOGPROBS_FORWARD, 640, 580),
+    _device(cases.GPU_LOGPROBS_BACKWARD, 1290, 1190, _TRITON_INPLACE),
+    _device(cases.GPU_PPO_LOSS, 10, 5),
+    _device(cases.GPU_GAE, 26, 19),
+    _device(cases.GPU_GAE_LONG, 18, 10),
+    _device(cases.GPU_GAE_ENVS_8, 6, 3),
+    _device(cases.GPU_GAE_ENVS_128, 5, 4),
+    _device(cases.GPU_LOGPROBS_M64, 9, 7),
+    _device(cases.GPU_LOGPROBS_M512, 45, 40),  # 80 and 90 % of the bandwidth
 )
 
 

@@ -1,12 +1,14 @@
-"""What a number was measured on: processor, instruction set, versions, commit; no host name."""
+"""What a number was measured on: processor or GPU, driver, versions, commit; no host name."""
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,13 @@ import torch
 
 from benchmarks.suite import ROOT, THREADS
 
-_PACKAGES = ("torch", "triton", "torchrl", "tianshou", "numba", "numpy")
+# Whatever of these is installed: this library's ground, then its peers'.
+_PACKAGES = (
+    "torch", "triton", "numpy", "transformers", "torchrl", "tianshou", "numba", "trl", "verl",
+    "openrlhf", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn",
+)  # fmt: skip
+# What a report writes: a difference there changes no measurement.
+_GENERATED = ("README.md", "benchmarks/README.md", "benchmarks/plots", "benchmarks/results")
 
 
 def cpu_model() -> str:
@@ -41,15 +49,37 @@ def _git(*args: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit measured, marked if the tree differs from it; None outside a repository."""
+    """The commit measured, marked if what it measures differs; None outside a repository."""
     head = _git("rev-parse", "--short=12", "HEAD")
     if head is None:
         return None
-    return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    apart = [f":(top,exclude){path}" for path in _GENERATED]
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *apart)
+    return head + ("-dirty" if changed else "")
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU that torch would use, with its driver; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _driver(),
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version; None where nvidia-smi is not there to say."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(ask, capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 else None
 
 
 def describe() -> dict[str, Any]:
-    """The fields that every row carries."""
+    """The facts of a run, which each of its rows refers to."""
     try:
         build = importlib.import_module("ppo_fast._C").build_info()
     except ImportError:
@@ -57,7 +87,9 @@ def describe() -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     versions |= {name: version for name in _PACKAGES if (version := _version(name))}
     return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": cpu_model(),
+        **_gpu(),
         "isa": build.get("isa", "none"),
         "torch_isa": torch.backends.cpu.get_cpu_capability().lower(),
         "threads": THREADS,
@@ -68,6 +100,12 @@ def describe() -> dict[str, Any]:
     }
 
 
-def slug(model: str, isa: str) -> str:
-    """The machine in a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{model} {isa}".lower()).strip("-")
+def slug(facts: dict[str, Any]) -> str:
+    """The machine in a file name: its GPU, or its processor and the instruction set used."""
+    name = facts.get("gpu") or f"{facts['machine']} {facts['isa']}"
+    return slugged(name)
+
+
+def slugged(text: str) -> str:
+    """Words joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -17,10 +17,15 @@ VALUE_STATS = ("value_loss", "vf_clip_frac", "explained_variance", "n_tokens")
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """TRL's `selective_log_softmax_and_entropy` before it had kernels."""
-    logp = F.log_softmax(logits, dim=-1)
+    logp = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     return logprobs, entropy
+
+
+def linear_token_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits materialised first."""
+    return token_logprobs(F.linear(hidden, weight), tokens)
 
 
 def ppo_loss(
@@ -103,6 +108,36 @@ def gae_loop(
         reversed_advantages.append(last)
     advantages = torch.stack(reversed_advantages[::-1], dim=1)
     return advantages, advantages + values
+
+
+def rlhf_advantages(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Advantages, returns, rewards and KL of right-padded responses, as verl forms them."""
+    keep = mask.to(values.dtype)
+    kl = (logprobs - ref_logprobs) * keep
+    rewards = -kl_coef * kl
+    last = mask.sum(-1, keepdim=True) - 1
+    rewards = rewards.scatter_add(1, last, scores[:, None])
+    advantages, returns = gae_loop(rewards, values * keep, gamma=gamma, lam=lam)
+    return advantages * keep, returns * keep, rewards, kl
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Zero mean and unit variance over the mask, unbiased, 1e-8 added to the variance."""
+    keep = mask.to(x.dtype)
+    n = keep.sum()
+    mean = (x * keep).sum() / n
+    variance = ((x - mean) ** 2 * keep).sum() / (n - 1)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * keep
 
 
 def copy(*tensors: Tensor) -> list[Tensor]:

@@ -1,148 +1,153 @@
-"""Rows of a run: made from samples, printed as a table, kept as JSON."""
+"""Rows of a run: made from samples, judged against the goals, kept as JSON.
+
+A results file holds `runs`, the facts of each process that measured (machine, driver, versions,
+load, commit), and `rows`, each with the index of its run. Times are milliseconds, memory is MB of
+2^20 bytes, rates count what `workloads.cost` says a case cannot do without and, of a ceiling, what
+it moves.
+"""
 
 from __future__ import annotations
 
-import datetime
 import json
+import os
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.goals import GOALS, Verdict, judge
+from benchmarks.goals import GOALS, Goal, Verdict, judge
 from benchmarks.machine import slug
-from benchmarks.shapes import CALL, CALL_GRAD, Case
+from benchmarks.providers import providers_of
+from benchmarks.shapes import Case
 from benchmarks.suite import Outcome
 from benchmarks.timing import median, percentile
 from benchmarks.workloads import cost
 
-FORMAT = 1
+FORMAT = 2
 Row = dict[str, Any]
-# Ratios in the table are to the first of these that the case has.
-_BASELINES = ("eager", "loop", "ppo_fast-reference")
+_CASE = tuple(field.name for field in fields(Case))
 
 
-def make_rows(case: Case, outcomes: dict[str, Outcome], facts: dict[str, Any]) -> list[Row]:
+class Results(NamedTuple):
+    """What a file holds; `row["run"]` is the index of the run that measured it."""
+
+    runs: list[dict[str, Any]]
+    rows: list[Row]
+
+
+def make_rows(case: Case, outcomes: dict[str, Outcome]) -> list[Row]:
     """One row per provider of a case, in the order of the outcomes."""
-    timed = {name: median(o.samples) for name, o in outcomes.items() if o.samples}
-    baseline = next((name for name in _BASELINES if name in timed), None)
+    of = {provider.name: provider for provider in providers_of(case)}
+    least, flops = cost(case)
     rows = []
     for name, outcome in outcomes.items():
-        row: Row = {
-            "op": case.op, "direction": case.direction, "shape": case.shape.name,
-            "dims": list(case.shape.dims), "dtype": case.dtype, "env": dict(case.env),
-            "provider": name, "status": outcome.status, "detail": outcome.detail,
+        row: Row = case.to_json() | {
+            "provider": name, "ceiling": of[name].ceiling,
+            "computes": of[name].computes,
+            "status": outcome.status, "detail": outcome.detail,
         }  # fmt: skip
-        if name in timed:
-            seconds, (moved, flops) = timed[name], cost(case)
-            row |= {
-                "median_ms": seconds * 1e3,
-                "p20_ms": percentile(outcome.samples, 0.2) * 1e3,
-                "p80_ms": percentile(outcome.samples, 0.8) * 1e3,
-                "samples": len(outcome.samples),
+        if outcome.samples:
+            seconds, moved = median(outcome.samples), outcome.moved or least
+            row |= timing_fields(outcome) | {
                 "bytes": moved, "flops": flops,
-                "gb_per_s": moved / seconds / 1e9, "gflop_per_s": flops / seconds / 1e9,
-                "baseline": baseline,
-                "times_faster": timed[baseline] / seconds if baseline else None,
-                "peak_mb": outcome.peak_mb,
+                "gb_per_s": _short(moved / seconds / 1e9),
+                "gflop_per_s": _short(flops / seconds / 1e9),
             }  # fmt: skip
-        rows.append(row | facts)
+        rows.append(row)
     return rows
 
 
-def verdicts(measured: dict[Case, dict[str, Outcome]]) -> list[Verdict]:
-    """Every goal whose case was run."""
-
-    def of(case: Case, provider: str) -> float | None:
-        outcome = measured.get(case, {}).get(provider)
-        return median(outcome.samples) if outcome and outcome.samples else None
-
-    return [judge(goal, of) for goal in GOALS if goal.case in measured]
-
-
-def _aligned(lines: list[list[str]]) -> list[str]:
-    """Columns padded to their widest cell: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+def timing_fields(outcome: Outcome) -> Row:
+    """What the samples of a timed outcome say."""
+    row: Row = {
+        "median_ms": _short(median(outcome.samples) * 1e3),
+        "p20_ms": _short(percentile(outcome.samples, 0.2) * 1e3),
+        "p80_ms": _short(percentile(outcome.samples, 0.8) * 1e3),
+        "samples": len(outcome.samples),
+        "peak_mb": None if outcome.peak_mb is None else _short(outcome.peak_mb),
+    }
+    return row if outcome.graph is None else row | {"graph": outcome.graph}
 
 
-def table(measured: dict[Case, dict[str, Outcome]], facts: dict[str, Any]) -> list[str]:
-    """The timing table, one block a case."""
-    out: list[str] = []
-    for case, outcomes in measured.items():
-        unit, scale = ("us", 1e3) if case.direction in (CALL, CALL_GRAD) else ("ms", 1.0)
-        head = ["", f"median {unit}", "p20", "p80", "GB/s", "x faster", "peak MB", "n"]
-        lines, notes = [head], []
-        for row in make_rows(case, outcomes, facts):
-            if "median_ms" not in row:
-                notes.append(f"  {row['provider']}: {row['status']}: {row['detail']}")
-                continue
-            times = [f"{row[key] * scale:.4g}" for key in ("median_ms", "p20_ms", "p80_ms")]
-            faster, peak = row["times_faster"], row["peak_mb"]
-            lines.append([
-                "  " + row["provider"], *times, f"{row['gb_per_s']:.1f}",
-                "-" if faster is None else f"{faster:.3g}",
-                "-" if peak is None else f"{peak:.1f}", str(row["samples"]),
-            ])  # fmt: skip
-        out += ["", case.name, *(_aligned(lines) if len(lines) > 1 else []), *notes]
-    return out
+def _short(value: float) -> float:
+    """Six digits: more than any clock here can tell."""
+    return float(f"{value:.6g}")
 
 
-def verdict_table(found: list[Verdict]) -> list[str]:
-    """The goals beside what was measured: must reach, and aim."""
-    word = {True: "met", False: "SHORT", None: "-"}
-    lines = [["goal", "measured", "must reach", "", "aim", ""]]
-    for verdict in found:
-        goal, value = verdict.goal, verdict.value
-        unit, sign = ("x", ">=" if goal.faster else "<=") if goal.against else (" us", "<=")
-        what = f"{goal.case.name} {goal.provider}"
-        if goal.against:
-            what += f" {'faster than' if goal.faster else 'against'} {goal.against}"
-        lines.append([
-            what,
-            "not measured" if value is None else f"{value:.3g}{unit}",
-            "-" if goal.must is None else f"{sign} {goal.must:g}{unit}", word[verdict.must_met],
-            "-" if goal.aim is None else f"{sign} {goal.aim:g}{unit}", word[verdict.aim_met],
-        ])  # fmt: skip
-    return _aligned(lines) if len(lines) > 1 else []
+def case_of(row: Row) -> Case:
+    """The case that a row belongs to."""
+    return Case.from_json({name: row[name] for name in _CASE if name in row})
 
 
-def save(folder: Path, rows: list[Row], found: list[Verdict]) -> Path:
-    """Write `<machine>-<date>.json`; cases measured again replace those of an earlier run."""
-    facts = rows[0]
-    day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    path = folder / f"{slug(facts['machine'], facts['isa'])}-{day}.json"
-    kept = _others(path, rows)
-    goals = [
-        {
-            "case": verdict.goal.case.name, "provider": verdict.goal.provider,
-            "against": verdict.goal.against, "faster": verdict.goal.faster,
-            "must": verdict.goal.must, "aim": verdict.goal.aim, "value": verdict.value,
-            "must_met": verdict.must_met, "aim_met": verdict.aim_met,
-        }
-        for verdict in found
-    ]  # fmt: skip
+def by_case(rows: Iterable[Row]) -> dict[Case, list[Row]]:
+    """Rows in blocks, one a case, in the order of their first rows."""
+    blocks: dict[Case, list[Row]] = {}
+    for row in rows:
+        blocks.setdefault(case_of(row), []).append(row)
+    return blocks
+
+
+def verdicts(rows: list[Row], goals: Iterable[Goal] | None = None) -> list[Verdict]:
+    """The goals beside the rows; unless told which, those whose case was measured."""
+    blocks = by_case(rows)
+    if goals is None:
+        goals = [goal for goal in GOALS if goal.case in blocks]
+
+    def seconds(case: Case, provider: str) -> float | None:
+        times = (
+            r["median_ms"]
+            for r in blocks.get(case, [])
+            if r["provider"] == provider and "median_ms" in r
+        )
+        found = next(times, None)
+        return None if found is None else found / 1e3
+
+    return [judge(goal, seconds) for goal in goals]
+
+
+def load(path: Path) -> Results:
+    """A results file; one of another format is refused."""
+    content = json.loads(path.read_text())
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {content.get('format')}, this suite reads {FORMAT}")
+    return Results(content["runs"], content["rows"])
+
+
+def save(folder: Path, rows: list[Row], facts: dict[str, Any]) -> Path:
+    """Merge rows into `<machine>-<date>.json`; a case measured again replaces its earlier rows.
+
+    Rows of one case are of one interleaved run, never of two. The file is replaced whole, so that
+    a process stopped at any moment leaves what it had saved before.
+    """
+    path = folder / f"{slug(facts)}-{facts['date']}.json"
+    runs, kept = load(path) if path.exists() else Results([], [])
+    new = {case_of(row) for row in rows}
+    kept = [row for row in kept if case_of(row) not in new]
+    if facts not in runs:
+        runs = [*runs, facts]
+    merged = kept + [row | {"run": runs.index(facts)} for row in rows]
+    used = sorted({row["run"] for row in merged})
+    merged = [row | {"run": used.index(row["run"])} for row in merged]
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "date": day, "rows": kept + rows, "goals": goals}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(path, to_text(Results([runs[index] for index in used], merged)))
     return path
 
 
-def _others(path: Path, rows: list[Row]) -> list[Row]:
-    """Rows of the file whose case is not among the new ones."""
-    if not path.exists():
-        return []
-    before = json.loads(path.read_text())
-    if before["format"] != FORMAT:
-        raise ValueError(f"{path} has format {before['format']}, this suite writes {FORMAT}")
+def to_text(results: Results) -> str:
+    """JSON with a line for each run and row, so that a diff shows what was measured again."""
 
-    def key(row: Row) -> tuple[Any, ...]:
-        names = ("op", "direction", "shape", "dims", "dtype", "env")
-        return tuple(str(row[name]) for name in names)
+    def lines(items: list[dict[str, Any]]) -> str:
+        return ",\n".join("  " + json.dumps(item, ensure_ascii=False) for item in items)
 
-    new = {key(row) for row in rows}
-    return [row for row in before["rows"] if key(row) not in new]
+    runs, rows = lines(results.runs), lines(results.rows)
+    return f'{{"format": {FORMAT},\n "runs": [\n{runs}\n ],\n "rows": [\n{rows}\n ]}}\n'
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The old content or the new one, whenever the process is stopped."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

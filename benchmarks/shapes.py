@@ -1,9 +1,15 @@
-"""Named problem sizes and the cases made of them: what is measured, apart from who does it."""
+"""Named problem sizes, what fits the machine, and the case: one op at one size.
+
+A size too large for the machine's memory is halved until it fits, under a name that says so:
+`qwen-r1/16` is a sixteenth of the rows of `qwen-r1`.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +17,17 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 FORWARD = "forward"
+BACKWARD = "backward"  # the forward pass before it is not timed
 BOTH = "forward+backward"
 # One call on tiny tensors, without and with a gradient to be recorded: the cost of calling.
 CALL = "call"
 CALL_GRAD = "call-with-grad"
+DIRECTIONS = (FORWARD, BACKWARD, BOTH, CALL, CALL_GRAD)
+
+BATCH_MAJOR = "batch-major"
+TIME_MAJOR = "time-major"  # tokens × sequences in memory
+PACKED = "packed"  # sequences of uneven length end to end
+LAYOUTS = (BATCH_MAJOR, TIME_MAJOR, PACKED)
 
 # Transparent huge pages for large blocks; torch's CPU allocator reads it when the process starts.
 THP = (("THP_MEM_ALLOC_ENABLE", "1"),)
@@ -22,28 +35,88 @@ THP = (("THP_MEM_ALLOC_ENABLE", "1"),)
 
 @dataclass(frozen=True)
 class Shape:
-    """A problem size: rows × vocabulary for logits, sequences × tokens elsewhere."""
+    """A problem size: rows × vocabulary (× hidden size), or sequences × tokens in some layout.
+
+    Packed sequences have that many tokens on average.
+    """
 
     name: str
-    dims: tuple[int, int]
+    dims: tuple[int, ...]
+    layout: str = BATCH_MAJOR
 
     @property
     def numel(self) -> int:
+        """Logits, or tokens."""
         return self.dims[0] * self.dims[1]
 
+    def part(self, divisor: int) -> Shape:
+        """The same with a part of the rows, or sequences; its name says which."""
+        rows = self.dims[0] // divisor
+        return Shape(f"{self.name}/{divisor}", (rows, *self.dims[1:]), self.layout)
+
     def __str__(self) -> str:
-        return "x".join(map(str, self.dims))
+        dims = "x".join(map(str, self.dims))
+        return dims if self.layout == BATCH_MAJOR else f"{dims}:{self.layout}"
 
 
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("gpt2", (512, 50257)),  # 512 tokens of GPT-2's vocabulary: 103 MB of fp32 logits
-        Shape("rlhf-256k", (256, 1024)),  # 262,144 tokens
+        # Logits of one micro-batch, by vocabulary; R1 of the goals is the first.
+        Shape("qwen-r1", (8192, 151936)),
+        Shape("llama3", (8192, 128256)),
+        Shape("smollm2", (2048, 49152)),
+        Shape("gpt2", (512, 50257)),  # 103 MB of fp32 logits, and rows of odd length
+        # Few rows: the tokens of one decoding step.
+        Shape("qwen-m64", (64, 151936)),
+        Shape("qwen-m512", (512, 151936)),
+        # Logits as hidden states × head: rows × vocabulary × hidden size; R2 is the first.
+        Shape("qwen-r2", (8192, 151936, 4096)),
+        Shape("smollm2-head", (512, 49152, 576)),
+        # Tokens of RLHF batches.
+        Shape("rlhf-8x512", (8, 512)),
         Shape("rlhf-long", (64, 4096)),
+        Shape("rlhf-256k", (256, 1024)),
+        Shape("rlhf-512x8k", (512, 8192)),
+        Shape("rlhf-1024x16k", (1024, 16384)),
+        Shape("packed", (256, 1024), PACKED),
+        # Environments × steps of classic RL.
+        Shape("envs-32", (4096, 32)),
+        Shape("envs-128", (4096, 128), TIME_MAJOR),
+        Shape("envs-8", (32768, 8), TIME_MAJOR),
+        # Few long sequences: what a scan over rows alone does not fill a machine with.
+        Shape("long-128k", (8, 131072)),
+        Shape("long-16x64k", (16, 65536)),
+        Shape("long-16x128k", (16, 131072)),
+        Shape("long-1m", (1, 1048576)),
         Shape("tiny", (2, 8)),
     )
 }
+
+# A case holds its inputs, a copy of them for each provider that takes gradients, and the
+# temporaries of the largest peer: about this many times its main tensor.
+_COPIES = 48
+
+
+@functools.cache
+def memory(device: str) -> int:
+    """Bytes this process may use: the GPU's, or the machine's within the container's limit."""
+    if device == "cuda":
+        # Under a dry run there is no GPU, and nothing to scale down for.
+        there = torch.cuda.is_available()
+        return torch.cuda.get_device_properties(0).total_memory if there else 2**60
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return total if text == "max" else min(total, int(text))
+
+
+def fitted(shape: Shape, dtype: str, budget: int) -> Shape:
+    """The shape, or the largest 1/2, 1/4, 1/8, ... of it that runs in `budget` bytes."""
+    need, divisor = shape.numel * DTYPES[dtype].itemsize * _COPIES, 1
+    while need > budget * divisor and shape.dims[0] >= 2 * divisor:
+        divisor *= 2
+    return shape if divisor == 1 else shape.part(divisor)
 
 
 @dataclass(frozen=True)
@@ -55,16 +128,28 @@ class Case:
     shape: Shape
     dtype: str = "fp32"
     env: tuple[tuple[str, str], ...] = ()
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
         parts = [self.op, self.direction, f"{self.shape.name}:{self.shape}", self.dtype]
+        parts += [] if self.device == "cpu" else [self.device]
         return " ".join(parts + [f"{key}={value}" for key, value in self.env])
+
+    @property
+    def is_call(self) -> bool:
+        """Whether it is the cost of calling that is measured."""
+        return self.direction in (CALL, CALL_GRAD)
 
     @property
     def grad(self) -> bool:
         """Whether gradients are asked for (in a call: recorded, not taken)."""
-        return self.direction in (BOTH, CALL_GRAD)
+        return self.differentiates or self.direction == CALL_GRAD
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether gradients are taken."""
+        return self.direction in (BACKWARD, BOTH)
 
     @property
     def missing_env(self) -> dict[str, str]:
@@ -76,26 +161,6 @@ class Case:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Case:
-        shape = Shape(fields["shape"]["name"], tuple(fields["shape"]["dims"]))
+        shape = Shape(**{**fields["shape"], "dims": tuple(fields["shape"]["dims"])})
         env = tuple((key, value) for key, value in fields["env"])
         return cls(**{**fields, "shape": shape, "env": env})
-
-
-_GPT2, _TOKENS, _LONG, _TINY = (
-    SHAPES[name] for name in ("gpt2", "rlhf-256k", "rlhf-long", "tiny")
-)
-
-LOGPROBS_FORWARD = Case("token_logprobs", FORWARD, _GPT2)
-LOGPROBS_BOTH = Case("token_logprobs", BOTH, _GPT2)
-LOGPROBS_BOTH_THP = Case("token_logprobs", BOTH, _GPT2, env=THP)
-PPO_LOSS_BOTH = Case("ppo_loss", BOTH, _TOKENS)
-VALUE_LOSS_BOTH = Case("value_loss", BOTH, _TOKENS)
-GAE = Case("gae", FORWARD, _LONG)
-
-CALLS = tuple(
-    Case(op, CALL, _TINY)
-    for op in ("token_logprobs", "ppo_loss", "value_loss", "gae", "rlhf_advantages", "whiten")
-)
-CALLS_WITH_GRAD = tuple(
-    Case(op, CALL_GRAD, _TINY) for op in ("token_logprobs", "ppo_loss", "value_loss")
-)

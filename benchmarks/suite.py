@@ -1,47 +1,68 @@
-"""One measurement of a case: bind, gate, then time every provider in one interleaved run."""
+"""One measurement of a case: bind, gate, then time every provider in one interleaved run.
+
+It happens in this process; `worker` gives it one of its own where a case needs that.
+"""
 
 from __future__ import annotations
 
-import json
+import gc
 import os
-import subprocess
-import sys
+import time as clock
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
+from benchmarks import cuda_timing, timing
 from benchmarks.gate import Gate
 from benchmarks.providers import Provider, providers_of
 from benchmarks.shapes import Case
-from benchmarks.timing import Bound, interleave, peak_mb
+from benchmarks.timing import Bound
 from benchmarks.workloads import make_call
 from ppo_fast.testing import Call
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = min(2, os.cpu_count() or 1)
 
+# Told the name of each provider before it runs, so that a crash can be laid at its door.
+Announce = Callable[[str], None]
+
 
 @dataclass
 class Outcome:
     """What one provider did: timed ("ok"), or why there is no time.
 
-    "skipped" is absent here, "red" disagrees with the reference, "error" raised.
+    "skipped" is absent here, "red" disagrees with the reference, "error" raised, crashed or hung.
+    `graph` says whether a GPU's samples are of a replayed graph; `moved` is a ceiling's bytes.
     """
 
     status: str
     detail: str = ""
     samples: list[float] = field(default_factory=list)
     peak_mb: float | None = None
+    graph: bool | None = None
+    moved: int | None = None
 
 
-def measure(case: Case, names: Iterable[str], *, time: bool = True) -> dict[str, Outcome]:
-    """Gate, and unless told otherwise time, the named providers of a case."""
-    if case.missing_env:
-        return _elsewhere(case, list(names), time)
-    torch.set_num_threads(THREADS)
+def measure(
+    case: Case,
+    names: Iterable[str],
+    *,
+    time: bool = True,
+    announce: Announce = lambda name: None,
+    seconds: float = float("inf"),
+) -> dict[str, Outcome]:
+    """Gate, and unless told otherwise time, the named providers of a case.
+
+    Providers whose turn at the gate has not come after `seconds` are left out, and say so.
+    """
+    # Beside a GPU the cores only serve the gate.
+    torch.set_num_threads((os.cpu_count() or 1) if _on_gpu(case) else THREADS)
+    end = clock.monotonic() + seconds
     call = make_call(case)
     gate = Gate(call)
     outcomes: dict[str, Outcome] = {}
@@ -50,63 +71,82 @@ def measure(case: Case, names: Iterable[str], *, time: bool = True) -> dict[str,
         if provider.name not in names:
             continue
         reason = provider.missing()
+        if reason is None and clock.monotonic() > end:
+            reason = f"not run: the {seconds:g} s of this case were used up"
         if reason is not None:
             outcomes[provider.name] = Outcome("skipped", reason)
             continue
-        outcome, bound = _admit(provider, case, call, gate)
-        outcomes[provider.name] = outcome
+        announce(provider.name)
+        outcomes[provider.name], bound = _admit(provider, case, call, gate)
         if bound is not None:
             ready[provider.name] = bound
     del gate
     if time and ready:
-        for name, bound in ready.items():
-            outcomes[name].peak_mb = peak_mb(bound)
-        for name, samples in interleave(ready).items():
-            outcomes[name].samples = samples
+        _time(case, ready, outcomes, announce)
     return outcomes
 
 
 def _admit(provider: Provider, case: Case, call: Call, gate: Gate) -> tuple[Outcome, Bound | None]:
     """Run a provider once (compiling it, if it compiles) and hold its results to the gate."""
+
+    def run() -> Bound:
+        bound = provider.bind(case, call)
+        if bound.prepare is not None:
+            bound.prepare()
+        result = bound.call()
+        _synchronize(case)
+        if not provider.ceiling:
+            gate.check(bound.named(result), plain=provider.plain, roundings=provider.roundings)
+        return bound
+
+    done = _tried(case, run)
+    return (done, None) if isinstance(done, Outcome) else (Outcome("ok", moved=done.moved), done)
+
+
+def _time(
+    case: Case, ready: dict[str, Bound], outcomes: dict[str, Outcome], announce: Announce
+) -> None:
+    """Fill in peak memory and samples of the providers that passed the gate."""
+    device: ModuleType = cuda_timing if _on_gpu(case) else timing
+    samplers: dict[str, timing.Sampler] = {}
+    for name, bound in ready.items():
+        announce(name)
+
+        def prepare(bound: Bound = bound) -> tuple[float | None, timing.Sampler]:
+            return device.peak_mb(bound), device.sampler(bound)
+
+        done = _tried(case, prepare)
+        if isinstance(done, Outcome):
+            outcomes[name] = done
+            continue
+        outcomes[name].peak_mb, sampler = done
+        if isinstance(sampler, cuda_timing.Timed):
+            outcomes[name].graph, outcomes[name].detail = sampler.graph, sampler.reason
+        samplers[name] = sampler
+    announce("")
+    for name, samples in timing.interleave(samplers, device.BUDGET).items():
+        outcomes[name].samples = samples
+
+
+def _tried(case: Case, run: Callable[[], Any]) -> Any:
+    """What `run` gives, or the outcome that says how it failed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a peer's own
-            bound = provider.bind(case, call)
-            if bound.prepare is not None:
-                bound.prepare()
-            result = bound.call()
-        if not provider.ceiling:
-            gate.check(bound.named(result), plain=provider.plain, roundings=provider.roundings)
+            return run()
     except AssertionError as error:
-        return Outcome("red", str(error)), None
+        failed = Outcome("red", str(error))
     except Exception as error:  # a peer may fail in any way; its row says so, the others go on
-        return Outcome("error", f"{type(error).__name__}: {error}".splitlines()[0][:200]), None
-    return Outcome("ok"), bound
+        failed = Outcome("error", f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    gc.collect()  # the traceback is gone by now: what it held goes too
+    _synchronize(case)  # after a fault nothing runs on a GPU any more: this process ends here
+    return failed
 
 
-def _elsewhere(case: Case, names: list[str], time: bool) -> dict[str, Outcome]:
-    """The same measurement in a process that starts with the case's environment."""
-    request = json.dumps({"case": case.to_json(), "names": names, "time": time})
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.suite", request],
-        cwd=ROOT,
-        env={**os.environ, **case.missing_env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        return {name: Outcome("error", done.stderr[-2000:]) for name in names}
-    answer = json.loads(done.stdout.splitlines()[-1])
-    return {name: Outcome(**fields) for name, fields in answer.items()}
+def _on_gpu(case: Case) -> bool:
+    return case.device == "cuda"
 
 
-def main() -> None:
-    """Answer the one request in argv with outcomes as JSON on the last line."""
-    request = json.loads(sys.argv[1])
-    outcomes = measure(Case.from_json(request["case"]), request["names"], time=request["time"])
-    print(json.dumps({name: asdict(outcome) for name, outcome in outcomes.items()}))
-
-
-if __name__ == "__main__":
-    main()
+def _synchronize(case: Case) -> None:
+    if _on_gpu(case):
+        torch.cuda.synchronize()

@@ -1,4 +1,7 @@
-"""Timing providers against each other: rounds interleaved, so that a swing hits them all."""
+"""Timing providers against each other: rounds interleaved, so that a swing hits them all.
+
+How one sample is taken is the device's matter: here on the CPU, in `cuda_timing` on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,23 @@ MIN_SAMPLES = 5
 # A sample lasts at least this long, by repeating short calls.
 MIN_SAMPLE = 4e-3
 
+# Takes one sample: seconds per call.
+Sampler = Callable[[], float]
+
 
 @dataclass(frozen=True)
 class Bound:
     """A provider with its inputs in place.
 
     `call` is what is timed, the release of its result included. `named` turns that result into
-    named tensors for the gate. `prepare` runs before each timed call, untimed.
+    named tensors for the gate. `prepare` runs before each timed call, untimed. `moved` is a
+    ceiling's traffic in bytes; everybody else is credited with what the case cannot do without.
     """
 
     call: Callable[[], Any]
     named: Callable[[Any], dict[str, Any]]
     prepare: Callable[[], None] | None = None
+    moved: int | None = None
 
 
 class ReplayClock:
@@ -84,19 +92,26 @@ def _calls_per_sample(bound: Bound) -> int:
     return number
 
 
-def interleave(providers: dict[str, Bound], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Samples (seconds per call) of every provider, one sample a round in turn."""
+def sampler(bound: Bound) -> Sampler:
+    """Samples of a provider on the CPU, each long enough for the clock."""
+    number = _calls_per_sample(bound)
+    return lambda: _sample(bound, number)
+
+
+def interleave(samplers: dict[str, Sampler], budget: float = BUDGET) -> dict[str, list[float]]:
+    """Samples of every provider, one a round in turn; `budget` is in seconds for each."""
     with _no_collector():
-        number = {name: _calls_per_sample(bound) for name, bound in providers.items()}
         every = {}
-        for name, bound in providers.items():
-            wanted = BUDGET / (_sample(bound, number[name]) * number[name])
-            every[name] = math.ceil(rounds / min(rounds, max(MIN_SAMPLES, wanted)))
-        samples: dict[str, list[float]] = {name: [] for name in providers}
-        for turn in range(rounds):
-            for name, bound in providers.items():
+        for name, sample in samplers.items():
+            start = time.perf_counter()
+            sample()
+            wanted = budget / (time.perf_counter() - start)
+            every[name] = math.ceil(ROUNDS / min(ROUNDS, max(MIN_SAMPLES, wanted)))
+        samples: dict[str, list[float]] = {name: [] for name in samplers}
+        for turn in range(ROUNDS):
+            for name, sample in samplers.items():
                 if turn % every[name] == 0:
-                    samples[name].append(_sample(bound, number[name]))
+                    samples[name].append(sample())
     return samples
 
 

@@ -1,4 +1,7 @@
-"""Each case's inputs as an op call, and the bytes and operations that it cannot do without."""
+"""Each case's inputs as an op call, and the bytes and operations that it cannot do without.
+
+Packed sequences' offsets, 8 bytes a sequence, are not counted.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.shapes import BOTH, DTYPES, Case
-from ppo_fast.testing import Call, gae_call, logprobs_call, rlhf_call, value_call, whiten_call
+from benchmarks.linear import LINEAR, linear_call
+from benchmarks.shapes import BACKWARD, BOTH, DTYPES, PACKED, TIME_MAJOR, Case, Shape
+from ppo_fast.testing import Call, gae_call, rlhf_call, value_call, whiten_call
 
 # The settings RLHF trainers use; the same for every provider.
 PPO_OPTIONS: dict[str, Any] = {
@@ -25,32 +29,70 @@ class Cost(NamedTuple):
 
 
 def make_call(case: Case) -> Call:
-    """The case's inputs, the same in every process."""
+    """The case's inputs on its device, the same in every process there."""
     dims, dtype = case.shape.dims, DTYPES[case.dtype]
     if case.op == "token_logprobs":
-        call = logprobs_call(dims[:1], dims[1], dtype=dtype, mask=None, temperature=1.0)
+        call = _logprobs_call(dims, dtype, case.device)
+    elif case.op == LINEAR:
+        torch.manual_seed(0)
+        call = linear_call(dims, dtype, case.device)
     elif case.op == "ppo_loss":
         call = _ppo_call(dims, dtype)
     elif case.op == "value_loss":
         call = value_call(dims, dtype=dtype, mask=None).replace(mask=_responses(dims))
     elif case.op == "gae":
-        call = gae_call(dims, dtype=dtype, mask=None, extras=(), **GAE_OPTIONS)
+        call = _gae_call(case.shape, dtype)
     elif case.op == "rlhf_advantages":
         call = rlhf_call(dims, dtype=dtype, bootstrap=False, **GAE_OPTIONS)
         call = call.replace(mask=_responses(dims))
     else:
         call = whiten_call(dims, dtype=dtype, mask=None).replace(mask=_responses(dims))
-    return call if case.direction == BOTH else call._replace(cotangents={})
+    return on(call if case.differentiates else call._replace(cotangents={}), case.device)
 
 
-def _responses(dims: tuple[int, int]) -> torch.Tensor:
+def on(call: Call, device: str) -> Call:
+    """The call with its tensors on a device."""
+    tensors, cotangents = (
+        {name: x.to(device) for name, x in group.items()}
+        for group in (call.tensors, call.cotangents)
+    )
+    return call._replace(tensors=tensors, cotangents=cotangents)
+
+
+def _logprobs_call(dims: tuple[int, ...], dtype: torch.dtype, device: str) -> Call:
+    """Logits are drawn where they stay: a GPU's would take a CPU ten seconds."""
+    torch.manual_seed(0)
+    rows = dims[0]
+    logits = torch.randn(dims, device=device).mul_(3.0).to(dtype)
+    tokens = torch.randint(dims[1], (rows,), device=device)
+    cotangents = {name: torch.randn(rows, device=device) for name in ("logprobs", "entropy")}
+    tensors = {"logits": logits, "tokens": tokens}
+    return Call("token_logprobs", tensors, {"temperature": 1.0}, cotangents)
+
+
+def _gae_call(shape: Shape, dtype: torch.dtype) -> Call:
+    """Whole sequences; packed ones are cut at random places."""
+    sequences, tokens = shape.dims
+    if shape.layout == PACKED:
+        call = gae_call((shape.numel,), dtype=dtype, mask=None, extras=(), **GAE_OPTIONS)
+        generator = torch.Generator().manual_seed(1)
+        cuts = torch.randperm(shape.numel - 1, generator=generator)[: sequences - 1] + 1
+        ends = torch.tensor([0, shape.numel])
+        return call.replace(cu_seqlens=torch.cat([cuts, ends]).sort().values)
+    if shape.layout == TIME_MAJOR:
+        options = {**GAE_OPTIONS, "time_major": True}
+        return gae_call((tokens, sequences), dtype=dtype, mask=None, extras=(), **options)
+    return gae_call((sequences, tokens), dtype=dtype, mask=None, extras=(), **GAE_OPTIONS)
+
+
+def _responses(dims: tuple[int, ...]) -> torch.Tensor:
     """The mask of right-padded responses, each half to all of its row."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(dims[1] // 2, dims[1] + 1, (dims[0], 1), generator=generator)
     return torch.arange(dims[1]) < lengths
 
 
-def _ppo_call(dims: tuple[int, int], dtype: torch.dtype) -> Call:
+def _ppo_call(dims: tuple[int, ...], dtype: torch.dtype) -> Call:
     """A policy some steps from the one that sampled: a tenth of its ratios are clipped."""
     generator = torch.Generator().manual_seed(0)
 
@@ -81,7 +123,14 @@ def cost(case: Case) -> Cost:
         # Forward: the logits, 8 bytes of token and 8 of results a row; subtract, exp, add,
         # multiply, add. Backward: the logits again and their gradient; 8 more operations.
         forward = Cost(n * wide + rows * 16, 5 * n)
-        return Cost(forward.bytes + 2 * n * wide + rows * 24, 13 * n) if both else forward
+        backward = Cost(2 * n * wide + rows * 24, 8 * n)
+        if case.direction == BACKWARD:
+            return backward
+        return Cost(*map(sum, zip(forward, backward, strict=True))) if both else forward
+    if case.op == LINEAR:
+        # Hidden states and head once, tokens and results; the product, and the softmax of it.
+        vocab, width = case.shape.dims[1:]
+        return Cost((rows + vocab) * width * wide + rows * 16, 2 * n * width + 5 * n)
     if case.op == "ppo_loss":
         # Five floats and a mask byte in, two gradients out.
         return Cost(n * (5 * wide + 1 + (8 if both else 0)), 60 * n)

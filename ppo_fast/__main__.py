@@ -21,7 +21,7 @@ _USAGE = """usage: ppo-fast COMMAND [OPTIONS]
 
   train   fine-tune a causal language model with PPO (ppo-fast train --help lists the options)
   info    versions and usable backends
-  bench   pytest benchmarks/ --benchmark-only, further arguments passed through
+  bench   measure the ops beside their peers (ppo-fast bench --help lists the options)
 """
 _TRAIN_HELP = """PPO on a causal language model. The default fine-tunes SmolLM2-135M-Instruct
 to continue film reviews with positive sentiment."""
@@ -123,7 +123,7 @@ def _bench(args: list[str]) -> int:
     if not folder.is_dir():
         print(f"ppo-fast bench runs from a checkout; {folder} is missing", file=sys.stderr)
         return 1
-    command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-only", *args]
+    command = [sys.executable, "-m", "benchmarks.choose", *args]
     return subprocess.run(command, check=False, cwd=folder.parent).returncode
 
 

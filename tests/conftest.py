@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -29,6 +30,24 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "own_memory: allocations stay as they are (a compiler looks at them)"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that compute on a GPU where there is one; asked for alone, they need one."""
+    asked = re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr"))
+    for item in items:
+        if item.get_closest_marker("gpu") is None and _on_gpu(item):
+            item.add_marker(pytest.mark.gpu)
+        if asked and item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+def _on_gpu(item: pytest.Item) -> bool:
+    """Whether a test's backend computes on CUDA tensors, as `device` below decides."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    names = {params.get(key) for key in ("backend", "kernel", "backend_name")}
+    follows = "device" in getattr(item, "fixturenames", ()) and "reference" in names
+    return "triton" in names or follows
 
 
 def shape_of(op: str) -> tuple[int, int]:

@@ -76,6 +76,7 @@ def test_dynamic_shapes(kernel: str, device: str, op: str) -> None:
     assert len(graphs) <= 2
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("op", ["token_logprobs", "ppo_loss"])
 def test_inductor(op: str) -> None:
     from conftest import usable

@@ -48,7 +48,7 @@ class Comparison:
         return table
 
 
-class _State:
+class State:
     """A copy of everything that a step changes, put back before each repeat."""
 
     def __init__(self, trainer: Trainer) -> None:
@@ -83,12 +83,12 @@ def compare(trainer: Trainer, repeats: int) -> Comparison:
         raise ValueError("compare: the run must have learnt from a batch, got none")
     backends = (trainer.backend, "reference")
     gc.collect()
-    state = _State(trainer)
+    state = State(trainer)
     runs: dict[str, Phases] = {backend: {phase: [] for phase in PHASES} for backend in backends}
     for repeat in range(repeats + 1):
         for backend in backends:
             state.restore()
-            batch, plan, took = _replay(trainer, *trainer.last_batch, backend)
+            batch, plan, took = replay(trainer, *trainer.last_batch, backend)
             if repeat:
                 for phase, measurement in took.items():
                     runs[backend][phase].append(measurement)
@@ -102,7 +102,7 @@ def compare(trainer: Trainer, repeats: int) -> Comparison:
     )  # fmt: skip
 
 
-def _replay(
+def replay(
     trainer: Trainer, prompts: list[str], scores: Scores, backend: str
 ) -> tuple[Batch, Plan, dict[str, Measurement]]:
     """One whole step with the last batch's prompts and rewards."""

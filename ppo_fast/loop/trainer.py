@@ -190,17 +190,21 @@ class Trainer:
             console.print(f"update {self.updates}: reward {record['reward']:+.3f}, KL {kl:.2f}")
 
 
-def train(config: TrainConfig, console: Console) -> tuple[Trainer, Outcome]:
-    """Load what `config` names, train, and return the trainer with the outcome."""
+def load_trainer(config: TrainConfig) -> Trainer:
+    """A trainer of what `config` names: model, prompts and reward."""
     config = config.resolved()
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     texts = data.movie_reviews()
     torch.manual_seed(config.seed)
-    console.print(f"loading {config.model}")
     model, tokenizer = models.load_model(config.model, texts[:200], torch.device(name))
     prompts = data.opening_words(texts, config.prompt_words)
-    reward = rewards.load_reward(config.reward)
-    trainer = Trainer(config, model, tokenizer, prompts, reward)
+    return Trainer(config, model, tokenizer, prompts, rewards.load_reward(config.reward))
+
+
+def train(config: TrainConfig, console: Console) -> tuple[Trainer, Outcome]:
+    """Load what `config` names, train, and return the trainer with the outcome."""
+    console.print(f"loading {config.resolved().model}")
+    trainer = load_trainer(config)
     return trainer, trainer.run(console)

@@ -1,0 +1,56 @@
+"""This library's backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ppo_fast
+from benchmarks.linear import LINEAR, composed
+from benchmarks.providers.base import BF16_LOGITS, Provider, leaves, restore, timed
+from benchmarks.shapes import Case
+from benchmarks.timing import Bound
+from ppo_fast.testing import Call, output
+
+# The reference's recurrence launches about 25 kernels a step.
+_MOST_STEPS = {"cpu": 16384, "cuda": 1024}
+
+
+def of(case: Case) -> Iterator[Provider]:
+    """The backends of the case's device, then the reference."""
+    backends = ("cpu",) if case.device == "cpu" else ("cuda", "triton")
+    for backend in backends:
+        yield _backend(case, backend)
+        if case.op == "token_logprobs" and case.differentiates:
+            yield _backend(case, backend, inplace=True)
+    yield _backend(case, "reference")
+
+
+def _backend(case: Case, backend: str, *, inplace: bool = False) -> Provider:
+    def missing() -> str | None:
+        steps = case.shape.dims[1]
+        if backend == "reference" and case.op == "gae" and steps > _MOST_STEPS[case.device]:
+            return f"a loop over {steps:,} steps takes too long to be timed"
+        return ppo_fast.backends()[backend]
+
+    def bind(case: Case, call: Call) -> Bound:
+        return _bind(case, call, backend, inplace)
+
+    linear = case.op == LINEAR
+    return Provider(
+        f"ppo_fast-{backend}" + ("-inplace" if inplace else ""),
+        bind,
+        missing,
+        plain=backend == "reference",
+        roundings=BF16_LOGITS if linear and case.dtype == "bf16" else 0.0,
+        computes="logits with F.linear first: the fused op is not there yet" if linear else "",
+    )
+
+
+def _bind(case: Case, call: Call, backend: str, inplace: bool) -> Bound:
+    tensors, inputs = leaves(case, call)
+    op = composed if call.op == LINEAR else getattr(ppo_fast, call.op)
+    options = dict(call.options, backend=backend)
+    if inplace:
+        options["inplace_backward"] = True
+    prepare = restore(tensors, call, "logits") if inplace else None
+    return timed(case, call, lambda: op(**tensors, **options), inputs, output, prepare=prepare)

@@ -1,0 +1,135 @@
+"""Plain PyTorch: the functions of `peers`, eager and compiled, and ceilings of pure traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.linear import LINEAR
+from benchmarks.providers.base import (
+    BF16_LOGITS,
+    Named,
+    Provider,
+    leaves,
+    pair,
+    single,
+    timed,
+)
+from benchmarks.providers.layout import Rows
+from benchmarks.shapes import Case
+from benchmarks.timing import Bound
+from ppo_fast.testing import Call
+
+# About six launches a step: beyond this many a call takes seconds on a GPU.
+_MOST_STEPS = 16384
+
+
+def of(case: Case) -> Iterator[Provider]:
+    """Eager and compiled, or the loop, and the ceiling: what no such op can be faster than."""
+    if case.is_call:
+        return
+    if case.op in ("gae", "rlhf_advantages"):
+        bind = _gae_loop if case.op == "gae" else _rlhf_loop
+        yield Provider("loop", bind, lambda: _too_long(case), plain=True)
+    else:
+        yield _function(case, "eager")
+        yield _function(case, "compile", compiled=True)
+    if case.op == LINEAR:
+        yield Provider(
+            "linear-ce", _linear_ce, _no_linear_ce, roundings=_rounded(case),
+            computes="log-prob only, no entropy",
+        )  # fmt: skip
+        yield _ceiling("gemm", lambda hidden, weight: [F.linear(hidden, weight)])
+    elif case.op == "token_logprobs" and not case.differentiates:
+        yield _ceiling("read", peers.read)
+    else:
+        yield _ceiling("copy", peers.copy)
+
+
+def _rounded(case: Case) -> float:
+    return BF16_LOGITS if case.op == LINEAR and case.dtype != "fp32" else 0.0
+
+
+def _too_long(case: Case) -> str | None:
+    steps = case.shape.dims[1]
+    if case.device == "cpu" or steps <= _MOST_STEPS:
+        return None
+    return f"a loop of {steps:,} steps takes seconds a call on a GPU"
+
+
+def _no_linear_ce() -> str | None:
+    if hasattr(F, "linear_cross_entropy"):
+        return None
+    return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
+
+
+def _with_stats(names: tuple[str, ...]) -> Callable[[Any], Named]:
+    return lambda out: {"loss": out[0], **dict(zip(names, out[1], strict=True))}
+
+
+# Each op's function, the options it takes, and the names of its results.
+_PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...], Callable[[Any], Named]]] = {
+    "token_logprobs": (peers.token_logprobs, (), pair("logprobs", "entropy")),
+    LINEAR: (peers.linear_token_logprobs, (), pair("logprobs", "entropy")),
+    "ppo_loss": (
+        peers.ppo_loss,
+        ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
+        _with_stats(peers.PPO_STATS),
+    ),
+    "value_loss": (peers.value_loss, ("clip",), _with_stats(peers.VALUE_STATS)),
+    "whiten": (peers.whiten, (), single("out")),
+}
+
+
+def _function(case: Case, name: str, compiled: bool = False) -> Provider:
+    """The op's function, eager or compiled (forward and, traced, backward)."""
+
+    def bind(case: Case, call: Call) -> Bound:
+        plain, accepted, named = _PLAIN[call.op]
+        function: Any = torch.compile(plain, dynamic=False) if compiled else plain
+        tensors, inputs = leaves(case, call)
+        options = {k: v for k, v in call.options.items() if k in accepted}
+        return timed(case, call, lambda: function(**tensors, **options), inputs, named)
+
+    return Provider(name, bind, plain=True, roundings=_rounded(case))
+
+
+def _gae_loop(case: Case, call: Call) -> Bound:
+    rows, (gamma, lam) = Rows(call), (call.options[k] for k in ("gamma", "lam"))
+    return Bound(
+        lambda: peers.gae_loop(rows.rewards, rows.values, gamma=gamma, lam=lam),
+        rows.named("advantages", "returns"),
+    )
+
+
+def _rlhf_loop(case: Case, call: Call) -> Bound:
+    t, o = call.tensors, call.options
+    options = {k: o[k] for k in ("kl_coef", "gamma", "lam")}
+    names = pair("advantages", "returns", "rewards", "kl")
+    return Bound(lambda: peers.rlhf_advantages(**t, **options), names)
+
+
+def _linear_ce(case: Case, call: Call) -> Bound:
+    t = call.tensors
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def run() -> Tensor:
+        return F.linear_cross_entropy(
+            t["hidden"], t["weight"], t["tokens"], reduction="none", options=options
+        )
+
+    return Bound(run, lambda out: {"logprobs": -out})
+
+
+def _ceiling(name: str, function: Callable[..., list[Tensor]]) -> Provider:
+    def bind(case: Case, call: Call) -> Bound:
+        tensors = [x for key, x in call.tensors.items() if key not in ("tokens", "cu_seqlens")]
+        moved = sum(x.nbytes for x in (*tensors, *function(*tensors)))
+        return Bound(lambda: function(*tensors), lambda out: {}, moved=moved)
+
+    return Provider(name, bind, ceiling=True)

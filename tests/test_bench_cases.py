@@ -1,0 +1,204 @@
+"""The benchmark's cases and contestants: named, scaled by name, gated, or absent with a reason."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import cases, choose, goals, shapes, suite
+from benchmarks import gate as module_of_gate
+from benchmarks.gate import Gate
+from benchmarks.linear import LINEAR
+from benchmarks.providers import providers_of
+from benchmarks.providers.base import Provider, leaves, single, timed
+from benchmarks.shapes import BACKWARD, BOTH, FORWARD, LAYOUTS, Case, Shape
+from benchmarks.timing import Bound
+from benchmarks.workloads import cost, make_call
+from ppo_fast.testing import Call, run
+
+_TINY = [
+    *(Case("token_logprobs", way, Shape("t", (8, 37))) for way in (FORWARD, BACKWARD, BOTH)),
+    Case(LINEAR, FORWARD, Shape("t", (8, 100, 32))),
+    *(Case(op, BOTH, Shape("t", (4, 16))) for op in ("ppo_loss", "value_loss")),
+    *(Case(op, FORWARD, Shape("t", (4, 16))) for op in ("rlhf_advantages", "whiten")),
+    *(Case("gae", FORWARD, Shape("t", (4, 16), layout)) for layout in LAYOUTS),
+]
+
+
+def test_every_op_has_a_case_on_each_device() -> None:
+    for device in ("cpu", "cuda"):
+        assert {case.op for case in cases.CASES if case.device == device} == set(cases.OPS)
+
+
+def test_names_tell_cases_and_their_providers_apart() -> None:
+    every = cases.CPU + cases.GPU
+    assert len({case.name for case in every}) == len(every)
+    for case in every:
+        names = [provider.name for provider in providers_of(case)]
+        assert len(set(names)) == len(names), case.name
+        assert names[0].startswith("ppo_fast-") and "ppo_fast-reference" in names
+
+
+@pytest.mark.parametrize("case", cases.CPU + cases.GPU, ids=lambda case: case.name)
+def test_a_case_survives_json_and_costs_something(case: Case) -> None:
+    assert Case.from_json(case.to_json()) == case
+    moved, flops = cost(case)
+    assert moved > 0 and flops > 0
+
+
+def test_a_shape_is_scaled_by_name_to_half_after_half() -> None:
+    full = shapes.SHAPES["qwen-r1"]
+    need = full.numel * 4 * 48
+    assert shapes.fitted(full, "fp32", need) is full
+    small = shapes.fitted(full, "fp32", need // 9)
+    assert (small.name, small.dims) == ("qwen-r1/16", (512, 151936))
+    assert shapes.fitted(full, "bf16", need // 9).name == "qwen-r1/8"
+    assert shapes.fitted(shapes.SHAPES["long-1m"], "fp32", 1).dims == (1, 1048576)
+    assert f"{small.name}:{small}" in Case("token_logprobs", FORWARD, small).name
+
+
+def test_a_scaled_case_meets_no_goal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "memory", lambda device: 2**30)
+    here = cases.here(cases.LOGPROBS_FORWARD)
+    assert here.shape.name == "gpt2/8"
+    assert here not in {goal.case for goal in goals.GOALS}
+
+
+def test_every_goal_is_about_a_case_and_providers_that_exist() -> None:
+    for goal in goals.GOALS:
+        assert goal.case in cases.CPU + cases.GPU
+        names = {provider.name for provider in providers_of(goal.case)}
+        assert goal.provider in names
+        assert goal.against in names | {None}
+
+
+@pytest.mark.parametrize("case", _TINY, ids=lambda case: case.name)
+def test_each_contestant_passes_the_gate_or_says_why_not(case: Case) -> None:
+    names = [p.name for p in providers_of(case) if p.name != "compile"]  # seconds each
+    outcomes = suite.measure(case, names, time=False)
+    assert list(outcomes) == names
+    for name, outcome in outcomes.items():
+        assert outcome.status in ("ok", "skipped"), (name, outcome)
+        assert outcome.status == "ok" or outcome.detail, name
+    ours = [name for name in names if name.startswith("ppo_fast-")]
+    assert all(outcomes[name].status == "ok" for name in ours)
+
+
+@pytest.mark.parametrize("case", _TINY[:1] + _TINY[4:5], ids=lambda case: case.name)
+def test_compiled_peers_pass_too(case: Case) -> None:
+    assert suite.measure(case, ["compile"], time=False)["compile"].status == "ok"
+
+
+def test_peers_of_a_gpu_say_what_they_lack() -> None:
+    case = cases.GPU_LOGPROBS_FORWARD
+    for provider in providers_of(case):
+        if provider.name in ("liger", "flash-attn", "quack") and not torch.cuda.is_available():
+            assert provider.missing() == "its kernels need a GPU"
+
+
+def _log_prob_only(case: Case, call: Call) -> Bound:
+    tensors, inputs = leaves(case, call)
+
+    def run() -> torch.Tensor:
+        return -F.cross_entropy(tensors["logits"], tensors["tokens"], reduction="none")
+
+    return timed(case, call, run, inputs, single("logprobs"), only="logprobs")
+
+
+@pytest.mark.parametrize("direction", [BACKWARD, BOTH])
+def test_a_gradient_of_one_output_is_gated_against_that_of_this_output(direction: str) -> None:
+    case = Case("token_logprobs", direction, Shape("t", (8, 37)))
+    call = make_call(case)
+    bound = _log_prob_only(case, call)
+    if bound.prepare is not None:
+        bound.prepare()
+    named = bound.named(bound.call())
+    assert named.keys() == {"logprobs", "grad_logits|logprobs"}
+    gate = Gate(call)
+    gate.check(named, plain=True)
+    with pytest.raises(AssertionError, match="grad_logits"):
+        gate.check({"grad_logits": named["grad_logits|logprobs"]}, plain=True)
+
+
+def test_the_gate_samples_rows_from_the_first_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_of_gate, "_SAMPLE", 5 * 37)
+    call = make_call(Case("token_logprobs", BOTH, Shape("t", (9, 37))))
+    gate = Gate(call)
+    results = run(call, "reference")
+    gate.check(results)
+    for row, seen in ((0, True), (1, False), (2, True), (8, True)):
+        spoiled = {name: x.clone() for name, x in results.items()}
+        spoiled["grad_logits"][row, 3] += 1e-2
+        if seen:
+            with pytest.raises(AssertionError, match="grad_logits"):
+                gate.check(spoiled)
+        else:
+            gate.check(spoiled)
+
+
+def test_a_peer_that_crashes_or_disagrees_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("gae", FORWARD, Shape("t", (4, 16)))
+    good = next(p for p in providers_of(case) if p.name == "loop")
+
+    def wrong(case: Case, call: Call) -> Bound:
+        bound = good.bind(case, call)
+        return replace(bound, named=lambda out: {k: x + 1e-3 for k, x in bound.named(out).items()})
+
+    def broken(case: Case, call: Call) -> Bound:
+        raise RuntimeError("no such kernel")
+
+    peers = (Provider("wrong", wrong), Provider("broken", broken), good)
+    monkeypatch.setattr(suite, "providers_of", lambda case: peers)
+    outcomes = suite.measure(case, ["wrong", "broken", "loop"], time=False)
+    assert {name: x.status for name, x in outcomes.items()} == {
+        "wrong": "red", "broken": "error", "loop": "ok",
+    }  # fmt: skip
+    assert "advantages" in outcomes["wrong"].detail
+    assert outcomes["broken"].detail == "RuntimeError: no such kernel"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--op gea", "known: token_logprobs, linear_token_logprobs, ppo_loss"),
+        ("--shape 64by4096", "known: qwen-r1 (8192x151936)"),
+        ("--op gae --shape 4x8x16", "known: rlhf-long"),
+        ("--op gae --shape 4x8:column-major", "ROWSxCOLUMNS[:batch-major|time-major|packed]"),
+        ("--op whiten --shape 4x8:packed", "unknown shape for the op"),
+        ("--op gae --peers torchrl,nobody", "unknown peer 'nobody'; known: all, none, loop, "),
+        ("--op gae --direction backward", "known: forward, call"),
+        ("--dtype int8", "fp32"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_known_ones(
+    options: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        choose.main(options.split())
+    assert refused.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["64x4096", "rlhf-long"])
+def test_a_shape_is_found_by_name_and_by_size(text: str) -> None:
+    found = choose.cases_of("gae", text, None, None, "cpu")
+    assert found == (cases.here(cases.GAE),)
+
+
+def test_another_shape_makes_cases_of_the_op() -> None:
+    (case,) = choose.cases_of("gae", "24x40:time-major", None, "bf16", "cpu")
+    assert (case.op, case.direction, case.dtype) == ("gae", FORWARD, "bf16")
+    assert case.shape == Shape("free", (24, 40), "time-major")
+    both = choose.cases_of("token_logprobs", "3x5", None, None, "cpu")
+    assert {each.direction for each in both} == {FORWARD, BOTH}
+    assert make_call(case).tensors["rewards"].shape == (40, 24)
+
+
+def test_peers_are_chosen_by_name() -> None:
+    (case,) = choose.cases_of("gae", "64x4096", None, None, "cpu")
+    assert choose.peers_of("all", [case]) is None
+    assert choose.peers_of("none", [case]) == frozenset()
+    assert choose.peers_of("torchrl,loop", [case]) == {"torchrl", "loop"}

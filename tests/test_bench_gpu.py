@@ -1,0 +1,129 @@
+"""How the benchmark suite measures on a GPU, told without one, and the dry run of its page."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cuda_timing, rehearse
+from benchmarks.cases import GPU
+from benchmarks.providers import providers_of
+from benchmarks.shapes import Case
+from benchmarks.timing import Bound
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Device:
+    """Stands in for torch.cuda: says what it is told to do, and how long calls take on it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        log = self.log = []
+        self.seconds, self.captures = seconds, True
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None: ...
+
+            def record(self) -> None:
+                log.append("event")
+
+            def synchronize(self) -> None: ...
+
+            def elapsed_time(self, end: Event) -> float:
+                return device.seconds * 1e3
+
+        class CUDAGraph:
+            def replay(self) -> None:
+                log.append("replay")
+
+        @contextlib.contextmanager
+        def graph(made: CUDAGraph, stream: object) -> Iterator[None]:
+            log.append("capture")
+            yield
+            if not device.captures:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        class Buffer:
+            def zero_(self) -> None:
+                log.append("flush")
+
+        for name, stand_in in (
+            ("Event", Event), ("CUDAGraph", CUDAGraph), ("graph", graph),
+            ("stream", lambda stream: contextlib.nullcontext()), ("synchronize", lambda: None),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(cuda_timing, "_flush", Buffer)
+        monkeypatch.setattr(cuda_timing, "_side_stream", object)
+
+    def bound(self, prepare: bool = False) -> Bound:
+        return Bound(
+            lambda: self.log.append("call"), lambda out: {},
+            (lambda: self.log.append("prepare")) if prepare else None,
+        )  # fmt: skip
+
+    def sample(self, sampler: cuda_timing.Timed) -> list[str]:
+        self.log.clear()
+        assert sampler() == pytest.approx(self.seconds)
+        return self.log
+
+
+def test_a_long_call_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared and the L2 flushed before the first event, launched as it is."""
+    device = Device(monkeypatch, 5e-3)
+    sampler = cuda_timing.sampler(device.bound(prepare=True))
+    assert not sampler.graph
+    assert device.sample(sampler) == ["prepare", "flush", "event", "call", "event"]
+
+
+def test_a_short_call_on_a_gpu_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch, 5e-6)
+    sampler = cuda_timing.sampler(device.bound())
+    assert device.log[-2:] == ["capture", "call"] and (sampler.graph, sampler.reason) == (True, "")
+    assert device.sample(sampler) == ["flush", "event", "replay", "event"]
+
+
+def test_what_cannot_be_captured_is_timed_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch, 5e-6)
+    device.captures = False
+    sampler = cuda_timing.sampler(device.bound())
+    assert not sampler.graph and sampler.reason.endswith("not permitted when stream is capturing")
+    assert device.sample(sampler) == ["flush", "event", "call", "event"]
+    device.captures = True
+    assert not cuda_timing.sampler(device.bound(prepare=True)).graph
+
+
+@pytest.mark.parametrize("case", GPU, ids=lambda case: case.name.replace(" ", "-"))
+def test_every_gpu_case_runs_on_shapes(case: Case) -> None:
+    """Its options, layouts and dtypes are those that the op takes, forward and backward."""
+    call = rehearse.shapes_of(case)
+    said = {p.name: rehearse.rehearse(p, case, call) for p in providers_of(case)}
+    assert said["ppo_fast-triton"] == "ran"
+    assert all(x in ("ran", "bound") or x.startswith(("skipped", "not b")) for x in said.values())
+
+
+@pytest.mark.long
+def test_the_gpu_page_s_dry_run(tmp_path: Path) -> None:
+    """On any machine: it builds, collects, binds, and launches nothing."""
+    done = subprocess.run(
+        ["benchmarks/gpu.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"DRY_RUN": "1", "PYTHON": sys.executable, "OUT": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(case.name in done.stdout for case in GPU)
+    assert "tests collected" in done.stdout and "0 providers failed" in done.stdout
+
+
+def test_the_gpu_page_says_what_it_does_not_know(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["benchmarks/gpu.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"STEPS": "sing", "OUT": str(tmp_path), "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == 2 and "STEPS: build, tests or rows, got 'sing'" in done.stdout
