@@ -6,6 +6,7 @@ another layout, fill its masked slots with garbage, take some of its rows.
 
 from ppo_fast.testing.budget import assert_agrees, assert_within_budget
 from ppo_fast.testing.calls import Call, output, promoted, run, same_bits
+from ppo_fast.testing.head_inputs import HEADS, linear_call, linear_ppo_call, logits_ppo_call
 from ppo_fast.testing.inputs import (
     FACTORIES,
     gae_call,
@@ -21,12 +22,16 @@ from ppo_fast.testing.poison import poisoned_allocations
 
 __all__ = [
     "FACTORIES",
+    "HEADS",
     "LAYOUTS",
     "Call",
     "assert_agrees",
     "assert_within_budget",
     "gae_call",
     "laid_out",
+    "linear_call",
+    "linear_ppo_call",
+    "logits_ppo_call",
     "logprobs_call",
     "make_mask",
     "output",

@@ -16,6 +16,9 @@ DIFFERENTIABLE = {
     "token_logprobs": (("logits",), ("logprobs", "entropy")),
     "ppo_loss": (("logprobs", "entropy"), ("loss",)),
     "value_loss": (("values",), ("loss",)),
+    "linear_token_logprobs": (("hidden", "weight", "bias"), ("logprobs", "entropy")),
+    "logits_ppo_loss": (("logits",), ("loss",)),
+    "linear_ppo_loss": (("hidden", "weight", "bias"), ("loss",)),
 }
 
 

@@ -14,7 +14,7 @@ from ppo_fast.testing.calls import Call
 Shape = tuple[int, ...]
 
 
-class _Source:
+class Source:
     """Reproducible tensors: drawn in fp64 on the CPU, rounded once, then moved."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str, seed: int) -> None:
@@ -60,13 +60,14 @@ def make_mask(
     return keep.to(device)
 
 
-def _finish(
+def finish(
     op: str, tensors: dict[str, Any], options: dict[str, Any], **cotangents: Tensor
 ) -> Call:
+    """The call, without the tensors that are None."""
     return Call(op, {k: v for k, v in tensors.items() if v is not None}, options, cotangents)
 
 
-def _offsets(n: int, device: torch.device | str) -> Tensor:
+def offsets(n: int, device: torch.device | str) -> Tensor:
     """Four sequences of uneven length, one of them empty."""
     return torch.tensor([0, n // 3, n // 3, n // 3 + n // 4, n], device=device)
 
@@ -84,7 +85,7 @@ def logprobs_call(
     **options: Any,
 ) -> Call:
     """`token_logprobs`; temperature "token" draws one per token from [0.5, 2]."""
-    source = _Source(dtype, device, seed)
+    source = Source(dtype, device, seed)
     tensors: dict[str, Any] = {
         "logits": source.normal((*shape, vocab), scale),
         "tokens": source.integers(shape, vocab),
@@ -95,7 +96,7 @@ def logprobs_call(
     else:
         options["temperature"] = temperature
     grads = {name: source.cotangent(shape) for name in ("logprobs", "entropy")}
-    return _finish("token_logprobs", tensors, options, **grads)
+    return finish("token_logprobs", tensors, options, **grads)
 
 
 def ppo_call(
@@ -107,11 +108,16 @@ def ppo_call(
     mask: str | None = "random",
     packed: bool = False,
     extras: tuple[str, ...] = ("entropy", "ref_logprobs", "is_weights", "advantage_moments"),
+    logprobs: Tensor | None = None,
     **options: Any,
 ) -> Call:
-    """`ppo_loss` with ratios on both sides of the clip and of `log_ratio_clamp`."""
-    source = _Source(dtype, device, seed)
-    logprobs = -source.normal(shape).abs()
+    """`ppo_loss` with ratios on both sides of the clip and of `log_ratio_clamp`.
+
+    Given `logprobs` may be wider than the dtype of the rest.
+    """
+    source = Source(dtype, device, seed)
+    drawn = -source.normal(shape).abs()
+    logprobs = drawn if logprobs is None else logprobs
     gap = source.normal(shape, 0.3) + source.normal(shape, 25.0) * source.chance(shape, 0.05)
     options = {"clip_low": 0.2, "clip_high": 0.28, "reduction": "token-mean", **options}
     variant = options.get("variant", "clip")
@@ -129,7 +135,7 @@ def ppo_call(
         "is_weights": source.uniform(shape, 0.5, 2.0),
         "entropy": source.uniform(shape, 0.0, 3.0),
         "ref_logprobs": (logprobs - source.normal(shape, 0.7)).to(dtype),
-        "cu_seqlens": _offsets(shape[0], device) if packed else None,
+        "cu_seqlens": offsets(shape[0], device) if packed else None,
     }
     optional = ("entropy", "ref_logprobs", "is_weights")
     tensors = {k: v for k, v in tensors.items() if k not in optional or k in extras}
@@ -137,7 +143,7 @@ def ppo_call(
         moments = torch.tensor([97.0, 0.4, 390.0], dtype=torch.float64, device=device)
         options["advantage_moments"] = Moments(moments)
     loss = torch.tensor(1.7, dtype=source.cotangent(()).dtype, device=device)
-    return _clear_of_kinks(_finish("ppo_loss", tensors, options, loss=loss))
+    return _clear_of_kinks(finish("ppo_loss", tensors, options, loss=loss))
 
 
 def _clear_of_kinks(call: Call, margin: float = 1e-4) -> Call:
@@ -156,7 +162,8 @@ def _clear_of_kinks(call: Call, margin: float = 1e-4) -> Call:
     near = (d.abs() - 20).abs() < margin
     for kink in (low, high, o.get("dual_clip") or 3.0):
         near |= (ratio / kink - 1).abs() < margin
-    out = call.replace(old_logprobs=torch.where(near, t["logprobs"], t["old_logprobs"]))
+    same = t["logprobs"].to(t["old_logprobs"].dtype)
+    out = call.replace(old_logprobs=torch.where(near, same, t["old_logprobs"]))
     ref = t.get("ref_logprobs")
     if ref is not None:
         x = new - ref.double()
@@ -164,7 +171,7 @@ def _clear_of_kinks(call: Call, margin: float = 1e-4) -> Call:
             o.get("kl_estimator", "k3").rstrip("+"), torch.expm1(-x) + x
         )
         near = (value.abs() - (o.get("kl_clamp") or 10.0)).abs() < margin
-        out = out.replace(ref_logprobs=torch.where(near, t["logprobs"], ref))
+        out = out.replace(ref_logprobs=torch.where(near, same, ref))
     return out
 
 
@@ -179,7 +186,7 @@ def value_call(
     **options: Any,
 ) -> Call:
     """`value_loss` with values on both sides of the clip."""
-    source = _Source(dtype, device, seed)
+    source = Source(dtype, device, seed)
     values = source.normal(shape)
     clipped = options.setdefault("clip", 0.2) is not None
     old = (values - source.normal(shape, 0.25)).to(dtype)
@@ -191,12 +198,12 @@ def value_call(
         "old_values": old if clipped else None,
         "returns": source.normal(shape, 1.0, 0.2),
         "mask": None if mask is None else make_mask(shape, mask, seed, device),
-        "cu_seqlens": _offsets(shape[0], device) if packed else None,
+        "cu_seqlens": offsets(shape[0], device) if packed else None,
     }
     if not clipped:
         options["old_values"] = None
     loss = torch.tensor(0.6, dtype=source.cotangent(()).dtype, device=device)
-    return _finish("value_loss", tensors, options, loss=loss)
+    return finish("value_loss", tensors, options, loss=loss)
 
 
 def gae_call(
@@ -214,8 +221,8 @@ def gae_call(
 
     "lam" and "lam_returns" are tensors of one value per step, "row_lam" one per sequence.
     """
-    source = _Source(dtype, device, seed)
-    offsets = _offsets(shape[0], device) if packed else None
+    source = Source(dtype, device, seed)
+    ends = offsets(shape[0], device) if packed else None
     rows = (4,) if packed else shape[1:] if options.get("time_major") else shape[:1]
     every = {
         "bootstrap": source.normal(rows),
@@ -232,10 +239,10 @@ def gae_call(
         "rewards": source.normal(shape),
         "values": source.normal(shape),
         "mask": None if mask is None else make_mask(shape, mask, seed, device),
-        "cu_seqlens": offsets,
+        "cu_seqlens": ends,
     }
     tensors |= {name.removeprefix("row_"): x for name, x in every.items() if name in extras}
-    return _finish("gae", tensors, {"gamma": 0.99, **options})
+    return finish("gae", tensors, {"gamma": 0.99, **options})
 
 
 def rlhf_call(
@@ -250,7 +257,7 @@ def rlhf_call(
     **options: Any,
 ) -> Call:
     """`rlhf_advantages`, scores per sequence unless `score_at` is "per-token"."""
-    source = _Source(dtype, device, seed)
+    source = Source(dtype, device, seed)
     rows = (4,) if packed else shape[:1]
     logprobs = -source.normal(shape).abs()
     per_token = options.get("score_at") == "per-token"
@@ -261,10 +268,10 @@ def rlhf_call(
         "values": source.normal(shape),
         "mask": make_mask(shape, mask, seed, device),
         "bootstrap": source.normal(rows) if bootstrap else None,
-        "cu_seqlens": _offsets(shape[0], device) if packed else None,
+        "cu_seqlens": offsets(shape[0], device) if packed else None,
     }
     options = {"kl_coef": 0.2, "gamma": 0.99, **options}
-    return _finish("rlhf_advantages", tensors, options)
+    return finish("rlhf_advantages", tensors, options)
 
 
 def whiten_call(
@@ -278,12 +285,12 @@ def whiten_call(
     **options: Any,
 ) -> Call:
     """`whiten`."""
-    source = _Source(dtype, device, seed)
+    source = Source(dtype, device, seed)
     tensors = {
         "x": source.normal(shape, 2.0, mean),
         "mask": None if mask is None else make_mask(shape, mask, seed, device),
     }
-    return _finish("whiten", tensors, options)
+    return finish("whiten", tensors, options)
 
 
 FACTORIES: dict[str, Callable[..., Call]] = {

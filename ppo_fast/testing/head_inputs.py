@@ -1,0 +1,103 @@
+"""Input factories of the head: hidden states or logits, and the losses of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast.testing.calls import Call, promoted, run
+from ppo_fast.testing.inputs import Shape, Source, finish, logprobs_call, make_mask, ppo_call
+
+# What of a loss's call is not the head's.
+_LOSS = ("old_logprobs", "advantages", "is_weights", "ref_logprobs", "cu_seqlens")
+
+
+def linear_call(
+    shape: Shape = (3, 5),
+    vocab: int = 37,
+    width: int = 24,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    mask: str | None = "random",
+    scale: float = 3.0,
+    temperature: str | float = "token",
+    ignored: bool = True,
+    extras: tuple[str, ...] = ("bias",),
+    **options: Any,
+) -> Call:
+    """`linear_token_logprobs` of logits with deviation `scale`; extras: bias, row_index.
+
+    `ignored`: every eleventh token is the ignored one, out of the vocabulary.
+    """
+    source = Source(dtype, device, seed)
+    tensors: dict[str, Any] = {
+        "hidden": source.normal((*shape, width)),
+        "weight": source.normal((vocab, width), scale / width**0.5),
+        "tokens": source.integers(shape, vocab),
+        "bias": source.normal((vocab,)) if "bias" in extras else None,
+        "mask": None if mask is None else make_mask(shape, mask, seed, device),
+        "row_index": _rows(source, shape) if "row_index" in extras else None,
+    }
+    if ignored:
+        tensors["tokens"].view(-1)[3::11] = options.get("ignore_index", -100)
+    if temperature == "token":
+        tensors["temperature"] = source.uniform(shape, 0.5, 2.0)
+    else:
+        options["temperature"] = temperature
+    grads = {name: source.cotangent(shape) for name in ("logprobs", "entropy")}
+    return finish("linear_token_logprobs", tensors, options, **grads)
+
+
+def _rows(source: Source, shape: Shape) -> Tensor:
+    """About two thirds of the flat rows."""
+    return source.chance((torch.Size(shape).numel(),), 0.67).nonzero()[:, 0]
+
+
+def logits_ppo_call(
+    shape: Shape = (3, 5), vocab: int = 37, *, temperature: str | float = "token", **options: Any
+) -> Call:
+    """`logits_ppo_loss`; other options as `ppo_call`'s."""
+    given = {k: options[k] for k in ("dtype", "device", "seed", "mask") if k in options}
+    head = logprobs_call(shape, vocab, temperature=temperature, **given)
+    return _with_loss("logits_ppo_loss", head, shape, options)
+
+
+def linear_ppo_call(
+    shape: Shape = (3, 5),
+    vocab: int = 37,
+    width: int = 24,
+    *,
+    temperature: str | float = "token",
+    softcap: float | None = None,
+    ignored: bool = True,
+    head_extras: tuple[str, ...] = ("bias",),
+    **options: Any,
+) -> Call:
+    """`linear_ppo_loss`; `head_extras` are `linear_call`'s, other options `ppo_call`'s."""
+    given = {k: options[k] for k in ("dtype", "device", "seed", "mask") if k in options}
+    cap: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
+    head = linear_call(
+        shape, vocab, width, temperature=temperature, ignored=ignored, extras=head_extras,
+        **given, **cap,
+    )  # fmt: skip
+    return _with_loss("linear_ppo_loss", head, shape, options)
+
+
+def _with_loss(op: str, head: Call, shape: Shape, options: dict[str, Any]) -> Call:
+    """The loss around the exact log-probabilities, so that its kinks can be kept clear of."""
+    exact = run(promoted(head._replace(cotangents={})), "reference")["logprobs"]
+    loss = ppo_call(shape, logprobs=exact, **options)
+    tensors = head.tensors | {k: v for k, v in loss.tensors.items() if k in _LOSS}
+    return Call(op, tensors, head.options | loss.options, loss.cotangents)
+
+
+HEADS: dict[str, Callable[..., Call]] = {
+    "linear_token_logprobs": linear_call,
+    "logits_ppo_loss": logits_ppo_call,
+    "linear_ppo_loss": linear_ppo_call,
+}
