@@ -1,0 +1,278 @@
+"""linear_token_logprobs: accuracy, chunks, compacted rows, extreme logits, gradients asked for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from head_helpers import Allocations, products, shape_for, short_chunks
+
+import ppo_fast
+from ppo_fast import testing
+from ppo_fast.testing import linear_call, run, same_bits
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INF = math.inf
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"extras": (), "mask": None, "temperature": 1.0, "ignored": False},
+    "every option": {"extras": ("bias", "row_index"), "softcap": 4.0, "mask": "row"},
+    "row_index": {"extras": ("row_index",), "mask": None, "ignored": False},
+    "odd vocabulary": {"vocab": 1009, "temperature": 0.7},
+    "one of each": {"vocab": 1, "width": 1},
+    "wide": {"width": 515, "softcap": 30.0},
+    "nothing kept": {"mask": "empty"},
+    "ignore_index": {"ignore_index": 5},
+}
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
+def test_within_budget(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    short_chunks(monkeypatch, backend)
+    call = linear_call(shape_for(backend, device), device=device, **options)
+    testing.assert_agrees(call, backend)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_precisions(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    short_chunks(monkeypatch, backend)
+    call = linear_call(shape_for(backend, device), dtype=dtype, device=device, softcap=6.0)
+    testing.assert_agrees(call, backend)
+    out = run(call, backend)
+    assert out["logprobs"].dtype == torch.float32
+    assert all(x.dtype == dtype for name, x in out.items() if name.startswith("grad"))
+
+
+def test_fp64_is_the_reference(kernel: str, device: str) -> None:
+    call = linear_call((5, 12), dtype=torch.float64, device=device, softcap=6.0)
+    if kernel == "triton":
+        with pytest.raises(TypeError, match="float64"):
+            run(call, kernel)
+        return
+    testing.assert_agrees(call, kernel)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+def test_fp32_grade_logits_from_half_inputs(kernel: str, device: str, dtype: torch.dtype) -> None:
+    """At most twice the error of PyTorch's fp32 product of the same rounded inputs."""
+    call = linear_call((8,), 1009, 256, dtype=dtype, device=device, mask=None, temperature=1.0)
+    exact = run(testing.promoted(call), "reference")
+    eager = run(testing.promoted(call, torch.float32), "reference")
+    got = run(call, kernel)
+    for name in ("logprobs", "entropy"):
+        bound = 2 * (eager[name] - exact[name]).abs().max()
+        assert bool(((got[name] - exact[name]).abs() <= bound).all()), name
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 1, 2, 2)], ids=str)
+def test_any_leading_shape(backend: str, device: str, shape: tuple[int, ...]) -> None:
+    testing.assert_agrees(linear_call(shape, 19, device=device, mask=None), backend)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
+def test_no_rows(backend: str, device: str, shape: tuple[int, ...]) -> None:
+    out = run(linear_call(shape, 19, device=device, mask=None), backend)
+    assert out["logprobs"].shape == out["entropy"].shape == shape
+    assert out["grad_hidden"].shape == (*shape, 24) and not bool(out["grad_weight"].any())
+
+
+def test_no_rows_after_compaction(kernel: str, device: str) -> None:
+    """An empty row_index, and one whose rows are all masked: zeros, and nothing is read."""
+    call = linear_call((3, 4), device=device, mask=None, ignored=False)
+    call = call.replace(hidden=torch.full_like(call.tensors["hidden"], math.nan))
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    some = torch.tensor([1, 5], device=device)
+    mask = torch.ones(12, dtype=torch.bool, device=device).index_fill(0, some, False).view(3, 4)
+    for given in ({"row_index": none}, {"row_index": some, "mask": mask}):
+        out = run(call.replace(**given), kernel)
+        assert all(not bool(x.any()) for x in out.values())
+
+
+def _biased(device: str, bias: torch.Tensor, tokens: list[int], **options: Any) -> testing.Call:
+    call = linear_call((len(tokens),), len(bias), device=device, mask=None, temperature=1.0,
+                       ignored=False, **options)  # fmt: skip
+    return call.replace(bias=bias.to(device), tokens=torch.tensor(tokens, device=device))
+
+
+@pytest.mark.parametrize("offset", [-200.0, 1e4, -1e4])
+def test_offsets(backend: str, device: str, offset: float) -> None:
+    """All logits far from 0: the softmax is what it was, to the rounding of the logits."""
+    call = _biased(device, torch.full((37,), offset), [1, 17, 36, 0])
+    testing.assert_agrees(call, backend)
+    assert bool((run(call, backend)["logprobs"] <= 0).all())
+
+
+def test_a_label_of_probability_one(backend: str, device: str) -> None:
+    """p_y → 1: neither side of 1 − p is lost to cancellation, and nothing is NaN."""
+    for height in (12.0, 60.0, 200.0):
+        bias = torch.zeros(37)
+        bias[5] = height
+        call = _biased(device, bias, [5, 5, 3], scale=0.5)
+        testing.assert_agrees(call, backend)
+        out = run(call, backend)
+        assert all(bool(x.isfinite().all()) for x in out.values())
+        assert bool((out["logprobs"] <= 0).all())
+
+
+def test_forbidden_classes(backend: str, device: str) -> None:
+    """A bias of −inf: the row without that class; a label there has −inf and passes nothing."""
+    bias = torch.zeros(37)
+    bias[::3] = -INF
+    call = _biased(device, bias, [1, 2, 3, 4])
+    testing.assert_agrees(call, backend)
+    out = run(call, backend)
+    assert float(out["logprobs"][2]) == -INF and bool(out["entropy"].isfinite().all())
+    assert not bool(out["grad_weight"][::3].any()) and not bool(out["grad_bias"][::3].any())
+    alone = {"logprobs": torch.tensor([0.0, 0.0, 1.0, 0.0], device=device)}
+    only = run(call._replace(cotangents=alone), backend)
+    assert all(not bool(only[f"grad_{name}"].any()) for name in ("hidden", "weight", "bias"))
+
+
+@pytest.mark.parametrize("token", [-1, 37, 2**31, -(2**40)])
+def test_tokens_out_of_range_are_nan_rows(backend: str, device: str, token: int) -> None:
+    """Nothing out of bounds is read, and the other rows keep their bits."""
+    call = linear_call((2, 3), device=device, mask=None, ignored=False)
+    tokens = call.tensors["tokens"].clone()
+    tokens[1, 1] = token
+    clean, out = (run(c._replace(cotangents={}), backend)
+                  for c in (call, call.replace(tokens=tokens)))  # fmt: skip
+    others = torch.ones(2, 3, dtype=torch.bool, device=device)
+    others[1, 1] = False
+    for name, x in out.items():
+        assert bool(x[1, 1].isnan()) and same_bits(x[others], clean[name][others]), name
+
+
+def test_a_nan_row_is_alone(backend: str, device: str) -> None:
+    call = linear_call((2, 3), device=device, mask=None, ignored=False)._replace(cotangents={})
+    hidden = call.tensors["hidden"].clone()
+    hidden[0, 2, 7] = math.nan
+    clean, out = run(call, backend), run(call.replace(hidden=hidden), backend)
+    for name, x in out.items():
+        others = [x[0, :2], x[1]], [clean[name][0, :2], clean[name][1]]
+        assert bool(x[0, 2].isnan()) and all(map(same_bits, *others)), name
+
+
+@pytest.mark.parametrize("only", ["logprobs", "entropy"])
+def test_one_output_alone(kernel: str, device: str, only: str) -> None:
+    """An output that nobody uses is the same as one with a zero gradient."""
+    call = linear_call((2, 3), device=device)
+    grads = call.cotangents
+    zeroed = {k: v if k == only else torch.zeros_like(v) for k, v in grads.items()}
+    a = run(call._replace(cotangents={only: grads[only]}), kernel)
+    b = run(call._replace(cotangents=zeroed), kernel)
+    for name in ("grad_hidden", "grad_weight", "grad_bias"):
+        assert same_bits(a[name], b[name]) and bool(a[name].any()), name
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_frozen_leaves_cost_no_product(monkeypatch: pytest.MonkeyPatch, frozen: str) -> None:
+    call = linear_call((5, 12))
+    want, rows = run(call, "cpu"), products(monkeypatch)
+    leaves = {k: call.tensors[k].clone() for k in ("hidden", "weight", "bias")}
+    for name, x in leaves.items():
+        x.requires_grad_(name != frozen)
+    out = testing.output(ppo_fast.linear_token_logprobs(
+        **call.replace(**leaves).tensors, backend="cpu"
+    ))  # fmt: skip
+    torch.autograd.backward([out[k] for k in call.cotangents], list(call.cotangents.values()))
+    for name, x in leaves.items():
+        assert (x.grad is None) if name == frozen else same_bits(x.grad, want[f"grad_{name}"])
+    assert ("hidden_gradient" in rows) == (frozen != "hidden")
+    assert ("add_weight_gradient" in rows) == (frozen != "weight")
+
+
+def test_only_rows_with_a_gradient_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the backward forms the logits of the rows whose gradient is not zero."""
+    short_chunks(monkeypatch)
+    call = linear_call((6, 11), mask=None, ignored=False)
+    live = torch.arange(66).view(6, 11) % 5 == 0
+    grads = {k: torch.where(live, v, 0.0) for k, v in call.cotangents.items()}
+    rows = products(monkeypatch)
+    out = run(call._replace(cotangents=grads), "cpu")
+    assert rows["hidden_gradient"] == rows["add_weight_gradient"] == int(live.sum())
+    assert rows["logits_into"] == 80 + 16  # 66 rows forward and 14 back, in tiles of 16
+    assert not bool(out["grad_hidden"][~live].any()) and bool(out["grad_hidden"][live].any())
+
+
+def test_masked_rows_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    short_chunks(monkeypatch)
+    call = linear_call((6, 11), mask="right", extras=("bias", "row_index"))
+    t, rows = call.tensors, products(monkeypatch)
+    keep = (t["mask"] & (t["tokens"] != -100)).flatten()
+    kept = int(keep[t["row_index"]].sum())
+    run(call, "cpu")
+    tiles = -(-kept // 16) * 16
+    assert rows["logits_into"] == 2 * tiles and rows["add_weight_gradient"] == kept
+
+
+def test_strided_hidden_is_not_copied(kernel: str, device: str) -> None:
+    """hidden[:, :-1] and every second row: the contiguous copy's bits from a chunk's gather."""
+    call = linear_call((4, 3), device=device, mask=None, extras=())
+    dense = call.tensors["hidden"]
+    longer = torch.cat([dense, dense[:, :1]], 1)
+    spread = torch.stack([dense, dense.neg()], 2)
+    want = run(call, kernel)
+    for view in (longer[:, :-1], spread[:, :, 0]):
+        got = run(call.replace(hidden=view), kernel)
+        assert all(same_bits(got[k], want[k]) for k in want)
+
+
+def test_nothing_of_the_whole_size_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the logits nor a copy of strided hidden states: chunks and the gradients alone."""
+    short_chunks(monkeypatch)
+    call = linear_call((8, 33), 211, 64, mask=None, extras=(), ignored=False, temperature=1.0)
+    leaves = {k: call.tensors[k].clone().requires_grad_() for k in ("hidden", "weight")}
+    tokens = call.tensors["tokens"][:, :-1]
+    with Allocations() as seen, torch.no_grad():
+        ppo_fast.linear_token_logprobs(leaves["hidden"][:, :-1], leaves["weight"], tokens)
+    assert 16 * 64 <= seen.largest() <= 16 * 211
+    with Allocations() as seen:
+        out = ppo_fast.linear_token_logprobs(leaves["hidden"][:, :-1], leaves["weight"], tokens)
+        (out.logprobs + out.entropy).sum().backward()
+    assert seen.largest() <= 8 * 33 * 64 and (256, 211) not in seen.shapes
+
+
+def test_retained_graphs_give_the_same_gradients(kernel: str, device: str) -> None:
+    call = linear_call((2, 3), device=device)
+    leaves = {k: call.tensors[k].clone().requires_grad_() for k in ("hidden", "weight", "bias")}
+    out = ppo_fast.linear_token_logprobs(**call.replace(**leaves).tensors, backend=kernel)
+    total = out.logprobs.sum() - 0.1 * out.entropy.sum()
+    first = torch.autograd.grad(total, list(leaves.values()), retain_graph=True)
+    second = torch.autograd.grad(total, list(leaves.values()))
+    assert all(map(same_bits, first, second))
+
+
+def test_double_backward_raises(kernel: str, device: str) -> None:
+    call = linear_call((2, 2), device=device, mask=None)
+    weight = call.tensors["weight"].clone().requires_grad_()
+    out = ppo_fast.linear_token_logprobs(**call.replace(weight=weight).tensors, backend=kernel)
+    (grad,) = torch.autograd.grad(out.logprobs.sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+def test_autocast_casts_as_linear_does(kernel: str, device: str) -> None:
+    """fp32 states and weight, or one of each: bf16 products; gradients in the leaves' types."""
+    call = linear_call((2, 4), device=device)
+    halves = {k: call.tensors[k].bfloat16() for k in ("hidden", "weight")}
+    want = run(call.replace(**halves), kernel)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = run(call, kernel)
+        mixed = run(call.replace(hidden=halves["hidden"]), kernel)
+    for name in ("logprobs", "entropy"):
+        assert same_bits(got[name], want[name]) and same_bits(mixed[name], want[name])
+    for name in ("grad_hidden", "grad_weight"):
+        assert got[name].dtype == torch.float32 and same_bits(got[name], want[name].float())
+
+
+def test_autocast_leaves_doubles() -> None:
+    call = linear_call((2, 4), dtype=torch.float64)
+    want = run(call, "cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(call, "cpu")
+    assert all(same_bits(got[k], want[k]) for k in want)
