@@ -37,6 +37,7 @@ LOGPROBS_BOTH_THP = case("token_logprobs", BOTH, "gpt2", env=THP)
 PPO_LOSS_BOTH = case("ppo_loss", BOTH, "rlhf-256k")
 VALUE_LOSS_BOTH = case("value_loss", BOTH, "rlhf-256k")
 GAE = case("gae", FORWARD, "rlhf-long")
+LINEAR_LOSS_BOTH = case("linear_ppo_loss", BOTH, "smollm2-head-2k")
 
 CALLS = tuple(
     case(op, CALL, "tiny")
@@ -52,6 +53,9 @@ CPU = (
     LOGPROBS_BOTH_THP,
     *(case("token_logprobs", FORWARD, name) for name in ("smollm2", "llama3", "qwen-r1")),
     case("linear_token_logprobs", FORWARD, "smollm2-head"),
+    LINEAR_LOSS_BOTH,
+    *(case("linear_ppo_loss", BOTH, f"head-{n}k") for n in (1, 4, 16, 64)),
+    case("logits_ppo_loss", BOTH, "gpt2"),
     *(case("ppo_loss", BOTH, name) for name in ("rlhf-8x512", "rlhf-1024x16k")),
     PPO_LOSS_BOTH,
     VALUE_LOSS_BOTH,
@@ -81,18 +85,24 @@ GPU_GAE_LONG = _gpu("gae", FORWARD, "long-16x64k")
 GPU_GAE_ENVS_8 = _gpu("gae", FORWARD, "envs-8")
 GPU_GAE_ENVS_128 = _gpu("gae", FORWARD, "envs-128")
 
+GPU_LOGITS_LOSS = _gpu("logits_ppo_loss", BOTH, "qwen-r1", "bf16")
+GPU_LINEAR_FORWARD = _gpu("linear_token_logprobs", FORWARD, "qwen-r2", "bf16")
+GPU_LINEAR_LOSS = _gpu("linear_ppo_loss", BOTH, "qwen-r2", "bf16")
+
 GPU = (
     GPU_LOGPROBS_FORWARD,
     GPU_LOGPROBS_BACKWARD,
     GPU_LOGPROBS_M64,
     GPU_LOGPROBS_M512,
+    GPU_LOGITS_LOSS,
+    GPU_LINEAR_FORWARD,
+    GPU_LINEAR_LOSS,
     GPU_PPO_LOSS,
     GPU_GAE,
     GPU_GAE_LONG,
     GPU_GAE_ENVS_8,
     GPU_GAE_ENVS_128,
     _gpu("token_logprobs", BOTH, "qwen-r1", "bf16"),
-    _gpu("linear_token_logprobs", FORWARD, "qwen-r2", "bf16"),
     _gpu("value_loss", BOTH, "rlhf-256k"),
     _gpu("gae", FORWARD, "packed"),
     _gpu("rlhf_advantages", FORWARD, "rlhf-512x8k"),

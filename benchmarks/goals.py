@@ -16,7 +16,8 @@ from benchmarks.shapes import Case
 
 class Goal(NamedTuple):
     """`against` names the peer: at least `must` times faster than it (`faster`), or at most
-    `must` times as long. Without `against` the figures are microseconds a call.
+    `must` times as long. Without `against` the figures are microseconds a call. With `memory`
+    it is peak memory beyond the inputs that is compared, not time.
     """
 
     case: Case
@@ -25,6 +26,7 @@ class Goal(NamedTuple):
     must: float | None
     aim: float | None
     faster: bool = True
+    memory: bool = False
 
 
 class Verdict(NamedTuple):
@@ -58,6 +60,8 @@ GOALS = (
     Goal(cases.LOGPROBS_BOTH_THP, _INPLACE, "eager", None, 15),
     Goal(cases.PPO_LOSS_BOTH, _CPU, "eager", 25, 50),
     Goal(cases.PPO_LOSS_BOTH, _CPU, "compile", 8, 16),
+    Goal(cases.LINEAR_LOSS_BOTH, _CPU, "gemms", 1.15, 1.05, faster=False),
+    Goal(cases.LINEAR_LOSS_BOTH, _CPU, "eager", 4, 10, memory=True),
     Goal(cases.GAE, _CPU, "loop", 700, 900),
     Goal(cases.GAE, _CPU, "torchrl", 50, 100),
     Goal(cases.GAE, _CPU, "tianshou", 3, 6),
@@ -66,6 +70,9 @@ GOALS = (
     *(Goal(case, _CPU, None, 40, 25, faster=False) for case in cases.CALLS_WITH_GRAD),
     _device(cases.GPU_LOGPROBS_FORWARD, 640, 580),
     _device(cases.GPU_LOGPROBS_BACKWARD, 1290, 1190, _TRITON_INPLACE),
+    _device(cases.GPU_LOGITS_LOSS, 1740, 1220, _TRITON_INPLACE),
+    _device(cases.GPU_LINEAR_FORWARD, 16500, 13700),
+    _device(cases.GPU_LINEAR_LOSS, 47000, 40000),
     _device(cases.GPU_PPO_LOSS, 10, 5),
     _device(cases.GPU_GAE, 26, 19),
     _device(cases.GPU_GAE_LONG, 18, 10),
@@ -76,11 +83,11 @@ GOALS = (
 )
 
 
-def judge(goal: Goal, median: Callable[[Case, str], float | None]) -> Verdict:
-    """The verdict, from the medians in seconds of (case, provider)."""
-    own = median(goal.case, goal.provider)
-    other = 1e-6 if goal.against is None else median(goal.case, goal.against)
-    if own is None or other is None:
+def judge(goal: Goal, measured: Callable[[Case, str, bool], float | None]) -> Verdict:
+    """The verdict, from the medians in seconds, or the peaks in memory, of (case, provider)."""
+    own = measured(goal.case, goal.provider, goal.memory)
+    other = 1e-6 if goal.against is None else measured(goal.case, goal.against, goal.memory)
+    if own is None or other is None or own == 0:
         return Verdict(goal, None, None, None)
     value = other / own if goal.faster else own / other
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,6 +73,27 @@ def ppo_loss(
             low + high, low, high, mean(below + above), n, mask.any(-1).sum().to(n),
         )  # fmt: skip
         return loss, torch.stack(stats)
+
+
+def logits_ppo_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor,
+    **options: float,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of the logits, then their loss."""
+    logprobs, entropy = token_logprobs(logits, tokens)
+    return ppo_loss(logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, **options)
+
+
+def linear_ppo_loss(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, **rest: Any
+) -> tuple[Tensor, Tensor]:
+    """The logits materialised first."""
+    return logits_ppo_loss(F.linear(hidden, weight), tokens, **rest)
 
 
 def value_loss(

@@ -21,7 +21,7 @@ from benchmarks.providers import providers_of
 from benchmarks.shapes import Case
 from benchmarks.suite import Outcome
 from benchmarks.timing import median, percentile
-from benchmarks.workloads import cost
+from benchmarks.workloads import cost, gradient_mb
 
 FORMAT = 2
 Row = dict[str, Any]
@@ -93,16 +93,16 @@ def verdicts(rows: list[Row], goals: Iterable[Goal] | None = None) -> list[Verdi
     if goals is None:
         goals = [goal for goal in GOALS if goal.case in blocks]
 
-    def seconds(case: Case, provider: str) -> float | None:
-        times = (
-            r["median_ms"]
-            for r in blocks.get(case, [])
-            if r["provider"] == provider and "median_ms" in r
-        )
-        found = next(times, None)
-        return None if found is None else found / 1e3
+    def measured(case: Case, provider: str, memory: bool) -> float | None:
+        found = (r for r in blocks.get(case, []) if r["provider"] == provider and "median_ms" in r)
+        row = next(found, None)
+        if row is None:
+            return None
+        if not memory:
+            return float(row["median_ms"]) / 1e3
+        return None if row["peak_mb"] is None else row["peak_mb"] - gradient_mb(case)
 
-    return [judge(goal, seconds) for goal in goals]
+    return [judge(goal, measured) for goal in goals]
 
 
 def load(path: Path) -> Results:

@@ -73,6 +73,9 @@ SHAPES = {
         # Logits as hidden states × head: rows × vocabulary × hidden size; R2 is the first.
         Shape("qwen-r2", (8192, 151936, 4096)),
         Shape("smollm2-head", (512, 49152, 576)),
+        Shape("smollm2-head-2k", (2048, 49152, 576)),
+        # A small head at many lengths: what memory grows with.
+        *(Shape(f"head-{n}k", (1024 * n, 8192, 64)) for n in (1, 4, 16, 64)),
         # Tokens of RLHF batches.
         Shape("rlhf-8x512", (8, 512)),
         Shape("rlhf-long", (64, 4096)),

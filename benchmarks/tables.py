@@ -115,6 +115,8 @@ def goal_name(goal: Goal) -> str:
     name = f"{goal.case.name} {goal.provider}"
     if goal.against is None:
         return name
+    if goal.memory:
+        return f"{name} smaller peak beyond inputs and gradients than {goal.against}"
     return f"{name} {'faster than' if goal.faster else 'against'} {goal.against}"
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.linear import LINEAR, linear_call
+from benchmarks.linear import LINEAR, LINEAR_LOSS, LOGITS_LOSS, LOSSES, head_call
 from benchmarks.shapes import BACKWARD, BOTH, DTYPES, PACKED, TIME_MAJOR, Case, Shape
 from ppo_fast.testing import Call, gae_call, rlhf_call, value_call, whiten_call
 
@@ -33,9 +33,8 @@ def make_call(case: Case) -> Call:
     dims, dtype = case.shape.dims, DTYPES[case.dtype]
     if case.op == "token_logprobs":
         call = _logprobs_call(dims, dtype, case.device)
-    elif case.op == LINEAR:
-        torch.manual_seed(0)
-        call = linear_call(dims, dtype, case.device)
+    elif case.op in (LINEAR, *LOSSES):
+        call = head_call(case.op, dims, dtype, case.device, PPO_OPTIONS)
     elif case.op == "ppo_loss":
         call = _ppo_call(dims, dtype)
     elif case.op == "value_loss":
@@ -127,10 +126,17 @@ def cost(case: Case) -> Cost:
         if case.direction == BACKWARD:
             return backward
         return Cost(*map(sum, zip(forward, backward, strict=True))) if both else forward
-    if case.op == LINEAR:
-        # Hidden states and head once, tokens and results; the product, and the softmax of it.
+    if case.op == LOGITS_LOSS:
+        # The logits and their gradient once; softmax and gradient.
+        return Cost((2 if both else 1) * n * wide + rows * 32, (13 if both else 5) * n)
+    if case.op in (LINEAR, LINEAR_LOSS):
+        # Hidden states and head once, tokens and results; the product and the softmax of it.
+        # Backward: both gradients, and two more products.
         vocab, width = case.shape.dims[1:]
-        return Cost((rows + vocab) * width * wide + rows * 16, 2 * n * width + 5 * n)
+        moved = (rows + vocab) * width * wide
+        passes = 3 if both and case.op == LINEAR_LOSS else 4 if both else 1
+        return Cost((2 if both else 1) * moved + rows * 32,
+                    passes * 2 * n * width + (13 if both else 5) * n)  # fmt: skip
     if case.op == "ppo_loss":
         # Five floats and a mask byte in, two gradients out.
         return Cost(n * (5 * wide + 1 + (8 if both else 0)), 60 * n)
@@ -141,3 +147,11 @@ def cost(case: Case) -> Cost:
     if case.op == "rlhf_advantages":
         return Cost(n * (3 * wide + 1 + 16), 14 * n)
     return Cost(n * (wide + 1 + 4), 3 * n)
+
+
+def gradient_mb(case: Case) -> float:
+    """What a head's gradients by hidden states and weight take of a peak, in MB."""
+    if case.op != LINEAR_LOSS or not case.differentiates:
+        return 0.0
+    rows, vocab, width = case.shape.dims
+    return (rows + vocab) * width * DTYPES[case.dtype].itemsize / 2**20

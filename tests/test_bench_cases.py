@@ -163,7 +163,7 @@ def test_a_peer_that_crashes_or_disagrees_is_a_row(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--op gea", "known: token_logprobs, linear_token_logprobs, ppo_loss"),
+        ("--op gea", "known: token_logprobs, linear_token_logprobs, linear_ppo_loss"),
         ("--shape 64by4096", "known: qwen-r1 (8192x151936)"),
         ("--op gae --shape 4x8x16", "known: rlhf-long"),
         ("--op gae --shape 4x8:column-major", "ROWSxCOLUMNS[:batch-major|time-major|packed]"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import ppo_fast
-from benchmarks.linear import LINEAR, composed
-from benchmarks.providers.base import BF16_LOGITS, Provider, leaves, restore, timed
+from benchmarks.linear import LOGITS_LOSS
+from benchmarks.providers.base import Provider, leaves, restore, timed
 from benchmarks.shapes import Case
 from benchmarks.timing import Bound
 from ppo_fast.testing import Call, output
 
+# The option that lets the gradient overwrite the logits.
+_INPLACE = {"token_logprobs": "inplace_backward", LOGITS_LOSS: "inplace"}
 # The reference's recurrence launches about 25 kernels a step.
 _MOST_STEPS = {"cpu": 16384, "cuda": 1024}
 
@@ -20,7 +22,7 @@ def of(case: Case) -> Iterator[Provider]:
     backends = ("cpu",) if case.device == "cpu" else ("cuda", "triton")
     for backend in backends:
         yield _backend(case, backend)
-        if case.op == "token_logprobs" and case.differentiates:
+        if case.op in _INPLACE and case.differentiates:
             yield _backend(case, backend, inplace=True)
     yield _backend(case, "reference")
 
@@ -35,22 +37,19 @@ def _backend(case: Case, backend: str, *, inplace: bool = False) -> Provider:
     def bind(case: Case, call: Call) -> Bound:
         return _bind(case, call, backend, inplace)
 
-    linear = case.op == LINEAR
     return Provider(
         f"ppo_fast-{backend}" + ("-inplace" if inplace else ""),
         bind,
         missing,
         plain=backend == "reference",
-        roundings=BF16_LOGITS if linear and case.dtype == "bf16" else 0.0,
-        computes="logits with F.linear first: the fused op is not there yet" if linear else "",
     )
 
 
 def _bind(case: Case, call: Call, backend: str, inplace: bool) -> Bound:
     tensors, inputs = leaves(case, call)
-    op = composed if call.op == LINEAR else getattr(ppo_fast, call.op)
+    op = getattr(ppo_fast, call.op)
     options = dict(call.options, backend=backend)
     if inplace:
-        options["inplace_backward"] = True
+        options[_INPLACE[call.op]] = True
     prepare = restore(tensors, call, "logits") if inplace else None
     return timed(case, call, lambda: op(**tensors, **options), inputs, output, prepare=prepare)

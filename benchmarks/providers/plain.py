@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.linear import LINEAR
+from benchmarks.linear import LINEAR, LINEAR_LOSS, LOGITS_LOSS, gemms, product
 from benchmarks.providers.base import (
     BF16_LOGITS,
     Named,
@@ -44,7 +45,10 @@ def of(case: Case) -> Iterator[Provider]:
             "linear-ce", _linear_ce, _no_linear_ce, roundings=_rounded(case),
             computes="log-prob only, no entropy",
         )  # fmt: skip
-        yield _ceiling("gemm", lambda hidden, weight: [F.linear(hidden, weight)])
+        yield _ceiling("gemm", product)
+    elif case.op == LINEAR_LOSS:
+        if case.differentiates and case.dtype == "fp32":
+            yield Provider("gemms", _gemms, ceiling=True)
     elif case.op == "token_logprobs" and not case.differentiates:
         yield _ceiling("read", peers.read)
     else:
@@ -52,7 +56,8 @@ def of(case: Case) -> Iterator[Provider]:
 
 
 def _rounded(case: Case) -> float:
-    return BF16_LOGITS if case.op == LINEAR and case.dtype != "fp32" else 0.0
+    linear = case.op in (LINEAR, LINEAR_LOSS)
+    return BF16_LOGITS if linear and case.dtype != "fp32" else 0.0
 
 
 def _too_long(case: Case) -> str | None:
@@ -68,8 +73,17 @@ def _no_linear_ce() -> str | None:
     return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
 
 
-def _with_stats(names: tuple[str, ...]) -> Callable[[Any], Named]:
-    return lambda out: {"loss": out[0], **dict(zip(names, out[1], strict=True))}
+def _with_stats(names: tuple[str, ...], *, head: bool = False) -> Callable[[Any], Named]:
+    """The loss and the means; of a head, "entropy" is the tokens' own, not their mean."""
+
+    def named(out: Any) -> Named:
+        means = dict(zip(names, out[1], strict=True))
+        return {
+            "loss": out[0],
+            **{k: x for k, x in means.items() if not (head and k == "entropy")},
+        }
+
+    return named
 
 
 # Each op's function, the options it takes, and the names of its results.
@@ -80,6 +94,16 @@ _PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...], Callable[[Any], Nam
         peers.ppo_loss,
         ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
         _with_stats(peers.PPO_STATS),
+    ),
+    LINEAR_LOSS: (
+        peers.linear_ppo_loss,
+        ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
+        _with_stats(peers.PPO_STATS, head=True),
+    ),
+    LOGITS_LOSS: (
+        peers.logits_ppo_loss,
+        ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
+        _with_stats(peers.PPO_STATS, head=True),
     ),
     "value_loss": (peers.value_loss, ("clip",), _with_stats(peers.VALUE_STATS)),
     "whiten": (peers.whiten, (), single("out")),
@@ -124,6 +148,17 @@ def _linear_ce(case: Case, call: Call) -> Bound:
         )
 
     return Bound(run, lambda out: {"logprobs": -out})
+
+
+def _gemms(case: Case, call: Call) -> Bound:
+    def seconds(chunk: Callable[[], Any]) -> float:
+        chunk()
+        start = time.perf_counter()
+        chunk()
+        return time.perf_counter() - start
+
+    best = min(gemms(call), key=seconds)
+    return Bound(best, lambda out: {})
 
 
 def _ceiling(name: str, function: Callable[..., list[Tensor]]) -> Provider:

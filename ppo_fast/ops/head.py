@@ -28,10 +28,10 @@ _TALLEST = {"cpu": 512, "cuda": 4096}
 _NOTHING_IGNORED = [-(1 << 62)]
 
 
-def chunk_height(vocab: int, device: str) -> int:
+def chunk_height(vocab: int, kind: str) -> int:
     """Rows of a chunk: of the vocabulary alone, never of how many rows there are."""
-    tile = _TILE[device]
-    return max(tile, min(_TALLEST[device], _LOGITS[device] // vocab // tile * tile))
+    tile = _TILE[kind]
+    return max(tile, min(_TALLEST[kind], _LOGITS[kind] // vocab // tile * tile))
 
 
 def _up(count: int, tile: int) -> int:
@@ -81,8 +81,8 @@ class Head:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.rows, self.options = rows, options
         self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.height = chunk_height(weight.shape[0], hidden.device.type)
-        self.tile = _TILE[hidden.device.type]
+        kind = "cpu" if hidden.device.type == "cpu" else "cuda"
+        self.height, self.tile = chunk_height(weight.shape[0], kind), _TILE[kind]
         self.dx: Tensor | None = None
         self.dw: Tensor | None = None
         self.db: Tensor | None = None

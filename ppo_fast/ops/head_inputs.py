@@ -30,7 +30,10 @@ class HeadInputs(NamedTuple):
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
         """No autocast inside: the precision is the op's own."""
-        return torch.autocast(self.hidden.device.type, enabled=False)
+        kind = self.hidden.device.type
+        if not torch.amp.is_autocast_available(kind):
+            return contextlib.nullcontext()
+        return torch.autocast(kind, enabled=False)
 
     def plain(self) -> dict[str, Any]:
         """As the reference takes them."""
@@ -103,7 +106,8 @@ def _cast(
     if weight.device != hidden.device:
         raise ValueError(f"{op}: weight must be on {hidden.device}, got {weight.device}")
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if weight.dtype != hidden.dtype:

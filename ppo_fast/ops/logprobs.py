@@ -64,7 +64,7 @@ class _TokenLogProbs(torch.autograd.Function):
         def kernel(label: Tensor, g: Tensor | None) -> Tensor:
             args = (g, grad_entropy, logits, label, s.mask, s.heat, *part[1:], *s[3:5])
             if not ctx.inplace:
-                return HANDLES["logprobs_bwd"][s.backend](*args)  # type: ignore[no-any-return]
+                return HANDLES["logprobs_bwd"][s.backend](*args)
             HANDLES["logprobs_bwd_"][s.backend](*args)
             return logits.detach()
 
