@@ -1,0 +1,172 @@
+"""The trainers' group baselines, by their own installed code: verl, OpenRLHF."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import itertools
+import logging
+import types
+from typing import Any
+
+import pytest
+import torch
+from installed import assert_near, assert_near_whitened, functions, source
+from preset_inputs import Rollout, rollout
+from torch import Tensor
+
+import ppo_fast
+
+VERL, OPENRLHF = "verl==0.9.1", "openrlhf==0.11.2"
+GROUP, ROWS, STEPS, KL_COEF = 4, 12, 9, 0.3
+EPS = 1e-6
+
+
+def verl() -> types.SimpleNamespace:
+    helpers = functions(
+        source(VERL, "utils/torch_functional.py"),
+        "masked_sum", "masked_mean", "masked_var", "masked_whiten",
+    )  # fmt: skip
+    return functions(
+        source(VERL, "trainer/ppo/core_algos.py"), "compute_grpo_outcome_advantage",
+        "compute_reinforce_plus_plus_baseline_outcome_advantage",
+        "compute_rloo_outcome_advantage", verl_F=helpers, defaultdict=collections.defaultdict,
+    )  # fmt: skip
+
+
+def scores_and_groups() -> tuple[Tensor, Tensor]:
+    """Groups of 4, 5 and 3 whose members are interleaved; the last one's scores are equal."""
+    ids = torch.tensor([0, 1, 0, 2, 1, 0, 1, 2, 1, 0, 1, 2])
+    scores = torch.randn(ROWS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return torch.where(ids == 2, 0.5, scores), ids
+
+
+def outcome(theirs: Any, scores: Tensor, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    """verl's functions sum token-level rewards; the response's score is its whole reward."""
+    rewards = torch.zeros(mask.shape, dtype=torch.float64)
+    rewards[:, 0] = scores
+    return theirs(rewards, mask.double(), ids.tolist(), **options)[0]
+
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "grpo": ("compute_grpo_outcome_advantage", {}),
+    "dr_grpo": ("compute_grpo_outcome_advantage", {"norm_adv_by_std_in_grpo": False}),
+    "rloo": ("compute_rloo_outcome_advantage", {}),
+}
+
+
+@pytest.mark.parametrize("baseline", PRESETS)
+def test_verl(baseline: str) -> None:
+    """One number per response, spread over its kept tokens."""
+    name, options = PRESETS[baseline]
+    scores, ids = scores_and_groups()
+    mask = rollout(torch.float64, "holes", ROWS, STEPS).mask
+    theirs = outcome(getattr(verl(), name), scores, ids, mask, **options)
+    ours = ppo_fast.group_advantages(scores, ids, baseline=baseline)[:, None] * mask
+    # Sums over a group; grpo divides their rounding by σ + 1e-6, a group of equals by 1e-6.
+    size = float(scores.abs().max()) / (EPS if baseline == "grpo" else 1)
+    assert_near(ours[ids == 2], theirs[ids == 2], size, GROUP + 1)
+    spread = min(float(scores[ids == i].std()) for i in (0, 1)) if baseline == "grpo" else 1.0
+    assert_near(ours[ids < 2], theirs[ids < 2], float(scores.abs().max()) / spread, GROUP + 1)
+
+
+@pytest.mark.parametrize("baseline", PRESETS)
+def test_verl_lets_a_lone_response_teach(baseline: str) -> None:
+    """Where verl keeps a lone response's score, here its advantage is 0."""
+    name, options = PRESETS[baseline]
+    scores, ids = torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64), torch.tensor([0, 1, 1])
+    theirs = outcome(getattr(verl(), name), scores, ids, torch.ones(3, 1), **options)
+    ours = ppo_fast.group_advantages(scores, ids, baseline=baseline)
+    # Its σ of 1 for a lone response is fp32, whatever the scores are.
+    kept = scores[:1].float() / (1 + EPS * (baseline == "grpo"))
+    assert_near(theirs[:1, 0].float(), kept, 2.0, 1)
+    assert float(ours[0]) == 0.0 and bool(ours[1:].abs().min() > 0.5)
+
+
+@pytest.mark.parametrize("steps", [1, STEPS])
+def test_verl_reinforce_plus_plus_baseline(backend: str, device: str, steps: int) -> None:
+    """verl whitens over tokens, so a long response counts more: dr_grpo, spread, whiten.
+
+    With one token each, that is "reinforce++", which whitens over responses.
+    """
+    scores, ids = scores_and_groups()
+    mask = torch.ones(ROWS, 1, dtype=torch.bool)
+    if steps > 1:
+        mask = rollout(torch.float64, "right", ROWS, steps).mask
+    theirs = outcome(
+        verl().compute_reinforce_plus_plus_baseline_outcome_advantage, scores, ids, mask
+    )
+    centred = ppo_fast.group_advantages(scores, ids, baseline="dr_grpo")
+    spread = centred.to(torch.float32 if backend == "triton" else torch.float64)
+    spread = spread[:, None].expand(mask.shape)
+    ours = ppo_fast.whiten(spread.to(device), mask.to(device), backend=backend).cpu()
+    raw, size = centred[:, None].expand(mask.shape)[mask], float(2 * scores.abs().max())
+    slack = 1e-8 / len(raw)  # verl adds 1e-8 to the count under every mean
+    assert_near_whitened(ours, theirs, raw, size, GROUP + 1, slack=slack)
+    if steps == 1:
+        ours = ppo_fast.group_advantages(scores, ids, baseline="reinforce++")
+        assert_near_whitened(ours[:, None], theirs, raw, size, GROUP + 1, slack=slack)
+
+
+def openrlhf(x: Rollout, estimator: str) -> Any:
+    """One batch, its responses to a prompt neighbours, through OpenRLHF's baselines."""
+    shaping = functions(source(OPENRLHF, "models/utils.py"), "compute_reward")
+    maker = functions(
+        source(OPENRLHF, "trainer/ppo_utils/experience_maker.py"),
+        "compute_advantages_and_returns", "get_cumulative_returns", itertools=itertools,
+        apply_length_penalties=lambda *_: None, logger=logging.getLogger(__name__),
+        compute_reward=shaping.compute_reward,
+    )  # fmt: skip
+    space = types.SimpleNamespace
+    advantage = space(estimator=estimator, gamma=1.0, lambd=1.0, no_std_norm=False)
+    args = space(
+        algo=space(advantage=advantage), rollout=space(n_samples_per_prompt=GROUP),
+        reward=space(clip_range=None),
+    )  # fmt: skip
+    me = space(
+        strategy=space(args=args), advantage_estimator=estimator, kl_ctl=space(value=KL_COEF),
+        get_cumulative_returns=functools.partial(maker.get_cumulative_returns, None),
+    )  # fmt: skip
+    batch = space(
+        rewards=x.scores, index=list(range(len(x.scores))), action_mask=x.mask.long(),
+        values=None, kl=x.logprobs - x.ref, info={},
+    )  # fmt: skip
+    maker.compute_advantages_and_returns(me, [batch])
+    return batch
+
+
+@pytest.mark.parametrize(
+    "estimator, baseline",
+    [("rloo", "rloo"), ("dr_grpo", "dr_grpo"), ("group_norm", "grpo"),
+     ("reinforce_baseline", "dr_grpo")],
+)  # fmt: skip
+def test_openrlhf(backend: str, device: str, estimator: str, baseline: str) -> None:
+    """The group's advantage is the score; no critic, γ = λ = 1, the KL in the reward.
+
+    "group_norm" adds 1e-9 to σ where DeepSeekMath's "grpo" here adds 1e-6.
+    """
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    x = rollout(dtype, "holes", ROWS, STEPS)
+    wide, here, keep = x.wide(), x.on(device), x.mask
+    batch = openrlhf(wide, estimator)
+    ids = torch.arange(ROWS) // GROUP
+    scores = ppo_fast.group_advantages(wide.scores, ids, baseline=baseline)
+    spread = wide.scores.view(-1, GROUP).std(1).repeat_interleave(GROUP)
+    if estimator == "group_norm":
+        scores = scores * (spread + EPS) / (spread + 1e-9)
+    out = ppo_fast.rlhf_advantages(
+        scores.to(here.values), here.logprobs, here.ref, torch.zeros_like(here.values),
+        here.mask, kl_coef=KL_COEF, gamma=1.0, lam=1.0, masked="zero", backend=backend,
+    )  # fmt: skip
+    size = float(scores.abs().max() + KL_COEF * (wide.logprobs - wide.ref).abs().sum(1).max())
+    size /= min(1.0, float(spread.min()))
+    assert_near(out.returns.cpu()[keep], batch.returns[keep], size, STEPS + GROUP)
+    if estimator == "reinforce_baseline":  # whitened in fp32 by the population's variance
+        ours = ppo_fast.whiten(
+            out.advantages, here.mask, moments=out.moments, unbiased=False, eps=0.0,
+            backend=backend,
+        )  # fmt: skip
+        theirs = batch.advantages[keep].float()
+        assert_near_whitened(ours.cpu()[keep], theirs, batch.returns[keep], size, STEPS + GROUP)
+    else:
+        assert_near(out.advantages.cpu()[keep], batch.advantages[keep], size, STEPS + GROUP)
