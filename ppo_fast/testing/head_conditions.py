@@ -90,7 +90,8 @@ def _gradients(
     if narrow is not None:
         info = torch.finfo(narrow)
         error = error + (size * info.eps + info.smallest_normal * info.eps) / (16 * eps)
-    x = torch.where(_kept(call)[..., None], t["hidden"], 0.0).abs().reshape(len(size), -1)
+    x = torch.where(_kept(call)[..., None], t["hidden"], 0.0).abs()
+    x = x.reshape(-1, x.shape[-1])
     rows, vocab = size.shape
     summed = error + _adds(rows) * size
     by_hidden = (error + _adds(vocab) * size) @ t["weight"].abs()
