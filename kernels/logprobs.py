@@ -30,49 +30,21 @@ from .common import (
 )  # fmt: skip
 from .logprobs_grad import logprobs_bwd, logprobs_bwd_
 from .softmax import (
-    LOG2E,
     LOWEST,
     ROW_AXES,
     RUNTIME,
-    ZERO_EXP,
     aligned,
     alignment,
     how_axis,
     inverse_temperature,
     label_rows,
+    outcome,
     rescale,
+    scan_columns,
     valid_alignment,
 )  # fmt: skip
 
 __all__ = ["logprobs_bwd", "logprobs_bwd_", "logprobs_fwd"]
-
-
-@triton.jit
-def scan_step(
-    row_ptr, col, end, m, s, t, inv_t,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Take UNROLL logits per lane from column `col` on into the lanewise state."""
-    lanes = tl.arange(0, LANES)
-    xs = ()
-    for u in tl.static_range(UNROLL):
-        if MASKED:
-            inside = col + u * LANES + lanes < end
-            x = tl.load(row_ptr + col + u * LANES + lanes, mask=inside, other=float("-inf"))
-        else:
-            x = tl.load(row_ptr + col + u * LANES + lanes)
-        xs = xs + (x.to(tl.float32),)
-    top = xs[0]
-    for u in tl.static_range(1, UNROLL):
-        top = tl.maximum(top, xs[u])
-    top = tl.maximum(m, top * inv_t)
-    s, t = rescale(m, top, s, t)
-    for u in tl.static_range(UNROLL):
-        d = tl.fma(xs[u], inv_t, -top)
-        e = tl.exp2(d * LOG2E)
-        s += e
-        t = tl.fma(e, tl.maximum(d, ZERO_EXP), t)
-    return top, s, t
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -111,22 +83,12 @@ def segments_kernel(
         offset = row_offset(row, inner, temp_outer, temp_inner)
         inv_t = inverse_temperature(temp_ptr, offset, live, inv_temp)
         row_ptr = logits_ptr + aligned(row_offset(row, inner, logits_outer, logits_inner), ALIGN)
-        m = tl.full([LANES], LOWEST, tl.float32)
-        s = tl.zeros([LANES], tl.float32)
-        t = tl.zeros([LANES], tl.float32)
         start = (part - row * n_segments) * SEGMENT
         end = tl.minimum(start + SEGMENT, V)
-        STEP: tl.constexpr = LANES * UNROLL
-        full_end = start + (end - start) // STEP * STEP
-        for col in tl.range(start, full_end, STEP, num_stages=STAGES):
-            m, s, t = scan_step(row_ptr, col, V, m, s, t, inv_t, LANES, UNROLL, False)
-        if full_end < end:
-            m, s, t = scan_step(row_ptr, full_end, V, m, s, t, inv_t, LANES, UNROLL, True)
-        top = tl.max(m, axis=0)
-        s, t = rescale(m, top, s, t)
+        top, s, t = scan_columns(row_ptr, start, end, V, inv_t, LANES, UNROLL, STAGES, "")
         tl.store(parts_ptr + part, top)
-        tl.store(parts_ptr + n_parts + part, pair_sum(s, LANES))
-        tl.store(parts_ptr + 2 * n_parts + part, pair_sum(t, LANES))
+        tl.store(parts_ptr + n_parts + part, s)
+        tl.store(parts_ptr + 2 * n_parts + part, t)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "V"])
@@ -175,13 +137,7 @@ def merge_kernel(
     s, t = rescale(m, top[:, None], s, t)
     s = pair_sum(s, SEGMENTS)
     t = pair_sum(t, SEGMENTS)
-
-    sound = s > 0  # a finite logit, and neither NaN nor +inf
-    s = tl.where(sound, s, 1.0)
-    log_sum = tl.log(s)
-    top = tl.where(sound, top, float("nan"))
-    logprob = tl.where(legal, tl.fma(x, inv_t, -top) - log_sum, float("nan"))
-    entropy = tl.where(legal & sound, log_sum - tl.div_rn(t, s), float("nan"))
+    _, top, log_sum, logprob, entropy = outcome(top, s, t, x, inv_t, legal)
     tl.store(logprobs_ptr + rows, tl.where(live, logprob, 0.0), mask=inside)
     tl.store(entropy_ptr + rows, tl.where(live, entropy, 0.0), mask=inside)
     tl.store(row_max_ptr + rows, tl.where(live, top, 0.0), mask=inside)

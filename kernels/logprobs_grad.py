@@ -18,21 +18,30 @@ from torch import Tensor
 from . import config
 from .common import LAUNCH, Aot, flag_bytes, load_f32, on_device, row_blocks, row_offset
 from .softmax import (
-    LOG2E,
     ROW_AXES,
     RUNTIME,
     STRIDES,
-    ZERO_EXP,
     aligned,
     alignment,
+    grad_columns,
     how_axis,
     label_rows,
-    rounded,
     valid_alignment,
+    zero_columns,
 )  # fmt: skip
 
 ZERO_ROW = tl.constexpr(-1)  # in place of the label
 N_TERMS = 6  # m, log_sum, 1/T, a, b, c
+
+
+@triton.jit
+def row_terms(g, h, x, inv_t, m, entropy, legal):
+    """Whether a row's gradient is 0, and a, b, c; g, h by log-probability and entropy."""
+    # A label at -inf stays impossible: no gradient through its log-probability.
+    g = tl.where(legal & (tl.fma(x, inv_t, -m) == float("-inf")), 0.0, g)
+    zero = (g == 0.0) & (h == 0.0)
+    a = -tl.fma(h, entropy, g) * inv_t
+    return zero, tl.where(legal, a, float("nan")), -h * inv_t, g * inv_t
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "V"])
@@ -82,42 +91,17 @@ def terms_kernel(
     m = tl.load(row_max_ptr + rows, mask=live, other=0.0)
     log_sum = tl.load(log_sum_ptr + rows, mask=live, other=0.0)
 
-    # A label at -inf stays impossible: no gradient through its log-probability.
-    g = tl.where(legal & (tl.fma(x, inv_t, -m) == float("-inf")), 0.0, g)
-    zero = (g == 0.0) & (h == 0.0)
-    a = -tl.fma(h, entropy, g) * inv_t
+    zero, a, b, c = row_terms(g, h, x, inv_t, m, entropy, legal)
     terms = terms_ptr + rows
     step = n_rows.to(tl.int64)
     tl.store(terms, m, mask=inside)
     tl.store(terms + step, log_sum, mask=inside)
     tl.store(terms + 2 * step, inv_t, mask=inside)
-    tl.store(terms + 3 * step, tl.where(legal, a, float("nan")), mask=inside)
-    tl.store(terms + 4 * step, -h * inv_t, mask=inside)
-    tl.store(terms + 5 * step, g * inv_t, mask=inside)
+    tl.store(terms + 3 * step, a, mask=inside)
+    tl.store(terms + 4 * step, b, mask=inside)
+    tl.store(terms + 5 * step, c, mask=inside)
     label = tl.where(legal, token, 0).to(tl.int32)
     tl.store(labels_ptr + rows, tl.where(zero, ZERO_ROW, label), mask=inside)
-
-
-@triton.jit
-def grad_step(
-    row_ptr, to_ptr, col, end, label, m, log_sum, inv_t, a, b, c,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Read UNROLL * LANES logits from column `col` on, write their gradient."""
-    lanes = tl.arange(0, LANES)
-    xs = ()
-    for u in tl.static_range(UNROLL):
-        at = col + u * LANES
-        inside = at + lanes < end if MASKED else None
-        xs = xs + (tl.load(row_ptr + at + lanes, mask=inside).to(tl.float32),)
-    for u in tl.static_range(UNROLL):
-        at = col + u * LANES
-        log_p = tl.fma(xs[u], inv_t, -m) - log_sum
-        p = tl.exp2(log_p * LOG2E)
-        dz = p * tl.fma(b, tl.maximum(log_p, ZERO_EXP), a)
-        dz = tl.where(lanes == label - at, dz + c, dz)
-        inside = at + lanes < end if MASKED else None
-        tl.store(to_ptr + at + lanes, rounded(dz, to_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -144,18 +128,11 @@ def dlogits_kernel(
     row = part // n_segments
     row_ptr = logits_ptr + aligned(row_offset(row, inner, logits_outer, logits_inner), ALIGN)
     to_ptr = out_ptr + aligned(row_offset(row, inner, out_outer, out_inner), ALIGN)
-    STEP: tl.constexpr = LANES * UNROLL
     start = (part - row * n_segments) * SEGMENT
     end = tl.minimum(start + SEGMENT, V)
-    full_end = start + (end - start) // STEP * STEP
     label = tl.load(labels_ptr + row)
     if label == ZERO_ROW:
-        cols = tl.arange(0, STEP)
-        none = tl.zeros([STEP], out_ptr.dtype.element_ty)
-        for col in tl.range(start, full_end, STEP):
-            tl.store(to_ptr + col + cols, none)
-        if full_end < end:
-            tl.store(to_ptr + full_end + cols, none, mask=full_end + cols < V)
+        zero_columns(to_ptr, start, end, V, LANES * UNROLL)
     else:
         term = terms_ptr + row
         m = tl.load(term)
@@ -164,14 +141,10 @@ def dlogits_kernel(
         a = tl.load(term + 3 * n_rows)
         b = tl.load(term + 4 * n_rows)
         c = tl.load(term + 5 * n_rows)
-        for col in tl.range(start, full_end, STEP, num_stages=STAGES):
-            grad_step(
-                row_ptr, to_ptr, col, V, label, m, log_sum, inv_t, a, b, c, LANES, UNROLL, False
-            )  # fmt: skip
-        for col in tl.range(full_end, end, 2 * LANES):  # 2: more would spill where ALIGN is 1
-            grad_step(
-                row_ptr, to_ptr, col, V, label, m, log_sum, inv_t, a, b, c, LANES, 2, True
-            )  # fmt: skip
+        grad_columns(
+            row_ptr, to_ptr, start, end, V, label, m, log_sum, inv_t, a, b, c,
+            LANES, UNROLL, STAGES, "",
+        )  # fmt: skip
 
 
 def _write(out: Tensor, *args: Any) -> None:

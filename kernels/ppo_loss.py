@@ -12,17 +12,11 @@ from torch import Tensor
 
 from .arrival import counter, is_last
 from .common import Aot, flag_bytes, load_f32, load_flag, on_device
-from .kl import clamp, coefficient
-from .options import (
-    N_SUMS,
-    REDUCTION_SEQ_MEAN_TOKEN_MEAN,
-    VARIANT_GSPO,
-    VARIANT_LINEAR,
-    VARIANT_PENALTY,
-)
+from .kl import coefficient
+from .options import N_SUMS, REDUCTION_SEQ_MEAN_TOKEN_MEAN, VARIANT_GSPO
 from .reduce_loss import AXES, absent, empty_outputs, live_rows, merge_loss, plan, token_slots
 from .sequences import pointers, sequence_of, strided, strides
-from .token_loss import RATIO, kl_term, log_ratio, sums_of, surrogate, whitened
+from .token_loss import RATIO, log_ratio, policy_loss, sums_of, whitened
 
 # Of the 16 sums, in the order of STATS_FIELDS, two are formed elsewhere; a program's partial
 # results hold the ratio's extremes in their place.
@@ -97,23 +91,11 @@ def ppo_kernel(
             weight = tl.where(means, tl.div_rn(1.0, count), 1.0)
             if means_ptr is not None:
                 ratio = tl.exp(tl.load(means_ptr + seq, mask=keep, other=0.0))
-        excess = tl.zeros_like(ratio)
-        x = tl.where(variant == VARIANT_PENALTY, -d, 0.0)
-        if ref_ptr is not None:
-            ref = load_f32(ref_ptr, row * ref_row + col * ref_col, keep, 0.0)
-            x = logp - ref
-            old = logp if old_ptr is None else load_f32(old_ptr, offset, keep, 0.0)
-            excess = ratio - tl.exp(clamp(ref - old, log_min, log_max))
-        term, slope, clips, capped = surrogate(
-            variant, logp, free, ratio, adv, ratio_low, ratio_high, dual, kl_coef, excess
-        )
-        is_weight = load_f32(is_ptr, row * is_row + col * is_col, keep, 1.0)
-        term *= is_weight
-        slope *= is_weight
-        kl, kl_slope = kl_term(variant, estimator, straight, x, ratio, free, kl_clamp, ratio_clip)
-        linear = variant == VARIANT_LINEAR  # its KL is in the policy term
-        loss = tl.where(linear, term, tl.fma(kl_coef, kl, term))
-        slope = tl.where(linear, slope, tl.fma(kl_coef, kl_slope, slope))
+        loss, term, kl, slope, clips, capped = policy_loss(
+            variant, estimator, straight, logp, keep, adv, d, free, ratio, old_ptr, offset,
+            is_ptr, row * is_row + col * is_col, ref_ptr, row * ref_row + col * ref_col,
+            ratio_low, ratio_high, dual, log_min, log_max, kl_coef, kl_clamp, ratio_clip,
+        )  # fmt: skip
         entropy = load_f32(ent_ptr, row * ent_row + col * ent_col, keep, 0.0)
         if ent_ptr is not None:
             loss = tl.fma(-ent_coef, entropy, loss)

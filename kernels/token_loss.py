@@ -90,6 +90,38 @@ def kl_term(variant, estimator, straight, x, ratio, inside, kl_clamp, ratio_clip
     return clamp(value, -kl_clamp, kl_clamp), slope
 
 
+# fmt: off
+@triton.jit
+def policy_loss(
+    variant, estimator, straight, logp, keep, adv, d, free, ratio,
+    old_ptr, old_offset, is_ptr, is_offset, ref_ptr, ref_offset,
+    low, high, dual, log_min, log_max, kl_coef, kl_clamp, ratio_clip,
+):
+    """A token's loss but its entropy, the policy term, KL, the slope, and the active clips.
+
+    `d`, `free` are `log_ratio`'s; `ratio` is e^d, or the sequence's.
+    """
+    # fmt: on
+    excess = tl.zeros_like(ratio)
+    x = tl.where(variant == VARIANT_PENALTY, -d, 0.0)
+    if ref_ptr is not None:
+        ref = load_f32(ref_ptr, ref_offset, keep, 0.0)
+        x = logp - ref
+        old = logp if old_ptr is None else load_f32(old_ptr, old_offset, keep, 0.0)
+        excess = ratio - tl.exp(clamp(ref - old, log_min, log_max))
+    term, slope, clips, capped = surrogate(
+        variant, logp, free, ratio, adv, low, high, dual, kl_coef, excess
+    )
+    is_weight = load_f32(is_ptr, is_offset, keep, 1.0)
+    term *= is_weight
+    slope *= is_weight
+    kl, kl_slope = kl_term(variant, estimator, straight, x, ratio, free, kl_clamp, ratio_clip)
+    linear = variant == VARIANT_LINEAR  # its KL is in the policy term
+    loss = tl.where(linear, term, tl.fma(kl_coef, kl, term))
+    slope = tl.where(linear, slope, tl.fma(kl_coef, kl_slope, slope))
+    return loss, term, kl, slope, clips, capped
+
+
 @triton.jit
 def sums_of(
     keep, loss, policy, entropy, kl, d, ratio, clips, capped, low, high, N: tl.constexpr
