@@ -32,7 +32,8 @@ def _finite(x: Tensor) -> Tensor:
 def logprobs_condition(call: Call, exact: dict[str, Tensor], eps: float) -> Conditions:
     """κ_j: what rounds z_j and z_j − max; it reaches ln Σ weighted by p_j."""
     t = call.tensors
-    heat = t.get("temperature", torch.tensor(call.options.get("temperature", 1.0))).double()
+    number = torch.tensor(call.options.get("temperature", 1.0), device=t["logits"].device)
+    heat = t.get("temperature", number).double()
     heat = heat.expand(t["tokens"].shape)[..., None]
     z = t["logits"] / heat
     vocab = z.shape[-1]
