@@ -98,7 +98,7 @@ SHAPES = {
 
 # A case holds its inputs, a copy of them for each provider that takes gradients, and the
 # temporaries of the largest peer: about this many times its main tensor.
-_COPIES = 48
+_COPIES = 56
 
 
 @functools.cache

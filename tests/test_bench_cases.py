@@ -51,7 +51,7 @@ def test_a_case_survives_json_and_costs_something(case: Case) -> None:
 
 def test_a_shape_is_scaled_by_name_to_half_after_half() -> None:
     full = shapes.SHAPES["qwen-r1"]
-    need = full.numel * 4 * 48
+    need = full.numel * 4 * shapes._COPIES
     assert shapes.fitted(full, "fp32", need) is full
     small = shapes.fitted(full, "fp32", need // 9)
     assert (small.name, small.dims) == ("qwen-r1/16", (512, 151936))

@@ -43,7 +43,7 @@ def of(case: Case) -> Iterator[Provider]:
     if case.op == LINEAR:
         yield Provider(
             "linear-ce", _linear_ce, _no_linear_ce, roundings=_rounded(case),
-            computes="log-prob only, no entropy",
+            computes="log-prob only, no entropy; in chunks, never whole logits",
         )  # fmt: skip
         yield _ceiling("gemm", product)
     elif case.op == LINEAR_LOSS:

@@ -66,7 +66,10 @@ class Softmax:
 
 def heat_of(call: Call) -> Tensor:
     """The temperature of every token, (..., 1)."""
-    heat = call.tensors.get("temperature", torch.tensor(call.options.get("temperature", 1.0)))
+    heat = call.tensors.get(
+        "temperature",
+        torch.tensor(call.options.get("temperature", 1.0), device=call.tensors["tokens"].device),
+    )
     return (
         heat.double()
         .to(call.tensors["tokens"].device)
