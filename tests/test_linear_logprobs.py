@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from head_helpers import Allocations, products, shape_for, short_chunks
+from head_helpers import shape_for, short_chunks
 
 import ppo_fast
 from ppo_fast import testing
@@ -169,47 +169,6 @@ def test_one_output_alone(kernel: str, device: str, only: str) -> None:
         assert same_bits(a[name], b[name]) and bool(a[name].any()), name
 
 
-@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
-def test_frozen_leaves_cost_no_product(monkeypatch: pytest.MonkeyPatch, frozen: str) -> None:
-    call = linear_call((5, 12))
-    want, rows = run(call, "cpu"), products(monkeypatch)
-    leaves = {k: call.tensors[k].clone() for k in ("hidden", "weight", "bias")}
-    for name, x in leaves.items():
-        x.requires_grad_(name != frozen)
-    out = testing.output(ppo_fast.linear_token_logprobs(
-        **call.replace(**leaves).tensors, backend="cpu"
-    ))  # fmt: skip
-    torch.autograd.backward([out[k] for k in call.cotangents], list(call.cotangents.values()))
-    for name, x in leaves.items():
-        assert (x.grad is None) if name == frozen else same_bits(x.grad, want[f"grad_{name}"])
-    assert ("hidden_gradient" in rows) == (frozen != "hidden")
-    assert ("add_weight_gradient" in rows) == (frozen != "weight")
-
-
-def test_only_rows_with_a_gradient_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU the backward forms the logits of the rows whose gradient is not zero."""
-    short_chunks(monkeypatch)
-    call = linear_call((6, 11), mask=None, ignored=False)
-    live = torch.arange(66).view(6, 11) % 5 == 0
-    grads = {k: torch.where(live, v, 0.0) for k, v in call.cotangents.items()}
-    rows = products(monkeypatch)
-    out = run(call._replace(cotangents=grads), "cpu")
-    assert rows["hidden_gradient"] == rows["add_weight_gradient"] == int(live.sum())
-    assert rows["logits_into"] == 80 + 16  # 66 rows forward and 14 back, in tiles of 16
-    assert not bool(out["grad_hidden"][~live].any()) and bool(out["grad_hidden"][live].any())
-
-
-def test_masked_rows_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    short_chunks(monkeypatch)
-    call = linear_call((6, 11), mask="right", extras=("bias", "row_index"))
-    t, rows = call.tensors, products(monkeypatch)
-    keep = (t["mask"] & (t["tokens"] != -100)).flatten()
-    kept = int(keep[t["row_index"]].sum())
-    run(call, "cpu")
-    tiles = -(-kept // 16) * 16
-    assert rows["logits_into"] == 2 * tiles and rows["add_weight_gradient"] == kept
-
-
 def test_strided_hidden_is_not_copied(kernel: str, device: str) -> None:
     """hidden[:, :-1] and every second row: the contiguous copy's bits from a chunk's gather."""
     call = linear_call((4, 3), device=device, mask=None, extras=())
@@ -220,21 +179,6 @@ def test_strided_hidden_is_not_copied(kernel: str, device: str) -> None:
     for view in (longer[:, :-1], spread[:, :, 0]):
         got = run(call.replace(hidden=view), kernel)
         assert all(same_bits(got[k], want[k]) for k in want)
-
-
-def test_nothing_of_the_whole_size_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the logits nor a copy of strided hidden states: chunks and the gradients alone."""
-    short_chunks(monkeypatch)
-    call = linear_call((8, 33), 211, 64, mask=None, extras=(), ignored=False, temperature=1.0)
-    leaves = {k: call.tensors[k].clone().requires_grad_() for k in ("hidden", "weight")}
-    tokens = call.tensors["tokens"][:, :-1]
-    with Allocations() as seen, torch.no_grad():
-        ppo_fast.linear_token_logprobs(leaves["hidden"][:, :-1], leaves["weight"], tokens)
-    assert 16 * 64 <= seen.largest() <= 16 * 211
-    with Allocations() as seen:
-        out = ppo_fast.linear_token_logprobs(leaves["hidden"][:, :-1], leaves["weight"], tokens)
-        (out.logprobs + out.entropy).sum().backward()
-    assert seen.largest() <= 8 * 33 * 64 and (256, 211) not in seen.shapes
 
 
 def test_retained_graphs_give_the_same_gradients(kernel: str, device: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from head_helpers import Allocations, products, shape_for, short_chunks
+from head_helpers import shape_for, short_chunks
 
 import ppo_fast
 from ppo_fast import Stats, testing
@@ -169,67 +169,6 @@ def test_gradients_of_other_rows_are_zero(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("logprobs", "entropy", "grad_hidden"):
         x = out[name].reshape(36, -1)
         assert not bool(x[~named].any()) and bool(x[named].any()), name
-
-
-def test_rows_without_a_slope_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Advantage 0, or clipped, with nothing else to learn: the exact gradient without a FLOP."""
-    short_chunks(monkeypatch)
-    call = linear_ppo_call((6, 11), mask=None, **BARE)
-    adv = torch.where(torch.arange(66).view(6, 11) % 3 == 0, call.tensors["advantages"], 0.0)
-    call, rows = call.replace(advantages=adv), products(monkeypatch)
-    testing.assert_agrees(call, "cpu", out := run(call, "cpu"))
-    live = out["grad_hidden"].any(-1)
-    assert bool((live <= (adv != 0)).all()) and 0 < int(live.sum()) < int((adv != 0).sum())
-    assert rows["hidden_gradient"] == rows["add_weight_gradient"] == int(live.sum())
-    assert rows["logits_into"] == 80
-
-
-def test_nothing_to_learn_multiplies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = linear_ppo_call((4, 9), mask=None, **BARE)
-    call = call.replace(advantages=torch.zeros(4, 9))
-    rows = products(monkeypatch)
-    out = run(call, "cpu")
-    assert rows["hidden_gradient"] == rows["add_weight_gradient"] == 0
-    assert all(not bool(out[k].any()) for k in GRADS) and bool(out["logprobs"].all())
-
-
-@pytest.mark.parametrize("variant", ["clip", "gspo"])
-@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
-def test_frozen_leaves_cost_no_product(
-    monkeypatch: pytest.MonkeyPatch, frozen: str, variant: str
-) -> None:
-    call = linear_ppo_call((5, 12), variant=variant)
-    want, rows = run(call, "cpu"), products(monkeypatch)
-    leaves = {k: call.tensors[k].clone() for k in ("hidden", "weight", "bias")}
-    for name, x in leaves.items():
-        x.requires_grad_(name != frozen)
-    out = ppo_fast.linear_ppo_loss(**call.replace(**leaves).tensors, **call.options, backend="cpu")
-    out.loss.backward(call.cotangents["loss"])
-    for name, x in leaves.items():
-        assert (x.grad is None) if name == frozen else same_bits(x.grad, want[f"grad_{name}"])
-    assert ("hidden_gradient" in rows) == (frozen != "hidden")
-    assert ("add_weight_gradient" in rows) == (frozen != "weight")
-
-
-def test_three_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits once, and both gradients; gspo forms the logits again; no gradient, one product."""
-    call, rows = linear_ppo_call((4, 8), mask=None, ignored=False), products(monkeypatch)
-    run(call, "cpu")
-    assert rows == {"logits_into": 32, "hidden_gradient": 32, "add_weight_gradient": 32}
-    rows.clear()
-    run(call.option(variant="gspo", log_ratio_clamp=None), "cpu")
-    assert rows["logits_into"] == 64
-    rows.clear()
-    run(call._replace(cotangents={}), "cpu")
-    assert rows == {"logits_into": 32}
-
-
-def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    short_chunks(monkeypatch)
-    call = linear_ppo_call((8, 32), 211, 64, mask=None, ignored=False)
-    with Allocations() as seen:
-        out = run(call, "cpu")
-    assert seen.largest() == 256 * 64 and bool(out["grad_weight"].any())
 
 
 def test_strided_hidden(kernel: str, device: str) -> None:
