@@ -70,11 +70,7 @@ def heat_of(call: Call) -> Tensor:
         "temperature",
         torch.tensor(call.options.get("temperature", 1.0), device=call.tensors["tokens"].device),
     )
-    return (
-        heat.double()
-        .to(call.tensors["tokens"].device)
-        .expand(call.tensors["tokens"].shape)[..., None]
-    )
+    return heat.double().expand(call.tensors["tokens"].shape)[..., None]
 
 
 def logprobs_condition(call: Call, exact: dict[str, Tensor], eps: float) -> Conditions:
