@@ -16,16 +16,17 @@ def newest(folder: Path) -> Path | None:
 
 
 def main(folder: Path) -> int:
-    """Print the times on the GPU, then its goals; 1 if there is no such file."""
+    """Print what went wrong, then the goals on the GPU; 1 if there is no such file."""
     path = newest(folder)
     if path is None:
         print(f"nothing was measured on a GPU: no file in {folder}")
         return 1
     found = results.load(path)
     rows = [row for row in found.rows if row["device"] == "cuda"]
-    for line in tables.table(rows):
-        print(line)
-    print()
+    for case, block in results.by_case(rows).items():
+        for row in block:
+            if row["status"] in ("red", "error"):
+                print(f"{case.name} {row['provider']}: {row['status']}: {row['detail']}"[:200])
     for line in tables.verdict_table(
         results.verdicts(rows, [goal for goal in GOALS if goal.case.device == "cuda"])
     ):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_rows import GPU_FACTS, lines_with, row
 
-from benchmarks import cuda_timing, rehearse
+from benchmarks import cases, cuda_timing, rehearse, results, summary
 from benchmarks.cases import GPU
 from benchmarks.providers import providers_of
 from benchmarks.shapes import Case
@@ -127,3 +128,17 @@ def test_the_gpu_page_says_what_it_does_not_know(tmp_path: Path) -> None:
         env=os.environ | {"STEPS": "sing", "OUT": str(tmp_path), "PYTHON": sys.executable},
     )  # fmt: skip
     assert done.returncode == 2 and "STEPS: build, tests or rows, got 'sing'" in done.stdout
+
+
+def test_the_summary_says_what_was_met_and_what_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert summary.main(tmp_path) == 1
+    assert "nothing was measured on a GPU" in capsys.readouterr().out
+    died = row(cases.GPU_GAE, "verl", None, status="error", detail="crashed: exit status -11")
+    results.save(tmp_path, [row(cases.GPU_GAE, "ppo_fast-triton", 0.020), died], GPU_FACTS)
+    assert summary.main(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert lines_with(out, cases.GPU_GAE.name, "verl: error: crashed: exit status -11")
+    assert lines_with(out, cases.GPU_GAE.name, "20.0 µs", "≤ 26 µs", "met", "SHORT")
+    assert lines_with(out, cases.GPU_PPO_LOSS.name, "not measured")
