@@ -110,7 +110,8 @@ def _at(x: Tensor, column: Tensor) -> Tensor:
     return x.gather(-1, column.long()[..., None])[..., 0]
 
 
-_SHARES: set[tuple[int, int]] = set()
+# (group, size) whose equality the host has seen; only asked of where looking would synchronise.
+_SEEN: set[tuple[int, int]] = set()
 
 
 def shard_of(
@@ -118,19 +119,20 @@ def shard_of(
 ) -> Shard | None:
     """This rank's share, x.shape[dim] columns; None without a group.
 
-    That all shares are equal is asked of the other ranks once per size.
+    The ranks always exchange their sizes, whatever each has seen before: a rank that did not
+    would leave the others in a collective of their own. A GPU's are looked at once per size.
     """
     if group is None:
         return None
     if backend == "reference":
         raise ValueError(f"{op}: process_group must be None on 'reference', got {group}")
     size = x.shape[dim]
-    if (id(group), size) not in _SHARES:
-        mine = torch.tensor([size], device=x.device)
-        sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(sizes, mine, group=group)
+    mine = torch.tensor([size], device=x.device)
+    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, mine, group=group)
+    if x.device.type == "cpu" or (id(group), size) not in _SEEN:
         every = [int(n) for n in sizes]
         if len(set(every)) > 1:
             raise ValueError(f"{op}: {name} must have equal shares on all ranks, got {every}")
-        _SHARES.add((id(group), size))
+        _SEEN.add((id(group), size))
     return Shard(group, size)

@@ -1,0 +1,175 @@
+"""A vocabulary split over two gloo processes: the results of one, on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import ppo_fast
+from ppo_fast import _checks, testing
+from ppo_fast._schema import VARIANTS
+from ppo_fast.testing import Call, linear_call, linear_ppo_call, same_bits
+
+WORLD, VOCAB, SHARE = 2, 38, 19
+SHARDED = ("weight", "bias")
+Results = dict[str, torch.Tensor]
+
+
+def _forbidden(call: Call, classes: slice) -> Call:
+    bias = call.tensors["bias"].clone()
+    bias[classes] = -float("inf")
+    return call.replace(bias=bias)
+
+
+def _labelled(call: Call, tokens: torch.Tensor) -> Call:
+    """The call with these labels first, of whatever rank."""
+    every = call.tensors["tokens"].clone()
+    every.view(-1)[: tokens.numel()] = tokens
+    return call.replace(tokens=every)
+
+
+def cases() -> dict[str, Call]:
+    """What is run on one process and on two; fp32, in one chunk."""
+    whole = {"vocab": VOCAB, "mask": None, "ignored": False}
+    logprobs = linear_call((3, 5), **whole)
+    edges = torch.tensor([0, SHARE - 1, SHARE, VOCAB - 1, 3, 30])
+    capped = {"softcap": 4.0, "extras": ("bias", "row_index")}
+    out = {
+        "plain": linear_call((3, 5), VOCAB, extras=(), temperature=0.7),
+        "every option": linear_call((3, 5), VOCAB, **capped),
+        "labels at the edges": _labelled(logprobs, edges),
+        "labels at -inf": _forbidden(_labelled(logprobs, edges), slice(SHARE, None, 2)),
+        "first share at -inf": _forbidden(_labelled(logprobs, edges), slice(0, SHARE)),
+        "last share at -inf": _forbidden(_labelled(logprobs, edges), slice(SHARE, None)),
+        "out of the vocabulary": _labelled(logprobs, torch.tensor([VOCAB, -1, 2**40]))._replace(
+            cotangents={}
+        ),
+        "loss without gradient": linear_ppo_call((3, 5), VOCAB)._replace(cotangents={}),
+        "loss of rows": linear_ppo_call(
+            (3, 5), VOCAB, softcap=4.0, head_extras=("row_index",), reduction="seq-mean-token-mean"
+        ),
+    }
+    return out | {f"loss {v}": linear_ppo_call((3, 5), VOCAB, variant=v) for v in VARIANTS}
+
+
+def share(call: Call, rank: int) -> Call:
+    """This rank's rows of weight and bias."""
+    rows = slice(rank * SHARE, (rank + 1) * SHARE)
+    mine = {k: call.tensors[k][rows].clone() for k in SHARDED if k in call.tensors}
+    return call.replace(**mine)
+
+
+def refused(call: Call, rank: int, wrong: bool) -> str:
+    """The error's text of a call with shares that are not equal, or with a bad token."""
+    rows = slice(0, SHARE + (rank if wrong else 0))
+    try:
+        testing.run(
+            call.replace(weight=call.tensors["weight"][rows], bias=None)
+            .option(process_group=dist.group.WORLD)._replace(cotangents={}), "cpu"
+        )  # fmt: skip
+    except (ValueError, IndexError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+def errors(rank: int) -> list[str]:
+    call = linear_call((3, 5), VOCAB, mask=None, ignored=False)
+    uneven = refused(call, rank, wrong=True)
+    _checks.DEBUG = True
+    elsewhere = refused(_labelled(call, torch.tensor([0, VOCAB - 1])), rank, wrong=False)
+    outside = refused(_labelled(call, torch.tensor([0, VOCAB])), rank, wrong=False)
+    _checks.DEBUG = False
+    return [uneven, elsewhere, outside]
+
+
+def with_dtensors(call: Call, group: bool) -> Results:
+    """Weight and bias as shards on a mesh; their gradients come back as whole tensors."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    leaves: dict[str, Any] = {
+        k: distribute_tensor(call.tensors[k], mesh, [Shard(0)]).requires_grad_() for k in SHARDED
+    }
+    hidden = call.tensors["hidden"].clone().requires_grad_()
+    options = call.options | ({"process_group": mesh.get_group()} if group else {})
+    tensors = call.replace(hidden=hidden).tensors | leaves
+    out = getattr(ppo_fast, call.op)(**tensors, **options, backend="cpu")
+    out.loss.backward(call.cotangents["loss"])
+    assert all(isinstance(leaf.grad, DTensor) for leaf in leaves.values())
+    grads = {f"grad_{k}": leaf.grad.full_tensor() for k, leaf in leaves.items()}
+    return testing.output(out) | grads | {"grad_hidden": hidden.grad}
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
+    )
+    torch.set_num_threads(1)
+    results = {
+        name: testing.run(share(call, rank).option(process_group=dist.group.WORLD), "cpu")
+        for name, call in cases().items()
+    }
+    call = linear_ppo_call((3, 5), VOCAB)
+    tensors = {str(group): with_dtensors(call, group) for group in (False, True)}
+    tensors = {n: {k: v.detach() for k, v in out.items()} for n, out in tensors.items()}
+    torch.save((results, tensors, errors(rank)), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each rank has seen: (results by case, DTensor results, errors)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.start_processes(worker, args=(str(folder),), nprocs=WORLD, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
+    """To 1e-6 of the largest number there (at least 1); the same rows NaN or infinite."""
+    odd = ~want.isfinite()
+    assert torch.equal(odd, ~got.isfinite()), name
+    assert bool(((got == want) | (got.isnan() & want.isnan()))[odd].all()), name
+    off, top = (x[~odd].abs().max() for x in (got - want, want)) if not odd.all() else (0.0, 0.0)
+    assert off <= 1e-6 * max(1.0, float(top)), (name, off, top)
+
+
+@pytest.mark.parametrize("case", cases())
+def test_two_processes_are_one(ranks: list[Any], case: str) -> None:
+    """And within the budget of the fp64 reference."""
+    call = cases()[case]
+    results = [rank[0][case] for rank in ranks]
+    together = {}
+    for name, x in testing.run(call, "cpu").items():
+        sharded = name.removeprefix("grad_") in SHARDED
+        mine, other = (r[name] for r in results)
+        assert sharded or same_bits(mine, other), name
+        together[name] = torch.cat([mine, other]) if sharded else mine
+        assert_close(together[name], x, name)
+    testing.assert_agrees(call, "cpu", together)
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_distributed_tensors(ranks: list[Any], group: bool) -> None:
+    """With a group the local shard, without one the whole tensor; gradients are sharded again."""
+    want = testing.run(linear_ppo_call((3, 5), VOCAB), "cpu")
+    for rank in ranks:
+        got = rank[1][str(group)]
+        assert got.keys() == want.keys()
+        for name, x in want.items():
+            assert_close(got[name], x, name)
+
+
+def test_bad_input_is_refused_on_every_rank(ranks: list[Any]) -> None:
+    """Unequal shares; a token of nobody's under PPO_FAST_DEBUG, but not one of another rank's."""
+    for *_, (uneven, elsewhere, outside) in ranks:
+        assert uneven == (
+            "ValueError: linear_token_logprobs: weight must have equal shares on all ranks,"
+            " got [19, 20]"
+        )
+        assert elsewhere == "nothing raised"
+        assert outside.startswith("IndexError: linear_token_logprobs: tokens must be in [0, 38)")
