@@ -66,6 +66,8 @@ void row_pass(const Problem& p, int64_t row, SoftmaxPart* parts, const Outputs<S
                      {double(S(weight * slope)), double(S(-weight * p.options.entropy_coef)),
                       out.entropy[row], out.row_max[row], out.log_sum[row]});
   }
+  // A row without a distribution, or a token out of it, shows in the gradient whatever its slopes.
+  if (live && out.logprobs[row] != out.logprobs[row]) gradient.kind = RowGradient::nan;
   const auto kernel = PPO_SELECT(softmax_gradient);
   segments([&](int64_t first, int64_t n) {
     write_gradient(r, kernel, gradient, row, first, n, to, to_rows);
