@@ -6,6 +6,7 @@ What a case gave is saved before the next one starts, so that a run may be stopp
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _MEASURED = pytest.StashKey[dict[Case, dict[str, Outcome]]]()
 _ROWS = pytest.StashKey[list[results.Row]]()
 _FACTS = pytest.StashKey[dict[str, Any]]()
 _WORKERS = pytest.StashKey[Workers]()
+_BEGUN = pytest.StashKey[float]()
 RESULTS = Path(__file__).parent / "results"
 
 Record = Callable[[Case, Provider], None]
@@ -49,10 +51,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="after this long no further provider of a case begins, and a silent one is ended",
     )
 
+    group.addoption(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="begin no further case after this long; what goals are set for comes first",
+    )
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_MEASURED], config.stash[_ROWS] = {}, []
+    config.stash[_BEGUN] = time.monotonic()
     config.stash[_WORKERS] = Workers()
     # The summary below says more than pytest-benchmark's table; --benchmark-verbose shows both.
     config.option.benchmark_quiet = True
@@ -91,6 +101,16 @@ def _selected(session: pytest.Session, case: Case) -> list[str]:
     """Providers of the case that this run's selection kept."""
     chosen = (item for item in session.items if _case_of(item) == case)
     return [item.callspec.params["provider"].name for item in chosen]
+
+
+@pytest.fixture(autouse=True)
+def in_time(request: pytest.FixtureRequest) -> None:
+    """No case begins after `--minutes`; one that was measured still gives its rows."""
+    config, minutes = request.config, request.config.getoption("minutes")
+    if _case_of(request.node) in config.stash[_MEASURED]:
+        return
+    if time.monotonic() - config.stash[_BEGUN] > 60 * minutes:
+        pytest.skip(f"not run: the {minutes:g} minutes are used up; --minutes gives more")
 
 
 @pytest.fixture

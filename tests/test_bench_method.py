@@ -204,3 +204,13 @@ def test_what_was_measured_is_saved_when_a_run_is_killed(tmp_path: Path) -> None
     assert len({row["op"] for row in rows}) == 1
     assert {row["provider"] for row in rows} >= {"ppo_fast-reference"}
     assert all(row["status"] == "skipped" or row["median_ms"] > 0 for row in rows)
+
+
+def test_no_case_begins_when_the_minutes_are_used_up() -> None:
+    command = ["benchmarks/bench_overhead.py", "--benchmark-only", "--minutes", "0", "-q", "-rs"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *command],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "18 skipped" in done.stdout and "not run: the 0 minutes are used up" in done.stdout
