@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import ppo_fast
 from ppo_fast import _checks, testing
 from ppo_fast._schema import VARIANTS
-from ppo_fast.testing import Call, linear_call, linear_ppo_call, same_bits
+from ppo_fast.testing import Call, linear_call, linear_ppo_call, logprobs_call, same_bits
 
 WORLD, VOCAB, SHARE = 2, 38, 19
-SHARDED = ("weight", "bias")
+SHARDED = {"weight": 0, "bias": 0, "logits": -1}  # and the dimension that is the vocabulary
 Results = dict[str, torch.Tensor]
 
 
@@ -50,6 +50,9 @@ def cases() -> dict[str, Call]:
         "out of the vocabulary": _labelled(logprobs, torch.tensor([VOCAB, -1, 2**40]))._replace(
             cotangents={}
         ),
+        "nothing kept": linear_ppo_call((3, 5), VOCAB, mask="empty"),
+        "logits": logprobs_call((3, 5), VOCAB),
+        "logits at the edges": _labelled(logprobs_call((3, 5), VOCAB, mask=None), edges),
         "loss without gradient": linear_ppo_call((3, 5), VOCAB)._replace(cotangents={}),
         "loss of rows": linear_ppo_call(
             (3, 5), VOCAB, softcap=4.0, head_extras=("row_index",), reduction="seq-mean-token-mean"
@@ -59,10 +62,11 @@ def cases() -> dict[str, Call]:
 
 
 def share(call: Call, rank: int) -> Call:
-    """This rank's rows of weight and bias."""
-    rows = slice(rank * SHARE, (rank + 1) * SHARE)
-    mine = {k: call.tensors[k][rows].clone() for k in SHARDED if k in call.tensors}
-    return call.replace(**mine)
+    """This rank's rows of weight and bias, or columns of the logits."""
+    given = {k: dim for k, dim in SHARDED.items() if k in call.tensors}
+    return call.replace(**{
+        k: call.tensors[k].narrow(dim, rank * SHARE, SHARE).clone() for k, dim in given.items()
+    })  # fmt: skip
 
 
 def refused(call: Call, rank: int, wrong: bool) -> str:
@@ -92,7 +96,8 @@ def with_dtensors(call: Call, group: bool) -> Results:
     """Weight and bias as shards on a mesh; their gradients come back as whole tensors."""
     mesh = init_device_mesh("cpu", (WORLD,))
     leaves: dict[str, Any] = {
-        k: distribute_tensor(call.tensors[k], mesh, [Shard(0)]).requires_grad_() for k in SHARDED
+        k: distribute_tensor(call.tensors[k], mesh, [Shard(0)]).requires_grad_()
+        for k in ("weight", "bias")
     }
     hidden = call.tensors["hidden"].clone().requires_grad_()
     options = call.options | ({"process_group": mesh.get_group()} if group else {})
@@ -145,10 +150,10 @@ def test_two_processes_are_one(ranks: list[Any], case: str) -> None:
     results = [rank[0][case] for rank in ranks]
     together = {}
     for name, x in testing.run(call, "cpu").items():
-        sharded = name.removeprefix("grad_") in SHARDED
+        dim = SHARDED.get(name.removeprefix("grad_"))
         mine, other = (r[name] for r in results)
-        assert sharded or same_bits(mine, other), name
-        together[name] = torch.cat([mine, other]) if sharded else mine
+        assert dim is not None or same_bits(mine, other), name
+        together[name] = mine if dim is None else torch.cat([mine, other], dim)
         assert_close(together[name], x, name)
     testing.assert_agrees(call, "cpu", together)
 

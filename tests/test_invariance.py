@@ -172,3 +172,37 @@ def test_grad_or_no_grad(kernel: str, device: str, op: str) -> None:
     call = testing.FACTORIES[op]((5, 9), device=device)
     a, b = run(call, kernel), run(call._replace(cotangents={}), kernel)
     assert all(same_bits(a[k], b[k]) for k in b)
+
+
+def of_the_head(call: Call, rows: torch.Tensor) -> Call:
+    """Some sequences of a head's call; weight and bias stay whole."""
+    fixed = {k: call.tensors[k] for k in ("weight", "bias") if k in call.tensors}
+    rest = {k: v for k, v in call.tensors.items() if k not in fixed}
+    return testing.with_rows(call._replace(tensors=rest), rows).replace(**fixed)
+
+
+@pytest.mark.parametrize("vocab, width", [(37, 24), (331, 130)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", testing.HEADS)
+def test_rows_of_the_head(op: str, dtype: torch.dtype, vocab: int, width: int) -> None:
+    """A row keeps its bits whatever rows stand beside it, and so in whatever tile it falls."""
+    wide = {} if op == "logits_ppo_loss" else {"width": width}
+    given = {} if op == "linear_token_logprobs" else {"reduction": "token-sum"}
+    call = testing.HEADS[op]((9, 7), vocab, mask="right", dtype=dtype, **wide, **given)
+    names = ("logprobs", "entropy", "grad_logits") + (() if wide else ("grad_hidden",))
+    whole = run(call, "cpu")
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    for rows in (order, torch.cat([order, order]), order[:4], order[2:3], order[5:7]):
+        got = run(of_the_head(call, rows), "cpu")
+        for name in names:
+            assert name not in whole or same_bits(got[name], whole[name][rows]), (rows, name)
+
+
+@pytest.mark.parametrize("op", testing.HEADS)
+def test_the_head_run_to_run(kernel: str, device: str, op: str) -> None:
+    slow = kernel == "triton" and device == "cpu"
+    call = testing.HEADS[op]((2, 3) if slow else (10, 60), device=device)
+    want = run(call, kernel)
+    for _ in range(1 if slow else 5):
+        got = run(call, kernel)
+        assert all(same_bits(got[k], want[k]) for k in want)

@@ -181,6 +181,15 @@ def test_strided_hidden_is_not_copied(kernel: str, device: str) -> None:
         assert all(same_bits(got[k], want[k]) for k in want)
 
 
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_layouts(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """Any strides but of hidden's last dimension; a weight's may be those of its transpose."""
+    short_chunks(monkeypatch)
+    view, _ = testing.with_layout(linear_call((5, 12), ignored=False), layout)
+    assert layout == "offset" or not view.tensors["weight"].is_contiguous()
+    testing.assert_agrees(view, "cpu")
+
+
 def test_retained_graphs_give_the_same_gradients(kernel: str, device: str) -> None:
     call = linear_call((2, 3), device=device)
     leaves = {k: call.tensors[k].clone().requires_grad_() for k in ("hidden", "weight", "bias")}

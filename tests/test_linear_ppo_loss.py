@@ -179,6 +179,13 @@ def test_strided_hidden(kernel: str, device: str) -> None:
     assert all(same_bits(got[k], want[k]) for k in want)
 
 
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
+def test_layouts(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    short_chunks(monkeypatch)
+    view, _ = testing.with_layout(linear_ppo_call((5, 12), ignored=False), layout)
+    testing.assert_agrees(view, "cpu")
+
+
 @pytest.mark.parametrize("bias", [-200.0, 1e4])
 def test_offsets(backend: str, device: str, bias: float) -> None:
     call = linear_ppo_call((2, 3), device=device, mask=None, temperature=1.0, ignored=False)

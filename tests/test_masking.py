@@ -129,3 +129,62 @@ def test_an_empty_row_leaves_the_others(backend: str, device: str, op: str) -> N
     for name, x in a.items():
         if x.dim() >= 2:
             assert not bool(x[0].any()) and same_bits(x[1:], b[name]), name
+
+
+HEADS: dict[str, tuple[str, dict[str, object]]] = {
+    "linear logprobs": ("linear_token_logprobs", {"softcap": 4.0}),
+    "logits loss": ("logits_ppo_loss", {}),
+    "logits loss gspo": ("logits_ppo_loss", {"variant": "gspo"}),
+    "linear loss": ("linear_ppo_loss", {}),
+    "linear loss gspo": ("linear_ppo_loss", {"variant": "gspo"}),
+    "linear loss rows": ("linear_ppo_loss", {"head_extras": ("bias", "row_index")}),
+}
+
+
+@pytest.mark.parametrize("op, options", HEADS.values(), ids=HEADS.keys())
+def test_garbage_reaches_nothing_of_the_head(
+    backend: str, device: str, op: str, options: dict[str, object]
+) -> None:
+    """NaN hidden rows, logits, per-token numbers: dW, a sum over all rows, keeps its bits too."""
+    slow = backend == "triton" and device == "cpu"
+    for mask in MASKS[:1] if slow else MASKS:
+        call = testing.HEADS[op]((4, 2), mask=mask, device=device, **options)
+        clean = run(testing.with_garbage(call, 0.0), backend)
+        for value in GARBAGE[:1] if slow else GARBAGE:
+            dirty = run(testing.with_garbage(call, value), backend)
+            for name, x in dirty.items():
+                assert same_bits(x, clean[name]), (mask, value, name)
+        for name in ("logprobs", "entropy", "grad_hidden", "grad_logits"):
+            assert name not in dirty or not bool(dirty[name][~call.tensors["mask"]].any()), name
+
+
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_ppo_loss"])
+def test_garbage_in_rows_left_out(backend: str, device: str, op: str) -> None:
+    """What row_index does not name, and ignored tokens' rows, are never read."""
+    extras = {"linear_ppo_loss": "head_extras"}.get(op, "extras")
+    call = testing.HEADS[op]((2, 5), mask=None, device=device, **{extras: ("row_index",)})
+    tokens, hidden = call.tensors["tokens"], call.tensors["hidden"].clone()
+    named = torch.zeros(10, dtype=torch.bool, device=device)
+    named[call.tensors["row_index"]] = True
+    unread = ~named.view(2, 5) | (tokens == -100)
+    assert bool((tokens == -100).any()) and not bool(named.all())
+    want = run(call, backend)
+    got = run(call.replace(hidden=hidden.masked_fill_(unread[..., None], math.nan)), backend)
+    assert all(same_bits(got[k], want[k]) for k in want)
+
+
+@pytest.mark.parametrize("op", testing.HEADS)
+def test_masks_of_the_head_are_flags(op: str) -> None:
+    call = testing.HEADS[op]((4, 9))
+    want, flags = run(call, "cpu"), call.tensors["mask"]
+    for mask in (flags.to(torch.int64) * 2, -flags.float(), flags.bfloat16() * 0.5):
+        got = run(call.replace(mask=mask), "cpu")
+        assert all(same_bits(got[k], want[k]) for k in want)
+
+
+@pytest.mark.parametrize("op", testing.HEADS)
+def test_no_mask_of_the_head_is_a_mask_of_ones(kernel: str, device: str, op: str) -> None:
+    call = testing.HEADS[op]((2, 4), mask=None, device=device)
+    full = call.replace(mask=make_mask((2, 4), "all", device=device))
+    a, b = run(call, kernel), run(full, kernel)
+    assert all(same_bits(a[k], b[k]) for k in a)

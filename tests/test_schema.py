@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from head_helpers import short_chunks
 
 import ppo_fast
 from ppo_fast import _schema, testing
@@ -141,6 +142,25 @@ class TestGradcheck:
     def test_value(self, options: dict[str, Any]) -> None:
         call = testing.value_call((3, 6), dtype=DOUBLE, **options)
         assert self.check(call, ["values"], ["loss"])
+
+    def test_linear_logprobs(self) -> None:
+        for options in ({}, {"softcap": 3.0, "temperature": 0.7, "extras": ("bias", "row_index")}):
+            call = testing.linear_call((2, 3), 7, 3, dtype=DOUBLE, **options)
+            leaves = [k for k in ("hidden", "weight", "bias") if k in call.tensors]
+            assert self.check(call, leaves, ["logprobs", "entropy"])
+
+    @pytest.mark.parametrize("reduction", _schema.REDUCTIONS)
+    @pytest.mark.parametrize("variant", ["clip", "penalty", "linear"])
+    def test_heads(self, monkeypatch: pytest.MonkeyPatch, variant: str, reduction: str) -> None:
+        """gspo and cispo: test_l*_ppo_loss.py compare them with autograd of the reference."""
+        short_chunks(monkeypatch, "triton")
+        options = {"dtype": DOUBLE, "variant": variant, "reduction": reduction}
+        logits = testing.logits_ppo_call((2, 3), 5, log_ratio_clamp=5.0, **options)
+        assert self.check(logits, ["logits"], ["loss"])
+        linear = testing.linear_ppo_call(
+            (2, 3), 5, 3, softcap=3.0, log_ratio_clamp=5.0, ignored=False, **options
+        )
+        assert self.check(linear, ["hidden", "weight", "bias"], ["loss"])
 
 
 @pytest.mark.parametrize("op", testing.FACTORIES)
