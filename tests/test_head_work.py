@@ -49,7 +49,8 @@ def test_only_rows_with_a_gradient_are_multiplied(monkeypatch: pytest.MonkeyPatc
     grads = {k: torch.where(live, v, 0.0) for k, v in call.cotangents.items()}
     rows = products(monkeypatch)
     out = run(call._replace(cotangents=grads), "cpu")
-    assert rows["hidden_gradient"] == rows["add_weight_gradient"] == int(live.sum())
+    assert rows["add_weight_gradient"] == int(live.sum()) == 14
+    assert rows["hidden_gradient"] == 16
     assert rows["logits_into"] == 80 + 16  # 66 rows forward and 14 back, in tiles of 16
     assert not bool(out["grad_hidden"][~live].any()) and bool(out["grad_hidden"][live].any())
 
@@ -89,7 +90,9 @@ def test_rows_without_a_slope_are_not_multiplied(monkeypatch: pytest.MonkeyPatch
     testing.assert_agrees(call, "cpu", out := run(call, "cpu"))
     live = out["grad_hidden"].any(-1)
     assert bool((live <= (adv != 0)).all()) and 0 < int(live.sum()) < int((adv != 0).sum())
-    assert rows["hidden_gradient"] == rows["add_weight_gradient"] == int(live.sum())
+    assert rows["add_weight_gradient"] == int(live.sum())
+    # Each chunk of a tile's rows, where any is live, is one tile again.
+    assert rows["hidden_gradient"] == 16 * sum(bool(x.any()) for x in live.flatten().split(16))
     assert rows["logits_into"] == 80
 
 

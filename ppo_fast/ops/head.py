@@ -175,7 +175,7 @@ class Head:
 
     def _accumulate(self, dz: Tensor, x: Tensor, at: Tensor | slice) -> None:
         if self.dx is not None:
-            dx = gemm.hidden_gradient(dz, self.weight)
+            dx = self._hidden_gradient(dz)
             if self.options.shard is not None:
                 dist.all_reduce(dx, group=self.options.shard.group)
             self.dx[at] = dx.to(self.dx.dtype)
@@ -183,6 +183,18 @@ class Head:
             gemm.add_weight_gradient(self.dw, dz, x)
         if self.db is not None:
             self.db += dz.sum(0)
+
+    def _hidden_gradient(self, dz: Tensor) -> Tensor:
+        """dz · weight; on a CPU in whole tiles, as the logits: a row keeps its bits."""
+        count, last = dz.shape[0], dz.shape[0] % self.tile
+        if last == 0 or dz.is_cuda:
+            return gemm.hidden_gradient(dz, self.weight)
+        # Only the last tile is copied, for its padding.
+        tail = torch.cat([dz[count - last :], dz.new_zeros(self.tile - last, dz.shape[1])])
+        dx = gemm.hidden_gradient(tail, self.weight)[:last]
+        if count < self.tile:
+            return dx
+        return torch.cat([gemm.hidden_gradient(dz[: count - last], self.weight), dx])
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dX (N, H), dW and db, in the inputs' precision."""
