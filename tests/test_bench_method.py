@@ -25,6 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = next(case for case in CALLS if case.op == "gae")
 
 
+def alone(**more: str) -> dict[str, str]:
+    """The environment for a pytest of its own: benchmarks refuse to be a worker of another one."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | more
+
+
 class Clock:
     """Seconds that pass only when somebody says so."""
 
@@ -196,7 +201,7 @@ def test_what_was_measured_is_saved_when_a_run_is_killed(tmp_path: Path) -> None
         [sys.executable, "-m", "pytest", "benchmarks/bench_overhead.py", "--benchmark-only", "-q",
          "-p", "killer", "-k", "gae or whiten", "--save-results", "--results-dir", tmp_path],
         cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))},
+        env=alone(PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT)))),
     )  # fmt: skip
     assert done.returncode == 9, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
@@ -210,7 +215,7 @@ def test_no_case_begins_when_the_minutes_are_used_up() -> None:
     command = ["benchmarks/bench_overhead.py", "--benchmark-only", "--minutes", "0", "-q", "-rs"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *command],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT, capture_output=True, text=True, check=False, env=alone(),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "18 skipped" in done.stdout and "not run: the 0 minutes are used up" in done.stdout
