@@ -1,4 +1,4 @@
-"""Bad input as data: an op, what is changed of a good call, the exception and what its text says."""
+"""Bad input as data: an op, what is changed of a good call, the exception and what it says."""
 
 from __future__ import annotations
 
