@@ -1,4 +1,4 @@
-"""Bad input as data: an op, what is changed of a good call, the exception and what it says."""
+"""Bad input as data: an op, what is changed of a good call, the error and what its text says."""
 
 from __future__ import annotations
 
