@@ -107,9 +107,9 @@ def test_the_first_ratio_is_exactly_one(
 ) -> None:
     """Scored as one batch, updated in micro-batches: old and new log-probs are the same bits."""
     short_chunks(monkeypatch, kernel)
-    call = linear_ppo_call((4, 3 if kernel == "triton" else 23), device=device, variant=variant)
+    call = linear_ppo_call((4, 2 if kernel == "triton" else 23), device=device, variant=variant)
     call = call.replace(old_logprobs=scored(call, kernel))
-    for rows in ([0, 1, 2, 3], [2], [3, 1]):
+    for rows in ([0, 1, 2, 3], [3, 1]):
         part = rows_of(call, torch.tensor(rows, device=device))
         stats = Stats(run(part, kernel)["stats"]).compute()
         assert stats["ratio_min"] == stats["ratio_max"] == 1.0 and stats["kl_k3"] == 0.0
@@ -117,7 +117,7 @@ def test_the_first_ratio_is_exactly_one(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_grad_or_no_grad(kernel: str, device: str, variant: str) -> None:
-    call = linear_ppo_call((2, 4), device=device, variant=variant)
+    call = linear_ppo_call((2, 2), device=device, variant=variant)
     a, b = run(call, kernel), run(call._replace(cotangents={}), kernel)
     assert all(same_bits(a[k], b[k]) for k in b)
 
