@@ -65,57 +65,76 @@ struct GaeJob {
            how.advantages.col_stride == 1;
   }
 
-  // The operations of the buffered path, square blocks of steps and lanes at a time.
+  // Rows of a tile in memory.
+  struct Rows {
+    const S *reward[lanes<T>], *value[lanes<T>];
+    S *advantage[lanes<T>], *returns[lanes<T>];
+  };
+
+  // The operations of the buffered path, square blocks of steps and lanes at a time. Only delta
+  // and the advantages are turned: what else there is of a step needs no other step's result.
   void tile_in_registers(int steps) {
     constexpr int W = lanes<T>;
     const Recursion& how = args.base;
     const Decays<T> by(how);
-    const S *reward_rows[W], *value_rows[W];
-    S *advantage_rows[W], *return_rows[W];
-    row_pointers(args.rewards, steps, reward_rows);
-    row_pointers(how.values, steps, value_rows);
-    row_pointers(how.advantages, steps, advantage_rows);
-    row_pointers(how.returns, steps, return_rows);
-    T later = load<T>(state.advantage), next = load<T>(state.next_value);
+    Rows rows;
+    row_pointers(args.rewards, steps, rows.reward);
+    row_pointers(how.values, steps, rows.value);
+    row_pointers(how.advantages, steps, rows.advantage);
+    row_pointers(how.returns, steps, rows.returns);
+    T later = load<T>(state.advantage);
     auto deviations = moments.open(later);
     for (int t = steps - 2 * W; t >= 0; t -= 2 * W) {
-      T reward[2 * W], value[2 * W];
-      load_line(reward_rows, t, reward);
-      load_line(value_rows, t, value);
+      T block[2 * W];
+      if (t == steps - 2 * W) {
+        load_deltas<true>(rows, t, by.gamma, block);
+      } else {
+        load_deltas<false>(rows, t, by.gamma, block);
+      }
       for (int i = 2 * W - 1; i >= 0; --i) {
-        const T delta = vfma(by.gamma, next, reward[i]) - value[i];
-        next = value[i];
-        reward[i] = later = vfma(by.advantages, later, delta);
-        value[i] = later + next;
+        block[i] = later = vfma(by.advantages, later, block[i]);
         deviations.add(later);
       }
-      store_line(reward, t, advantage_rows);
-      store_line(value, t, return_rows);
+      store_outputs(rows, t, block);
     }
     moments.close(deviations, steps * W);
     store(state.advantage, later);
     store(state.for_return, later);
-    store(state.next_value, next);
+    for (int l = 0; l < W; ++l) state.next_value[l] = rows.value[l][0];
   }
 
   // A cache line of every row at a time: rows often lie a multiple of 4096 bytes apart, where few
-  // lines of a column of them stay in the cache.
-  PPO_INLINE static void load_line(const S* const* rows, int t, T* block) {
+  // lines of a column of them stay in the cache. The value after a tile's last step is carried.
+  template <bool last>
+  PPO_INLINE void load_deltas(const Rows& rows, int t, T gamma, T* block) const {
     constexpr int W = lanes<T>;
     for (int l = 0; l < W; ++l) {
-      block[l] = load<T>(rows[l] + t);
-      block[l + W] = load<T>(rows[l] + t + W);
+      const S *reward = rows.reward[l] + t, *value = rows.value[l] + t;
+      T after = load<T>(value + W);
+      if constexpr (last) {
+        S shifted[W + 1];
+        store(shifted, after);
+        shifted[W] = state.next_value[l];
+        after = load<T>(shifted + 1);
+      } else {
+        after = load<T>(value + W + 1);
+      }
+      block[l] = vfma(gamma, load<T>(value + 1), load<T>(reward)) - load<T>(value);
+      block[l + W] = vfma(gamma, after, load<T>(reward + W)) - load<T>(value + W);
     }
     transpose(block);
     transpose(block + W);
   }
-  PPO_INLINE static void store_line(T* block, int t, S* const* rows) {
+  PPO_INLINE static void store_outputs(const Rows& rows, int t, T* block) {
     constexpr int W = lanes<T>;
     transpose(block);
     transpose(block + W);
     for (int l = 0; l < W; ++l) {
-      store(rows[l] + t, block[l]);
-      store(rows[l] + t + W, block[l + W]);
+      const S* value = rows.value[l] + t;
+      store(rows.advantage[l] + t, block[l]);
+      store(rows.advantage[l] + t + W, block[l + W]);
+      store(rows.returns[l] + t, block[l] + load<T>(value));
+      store(rows.returns[l] + t + W, block[l + W] + load<T>(value + W));
     }
   }
 
