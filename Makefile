@@ -26,7 +26,7 @@ test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 bench: $(BENCH_STAMP)
-	$(RUN) -m pytest benchmarks --benchmark-only --minutes 12 $(ARGS)
+	$(RUN) -m pytest benchmarks --benchmark-only --minutes 11 $(ARGS)
 
 # torch first and alone: anything that depends on it would choose a multi-gigabyte build.
 $(VENV)/bin/python:

@@ -18,8 +18,19 @@ from .common import (
     load_flag,
     on_device,
 )
-from .gae_grid import AXES, grid_of, lambda_axes, pointers, steps_of, strides, tile_axes
-from .gae_scan import NO_STEP, at, chan, next_live, recur, sequences, tile_count, tile_steps
+from .gae_grid import AXES, grid_of, lambda_axes, layout_axes, pointers, steps_of, strides
+from .gae_scan import (
+    NO_STEP,
+    at,
+    chan,
+    check_offsets,
+    next_live,
+    poisoned,
+    recur,
+    sequences,
+    tile_count,
+    tile_steps,
+)
 from .options import MASKED_CARRY
 
 
@@ -88,7 +99,7 @@ def gae_kernel(
     lam_ptr, lam_seq: tl.int64, lam_step: tl.int64,
     lam_ret_ptr, lam_ret_seq: tl.int64, lam_ret_step: tl.int64,
     boot_ptr, boot_seq: tl.int64,
-    cu_ptr,  # (S + 1,)
+    cu_ptr, fails_ptr,  # (S + 1,), and check_offsets'
     adv_ptr, ret_ptr, out_seq: tl.int64, out_step: tl.int64,
     parts_ptr,  # (3, programs) float64
     moments_ptr, counter_ptr,
@@ -101,7 +112,7 @@ def gae_kernel(
     ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, MERGE: tl.constexpr,
 ):
     # fmt: on
-    seq, first, steps = sequences(cu_ptr, n_seqs, length, ROWS, CHUNK, WIDE)
+    seq, first, steps, fails = sequences(cu_ptr, fails_ptr, n_seqs, length, ROWS, CHUNK, WIDE)
     boot = load_f32(boot_ptr, seq * boot_seq, seq < n_seqs, 0.0)
     state = tl.zeros([ROWS], tl.float32)
     state_ret = tl.zeros([ROWS], tl.float32)
@@ -149,11 +160,15 @@ def gae_kernel(
             a = tl.where(moves, a * c, 1.0)
             ret, state_ret = recur(cut, a, b, state_ret, ROWS, CHUNK, WIDE)
         out = at(seq, first, t, out_seq, out_step)
-        tl.store(adv_ptr + out, tl.where(live, adv, 0.0), mask=inside)
-        tl.store(ret_ptr + out, tl.where(live, ret + v, 0.0), mask=inside)
+        adv = tl.where(live, adv, 0.0)
+        tl.store(adv_ptr + out, poisoned(adv, fails), mask=inside)
+        tl.store(ret_ptr + out, poisoned(tl.where(live, ret + v, 0.0), fails), mask=inside)
         n_tile, mean_tile, m2_tile = block_moments(adv, live)
         n, mean, m2 = chan(n, mean, m2, n_tile, mean_tile, m2_tile)
-    leave_moments(parts_ptr, moments_ptr, counter_ptr, n, mean, m2, MERGE)
+    leave_moments(
+        parts_ptr, moments_ptr, counter_ptr, poisoned(n, fails), poisoned(mean, fails),
+        poisoned(m2, fails), MERGE,
+    )  # fmt: skip
 
 
 def gae(
@@ -195,7 +210,8 @@ def gae(
     gamma_high = struct.unpack("f", struct.pack("f", gamma))[0]
     with on_device(rewards):
         gae_kernel[(grid.programs,)](
-            *strided, bootstrap, 0 if bootstrap is None else bootstrap.stride(0), cu_seqlens,
+            *strided, bootstrap, 0 if bootstrap is None else bootstrap.stride(0),
+            cu_seqlens, check_offsets(cu_seqlens, grid.length),
             adv, ret, *steps_of(adv, bool(time_major))[1:], parts, moments, counter(rewards),
             grid.n_seqs, grid.length, gamma_high, gamma - gamma_high,
             gamma * lam_number, gamma * lam_ret_number,
@@ -215,10 +231,10 @@ AOT = (
         | strides("out") | {"boot_seq": "i64"}
         | {
             "layout": (
-                {"cu_ptr": None} | tile_axes(True) | pointers("*fp32", "r", "v"),
-                {"cu_ptr": None} | tile_axes(False) | pointers("*bf16", "r", "v"),
-                {"cu_ptr": "*i32:16"} | tile_axes(True) | pointers("*bf16", "r", "v"),
-                {"cu_ptr": "*i64:16"} | tile_axes(False) | pointers("*fp32", "r", "v"),
+                layout_axes(None, True) | pointers("*fp32", "r", "v"),
+                layout_axes(None, False) | pointers("*bf16", "r", "v"),
+                layout_axes("*i32:16", True) | pointers("*bf16", "r", "v"),
+                layout_axes("*i64:16", False) | pointers("*fp32", "r", "v"),
             ),
             "masks": (
                 {"mask_ptr": None, "CARRY": True},

@@ -27,6 +27,12 @@ def tile_axes(wide: bool) -> dict[str, Any]:
     return shape | ROOMY
 
 
+def layout_axes(offsets: str | None, wide: bool) -> dict[str, Any]:
+    """The constants of a tile, and the AOT types of packed sequences' offsets."""
+    fails = None if offsets is None else "*i32:16"
+    return {"cu_ptr": offsets, "fails_ptr": fails} | tile_axes(wide)
+
+
 class Grid(NamedTuple):
     """How sequences are spread over programs."""
 

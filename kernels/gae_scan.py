@@ -13,30 +13,80 @@ chunk, and with it its tree, is the same for every input.
 
 import triton
 import triton.language as tl
+from torch import Tensor, empty, int32
+
+from . import config
+from .common import LAUNCH, Aot
 
 NO_STEP = tl.constexpr(2147483647)  # no later step is live
 
 
+# fmt: off
+@triton.jit
+def offsets_kernel(
+    cu_ptr,  # (S + 1,)
+    fails_ptr,  # (1,) int32
+    n_seqs: tl.int64, length: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    # fmt: on
+    fails = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, n_seqs, BLOCK):
+        seq = begin + tl.arange(0, BLOCK)
+        inside = seq < n_seqs
+        first = tl.load(cu_ptr + seq, mask=inside, other=0).to(tl.int64)
+        end = tl.load(cu_ptr + seq + 1, mask=inside, other=0).to(tl.int64)
+        fails |= (end < first).to(tl.int32) | ((seq == 0) & (first != 0)).to(tl.int32)
+        fails |= ((seq == n_seqs - 1) & (end != length)).to(tl.int32)
+    tl.store(fails_ptr, tl.max(fails, axis=0))
+
+
+def check_offsets(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
+    """(1,) int32 on the device, not 0 where the offsets do not rise from 0 to `length`."""
+    if cu_seqlens is None:
+        return None
+    fails = empty(1, dtype=int32, device=cu_seqlens.device)
+    offsets_kernel[(1,)](
+        cu_seqlens, fails, cu_seqlens.numel() - 1, length,
+        BLOCK=config.TOKENS.block, num_warps=config.TOKENS.warps, **LAUNCH,
+    )  # fmt: skip
+    return fails
+
+
 @triton.jit
 def sequences(
-    cu_ptr, n_seqs, length, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr
+    cu_ptr, fails_ptr, n_seqs, length,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Sequence (int64), first slot (int64) and number of steps (int32): of the whole tile where
-    WIDE (scalars), else of each of its slots."""
+    WIDE (scalars), else of each of its slots. And whether the offsets fail (None: there are none):
+    each sequence then has an even share of the slots, to poison."""
     seq = tl.program_id(0).to(tl.int64)
     if not WIDE:
         seq = seq * ROWS + tl.arange(0, ROWS * CHUNK) // CHUNK
     inside = seq < n_seqs
+    fails = None
     if cu_ptr is None:
         first = seq * 0
         steps = tl.where(inside, length, 0).to(tl.int32)
-    else:  # length is N here: whatever the offsets hold, nothing outside is touched
-        size = seq * 0 + length
+    else:  # length is N here
+        fails = tl.load(fails_ptr) != 0
         first = tl.load(cu_ptr + seq, mask=inside, other=0).to(tl.int64)
         end = tl.load(cu_ptr + seq + 1, mask=inside, other=0).to(tl.int64)
-        first = tl.minimum(tl.maximum(first, 0), size)
-        steps = (tl.maximum(tl.minimum(end, size), first) - first).to(tl.int32)
-    return seq, first, steps
+        share = tl.minimum(seq, n_seqs) * length // n_seqs
+        first = tl.where(fails, share, first)
+        end = tl.where(fails, tl.minimum(seq + 1, n_seqs) * length // n_seqs, end)
+        steps = (end - first).to(tl.int32)
+    return seq, first, steps, fails
+
+
+@triton.jit
+def poisoned(x, fails):
+    """NaN where the offsets fail."""
+    if fails is None:
+        return x
+    else:
+        return tl.where(fails, float("nan"), x)
 
 
 @triton.jit
@@ -153,3 +203,18 @@ def chan(n, mean, m2, n_new, mean_new, m2_new):
     share = n_new / tl.maximum(total, 1.0)
     delta = mean_new - mean
     return total, tl.fma(delta, share, mean), m2 + m2_new + delta * delta * n * share
+
+
+AOT = (
+    Aot(
+        offsets_kernel,
+        {
+            "cu_ptr": ("*i32:16", "*i64:16"),
+            "fails_ptr": "*i32:16",
+            "n_seqs": "i64",
+            "length": "i64",
+            "BLOCK": config.TOKENS.block,
+            "num_warps": config.TOKENS.warps,
+        },
+    ),
+)

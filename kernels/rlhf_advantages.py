@@ -9,8 +9,19 @@ from torch import Tensor
 
 from .arrival import counter, leave_moments
 from .common import Aot, block_moments, flag_bytes, load_f32, load_flag, on_device
-from .gae_grid import AXES, grid_of, pointers, steps_of, strides, tile_axes
-from .gae_scan import NO_STEP, at, chan, next_live, recur, sequences, tile_count, tile_steps
+from .gae_grid import AXES, grid_of, layout_axes, pointers, steps_of, strides
+from .gae_scan import (
+    NO_STEP,
+    at,
+    chan,
+    check_offsets,
+    next_live,
+    poisoned,
+    recur,
+    sequences,
+    tile_count,
+    tile_steps,
+)
 from .kl import clamp, coefficient, kl_value
 from .options import MASKED_CARRY, SCORE_AT_FIRST_PAD, SCORE_AT_PER_TOKEN
 
@@ -56,7 +67,7 @@ def rlhf_kernel(
     v_ptr, v_seq: tl.int64, v_step: tl.int64,
     mask_ptr, mask_seq: tl.int64, mask_step: tl.int64,
     boot_ptr, boot_seq: tl.int64,
-    cu_ptr,  # (S + 1,)
+    cu_ptr, fails_ptr,  # (S + 1,), and check_offsets'
     kl_coef_ptr,
     adv_ptr, ret_ptr, reward_ptr, kl_ptr, out_seq: tl.int64, out_step: tl.int64,
     parts_ptr,  # (3, programs) float64
@@ -67,7 +78,7 @@ def rlhf_kernel(
     ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, MERGE: tl.constexpr,
 ):
     # fmt: on
-    seq, first, steps = sequences(cu_ptr, n_seqs, length, ROWS, CHUNK, WIDE)
+    seq, first, steps, fails = sequences(cu_ptr, fails_ptr, n_seqs, length, ROWS, CHUNK, WIDE)
     boot = load_f32(boot_ptr, seq * boot_seq, seq < n_seqs, 0.0)
     coef = coefficient(kl_coef_ptr, kl_coef)
     state = tl.zeros([ROWS], tl.float32)
@@ -104,13 +115,18 @@ def rlhf_kernel(
         adv, state = recur(None, a, tl.where(moves, delta, 0.0), state, ROWS, CHUNK, WIDE)
 
         out = at(seq, first, t, out_seq, out_step)
-        tl.store(adv_ptr + out, tl.where(live, adv, 0.0), mask=inside)
-        tl.store(ret_ptr + out, tl.where(live | pad, adv + v, 0.0), mask=inside)
-        tl.store(reward_ptr + out, reward, mask=inside)
-        tl.store(kl_ptr + out, kl, mask=inside)
+        ret = tl.where(live | pad, adv + v, 0.0)
+        adv = tl.where(live, adv, 0.0)
+        tl.store(adv_ptr + out, poisoned(adv, fails), mask=inside)
+        tl.store(ret_ptr + out, poisoned(ret, fails), mask=inside)
+        tl.store(reward_ptr + out, poisoned(reward, fails), mask=inside)
+        tl.store(kl_ptr + out, poisoned(kl, fails), mask=inside)
         n_tile, mean_tile, m2_tile = block_moments(adv, live)
         n, mean, m2 = chan(n, mean, m2, n_tile, mean_tile, m2_tile)
-    leave_moments(parts_ptr, moments_ptr, counter_ptr, n, mean, m2, MERGE)
+    leave_moments(
+        parts_ptr, moments_ptr, counter_ptr, poisoned(n, fails), poisoned(mean, fails),
+        poisoned(m2, fails), MERGE,
+    )  # fmt: skip
 
 
 def rlhf_advantages(
@@ -143,7 +159,8 @@ def rlhf_advantages(
     with on_device(logprobs):
         rlhf_kernel[(grid.programs,)](
             *score, *strided, bootstrap, 0 if bootstrap is None else bootstrap.stride(0),
-            cu_seqlens, kl_coef, *outs, *steps_of(outs[0])[1:], parts, moments, counter(logprobs),
+            cu_seqlens, check_offsets(cu_seqlens, grid.length), kl_coef,
+            *outs, *steps_of(outs[0])[1:], parts, moments, counter(logprobs),
             grid.n_seqs, grid.length, *codes, gamma, gamma * lam, *numbers, **grid.options(),
         )  # fmt: skip
     return (*outs, moments)
@@ -162,10 +179,10 @@ AOT = (
                 pointers("*bf16", "logp", "ref", "v") | pointers("*fp32", "score"),
             ),
             "layout": (
-                {"cu_ptr": None} | tile_axes(True),
-                {"cu_ptr": None} | tile_axes(False),
-                {"cu_ptr": "*i32:16"} | tile_axes(True),
-                {"cu_ptr": "*i64:16"} | tile_axes(False),
+                layout_axes(None, True),
+                layout_axes(None, False),
+                layout_axes("*i32:16", True),
+                layout_axes("*i64:16", False),
             ),
             "boot_ptr": (None, "*fp32:16"),
             "kl_coef_ptr": (None, "*fp32"),

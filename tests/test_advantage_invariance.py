@@ -13,7 +13,7 @@ import torch
 from conftest import usable
 
 import ppo_fast
-from ppo_fast import testing
+from ppo_fast import _checks, testing
 from ppo_fast.testing import Call, gae_call, rlhf_call, run, same_bits
 
 ENDS = ("next_values", "terminated", "truncated")
@@ -126,19 +126,40 @@ def test_threads(masked: str) -> None:
             assert all(same_bits(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("op", ["gae", "rlhf_advantages"])
-@pytest.mark.parametrize(
-    "offsets", [[1, 4, 40], [0, 20, 10, 40], [0, 10, 39], [0, 50, 40], [-1, 40], [3]], ids=str
+PACKED_OPS = pytest.mark.parametrize("op", ["gae", "rlhf_advantages"])
+BAD_OFFSETS = pytest.mark.parametrize(
+    "offsets", [[1, 4, 40], [0, 20, 10, 40], [0, 10, 39], [0, 50, 40], [-1, 40], [3, 4]], ids=str
 )
+
+
+def with_offsets(op: str, offsets: list[int], device: str = "cpu") -> Call:
+    call = testing.FACTORIES[op]((40,), packed=True, device=device)
+    per_sequence = {
+        k: torch.zeros(len(offsets) - 1, device=device)
+        for k in ("scores", "bootstrap") if k in call.tensors
+    }  # fmt: skip
+    return call.replace(cu_seqlens=torch.tensor(offsets, device=device), **per_sequence)
+
+
+@PACKED_OPS
+@BAD_OFFSETS
 def test_offsets_on_the_host_are_checked(backend: str, op: str, offsets: list[int]) -> None:
     """Descending, or not from 0 to N: no kernel follows them."""
-    call = testing.FACTORIES[op]((40,), packed=True)
-    per_sequence = {
-        k: torch.zeros(len(offsets) - 1) for k in ("scores", "bootstrap") if k in call.tensors
-    }
-    call = call.replace(cu_seqlens=torch.tensor(offsets), **per_sequence)
+    call = with_offsets(op, offsets)
     with pytest.raises(ValueError, match=rf"^{op}: cu_seqlens must rise from 0 to N = 40, got \["):
         run(call, backend)
+
+
+@PACKED_OPS
+@BAD_OFFSETS
+def test_offsets_on_the_device_poison(
+    op: str, offsets: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the host does not look, nothing out of bounds is touched and every output is NaN."""
+    backend, device = usable("triton"), "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(_checks, "offsets", lambda *_: None)  # interpreted, the host is the device
+    out = run(with_offsets(op, offsets, device), backend)
+    assert all(bool(x.isnan().all()) for x in out.values())
 
 
 NAN = math.nan

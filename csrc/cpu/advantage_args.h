@@ -44,7 +44,6 @@ struct RlhfArgs {
 // `moments`.
 struct Unit {
   int64_t begin, end;
-  bool one_lane;  // few or very short sequences: a lane each would stay empty
   double* moments;
 };
 

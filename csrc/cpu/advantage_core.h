@@ -1,175 +1,202 @@
-// The recurrence A = delta + decay * A, backwards, one sequence per lane (no include guard, see
-// foreach_isa.h). A lane's operations are those of its sequence alone, in the order of its steps,
-// so the bits do not depend on the batch, the padding, the packing or the number of threads.
+// The recurrence A = b + a * A', backwards, a chunk of steps at a time (no include guard, see
+// foreach_isa.h). Inside a chunk a fixed tree (Sklansky 1960) joins the steps' affine maps, and
+// from chunk to chunk the result is carried: a sequence's bits do not depend on the batch, the
+// padding, the packing, the layout or the number of threads.
 namespace ppo::PPO_ISA {
 
-// What a lane carries from step t + 1 to step t.
+// What goes from a chunk to the one before it.
 template <class T>
 struct Carried {
-  alignas(64) scalar_t<T> advantage[lanes<T>], for_return[lanes<T>], next_value[lanes<T>];
+  T advantage, for_return, next_value;
 };
 
-// One tile of the inputs, each [step][lane]; null where absent. The recurrence leaves the
-// advantages in `reward` and the returns in `value`. `decay`s hold gamma * lambda of each step.
-template <class T>
-struct Inputs {
-  using S = scalar_t<T>;
-  S *reward, *value;
-  const S* live;
-  const S *next_value = nullptr, *terminated = nullptr, *truncated = nullptr, *rho = nullptr,
-          *c = nullptr, *decay = nullptr, *decay_returns = nullptr;
+// A constant factor's products after 0, 1, 2 and 3 levels of the tree.
+template <class C>
+struct Powers {
+  using T = typename C::T;
+  C level[4];
+  T first;
+
+  PPO_INLINE explicit Powers(double factor) {
+    level[0] = splat<C>(set1<T>(scalar_t<T>(factor)));
+    fold_factors<1>(level[1] = level[0]);
+    fold_factors<2>(level[2] = level[1]);
+    fold_factors<4>(level[3] = level[2]);
+    first = first_step(level[3]);
+  }
 };
 
-template <class T>
-struct Decays {
-  using S = scalar_t<T>;
-  T gamma, advantages, returns;
-
-  PPO_INLINE explicit Decays(const Recursion& how)
-      : gamma(set1<T>(S(how.gamma))),
-        advantages(set1<T>(S(how.decay))),
-        returns(set1<T>(S(how.decay_returns))) {}
-};
-
-// A <- done ? delta : delta + decay * A. `later` may be anything where done.
-template <class T>
-PPO_INLINE T fold(T delta, T decay, T later, const Inputs<T>& in, int64_t i) {
-  const T zero = set1<T>(0);
-  T now = vfma(decay, later, delta);
-  if (in.terminated) now = select(load<T>(in.terminated + i) != zero, delta, now);
-  if (in.truncated) now = select(load<T>(in.truncated + i) != zero, delta, now);
-  return now;
+// One factor for all steps. `carried` may wait for nothing but itself: its chain is what bounds
+// the speed of a long row.
+template <class C>
+PPO_INLINE C recur(const Powers<C>& by, C b, typename C::T& carried) {
+  using T = typename C::T;
+  fold<1>(by.level[0], b);
+  fold<2>(by.level[1], b);
+  fold<4>(by.level[2], b);
+  const C result = vfma(by.level[3], splat<C>(carried), b);
+  carried = vfma(by.first, carried, T(first_step(b)));
+  return result;
 }
 
-// rho * (r + gamma * V' - V), with V' = 0 where terminated.
-template <class T>
-PPO_INLINE T residual(T reward, T value, T next, T gamma, const Inputs<T>& in, int64_t i) {
-  if (in.next_value) next = load<T>(in.next_value + i);
-  T target = vfma(gamma, next, reward);
-  if (in.terminated) target = select(load<T>(in.terminated + i) != set1<T>(0), reward, target);
-  const T delta = target - value;
-  return in.rho ? load<T>(in.rho + i) * delta : delta;
+// A factor for each step; where `cut`, A = b whatever follows (by selection: 0 * NaN is NaN).
+template <class C>
+PPO_INLINE C recur(C a, C b, const flags_t<C>* cut, typename C::T& carried) {
+  C result;
+  if (cut) {
+    flags_t<C> cuts = *cut;
+    fold_cut<1>(cuts, a, b), fold_factors<1>(a);
+    fold_cut<2>(cuts, a, b), fold_factors<2>(a);
+    fold_cut<4>(cuts, a, b), fold_factors<4>(a);
+    result = select(cuts, b, vfma(a, splat<C>(carried), b));
+  } else {
+    fold<1>(a, b), fold_factors<1>(a);
+    fold<2>(a, b), fold_factors<2>(a);
+    fold<4>(a, b), fold_factors<4>(a);
+    result = vfma(a, splat<C>(carried), b);
+  }
+  carried = first_step(result);
+  return result;
 }
 
-// `carry`: a masked step passes the state through. Otherwise masked inputs were made neutral
-// before.
-template <class T, bool masked, bool carry, bool plain>
-void recur(const Inputs<T>& given, const Decays<T>& by, bool two_lambdas, int steps,
-           Carried<T>& state) {
-  // The plain case knows at compile time that the optional inputs are absent.
-  const Inputs<T> in = plain ? Inputs<T>{given.reward, given.value, given.live} : given;
-  T later = load<T>(state.advantage), later_ret = load<T>(state.for_return);
-  T next = load<T>(state.next_value);
-  const T zero = set1<T>(0);
-  for (int64_t i = int64_t(steps - 1) * lanes<T>; i >= 0; i -= lanes<T>) {
-    const T reward = load<T>(in.reward + i), value = load<T>(in.value + i);
-    const T delta = residual<T>(reward, value, next, by.gamma, in, i);
-    T decay = in.decay ? load<T>(in.decay + i) : by.advantages;
-    if (in.c) decay = decay * load<T>(in.c + i);
-    T now = fold<T>(delta, decay, later, in, i), now_ret = now;
-    if (!plain && two_lambdas) {
-      T decay_ret = in.decay_returns ? load<T>(in.decay_returns + i) : by.returns;
-      if (in.c) decay_ret = decay_ret * load<T>(in.c + i);
-      now_ret = fold<T>(delta, decay_ret, later_ret, in, i);
+// V of the next step that counts.
+template <class C>
+PPO_INLINE C next_values(const C& value, const flags_t<C>& counts, bool all_count,
+                         typename C::T& carried) {
+  if (all_count) {
+    const C next = next_step(value, carried);
+    carried = first_step(value);
+    return next;
+  }
+  const C from_here = first_flagged(counts, value, carried);
+  const C next = next_step(from_here, carried);
+  carried = first_step(from_here);
+  return next;
+}
+
+// Count, mean and squares of a stream of vectors. A few of them are added in their own precision
+// before they go to the sums in double: no more is lost than by one rounding of each.
+template <class T>
+struct OpenMoments {
+  static constexpr int kRecent = 4;
+  Acc<T> sum, squares;
+  T some, some_squares, pivot;
+  T recent[kRecent];  // the deviations in `some`
+  int n_recent;
+  int64_t count;
+
+  PPO_INLINE OpenMoments()
+      : some(set1<T>(0)), some_squares(some), pivot(some), n_recent(0), count(0) {}
+
+  template <int N>
+  PPO_INLINE void add(const Chunk<T, N>& x) {
+    if (count == 0) pivot = lane_of(x.r[0], 0);
+    for (int i = 0; i < N; ++i) add_vector(x.r[i] - pivot);
+    count += N * lanes<T>;
+  }
+  template <int N>
+  PPO_INLINE void add(const Chunk<T, N>& x, const Flags<T, N>& live) {
+    for (int i = 0; i < N; ++i) {
+      const int more = ppo::PPO_ISA::count(live.r[i]);
+      if (more == 0) continue;
+      if (count == 0) pivot = first_set(x.r[i], live.r[i]);
+      add_vector(select(live.r[i], x.r[i], pivot) - pivot);
+      count += more;
     }
-    T out = now, ret = now_ret + value;
-    next = carry ? select(load<T>(in.live + i) != zero, value, next) : value;
-    if (masked) {
-      const auto live = load<T>(in.live + i) != zero;
-      later = carry ? select(live, now, later) : now;
-      later_ret = carry ? select(live, now_ret, later_ret) : now_ret;
-      out = select(live, out, zero);
-      ret = select(live, ret, zero);
+  }
+  PPO_INLINE void write(double* out) {
+    flush();
+    scalar_t<T> first[lanes<T>];
+    store(first, pivot);
+    write_moments(double(count), double(first[0]), sum.total(), squares.total(), out);
+  }
+
+ private:
+  PPO_INLINE void add_vector(T d) {
+    some = some + d;
+    some_squares = vfma(d, d, some_squares);
+    recent[n_recent] = d;
+    if (++n_recent == kRecent) flush();
+  }
+  // Squares that overflow are formed again in double.
+  PPO_INLINE void flush() {
+    sum.add(some);
+    if (all(some_squares < set1<T>(FLT_MAX))) {
+      squares.add(some_squares);
     } else {
-      later = now;
-      later_ret = now_ret;
+      for (int i = 0; i < n_recent; ++i) squares.add_square(recent[i]);
     }
-    store(in.reward + i, out);
-    store(in.value + i, ret);
+    some = some_squares = set1<T>(0);
+    n_recent = 0;
   }
-  store(state.advantage, later);
-  store(state.for_return, later_ret);
-  store(state.next_value, next);
-}
+  PPO_INLINE static T lane_of(const T& x, int lane) {
+    scalar_t<T> each[lanes<T>];
+    store(each, x);
+    return set1<T>(each[lane]);
+  }
+  PPO_INLINE static T first_set(const T& x, const mask_t<T>& m) {
+    int lane = 0;
+    while (!any(m & first_n<T>(lane + 1))) ++lane;
+    return lane_of(x, lane);
+  }
+};
 
-template <class T, bool plain>
-void recur_masked(const Inputs<T>& in, const Decays<T>& by, const Recursion& how, int steps,
-                  Carried<T>& state) {
-  const bool two = how.two_lambdas;
-  if (!in.live) return recur<T, false, false, plain>(in, by, two, steps, state);
-  if (how.zero_masked) return recur<T, true, false, plain>(in, by, two, steps, state);
-  return recur<T, true, true, plain>(in, by, two, steps, state);
-}
-
-// Which slots of a tile exist and are unmasked, for the moments: null where all do. Lanes without
-// a sequence read a mask of zeros; with no mask, `tile` is filled.
 template <class T>
-const scalar_t<T>* live_slots(const Cursor<T>& at, const scalar_t<T>* live, scalar_t<T>* tile,
-                              int steps) {
-  using S = scalar_t<T>;
-  if (live || at.full()) return live;
-  for (int l = 0; l < lanes<T>; ++l) tile[l] = S(at.seq[l] >= 0);
-  for (int t = 1; t < steps; ++t) store(tile + t * lanes<T>, load<T>(tile));
-  return tile;
-}
-
-// Neutral content for masked slots, under "zero".
-template <class S>
-void neutralise(S* x, const S* live, S neutral, int n) {
-  using V = widest<S>;
-  for (int i = 0; i < n; i += lanes<V>) {
-    store(x + i, select(load<V>(live + i) != set1<V>(0), load<V>(x + i), set1<V>(neutral)));
-  }
-}
-
-// The next sequence with a step for lane l, or none.
-template <class T>
-int64_t refill(Cursor<T>& at, Carried<T>& state, const Recursion& how, int l, int64_t next,
-               int64_t end) {
-  using S = scalar_t<T>;
-  while (next < end && how.seqs.length(next) == 0) ++next;
-  if (next >= end) {
-    at.active -= at.seq[l] >= 0;
-    at.seq[l] = -1;
-    return end;
-  }
-  at.active += at.seq[l] < 0;
-  at.seq[l] = next;
-  at.first[l] = how.seqs.first(next);
-  at.left[l] = how.seqs.length(next);
-  state.advantage[l] = state.for_return[l] = 0;
-  S converted = 0;
-  state.next_value[l] =
-      how.bootstrap.data ? *fetch<S>(how.bootstrap, 0, next, 1, &converted) : S(0);
-  return next + 1;
-}
-
-// Drives `job` over the sequences of a unit, tile by tile:
-// job.start(lane) at a sequence's beginning, job.tile(steps) for every tile.
-template <class T, class Job>
-void sweep(Job& job, const Recursion& how, const Unit& unit) {
-  Cursor<T>& at = job.at;
-  at.side_by_side = how.seqs.offsets == nullptr;
-  int64_t next = unit.begin;
-  for (int l = 0; l < lanes<T>; ++l) {
-    at.seq[l] = -1;
-    next = refill<T>(at, job.state, how, l, next, unit.end);
-    if (at.seq[l] >= 0) job.start(l);
-  }
-  while (at.active > 0) {
-    int64_t steps = tile_steps<T>;
-    for (int l = 0; l < lanes<T>; ++l) {
-      if (at.seq[l] >= 0 && at.left[l] < steps) steps = at.left[l];
+Carried<T> at_the_end(const Recursion& how, int64_t seq, int64_t seqs) {
+  const T zero = set1<T>(0);
+  T boot = zero;
+  if (how.bootstrap.data) {
+    scalar_t<T> each[lanes<T>] = {}, converted;
+    for (int64_t l = 0; l < seqs; ++l) {
+      each[l] = *fetch<scalar_t<T>>(how.bootstrap, 0, seq + l, 1, &converted);
     }
-    if (steps > 2 * lanes<T>) steps -= steps % (2 * lanes<T>);
-    job.tile(int(steps));
-    for (int l = 0; l < lanes<T>; ++l) {
-      if (at.seq[l] < 0 || (at.left[l] -= steps) > 0) continue;
-      next = refill<T>(at, job.state, how, l, next, unit.end);
-      if (at.seq[l] >= 0) job.start(l);
+    boot = seqs > 1 ? load<T>(each) : set1<T>(each[0]);
+  }
+  return {zero, zero, boot};
+}
+
+// A sequence at a time, from its last chunk to its first. job.advance(place, chunks, carried,
+// sums) does at least the chunk at `place`, at most `chunks`, and says how many.
+template <class C, class Job>
+void sweep_rows(Job& job, const Recursion& how, const Unit& unit) {
+  using T = typename C::T;
+  OpenMoments<T> moments;
+  for (int64_t s = unit.begin; s < unit.end; ++s) {
+    const int64_t first = how.seqs.first(s), length = how.seqs.length(s);
+    Carried<T> carried = at_the_end<T>(how, s, 1);
+    job.start(s, first, length);
+    for (int64_t chunks = (length + kSteps - 1) / kSteps; chunks > 0;) {
+      const int64_t t = (chunks - 1) * kSteps, left = length - t;
+      const Place at{s, first, t, left < kSteps ? left : kSteps, 1};
+      chunks -= job.advance(at, chunks, carried, moments);
     }
   }
-  job.moments.write(unit.moments);
+  moments.write(unit.moments);
+}
+
+// Time-major: neighbouring sequences together, a chunk of all of them before the next one, so
+// that memory is read along its lines.
+template <class C, class Job>
+void sweep_columns(Job& job, const Recursion& how, const Unit& unit) {
+  using T = typename C::T;
+  constexpr int kGroups = 64;
+  OpenMoments<T> moments;
+  Carried<T> carried[kGroups];
+  for (int64_t slab = unit.begin; slab < unit.end; slab += kGroups * lanes<T>) {
+    const int64_t end =
+        slab + kGroups * lanes<T> < unit.end ? slab + kGroups * lanes<T> : unit.end;
+    for (int64_t t = (how.seqs.steps + kSteps - 1) / kSteps * kSteps; (t -= kSteps) >= 0;) {
+      const int64_t left = how.seqs.steps - t;
+      const int64_t steps = left < kSteps ? left : kSteps;
+      for (int64_t s = slab; s < end; s += lanes<T>) {
+        const int64_t seqs = end - s < lanes<T> ? end - s : lanes<T>;
+        Carried<T>& state = carried[(s - slab) / lanes<T>];
+        if (left <= kSteps) state = at_the_end<T>(how, s, seqs);
+        job.advance(Place{s, 0, t, steps, seqs}, 1, state, moments);
+      }
+    }
+  }
+  moments.write(unit.moments);
 }
 
 }  // namespace ppo::PPO_ISA

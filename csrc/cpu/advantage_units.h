@@ -49,53 +49,34 @@ inline Sequences sequences_of(const View& main, const std::vector<int64_t>& offs
 // order, have the same bits on any number of threads.
 class Units {
  public:
-  // `lanes`: the kernel puts a sequence in each vector lane.
-  Units(const Sequences& seqs, bool lanes) : seqs_(seqs), lanes_(lanes) {
-    // Two threads can share a few long sequences; more of them fill whole vectors.
-    const int64_t fewest = !lanes || seqs.count <= 3 ? 1
-                           : seqs.count <= 32        ? (seqs.count + 1) / 2
-                                                     : 16;
-    int64_t start = 0;
+  // `together`: sequences that share cache lines.
+  Units(const Sequences& seqs, int64_t together) {
     begin_.push_back(0);
-    if (!seqs.offsets) {
-      const int64_t rows = seqs.steps ? (kUnitSlots + seqs.steps - 1) / seqs.steps : seqs.count;
-      const int64_t each = rows <= fewest ? fewest : (rows + 15) / 16 * 16;
-      for (; start + each < seqs.count; start += each) begin_.push_back(start + each);
-    }
-    for (int64_t s = start + 1; seqs.offsets && s < seqs.count; ++s) {
-      if (s - start < fewest || slots(start, s) < kUnitSlots) continue;
-      begin_.push_back(start = s);
+    for (int64_t s = together; s < seqs.count; s += together) {
+      const int64_t start = begin_.back();
+      const int64_t slots =
+          seqs.offsets ? seqs.offsets[s] - seqs.offsets[start] : (s - start) * seqs.steps;
+      if (slots >= kUnitSlots) begin_.push_back(s);
     }
     begin_.push_back(seqs.count);
     moments_.resize(3 * size_t(count()));
   }
 
   int64_t count() const { return int64_t(begin_.size()) - 1; }
-
   Unit at(int64_t i) {
-    const int64_t b = begin_[size_t(i)], e = begin_[size_t(i) + 1];
-    // Short packed sequences would end at every other step of some lane.
-    const bool brief = seqs_.offsets && slots(b, e) < 16 * (e - b);
-    return {b, e, !lanes_ || e - b <= 3 || brief, &moments_[3 * size_t(i)]};
+    return {begin_[size_t(i)], begin_[size_t(i) + 1], &moments_[3 * size_t(i)]};
   }
-
   const std::vector<double>& moments() const { return moments_; }
 
  private:
-  int64_t slots(int64_t b, int64_t e) const {
-    return seqs_.offsets ? seqs_.offsets[e] - seqs_.offsets[b] : (e - b) * seqs_.steps;
-  }
-
-  Sequences seqs_;
   std::vector<int64_t> begin_;
   std::vector<double> moments_;
-  bool lanes_;
 };
 
 // Runs the kernel over every sequence and gives the moments (3,).
 template <class Kernel, class Args>
-Tensor run_units(Kernel kernel, const Args& args, bool lanes) {
-  Units units(args.base.seqs, lanes);
+Tensor run_units(Kernel kernel, const Args& args, int64_t together) {
+  Units units(args.base.seqs, together);
   parallel_for(units.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernel(args, units.at(i));
   });

@@ -1,207 +1,167 @@
 // gae, once per instruction set (no include guard, see foreach_isa.h).
 // clang-format off: each uses the ones before it
-#include "transpose.h"
 #include "moments_simd.h"
-#include "advantage_tile.h"
+#include "advantage_chunk.h"
 #include "advantage_core.h"
 // clang-format on
 
 namespace ppo::PPO_ISA {
 
-// The work of one thread: where its lanes stand and the tile they are in.
-template <class T>
+template <class C>
 struct GaeJob {
+  using T = typename C::T;
   using S = scalar_t<T>;
+  using M = flags_t<C>;
   const GaeArgs& args;
-  Cursor<T> at;
-  Carried<T> state;
-  MomentSum<S> moments;
-  struct alignas(64) {
-    S reward[kTileSize], value[kTileSize], live[kTileSize], next_value[kTileSize],
-        terminated[kTileSize], truncated[kTileSize], rho[kTileSize], c[kTileSize],
-        decay[kTileSize], decay_returns[kTileSize];
-  } buffer;
+  const C zero, one, gamma;
+  const Powers<C> decay, decay_returns;
+  const bool straight;  // rewards and values alone, and whole vectors of them in memory
 
-  explicit GaeJob(const GaeArgs& a) : args(a) {}
+  PPO_INLINE explicit GaeJob(const GaeArgs& a)
+      : args(a),
+        zero(splat<C>(set1<T>(0))),
+        one(splat<C>(set1<T>(1))),
+        gamma(splat<C>(set1<T>(S(a.base.gamma)))),
+        decay(a.base.decay),
+        decay_returns(a.base.decay_returns),
+        straight(direct<C>(a.rewards) && direct<C>(a.base.values) && !has_extras(a)) {}
 
-  void start(int) {}
+  PPO_INLINE void start(int64_t, int64_t, int64_t) {}
 
-  void tile(int steps) {
-    if constexpr (lanes<T> > 1) {
-      if (fits_registers(steps)) return tile_in_registers(steps);
+  PPO_INLINE int64_t advance(const Place& at, int64_t chunks, Carried<T>& carried,
+                             OpenMoments<T>& moments) {
+    if (straight && at.full<C>()) {
+      if (const int64_t done = whole_chunks(at, chunks, carried, moments)) return done;
     }
-    const Recursion& how = args.base;
-    const int n = steps * lanes<T>;
-    load_tile<T>(args.rewards, at, steps, buffer.reward);
-    load_tile<T>(how.values, at, steps, buffer.value);
-    const bool plain = !has_extras();
-    const Inputs<T> in =
-        plain ? Inputs<T>{buffer.reward, buffer.value, optional(how.mask, buffer.live, steps)}
-              : load_extras(steps);
-    if (in.live && how.zero_masked) {
-      neutralise<S>(buffer.reward, in.live, 0, n);
-      neutralise<S>(buffer.value, in.live, 0, n);
-    }
-    const Decays<T> by(how);
-    if (plain) {
-      recur_masked<T, true>(in, by, how, steps, state);
-    } else {
-      recur_masked<T, false>(in, by, how, steps, state);
-    }
-    moments.add(buffer.reward, live_slots(at, in.live, buffer.live, steps), n);
-    store_tile<T>(buffer.reward, how.advantages, at, steps);
-    store_tile<T>(buffer.value, how.returns, at, steps);
+    // Copies: what a function is given the address of does not stay in registers.
+    Carried<T> carried_here = carried;
+    OpenMoments<T> moments_here = moments;
+    any_chunk(Place(at), carried_here, moments_here);
+    carried = carried_here;
+    moments = moments_here;
+    return 1;
   }
 
  private:
-  // Rewards and values alone, rows of fp32, a sequence in every lane.
-  bool fits_registers(int steps) const {
+  static bool has_extras(const GaeArgs& a) {
+    return a.next_values.data || a.terminated.data || a.truncated.data || a.rho.data || a.c.data ||
+           a.lam.data || a.base.two_lambdas;
+  }
+
+  // From `at` on as long as no step is masked, all that is carried in registers.
+  PPO_INLINE int64_t whole_chunks(Place at, int64_t chunks, Carried<T>& carried,
+                                  OpenMoments<T>& moments) const {
     const Recursion& how = args.base;
-    const auto rows_of_fp32 = [](const View& v) {
-      return v.dtype == DType::f32 && v.col_stride == 1;
-    };
-    return steps % (2 * lanes<T>) == 0 && at.full() && !has_extras() && !how.mask.data &&
-           rows_of_fp32(args.rewards) && rows_of_fp32(how.values) &&
-           how.advantages.col_stride == 1;
+    const Powers<C> by = decay;
+    const C g = gamma;
+    const View mask = how.mask;
+    const S* reward = own(args.rewards, at);
+    const S* value = own(how.values, at);
+    S* advantages = const_cast<S*>(own(how.advantages, at));
+    S* returns = const_cast<S*>(own(how.returns, at));
+    const int64_t reward_stride = between_steps(args.rewards),
+                  value_stride = between_steps(how.values),
+                  out_stride = between_steps(how.advantages);
+    int64_t t = 0;
+    for (; t > -chunks * kSteps; t -= kSteps, at.t -= kSteps) {
+      if (mask.data && !all(nonzero(load_as<C, uint8_t>(mask, at)))) break;
+      const C v = load_direct<C>(value + t * value_stride, value_stride);
+      const C next = t != 0 ? next_in_memory(v, value + t * value_stride, carried.next_value)
+                            : next_step(v, carried.next_value);
+      carried.next_value = first_step(v);
+      const C delta = vfma(g, next, load_direct<C>(reward + t * reward_stride, reward_stride)) - v;
+      const C advantage = recur(by, delta, carried.advantage);
+      store_direct(advantages + t * out_stride, out_stride, advantage);
+      store_direct(returns + t * out_stride, out_stride, advantage + v);
+      moments.add(advantage);
+    }
+    return -t / kSteps;
   }
 
-  // Rows of a tile in memory.
-  struct Rows {
-    const S *reward[lanes<T>], *value[lanes<T>];
-    S *advantage[lanes<T>], *returns[lanes<T>];
-  };
+  // A constant for Rows.
+  PPO_INLINE static int64_t between_steps(const View& v) {
+    return C::count == 1 ? 1 : v.col_stride;
+  }
+  PPO_INLINE static const S* own(const View& v, const Place& at) {
+    return ppo::at<S>(v, at.seq, at.first + at.t);
+  }
 
-  // The operations of the buffered path, square blocks of steps and lanes at a time. Only delta
-  // and the advantages are turned: what else there is of a step needs no other step's result.
-  void tile_in_registers(int steps) {
-    constexpr int W = lanes<T>;
+  // The same operations with whatever was given. Masked inputs are selected away.
+  void any_chunk(const Place& at, Carried<T>& carried, OpenMoments<T>& moments) {
     const Recursion& how = args.base;
-    const Decays<T> by(how);
-    Rows rows;
-    row_pointers(args.rewards, steps, rows.reward);
-    row_pointers(how.values, steps, rows.value);
-    row_pointers(how.advantages, steps, rows.advantage);
-    row_pointers(how.returns, steps, rows.returns);
-    T later = load<T>(state.advantage);
-    auto deviations = moments.open(later);
-    for (int t = steps - 2 * W; t >= 0; t -= 2 * W) {
-      T block[2 * W];
-      if (t == steps - 2 * W) {
-        load_deltas<true>(rows, t, by.gamma, block);
-      } else {
-        load_deltas<false>(rows, t, by.gamma, block);
+    const M exists = present<C>(at);
+    const M live = how.mask.data ? exists & nonzero(load_chunk<C>(how.mask, at)) : exists;
+    const M counts = how.zero_masked ? exists : live;
+    if (!any(counts)) {
+      store_chunk(how.advantages, at, zero);
+      return store_chunk(how.returns, at, zero);
+    }
+    const C reward = load_live(args.rewards, at, live, zero);
+    const C value = load_live(how.values, at, live, zero);
+    const C next = args.next_values.data
+                       ? load_live(args.next_values, at, live, zero)
+                       : next_values(value, counts, all(counts), carried.next_value);
+    C delta = vfma(gamma, next, reward);
+    M cut = {};
+    if (args.terminated.data) {
+      cut = nonzero(load_live(args.terminated, at, live, zero));
+      delta = select(cut, reward, delta);
+    }
+    if (args.truncated.data) cut = cut | nonzero(load_live(args.truncated, at, live, zero));
+    delta = delta - value;
+    if (args.rho.data) delta = load_live(args.rho, at, live, one) * delta;
+    delta = select(counts, delta, zero);
+
+    const M* cuts = args.terminated.data || args.truncated.data ? &cut : nullptr;
+    const C advantage = recur(factors(args.lam, args.lam_per_step, decay, at, live, counts), delta,
+                              cuts, carried.advantage);
+    C for_return = advantage;
+    if (how.two_lambdas) {
+      for_return = recur(
+          factors(args.lam_returns, args.lam_returns_per_step, decay_returns, at, live, counts),
+          delta, cuts, carried.for_return);
+    }
+    store_chunk(how.advantages, at, select(live, advantage, zero));
+    store_chunk(how.returns, at, select(live, for_return + value, zero));
+    moments.add(advantage, live);
+  }
+
+  PPO_INLINE static C load_live(const View& v, const Place& at, const M& live, const C& masked) {
+    return select(live, load_chunk<C>(v, at), masked);
+  }
+
+  // gamma * lambda, in double until the last rounding, times c; 1 where a step is as if absent.
+  C factors(const View& lam, bool per_step, const Powers<C>& number, const Place& at,
+            const M& live, const M& counts) const {
+    C a = number.level[0];
+    if (lam.data) {
+      a = load_chunk<C>(lam, at);
+      for (auto& lanes_of : a.r) {
+        S each[lanes<T>];
+        store(each, lanes_of);
+        for (S& x : each) x = S(args.base.gamma * double(x));
+        lanes_of = load<T>(each);
       }
-      for (int i = 2 * W - 1; i >= 0; --i) {
-        block[i] = later = vfma(by.advantages, later, block[i]);
-        deviations.add(later);
-      }
-      store_outputs(rows, t, block);
+      if (per_step) a = select(live, a, gamma);
     }
-    moments.close(deviations, steps * W);
-    store(state.advantage, later);
-    store(state.for_return, later);
-    for (int l = 0; l < W; ++l) state.next_value[l] = rows.value[l][0];
-  }
-
-  // A cache line of every row at a time: rows often lie a multiple of 4096 bytes apart, where few
-  // lines of a column of them stay in the cache. The value after a tile's last step is carried.
-  template <bool last>
-  PPO_INLINE void load_deltas(const Rows& rows, int t, T gamma, T* block) const {
-    constexpr int W = lanes<T>;
-    for (int l = 0; l < W; ++l) {
-      const S *reward = rows.reward[l] + t, *value = rows.value[l] + t;
-      T after = load<T>(value + W);
-      if constexpr (last) {
-        S shifted[W + 1];
-        store(shifted, after);
-        shifted[W] = state.next_value[l];
-        after = load<T>(shifted + 1);
-      } else {
-        after = load<T>(value + W + 1);
-      }
-      block[l] = vfma(gamma, load<T>(value + 1), load<T>(reward)) - load<T>(value);
-      block[l + W] = vfma(gamma, after, load<T>(reward + W)) - load<T>(value + W);
-    }
-    transpose(block);
-    transpose(block + W);
-  }
-  PPO_INLINE static void store_outputs(const Rows& rows, int t, T* block) {
-    constexpr int W = lanes<T>;
-    transpose(block);
-    transpose(block + W);
-    for (int l = 0; l < W; ++l) {
-      const S* value = rows.value[l] + t;
-      store(rows.advantage[l] + t, block[l]);
-      store(rows.advantage[l] + t + W, block[l + W]);
-      store(rows.returns[l] + t, block[l] + load<T>(value));
-      store(rows.returns[l] + t + W, block[l + W] + load<T>(value + W));
-    }
-  }
-
-  template <class P>
-  void row_pointers(const View& v, int steps, P** rows) const {
-    for (int l = 0; l < lanes<T>; ++l) {
-      rows[l] = const_cast<P*>(ppo::at<S>(v, at.seq[l], at.column(l, steps)));
-    }
-  }
-
-  bool has_extras() const {
-    return args.next_values.data || args.terminated.data || args.truncated.data || args.rho.data ||
-           args.c.data || args.lam.data || args.base.two_lambdas;
-  }
-
-  S* optional(const View& v, S* tile, int steps) {
-    if (!v.data) return nullptr;
-    load_tile<T>(v, at, steps, tile);
-    return tile;
-  }
-
-  // gamma * lambda, in double until the last rounding.
-  S* decays(const View& v, S* tile, int steps) {
-    if (!optional(v, tile, steps)) return nullptr;
-    for (int i = 0; i < steps * lanes<T>; ++i) tile[i] = S(args.base.gamma * double(tile[i]));
-    return tile;
-  }
-
-  Inputs<T> load_extras(int steps) {
-    const Recursion& how = args.base;
-    const int n = steps * lanes<T>;
-    S* live = optional(how.mask, buffer.live, steps);
-    S* next_value = optional(args.next_values, buffer.next_value, steps);
-    S* terminated = optional(args.terminated, buffer.terminated, steps);
-    S* truncated = optional(args.truncated, buffer.truncated, steps);
-    S* rho = optional(args.rho, buffer.rho, steps);
-    S* c = optional(args.c, buffer.c, steps);
-    S* decay = decays(args.lam, buffer.decay, steps);
-    S* decay_returns = decays(args.lam_returns, buffer.decay_returns, steps);
-    if (live && how.zero_masked) {
-      const S one = 1, gamma = S(how.gamma);
-      if (next_value) neutralise<S>(next_value, live, 0, n);
-      if (terminated) neutralise<S>(terminated, live, 0, n);
-      if (truncated) neutralise<S>(truncated, live, 0, n);
-      if (rho) neutralise<S>(rho, live, one, n);
-      if (c) neutralise<S>(c, live, one, n);
-      if (decay && args.lam_per_step) neutralise<S>(decay, live, gamma, n);
-      if (decay_returns && args.lam_returns_per_step) neutralise<S>(decay_returns, live, gamma, n);
-    }
-    return {buffer.reward, buffer.value, live, next_value, terminated,
-            truncated,     rho,          c,    decay,      decay_returns};
+    if (args.c.data) a = a * load_live(args.c, at, live, one);
+    return select(counts, a, one);
   }
 };
 
-inline void gae_unit(const GaeArgs& args, const Unit& unit) {
-  if (unit.one_lane) {
-    GaeJob<float> job(args);
-    sweep<float>(job, args.base, unit);
-  } else {
-    GaeJob<F> job(args);
-    sweep<F>(job, args.base, unit);
-  }
+inline void gae_rows(const GaeArgs& args, const Unit& unit) {
+  GaeJob<Row> job(args);
+  sweep_rows<Row>(job, args.base, unit);
 }
 
-inline void gae_unit_double(const GaeArgs& args, const Unit& unit) {
-  GaeJob<double> job(args);
-  sweep<double>(job, args.base, unit);
+inline void gae_columns(const GaeArgs& args, const Unit& unit) {
+  GaeJob<Column<F>> job(args);
+  sweep_columns<Column<F>>(job, args.base, unit);
+}
+
+inline void gae_rows_double(const GaeArgs& args, const Unit& unit) {
+  GaeJob<Column<double>> job(args);
+  sweep_rows<Column<double>>(job, args.base, unit);
 }
 
 }  // namespace ppo::PPO_ISA

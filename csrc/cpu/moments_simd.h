@@ -63,6 +63,14 @@ PPO_INLINE void add_deviation(VectorAcc& sum, VectorAcc& squares, F x, double pi
 }
 #endif
 
+// (count, mean, M2) from the sums of deviations from a pivot.
+inline void write_moments(double count, double pivot, double sum, double squares, double* out) {
+  const double shift = count > 0 ? sum / count : 0.0, m2 = squares - shift * sum;
+  out[0] = count;
+  out[1] = count > 0 ? pivot + shift : 0.0;
+  out[2] = m2 < 0 ? 0.0 : m2;
+}
+
 template <class S>
 struct MomentSum {
   using V = widest<S>;
@@ -84,33 +92,7 @@ struct MomentSum {
     }
   }
 
-  // The sums in registers, while whole vectors without masked lanes are added.
-  struct Open {
-    Acc<V> sum, squares;
-    double pivot;
-    PPO_INLINE void add(V x) { add_deviation(sum, squares, x, pivot); }
-  };
-  PPO_INLINE Open open(V like) {
-    if (count == 0) {
-      S first[lanes<V>];
-      store(first, like);
-      pivot = first[0];
-    }
-    return {sum, squares, double(pivot)};
-  }
-  PPO_INLINE void close(const Open& open, int64_t n) {
-    sum = open.sum;
-    squares = open.squares;
-    count += double(n);
-  }
-
-  void write(double* out) const {
-    const double total = sum.total(), shift = count > 0 ? total / count : 0.0;
-    const double m2 = squares.total() - shift * total;
-    out[0] = count;
-    out[1] = count > 0 ? double(pivot) + shift : 0.0;
-    out[2] = m2 < 0 ? 0.0 : m2;
-  }
+  void write(double* out) const { write_moments(count, pivot, sum.total(), squares.total(), out); }
 
  private:
   template <class Live>

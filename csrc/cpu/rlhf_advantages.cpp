@@ -2,7 +2,7 @@
 #include "../loss_options.h"
 #include "advantage_units.h"
 
-// 8x8 transposes beat 16x16 ones: gae of 64x4096 takes 0.13 ms with AVX2 where AVX-512 takes 0.19.
+// A chunk is eight steps, one AVX2 vector.
 #define PPO_UP_TO_AVX2
 #define PPO_KERNEL "rlhf_advantages_simd.h"
 #include "foreach_isa.h"
@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rlhf_advantages(
     out[i] = empty(logprobs.sizes(), dtype);
     *views[i] = layout.view(out[i]);
   }
-  const auto kernel = is_double(logprobs) ? PPO_SELECT(rlhf_unit_double) : PPO_SELECT(rlhf_unit);
-  Tensor moments = run_units(kernel, a, !is_double(logprobs));
+  const auto kernel = is_double(logprobs) ? PPO_SELECT(rlhf_rows_double) : PPO_SELECT(rlhf_rows);
+  Tensor moments = run_units(kernel, a, 1);
   return {out[0], out[1], out[2], out[3], moments};
 }
 

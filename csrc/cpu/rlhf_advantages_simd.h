@@ -1,10 +1,9 @@
 // rlhf_advantages, once per instruction set (no include guard, see foreach_isa.h): KL-shaped
-// rewards with the score in its place, then the recurrence of gae, tile by tile.
+// rewards with the score in its place, then the recurrence of gae.
 // clang-format off: each uses the ones before it
 #include "../math.h"
-#include "transpose.h"
 #include "moments_simd.h"
-#include "advantage_tile.h"
+#include "advantage_chunk.h"
 #include "advantage_core.h"
 // clang-format on
 
@@ -24,118 +23,129 @@ inline int64_t last_set(const View& mask, int64_t row, int64_t first, int64_t n)
   return i > 0 ? first + i - 1 : -1;
 }
 
-template <class T>
+// Always a sequence at a time: a Row, or a Column of one lane.
+template <class C>
 struct RlhfJob {
+  using T = typename C::T;
   using S = scalar_t<T>;
-  using V = widest<S>;
+  using M = flags_t<C>;
   const RlhfArgs& args;
-  Cursor<T> at;
-  Carried<T> state;
-  MomentSum<S> moments;
-  int64_t slot[lanes<T>];  // the column that takes the score, or -1
-  bool pad[lanes<T>];      // that column is masked: it carries a return and no advantage
-  S score[lanes<T>];
-  struct alignas(64) {
-    S reward[kTileSize], value[kTileSize], live[kTileSize], kl[kTileSize], score[kTileSize];
-  } buffer;
+  const C zero, one, gamma;
+  const Powers<C> decay;
+  const PolicyOptions options;
+  const PolicyConsts<T> consts;
+  int64_t slot;  // the step that takes the score, or -1
+  bool pad;      // that step is masked: it carries a return and no advantage
+  S score;
 
-  explicit RlhfJob(const RlhfArgs& a) : args(a) {}
+  PPO_INLINE explicit RlhfJob(const RlhfArgs& a)
+      : args(a),
+        zero(splat<C>(set1<T>(0))),
+        one(splat<C>(set1<T>(1))),
+        gamma(splat<C>(set1<T>(S(a.base.gamma)))),
+        decay(a.base.decay),
+        options(kl_options(a)),
+        consts(options) {}
 
-  void start(int l) {
-    slot[l] = -1;
+  void start(int64_t seq, int64_t first, int64_t length) {
+    slot = -1;
     if (args.score_at == ScoreAt::per_token) return;
-    const int64_t first = at.first[l], end = first + at.left[l];
-    slot[l] = last_set(args.base.mask, at.seq[l], first, at.left[l]);
-    if (slot[l] < 0) return;
-    pad[l] = args.score_at == ScoreAt::first_pad && slot[l] + 1 < end;
-    slot[l] += pad[l];
+    slot = last_set(args.base.mask, seq, first, length);
+    if (slot < 0) return;
+    slot -= first;
+    pad = args.score_at == ScoreAt::first_pad && slot + 1 < length;
+    slot += pad;
     S converted;
-    score[l] = clamp(*fetch<S>(args.scores, 0, at.seq[l], 1, &converted), S(args.reward_min),
-                     S(args.reward_max));
+    score = clamp(*fetch<S>(args.scores, 0, seq, 1, &converted), S(args.reward_min),
+                  S(args.reward_max));
   }
 
-  void tile(int steps) {
-    const Recursion& how = args.base;
-    const int n = steps * lanes<T>;
-    load_tile<T>(args.logprobs, at, steps, buffer.reward);
-    load_tile<T>(args.ref_logprobs, at, steps, buffer.kl);
-    load_tile<T>(how.values, at, steps, buffer.value);
-    load_tile<T>(how.mask, at, steps, buffer.live);
-    shape_rewards(n);
-    if (args.score_at == ScoreAt::per_token) {
-      load_tile<T>(args.scores, at, steps, buffer.score);
-      add_scores(n);
-    }
-    for (int l = 0; l < lanes<T>; ++l) {
-      if (const int i = score_index(l, steps); i >= 0) {
-        buffer.reward[i] += score[l];
-        buffer.live[i] = 1;
-      }
-    }
-    store_tile<T>(buffer.reward, args.rewards, at, steps);
-    store_tile<T>(buffer.kl, args.kl, at, steps);
-    if (how.zero_masked) neutralise<S>(buffer.value, buffer.live, 0, n);
-    const Inputs<T> in{buffer.reward, buffer.value, buffer.live};
-    recur_masked<T, true>(in, Decays<T>(how), how, steps, state);
-    for (int l = 0; l < lanes<T>; ++l) {
-      if (const int i = score_index(l, steps); i >= 0 && pad[l])
-        buffer.reward[i] = buffer.live[i] = 0;
-    }
-    moments.add(buffer.reward, buffer.live, n);
-    store_tile<T>(buffer.reward, how.advantages, at, steps);
-    store_tile<T>(buffer.value, how.returns, at, steps);
+  PPO_INLINE int64_t advance(const Place& at, int64_t, Carried<T>& carried,
+                             OpenMoments<T>& moments) {
+    chunk(at, carried, moments);
+    return 1;
   }
 
  private:
-  // Where lane l's score stands in this tile, or -1.
-  int score_index(int l, int steps) const {
-    if (at.seq[l] < 0 || slot[l] < 0) return -1;
-    const int64_t t = slot[l] - at.column(l, steps);
-    return t >= 0 && t < steps ? int(t) * lanes<T> + l : -1;
+  PPO_INLINE void chunk(const Place& at, Carried<T>& carried, OpenMoments<T>& moments) {
+    const Recursion& how = args.base;
+    const M exists = present<C>(at);
+    const M live = exists & nonzero(load_chunk<C>(how.mask, at));
+    const bool scored = slot >= at.t && slot < at.t + at.steps;
+    const M here = scored ? only(int(slot - at.t)) : M{};
+    const M moves = live | here, counts = how.zero_masked ? exists : moves;
+    if (!any(counts)) return store_all(at, zero, zero, zero, zero);
+
+    const C kl = estimate(at, live);
+    C reward = select(live, splat<C>(set1<T>(S(-args.kl_coef))) * kl, zero);
+    if (args.score_at == ScoreAt::per_token) {
+      reward = select(live, reward + bounded(load_chunk<C>(args.scores, at)), reward);
+    }
+    if (scored) reward = select(here, reward + splat<C>(set1<T>(score)), reward);
+
+    const C value = select(moves, load_chunk<C>(how.values, at), zero);
+    const bool whole = at.full<C>() && all(counts);
+    const C next = next_values(value, counts, whole, carried.next_value);
+    const C delta = select(counts, vfma(gamma, next, reward) - value, zero);
+    const C advantage =
+        whole ? recur(decay, delta, carried.advantage)
+              : recur<C>(select(counts, decay.level[0], one), delta, nullptr, carried.advantage);
+    store_all(at, select(live, advantage, zero), select(moves, advantage + value, zero), reward,
+              kl);
+    moments.add(advantage, live);
   }
 
-  // log-probabilities -> rewards without scores, reference log-probabilities -> kl.
-  void shape_rewards(int n) {
+  static PolicyOptions kl_options(const RlhfArgs& args) {
     PolicyOptions options{};
     options.estimator = args.estimator;
     options.kl_clamp = args.kl_clamp;
-    const PolicyConsts<V> consts(options);
-    const V zero = set1<V>(0), minus_coef = set1<V>(S(-args.kl_coef));
-    const bool k3 = args.estimator == Estimator::k3;
-    for (int i = 0; i < n; i += lanes<V>) {
-      const auto live = load<V>(buffer.live + i) != zero;
-      const V x = select(live, load<V>(buffer.reward + i) - load<V>(buffer.kl + i), zero);
-      const ExpParts<V> minus = k3 ? exp_parts(-x) : ExpParts<V>{zero, zero, zero};
-      const V kl = select(live, kl_term(options, consts, x, minus, zero).value, zero);
-      store(buffer.kl + i, kl);
-      store(buffer.reward + i, select(live, minus_coef * kl, zero));
-    }
+    return options;
   }
 
-  void add_scores(int n) {
-    const V zero = set1<V>(0), low = set1<V>(S(args.reward_min)),
-            high = set1<V>(S(args.reward_max));
-    for (int i = 0; i < n; i += lanes<V>) {
-      const V reward = load<V>(buffer.reward + i),
-              more = clamp(load<V>(buffer.score + i), low, high);
-      store(buffer.reward + i, select(load<V>(buffer.live + i) != zero, reward + more, reward));
+  // One step's flag.
+  static M only(int step) {
+    S each[kSteps] = {};
+    each[step] = 1;
+    C c;
+    for (int i = 0; i < C::count; ++i) c.r[i] = load<T>(each + i * lanes<T>);
+    return nonzero(c);
+  }
+
+  PPO_INLINE C bounded(C x) const {
+    for (auto& r : x.r) r = clamp(r, set1<T>(S(args.reward_min)), set1<T>(S(args.reward_max)));
+    return x;
+  }
+
+  // The KL estimate of the live steps, 0 elsewhere.
+  PPO_INLINE C estimate(const Place& at, const M& live) const {
+    const T none = set1<T>(0);
+    C x = select(live, load_chunk<C>(args.logprobs, at) - load_chunk<C>(args.ref_logprobs, at),
+                 zero);
+    for (auto& r : x.r) {
+      const bool k3 = options.estimator == Estimator::k3;
+      const ExpParts<T> minus = k3 ? exp_parts(-r) : ExpParts<T>{none, none, none};
+      r = kl_term(options, consts, r, minus, none).value;
     }
+    return select(live, x, zero);
+  }
+
+  PPO_INLINE void store_all(const Place& at, const C& advantage, const C& returns, const C& reward,
+                            const C& kl) const {
+    store_chunk(args.base.advantages, at, advantage);
+    store_chunk(args.base.returns, at, returns);
+    store_chunk(args.rewards, at, reward);
+    store_chunk(args.kl, at, kl);
   }
 };
 
-inline void rlhf_unit(const RlhfArgs& args, const Unit& unit) {
-  if (unit.one_lane) {
-    RlhfJob<float> job(args);
-    sweep<float>(job, args.base, unit);
-  } else {
-    RlhfJob<F> job(args);
-    sweep<F>(job, args.base, unit);
-  }
+inline void rlhf_rows(const RlhfArgs& args, const Unit& unit) {
+  RlhfJob<Row> job(args);
+  sweep_rows<Row>(job, args.base, unit);
 }
 
-inline void rlhf_unit_double(const RlhfArgs& args, const Unit& unit) {
-  RlhfJob<double> job(args);
-  sweep<double>(job, args.base, unit);
+inline void rlhf_rows_double(const RlhfArgs& args, const Unit& unit) {
+  RlhfJob<Column<double>> job(args);
+  sweep_rows<Column<double>>(job, args.base, unit);
 }
 
 }  // namespace ppo::PPO_ISA

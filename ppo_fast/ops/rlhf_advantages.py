@@ -10,7 +10,7 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Moments, RLHFAdvantages
 from ppo_fast._schema import HANDLES, MASKED, SCORE_AT
-from ppo_fast.ops.gae import check_offsets, n_sequences
+from ppo_fast.ops.gae import n_sequences
 from ppo_fast.ops.options import Coefficient, detached, pack_estimator
 
 _OP = "rlhf_advantages"
@@ -59,7 +59,6 @@ def rlhf_advantages(
         ValueError: shape, device or range. TypeError: dtype or wrong object.
     """
     logprobs = _checks.main(_OP, "logprobs", logprobs, cu_seqlens)
-    check_offsets(_OP, cu_seqlens, logprobs)
     if logprobs.dim() == 1 and cu_seqlens is None:
         raise ValueError(
             f"{_OP}: cu_seqlens must be given for flat logprobs {tuple(logprobs.shape)}"
