@@ -37,6 +37,10 @@ LOGPROBS_BOTH_THP = case("token_logprobs", BOTH, "gpt2", env=THP)
 PPO_LOSS_BOTH = case("ppo_loss", BOTH, "rlhf-256k")
 VALUE_LOSS_BOTH = case("value_loss", BOTH, "rlhf-256k")
 GAE = case("gae", FORWARD, "rlhf-long")
+GAE_ENVS = case("gae", FORWARD, "envs-128")
+GAE_LONG = case("gae", FORWARD, "long-128k")
+GAE_PACKED = case("gae", FORWARD, "packed")
+GAES = (GAE, GAE_ENVS, GAE_LONG, GAE_PACKED)
 LINEAR_LOSS_BOTH = case("linear_ppo_loss", BOTH, "smollm2-head-2k")
 
 CALLS = tuple(
@@ -59,11 +63,8 @@ CPU = (
     *(case("ppo_loss", BOTH, name) for name in ("rlhf-8x512", "rlhf-512x8k")),
     PPO_LOSS_BOTH,
     VALUE_LOSS_BOTH,
-    GAE,
-    *(
-        case("gae", FORWARD, name)
-        for name in ("rlhf-8x512", "envs-32", "envs-128", "envs-8", "long-128k", "packed")
-    ),
+    *GAES,
+    *(case("gae", FORWARD, name) for name in ("rlhf-8x512", "envs-32", "envs-8")),
     case("rlhf_advantages", FORWARD, "rlhf-long"),
     case("whiten", FORWARD, "rlhf-long"),
     *CALLS,
