@@ -55,29 +55,26 @@ def check_offsets(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
 
 @triton.jit
 def sequences(
-    cu_ptr, fails_ptr, n_seqs, length,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
+    cu_ptr, fails, n_seqs, length, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """Sequence (int64), first slot (int64) and number of steps (int32): of the whole tile where
-    WIDE (scalars), else of each of its slots. And whether the offsets fail (None: there are none):
-    each sequence then has an even share of the slots, to poison."""
+    WIDE (scalars), else of each of its slots. Where the offsets fail, each sequence has an even
+    share of the slots, to poison."""
     seq = tl.program_id(0).to(tl.int64)
     if not WIDE:
         seq = seq * ROWS + tl.arange(0, ROWS * CHUNK) // CHUNK
     inside = seq < n_seqs
-    fails = None
     if cu_ptr is None:
         first = seq * 0
         steps = tl.where(inside, length, 0).to(tl.int32)
     else:  # length is N here
-        fails = tl.load(fails_ptr) != 0
         first = tl.load(cu_ptr + seq, mask=inside, other=0).to(tl.int64)
         end = tl.load(cu_ptr + seq + 1, mask=inside, other=0).to(tl.int64)
         share = tl.minimum(seq, n_seqs) * length // n_seqs
         first = tl.where(fails, share, first)
         end = tl.where(fails, tl.minimum(seq + 1, n_seqs) * length // n_seqs, end)
         steps = (end - first).to(tl.int32)
-    return seq, first, steps, fails
+    return seq, first, steps
 
 
 @triton.jit

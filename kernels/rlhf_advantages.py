@@ -78,7 +78,10 @@ def rlhf_kernel(
     ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, MERGE: tl.constexpr,
 ):
     # fmt: on
-    seq, first, steps, fails = sequences(cu_ptr, fails_ptr, n_seqs, length, ROWS, CHUNK, WIDE)
+    fails = None
+    if cu_ptr is not None:
+        fails = tl.load(fails_ptr) != 0
+    seq, first, steps = sequences(cu_ptr, fails, n_seqs, length, ROWS, CHUNK, WIDE)
     boot = load_f32(boot_ptr, seq * boot_seq, seq < n_seqs, 0.0)
     coef = coefficient(kl_coef_ptr, kl_coef)
     state = tl.zeros([ROWS], tl.float32)
