@@ -1,0 +1,106 @@
+// Host side of every CUDA op: the device of a call, launches, outputs and workspace. Emulated, the
+// "device" is the CPU and a launch runs the kernel's threads as fibers.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <utility>
+
+#include "../cpu/views.h"
+#include "runtime.cuh"
+
+namespace ppo::cuda {
+
+#ifdef PPO_EMULATE
+using Stream = void*;
+#else
+using Stream = cudaStream_t;
+#endif
+
+// The device and current stream of a tensor; current as long as this lives.
+class Device {
+ public:
+  explicit Device(const Tensor& main);
+  Stream stream() const { return stream_; }
+  int index() const { return index_; }
+  int capability() const;  // 80, 90, 100: major * 10 + minor
+  int multiprocessors() const;
+
+  // `n` zeros, at most kMaxCounters, for blocks to arrive at. Launches on one stream share them,
+  // so a kernel leaves them at 0; one that is being captured into a graph gets its own.
+  unsigned* counters(unsigned n) const;
+  static constexpr unsigned kMaxCounters = 1024;
+
+ private:
+#ifndef PPO_EMULATE
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  int index_ = 0;
+  Stream stream_ = nullptr;
+};
+
+struct LaunchConfig {
+  dim3 grid, block;
+  size_t shared_bytes;
+  unsigned cluster;  // blocks of x that run together and see each other's shared memory
+  Stream stream;
+};
+
+// A fresh contiguous tensor on main's device.
+inline Tensor empty_on(const Tensor& main, Sizes sizes, ScalarType dtype) {
+  return torch::stable::new_empty(main, sizes, dtype);
+}
+
+// x, if given, has main's shape and device.
+inline void check_beside(const Tensor& main, const OptTensor& x, const char* op,
+                         const char* name) {
+  if (x) {
+    STD_TORCH_CHECK(same_sizes(main, *x) && x->is_cuda() == main.is_cuda() &&
+                        x->get_device_index() == main.get_device_index(),
+                    "ppo_fast::", op, ": shape or device of ", name);
+  }
+}
+
+#ifdef PPO_EMULATE
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), const LaunchConfig& config,
+            Args&&... args) {
+  const std::tuple<std::decay_t<Params>...> values(std::forward<Args>(args)...);
+  const emulate::Geometry geometry{name, config.grid, config.block, config.shared_bytes,
+                                   config.cluster};
+  emulate::run(geometry, [&] { std::apply(kernel, values); });
+}
+#else
+// Enqueues kernel(args...); `name` is for messages. A failed launch throws.
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), const LaunchConfig& config,
+            Args&&... args) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (config.shared_bytes > kWithoutAsking) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        int(config.shared_bytes)));
+  }
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {config.cluster, 1, 1};
+  cudaLaunchConfig_t how{};
+  how.gridDim = config.grid;
+  how.blockDim = config.block;
+  how.dynamicSmemBytes = config.shared_bytes;
+  how.stream = config.stream;
+  how.attrs = &cluster;
+  how.numAttrs = config.cluster > 1 ? 1 : 0;
+  const cudaError_t status = cudaLaunchKernelEx(&how, kernel, Params(std::forward<Args>(args))...);
+  STD_TORCH_CHECK(status == cudaSuccess, "ppo_fast: launching ", name, ": ",
+                  cudaGetErrorString(status));
+}
+#endif
+
+}  // namespace ppo::cuda
+
+// The dispatch key that this folder's ops are registered for.
+#ifdef PPO_EMULATE
+#define PPO_CUDA_KEY CPU
+#else
+#define PPO_CUDA_KEY CUDA
+#endif

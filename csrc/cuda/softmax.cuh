@@ -1,0 +1,232 @@
+// A row of logits on the GPU: how it is cut, its softmax's state, and its gradient (torch-free).
+//
+// What token_logprobs and logits_ppo_loss share, so that a row's bits follow from its logits and V
+// alone: not from the grid, the block, the cluster, nor where the row starts in memory.
+#pragma once
+
+#include "vector.cuh"
+
+namespace ppo::cuda {
+
+constexpr int kMaxSlices = 64;
+constexpr int kSliceColumns = 2048;
+constexpr int kGroup = 32;  // elements that a lane takes between two rescalings
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLowest = -3.4028234663852886e38f;  // finite: without a logit, m - m is 0
+// exp(-200) is 0 in fp32, so clamping there changes nothing but 0 * -inf. It drops a NaN
+// (fmaxf(NaN, x) = x), which is why the factor beside it comes from the unclamped argument.
+constexpr float kZeroExp = -200.f;
+
+// A row is `slices` pieces of `length` columns, the last one shorter, a warp each.
+struct RowPlan {
+  int slices;  // a power of two
+  int length;  // a multiple of 8: slices start where the row does, modulo 16 bytes
+};
+
+PPO_HOST_DEVICE RowPlan row_plan(int vocab) {
+  int slices = 1;
+  while (slices < kMaxSlices && vocab > slices * kSliceColumns) slices *= 2;
+  return {slices, ((vocab - 1) / slices + 8) / 8 * 8};
+}
+
+// With z = logit / temperature: max z, sum e^(z - max), sum (z - max) e^(z - max).
+struct Part {
+  float max, sum, dot;
+};
+
+// The sums restated for the maximum top >= p.max.
+PPO_DEVICE Part rescaled(Part p, float top) {
+  const float shift = fmaxf(p.max - top, kZeroExp);
+  const float r = fast_exp2(shift * kLog2e);
+  return {top, p.sum * r, fmaf(shift, p.sum, p.dot) * r};
+}
+
+// One lane's next logits; absent ones are -inf.
+template <int n>
+PPO_DEVICE Part extended(Part p, const float (&x)[n], float inv_t) {
+  float top = x[0];
+#pragma unroll
+  for (int i = 1; i < n; ++i) top = fmaxf(top, x[i]);
+  p = rescaled(p, fmaxf(p.max, top * inv_t));
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const float d = fmaf(x[i], inv_t, -p.max);
+    const float e = fast_exp2(d * kLog2e);
+    p.sum += e;
+    p.dot = fmaf(e, fmaxf(d, kZeroExp), p.dot);
+  }
+  return p;
+}
+
+// All lanes' parts as one, the same in every lane.
+PPO_DEVICE Part warp_merged(Part p) {
+  float top = p.max;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, shfl_xor(top, step));
+  p = rescaled(p, top);
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    p.sum += shfl_xor(p.sum, step);
+    p.dot += shfl_xor(p.dot, step);
+  }
+  return p;
+}
+
+// A row's slices as one, by a whole warp.
+PPO_DEVICE Part merged(const Part* parts, int slices) {
+  const int lane = lane_id();
+  const Part none{kLowest, 0.f, 0.f};
+  Part p = lane < slices ? parts[lane] : none;
+  if (slices > 32) {
+    const Part q = parts[lane + 32];
+    const float top = fmaxf(p.max, q.max);
+    const Part a = rescaled(p, top), b = rescaled(q, top);
+    p = {top, a.sum + b.sum, a.dot + b.dot};
+  }
+  return warp_merged(p);
+}
+
+// Elements of 16 bytes, and which of them a row starts at.
+template <class T>
+constexpr int kPer16 = 16 / int(sizeof(T));
+template <class T>
+PPO_DEVICE int phase_of(const T* row) {
+  return int(reinterpret_cast<uintptr_t>(row) / sizeof(T)) % kPer16<T>;
+}
+
+// row[col, col + kPer16) of a row that starts `phase` elements after 16 bytes: two loads, and the
+// words in between.
+template <class T>
+PPO_DEVICE Words4 load_across(const T* row, int phase, int col) {
+  const T* base = row + (col - phase);
+  const Words4 a = load16(base), b = load16(base + kPer16<T>);
+  uint32_t w[8] = {a.w[0], a.w[1], a.w[2], a.w[3], b.w[0], b.w[1], b.w[2], b.w[3]};
+  const int words = phase * int(sizeof(T)) / 4;
+  if (words & 2) {
+#pragma unroll
+    for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
+  }
+  if (words & 1) {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
+  }
+  if (sizeof(T) == 2 && phase % 2 != 0) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
+  }
+  return {w[0], w[1], w[2], w[3]};
+}
+
+// x = row[col, col + kPer16), -inf from `end` on; nothing outside [first, end) is read.
+template <class T, bool across>
+PPO_DEVICE void load_columns(const T* row, int phase, int first, int end, int col, float* x) {
+  constexpr int n = kPer16<T>;
+  if (across ? col > first && col + 2 * n <= end : col + n <= end) {
+    widen<T>(across ? load_across(row, phase, col) : load16(row + col), x);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] = col + i < end ? to_float(row[col + i]) : -INFINITY;
+  }
+}
+
+template <class T, bool across>
+PPO_DEVICE Part lane_part(const T* row, int phase, int first, int end, float inv_t) {
+  constexpr int n = kPer16<T>, vectors = kGroup / n;
+  Part p{kLowest, 0.f, 0.f};
+  for (int at = first; at < end; at += 32 * kGroup) {
+    float x[kGroup];
+#pragma unroll
+    for (int v = 0; v < vectors; ++v) {
+      const int col = at + (32 * v + lane_id()) * n;
+      load_columns<T, across>(row, phase, first, end, col, x + v * n);
+    }
+    p = extended(p, x, inv_t);
+  }
+  return p;
+}
+
+// Columns [first, end) of a row, by a whole warp; the result is the same in every lane.
+template <class T>
+PPO_DEVICE Part slice_part(const T* row, int first, int end, float inv_t) {
+  const int phase = phase_of(row);
+  const Part p = phase == 0 ? lane_part<T, false>(row, 0, first, end, inv_t)
+                            : lane_part<T, true>(row, phase, first, end, inv_t);
+  return warp_merged(p);
+}
+
+// What a row's softmax comes to. A row without a finite logit, or with NaN or +inf, is not sound.
+struct Outcome {
+  bool sound;
+  float max, log_sum, logprob, entropy;
+};
+
+// `label` is the token's logit; legal: there is such a token.
+PPO_DEVICE Outcome outcome(Part row, float label, float inv_t, bool legal) {
+  const bool sound = row.sum > 0.f;
+  const float sum = sound ? row.sum : 1.f, log_sum = logf(sum);
+  const float top = sound ? row.max : NAN;
+  return {sound, top, log_sum, legal ? fmaf(label, inv_t, -top) - log_sum : NAN,
+          legal && sound ? log_sum - row.dot / sum : NAN};
+}
+
+// d loss / d logit_j = p_j (a + b ln p_j), but at_label for the token; with g and h the loss's
+// derivatives by log-probability and entropy H: a = -(g + h H)/T, b = -h/T.
+struct GradientTerms {
+  float max, log_sum, inv_t, a, b, at_label;
+  int label;
+  bool zero;  // a row of zeros, that need not be read
+};
+
+PPO_DEVICE GradientTerms gradient_terms(float g, float h, const Outcome& row, int64_t token,
+                                        float label, float inv_t, bool legal) {
+  const float shifted = fmaf(label, inv_t, -row.max);
+  // A label at -inf stays impossible: no gradient through its log-probability.
+  if (legal && shifted == -INFINITY) g = 0.f;
+  const float a = legal ? -fmaf(h, row.entropy, g) * inv_t : NAN, b = -h * inv_t;
+  const float ln_p = shifted - row.log_sum;
+  const ExpParts<float> e = exp_parts(ln_p);
+  // a p + g/T of a likely token would cancel.
+  const float at_label = fmaf(-g, e.expm1, -h * (e.exp * (fmaxf(ln_p, kZeroExp) + row.entropy)));
+  return {row.max, row.log_sum, inv_t, a, b, at_label * inv_t, legal ? int(token) : -1,
+          g == 0.f && h == 0.f};
+}
+
+PPO_DEVICE float gradient(const GradientTerms& t, float x) {
+  const float ln_p = fmaf(x, t.inv_t, -t.max) - t.log_sum;
+  return fast_exp2(ln_p * kLog2e) * fmaf(t.b, fmaxf(ln_p, kZeroExp), t.a);
+}
+
+// to[first, end) from row[first, end), by `threads` threads of which this is number `thread`, in
+// whole 16 bytes of `to` but for the ends. `to` may be `row`; where it is narrower and begins at
+// the row's own address, `between` must keep all threads' loads before any of their stores.
+template <class T, class O, class Between>
+PPO_DEVICE void write_gradient(const T* row, O* to, int first, int end, const GradientTerms& t,
+                               int thread, int threads, const Between& between) {
+  constexpr int n = kPer16<O>, vectors = sizeof(T) == 4 ? 2 : 4;
+  const int before = phase_of(to + first);
+  const bool together = sizeof(T) >= sizeof(O) && phase_of(row + first) == before % kPer16<T>;
+  for (int at = first - before; at < end; at += vectors * threads * n) {
+    float x[vectors][n];
+#pragma unroll
+    for (int v = 0; v < vectors; ++v) {
+      const int col = at + (v * threads + thread) * n;
+      if (together && col >= first && col + n <= end) {
+#pragma unroll
+        for (int i = 0; i < n; i += kPer16<T>) widen<T>(load16(row + col + i), x[v] + i);
+      } else {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+          x[v][i] = col + i >= first && col + i < end ? to_float(row[col + i]) : 0.f;
+        }
+      }
+    }
+    between();
+#pragma unroll
+    for (int v = 0; v < vectors; ++v) {
+      const int col = at + (v * threads + thread) * n;
+      store_gradient<O>(to, first, end, col, x[v], t);
+    }
+  }
+}
+
+}  // namespace ppo::cuda
