@@ -38,5 +38,29 @@ PPO_DEVICE T* cluster_map(T* shared, unsigned rank) {
   return reinterpret_cast<T*>(at);
 }
 
+// mbarrier_arrive at the barrier that stands at `bar` in block `rank`'s shared memory; releases
+// this thread's writes to the cluster.
+PPO_DEVICE void mbarrier_arrive_at(Mbarrier* bar, unsigned rank) {
+  PPO_SM90(
+      "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
+      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(
+          shared_address(bar)),
+      "r"(rank)
+      : "memory");
+}
+// mbarrier_wait that sees what other blocks of the cluster wrote before they arrived.
+PPO_DEVICE void mbarrier_wait_cluster(Mbarrier* bar, unsigned parity) {
+  uint32_t over = 0;
+  while (!over) {
+    PPO_SM90(
+        "{\n .reg .pred over;\n"
+        " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, over;\n}"
+        : "=r"(over)
+        : "r"(shared_address(bar)), "r"(parity & 1)
+        : "memory");
+  }
+}
+
 }  // namespace ppo::cuda
 #endif

@@ -25,6 +25,9 @@ class Device {
   int index() const { return index_; }
   int capability() const;  // 80, 90, 100: major * 10 + minor
   int multiprocessors() const;
+  // Clusters of a kernel that fit the device at once.
+  template <class Kernel>
+  int clusters(Kernel kernel, unsigned threads, size_t shared_bytes, unsigned cluster) const;
 
   // `n` zeros, at most kMaxCounters, for blocks to arrive at. Launches on one stream share them,
   // so a kernel leaves them at 0; one that is being captured into a graph gets its own.
@@ -46,6 +49,17 @@ struct LaunchConfig {
   Stream stream;
 };
 
+// (B, T) as rows of T; (N,) as one row; 0-d as 1 x 1; on any device.
+inline View strided_view(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const size_t rank = sizes.size();
+  STD_TORCH_CHECK(rank <= 2, "ppo_fast: expected a rank of at most 2");
+  View v{x.const_data_ptr(), dtype_of(x), 1, 1, 0, 0};
+  if (rank >= 1) v.cols = sizes[rank - 1], v.col_stride = strides[rank - 1];
+  if (rank == 2) v.rows = sizes[0], v.row_stride = strides[0];
+  return v;
+}
+
 // A fresh contiguous tensor on main's device.
 inline Tensor empty_on(const Tensor& main, Sizes sizes, ScalarType dtype) {
   return torch::stable::new_empty(main, sizes, dtype);
@@ -62,6 +76,11 @@ inline void check_beside(const Tensor& main, const OptTensor& x, const char* op,
 }
 
 #ifdef PPO_EMULATE
+template <class Kernel>
+int Device::clusters(Kernel, unsigned, size_t, unsigned) const {
+  return 1;
+}
+
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const LaunchConfig& config,
             Args&&... args) {
@@ -71,26 +90,46 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchConfig& con
   emulate::run(geometry, [&] { std::apply(kernel, values); });
 }
 #else
+// A launch as the runtime wants it. More shared memory than every kernel may have is asked for.
+struct Request {
+  cudaLaunchAttribute cluster{};
+  cudaLaunchConfig_t how{};
+
+  template <class Kernel>
+  Request(Kernel kernel, const LaunchConfig& config) {
+    constexpr size_t kWithoutAsking = 48 * 1024;
+    if (config.shared_bytes > kWithoutAsking) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          int(config.shared_bytes)));
+    }
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = config.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    how.gridDim = config.grid;
+    how.blockDim = config.block;
+    how.dynamicSmemBytes = config.shared_bytes;
+    how.stream = config.stream;
+    how.attrs = &cluster;
+    how.numAttrs = config.cluster > 1 ? 1 : 0;
+  }
+  Request(const Request&) = delete;
+};
+
+template <class Kernel>
+int Device::clusters(Kernel kernel, unsigned threads, size_t shared_bytes,
+                     unsigned cluster) const {
+  const Request request(kernel, {dim3(cluster), dim3(threads), shared_bytes, cluster, stream_});
+  int n = 0;
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&n, kernel, &request.how));
+  return n;
+}
+
 // Enqueues kernel(args...); `name` is for messages. A failed launch throws.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const LaunchConfig& config,
             Args&&... args) {
-  constexpr size_t kWithoutAsking = 48 * 1024;
-  if (config.shared_bytes > kWithoutAsking) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        int(config.shared_bytes)));
-  }
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {config.cluster, 1, 1};
-  cudaLaunchConfig_t how{};
-  how.gridDim = config.grid;
-  how.blockDim = config.block;
-  how.dynamicSmemBytes = config.shared_bytes;
-  how.stream = config.stream;
-  how.attrs = &cluster;
-  how.numAttrs = config.cluster > 1 ? 1 : 0;
-  const cudaError_t status = cudaLaunchKernelEx(&how, kernel, Params(std::forward<Args>(args))...);
+  const Request request(kernel, config);
+  const cudaError_t status = cudaLaunchKernelEx(&request.how, kernel, Params(std::forward<Args>(args))...);
   STD_TORCH_CHECK(status == cudaSuccess, "ppo_fast: launching ", name, ": ",
                   cudaGetErrorString(status));
 }

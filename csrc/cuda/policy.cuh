@@ -2,9 +2,7 @@
 // device memory. The token maths is csrc/math.h, shared with the CPU.
 #pragma once
 
-#include "../loss_options.h"
 #include "lane.cuh"
-#include "../math.h"
 #include "scalar.cuh"
 
 namespace ppo::cuda {

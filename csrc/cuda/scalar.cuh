@@ -1,7 +1,7 @@
 // A number of an op that may be a 0-d tensor on the device.
 #pragma once
 
-#include "lane.cuh"
+#include "vector.cuh"
 
 namespace ppo::cuda {
 
@@ -13,16 +13,8 @@ struct ScalarArg {
 
 PPO_DEVICE double read(const ScalarArg& s) {
   if (!s.data) return s.number;
-  switch (s.dtype) {
-    case DType::f64:
-      return *static_cast<const double*>(s.data);
-    case DType::bf16:
-      return double(from_bf16(*static_cast<const uint16_t*>(s.data)));
-    case DType::f16:
-      return double(from_fp16(*static_cast<const uint16_t*>(s.data)));
-    default:
-      return double(*static_cast<const float*>(s.data));
-  }
+  if (s.dtype == DType::f64) return *static_cast<const double*>(s.data);
+  return double(read_float(s.data, s.dtype, 0));
 }
 
 }  // namespace ppo::cuda

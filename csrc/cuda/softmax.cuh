@@ -4,6 +4,9 @@
 // alone: not from the grid, the block, the cluster, nor where the row starts in memory.
 #pragma once
 
+#include "lane.cuh"
+#include "../math.h"
+#include "reduce.cuh"
 #include "vector.cuh"
 
 namespace ppo::cuda {
@@ -11,6 +14,7 @@ namespace ppo::cuda {
 constexpr int kMaxSlices = 64;
 constexpr int kSliceColumns = 2048;
 constexpr int kGroup = 32;  // elements that a lane takes between two rescalings
+constexpr int kGradGroup = 16;  // the same in the pass that writes
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLowest = -3.4028234663852886e38f;  // finite: without a logit, m - m is 0
 // exp(-200) is 0 in fp32, so clamping there changes nothing but 0 * -inf. It drops a NaN
@@ -42,15 +46,15 @@ PPO_DEVICE Part rescaled(Part p, float top) {
 }
 
 // One lane's next logits; absent ones are -inf.
-template <int n>
-PPO_DEVICE Part extended(Part p, const float (&x)[n], float inv_t) {
-  float top = x[0];
+template <int vectors, int n>
+PPO_DEVICE Part extended(Part p, const float (&x)[vectors][n], float inv_t) {
+  float top = x[0][0];
 #pragma unroll
-  for (int i = 1; i < n; ++i) top = fmaxf(top, x[i]);
+  for (int i = 1; i < vectors * n; ++i) top = fmaxf(top, x[i / n][i % n]);
   p = rescaled(p, fmaxf(p.max, top * inv_t));
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    const float d = fmaf(x[i], inv_t, -p.max);
+  for (int i = 0; i < vectors * n; ++i) {
+    const float d = fmaf(x[i / n][i % n], inv_t, -p.max);
     const float e = fast_exp2(d * kLog2e);
     p.sum += e;
     p.dot = fmaf(e, fmaxf(d, kZeroExp), p.dot);
@@ -60,16 +64,8 @@ PPO_DEVICE Part extended(Part p, const float (&x)[n], float inv_t) {
 
 // All lanes' parts as one, the same in every lane.
 PPO_DEVICE Part warp_merged(Part p) {
-  float top = p.max;
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, shfl_xor(top, step));
-  p = rescaled(p, top);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    p.sum += shfl_xor(p.sum, step);
-    p.dot += shfl_xor(p.dot, step);
-  }
-  return p;
+  p = rescaled(p, warp_reduce(p.max, Max{}));
+  return {p.max, warp_sum(p.sum), warp_sum(p.dot)};
 }
 
 // A row's slices as one, by a whole warp.
@@ -86,59 +82,42 @@ PPO_DEVICE Part merged(const Part* parts, int slices) {
   return warp_merged(p);
 }
 
-// Elements of 16 bytes, and which of them a row starts at.
-template <class T>
-constexpr int kPer16 = 16 / int(sizeof(T));
+// By how many elements a row misses 16 bytes.
 template <class T>
 PPO_DEVICE int phase_of(const T* row) {
-  return int(reinterpret_cast<uintptr_t>(row) / sizeof(T)) % kPer16<T>;
+  return int(reinterpret_cast<uintptr_t>(row) / sizeof(T)) % kPerVector<T>;
 }
 
-// row[col, col + kPer16) of a row that starts `phase` elements after 16 bytes: two loads, and the
-// words in between.
-template <class T>
-PPO_DEVICE Words4 load_across(const T* row, int phase, int col) {
-  const T* base = row + (col - phase);
-  const Words4 a = load16(base), b = load16(base + kPer16<T>);
-  uint32_t w[8] = {a.w[0], a.w[1], a.w[2], a.w[3], b.w[0], b.w[1], b.w[2], b.w[3]};
-  const int words = phase * int(sizeof(T)) / 4;
-  if (words & 2) {
-#pragma unroll
-    for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
-  }
-  if (words & 1) {
-#pragma unroll
-    for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
-  }
-  if (sizeof(T) == 2 && phase % 2 != 0) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
-  }
-  return {w[0], w[1], w[2], w[3]};
-}
-
-// x = row[col, col + kPer16), -inf from `end` on; nothing outside [first, end) is read.
+// x = row[col, col + 16 bytes), -inf from `end` on; nothing outside [first, end) is read. Rows
+// whose phase is not 0 are read `across` 16-byte boundaries: two loads, and what lies between.
 template <class T, bool across>
-PPO_DEVICE void load_columns(const T* row, int phase, int first, int end, int col, float* x) {
-  constexpr int n = kPer16<T>;
+PPO_DEVICE void load_columns(const T* row, int phase, int first, int end, int col,
+                             float (&x)[kPerVector<T>]) {
+  constexpr int n = kPerVector<T>;
   if (across ? col > first && col + 2 * n <= end : col + n <= end) {
-    widen<T>(across ? load_across(row, phase, col) : load16(row + col), x);
+    const T* at = row + (col - phase);
+    const uint4 low = *reinterpret_cast<const uint4*>(at);
+    if constexpr (across) {
+      const uint4 high = *reinterpret_cast<const uint4*>(at + n);
+      unpack<T>(shifted(low, high, phase * int(sizeof(T))), x);
+    } else {
+      unpack<T>(low, x);
+    }
   } else {
 #pragma unroll
-    for (int i = 0; i < n; ++i) x[i] = col + i < end ? to_float(row[col + i]) : -INFINITY;
+    for (int i = 0; i < n; ++i) x[i] = col + i < end ? widen(row[col + i]) : -INFINITY;
   }
 }
 
 template <class T, bool across>
 PPO_DEVICE Part lane_part(const T* row, int phase, int first, int end, float inv_t) {
-  constexpr int n = kPer16<T>, vectors = kGroup / n;
+  constexpr int n = kPerVector<T>;
   Part p{kLowest, 0.f, 0.f};
-  for (int at = first; at < end; at += 32 * kGroup) {
-    float x[kGroup];
+  for (int at = first; at < end; at += kWarp * kGroup) {
+    float x[kGroup / n][n];
 #pragma unroll
-    for (int v = 0; v < vectors; ++v) {
-      const int col = at + (32 * v + lane_id()) * n;
-      load_columns<T, across>(row, phase, first, end, col, x + v * n);
+    for (int v = 0; v < kGroup / n; ++v) {
+      load_columns<T, across>(row, phase, first, end, at + (kWarp * v + lane_id()) * n, x[v]);
     }
     p = extended(p, x, inv_t);
   }
@@ -196,15 +175,35 @@ PPO_DEVICE float gradient(const GradientTerms& t, float x) {
   return fast_exp2(ln_p * kLog2e) * fmaf(t.b, fmaxf(ln_p, kZeroExp), t.a);
 }
 
+template <class O>
+PPO_DEVICE void store_gradient(O* to, int first, int end, int col, float (&x)[kPerVector<O>],
+                               const GradientTerms& t) {
+  constexpr int n = kPerVector<O>;
+#pragma unroll
+  for (int i = 0; i < n; ++i) x[i] = gradient(t, x[i]);
+  if (t.label >= col && t.label < col + n) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] = t.label == col + i ? t.at_label : x[i];
+  }
+  if (col >= first && col + n <= end) {
+    *reinterpret_cast<uint4*>(to + col) = pack<O>(x);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (col + i >= first && col + i < end) to[col + i] = narrow<O>(x[i]);
+    }
+  }
+}
+
 // to[first, end) from row[first, end), by `threads` threads of which this is number `thread`, in
-// whole 16 bytes of `to` but for the ends. `to` may be `row`; where it is narrower and begins at
-// the row's own address, `between` must keep all threads' loads before any of their stores.
+// whole 16 bytes of `to` but for the ends. `to` may be `row`; where it is narrower and starts at
+// the same address, `between` must keep everybody's loads before anybody's stores.
 template <class T, class O, class Between>
 PPO_DEVICE void write_gradient(const T* row, O* to, int first, int end, const GradientTerms& t,
                                int thread, int threads, const Between& between) {
-  constexpr int n = kPer16<O>, vectors = sizeof(T) == 4 ? 2 : 4;
+  constexpr int n = kPerVector<O>, part = kPerVector<T>, vectors = kGradGroup / n;
   const int before = phase_of(to + first);
-  const bool together = sizeof(T) >= sizeof(O) && phase_of(row + first) == before % kPer16<T>;
+  const bool together = phase_of(row + first) == before % part;
   for (int at = first - before; at < end; at += vectors * threads * n) {
     float x[vectors][n];
 #pragma unroll
@@ -212,19 +211,37 @@ PPO_DEVICE void write_gradient(const T* row, O* to, int first, int end, const Gr
       const int col = at + (v * threads + thread) * n;
       if (together && col >= first && col + n <= end) {
 #pragma unroll
-        for (int i = 0; i < n; i += kPer16<T>) widen<T>(load16(row + col + i), x[v] + i);
+        for (int i = 0; i < n; i += part) {
+          unpack<T>(*reinterpret_cast<const uint4*>(row + col + i),
+                    reinterpret_cast<float(&)[part]>(x[v][i]));
+        }
       } else {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-          x[v][i] = col + i >= first && col + i < end ? to_float(row[col + i]) : 0.f;
+          x[v][i] = col + i >= first && col + i < end ? widen(row[col + i]) : 0.f;
         }
       }
     }
     between();
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
-      const int col = at + (v * threads + thread) * n;
-      store_gradient<O>(to, first, end, col, x[v], t);
+      store_gradient<O>(to, first, end, at + (v * threads + thread) * n, x[v], t);
+    }
+  }
+}
+
+// The same for a row without a gradient.
+template <class O>
+PPO_DEVICE void write_zeros(O* to, int first, int end, int thread, int threads) {
+  constexpr int n = kPerVector<O>;
+  for (int col = first - phase_of(to + first) + thread * n; col < end; col += threads * n) {
+    if (col >= first && col + n <= end) {
+      *reinterpret_cast<uint4*>(to + col) = make_uint4(0, 0, 0, 0);
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        if (col + i >= first && col + i < end) to[col + i] = O{};
+      }
     }
   }
 }

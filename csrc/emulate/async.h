@@ -107,5 +107,9 @@ template <class T>
 inline T* cluster_map(T* shared, unsigned rank) {
   return static_cast<T*>(emulate::in_block(shared, rank));
 }
+inline void mbarrier_arrive_at(Mbarrier* bar, unsigned rank) {
+  mbarrier_arrive(cluster_map(bar, rank));
+}
+inline void mbarrier_wait_cluster(Mbarrier* bar, unsigned parity) { mbarrier_wait(bar, parity); }
 
 }  // namespace ppo::cuda
