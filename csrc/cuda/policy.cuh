@@ -7,7 +7,8 @@
 
 namespace ppo::cuda {
 
-// By value in a kernel's parameters; `consts` are formed on the host, but for what `resolve` reads.
+// By value in a kernel's parameters; `consts` are formed on the host, but for what `resolve`
+// reads.
 struct PolicyArg {
   PolicyOptions options;
   PolicyConsts<float> consts;

@@ -6,7 +6,7 @@
 
 namespace ppo::cuda {
 
-constexpr int kItems = 4;          // of a thread
+constexpr int kItems = 4;  // of a thread
 constexpr int kTokenThreads = 256;
 constexpr int kTile = kItems * kTokenThreads;
 
@@ -53,7 +53,8 @@ PPO_DEVICE Raw load_raw(const Column& c, const Slots& s) {
   if (c.wide && s.count == kItems) {
     const int64_t at = s.first + s.row[0] * c.skip;
     if (c.dtype == DType::f32) {
-      const uint4 v = __ldcs(reinterpret_cast<const uint4*>(static_cast<const float*>(c.data) + at));
+      const uint4 v =
+          __ldcs(reinterpret_cast<const uint4*>(static_cast<const float*>(c.data) + at));
       raw = {v.x, v.y, v.z, v.w};
     } else {
       const uint2 v =
