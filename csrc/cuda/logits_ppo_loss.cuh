@@ -8,16 +8,30 @@
 
 namespace ppo::cuda {
 
-// One launch: rows [0, n_rows), two strides each. By value in the kernels' parameters.
+// By value in the kernels' parameters.
 struct LogitsPpoArg {
-  RowTensor logits, tokens, mask, temperature;                    // (rows, V), (rows,) ...
-  RowTensor old_logprobs, advantages, is_weights, ref_logprobs, weights;  // (rows,)
-  RowTensor out;                                                  // (rows, V)
-  float *logprobs, *entropy;                                      // (rows,) contiguous
-  int64_t n_rows, n_inner, ignore_index;
+  const void* logits;  // (rows, V)
+  void* out;
+  RowIndex logits_at, out_at;
+  RowValues tokens, mask, temperature;  // (rows,)
+  RowValues old_logprobs, advantages, is_weights, ref_logprobs, weights;
+  float *logprobs, *entropy;  // (rows,) contiguous
+  int64_t n_rows, ignore_index;
   int vocab;
   float inv_temperature;
   PolicyArg policy;
+
+  template <class T>
+  PPO_DEVICE const T* row(int64_t i) const {
+    return static_cast<const T*>(logits) + logits_at.offset(i);
+  }
+  template <class O>
+  PPO_DEVICE O* out_row(int64_t i) const {
+    return static_cast<O*>(out) + out_at.offset(i);
+  }
+  PPO_DEVICE bool live(int64_t i) const {
+    return (!mask || mask.is_set(i)) && tokens.integer(i) != ignore_index;
+  }
 };
 
 // What the loss takes of one token, fetched before its row is.
@@ -27,19 +41,18 @@ struct TokenInputs {
   float inv_t, old_logprob, advantage, is_weight, ref_logprob, weight;
 };
 
-PPO_DEVICE TokenInputs token_inputs(const LogitsPpoArg& a, Row row) {
+PPO_DEVICE TokenInputs token_inputs(const LogitsPpoArg& a, int64_t row) {
   TokenInputs t{};
-  t.token = integer_at(a.tokens, row);
-  t.live = kept_at(a.mask, row) && t.token != a.ignore_index;
+  t.live = a.live(row);
   if (!t.live) return t;
+  t.token = a.tokens.integer(row);
   t.legal = t.token >= 0 && t.token < a.vocab;
-  const float heat = number_at(a.temperature, row, 1.f);
-  t.inv_t = a.temperature.data == nullptr ? a.inv_temperature : 1.f / heat;
-  t.old_logprob = number_at(a.old_logprobs, row, 0.f);
-  t.advantage = number_at(a.advantages, row, 0.f);
-  t.is_weight = number_at(a.is_weights, row, 1.f);
-  t.ref_logprob = number_at(a.ref_logprobs, row, 0.f);
-  t.weight = number_at(a.weights, row, 0.f);
+  t.inv_t = a.temperature ? 1.f / a.temperature.number(row) : a.inv_temperature;
+  t.old_logprob = a.old_logprobs ? a.old_logprobs.number(row) : 0.f;
+  t.advantage = a.advantages.number(row);
+  t.is_weight = a.is_weights ? a.is_weights.number(row) : 1.f;
+  t.ref_logprob = a.ref_logprobs ? a.ref_logprobs.number(row) : 0.f;
+  t.weight = a.weights.number(row);
   return t;
 }
 
@@ -47,7 +60,7 @@ PPO_DEVICE TokenInputs token_inputs(const LogitsPpoArg& a, Row row) {
 PPO_DEVICE GradientTerms token_gradient(const LogitsPpoArg& a, const PolicyConsts<float>& c,
                                         const TokenInputs& t, const Outcome& row, float label) {
   PolicyToken<float> token{row.logprob,
-                           a.old_logprobs.data == nullptr ? row.logprob : t.old_logprob,
+                           a.old_logprobs ? t.old_logprob : row.logprob,
                            t.advantage,
                            t.is_weight,
                            t.ref_logprob,
@@ -87,10 +100,9 @@ PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, Part* parts) 
   const PolicyConsts<float> c = resolve(a.policy);
   const RowPlan plan = row_plan(a.vocab);
   for (int64_t r = team.first; r < a.n_rows; r += team.step) {
-    const Row row = row_of(r, a.n_inner);
-    const TokenInputs t = token_inputs(a, row);
-    const T* from = row_pointer<T>(a.logits, row);
-    O* to = const_cast<O*>(row_pointer<O>(a.out, row));
+    const TokenInputs t = token_inputs(a, r);
+    const T* from = a.row<T>(r);
+    O* to = a.out_row<O>(r);
     Outcome o{};
     GradientTerms terms{};
     terms.zero = true;
@@ -125,15 +137,13 @@ template <class T, class O>
 __global__ void __launch_bounds__(kTwoReadThreads)
     logits_ppo_two_reads(const __grid_constant__ LogitsPpoArg a) {
   Part* parts = shared_memory<Part>();
-  const int warps = int(blockDim.x) / kWarp, thread = int(threadIdx.x);
+  const int warps = int(blockDim.x) / kWarp;
+  Team team{int(threadIdx.x), int(blockDim.x), int64_t(blockIdx.x), int64_t(gridDim.x), true};
   if (row_plan(a.vocab).slices == 1) {
-    const int64_t first = int64_t(blockIdx.x) * warps + warp_id();
-    two_reads<T, O>(a, {lane_id(), kWarp, first, int64_t(gridDim.x) * warps, false},
-                    parts + warp_id());
-  } else {
-    two_reads<T, O>(a, {thread, int(blockDim.x), int64_t(blockIdx.x), int64_t(gridDim.x), true},
-                    parts);
+    parts += warp_id();
+    team = {lane_id(), kWarp, team.first * warps + warp_id(), team.step * warps, false};
   }
+  two_reads<T, O>(a, team, parts);
 }
 
 }  // namespace ppo::cuda

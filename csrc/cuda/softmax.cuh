@@ -5,7 +5,6 @@
 #pragma once
 
 #include "lane.cuh"
-#include "../math.h"
 #include "reduce.cuh"
 #include "vector.cuh"
 
@@ -109,17 +108,29 @@ PPO_DEVICE void load_columns(const T* row, int phase, int first, int end, int co
   }
 }
 
+// The next `vectors` times 16 bytes of each lane, from column `at` on.
+template <int vectors, bool across, class T>
+PPO_DEVICE Part scan_step(Part p, const T* row, int phase, int first, int end, int at,
+                          float inv_t) {
+  constexpr int n = kPerVector<T>;
+  float x[vectors][n];
+#pragma unroll
+  for (int v = 0; v < vectors; ++v) {
+    load_columns<T, across>(row, phase, first, end, at + (kWarp * v + lane_id()) * n, x[v]);
+  }
+  return extended(p, x, inv_t);
+}
+
 template <class T, bool across>
 PPO_DEVICE Part lane_part(const T* row, int phase, int first, int end, float inv_t) {
   constexpr int n = kPerVector<T>;
   Part p{kLowest, 0.f, 0.f};
-  for (int at = first; at < end; at += kWarp * kGroup) {
-    float x[kGroup / n][n];
-#pragma unroll
-    for (int v = 0; v < kGroup / n; ++v) {
-      load_columns<T, across>(row, phase, first, end, at + (kWarp * v + lane_id()) * n, x[v]);
-    }
-    p = extended(p, x, inv_t);
+  int at = first;
+  for (; at + kWarp * kGroup <= end; at += kWarp * kGroup) {
+    p = scan_step<kGroup / n, across>(p, row, phase, first, end, at, inv_t);
+  }
+  for (; at < end; at += kWarp * n) {
+    p = scan_step<1, across>(p, row, phase, first, end, at, inv_t);
   }
   return p;
 }
