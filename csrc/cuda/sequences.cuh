@@ -11,10 +11,11 @@ namespace ppo::cuda {
 struct SequenceMap {
   const void* offsets;
   DType dtype;
+  int64_t stride;  // of the offsets
   int64_t count, steps, tokens;
 
   PPO_DEVICE int64_t offset(int64_t s) const {
-    const int64_t at = read_index(offsets, dtype, s);
+    const int64_t at = read_index(offsets, dtype, s * stride);
     return at < 0 ? 0 : at < tokens ? at : tokens;
   }
   PPO_DEVICE int64_t begin(int64_t s) const { return offsets ? offset(s) : s * steps; }
