@@ -14,8 +14,10 @@ struct PolicyLossArgs {
   float *grad_logprobs, *grad_entropy;
 };
 
+// Raw or Values.
+template <class T>
 struct PolicyInputs {
-  Raw logprobs, old_logprobs, advantages, is_weights, entropy, ref_logprobs;
+  T logprobs, old_logprobs, advantages, is_weights, entropy, ref_logprobs;
 };
 
 // Sums of a thread's slots in one tile, in fp32 but for what overflows or counts.
@@ -56,30 +58,38 @@ struct PolicyStep {
       o.straight_through = o.has_dual = false;
     }
   }
-  PPO_DEVICE PolicyInputs load(const Slots& s) const {
+  PPO_DEVICE PolicyInputs<Raw> load(const Slots& s) const {
     return {load_raw(a.logprobs, s),   load_raw(a.old_logprobs, s),
             load_raw(a.advantages, s), is_usual ? Raw{} : load_raw(a.is_weights, s),
             load_raw(a.entropy, s),    load_raw(a.ref_logprobs, s)};
   }
+  PPO_DEVICE PolicyInputs<Values> values(const Slots& s, const PolicyInputs<Raw>& in) const {
+    return {values_of(a.logprobs, s, in.logprobs),
+            values_of(a.old_logprobs, s, in.old_logprobs),
+            values_of(a.advantages, s, in.advantages),
+            is_usual ? Values{} : values_of(a.is_weights, s, in.is_weights),
+            values_of(a.entropy, s, in.entropy),
+            values_of(a.ref_logprobs, s, in.ref_logprobs)};
+  }
 
-  PPO_DEVICE PolicyToken<float> token(const Slots& s, const PolicyInputs& in, int k,
+  PPO_DEVICE PolicyToken<float> token(const PolicyInputs<Values>& in, int k,
                                       float seq_ratio) const {
     PolicyToken<float> t;
-    t.logprobs = item(a.logprobs, s, in.logprobs, k);
-    t.old_logprobs =
-        a.old_logprobs.data ? item(a.old_logprobs, s, in.old_logprobs, k) : t.logprobs;
-    t.advantage = item(a.advantages, s, in.advantages, k);
+    t.logprobs = in.logprobs.at[k];
+    t.old_logprobs = a.old_logprobs.data ? in.old_logprobs.at[k] : t.logprobs;
+    t.advantage = in.advantages.at[k];
     if (o.whiten) t.advantage = whiten_advantage(c, t.advantage);
-    t.is_weight = !is_usual && a.is_weights.data ? item(a.is_weights, s, in.is_weights, k) : 1.f;
-    t.ref_logprobs = o.has_ref ? item(a.ref_logprobs, s, in.ref_logprobs, k) : 0.f;
+    t.is_weight = !is_usual && a.is_weights.data ? in.is_weights.at[k] : 1.f;
+    t.ref_logprobs = in.ref_logprobs.at[k];
     t.seq_ratio = seq_ratio;
     return t;
   }
 
-  PPO_DEVICE void tokens(const Slots& s, uint32_t live, int64_t first_seq, const PolicyInputs& in,
-                         LossSums<16>& all) const {
+  PPO_DEVICE void tokens(const Slots& s, uint32_t live, int64_t first_seq,
+                         const PolicyInputs<Raw>& raw, LossSums<16>& all) const {
     SequenceTerm terms[kItems];
     terms_of(a.base, s, first_seq, terms);
+    const PolicyInputs<Values> in = values(s, raw);
     float grad[kItems], grad_entropy[kItems];
     TokenSums sums;
 #pragma unroll
@@ -87,9 +97,9 @@ struct PolicyStep {
       grad[k] = grad_entropy[k] = 0.f;
       if (!(live >> k & 1u)) continue;
       const float weight = terms[k].weight;
-      const PolicyToken<float> t = token(s, in, k, terms[k].ratio);
+      const PolicyToken<float> t = token(in, k, terms[k].ratio);
       const PolicyTerms<float> x = policy_terms<variant, is_usual>(o, c, t);
-      const float entropy = a.entropy.data ? item(a.entropy, s, in.entropy, k) : 0.f;
+      const float entropy = in.entropy.at[k];
       // The KL of the linear variant is in its policy term.
       const float with_kl =
           variant == Variant::linear ? x.policy : vfma(c.kl_coef, x.kl, x.policy);

@@ -74,12 +74,28 @@ PPO_DEVICE Raw load_raw(const Column& c, const Slots& s) {
   return raw;
 }
 
-// Slot k of what load_raw() read.
-PPO_DEVICE float item(const Column& c, const Slots& s, const Raw& raw, int k) {
-  if (c.dtype == DType::f32) return __uint_as_float(raw.words[k]);
+// What load_raw() read, as fp32; 0 where the tensor is absent.
+struct Values {
+  float at[kItems];
+};
+
+PPO_DEVICE Values values_of(const Column& c, const Slots& s, const Raw& raw) {
+  const uint32_t* w = raw.words;
+  Values v;
+  if (c.dtype == DType::f32) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) v.at[k] = __uint_as_float(w[k]);
+    return v;
+  }
   const bool paired = c.wide && s.count == kItems;
-  const uint32_t bits = paired ? raw.words[k / 2] >> (16 * (k % 2)) : raw.words[k];
-  return c.dtype == DType::bf16 ? widen(bf16{uint16_t(bits)}) : widen(fp16{uint16_t(bits)});
+  const uint32_t bits[kItems] = {w[0], paired ? w[0] >> 16 : w[1], paired ? w[1] : w[2],
+                                 paired ? w[1] >> 16 : w[3]};
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    const uint16_t half = uint16_t(bits[k]);
+    v.at[k] = c.dtype == DType::bf16 ? widen(bf16{half}) : widen(fp16{half});
+  }
+  return v;
 }
 
 // Bit k: slot k is there and the mask keeps it; an absent mask keeps all.

@@ -54,15 +54,16 @@ struct ValueStep {
                          LossSums<8>& all) const {
     SequenceTerm terms[kItems];
     terms_of(a.base, s, first_seq, terms);
+    const Values values = values_of(a.values, s, in.values);
+    const Values targets = values_of(a.returns, s, in.returns);
+    const Values olds = a.old_values.data ? values_of(a.old_values, s, in.old_values) : values;
     float grad[kItems];
     double (&sums)[8] = all.sums;
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       grad[k] = 0.f;
       if (!(live >> k & 1u)) continue;
-      const float value = item(a.values, s, in.values, k);
-      const float target = item(a.returns, s, in.returns, k);
-      const float old = a.old_values.data ? item(a.old_values, s, in.old_values, k) : value;
+      const float value = values.at[k], target = targets.at[k], old = olds.at[k];
       const ValueTerms x = value_terms(a.form, a.clip, value, old, target);
       // In double: explained variance is a small difference of these.
       const double ret = double(target), err = double(target - old);

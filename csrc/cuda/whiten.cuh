@@ -28,8 +28,9 @@ __global__ void __launch_bounds__(kTokenThreads)
     const Slots slots = slots_of(tile, a.total, a.cols);
     const Raw raw = load_raw(a.x, slots);
     const uint32_t live = live_items(a.mask, slots);
+    const Values x = values_of(a.x, slots, raw);
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) sum.add(item(a.x, slots, raw, k), (live >> k & 1u) != 0);
+    for (int k = 0; k < kItems; ++k) sum.add(x.at[k], (live >> k & 1u) != 0);
   }
   const Moments mine = block_moments(sum.result(), scratch);
   leave_moments(mine, blockIdx.x, gridDim.x, a.parts, a.out, a.counter, scratch);
@@ -72,11 +73,12 @@ __global__ void __launch_bounds__(kTokenThreads)
     const Slots slots = slots_of(tile, a.total, a.cols);
     const Raw raw = load_raw(a.x, slots);
     const uint32_t live = live_items(a.mask, slots);
+    const Values x = values_of(a.x, slots, raw);
     float y[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const float x = (item(a.x, slots, raw, k) - w.high) - w.low;
-      y[k] = live >> k & 1u ? w.flat ? w.add : fmaf(x, w.scale, w.add) : 0.f;
+      const float d = (x.at[k] - w.high) - w.low;
+      y[k] = live >> k & 1u ? w.flat ? w.add : fmaf(d, w.scale, w.add) : 0.f;
     }
     store_items(a.out, true, slots, y);
   }
