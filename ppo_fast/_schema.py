@@ -1,10 +1,11 @@
 """The op boundary: one `torch.library` schema and one fake per op, an overload per backend.
 
 `torch.ops.ppo_fast.<op>.<backend>` is what `ops/` calls. The C++ extension adds the
-implementations of the `cpu` overloads when it is loaded; the `triton` ones import `kernels/`
-on their first call. Options that are numbers travel in `codes` (integers) and `params`
-(floats), because every further argument costs call time. Their order is written beside each schema
-and mirrored in `csrc/options.h` and `kernels/options.py`.
+implementations of the `cpu` overloads when it is loaded, and those of the `cuda` ones where it
+was built with them; the `triton` ones import `kernels/` on their first call. Options that are
+numbers travel in `codes` (integers) and `params` (floats), because every further argument costs
+call time. Their order is written beside each schema and mirrored in `csrc/options.h` and
+`kernels/options.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ppo_fast._results import N_STATS
 
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "triton", "cuda")
 
 # Enumerations: an option's code is its index. Mirrored in csrc/options.h and kernels/options.py.
 VARIANTS = ("clip", "gspo", "cispo", "penalty", "linear")

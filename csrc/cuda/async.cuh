@@ -29,11 +29,11 @@ PPO_DEVICE uint32_t shared_address(const void* p) {
 
 // One thread initialises; then fence_mbarrier_init() and a barrier before anyone uses it.
 PPO_DEVICE void mbarrier_init(Mbarrier* bar, unsigned arrivals) {
-  PPO_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals)
-           : "memory");
+  PPO_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)),
+           "r"(arrivals) : "memory");
 }
 PPO_DEVICE void fence_mbarrier_init() {
-  PPO_SM90("fence.mbarrier_init.release.cluster;" ::: "memory");
+  PPO_SM90("fence.mbarrier_init.release.cluster;" :: : "memory");
 }
 PPO_DEVICE void mbarrier_arrive(Mbarrier* bar) {
   PPO_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
@@ -41,8 +41,7 @@ PPO_DEVICE void mbarrier_arrive(Mbarrier* bar) {
 // Arrive, and have the current phase wait for this many bytes more.
 PPO_DEVICE void mbarrier_arrive_expect(Mbarrier* bar, unsigned bytes) {
   PPO_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)),
-           "r"(bytes)
-           : "memory");
+           "r"(bytes) : "memory");
 }
 // Until the phase of this parity (0 for the first one, then 1, 0, ...) is over.
 PPO_DEVICE void mbarrier_wait(Mbarrier* bar, unsigned parity) {
@@ -51,10 +50,8 @@ PPO_DEVICE void mbarrier_wait(Mbarrier* bar, unsigned parity) {
     PPO_SM90(
         "{\n .reg .pred over;\n"
         " mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
-        " selp.u32 %0, 1, 0, over;\n}"
-        : "=r"(over)
-        : "r"(shared_address(bar)), "r"(parity & 1)
-        : "memory");
+        " selp.u32 %0, 1, 0, over;\n}" : "=r"(over) : "r"(shared_address(bar)),
+        "r"(parity & 1) : "memory");
   }
 }
 
@@ -66,19 +63,17 @@ PPO_DEVICE void bulk_load(void* shared, const void* global, unsigned bytes, Mbar
       " createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
       " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1], %2, [%3], policy;\n}" ::"r"(shared_address(shared)),
-      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(bar))
-      : "memory");
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(bar)) : "memory");
 }
 
 // One thread issues, after a barrier that follows every writer's fence_async_proxy().
 PPO_DEVICE void bulk_store(void* global, const void* shared, unsigned bytes) {
   PPO_SM90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
                __cvta_generic_to_global(global)),
-           "r"(shared_address(shared)), "r"(bytes)
-           : "memory");
+           "r"(shared_address(shared)), "r"(bytes) : "memory");
 }
 // This thread's stores since the last one form a group.
-PPO_DEVICE void bulk_commit() { PPO_SM90("cp.async.bulk.commit_group;" ::: "memory"); }
+PPO_DEVICE void bulk_commit() { PPO_SM90("cp.async.bulk.commit_group;" :: : "memory"); }
 // Until all but the last `pending` groups of this thread have read their shared memory: it may be
 // written again. A block must not end before all have.
 template <int pending>
@@ -91,9 +86,7 @@ PPO_DEVICE void bulk_wait() {
   PPO_SM90("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory");
 }
 // This thread's writes to shared memory become visible to the bulk stores issued after a barrier.
-PPO_DEVICE void fence_async_proxy() {
-  PPO_SM90("fence.proxy.async.shared::cta;" ::: "memory");
-}
+PPO_DEVICE void fence_async_proxy() { PPO_SM90("fence.proxy.async.shared::cta;" :: : "memory"); }
 
 }  // namespace ppo::cuda
 #endif

@@ -20,11 +20,9 @@ PPO_DEVICE unsigned cluster_size() {
 // Every thread of the cluster; what was written before arriving can be read after waiting, in
 // other blocks' shared memory too. A block must not end while others may still read its own.
 PPO_DEVICE void cluster_arrive() {
-  PPO_SM90("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  PPO_SM90("barrier.cluster.arrive.release.aligned;" :: : "memory");
 }
-PPO_DEVICE void cluster_wait() {
-  PPO_SM90("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+PPO_DEVICE void cluster_wait() { PPO_SM90("barrier.cluster.wait.acquire.aligned;" :: : "memory"); }
 PPO_DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();
@@ -45,8 +43,7 @@ PPO_DEVICE void mbarrier_arrive_at(Mbarrier* bar, unsigned rank) {
       "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
       " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(
           shared_address(bar)),
-      "r"(rank)
-      : "memory");
+      "r"(rank) : "memory");
 }
 // mbarrier_wait that sees what other blocks of the cluster wrote before they arrived.
 PPO_DEVICE void mbarrier_wait_cluster(Mbarrier* bar, unsigned parity) {
@@ -55,10 +52,8 @@ PPO_DEVICE void mbarrier_wait_cluster(Mbarrier* bar, unsigned parity) {
     PPO_SM90(
         "{\n .reg .pred over;\n"
         " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n"
-        " selp.u32 %0, 1, 0, over;\n}"
-        : "=r"(over)
-        : "r"(shared_address(bar)), "r"(parity & 1)
-        : "memory");
+        " selp.u32 %0, 1, 0, over;\n}" : "=r"(over) : "r"(shared_address(bar)),
+        "r"(parity & 1) : "memory");
   }
 }
 

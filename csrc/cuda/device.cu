@@ -1,4 +1,5 @@
 // What launch.cuh promises of a device: its limits, its stream, its counters.
+#include <cstdlib>
 #include <map>
 #include <mutex>
 
@@ -17,11 +18,8 @@ int Device::capability() const {
 int Device::multiprocessors() const { return 2; }
 
 unsigned* Device::counters(unsigned n) const {
-  STD_TORCH_CHECK(n <= kMaxCounters, "ppo_fast: too many counters");
-  static unsigned zeros[kMaxCounters];
-  for (unsigned i = 0; i < kMaxCounters; ++i)
-    STD_TORCH_CHECK(zeros[i] == 0, "ppo_fast: a kernel left counter ", i, " at ", zeros[i]);
-  return zeros;
+  STD_TORCH_CHECK(n <= kMaxCounters && n <= emulate::kCounters, "ppo_fast: too many counters");
+  return emulate::counters();
 }
 
 #else

@@ -129,7 +129,8 @@ template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const LaunchConfig& config,
             Args&&... args) {
   const Request request(kernel, config);
-  const cudaError_t status = cudaLaunchKernelEx(&request.how, kernel, Params(std::forward<Args>(args))...);
+  const cudaError_t status =
+      cudaLaunchKernelEx(&request.how, kernel, Params(std::forward<Args>(args))...);
   STD_TORCH_CHECK(status == cudaSuccess, "ppo_fast: launching ", name, ": ",
                   cudaGetErrorString(status));
 }

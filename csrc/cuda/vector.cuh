@@ -80,8 +80,7 @@ PPO_DEVICE uint4 pack(const float (&x)[kPerVector<P>]) {
     if constexpr (sizeof(P) == 4) {
       words[i] = __float_as_uint(x[i]);
     } else {
-      words[i] = uint32_t(narrow<P>(x[2 * i]).bits) |
-                 uint32_t(narrow<P>(x[2 * i + 1]).bits) << 16;
+      words[i] = uint32_t(narrow<P>(x[2 * i]).bits) | uint32_t(narrow<P>(x[2 * i + 1]).bits) << 16;
     }
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
@@ -98,10 +97,9 @@ PPO_DEVICE uint4 shifted(const uint4& low, const uint4& high, int shift) {
     pick[i] = shift & 8 ? far : near;
   }
   const unsigned bits = unsigned(shift & 3) * 8;
-  return make_uint4(__funnelshift_r(pick[0], pick[1], bits),
-                    __funnelshift_r(pick[1], pick[2], bits),
-                    __funnelshift_r(pick[2], pick[3], bits),
-                    __funnelshift_r(pick[3], pick[4], bits));
+  return make_uint4(
+      __funnelshift_r(pick[0], pick[1], bits), __funnelshift_r(pick[1], pick[2], bits),
+      __funnelshift_r(pick[2], pick[3], bits), __funnelshift_r(pick[3], pick[4], bits));
 }
 
 }  // namespace ppo::cuda

@@ -96,9 +96,7 @@ inline unsigned cluster_size() { return emulate::geometry().cluster; }
 inline void cluster_arrive(int line = __builtin_LINE()) {
   emulate::self().cluster_arrival = emulate::cluster_barrier().arrive("cluster_arrive", line);
 }
-inline void cluster_wait() {
-  emulate::cluster_barrier().wait(emulate::self().cluster_arrival);
-}
+inline void cluster_wait() { emulate::cluster_barrier().wait(emulate::self().cluster_arrival); }
 inline void cluster_sync(int line = __builtin_LINE()) {
   cluster_arrive(line);
   cluster_wait();

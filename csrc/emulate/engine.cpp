@@ -60,12 +60,14 @@ struct Device {
 
 std::mutex g_mutex;  // launches from several host threads take turns
 std::unique_ptr<Device> g_device;
+unsigned g_counters[kCounters];
 
 [[gnu::noinline]] void to_scheduler() {
   if (_setjmp(g_device->current->context) == 0) _longjmp(g_device->scheduler, 1);
 }
 
-// A fiber outlives its thread: it is handed the next one after the scheduler has marked it not done.
+// A fiber outlives its thread: it is handed the next one after the scheduler has marked it not
+// done.
 void fiber_main() {
   for (;;) {
     (*g_device->body)();
@@ -76,8 +78,8 @@ void fiber_main() {
 
 std::unique_ptr<Fiber> new_fiber() {
   auto fiber = std::make_unique<Fiber>();
-  void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                     -1, 0);
+  void* stack =
+      mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (stack == MAP_FAILED) throw std::runtime_error("ppo_fast: no memory for a fiber's stack");
   mprotect(stack, kGuardBytes, PROT_NONE);
   getcontext(&fiber->first);
@@ -102,14 +104,15 @@ std::unique_ptr<Fiber> new_fiber() {
 
 std::string name_of(const Fiber& f) {
   const auto text = [](const Index& i) {
-    return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+    return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) +
+           ")";
   };
   return "thread " + text(f.thread) + " of block " + text(f.block);
 }
 
 [[noreturn]] void raise(const std::string& what) {
-  const std::string message = std::string("ppo_fast: emulated kernel ") +
-                              g_device->geometry.kernel + ": " + what;
+  const std::string message =
+      std::string("ppo_fast: emulated kernel ") + g_device->geometry.kernel + ": " + what;
   g_device.reset();  // fibers of a failed launch are lost where they stand
   throw std::runtime_error(message);
 }
@@ -202,6 +205,14 @@ void check_red_zones() {
   }
 }
 
+void check_counters() {
+  for (unsigned i = 0; i < kCounters; ++i) {
+    const unsigned left = g_counters[i];
+    g_counters[i] = 0;
+    if (left != 0) raise("left counter " + std::to_string(i) + " at " + std::to_string(left));
+  }
+}
+
 void check_geometry(const Geometry& g) {
   const size_t block_threads = size_t(g.block.x) * g.block.y * g.block.z;
   if (block_threads == 0 || block_threads > 1024 || block_threads % 32 != 0)
@@ -232,7 +243,10 @@ void run(const Geometry& g, const std::function<void()>& body) {
     schedule(g.cluster * block_threads);
     check_red_zones();
   }
+  check_counters();
 }
+
+unsigned* counters() { return g_counters; }
 
 Thread& self() { return g_device->current->state; }
 const Geometry& geometry() { return g_device->geometry; }
@@ -270,7 +284,8 @@ uint64_t Barrier::arrive(const char* what, int line) {
 void Barrier::wait(uint64_t arrival) const { wait_while(&epoch_, arrival, what_); }
 
 void* in_block(const void* p, unsigned rank) {
-  if (rank >= g_device->blocks.size()) fail("no block " + std::to_string(rank) + " in its cluster");
+  if (rank >= g_device->blocks.size())
+    fail("no block " + std::to_string(rank) + " in its cluster");
   check_shared(p, 1, "the address to map");
   const auto at = static_cast<const std::byte*>(p) - self().block->shared;
   return g_device->blocks[rank].shared + at;

@@ -23,8 +23,12 @@ struct Geometry {
 };
 
 // Runs body() once per CUDA thread. Throws std::runtime_error on a deadlock, on divergent
-// collectives and on damaged shared memory.
+// collectives, on damaged shared memory and on counters left behind.
 void run(const Geometry& geometry, const std::function<void()>& body);
+
+// Words for blocks to arrive at; every launch must leave them at 0.
+constexpr unsigned kCounters = 1024;
+unsigned* counters();
 
 // What follows is called by device code, inside run().
 
@@ -65,7 +69,7 @@ struct Thread {
   uint64_t cluster_arrival = 0;
   static constexpr unsigned kGroups = 8;
   uint64_t copies_issued = 0, copies_done = 0;  // its bulk stores
-  uint64_t groups[kGroups] = {};                // copies issued when each of the last was committed
+  uint64_t groups[kGroups] = {};  // copies issued when each of the last was committed
   unsigned n_groups = 0;
 };
 

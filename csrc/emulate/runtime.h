@@ -149,9 +149,7 @@ inline unsigned __ballot_sync(unsigned mask, int p, PPO_HERE) {
   for (unsigned i = 0; i < 32; ++i) bits |= unsigned(lanes[i]) << i;
   return bits;
 }
-inline int __any_sync(unsigned mask, int p, PPO_HERE) {
-  return __ballot_sync(mask, p, line) != 0;
-}
+inline int __any_sync(unsigned mask, int p, PPO_HERE) { return __ballot_sync(mask, p, line) != 0; }
 inline int __all_sync(unsigned mask, int p, PPO_HERE) {
   return __ballot_sync(mask, p, line) == 0xffffffffu;
 }
