@@ -181,11 +181,21 @@ PPO_DEVICE void exchange(const Held<T>& held, const T* row, const TokenInputs& t
   mbarrier_wait_cluster(&held.state->exchanged[set], unsigned(turn / 2));
 }
 
+template <class T, class O>
+PPO_DEVICE void leave_gradient(const Held<T>& held, const T* row, O* to, const GradientTerms& t,
+                               int workers) {
+  const int thread = int(threadIdx.x), threads = workers * kWarp;
+  if (t.zero) {
+    write_zeros(to, held.first, held.end, thread, threads);
+  } else {
+    write_gradient(row, to, held.first, held.end, t, thread, threads, [] {});
+  }
+}
+
 // The other warps: a row's softmax, its token, its gradient.
 template <class T, class O>
 PPO_DEVICE void work_on_rows(const LogitsPpoArg& a, const Held<T>& held, int workers) {
   const PolicyConsts<float> c = resolve(a.policy);
-  const int thread = int(threadIdx.x), threads = workers * kWarp;
   TokenInputs next = token_inputs(a, held.row(0));
   int64_t turn = 0;  // rows exchanged
   for (int64_t n = 0; n < held.rows; ++n) {
@@ -206,17 +216,15 @@ PPO_DEVICE void work_on_rows(const LogitsPpoArg& a, const Held<T>& held, int wor
       terms = token_gradient(a, c, t, o, label);
       ++turn;
     }
-    if (thread == 0 && held.first == 0) {
+    if (threadIdx.x == 0 && held.first == 0) {
       store_outcome(a, held.row(n), t.live, o);
     }
-    O* target = leaves_in_bulk(from, to) ? reinterpret_cast<O*>(here) : to;
-    if (terms.zero) {
-      write_zeros(target, held.first, held.end, thread, threads);
+    if (leaves_in_bulk(from, to)) {
+      leave_gradient(held, here, here, terms, workers);
+      fence_async_proxy();
     } else {
-      write_gradient(static_cast<const T*>(here), target, held.first, held.end, terms, thread,
-                     threads, [] {});
+      leave_gradient(held, here, to, terms, workers);
     }
-    fence_async_proxy();
     __syncwarp();
     if (lane_id() == 0) mbarrier_arrive(&held.state->done[n % kStages]);
   }
