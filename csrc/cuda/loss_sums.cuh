@@ -41,20 +41,27 @@ struct LossShared {
   int scratch[kWarps];
 };
 
-// Sum kSums numbers over the warp, exchanging halves: lane l gets that of number l * kSums / 32.
+// Gives the lane `by` away kHalf of the first 2 * kHalf numbers and adds its others to the rest.
+// (Recursive: a loop over the halves is not unrolled, and would index registers.)
+template <int kHalf, int kSums>
+PPO_DEVICE void fold_halves(double (&x)[kSums], int by) {
+  const bool upper = (lane_id() & by) != 0;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const double give = upper ? x[i] : x[i + kHalf], keep = upper ? x[i + kHalf] : x[i];
+    x[i] = keep + __shfl_xor_sync(kAllLanes, give, by);
+  }
+  if constexpr (kHalf > 1) fold_halves<kHalf / 2>(x, by / 2);
+}
+
+// Sums kSums numbers over the warp: lane l gets that of number l * kSums / 32.
 template <int kSums>
 PPO_DEVICE double warp_sums(double (&x)[kSums]) {
-  int by = kWarp / 2;
+  fold_halves<kSums / 2>(x, kWarp / 2);
 #pragma unroll
-  for (int half = kSums / 2; half > 0; half /= 2, by /= 2) {
-    const bool upper = (lane_id() & by) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const double give = upper ? x[i] : x[i + half], keep = upper ? x[i + half] : x[i];
-      x[i] = keep + __shfl_xor_sync(kAllLanes, give, by);
-    }
+  for (int by = kWarp / kSums / 2; by > 0; by /= 2) {
+    x[0] += __shfl_xor_sync(kAllLanes, x[0], by);
   }
-  for (; by > 0; by /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], by);
   return x[0];
 }
 

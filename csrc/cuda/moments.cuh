@@ -45,8 +45,7 @@ PPO_DEVICE Moments block_moments(Moments x, Moments* scratch) {
     const Moments other = {__shfl_xor_sync(kAllLanes, x.n, by),
                            __shfl_xor_sync(kAllLanes, x.mean, by),
                            __shfl_xor_sync(kAllLanes, x.m2, by)};
-    const bool first = (lane_id() & by) == 0;
-    x = merge(first ? x : other, first ? other : x);
+    x = lane_id() & by ? merge(other, x) : merge(x, other);
   }
   if (lane_id() == 0) scratch[warp_id()] = x;
   __syncthreads();
@@ -56,11 +55,11 @@ PPO_DEVICE Moments block_moments(Moments x, Moments* scratch) {
 }
 
 // Leaves this block's moments (the same in all threads) in parts[block]; the last of `blocks`
-// blocks merges them in index order into out (3,).
-PPO_DEVICE void leave_moments(const Moments& mine, int64_t block, int64_t blocks, Moments* parts,
+// blocks merges them in index order into out (3,). Whether this was the last block.
+PPO_DEVICE bool leave_moments(const Moments& mine, int64_t block, int64_t blocks, Moments* parts,
                               double* out, unsigned* counter, Moments* scratch) {
   if (threadIdx.x == 0) parts[block] = mine;
-  if (!arrives_last(counter, unsigned(blocks))) return;
+  if (!arrives_last(counter, unsigned(blocks))) return false;
   const int64_t each = (blocks + blockDim.x - 1) / blockDim.x, first = threadIdx.x * each;
   const int64_t end = first + each < blocks ? first + each : blocks;
   Moments x{0.0, 0.0, 0.0};
@@ -71,6 +70,7 @@ PPO_DEVICE void leave_moments(const Moments& mine, int64_t block, int64_t blocks
     out[1] = x.mean;
     out[2] = x.m2;
   }
+  return true;
 }
 
 }  // namespace ppo::cuda
