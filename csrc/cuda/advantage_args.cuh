@@ -29,40 +29,28 @@ struct Sequences {
   int64_t count, length;
 };
 
-// Chunks of sequences, where each has a block of its own: `each` for every sequence, or packed (0),
-// see chunks_before().
-struct ChunkGrid {
-  int64_t count, each;
-};
+// What a block does: walk along a sequence (whole), or take one chunk of one and leave its map
+// (maps), or apply to it the maps that were left for the later ones (apply).
+enum class Pass : int { whole, maps, apply };
 
-// The passes over chunks that do not fit one block's walk along a sequence.
-enum class Pass : int {
-  whole,  // a block walks along a sequence
-  maps,   // a block leaves its chunk's map
-  apply,  // a block has the later chunks' maps
-};
-
-// Written by one launch for the next, indexed by ChunkGrid.
-struct ChunkMap {
-  float a, b, a_ret, b_ret;
-  int cut;
-};
+// The first and the last live step of a chunk, from its start; -1: none.
 struct ChunkLive {
-  int first, last;  // live steps, counted from the chunk's start; -1: none
+  int first, last;
 };
 
 struct AdvantageArgs {
   Sequences seqs;
   Steps values, mask, bootstrap;
   Output advantages, returns;
+  Output rewards, kl;  // rlhf_advantages' own, else absent
   bool carry;  // masked steps are as if absent, else they are zeros
   float gamma, decay;
   Pass pass;
   int lanes;  // a sequence's, where a warp holds several
-  ChunkGrid chunks;
-  ChunkMap* maps;
+  int64_t chunks_each;  // chunks of every sequence; 0 where packed
+  void* maps;           // Map of every chunk, and ChunkLive where there is a mask
   ChunkLive* live;
-  double* parts;    // (blocks, 3)
+  Moments* parts;   // (blocks,)
   double* moments;  // (3,)
   unsigned* counter;
 };
@@ -78,7 +66,6 @@ struct GaeArgs {
 struct RlhfArgs {
   AdvantageArgs base;
   Steps scores, logprobs, ref_logprobs;
-  Output rewards, kl;
   Estimator estimator;
   ScoreAt score_at;
   ScalarArg kl_coef;

@@ -12,9 +12,9 @@
 namespace ppo::cuda {
 
 constexpr int kUnit = 4;
-constexpr int kTile = kUnit * kWarp;
+constexpr int kTileSteps = kUnit * kWarp;
 constexpr int kTiles = 8;
-constexpr int kChunk = kTile * kTiles;
+constexpr int kChunkSteps = kTileSteps * kTiles;
 
 // What enters a step from the later ones: the advantage, and the one that makes the return.
 struct Later {

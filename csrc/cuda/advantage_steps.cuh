@@ -4,10 +4,11 @@
 
 #include "advantage_args.cuh"
 #include "advantage_map.cuh"
+#include "vector.cuh"
 
 namespace ppo::cuda {
 
-struct Span {
+struct Sequence {
   int64_t seq, first, steps;  // `first`: its first slot where packed, else 0
 
   // How many of the four steps from t exist.
@@ -17,14 +18,17 @@ struct Span {
   }
 };
 
+PPO_DEVICE int64_t given_offset(const Sequences& s, int64_t i) {
+  return s.wide ? static_cast<const int64_t*>(s.offsets)[i]
+                : int64_t(static_cast<const int32_t*>(s.offsets)[i]);
+}
+// Whatever the offsets hold, nothing outside is touched.
 PPO_DEVICE int64_t offset_at(const Sequences& s, int64_t i) {
-  const int64_t at = s.wide ? static_cast<const int64_t*>(s.offsets)[i]
-                            : int64_t(static_cast<const int32_t*>(s.offsets)[i]);
-  // Whatever the offsets hold, nothing outside is touched.
+  const int64_t at = given_offset(s, i);
   return at < 0 ? 0 : at > s.length ? s.length : at;
 }
 
-PPO_DEVICE Span span_of(const Sequences& s, int64_t seq) {
+PPO_DEVICE Sequence sequence_at(const Sequences& s, int64_t seq) {
   if (seq >= s.count) return {0, 0, 0};
   if (!s.offsets) return {seq, 0, s.length};
   const int64_t first = offset_at(s, seq), end = offset_at(s, seq + 1);
@@ -32,7 +36,7 @@ PPO_DEVICE Span span_of(const Sequences& s, int64_t seq) {
 }
 
 template <class View>
-PPO_DEVICE int64_t offset_of(const View& v, const Span& s, int64_t t) {
+PPO_DEVICE int64_t offset_of(const View& v, const Sequence& s, int64_t t) {
   return s.seq * v.seq + (s.first + t) * v.step;
 }
 
@@ -48,7 +52,7 @@ struct alignas(16) Quad {
 };
 
 // The first n of the four steps from t; 0 elsewhere.
-PPO_DEVICE Quad load_quad(const Steps& v, const Span& s, int64_t t, int n) {
+PPO_DEVICE Quad load_quad(const Steps& v, const Sequence& s, int64_t t, int n) {
   Quad q = {{0, 0, 0, 0}};
   if (v.dtype == DType::f32) {
     const uint32_t* p = static_cast<const uint32_t*>(v.data) + offset_of(v, s, t);
@@ -79,15 +83,15 @@ PPO_DEVICE void decode(const Quad& q, DType dtype, float* x) {
     if (dtype == DType::f32) {
       x[i] = __uint_as_float(q.word[i]);
     } else {
-      const uint32_t half = q.word[i / 2] >> (i % 2 * 16) & 0xffffu;
-      x[i] = dtype == DType::bf16 ? from_bf16(half) : from_fp16(half);
+      const uint16_t half = uint16_t(q.word[i / 2] >> (i % 2 * 16));
+      x[i] = dtype == DType::bf16 ? widen(bf16{half}) : widen(fp16{half});
     }
   }
 }
 
 // The flag bytes of the first n of four steps; steps that do not exist are not set. Without flags,
 // all are.
-PPO_DEVICE uint32_t load_flags(const Steps& v, const Span& s, int64_t t, int n) {
+PPO_DEVICE uint32_t load_flags(const Steps& v, const Sequence& s, int64_t t, int n) {
   const uint32_t exist = n == kUnit ? ~0u : (1u << 8 * n) - 1u;
   if (!v.data) return 0x01010101u & exist;
   const uint8_t* p = static_cast<const uint8_t*>(v.data) + offset_of(v, s, t);
@@ -108,14 +112,14 @@ PPO_DEVICE unsigned flag_bits(uint32_t bytes) {
 }
 
 // One number of a sequence, as `Steps` whose steps repeat it.
-PPO_DEVICE float number_of(const Steps& v, const Span& s, float absent) {
+PPO_DEVICE float number_of(const Steps& v, const Sequence& s, float absent) {
   if (!v.data) return absent;
   float x[kUnit];
   decode(load_quad(v, s, 0, 1), v.dtype, x);
   return x[0];
 }
 
-PPO_DEVICE void store_steps(const Output& v, const Span& s, int64_t t, int n, const float* x) {
+PPO_DEVICE void store_steps(const Output& v, const Sequence& s, int64_t t, int n, const float* x) {
   float* p = v.data + offset_of(v, s, t);
   if (together(p, v.step, n)) {
     *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
@@ -193,7 +197,7 @@ PPO_DEVICE Suffixes<kTwo> recur(const UnitOf<kTwo>& u, float next, float gamma, 
 
 // Applies the maps to what enters the unit, stores, and adds the live advantages to the moments.
 template <bool kTwo>
-PPO_DEVICE void finish(const AdvantageArgs& args, const Span& span, int64_t t,
+PPO_DEVICE void finish(const AdvantageArgs& args, const Sequence& span, int64_t t,
                        const UnitOf<kTwo>& u, const Suffixes<kTwo>& maps, const Later& enters,
                        MomentSum& moments) {
   const int n = span.exist(t);
@@ -204,7 +208,7 @@ PPO_DEVICE void finish(const AdvantageArgs& args, const Span& span, int64_t t,
     const bool live = u.live >> i & 1;
     advantage[i] = live ? x.advantage : 0.f;
     ret[i] = u.kept >> i & 1 ? x.for_return + u.value[i] : 0.f;
-    if (live) moments.add(advantage[i]);
+    moments.add(x.advantage, live);
   }
   if (n == 0) return;
   store_steps(args.advantages, span, t, n, advantage);

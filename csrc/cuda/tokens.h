@@ -3,8 +3,7 @@
 
 #include <algorithm>
 
-#include "launch.cuh"
-#include "scalar.cuh"
+#include "scalar.h"
 #include "tokens.cuh"
 
 namespace ppo::cuda {
@@ -35,11 +34,6 @@ inline Column column_of(const OptTensor& x, const TokenShape& shape) {
   const bool in_step = c.skip == 0 || (shape.cols % kItems == 0 && c.skip % kItems == 0);
   c.wide = c.stride == 1 && in_step && reinterpret_cast<uintptr_t>(c.data) % bytes == 0;
   return c;
-}
-
-inline ScalarArg scalar_of(const OptTensor& x, double number) {
-  return x ? ScalarArg{x->const_data_ptr(), dtype_of(*x), number}
-           : ScalarArg{nullptr, DType::f32, number};
 }
 
 // float64 (3,), any stride.
