@@ -72,7 +72,7 @@ unsigned* zeroed(size_t n) {
 }
 
 unsigned* take(Slab& slab, size_t n) {
-  constexpr size_t kSlab = 64 * 1024;
+  constexpr size_t kSlab = 4 * Device::kMaxCounters;
   if (slab.left < n) {
     slab.free = zeroed(kSlab);
     slab.left = kSlab;

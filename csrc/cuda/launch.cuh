@@ -12,8 +12,10 @@
 namespace ppo::cuda {
 
 #ifdef PPO_EMULATE
+constexpr bool kEmulated = true;  // plans take the fewest threads: each is a fiber
 using Stream = void*;
 #else
+constexpr bool kEmulated = false;
 using Stream = cudaStream_t;
 #endif
 
@@ -32,7 +34,7 @@ class Device {
   // `n` zeros, at most kMaxCounters, for blocks to arrive at. Launches on one stream share them,
   // so a kernel leaves them at 0; one that is being captured into a graph gets its own.
   unsigned* counters(unsigned n) const;
-  static constexpr unsigned kMaxCounters = 1024;
+  static constexpr unsigned kMaxCounters = 32768;
 
  private:
 #ifndef PPO_EMULATE
@@ -73,6 +75,15 @@ inline void check_beside(const Tensor& main, const OptTensor& x, const char* op,
                         x->get_device_index() == main.get_device_index(),
                     "ppo_fast::", op, ": shape or device of ", name);
   }
+}
+
+// f(item) with a zero of the storage type; ops/ has refused every other dtype.
+template <class Fn>
+void for_dtype(DType dtype, const Fn& f) {
+  if (dtype == DType::f32) return f(float{});
+  if (dtype == DType::bf16) return f(bf16{});
+  STD_TORCH_CHECK(dtype == DType::f16, "ppo_fast: the CUDA kernels take fp32, bf16 and fp16");
+  f(fp16{});
 }
 
 #ifdef PPO_EMULATE

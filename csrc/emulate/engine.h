@@ -27,7 +27,7 @@ struct Geometry {
 void run(const Geometry& geometry, const std::function<void()>& body);
 
 // Words for blocks to arrive at; every launch must leave them at 0.
-constexpr unsigned kCounters = 1024;
+constexpr unsigned kCounters = 32768;
 unsigned* counters();
 
 // What follows is called by device code, inside run().
@@ -36,13 +36,14 @@ unsigned* counters();
 // threads that meet at different places have diverged.
 class Barrier {
  public:
-  explicit Barrier(unsigned expected = 0) : expected_(expected) {}
+  Barrier() = default;
+  explicit Barrier(unsigned expected) : expected_(expected) {}
   uint64_t arrive(const char* what, int line);  // gives what to wait for
   void wait(uint64_t arrival) const;
   void arrive_and_wait(const char* what, int line) { wait(arrive(what, line)); }
 
  private:
-  unsigned expected_, arrived_ = 0;
+  unsigned expected_ = 0, arrived_ = 0;
   const char* what_ = nullptr;
   int line_ = 0;
   uint64_t epoch_ = 0;
