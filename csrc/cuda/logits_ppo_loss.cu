@@ -96,7 +96,7 @@ void launch_any(const Device& device, const LogitsPpoArg& a, DType from, DType t
   if (from == DType::f32 && to == from) return launch_rows<float, float>(device, a);
   if (from == DType::f32 && to == DType::bf16) return launch_rows<float, bf16>(device, a);
   if (from == DType::f32 && to == DType::f16) return launch_rows<float, fp16>(device, a);
-  PPO_CHECK(false, "logits_ppo_loss", "logits must be float32, bfloat16 or float16");
+  PPO_CHECK(false, kOp, "logits must be float32, bfloat16 or float16");
 }
 
 #define PPO_ARGS                                                                               \
@@ -130,16 +130,16 @@ void check_values(const Tensor& tokens, const OptTensor& x, const char* op, cons
 }
 
 LogitsPpoArg read_args(PPO_ARGS) {
-  check_options(codes, 4, params, 10, op);
-  PPO_CHECK(codes[1] != int64_t(Variant::gspo), op, "gspo needs whole sequences");
-  check_rows(logits, tokens, mask, op);
-  check_beside(tokens, mask, op, "mask");
-  check_values(tokens, temperature, op, "temperature");
-  check_values(tokens, old_logprobs, op, "old_logprobs");
-  check_values(tokens, advantages, op, "advantages");
-  check_values(tokens, is_weights, op, "is_weights");
-  check_values(tokens, ref_logprobs, op, "ref_logprobs");
-  check_values(weights.sizes().size() == 0 ? weights : tokens, weights, op, "weights");
+  check_options(codes, 4, params, 10, kOp);
+  PPO_CHECK(codes[1] != int64_t(Variant::gspo), kOp, "gspo needs whole sequences");
+  check_rows(logits, tokens, mask, kOp);
+  check_beside(tokens, mask, kOp, "mask");
+  check_values(tokens, temperature, kOp, "temperature");
+  check_values(tokens, old_logprobs, kOp, "old_logprobs");
+  check_values(tokens, advantages, kOp, "advantages");
+  check_values(tokens, is_weights, kOp, "is_weights");
+  check_values(tokens, ref_logprobs, kOp, "ref_logprobs");
+  check_values(weights.sizes().size() == 0 ? weights : tokens, weights, kOp, "weights");
   std::vector<double> numbers(params.begin() + 1, params.end());
   numbers.push_back(0.0);
   const int64_t sum = int64_t(Reduction::token_sum);
@@ -163,7 +163,7 @@ LogitsPpoArg read_args(PPO_ARGS) {
                  int(logits.sizes()[lead]),
                  float(1.0 / params[0]),
                  policy_arg({codes[1], codes[2], codes[3], sum, 1}, numbers, moments, entropy_coef,
-                            kl_coef, ref_logprobs.has_value(), op)};
+                            kl_coef, ref_logprobs.has_value(), kOp)};
   a.n_rows = a.logits_at.rows();
   return a;
 }

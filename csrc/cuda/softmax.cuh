@@ -84,7 +84,7 @@ PPO_DEVICE Part merged(const Part* parts, int slices) {
 // By how many elements a row misses 16 bytes.
 template <class T>
 PPO_DEVICE int phase_of(const T* row) {
-  return int(reinterpret_cast<uintptr_t>(row) / sizeof(T)) % kPerVector<T>;
+  return int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kPerVector<T>);
 }
 
 // x = row[col, col + 16 bytes), -inf from `end` on; nothing outside [first, end) is read. Rows
