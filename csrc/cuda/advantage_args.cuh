@@ -43,13 +43,14 @@ struct AdvantageArgs {
   Steps values, mask, bootstrap;
   Output advantages, returns;
   Output rewards, kl;  // rlhf_advantages' own, else absent
-  bool carry;  // masked steps are as if absent, else they are zeros
+  bool carry;          // masked steps are as if absent, else they are zeros
   float gamma, decay;
   Pass pass;
-  int lanes;  // a sequence's, where a warp holds several
+  int lanes;            // a sequence's, where a warp holds several
   int64_t chunks_each;  // chunks of every sequence; 0 where packed
-  void* maps;           // Map of every chunk, and ChunkLive where there is a mask
-  ChunkLive* live;
+  void* maps;           // Map of every chunk
+  ChunkLive* live;      // of every chunk, if `scouted`
+  bool scouted;
   Moments* parts;   // (blocks,)
   double* moments;  // (3,)
   unsigned* counter;

@@ -81,7 +81,8 @@ PPO_DEVICE int64_t first_live_of_chunks(const ChunkLive* live, int64_t begin, in
     const int64_t c = begin + lane_id();
     const int step = c < end ? live[c].first : -1;
     const unsigned found = __ballot_sync(kAllLanes, step >= 0);
-    const int64_t at = __shfl_sync(kAllLanes, c * kChunkSteps + step, found ? __ffs(int(found)) - 1 : 0);
+    const int64_t at =
+        __shfl_sync(kAllLanes, c * kChunkSteps + step, found ? __ffs(int(found)) - 1 : 0);
     if (found) return at;
   }
   return -1;
@@ -91,7 +92,8 @@ PPO_DEVICE int64_t last_live_of_chunks(const ChunkLive* live, int64_t end) {
     const int64_t c = end - 1 - lane_id();
     const int step = c >= 0 ? live[c].last : -1;
     const unsigned found = __ballot_sync(kAllLanes, step >= 0);
-    const int64_t at = __shfl_sync(kAllLanes, c * kChunkSteps + step, found ? __ffs(int(found)) - 1 : 0);
+    const int64_t at =
+        __shfl_sync(kAllLanes, c * kChunkSteps + step, found ? __ffs(int(found)) - 1 : 0);
     if (found) return at;
   }
   return -1;
@@ -102,7 +104,7 @@ template <class Row>
 PPO_DEVICE float next_behind(const AdvantageArgs& args, const Work& w, const Row& row) {
   const int64_t behind = w.end * kChunkSteps;
   int64_t step = behind < w.span.steps ? behind : -1;
-  if (args.live && args.carry) {
+  if (args.scouted && args.carry) {
     step = first_live_of_chunks(args.live + w.slot, w.end, w.chunks);
     if (step < 0 && row.slot >= behind) step = row.slot;
   }
@@ -164,7 +166,7 @@ PPO_DEVICE Map<Source::two> take_chunk(const AdvantageArgs& args, const Sequence
   const float after = next_of_tile(shared.heads, next);
   const Suffixes<Source::two> maps =
       recur(args, unit, first_head(behind_this_lane(heads), head, after));
-  Map<Source::two> total = maps.of[0], chunk;
+  Map<Source::two> total = maps.of(0), chunk;
   const Map<Source::two> behind = scan_lanes(total, kWarp);
   if (lane_id() == 0) shared.totals[warp_id()] = total;
   __syncthreads();

@@ -3,8 +3,8 @@
 // A sequence is cut, from its start, into units of 4 steps, tiles of 32 units and chunks of 8
 // tiles. Units are composed one step after the other; a tile's units in a binary tree; a chunk's
 // tiles one after the other; chunks are applied one after the other, all of them last first. Who
-// computes a node differs from kernel to kernel, the nodes do not: a sequence's bits depend neither
-// on the kernel nor on padding, batching and packing. (The identity composes exactly.)
+// computes a node differs from kernel to kernel, the nodes do not: a sequence's bits depend
+// neither on the kernel nor on padding, batching and packing. (The identity composes exactly.)
 #pragma once
 
 #include "runtime.cuh"
@@ -110,8 +110,8 @@ PPO_DEVICE Map<kTwo> scan_lanes(Map<kTwo>& total, int lanes) {
   return behind;
 }
 
-// The first step, in time, of a run of steps that moves the recurrence: its value is the next value
-// of the last that moves before.
+// The first step, in time, of a run of steps that moves the recurrence: its value is the next
+// value of the last that moves before.
 struct Head {
   bool any;
   float value;

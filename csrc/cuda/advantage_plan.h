@@ -48,13 +48,13 @@ enum class Regime { slabs, warps, blocks, chunks };
 // (132) and the steps that a block takes at once.
 struct Rule {
   Regime regime;
-  bool time_major;  // only there
+  bool time_major;                   // only there
   int64_t average, longest, fewest;  // steps of a sequence at most, sequences at least
 };
 constexpr int64_t kAny = INT64_MAX;
 constexpr Rule kRules[] = {
-    {Regime::slabs, true, kAny, kTileSteps, 0},       {Regime::slabs, true, kAny, kAny, 1024},
-    {Regime::warps, false, kTileSteps, kAny, 0},      {Regime::warps, false, kChunkSteps, kAny, 2048},
+    {Regime::slabs, true, kAny, kTileSteps, 0},  {Regime::slabs, true, kAny, kAny, 1024},
+    {Regime::warps, false, kTileSteps, kAny, 0}, {Regime::warps, false, kChunkSteps, kAny, 2048},
     {Regime::blocks, false, kAny, kAny, 132},    {Regime::blocks, false, kAny, 8 * kChunkSteps, 0},
     {Regime::chunks, false, kAny, kAny, 0},
 };
@@ -80,51 +80,62 @@ inline int cover(int64_t steps, int64_t each, int most) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Fills in what depends on the kernel, and gives the workspace, which must live until the launch.
-inline Tensor prepare(AdvantageArgs& a, const Tensor& main, const Layout& layout, Regime regime,
-                      const Device& device, int64_t* blocks) {
-  const Sequences& s = a.seqs;
-  int64_t slots = 0;
-  if (regime == Regime::warps) {
-    a.lanes = layout.packed ? kWarp : cover(s.length, kUnit, kWarp);
-    *blocks = ceil_div(s.count, kTiles * (kWarp / a.lanes));
-  } else if (regime == Regime::blocks) {
-    *blocks = s.count;
-  } else if (regime == Regime::chunks) {
-    a.chunks_each = layout.packed ? 0 : ceil_div(s.length, kChunkSteps);
-    slots = *blocks = layout.packed ? s.length / kChunkSteps + s.count : s.count * a.chunks_each;
-  }
+// Gives a launch its workspace, which must live until then.
+inline Tensor workspace_for(AdvantageArgs& a, const Tensor& main, int64_t blocks, int64_t chunks,
+                            const Device& device) {
   const int64_t bytes =
-      *blocks * int64_t(sizeof(Moments)) + slots * int64_t(sizeof(Map<true>) + sizeof(ChunkLive));
-  Tensor workspace = empty_on(main, Sizes(&bytes, 1), ScalarType::Byte);
+      blocks * int64_t(sizeof(Moments)) + chunks * int64_t(sizeof(Map<true>) + sizeof(ChunkLive));
+  Tensor workspace = empty_on(main, {bytes}, ScalarType::Byte);
   a.parts = reinterpret_cast<Moments*>(data<uint8_t>(workspace));
-  a.maps = a.parts + *blocks;
-  a.live = slots && a.mask.data ? reinterpret_cast<ChunkLive*>(static_cast<Map<true>*>(a.maps) + slots)
-                                : nullptr;
+  a.maps = reinterpret_cast<Map<true>*>(a.parts + blocks);
+  a.live = reinterpret_cast<ChunkLive*>(static_cast<Map<true>*>(a.maps) + chunks);
   a.counter = device.counters(1);
   return workspace;
 }
 
+template <class Source>
+void run_warps(const char* op, typename Source::Args& args, const Tensor& main,
+               const Layout& layout, const Device& device) {
+  AdvantageArgs& a = args.base;
+  a.lanes = layout.packed ? kWarp : cover(a.seqs.length, kUnit, kWarp);
+  const int64_t blocks = ceil_div(a.seqs.count, kTiles * (kWarp / a.lanes));
+  const Tensor workspace = workspace_for(a, main, blocks, 0, device);
+  launch(op, advantage_warps_kernel<Source>,
+         {dim3(unsigned(blocks)), dim3(kRowThreads), kTiles * sizeof(Moments), 1, device.stream()},
+         args);
+}
+
 // One walk along every sequence, or the passes over chunks.
 template <class Source>
-void run(const char* op, typename Source::Args args, Regime regime, int64_t blocks,
-         const Device& device) {
-  using Args = typename Source::Args;
+void run_blocks(const char* op, typename Source::Args& args, const Tensor& main,
+                const Layout& layout, bool whole, const Device& device) {
   AdvantageArgs& a = args.base;
-  LaunchConfig config{dim3(unsigned(blocks)), dim3(kRowThreads), kTiles * sizeof(Moments), 1,
-                      device.stream()};
-  if (regime == Regime::warps) {
-    return launch<Args>(op, &advantage_warps_kernel<Source>, config, args);
-  }
-  config.shared_bytes = sizeof(BlockShared<Source::two>);
-  a.pass = Pass::whole;
-  if (regime == Regime::chunks) {
-    a.pass = Pass::maps;
-    if (a.live && (a.carry || Source::needs_last)) launch<AdvantageArgs>(op, &chunk_live_kernel, config, a);
-    launch<Args>(op, &advantage_blocks_kernel<Source>, config, args);
-    a.pass = Pass::apply;
-  }
-  launch<Args>(op, &advantage_blocks_kernel<Source>, config, args);
+  const Sequences& s = a.seqs;
+  a.chunks_each = layout.packed ? 0 : ceil_div(s.length, kChunkSteps);
+  const int64_t chunks =
+      layout.packed ? s.length / kChunkSteps + s.count : s.count * a.chunks_each;
+  const int64_t blocks = whole ? s.count : chunks;
+  const Tensor workspace = workspace_for(a, main, blocks, whole ? 0 : chunks, device);
+  const LaunchConfig config{dim3(unsigned(blocks)), dim3(kRowThreads),
+                            sizeof(BlockShared<Source::two>), 1, device.stream()};
+  a.pass = whole ? Pass::whole : Pass::maps;
+  a.scouted = !whole && a.mask.data && (a.carry || Source::needs_last);
+  if (a.scouted) launch(op, chunk_live_kernel, config, a);
+  if (!whole) launch(op, advantage_blocks_kernel<Source>, config, args);
+  a.pass = whole ? Pass::whole : Pass::apply;
+  launch(op, advantage_blocks_kernel<Source>, config, args);
+}
+
+template <class Source>
+void run(const char* op, typename Source::Args& args, const Tensor& main, const Layout& layout,
+         Regime regime, const Device& device) {
+  if (regime == Regime::warps) return run_warps<Source>(op, args, main, layout, device);
+  run_blocks<Source>(op, args, main, layout, regime == Regime::blocks, device);
+}
+
+// Offsets that name no sequence leave every slot outside of them all.
+inline Tensor without_sequences(const Tensor& out) {
+  return torch::stable::fill_(out, std::numeric_limits<double>::quiet_NaN());
 }
 
 }  // namespace ppo::cuda

@@ -111,11 +111,11 @@ PPO_DEVICE unsigned flag_bits(uint32_t bytes) {
   return bits;
 }
 
-// One number of a sequence, as `Steps` whose steps repeat it.
+// One number of a sequence that has steps, as `Steps` that repeat it.
 PPO_DEVICE float number_of(const Steps& v, const Sequence& s, float absent) {
   if (!v.data) return absent;
   float x[kUnit];
-  decode(load_quad(v, s, 0, 1), v.dtype, x);
+  decode(load_quad(v, s, 0, s.steps > 0), v.dtype, x);
   return x[0];
 }
 
@@ -156,10 +156,17 @@ PPO_DEVICE Head head_of(const Unit& u) {
   return head;
 }
 
-// The maps from a unit's end to each of its steps; `next` is the value behind it.
+// The maps from a unit's end to each of its steps.
 template <bool kTwo>
 struct Suffixes {
-  Map<kTwo> of[kUnit];
+  Map<kTwo> map[kUnit];  // without their cuts, which are
+  unsigned cuts;         // whether step i or a later one cuts: its bits from i on
+
+  PPO_DEVICE Map<kTwo> of(int i) const {
+    Map<kTwo> m = map[i];
+    if constexpr (kTwo) m.cut = cuts >> i != 0;
+    return m;
+  }
 };
 
 template <bool kTwo>
@@ -181,6 +188,7 @@ PPO_DEVICE Map<kTwo> map_of_step(const UnitOf<kTwo>& u, int i, float next, float
   return m;
 }
 
+// `next` is the value behind the unit.
 template <bool kTwo>
 PPO_DEVICE Suffixes<kTwo> recur(const UnitOf<kTwo>& u, float next, float gamma, float decay) {
   Suffixes<kTwo> s;
@@ -190,8 +198,9 @@ PPO_DEVICE Suffixes<kTwo> recur(const UnitOf<kTwo>& u, float next, float gamma, 
     const bool moves = u.moves >> i & 1;
     behind = select(moves, compose(map_of_step(u, i, next, gamma, decay), behind), behind);
     next = moves ? u.value[i] : next;
-    s.of[i] = behind;
+    s.map[i] = behind;
   }
+  if constexpr (kTwo) s.cuts = u.cut & u.moves;
   return s;
 }
 
@@ -204,7 +213,7 @@ PPO_DEVICE void finish(const AdvantageArgs& args, const Sequence& span, int64_t 
   float advantage[kUnit], ret[kUnit];
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
-    const Later x = apply(maps.of[i], enters);
+    const Later x = apply(maps.of(i), enters);
     const bool live = u.live >> i & 1;
     advantage[i] = live ? x.advantage : 0.f;
     ret[i] = u.kept >> i & 1 ? x.for_return + u.value[i] : 0.f;

@@ -74,8 +74,8 @@ PPO_DEVICE void leave(const AdvantageArgs& args, const MomentSum& mine, Moments*
   const bool bad = __syncthreads_or(!offsets_rise(args.seqs));
   Moments all = block_moments(mine.result(), scratch);
   if (bad) all = {kNan, kNan, kNan};
-  const bool last = leave_moments(all, blockIdx.x, gridDim.x, args.parts, args.moments,
-                                  args.counter, scratch);
+  const bool last =
+      leave_moments(all, blockIdx.x, gridDim.x, args.parts, args.moments, args.counter, scratch);
   if (!last || !args.seqs.offsets) return;
   __syncthreads();
   if (args.moments[0] == args.moments[0]) return;

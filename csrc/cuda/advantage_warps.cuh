@@ -38,10 +38,9 @@ PPO_DEVICE void walk_warp(const Source& source, const Sequence& span, int lanes,
     const UnitOf<kTwo> unit = units.take(t);
     const Head head = head_of(unit);
     const unsigned heads = heads_of_tile(head, lanes);
-    const Suffixes<kTwo> maps =
-        recur(args, unit, first_head(behind_this_lane(heads), head, next));
+    const Suffixes<kTwo> maps = recur(args, unit, first_head(behind_this_lane(heads), head, next));
     next = first_head(heads, head, next);
-    Map<kTwo> total = maps.of[0];
+    Map<kTwo> total = maps.of(0);
     const Map<kTwo> behind = scan_lanes(total, lanes);
     const Later enters = apply(behind, apply(chunk, later));
     finish(args, span, t, unit, maps, enters, moments);

@@ -1,7 +1,6 @@
 // gae.cuda: checks, layouts and launches of the advantage kernels.
-#include "gae.cuh"
-
 #include "advantage_plan.h"
+#include "gae.cuh"
 #include "gae_slabs.cuh"
 
 namespace ppo::cuda {
@@ -9,26 +8,20 @@ namespace {
 
 constexpr const char* kOp = "gae";
 
-void run_slabs(const GaeArgs& args, bool two, int64_t blocks, const Device& device) {
-  const LaunchConfig config{dim3(unsigned(blocks)), dim3(kSlabThreads),
-                            two ? sizeof(SlabShared<true>) : sizeof(SlabShared<false>), 1,
-                            device.stream()};
-  launch<GaeArgs>(kOp, two ? &gae_slabs_kernel<true> : &gae_slabs_kernel<false>, config, args);
-}
-
-void run_gae(GaeArgs& args, const Tensor& main, const Layout& layout, bool two) {
+template <bool kTwo>
+void run_as(GaeArgs& args, const Tensor& main, const Layout& layout) {
   const Device device(main);
-  const Regime regime = regime_of(args.base.seqs, layout);
   const Sequences& s = args.base.seqs;
-  int64_t blocks = 0;
-  if (regime == Regime::slabs) {
-    args.base.lanes = cover(s.length, kSlab, kSlabs);
-    blocks = ceil_div(s.count, kWarp * (kSlabs / args.base.lanes));
-  }
-  const Tensor workspace = prepare(args.base, main, layout, regime, device, &blocks);
-  if (regime == Regime::slabs) return run_slabs(args, two, blocks, device);
-  if (two) return run<GaeSource<true>>(kOp, args, regime, blocks, device);
-  run<GaeSource<false>>(kOp, args, regime, blocks, device);
+  const Regime regime = regime_of(s, layout);
+  if (regime != Regime::slabs)
+    return run<GaeSource<kTwo>>(kOp, args, main, layout, regime, device);
+  args.base.lanes = cover(s.length, kSlab, kSlabs);
+  const int64_t blocks = ceil_div(s.count, kAbreast<kTwo> * (kSlabs / args.base.lanes));
+  const Tensor workspace = workspace_for(args.base, main, blocks, 0, device);
+  launch(kOp, gae_slabs_kernel<kTwo>,
+         {dim3(unsigned(blocks)), dim3(kSlabThreads<kTwo>), sizeof(SlabShared<kTwo>), 1,
+          device.stream()},
+         args);
 }
 
 // A lambda per packed sequence, (S,), has steps that repeat it.
@@ -87,13 +80,16 @@ std::tuple<Tensor, Tensor, Tensor> gae(const Tensor rewards, const Tensor values
   const Tensor advantages = empty_on(rewards, rewards.sizes(), ScalarType::Float);
   const Tensor returns = empty_on(rewards, rewards.sizes(), ScalarType::Float);
   const Tensor moments = empty_on(rewards, {3}, ScalarType::Double);
-  if (sequences == 0) return {advantages, returns, torch::stable::fill_(moments, 0.0)};
+  if (sequences == 0) {
+    return {without_sequences(advantages), without_sequences(returns),
+            torch::stable::fill_(moments, 0.0)};
+  }
   base.advantages = layout.output(advantages);
   base.returns = layout.output(returns);
   base.moments = data<double>(moments);
   const bool two = next_values || terminated || truncated || rho || c || lam || lam_returns ||
                    params[1] != params[2];
-  run_gae(a, rewards, layout, two);
+  two ? run_as<true>(a, rewards, layout) : run_as<false>(a, rewards, layout);
   return {advantages, returns, moments};
 }
 

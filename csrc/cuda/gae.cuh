@@ -65,8 +65,8 @@ struct GaeSource {
       float c[kUnit];
       kept_or(args.c, raw.c, u.live, 1.f, c);
       decays(args.lam, raw.lam, args.lam_per_step, u.live, args.base.decay, c, u.decay);
-      decays(args.lam_returns, raw.lam_ret, args.lam_returns_per_step, u.live,
-             args.decay_returns, c, u.decay_ret);
+      decays(args.lam_returns, raw.lam_ret, args.lam_returns_per_step, u.live, args.decay_returns,
+             c, u.decay_ret);
     }
     return u;
   }

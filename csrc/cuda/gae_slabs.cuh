@@ -1,5 +1,5 @@
-// Time-major gae: neighbouring lanes hold neighbouring environments, each warp a slab of their
-// steps, so that every load is coalesced without a transpose.
+// Time-major gae: neighbouring threads hold neighbouring sequences, and those of one sequence a
+// slab of its steps each, so that every load is coalesced without a transpose.
 #pragma once
 
 #include "advantage_walk.cuh"
@@ -7,28 +7,34 @@
 
 namespace ppo::cuda {
 
-constexpr int kSlab = 2 * kUnit;  // steps of a warp
+constexpr int kSlab = 2 * kUnit;  // steps of a thread
 constexpr int kSlabs = kTileSteps / kSlab;
-constexpr int kSlabThreads = kSlabs * kWarp;
+// Sequences side by side; half as many where a thread needs more than 128 registers.
+template <bool kTwo>
+constexpr int kAbreast = kTwo ? 16 : 32;
+template <bool kTwo>
+constexpr int kSlabThreads = kSlabs * kAbreast<kTwo>;
 
 template <bool kTwo>
 struct SlabShared {
-  Map<kTwo> maps[2][kSlabs][kWarp];
-  Head heads[kSlabs][kWarp];
-  Moments moments[kSlabs];
+  Map<kTwo> maps[2][kSlabs][kAbreast<kTwo>];
+  Head heads[kSlabs][kAbreast<kTwo>];
+  Moments moments[kSlabThreads<kTwo> / kWarp];
 };
 
-// Where a thread stands: `slabs` warps share 32 environments, [first, first + slabs).
+// Where a thread stands: in column `column`, `slabs` rows from `first` on share a sequence, and
+// `index` is this one among them.
 struct Slab {
-  int first, index, slabs;
+  int column, first, index, slabs;
 };
 
 // The value behind this slab; `next`, that behind the tile, becomes the one before it.
-PPO_DEVICE float next_of_slab(const Head (*heads)[kWarp], const Slab& at, float& next) {
+template <bool kTwo>
+PPO_DEVICE float next_of_slab(const SlabShared<kTwo>& shared, const Slab& at, float& next) {
   float mine = next;
   for (int slab = at.slabs - 1; slab >= 0; --slab) {
     mine = slab == at.index ? next : mine;
-    const Head head = heads[at.first + slab][lane_id()];
+    const Head head = shared.heads[at.first + slab][at.column];
     next = head.any ? head.value : next;
   }
   return mine;
@@ -40,9 +46,9 @@ PPO_DEVICE void scan_slabs(Map<kTwo>& total, Map<kTwo> (&behind)[2], const Slab&
                            SlabShared<kTwo>& shared) {
   int turn = 0;
   for (int bit = 1; bit < at.slabs; bit *= 2, turn ^= 1) {
-    shared.maps[turn][warp_id()][lane_id()] = total;
+    shared.maps[turn][at.first + at.index][at.column] = total;
     __syncthreads();
-    const Map<kTwo> other = shared.maps[turn][warp_id() ^ bit][lane_id()];
+    const Map<kTwo> other = shared.maps[turn][at.first + (at.index ^ bit)][at.column];
     const bool earlier = (at.index & bit) == 0;
     climb(earlier, other, behind[0]);
     climb(earlier, other, behind[1]);
@@ -57,21 +63,24 @@ PPO_DEVICE void walk_slabs(const GaeSource<kTwo>& source, const Sequence& span, 
   const typename GaeSource<kTwo>::Row row = source.open(span, -1);
   const int64_t tiles = (args.seqs.length + kTileSteps - 1) / kTileSteps;
   int64_t t = (tiles - 1) * kTileSteps + at.index * kSlab;
-  Units<GaeSource<kTwo>> firsts(source, row, span, t, 0, kTileSteps);
-  Units<GaeSource<kTwo>> seconds(source, row, span, t + kUnit, 0, kTileSteps);
   float next = number_of(args.bootstrap, span, 0.f);
   Later later{0.f, 0.f};
   Map<kTwo> chunk;
   for (int64_t tile = tiles - 1; tile >= 0; --tile, t -= kTileSteps) {
-    const UnitOf<kTwo> first = firsts.take(t), second = seconds.take(t + kUnit);
+    const uint32_t flags = load_flags(args.mask, span, t, span.exist(t));
+    const uint32_t more_flags = load_flags(args.mask, span, t + kUnit, span.exist(t + kUnit));
+    const auto raw = source.load(row, span, t, flags);
+    const auto more_raw = source.load(row, span, t + kUnit, more_flags);
+    const UnitOf<kTwo> first = source.decode(row, span, t, flags, raw);
+    const UnitOf<kTwo> second = source.decode(row, span, t + kUnit, more_flags, more_raw);
     const Head near = head_of(first), far = head_of(second);
-    shared.heads[warp_id()][lane_id()] = near.any ? near : far;
+    shared.heads[at.first + at.index][at.column] = near.any ? near : far;
     __syncthreads();
-    const float after = next_of_slab(shared.heads, at, next);
+    const float after = next_of_slab(shared, at, next);
     const Suffixes<kTwo> maps = recur(args, first, far.any ? far.value : after);
     const Suffixes<kTwo> more = recur(args, second, after);
-    Map<kTwo> total = compose(maps.of[0], more.of[0]);
-    Map<kTwo> behind[2] = {more.of[0], {}};
+    Map<kTwo> total = compose(maps.of(0), more.of(0));
+    Map<kTwo> behind[2] = {more.of(0), {}};
     scan_slabs(total, behind, at, shared);
     const Later enters = apply(chunk, later);
     finish(args, span, t, first, maps, apply(behind[0], enters), moments);
@@ -86,13 +95,15 @@ PPO_DEVICE void walk_slabs(const GaeSource<kTwo>& source, const Sequence& span, 
 
 // `lanes` slabs make a tile: a power of two, all of them where sequences are longer than a tile.
 template <bool kTwo>
-__global__ void __launch_bounds__(kSlabThreads)
+__global__ void __launch_bounds__(kSlabThreads<kTwo>)
     gae_slabs_kernel(const __grid_constant__ GaeArgs args) {
   auto& shared = *shared_memory<SlabShared<kTwo>>();
-  const int slabs = args.base.lanes, group = warp_id() / slabs;
-  const Slab at{group * slabs, warp_id() % slabs, slabs};
-  const int64_t groups = int64_t(blockIdx.x) * (kSlabs / slabs) + group;
-  const Sequence span = sequence_at(args.base.seqs, groups * kWarp + lane_id());
+  const Sequences& seqs = args.base.seqs;
+  const int slabs = args.base.lanes, row = int(threadIdx.x) / kAbreast<kTwo>;
+  const Slab at{int(threadIdx.x) % kAbreast<kTwo>, row / slabs * slabs, row % slabs, slabs};
+  const int64_t group = int64_t(blockIdx.x) * (kSlabs / slabs) + row / slabs;
+  const int64_t seq = group * kAbreast<kTwo> + at.column;
+  const Sequence span{seq, 0, seq < seqs.count ? seqs.length : 0};
   MomentSum moments;
   walk_slabs(GaeSource<kTwo>{args}, span, at, moments, shared);
   leave(args.base, moments, shared.moments);

@@ -1,21 +1,12 @@
 // rlhf_advantages.cuda: checks, layouts and launches of the advantage kernels.
-#include "rlhf_advantages.cuh"
-
 #include "advantage_plan.h"
+#include "rlhf_advantages.cuh"
 #include "scalar.h"
 
 namespace ppo::cuda {
 namespace {
 
 constexpr const char* kOp = "rlhf_advantages";
-
-void run_rlhf(RlhfArgs& args, const Tensor& main, const Layout& layout) {
-  const Device device(main);
-  const Regime regime = regime_of(args.base.seqs, layout);
-  int64_t blocks = 0;
-  const Tensor workspace = prepare(args.base, main, layout, regime, device, &blocks);
-  run<RlhfSource>(kOp, args, regime, blocks, device);
-}
 
 RlhfArgs options(const std::vector<int64_t>& codes, const std::vector<double>& params,
                  const OptTensor& kl_coef) {
@@ -64,8 +55,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rlhf_advantages(
   base.moments = data<double>(moments);
   if (base.seqs.count == 0) {
     torch::stable::fill_(moments, 0.0);
+    for (Tensor& x : out) without_sequences(x);
   } else {
-    run_rlhf(a, logprobs, layout);
+    run<RlhfSource>(kOp, a, logprobs, layout, regime_of(base.seqs, layout), Device(logprobs));
   }
   return {out[0], out[1], out[2], out[3], moments};
 }
