@@ -160,7 +160,7 @@ void schedule(size_t threads) {
 void set_up(size_t first) {
   Device& d = *g_device;
   const Geometry& g = d.geometry;
-  const size_t block_threads = size_t(g.block.x) * g.block.y * g.block.z;
+  const size_t block_threads = g.block.count();
   const size_t warps = block_threads / 32;
   d.blocks.assign(g.cluster, Block{});
   d.warps.assign(g.cluster * warps, Warp{});
@@ -176,15 +176,12 @@ void set_up(size_t first) {
     std::memset(block.shared - kRedZone, kPoison, g.shared_bytes + 2 * kRedZone);
     block.barrier = Barrier(unsigned(block_threads));
     block.rank = rank;
-    const size_t index = first + rank;
     for (size_t t = 0; t < block_threads; ++t) {
       Fiber& fiber = *d.fibers[rank * block_threads + t];
       fiber.done = false;
       fiber.word = nullptr;
-      fiber.block = Index(unsigned(index % g.grid.x), unsigned(index / g.grid.x % g.grid.y),
-                          unsigned(index / g.grid.x / g.grid.y));
-      fiber.thread = Index(unsigned(t % g.block.x), unsigned(t / g.block.x % g.block.y),
-                           unsigned(t / g.block.x / g.block.y));
+      fiber.block = g.grid.at(first + rank);
+      fiber.thread = g.block.at(t);
       fiber.state = Thread{};
       fiber.state.warp = &d.warps[rank * warps + t / 32];
       fiber.state.block = &block;
@@ -214,7 +211,7 @@ void check_counters() {
 }
 
 void check_geometry(const Geometry& g) {
-  const size_t block_threads = size_t(g.block.x) * g.block.y * g.block.z;
+  const size_t block_threads = g.block.count();
   if (block_threads == 0 || block_threads > 1024 || block_threads % 32 != 0)
     raise("a block of " + std::to_string(block_threads) + " threads");
   if (g.cluster < 1 || g.cluster > 8 || g.grid.x % g.cluster != 0)
@@ -236,8 +233,8 @@ void run(const Geometry& g, const std::function<void()>& body) {
   check_geometry(g);
   blockDim = g.block;
   gridDim = g.grid;
-  const size_t block_threads = size_t(g.block.x) * g.block.y * g.block.z;
-  const size_t blocks = size_t(g.grid.x) * g.grid.y * g.grid.z;
+  const size_t block_threads = g.block.count();
+  const size_t blocks = g.grid.count();
   for (size_t first = 0; first < blocks; first += g.cluster) {
     set_up(first);
     schedule(g.cluster * block_threads);

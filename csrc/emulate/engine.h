@@ -13,6 +13,11 @@ namespace ppo::emulate {
 struct Index {
   unsigned x = 1, y = 1, z = 1;
   constexpr Index(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  size_t count() const { return size_t(x) * y * z; }
+  // Number i of `this` many, x fastest.
+  Index at(size_t i) const {
+    return Index(unsigned(i % x), unsigned(i / x % y), unsigned(i / x / y));
+  }
 };
 
 struct Geometry {
