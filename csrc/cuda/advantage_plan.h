@@ -133,9 +133,11 @@ void run(const char* op, typename Source::Args& args, const Tensor& main, const 
   run_blocks<Source>(op, args, main, layout, regime == Regime::blocks, device);
 }
 
-// Offsets that name no sequence leave every slot outside of them all.
-inline Tensor without_sequences(const Tensor& out) {
-  return torch::stable::fill_(out, std::numeric_limits<double>::quiet_NaN());
+// Without sequences: zero moments, or NaN where the offsets leave slots outside of them all.
+template <class... Out>
+void without_sequences(const Tensor& main, Out... out) {
+  const double value = main.numel() == 0 ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+  (torch::stable::fill_(out, value), ...);
 }
 
 }  // namespace ppo::cuda

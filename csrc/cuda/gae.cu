@@ -24,6 +24,23 @@ void run_as(GaeArgs& args, const Tensor& main, const Layout& layout) {
          args);
 }
 
+template <bool kTwo>
+std::tuple<Tensor, Tensor, Tensor> outputs(GaeArgs& args, const Tensor& main,
+                                           const Layout& layout) {
+  const Tensor advantages = empty_on(main, main.sizes(), ScalarType::Float);
+  const Tensor returns = empty_on(main, main.sizes(), ScalarType::Float);
+  const Tensor moments = empty_on(main, {3}, ScalarType::Double);
+  args.base.advantages = layout.output(advantages);
+  args.base.returns = layout.output(returns);
+  args.base.moments = data<double>(moments);
+  if (args.base.seqs.count == 0) {
+    without_sequences(main, advantages, returns, moments);
+  } else {
+    run_as<kTwo>(args, main, layout);
+  }
+  return {advantages, returns, moments};
+}
+
 // A lambda per packed sequence, (S,), has steps that repeat it.
 Steps lambda_steps(const OptTensor& lam, bool per_step, const Layout& layout,
                    const Tensor& rewards, int64_t sequences) {
@@ -77,20 +94,9 @@ std::tuple<Tensor, Tensor, Tensor> gae(const Tensor rewards, const Tensor values
   a.gamma = params[0];
   a.decay_returns = float(params[0] * params[2]);
 
-  const Tensor advantages = empty_on(rewards, rewards.sizes(), ScalarType::Float);
-  const Tensor returns = empty_on(rewards, rewards.sizes(), ScalarType::Float);
-  const Tensor moments = empty_on(rewards, {3}, ScalarType::Double);
-  if (sequences == 0) {
-    return {without_sequences(advantages), without_sequences(returns),
-            torch::stable::fill_(moments, 0.0)};
-  }
-  base.advantages = layout.output(advantages);
-  base.returns = layout.output(returns);
-  base.moments = data<double>(moments);
   const bool two = next_values || terminated || truncated || rho || c || lam || lam_returns ||
                    params[1] != params[2];
-  two ? run_as<true>(a, rewards, layout) : run_as<false>(a, rewards, layout);
-  return {advantages, returns, moments};
+  return two ? outputs<true>(a, rewards, layout) : outputs<false>(a, rewards, layout);
 }
 
 }  // namespace

@@ -54,8 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rlhf_advantages(
   const Tensor moments = empty_on(logprobs, {3}, ScalarType::Double);
   base.moments = data<double>(moments);
   if (base.seqs.count == 0) {
-    torch::stable::fill_(moments, 0.0);
-    for (Tensor& x : out) without_sequences(x);
+    without_sequences(logprobs, out[0], out[1], out[2], out[3], moments);
   } else {
     run<RlhfSource>(kOp, a, logprobs, layout, regime_of(base.seqs, layout), Device(logprobs));
   }
