@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(kLogprobsThreads)
     if (s.exists && r.live(r.first + s.row)) ring.fetch(r.row<T>(r.first + s.row), s.first, s.end);
   };
   if (streamed) {
+#pragma unroll 1
     for (int k = 0; k < kRingStages - 1; ++k) fetch(k);
   }
   for (int64_t k = 0;; ++k) {
@@ -176,6 +177,7 @@ __global__ void __launch_bounds__(kLogprobsThreads)
     fetch(k + kRingStages - 1);
   };
   if (streamed) {
+#pragma unroll 1
     for (int k = 0; k < kRingStages - 1; ++k) fetch(k);
   }
   for (int64_t k = 0;; ++k) {

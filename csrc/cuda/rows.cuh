@@ -33,6 +33,7 @@ class RowIndex {
     if (depth_ == 1) return row * stride_[0];
     uint32_t rest = uint32_t(row);
     int64_t at = 0;
+#pragma unroll 1  // it is inlined many times, and rarely runs
     for (int i = 0; i < depth_; ++i) {
       const uint32_t outer = rest / size_[i];
       at += int64_t(rest - outer * size_[i]) * stride_[i];

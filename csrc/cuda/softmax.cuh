@@ -12,7 +12,7 @@ namespace ppo::cuda {
 
 constexpr int kMaxSlices = 64;
 constexpr int kSliceColumns = 2048;
-constexpr int kGroup = 32;  // elements that a lane takes between two rescalings
+constexpr int kGroup = 32;      // elements that a lane takes between two rescalings
 constexpr int kGradGroup = 16;  // the same in the pass that writes
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLowest = -3.4028234663852886e38f;  // finite: without a logit, m - m is 0
@@ -87,13 +87,14 @@ PPO_DEVICE int phase_of(const T* row) {
   return int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kPerVector<T>);
 }
 
-// x = row[col, col + 16 bytes), -inf from `end` on; nothing outside [first, end) is read. Rows
-// whose phase is not 0 are read `across` 16-byte boundaries: two loads, and what lies between.
-template <class T, bool across>
-PPO_DEVICE void load_columns(const T* row, int phase, int first, int end, int col,
+// x = row[col, col + 16 bytes), -inf from `end` on, which `inside` says is not reached. Rows whose
+// phase is not 0 are read `across` 16-byte boundaries: two loads, and what lies between. Either
+// load holds an element of the row, so that all of it is there to be read.
+template <class T, bool across, bool inside>
+PPO_DEVICE void load_columns(const T* row, int phase, int end, int col,
                              float (&x)[kPerVector<T>]) {
   constexpr int n = kPerVector<T>;
-  if (across ? col > first && col + 2 * n <= end : col + n <= end) {
+  if (inside || col + n <= end) {
     const T* at = row + (col - phase);
     const uint4 low = *reinterpret_cast<const uint4*>(at);
     if constexpr (across) {
@@ -109,14 +110,13 @@ PPO_DEVICE void load_columns(const T* row, int phase, int first, int end, int co
 }
 
 // The next `vectors` times 16 bytes of each lane, from column `at` on.
-template <int vectors, bool across, class T>
-PPO_DEVICE Part scan_step(Part p, const T* row, int phase, int first, int end, int at,
-                          float inv_t) {
+template <int vectors, bool across, bool inside, class T>
+PPO_DEVICE Part scan_step(Part p, const T* row, int phase, int end, int at, float inv_t) {
   constexpr int n = kPerVector<T>;
   float x[vectors][n];
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
-    load_columns<T, across>(row, phase, first, end, at + (kWarp * v + lane_id()) * n, x[v]);
+    load_columns<T, across, inside>(row, phase, end, at + (kWarp * v + lane_id()) * n, x[v]);
   }
   return extended(p, x, inv_t);
 }
@@ -127,10 +127,10 @@ PPO_DEVICE Part lane_part(const T* row, int phase, int first, int end, float inv
   Part p{kLowest, 0.f, 0.f};
   int at = first;
   for (; at + kWarp * kGroup <= end; at += kWarp * kGroup) {
-    p = scan_step<kGroup / n, across>(p, row, phase, first, end, at, inv_t);
+    p = scan_step<kGroup / n, across, true>(p, row, phase, end, at, inv_t);
   }
   for (; at < end; at += kWarp * n) {
-    p = scan_step<1, across>(p, row, phase, first, end, at, inv_t);
+    p = scan_step<1, across, false>(p, row, phase, end, at, inv_t);
   }
   return p;
 }
@@ -177,7 +177,13 @@ PPO_DEVICE GradientTerms gradient_terms(float g, float h, const Outcome& row, in
   const ExpParts<float> e = exp_parts(ln_p);
   // a p + g/T of a likely token would cancel.
   const float at_label = fmaf(-g, e.expm1, -h * (e.exp * (fmaxf(ln_p, kZeroExp) + row.entropy)));
-  return {row.max, row.log_sum, inv_t, a, b, at_label * inv_t, legal ? int(token) : -1,
+  return {row.max,
+          row.log_sum,
+          inv_t,
+          a,
+          b,
+          at_label * inv_t,
+          legal ? int(token) : -1,
           g == 0.f && h == 0.f};
 }
 
@@ -186,17 +192,19 @@ PPO_DEVICE float gradient(const GradientTerms& t, float x) {
   return fast_exp2(ln_p * kLog2e) * fmaf(t.b, fmaxf(ln_p, kZeroExp), t.a);
 }
 
-template <class O>
+// The gradient of x, whose first element is the row's column `col`: all of it is `inside`
+// [first, end), or what is outside is left alone.
+template <bool inside, class O>
 PPO_DEVICE void store_gradient(O* to, int first, int end, int col, float (&x)[kPerVector<O>],
                                const GradientTerms& t) {
   constexpr int n = kPerVector<O>;
 #pragma unroll
   for (int i = 0; i < n; ++i) x[i] = gradient(t, x[i]);
-  if (t.label >= col && t.label < col + n) {
+  if (unsigned(t.label - col) < unsigned(n)) {
 #pragma unroll
     for (int i = 0; i < n; ++i) x[i] = t.label == col + i ? t.at_label : x[i];
   }
-  if (col >= first && col + n <= end) {
+  if (inside || (col >= first && col + n <= end)) {
     *reinterpret_cast<uint4*>(to + col) = pack<O>(x);
   } else {
 #pragma unroll
@@ -206,37 +214,59 @@ PPO_DEVICE void store_gradient(O* to, int first, int end, int col, float (&x)[kP
   }
 }
 
+// The next `vectors` times 16 bytes of `to` of each thread, from column `at` on. `inside`: all of
+// them are in [first, end), and the row is read in 16 bytes too.
+template <int vectors, bool inside, class T, class O, class Between>
+PPO_DEVICE void gradient_step(const T* row, O* to, int first, int end, int at,
+                              const GradientTerms& t, int thread, int threads,
+                              const Between& between) {
+  constexpr int n = kPerVector<O>, part = kPerVector<T>;
+  float x[vectors][n];
+#pragma unroll
+  for (int v = 0; v < vectors; ++v) {
+    const int col = at + (v * threads + thread) * n;
+    if constexpr (inside) {
+#pragma unroll
+      for (int i = 0; i < n; i += part) {
+        unpack<T>(*reinterpret_cast<const uint4*>(row + col + i),
+                  reinterpret_cast<float (&)[part]>(x[v][i]));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        x[v][i] = col + i >= first && col + i < end ? widen(row[col + i]) : 0.f;
+      }
+    }
+  }
+  between();
+#pragma unroll
+  for (int v = 0; v < vectors; ++v) {
+    store_gradient<inside>(to, first, end, at + (v * threads + thread) * n, x[v], t);
+  }
+}
+
 // to[first, end) from row[first, end), by `threads` threads of which this is number `thread`, in
 // whole 16 bytes of `to` but for the ends. `to` may be `row`; where it is narrower and starts at
 // the same address, `between` must keep everybody's loads before anybody's stores.
 template <class T, class O, class Between>
 PPO_DEVICE void write_gradient(const T* row, O* to, int first, int end, const GradientTerms& t,
                                int thread, int threads, const Between& between) {
-  constexpr int n = kPerVector<O>, part = kPerVector<T>, vectors = kGradGroup / n;
+  constexpr int n = kPerVector<O>, vectors = kGradGroup / n;
   const int before = phase_of(to + first);
-  const bool together = phase_of(row + first) == before % part;
-  for (int at = first - before; at < end; at += vectors * threads * n) {
-    float x[vectors][n];
-#pragma unroll
-    for (int v = 0; v < vectors; ++v) {
-      const int col = at + (v * threads + thread) * n;
-      if (together && col >= first && col + n <= end) {
-#pragma unroll
-        for (int i = 0; i < n; i += part) {
-          unpack<T>(*reinterpret_cast<const uint4*>(row + col + i),
-                    reinterpret_cast<float(&)[part]>(x[v][i]));
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < n; ++i) {
-          x[v][i] = col + i >= first && col + i < end ? widen(row[col + i]) : 0.f;
-        }
-      }
-    }
-    between();
-#pragma unroll
-    for (int v = 0; v < vectors; ++v) {
-      store_gradient<O>(to, first, end, at + (v * threads + thread) * n, x[v], t);
+  const bool together = phase_of(row + first) == before % kPerVector<T>;
+  const int many = vectors * threads * n, one = threads * n;
+  int at = first - before;
+  const auto inside = [&](int columns) { return together && at >= first && at + columns <= end; };
+  while (at < end) {
+    if (inside(many)) {
+      gradient_step<vectors, true>(row, to, first, end, at, t, thread, threads, between);
+      at += many;
+    } else if (inside(one)) {
+      gradient_step<1, true>(row, to, first, end, at, t, thread, threads, between);
+      at += one;
+    } else {
+      gradient_step<1, false>(row, to, first, end, at, t, thread, threads, between);
+      at += one;
     }
   }
 }
