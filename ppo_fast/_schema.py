@@ -63,9 +63,8 @@ _LOGITS_PPO_LOSS_ARGS = (
     " Tensor advantages, Tensor? is_weights, Tensor? moments, Tensor? ref_logprobs,"
     " Tensor weights, Tensor? entropy_coef, Tensor? kl_coef, int[] codes, float[] params)"
 )
-# The head's form, of fp32 logits: row r's gradient takes 16 bits an element, from the row's own
-# start on: `logits.view(dtype)[..., :V]`. codes end with the index of its dtype in NARROW.
-NARROW = (torch.bfloat16, torch.float16)
+# The head's form, of fp32 logits: row r's gradient is bfloat16 and starts where row r does, so it
+# is `logits.view(bfloat16)[..., :V]`.
 # codes: [form, reduction, n_grads]; params: [clip, scale, denom]; form 0 is unclipped.
 _VALUE_LOSS = (
     "(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens,"
@@ -155,7 +154,7 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
         + " -> (Tensor logprobs, Tensor entropy)",
         _fake_logits_loss, "logits_ppo_loss",
     ),
-    "logits_ppo_loss_narrow_": (
+    "logits_ppo_loss_bf16_": (
         _LOGITS_PPO_LOSS_ARGS.format(logits="Tensor(a!)")
         + " -> (Tensor logprobs, Tensor entropy)",
         _fake_logits_loss, "logits_ppo_loss",
@@ -170,7 +169,7 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
 
 def backends_of(op: str) -> tuple[str, ...]:
     """The backends that have an overload."""
-    return ("cuda",) if op == "logits_ppo_loss_narrow_" else BACKENDS
+    return ("cuda",) if op == "logits_ppo_loss_bf16_" else BACKENDS
 
 
 def _lazy_triton(stem: str, op: str) -> Callable[..., Any]:

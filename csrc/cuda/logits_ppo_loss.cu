@@ -22,7 +22,7 @@ constexpr int kSharedBytes = 227 * 1024;
 // Rows under way, half read or half written on average, that the L2 keeps of a multiprocessor's
 // two reads (A100: 40 MB for 108), and blocks of a multiprocessor for rows of any length.
 constexpr int64_t kL2Bytes = 700 * 1024;
-constexpr int64_t kBlocks = 4;
+constexpr int64_t kBlocks = 8;
 constexpr char kOp[] = "logits_ppo_loss";
 
 struct ClusterPlan {
@@ -69,8 +69,8 @@ template <class T, class O>
 void launch_two_reads(const Device& device, const LogitsPpoArg& a, const RowPlan& plan) {
   const bool alone = plan.slices == 1;  // a row is a warp's
   const int64_t fit = kL2Bytes / (int64_t(std::max(a.vocab, 1)) * int64_t(sizeof(T)));
-  const int64_t most = device.multiprocessors() *
-                       (alone ? kBlocks : std::max<int64_t>(1, std::min(kBlocks, fit)));
+  const int64_t most =
+      device.multiprocessors() * (alone ? kBlocks : std::max<int64_t>(1, std::min(kBlocks, fit)));
   const int64_t blocks = alone ? (a.n_rows + kReaders - 1) / kReaders : a.n_rows;
   launch("logits_ppo_two_reads", logits_ppo_two_reads<T, O>,
          {dim3(unsigned(std::min(blocks, most))), dim3(kReaders * kWarp),
@@ -95,7 +95,6 @@ void launch_any(const Device& device, const LogitsPpoArg& a, DType from, DType t
   if (from == DType::f16 && to == from) return launch_rows<fp16, fp16>(device, a);
   if (from == DType::f32 && to == from) return launch_rows<float, float>(device, a);
   if (from == DType::f32 && to == DType::bf16) return launch_rows<float, bf16>(device, a);
-  if (from == DType::f32 && to == DType::f16) return launch_rows<float, fp16>(device, a);
   PPO_CHECK(false, kOp, "logits must be float32, bfloat16 or float16");
 }
 
@@ -104,9 +103,9 @@ void launch_any(const Device& device, const LogitsPpoArg& a, DType from, DType t
       Tensor advantages, OptTensor is_weights, OptTensor moments, OptTensor ref_logprobs,      \
       Tensor weights, OptTensor entropy_coef, OptTensor kl_coef, std::vector<int64_t> codes,   \
       std::vector<double> params
-#define PPO_PASS                                                                              \
-  logits, tokens, mask, temperature, old_logprobs, advantages, is_weights, moments,           \
-      ref_logprobs, weights, entropy_coef, kl_coef, codes, params
+#define PPO_PASS                                                                                  \
+  logits, tokens, mask, temperature, old_logprobs, advantages, is_weights, moments, ref_logprobs, \
+      weights, entropy_coef, kl_coef, codes, params
 
 void check_rows(const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
                 const char* op) {
@@ -203,17 +202,15 @@ std::tuple<Tensor, Tensor> logits_ppo_loss_inplace(PPO_ARGS) {
   return run(logits, tokens, target_of(logits), read_args(PPO_PASS));
 }
 
-// fp32 rows take their gradient in 16 bits an element, each from its own start on.
-std::tuple<Tensor, Tensor> logits_ppo_loss_narrow(PPO_ARGS) {
-  PPO_CHECK(codes.size() == 5 && dtype_of(logits) == DType::f32, kOp, "narrow: logits or codes");
-  const DType dtype = codes.back() == 0 ? DType::bf16 : DType::f16;
-  codes.pop_back();
+// fp32 rows take a bf16 gradient, each from its own start on.
+std::tuple<Tensor, Tensor> logits_ppo_loss_bf16(PPO_ARGS) {
+  PPO_CHECK(dtype_of(logits) == DType::f32, kOp, "logits must be float32");
   const LogitsPpoArg a = read_args(PPO_PASS);
   const auto sizes = logits.sizes(), strides = logits.strides();
   std::vector<int64_t> doubled(strides.begin(), strides.end());
   for (int64_t& stride : doubled) stride *= 2;
   const RowIndex rows(sizes, Sizes(doubled.data(), doubled.size()), sizes.size() - 1);
-  return run(logits, tokens, {logits.mutable_data_ptr(), dtype, rows}, a);
+  return run(logits, tokens, {logits.mutable_data_ptr(), DType::bf16, rows}, a);
 }
 
 }  // namespace
@@ -222,5 +219,5 @@ std::tuple<Tensor, Tensor> logits_ppo_loss_narrow(PPO_ARGS) {
 STABLE_TORCH_LIBRARY_IMPL(ppo_fast, PPO_CUDA_KEY, m) {
   m.impl("logits_ppo_loss.cuda", TORCH_BOX(&ppo::cuda::logits_ppo_loss));
   m.impl("logits_ppo_loss_.cuda", TORCH_BOX(&ppo::cuda::logits_ppo_loss_inplace));
-  m.impl("logits_ppo_loss_narrow_.cuda", TORCH_BOX(&ppo::cuda::logits_ppo_loss_narrow));
+  m.impl("logits_ppo_loss_bf16_.cuda", TORCH_BOX(&ppo::cuda::logits_ppo_loss_bf16));
 }

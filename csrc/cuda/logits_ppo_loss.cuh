@@ -59,12 +59,9 @@ PPO_DEVICE TokenInputs token_inputs(const LogitsPpoArg& a, int64_t row) {
 // Of a live token, given its row's softmax and its logit.
 PPO_DEVICE GradientTerms token_gradient(const LogitsPpoArg& a, const PolicyConsts<float>& c,
                                         const TokenInputs& t, const Outcome& row, float label) {
-  PolicyToken<float> token{row.logprob,
-                           a.old_logprobs ? t.old_logprob : row.logprob,
-                           t.advantage,
-                           t.is_weight,
-                           t.ref_logprob,
-                           1.f};
+  PolicyToken<float> token{row.logprob,   a.old_logprobs ? t.old_logprob : row.logprob,
+                           t.advantage,   t.is_weight,
+                           t.ref_logprob, 1.f};
   if (a.policy.moments) token.advantage = whiten_advantage(c, token.advantage);
   const float slope = policy_terms_of(a.policy.options, c, token).grad;
   GradientTerms terms = gradient_terms(t.weight * slope, -(t.weight * c.entropy_coef), row,
@@ -121,8 +118,7 @@ PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, Part* parts) 
     if (terms.zero) {
       write_zeros(to, 0, a.vocab, team.thread, team.threads);
     } else if constexpr (sizeof(O) < sizeof(T)) {
-      write_gradient(from, to, 0, a.vocab, terms, team.thread, team.threads,
-                     [&] { team.sync(); });
+      write_gradient(from, to, 0, a.vocab, terms, team.thread, team.threads, [&] { team.sync(); });
     } else {
       write_gradient(from, to, 0, a.vocab, terms, team.thread, team.threads, [] {});
     }
@@ -130,11 +126,11 @@ PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, Part* parts) 
   }
 }
 
-constexpr int kTwoReadThreads = 512;
+constexpr int kTwoReadThreads = 256;
 
 // A row of one slice is a warp's, any other a block's.
 template <class T, class O>
-__global__ void __launch_bounds__(kTwoReadThreads)
+__global__ void __launch_bounds__(kTwoReadThreads, 1)
     logits_ppo_two_reads(const __grid_constant__ LogitsPpoArg a) {
   Part* parts = shared_memory<Part>();
   const int warps = int(blockDim.x) / kWarp;

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppo_fast import _checks, reference
 from ppo_fast._results import HeadLoss, Moments, Stats
-from ppo_fast._schema import HANDLES, NARROW
+from ppo_fast._schema import HANDLES
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.head import NOTHING_IGNORED, Head, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, check_head
@@ -57,17 +57,21 @@ class _Loss:
             is_weights=_at(t.is_weights, at), ref_logprobs=_at(t.ref_logprobs, at),
         )  # fmt: skip
 
+    def _fuses(self) -> bool:
+        options = self.given.options
+        alone = options.softcap is None and options.shard is None
+        known = self.head.weight.dtype in (torch.float32, torch.bfloat16)
+        return options.backend == "cuda" and alone and known
+
     def fused(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         """A chunk's (logprobs, entropy) and gradients: the logits' by one kernel, over z."""
         rows, p, options = self.given.rows, self.chunk(at), self.given.options
         dtype = self.head.weight.dtype
-        codes = [*NOTHING_IGNORED, *p.packed.codes[:3]]
-        codes += [NARROW.index(dtype)] if dtype in NARROW else []
-        name = "logits_ppo_loss_narrow_" if dtype in NARROW else "logits_ppo_loss_"
+        name = "logits_ppo_loss_bf16_" if dtype == torch.bfloat16 else "logits_ppo_loss_"
         scores: tuple[Tensor, Tensor] = HANDLES[name][options.backend](
             z, rows.tokens[at], _at(rows.keep, at), _at(rows.heat, at), p.old_logprobs,
             p.advantages, p.is_weights, p.moments, p.ref_logprobs, self.weights[at],
-            p.packed.entropy_coef, p.packed.kl_coef, codes,
+            p.packed.entropy_coef, p.packed.kl_coef, [*NOTHING_IGNORED, *p.packed.codes[:3]],
             [options.temperature, *p.packed.params[:-1]],
         )  # fmt: skip
         self.head.accumulate(z.view(dtype)[:, : z.shape[1]], x, at)
@@ -90,9 +94,8 @@ class _Loss:
 
     def one_pass(self) -> tuple[Tensor, Tensor]:
         """Three products: logits, and both gradients while the chunk's softmax is at hand."""
-        head, options, count = self.head, self.given.options, self.given.rows.tokens.shape[0]
-        alone = options.softcap is None and options.shard is None
-        step = self.fused if options.backend == "cuda" and alone else self.composed
+        head, count = self.head, self.given.rows.tokens.shape[0]
+        step = self.fused if self._fuses() else self.composed
         logprobs, entropy = torch.empty(2, count, dtype=head.wide, device=head.hidden.device)
         for at in head.chunks(count):
             x = head.inputs(at)
