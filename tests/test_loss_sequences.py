@@ -14,6 +14,7 @@ from ppo_fast.testing import Call, run
 # Around the tiles of 512 and 1024 tokens, and over several of them.
 ROWS = [(1, 1), (1, 1023), (2, 1024), (3, 1025), (2, 5000), (700, 3), (9, 511), (1, 4097)]
 CUTS = [(0, 3000), (1023, 1024, 1025), (1024, 2048), (5, 2900, 2900), (1, 2, 3, 1030, 1031)]
+WIDTHS = (torch.int64, torch.int32)
 
 
 def losses(
@@ -52,45 +53,51 @@ def check(kernel: str, device: str, keep: torch.Tensor, cu: torch.Tensor | None)
     assert float(stats[STATS_FIELDS.index("vf_loss_denom")]) == want
 
 
-def masks(shape: tuple[int, ...]) -> list[torch.Tensor]:
-    """Dense, sparse, one token in all, and none."""
+def interpreted(kernel: str, device: str) -> bool:
+    """Triton's interpreter takes a second for what the others do in a millisecond."""
+    return kernel == "triton" and device == "cpu"
+
+
+def masks(shape: tuple[int, ...], few: bool) -> list[torch.Tensor]:
+    """One token in all, sparse (`few`: these), dense and none."""
     rng = torch.Generator().manual_seed(0)
     last = torch.zeros(shape, dtype=torch.bool)
     last.view(-1)[-1:] = True
-    return [*(torch.rand(shape, generator=rng) < p for p in (1.0, 0.3, 0.002, 0.0)), last]
+    chances = (0.002,) if few else (0.002, 0.3, 1.0, 0.0)
+    return [last, *(torch.rand(shape, generator=rng) < p for p in chances)]
 
 
 @pytest.mark.parametrize("shape", ROWS, ids=str)
 def test_rows(kernel: str, device: str, shape: tuple[int, int]) -> None:
-    for keep in masks(shape):
+    for keep in masks(shape, interpreted(kernel, device)):
         check(kernel, device, keep, None)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
-def test_packed(kernel: str, device: str, cuts: tuple[int, ...], dtype: torch.dtype) -> None:
-    cu = torch.tensor([0, *cuts, 3100], dtype=dtype)
-    for keep in masks((3100,)):
-        check(kernel, device, keep, cu)
-    for first in (0, 1024, 2048, 3099):  # the only token in a tile's first or last slot
+def test_packed(kernel: str, device: str, cuts: tuple[int, ...]) -> None:
+    few = interpreted(kernel, device)
+    for i, keep in enumerate(masks((3100,), few)):
+        check(kernel, device, keep, torch.tensor([0, *cuts, 3100], dtype=WIDTHS[i % 2]))
+    for alone in (1024,) if few else (0, 1024, 2048, 3099):  # in a tile's first or last slot
         keep = torch.zeros(3100, dtype=torch.bool)
-        keep[first] = True
-        check(kernel, device, keep, cu)
+        keep[alone] = True
+        check(kernel, device, keep, torch.tensor([0, *cuts, 3100]))
 
 
 def test_many_short_sequences(kernel: str, device: str) -> None:
     """More sequences than a block has threads, most of them empty."""
+    few = interpreted(kernel, device)
     rng = torch.Generator().manual_seed(1)
-    cu = torch.cat([torch.zeros(1), torch.randint(0, 60, (3000,), generator=rng).sort()[0]])
-    cu = torch.cat([cu, torch.arange(61, 1500, 7), torch.tensor([1500.0])]).long()
-    for keep in masks((1500,)):
-        check(kernel, device, keep, cu)
+    crowd = torch.randint(0, 60, (100 if few else 3000,), generator=rng).sort()[0]
+    cu = torch.cat([torch.zeros(1), crowd, torch.arange(61, 1500, 7), torch.tensor([1500.0])])
+    for keep in masks((1500,), few):
+        check(kernel, device, keep, cu.long())
 
 
 @pytest.mark.parametrize("reduction", ["seq-mean-token-mean", "token-mean"])
 def test_more_tiles_than_blocks(kernel: str, device: str, reduction: str) -> None:
     """A block takes several tiles, and sequences span blocks."""
-    if kernel == "triton" and device == "cpu":
+    if interpreted(kernel, device):
         pytest.skip("the interpreter takes minutes for half a million tokens")
     n = 400_000
     cu = torch.tensor([0, 3, 1500, 2000, 150_000, 150_001, 390_000, n])
@@ -99,4 +106,14 @@ def test_more_tiles_than_blocks(kernel: str, device: str, reduction: str) -> Non
     keep[390_000::3] = True
     check(kernel, device, keep, cu)
     for call in losses(keep, cu, reduction, device):
+        testing.assert_agrees(call, kernel)
+
+
+@pytest.mark.parametrize("shape", [(3, 1500), (2, 512), (2, 513), (40, 3)], ids=str)
+def test_terms_of_whole_sequences(kernel: str, device: str, shape: tuple[int, int]) -> None:
+    """Short and long rows, whose ratios and weights take a warp or a block to find."""
+    for mask in ("right", None):
+        call = testing.ppo_call(
+            shape, variant="gspo", reduction="seq-mean-token-mean", mask=mask, device=device
+        )
         testing.assert_agrees(call, kernel)
