@@ -11,13 +11,15 @@ import one_pass_helpers
 import pytest
 import torch
 from conftest import usable
+from head_helpers import short_chunks
 from one_pass_helpers import Args, assert_same, fused, make, op
 from torch import Tensor
 
-from ppo_fast.testing import same_bits
+from ppo_fast import testing
+from ppo_fast._schema import HANDLES
+from ppo_fast.testing import linear_ppo_call, same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-NARROW = (torch.bfloat16, torch.float16)
 # By dtype, a V whose rows three of which fit one block, two, four, eight, and none.
 SIZES = {
     torch.float32: (2049, 30000, 60000, 90001, 160001),
@@ -70,23 +72,34 @@ def test_the_gradient_may_start_elsewhere_than_its_row(
     assert all(same_bits(x, y) for x, y in zip(got, want, strict=True))
 
 
-def narrowed(args: Args, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, gradient) of fp32 logits, the last over the logits and in `dtype`."""
+def narrowed(args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, gradient) of fp32 logits, the last over the logits and in bf16."""
     logits, vocab = args.logits.clone(), args.logits.shape[-1]
-    codes = [*args.codes, NARROW.index(dtype)]
-    results = op("logits_ppo_loss_narrow_")(logits, *args[1:-2], codes, args.params)
-    return *results, logits.view(dtype)[..., :vocab]
+    results = op("logits_ppo_loss_bf16_")(logits, *args[1:])
+    return *results, logits.view(torch.bfloat16)[..., :vocab]
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("vocab", [1, 37, 2048, 2056, 9001, 160001])
-def test_narrow_gradients(device: str, dtype: torch.dtype, vocab: int) -> None:
+def test_gradients_of_half_the_width(device: str, vocab: int) -> None:
     """What the wide gradient rounds to, wherever the rows start."""
     args = make(device, (5,) if vocab < 10000 else (2,), vocab, without=("moments",))
     logprobs, entropy, wide = op("logits_ppo_loss")(*args)
-    got = narrowed(args, dtype)
-    for x, y in zip(got, (logprobs, entropy, wide.to(dtype)), strict=True):
+    for x, y in zip(narrowed(args), (logprobs, entropy, wide.bfloat16()), strict=True):
         assert same_bits(x, y)
+
+
+@pytest.mark.parametrize("variant", ["clip", "linear"])
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_the_heads_middle_is_one_launch(
+    device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, variant: str
+) -> None:
+    """Its gradients are within budget, and no kernel of softmax or gradient has run."""
+    short_chunks(monkeypatch)
+    for name in ("logprobs_fwd", "logprobs_bwd_"):
+        monkeypatch.delitem(HANDLES[name], "cuda")
+    call = linear_ppo_call((5, 7), device=device, dtype=dtype, variant=variant,
+                           log_ratio_clamp=3.0)  # fmt: skip
+    testing.assert_agrees(call, "cuda")
 
 
 def results() -> list[Tensor]:
@@ -94,7 +107,7 @@ def results() -> list[Tensor]:
     out: list[Tensor] = []
     for vocab in (301, 9001, 50257):
         args = make("cuda" if torch.cuda.is_available() else "cpu", (3,), vocab)
-        out += [*fused(args), *narrowed(args, torch.bfloat16)]
+        out += [*fused(args), *narrowed(args)]
     return [x.cpu() for x in out]
 
 
