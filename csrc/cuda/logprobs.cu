@@ -9,7 +9,6 @@ namespace {
 // Slices shorter than that are not worth a bulk copy; longer ones do not fit.
 constexpr int kLeastStreamed = 1024, kMostStreamed = 16 * 1024;
 constexpr size_t kSharedPerBlock = 227 * 1024;
-constexpr int kResidentWarps = 32;  // per multiprocessor, without a ring
 
 int checked_vocab(const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
                   const OptTensor& temperature, const char* op) {
@@ -62,14 +61,14 @@ Spread spread(const Device& device, LogprobsRows& r, int item) {
   int warps = kEmulated ? 2 : kLogprobsThreads / kWarp;
   while (streamed && ring_bytes(warps, r.stage_bytes) > kSharedPerBlock) warps /= 2;
   const size_t shared = streamed ? ring_bytes(warps, r.stage_bytes) : 0;
-  const int resident =
-      streamed ? int((kSharedPerBlock + 1024) / (shared + 1024)) : kResidentWarps / warps;
-  const int64_t slots = int64_t(device.multiprocessors()) * resident * warps;
+  // Every block keeps 1 KB for itself.
+  const int fit = int((kSharedPerBlock + 1024) / (shared + 1024));
+  const int64_t most =
+      int64_t(device.multiprocessors()) * (fit < kLogprobsBlocks ? fit : kLogprobsBlocks);
   const int64_t tasks = r.count * r.plan.slices;
   r.run = 1;
-  while (r.run < 8 && r.run < r.plan.slices && tasks >= 16 * r.run * slots) r.run *= 2;
+  while (r.run < 8 && r.run < r.plan.slices && tasks >= 16 * r.run * most * warps) r.run *= 2;
   const int64_t wanted = (tasks / r.run + warps - 1) / warps;
-  const int64_t most = int64_t(device.multiprocessors()) * resident;
   return {streamed,
           {dim3(unsigned(wanted < most ? wanted : most)), dim3(unsigned(warps * kWarp)), shared, 1,
            device.stream()}};

@@ -7,7 +7,7 @@
 
 namespace ppo::cuda {
 
-constexpr int kLogprobsThreads = 256;
+constexpr int kLogprobsThreads = 256, kLogprobsBlocks = 3;  // of a multiprocessor
 
 // Rows [first, first + count) of the logits, cut into slices, and which warp takes which.
 struct LogprobsRows {
@@ -98,7 +98,7 @@ PPO_DEVICE void store_outcome(const LogprobsForward& a, int64_t row, const Part&
 }
 
 template <class T, bool streamed>
-__global__ void __launch_bounds__(kLogprobsThreads)
+__global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
     logprobs_forward_kernel(const __grid_constant__ LogprobsForward a) {
   const LogprobsRows& r = a.rows;
   const int slices = r.plan.slices;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kLogprobsThreads)
 // What a row's gradient is made of, a thread per row: the label's logit is read before anything is
 // overwritten in place.
 template <class T>
-__global__ void __launch_bounds__(kLogprobsThreads)
+__global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
     logprobs_terms_kernel(const __grid_constant__ LogprobsRows r,
                           const __grid_constant__ LogprobsUpstream up, GradientTerms* terms) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, row = r.first + i;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kLogprobsThreads)
 }
 
 template <class T, bool streamed>
-__global__ void __launch_bounds__(kLogprobsThreads)
+__global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
     logprobs_gradient_kernel(const __grid_constant__ LogprobsGradient a) {
   const LogprobsRows& r = a.rows;
   const auto out_row = [&](int64_t i) { return static_cast<T*>(a.out) + a.out_at.offset(i); };
