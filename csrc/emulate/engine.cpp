@@ -61,6 +61,7 @@ struct Device {
 std::mutex g_mutex;  // launches from several host threads take turns
 std::unique_ptr<Device> g_device;
 unsigned g_counters[kCounters];
+uint64_t g_launches = 0;
 
 [[gnu::noinline]] void to_scheduler() {
   if (_setjmp(g_device->current->context) == 0) _longjmp(g_device->scheduler, 1);
@@ -113,6 +114,7 @@ std::string name_of(const Fiber& f) {
 [[noreturn]] void raise(const std::string& what) {
   const std::string message =
       std::string("ppo_fast: emulated kernel ") + g_device->geometry.kernel + ": " + what;
+  std::memset(g_counters, 0, sizeof g_counters);
   g_device.reset();  // fibers of a failed launch are lost where they stand
   throw std::runtime_error(message);
 }
@@ -204,9 +206,9 @@ void check_red_zones() {
 
 void check_counters() {
   for (unsigned i = 0; i < kCounters; ++i) {
-    const unsigned left = g_counters[i];
-    g_counters[i] = 0;
-    if (left != 0) raise("left counter " + std::to_string(i) + " at " + std::to_string(left));
+    if (g_counters[i] != 0) {
+      raise("left counter " + std::to_string(i) + " at " + std::to_string(g_counters[i]));
+    }
   }
 }
 
@@ -241,6 +243,7 @@ void run(const Geometry& g, const std::function<void()>& body) {
     check_red_zones();
   }
   check_counters();
+  ++g_launches;
 }
 
 unsigned* counters() { return g_counters; }
@@ -299,3 +302,8 @@ void defer_copy(void* to, const void* from, size_t bytes, std::function<void()> 
 }
 
 }  // namespace ppo::emulate
+
+// For tests: how many launches there have been.
+extern "C" __attribute__((visibility("default"))) uint64_t ppo_fast_emulated_launches() {
+  return ppo::emulate::g_launches;
+}
