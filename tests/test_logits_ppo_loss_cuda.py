@@ -79,7 +79,7 @@ def narrowed(args: Args) -> tuple[Tensor, Tensor, Tensor]:
     return *results, logits.view(torch.bfloat16)[..., :vocab]
 
 
-@pytest.mark.parametrize("vocab", [1, 37, 2048, 2056, 9001, 160001])
+@pytest.mark.parametrize("vocab", [1, 37, 2048, 2056, 9001, 30001, 90000, 160001])
 def test_gradients_of_half_the_width(device: str, vocab: int) -> None:
     """What the wide gradient rounds to, wherever the rows start."""
     args = make(device, (5,) if vocab < 10000 else (2,), vocab, without=("moments",))

@@ -11,12 +11,9 @@
 namespace ppo::cuda {
 namespace {
 
-// Fewer fibers where they are emulated: a row's bits do not depend on how many warps it has.
-#ifdef PPO_EMULATE
-constexpr int kReaders = 2, kWorkers = 2;
-#else
-constexpr int kReaders = kTwoReadThreads / kWarp, kWorkers = kMaxWorkers;
-#endif
+// A row's bits do not depend on how many warps it has.
+constexpr int kReaders = kEmulated ? 2 : kTwoReadThreads / kWarp;
+constexpr int kWorkers = kEmulated ? 2 : kMaxWorkers;
 // Most shared memory of a block on sm_90 and sm_100.
 constexpr int kSharedBytes = 227 * 1024;
 // Rows under way, half read or half written on average, that the L2 keeps of a multiprocessor's

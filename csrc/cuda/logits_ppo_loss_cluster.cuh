@@ -16,14 +16,16 @@ constexpr int kMaxWorkers = 16;  // warps
 constexpr int kMaxCluster = 8;   // the largest size that every device has
 constexpr int kClusterThreads = (kMaxWorkers + 1) * kWarp;
 
-// Ahead of the stages in shared memory. Of the last two fields there are two sets, by turn: a
-// block may be one row ahead of the others.
+// Ahead of the stages in shared memory. Of what the blocks send each other there are two sets, by
+// turn: a block may be one row ahead of the others.
 struct ClusterState {
   Mbarrier full[kStages];  // the row is there
   Mbarrier done[kStages];  // its gradient may be written
   Mbarrier exchanged[2];   // every warp of the cluster has sent what follows
   Part parts[2][kMaxSlices];
   float label[2];
+  TokenInputs inputs[kStages];
+  PolicyConsts<float> policy;
 };
 constexpr int kStagesAt = (sizeof(ClusterState) + 127) / 128 * 128;
 
@@ -70,11 +72,11 @@ PPO_DEVICE bool leaves_in_bulk(const T* from, const O* to) {
 }
 
 // The whole 16 bytes of a row's held columns, and the elements before and after.
-struct Span {
+struct RowSpan {
   int head, vectors, tail;
 };
 template <class T>
-PPO_DEVICE Span span_of(int phase, int n) {
+PPO_DEVICE RowSpan span_of(int phase, int n) {
   constexpr int per = kPerVector<T>;
   const int head = min(n, (per - phase) % per);
   return {head, (n - head) / per, (n - head) % per};
@@ -82,7 +84,7 @@ PPO_DEVICE Span span_of(int phase, int n) {
 
 // copy(offset, bytes) for piece k of a span; pieces end at the same places of every stage.
 template <class T, class Copy>
-PPO_DEVICE void copy_piece(const Held<T>& held, const Span& span, int phase, int k,
+PPO_DEVICE void copy_piece(const Held<T>& held, const RowSpan& span, int phase, int k,
                            const Copy& copy) {
   const int begin = (phase + span.head) * int(sizeof(T)), end = begin + span.vectors * 16;
   const int piece = (held.bytes / 16 + kPieces - 1) / kPieces * 16;
@@ -94,7 +96,7 @@ PPO_DEVICE void copy_piece(const Held<T>& held, const Span& span, int phase, int
 template <class T>
 PPO_DEVICE void store_row(const Held<T>& held, T* to, int64_t n) {
   const int phase = phase_of(to), count = held.end - held.first;
-  const Span span = span_of<T>(phase, count);
+  const RowSpan span = span_of<T>(phase, count);
   const T* stage = held.stage(n, phase);
   const int lane = lane_id();
   if (lane == 0) {
@@ -111,7 +113,7 @@ PPO_DEVICE void store_row(const Held<T>& held, T* to, int64_t n) {
 }
 
 template <int k, class T>
-PPO_DEVICE void load_pieces(const Held<T>& held, const Span& span, int phase, const T* from,
+PPO_DEVICE void load_pieces(const Held<T>& held, const RowSpan& span, int phase, const T* from,
                             T* stage, Mbarrier* full) {
   if constexpr (k < kPieces) {
     bulk_wait_read<kPieces - 1 - k>();  // piece k of the gradient that was here
@@ -122,16 +124,17 @@ PPO_DEVICE void load_pieces(const Held<T>& held, const Span& span, int phase, co
   }
 }
 
-// Row n into its stage, by the moving warp; a row that does not count is not read.
+// Row n and its token into their stage, by the moving warp; a row that does not count is not read.
 template <class T>
-PPO_DEVICE void load_row(const Held<T>& held, const T* from, bool live, int64_t n) {
+PPO_DEVICE void load_row(const Held<T>& held, const T* from, const TokenInputs& t, int64_t n) {
   const int phase = phase_of(from), count = held.end - held.first;
-  const Span span = live ? span_of<T>(phase, count) : Span{0, 0, 0};
+  const RowSpan span = t.live ? span_of<T>(phase, count) : RowSpan{0, 0, 0};
   T* stage = held.stage(n, phase);
   Mbarrier* full = &held.state->full[n % kStages];
   const int lane = lane_id();
   __syncwarp();  // the ends of what was here have left
   if (lane == 0) {
+    held.state->inputs[n % kStages] = t;
     mbarrier_arrive_expect(full, unsigned(span.vectors) * 16u);
     load_pieces<0>(held, span, phase, from, stage, full);
   }
@@ -146,7 +149,7 @@ PPO_DEVICE void load_row(const Held<T>& held, const T* from, bool live, int64_t 
 template <class T, class O>
 PPO_DEVICE void move_rows(const LogitsPpoArg& a, const Held<T>& held) {
   for (int64_t n = 0; n < held.rows + kStages; ++n) {
-    const bool live = n < held.rows && a.live(held.row(n));
+    const TokenInputs t = n < held.rows ? token_inputs(a, held.row(n)) : TokenInputs{};
     if (n >= kStages) {
       const int64_t before = held.row(n - kStages);
       mbarrier_wait(&held.state->done[n % kStages], unsigned(n / kStages - 1));
@@ -155,7 +158,7 @@ PPO_DEVICE void move_rows(const LogitsPpoArg& a, const Held<T>& held) {
         if (leaves_in_bulk(a.row<T>(before), to)) store_row(held, to, n - kStages);
       }
     }
-    if (n < held.rows) load_row(held, a.row<T>(held.row(n)), live, n);
+    if (n < held.rows) load_row(held, a.row<T>(held.row(n)), t, n);
   }
   if (lane_id() == 0) bulk_wait<0>();
 }
@@ -195,16 +198,13 @@ PPO_DEVICE void leave_gradient(const Held<T>& held, const T* row, O* to, const G
 // The other warps: a row's softmax, its token, its gradient.
 template <class T, class O>
 PPO_DEVICE void work_on_rows(const LogitsPpoArg& a, const Held<T>& held, int workers) {
-  const PolicyConsts<float> c = resolve(a.policy);
-  TokenInputs next = token_inputs(a, held.row(0));
   int64_t turn = 0;  // rows exchanged
   for (int64_t n = 0; n < held.rows; ++n) {
-    const TokenInputs t = next;
-    if (n + 1 < held.rows) next = token_inputs(a, held.row(n + 1));
     const T* from = a.row<T>(held.row(n));
     O* to = a.out_row<O>(held.row(n));
     T* here = held.stage(n, phase_of(from)) - held.first;
     mbarrier_wait(&held.state->full[n % kStages], unsigned(n / kStages));
+    const TokenInputs& t = held.state->inputs[n % kStages];
     Outcome o{};
     GradientTerms terms{};
     terms.zero = true;
@@ -213,7 +213,7 @@ PPO_DEVICE void work_on_rows(const LogitsPpoArg& a, const Held<T>& held, int wor
       const float label = t.legal ? held.state->label[turn % 2] : 0.f;
       o = outcome(merged(held.state->parts[turn % 2], row_plan(a.vocab).slices), label, t.inv_t,
                   t.legal);
-      terms = token_gradient(a, c, t, o, label);
+      terms = token_gradient(a, held.state->policy, t, o, label);
       ++turn;
     }
     if (threadIdx.x == 0 && held.first == 0) {
@@ -244,7 +244,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       mbarrier_init(&bar, unsigned(workers) * cluster_size());
     }
     fence_mbarrier_init();
+    held.state->policy = resolve(a.policy);
   }
+  __syncwarp();
   cluster_sync();
   if (warp_id() == workers) {
     move_rows<T, O>(a, held);

@@ -214,10 +214,10 @@ PPO_DEVICE void store_gradient(O* to, int first, int end, int col, float (&x)[kP
   }
 }
 
-// The next `vectors` times 16 bytes of `to` of each thread, from column `at` on. `inside`: all of
-// them are in [first, end), and the row is read in 16 bytes too.
+// The next `vectors` times 16 bytes of `to` of each thread, from column `at` on. `together`: the
+// row is read in 16 bytes too; `inside`: that, and all of them are in [first, end).
 template <int vectors, bool inside, class T, class O, class Between>
-PPO_DEVICE void gradient_step(const T* row, O* to, int first, int end, int at,
+PPO_DEVICE void gradient_step(const T* row, O* to, int first, int end, int at, bool together,
                               const GradientTerms& t, int thread, int threads,
                               const Between& between) {
   constexpr int n = kPerVector<O>, part = kPerVector<T>;
@@ -225,7 +225,7 @@ PPO_DEVICE void gradient_step(const T* row, O* to, int first, int end, int at,
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
     const int col = at + (v * threads + thread) * n;
-    if constexpr (inside) {
+    if (inside || (together && col >= first && col + n <= end)) {
 #pragma unroll
       for (int i = 0; i < n; i += part) {
         unpack<T>(*reinterpret_cast<const uint4*>(row + col + i),
@@ -259,13 +259,13 @@ PPO_DEVICE void write_gradient(const T* row, O* to, int first, int end, const Gr
   const auto inside = [&](int columns) { return together && at >= first && at + columns <= end; };
   while (at < end) {
     if (inside(many)) {
-      gradient_step<vectors, true>(row, to, first, end, at, t, thread, threads, between);
+      gradient_step<vectors, true>(row, to, first, end, at, together, t, thread, threads, between);
       at += many;
     } else if (inside(one)) {
-      gradient_step<1, true>(row, to, first, end, at, t, thread, threads, between);
+      gradient_step<1, true>(row, to, first, end, at, together, t, thread, threads, between);
       at += one;
     } else {
-      gradient_step<1, false>(row, to, first, end, at, t, thread, threads, between);
+      gradient_step<1, false>(row, to, first, end, at, together, t, thread, threads, between);
       at += one;
     }
   }
