@@ -129,7 +129,8 @@ struct Request {
 template <class Kernel>
 int Device::clusters(Kernel kernel, unsigned threads, size_t shared_bytes,
                      unsigned cluster) const {
-  const Request request(kernel, {dim3(cluster), dim3(threads), shared_bytes, cluster, stream_});
+  Request request(kernel, {dim3(cluster), dim3(threads), shared_bytes, cluster, stream_});
+  request.how.numAttrs = 1;  // a cluster of one block is one too
   int n = 0;
   STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&n, kernel, &request.how));
   return n;
