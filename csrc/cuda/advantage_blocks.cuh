@@ -123,6 +123,7 @@ PPO_DEVICE Later fold_chunks(const Map<kTwo>* maps, int64_t n) {
     const int64_t i = end - 1 - lane_id();
     Map<kTwo> mine;
     if (i >= 0) mine = maps[i];
+#pragma unroll 4
     for (int lane = 0; lane < kWarp; ++lane) later = apply(of_lane(mine, lane), later);
   }
   return later;
@@ -209,7 +210,7 @@ PPO_DEVICE void walk_block(const Source& source, const Work& w, MomentSum& momen
 }
 
 template <class Source>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, Source::resident)
     advantage_blocks_kernel(const __grid_constant__ typename Source::Args args) {
   auto& shared = *shared_memory<BlockShared<Source::two>>();
   const Work w = work_of_block(args.base);

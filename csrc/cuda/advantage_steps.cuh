@@ -35,9 +35,18 @@ PPO_DEVICE Sequence sequence_at(const Sequences& s, int64_t seq) {
   return {seq, first, end > first ? end - first : 0};
 }
 
+// Hides where a number comes from. A walk touches memory in some fifty places; a pointer kept for
+// each of them from step to step would take more registers than there are.
+PPO_DEVICE int64_t formed_anew(int64_t x) {
+#ifndef PPO_EMULATE
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
 template <class View>
 PPO_DEVICE int64_t offset_of(const View& v, const Sequence& s, int64_t t) {
-  return s.seq * v.seq + (s.first + t) * v.step;
+  return formed_anew(s.seq) * v.seq + (formed_anew(s.first) + t) * v.step;
 }
 
 template <class T>

@@ -5,6 +5,8 @@
 
 namespace ppo::cuda {
 
+// Kernels say how many blocks of them a multiprocessor shall hold at least, 1 too: else ptxas
+// stops at an occupancy of its own choosing and spills a few registers.
 constexpr int kRowThreads = kTiles * kWarp;
 
 // One lane's units, last first and `stride` steps apart. A unit's inputs are asked for while the

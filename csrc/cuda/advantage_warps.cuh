@@ -53,7 +53,7 @@ PPO_DEVICE void walk_warp(const Source& source, const Sequence& span, int lanes,
 }
 
 template <class Source>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     advantage_warps_kernel(const __grid_constant__ typename Source::Args args) {
   const int lanes = args.base.lanes;
   const int64_t warp = int64_t(blockIdx.x) * kTiles + warp_id();

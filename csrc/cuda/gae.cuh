@@ -11,6 +11,7 @@ struct GaeSource {
   using Args = GaeArgs;
   static constexpr bool two = kTwo;
   static constexpr bool needs_last = false;
+  static constexpr int resident = kTwo ? 2 : 3;  // blocks at least, as registers allow
 
   struct Row {
     static constexpr int64_t slot = -1;

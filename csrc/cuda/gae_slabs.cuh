@@ -95,7 +95,7 @@ PPO_DEVICE void walk_slabs(const GaeSource<kTwo>& source, const Sequence& span, 
 
 // `lanes` slabs make a tile: a power of two, all of them where sequences are longer than a tile.
 template <bool kTwo>
-__global__ void __launch_bounds__(kSlabThreads<kTwo>)
+__global__ void __launch_bounds__(kSlabThreads<kTwo>, 1)
     gae_slabs_kernel(const __grid_constant__ GaeArgs args) {
   auto& shared = *shared_memory<SlabShared<kTwo>>();
   const Sequences& seqs = args.base.seqs;

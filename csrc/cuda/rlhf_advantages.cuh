@@ -10,6 +10,7 @@ struct RlhfSource {
   using Args = RlhfArgs;
   static constexpr bool two = false;
   static constexpr bool needs_last = true;
+  static constexpr int resident = 2;
 
   struct Row {
     int64_t slot;  // the step that takes the score, or -1
