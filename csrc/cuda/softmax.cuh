@@ -12,8 +12,8 @@ namespace ppo::cuda {
 
 constexpr int kMaxSlices = 64;
 constexpr int kSliceColumns = 2048;
-constexpr int kGroup = 32;      // elements that a lane takes between two rescalings
-constexpr int kGradGroup = 16;  // the same in the pass that writes
+constexpr int kScanVectors = 4;  // 16 bytes each, that a lane takes between two rescalings
+constexpr int kGradVectors = 2;  // in the pass that writes
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLowest = -3.4028234663852886e38f;  // finite: without a logit, m - m is 0
 // exp(-200) is 0 in fp32, so clamping there changes nothing but 0 * -inf. It drops a NaN
@@ -126,8 +126,8 @@ PPO_DEVICE Part lane_part(const T* row, int phase, int first, int end, float inv
   constexpr int n = kPerVector<T>;
   Part p{kLowest, 0.f, 0.f};
   int at = first;
-  for (; at + kWarp * kGroup <= end; at += kWarp * kGroup) {
-    p = scan_step<kGroup / n, across, true>(p, row, phase, end, at, inv_t);
+  for (; at + kWarp * kScanVectors * n <= end; at += kWarp * kScanVectors * n) {
+    p = scan_step<kScanVectors, across, true>(p, row, phase, end, at, inv_t);
   }
   for (; at < end; at += kWarp * n) {
     p = scan_step<1, across, false>(p, row, phase, end, at, inv_t);
@@ -251,15 +251,16 @@ PPO_DEVICE void gradient_step(const T* row, O* to, int first, int end, int at, b
 template <class T, class O, class Between>
 PPO_DEVICE void write_gradient(const T* row, O* to, int first, int end, const GradientTerms& t,
                                int thread, int threads, const Between& between) {
-  constexpr int n = kPerVector<O>, vectors = kGradGroup / n;
+  constexpr int n = kPerVector<O>;
   const int before = phase_of(to + first);
   const bool together = phase_of(row + first) == before % kPerVector<T>;
-  const int many = vectors * threads * n, one = threads * n;
+  const int many = kGradVectors * threads * n, one = threads * n;
   int at = first - before;
   const auto inside = [&](int columns) { return together && at >= first && at + columns <= end; };
   while (at < end) {
     if (inside(many)) {
-      gradient_step<vectors, true>(row, to, first, end, at, together, t, thread, threads, between);
+      gradient_step<kGradVectors, true>(row, to, first, end, at, together, t, thread, threads,
+                                        between);
       at += many;
     } else if (inside(one)) {
       gradient_step<1, true>(row, to, first, end, at, together, t, thread, threads, between);
