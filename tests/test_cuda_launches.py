@@ -33,9 +33,8 @@ def test_launches(op: str, options: dict[str, Any], expected: int) -> None:
     libraries = [path for path in torch.ops.loaded_libraries if "ppo_fast_emulated" in path]
     if not libraries:
         pytest.skip("a GPU does not count its launches here")
-    launches = ctypes.CDLL(libraries[0]).ppo_fast_emulated_launches
-    launches.restype = ctypes.c_uint64
+    launches = ctypes.c_uint64.in_dll(ctypes.CDLL(libraries[0]), "ppo_fast_emulated_launches")
     call = testing.FACTORIES[op](**options)
-    before = launches()
+    before = launches.value
     getattr(ppo_fast, op)(**call.tensors, **call.options, backend="cuda")
-    assert launches() - before == expected
+    assert launches.value - before == expected

@@ -105,6 +105,9 @@ def test_more_tiles_than_blocks(kernel: str, device: str, reduction: str) -> Non
     keep[[1, 2, 1999, 149_000, 150_000, 389_990]] = True
     keep[390_000::3] = True
     check(kernel, device, keep, cu)
+    rng = torch.Generator().manual_seed(2)
+    cuts = torch.randint(0, n, (300,), generator=rng).sort()[0].tolist()
+    check(kernel, device, torch.rand(n, generator=rng) < 1e-3, torch.tensor([0, *cuts, n]))
     for call in losses(keep, cu, reduction, device):
         testing.assert_agrees(call, kernel)
 

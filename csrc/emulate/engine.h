@@ -99,3 +99,8 @@ void check_shared(const void* p, size_t bytes, const char* what);
 void defer_copy(void* to, const void* from, size_t bytes, std::function<void()> done);
 
 }  // namespace ppo::emulate
+
+// How many launches there have been, for tests.
+extern "C" {
+inline __attribute__((visibility("default"))) uint64_t ppo_fast_emulated_launches = 0;
+}
