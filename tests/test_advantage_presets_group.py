@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ON_GPU
 from installed import assert_near, assert_near_whitened, functions, source
 from preset_inputs import Rollout, rollout
 from torch import Tensor
@@ -97,7 +98,7 @@ def test_verl_reinforce_plus_plus_baseline(backend: str, device: str, steps: int
         verl().compute_reinforce_plus_plus_baseline_outcome_advantage, scores, ids, mask
     )
     centred = ppo_fast.group_advantages(scores, ids, baseline="dr_grpo")
-    spread = centred.to(torch.float32 if backend == "triton" else torch.float64)
+    spread = centred.to(torch.float32 if backend in ON_GPU else torch.float64)
     spread = spread[:, None].expand(mask.shape)
     ours = ppo_fast.whiten(spread.to(device), mask.to(device), backend=backend).cpu()
     raw, size = centred[:, None].expand(mask.shape)[mask], float(2 * scores.abs().max())
@@ -145,7 +146,7 @@ def test_openrlhf(backend: str, device: str, estimator: str, baseline: str) -> N
 
     "group_norm" adds 1e-9 to σ where DeepSeekMath's "grpo" here adds 1e-6.
     """
-    dtype = torch.float32 if backend == "triton" else torch.float64
+    dtype = torch.float32 if backend in ON_GPU else torch.float64
     x = rollout(dtype, "holes", ROWS, STEPS)
     wide, here, keep = x.wide(), x.on(device), x.mask
     batch = openrlhf(wide, estimator)

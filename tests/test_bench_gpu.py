@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from bench_rows import GPU_FACTS, lines_with, row
+from conftest import usable
 
-from benchmarks import cases, cuda_timing, rehearse, results, summary
+from benchmarks import cases, cuda_timing, rehearse, results, sanitized, summary
 from benchmarks.cases import GPU
 from benchmarks.providers import providers_of
 from benchmarks.shapes import Case
 from benchmarks.timing import Bound
+from ppo_fast import testing
+from ppo_fast.testing import Call
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,12 +125,22 @@ def test_the_gpu_page_s_dry_run(tmp_path: Path) -> None:
     assert "tests collected" in done.stdout and "0 providers failed" in done.stdout
 
 
+@pytest.mark.parametrize("made", sanitized.calls("cpu"), ids=lambda call: call.op)
+def test_what_the_sanitizers_look_over_runs(made: Call) -> None:
+    """Each of the calls, on the emulated device."""
+    if torch.cuda.is_available():
+        pytest.skip("benchmarks/gpu.sh runs them on the GPU")
+    assert testing.run(made, usable("cuda"))
+
+
 def test_the_gpu_page_says_what_it_does_not_know(tmp_path: Path) -> None:
     done = subprocess.run(
         ["benchmarks/gpu.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {"STEPS": "sing", "OUT": str(tmp_path), "PYTHON": sys.executable},
     )  # fmt: skip
-    assert done.returncode == 2 and "STEPS: build, tests or rows, got 'sing'" in done.stdout
+    assert (
+        done.returncode == 2 and "STEPS: build, tests, sanitize or rows, got 'sing'" in done.stdout
+    )
 
 
 def test_the_summary_says_what_was_met_and_what_failed(

@@ -30,7 +30,8 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("ppo_fast/_checks.py", (), ("torch",)),
     ("ppo_fast/_cflags.py", (), ()),
     ("ppo_fast/_ext.py", ("ppo_fast._cflags", "ppo_fast._schema"), ("torch",)),
-    ("ppo_fast/_backend.py", ("ppo_fast._ext",), ("torch",)),
+    ("ppo_fast/_dispatch.py", (), ("torch",)),
+    ("ppo_fast/_backend.py", ("ppo_fast._ext", "ppo_fast._dispatch"), ("torch",)),
     ("ppo_fast/__init__.py", ("ppo_fast._backend", "ppo_fast._results", "ppo_fast.ops"), ()),
     (
         "ppo_fast/testing/",

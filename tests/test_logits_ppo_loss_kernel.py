@@ -1,4 +1,4 @@
-"""The one-pass Triton kernel: the bits of logprobs_fwd, ppo_loss and logprobs_bwd in a row."""
+"""The one-pass kernels: the bits of logprobs_fwd, ppo_loss and logprobs_bwd in a row."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 
 import launches
+import one_pass_helpers
 import pytest
 import torch
 from conftest import usable
@@ -23,9 +24,10 @@ PER_TOKEN = [v for v in VARIANTS if v != "gspo"]
 OPTIONAL = ("mask", "temperature", "old_logprobs", "is_weights", "moments", "ref_logprobs")
 
 
-@pytest.fixture(params=["triton"])
-def kernel(request: pytest.FixtureRequest) -> str:
-    return usable(request.param)
+@pytest.fixture(params=["triton", "cuda"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(one_pass_helpers, "BACKEND", usable(request.param))
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -212,6 +214,7 @@ def test_rows_are_independent(device: str) -> None:
         assert same_bits(x, y[order])
 
 
+@pytest.mark.parametrize("kernel", ["triton"], indirect=True)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("vocab", [1, 16, 33, 2052, 40000])
 def test_launches_are_registered(device: str, vocab: int, dtype: torch.dtype) -> None:
@@ -228,6 +231,7 @@ def test_launches_are_registered(device: str, vocab: int, dtype: torch.dtype) ->
     assert launched == {"logits_ppo_kernel"}
 
 
+@pytest.mark.parametrize("kernel", ["triton"], indirect=True)
 def test_both_passes_move_16_bytes(device: str) -> None:
     """bf16 rows on 16 bytes and a V of whole vectors: no narrower access of a row."""
     ptx = ptx_of("logits_ppo_loss.logits_ppo_kernel", logits_ptr="*bf16:16", ALIGN=8, LANES=1024,

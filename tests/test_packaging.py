@@ -80,19 +80,57 @@ def test_a_wheel_without_torch_is_pure(checkout: Path, tmp_path: Path) -> None:
     wheel = built(checkout, "*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    assert held == expected((".py", ".h", ".cpp")) | {"ppo_fast/py.typed"}
+    assert held == expected((".py", ".h", ".cpp", ".cu", ".cuh")) | {"ppo_fast/py.typed"}
 
 
 def test_an_explicit_request_never_degrades(checkout: Path, tmp_path: Path) -> None:
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "torch.py").write_text(NO_TORCH)
-    done = setup(checkout, "bdist_wheel", path=blocked, PPO_FAST_BUILD="cpu")
-    assert done.returncode != 0 and "PPO_FAST_BUILD=cpu needs torch" in done.stderr
+    for mode in ("cpu", "cuda"):
+        done = setup(checkout, "bdist_wheel", path=blocked, PPO_FAST_BUILD=mode)
+        assert done.returncode != 0 and f"PPO_FAST_BUILD={mode} needs torch" in done.stderr
     wrong = setup(checkout, "bdist_wheel", PPO_FAST_BUILD="gpu")
     assert (
         wrong.returncode != 0 and "must be one of auto, none, cpu, cuda, got 'gpu'" in wrong.stderr
     )
+
+
+# A torch that says it is built for this CUDA, and where the toolkit is.
+TORCH = """
+import types
+__version__ = "2.11.0"
+version = types.SimpleNamespace(cuda={cuda!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("cuda", "release", "message"),
+    [
+        (None, None, "torch 2.11.0 has no CUDA; install a build of torch that has"),
+        ("13.0", None, "no nvcc was found; install the CUDA 13.0 toolkit, or set CUDA_HOME to it"),
+        ("13.0", "12.8", "is CUDA 12.8, torch is built for 13.0; install the CUDA 13.0 toolkit"),
+        ("12.4", "13.1", "is CUDA 13.1, torch is built for 12.4; install the CUDA 12.4 toolkit"),
+        ("12.8", "12.6", "is CUDA 12.6, torch is built for 12.8; install the CUDA 12.8 toolkit"),
+    ],
+)
+def test_cuda_asked_for_and_not_to_be_had(
+    checkout: Path, tmp_path: Path, cuda: str | None, release: str | None, message: str
+) -> None:
+    """One line with the mend."""
+    home, torch = tmp_path / "cuda", tmp_path / "modules/torch"
+    (torch / "utils").mkdir(parents=True)
+    (torch / "__init__.py").write_text(TORCH.format(cuda=cuda))
+    (torch / "utils/__init__.py").touch()
+    (torch / "utils/cpp_extension.py").write_text(f"CUDA_HOME = {str(home)!r}\n")
+    if release is not None:
+        (home / "bin").mkdir(parents=True)
+        (home / "bin/nvcc").write_text(f"#!/bin/sh\necho 'tools, release {release}, V{release}'\n")
+        (home / "bin/nvcc").chmod(0o755)
+    done = setup(checkout, "build_ext", path=torch.parent, PPO_FAST_BUILD="cuda")
+    assert done.returncode != 0
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("PPO_FAST_BUILD=cuda: ") and message in line
 
 
 def test_the_sdist_follows_both_symlinks(checkout: Path) -> None:
@@ -102,7 +140,8 @@ def test_the_sdist_follows_both_symlinks(checkout: Path) -> None:
         names = archive.getnames()
     held = {name.split("/", 1)[1] for name in names if "/" in name}
     assert (
-        expected((".py", ".h", ".cpp")) | {"ppo_fast/py.typed", "setup.py", "pyproject.toml"}
+        expected((".py", ".h", ".cpp", ".cu", ".cuh"))
+        | {"ppo_fast/py.typed", "setup.py", "pyproject.toml"}
         <= held
     )
 

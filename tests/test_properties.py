@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import usable
+from conftest import ON_GPU, usable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -78,10 +78,10 @@ def check(drawn: tuple[testing.Call, str], backend: str) -> None:
 
 
 @pytest.mark.parametrize("op", testing.FACTORIES)
-@pytest.mark.parametrize("backend_name, examples", [("cpu", 60), ("triton", 8)])
+@pytest.mark.parametrize("backend_name, examples", [("cpu", 60), ("triton", 8), ("cuda", 16)])
 def test_any_input(op: str, backend_name: str, examples: int) -> None:
     backend = usable(backend_name)
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if backend in ON_GPU and torch.cuda.is_available() else "cpu"
 
     # Triton's interpreter takes 40 ms a row of logits.
     small = op == "token_logprobs" and backend == "triton" and device == "cpu"
@@ -117,10 +117,10 @@ def packed_calls(draw: st.DrawFn, op: str, device: str) -> testing.Call:
 
 
 @pytest.mark.parametrize("op", ["ppo_loss", "value_loss", "gae", "rlhf_advantages"])
-@pytest.mark.parametrize("backend_name, examples", [("cpu", 40), ("triton", 6)])
+@pytest.mark.parametrize("backend_name, examples", [("cpu", 40), ("triton", 6), ("cuda", 12)])
 def test_any_packing(op: str, backend_name: str, examples: int) -> None:
     backend = usable(backend_name)
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if backend in ON_GPU and torch.cuda.is_available() else "cpu"
 
     @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(call=packed_calls(op, device))

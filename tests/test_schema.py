@@ -12,6 +12,7 @@ import ppo_fast
 from ppo_fast import _schema, testing
 
 DOUBLE = torch.float64
+OVERLOADS = [(op, backend) for op in _schema.OPS for backend in _schema.backends_of(op)]
 PPO = [1, 2, 1, 2, 2], [0.2, 0.3, 3.0, -20.0, 20.0, 0.01, 0.1, 10.0, 2.0, 0.0]
 
 
@@ -51,6 +52,7 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
                      none, none, none, none, *PPO),
         "logits_ppo_loss": (logits, *one_pass),
         "logits_ppo_loss_": (logits.clone(), *one_pass),
+        "logits_ppo_loss_bf16_": (logits.clone(), *one_pass),
         "value_loss": (logs, logs + 0.1, x(3, 5), mask, none, none, [1, 2, 1], [0.2, 0.5, 0.0]),
         "gae": (x(3, 5), x(3, 5), mask, none, x(3), mask, none, none, none, none, none, none,
                 [0, 0, 0, 0], [0.99, 0.95, 0.95]),
@@ -61,14 +63,14 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("op", _schema.OPS)
+@pytest.mark.parametrize("op, kernel", OVERLOADS, indirect=["kernel"])
 def test_opcheck(kernel: str, device: str, op: str) -> None:
     """I1: the schema, autograd registration, fake tensors and dynamic shapes of every overload."""
     results = torch.library.opcheck(_schema.HANDLES[op][kernel], boundary(device)[op])
     assert set(results.values()) == {"SUCCESS"}, results
 
 
-@pytest.mark.parametrize("op", _schema.OPS)
+@pytest.mark.parametrize("op, kernel", OVERLOADS, indirect=["kernel"])
 @pytest.mark.parametrize("rows", [0, 3])
 def test_outputs_are_contiguous_and_as_the_fake_says(
     kernel: str, device: str, op: str, rows: int

@@ -57,6 +57,21 @@ def test_packed_layouts(backend: str, device: str, op: str, layout: str) -> None
     assert all(same_bits(a[k], b[k]) for k in b)
 
 
+@pytest.mark.parametrize("op", ["ppo_loss", "value_loss", "whiten"])
+def test_rows_of_a_wider_buffer(kernel: str, device: str, op: str) -> None:
+    """Rows that are dense but not adjacent, with and without the alignment of wide loads."""
+    for dtype in FLOATS:
+        call = testing.FACTORIES[op]((5, 12), dtype=dtype, device=device)
+        want = run(call, kernel)
+        for start in (4, 1):
+            views = {}
+            for name, x in call.tensors.items():
+                wide = torch.full((5, 20), True, device=device).to(x.dtype)
+                views[name] = wide[:, start : start + 12].copy_(x)
+            got = run(call.replace(**views), kernel)
+            assert all(same_bits(got[k], want[k]) for k in want), (dtype, start)
+
+
 def test_logits_of_any_rank_and_order(backend: str, device: str) -> None:
     """(B, T, V) out of a (T, B, V) store, out of a wider head, and every second position."""
     call = testing.logprobs_call((2, 3, 4), 33, device=device)

@@ -1,7 +1,8 @@
 """The head's matrix products: fp32-grade results whatever the inputs' precision.
 
-`z` and its gradient are fp32 (fp64 for fp64 inputs). On CUDA the GEMM takes 16-bit operands and
-gives fp32; on a CPU, where such a GEMM is slow or absent, operands become fp32 a piece at a time.
+`z` and its gradient are fp32 (fp64 for fp64 inputs); a gradient that a kernel has rounded has the
+inputs' dtype. On CUDA the GEMM takes 16-bit operands and gives fp32; on a CPU, where such a GEMM
+is slow or absent, operands become fp32 a piece at a time.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def hidden_gradient(dz: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_weight_gradient(total: Tensor, dz: Tensor, x: Tensor) -> None:
-    """total (V, H) += dzᵀ · x; `total` has dz's dtype, so nothing is lost between chunks."""
+    """total (V, H) += dzᵀ · x; `total` is wide, so nothing is lost between chunks."""
     if _direct(x, total.dtype):
         torch.addmm(total, dz.t(), x, out=total)
     elif x.is_cuda:
         torch.ops.aten.addmm.dtype_out(total, dz.to(x.dtype).t(), x, total.dtype, out=total)
     else:
-        torch.addmm(total, dz.t(), x.to(total.dtype), out=total)
+        torch.addmm(total, dz.to(total.dtype).t(), x.to(total.dtype), out=total)

@@ -25,7 +25,7 @@ _TALLEST = {"cpu": 512, "cuda": 4096}
 
 
 # Ignored tokens are masked by now: no token has this code.
-_NOTHING_IGNORED = [-(1 << 62)]
+NOTHING_IGNORED = [-(1 << 62)]
 
 
 def chunk_height(vocab: int, kind: str) -> int:
@@ -143,7 +143,7 @@ class Head:
         tokens = rows.tokens[at] if shard is None else shard.local(rows.tokens[at])
         keep, heat = (None if x is None else x[at] for x in (rows.keep, rows.heat))
         part = Softmax(*HANDLES["logprobs_fwd"][self.options.backend](
-            z, tokens, keep, heat, _NOTHING_IGNORED, [self.options.temperature]
+            z, tokens, keep, heat, NOTHING_IGNORED, [self.options.temperature]
         ))  # fmt: skip
         if shard is None:
             return part
@@ -159,7 +159,7 @@ class Head:
 
         def kernel(label: Tensor, g: Tensor) -> Tensor:
             HANDLES["logprobs_bwd_"][self.options.backend](
-                g, h, z, label, keep, heat, *part[1:], _NOTHING_IGNORED,
+                g, h, z, label, keep, heat, *part[1:], NOTHING_IGNORED,
                 [self.options.temperature],
             )  # fmt: skip
             return z
@@ -171,9 +171,10 @@ class Head:
             shard.gradient(kernel, z, self.heat(at), part, tokens, keep, g, h)
         if inside is not None:
             z *= inside
-        self._accumulate(z, x, at)
+        self.accumulate(z, x, at)
 
-    def _accumulate(self, dz: Tensor, x: Tensor, at: Tensor | slice) -> None:
+    def accumulate(self, dz: Tensor, x: Tensor, at: Tensor | slice) -> None:
+        """Add a chunk's part of the gradients; dz (R, V) is wide or has the weight's dtype."""
         if self.dx is not None:
             dx = self._hidden_gradient(dz)
             if self.options.shard is not None:
@@ -182,7 +183,7 @@ class Head:
         if self.dw is not None:
             gemm.add_weight_gradient(self.dw, dz, x)
         if self.db is not None:
-            self.db += dz.sum(0)
+            self.db += dz.sum(0, dtype=self.wide)
 
     def _hidden_gradient(self, dz: Tensor) -> Tensor:
         """dz · weight; on a CPU in whole tiles, as the logits: a row keeps its bits."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ppo_fast import _checks, reference
 from ppo_fast._results import HeadLoss, Moments, Stats
+from ppo_fast._schema import HANDLES
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
-from ppo_fast.ops.head import Head, live_rows
+from ppo_fast.ops.head import NOTHING_IGNORED, Head, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, check_head
 from ppo_fast.ops.linear_logprobs import accumulate, all_rows
 from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions
@@ -40,52 +41,74 @@ class _Loss:
             ref_logprobs=rows.pick_some(flat.ref_logprobs),
         )  # fmt: skip
 
-    def total(self, part: Softmax, n: int = 0) -> tuple[Tensor, ...]:
-        """(loss, stats, scale, grads, logprobs, entropy) over all tokens."""
+    def total(self, *scores: Tensor, n: int = 0) -> tuple[Tensor, ...]:
+        """(loss, stats, scale, grads, logprobs, entropy) over all tokens, from the rows' two."""
         shape, rows = self.given.tokens.shape, self.given.rows
-        logprobs, entropy = (rows.spread(x).view(shape) for x in (part.logprobs, part.entropy))
+        logprobs, entropy = (rows.spread(x).view(shape) for x in scores)
         policy = self.policy.replace(n_grads=n)
         result = policy.call(self.given.options.backend, logprobs, self.mask, entropy)
         return *result, logprobs, entropy
 
-    def slopes(self, part: Softmax, at: slice) -> tuple[Tensor, Tensor]:
-        """The loss's derivatives by a chunk's log-probabilities and entropies."""
+    def chunk(self, at: slice) -> Policy:
+        """The loss of a chunk's tokens."""
         t = self.tokens
-        chunk = t._replace(
+        return t._replace(
             old_logprobs=_at(t.old_logprobs, at), advantages=t.advantages[at],
             is_weights=_at(t.is_weights, at), ref_logprobs=_at(t.ref_logprobs, at),
         )  # fmt: skip
-        keep = _at(self.given.rows.keep, at)
-        *_, grads = chunk.call(self.given.options.backend, part.logprobs, keep, part.entropy)
-        g, h = grads * self.weights[at]
-        return g, h
 
-    def one_pass(self) -> Softmax:
+    def _fuses(self) -> bool:
+        options = self.given.options
+        alone = options.softcap is None and options.shard is None
+        known = self.head.weight.dtype in (torch.float32, torch.bfloat16)
+        return options.backend == "cuda" and alone and known
+
+    def fused(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        """A chunk's (logprobs, entropy) and gradients: the logits' by one kernel, over z."""
+        rows, p, options = self.given.rows, self.chunk(at), self.given.options
+        dtype = self.head.weight.dtype
+        name = "logits_ppo_loss_bf16_" if dtype == torch.bfloat16 else "logits_ppo_loss_"
+        scores: tuple[Tensor, Tensor] = HANDLES[name][options.backend](
+            z, rows.tokens[at], _at(rows.keep, at), _at(rows.heat, at), p.old_logprobs,
+            p.advantages, p.is_weights, p.moments, p.ref_logprobs, self.weights[at],
+            p.packed.entropy_coef, p.packed.kl_coef, [*NOTHING_IGNORED, *p.packed.codes[:3]],
+            [options.temperature, *p.packed.params[:-1]],
+        )  # fmt: skip
+        self.head.accumulate(z.view(dtype)[:, : z.shape[1]], x, at)
+        return scores
+
+    def composed(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        """The same by the kernels of softmax, loss and gradient."""
+        head, part, keep = self.head, self.head.softmax(z, at), _at(self.given.rows.keep, at)
+        *_, grads = self.chunk(at).call(
+            self.given.options.backend, part.logprobs, keep, part.entropy
+        )
+        g, h = grads * self.weights[at]
+        live = live_rows(g, h)
+        if live is None:
+            head.backward(z, x, at, part, g, h)
+        elif live.numel():
+            chosen = Softmax(*(number[live] for number in part))
+            head.backward(z[live], x[live], live + at.start, chosen, g[live], h[live])
+        return part.logprobs, part.entropy
+
+    def one_pass(self) -> tuple[Tensor, Tensor]:
         """Three products: logits, and both gradients while the chunk's softmax is at hand."""
         head, count = self.head, self.given.rows.tokens.shape[0]
-        out = Softmax(*torch.empty(4, count, dtype=head.wide, device=head.hidden.device))
+        step = self.fused if self._fuses() else self.composed
+        logprobs, entropy = torch.empty(2, count, dtype=head.wide, device=head.hidden.device)
         for at in head.chunks(count):
             x = head.inputs(at)
-            z = head.logits(x)
-            part = head.softmax(z, at)
-            for to, number in zip(out, part, strict=True):
-                to[at] = number
-            g, h = self.slopes(part, at)
-            live = live_rows(g, h)
-            if live is None:
-                head.backward(z, x, at, part, g, h)
-            elif live.numel():
-                chosen = Softmax(*(number[live] for number in part))
-                head.backward(z[live], x[live], live + at.start, chosen, g[live], h[live])
-        return out
+            logprobs[at], entropy[at] = step(head.logits(x), x, at)
+        return logprobs, entropy
 
-    def two_passes(self) -> Softmax:
+    def two_passes(self) -> tuple[Tensor, Tensor]:
         """gspo: a token's slope needs its whole sequence, so the logits are formed again."""
         part = all_rows(self.head)
-        _, _, scale, grads, *_ = self.total(part, 2)
+        _, _, scale, grads, *_ = self.total(*part[:2], n=2)
         g, h = (self.given.rows.pick(grad) for grad in grads * scale)
         accumulate(self.head, part, g, h)
-        return part
+        return part.logprobs, part.entropy
 
 
 def _all_true(tokens: Tensor) -> Tensor:
@@ -112,8 +135,8 @@ class _LinearPPOLoss(torch.autograd.Function):
             head = Head(hidden, weight, bias, given.rows, given.options)
             head.want(*ctx.needs_input_grad[:3])
             call = _Loss(head, given, policy)
-            part = call.two_passes() if policy.options.variant == "gspo" else call.one_pass()
-            loss, stats, _, _, logprobs, entropy = call.total(part)
+            scores = call.two_passes() if policy.options.variant == "gspo" else call.one_pass()
+            loss, stats, _, _, logprobs, entropy = call.total(*scores)
         ctx.save_for_backward(*head.gradients())
         ctx.mark_non_differentiable(stats, logprobs, entropy)
         ctx.set_materialize_grads(False)
@@ -207,5 +230,7 @@ def linear_ppo_loss(
     else:
         with given.exact():
             head = Head(*args, given.rows, given.options)
-            loss, stats, _, _, logprobs, entropy = _Loss(head, given, policy).total(all_rows(head))
+            loss, stats, _, _, logprobs, entropy = _Loss(head, given, policy).total(
+                *all_rows(head)[:2]
+            )
     return HeadLoss(loss, Stats(stats), logprobs, entropy)

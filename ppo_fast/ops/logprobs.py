@@ -110,7 +110,7 @@ def token_logprobs(
             identical tokens (global ids) and masks; `logits` is this rank's `(..., V / ranks)`.
         inplace_backward: let the backward write the gradient over the logits. They must not be
             used by anything else; their version is bumped, so a second backward raises.
-        backend: "reference", "cpu" or "triton"; by default the fastest for the device.
+        backend: "reference", "cpu", "triton" or "cuda"; by default the device's.
 
     Returns:
         `TokenLogProbs(logprobs, entropy)`, each `(...)` fp32 (fp64 for fp64 logits). Masked or

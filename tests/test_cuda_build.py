@@ -1,0 +1,108 @@
+"""Every CUDA source compiles for every architecture without a GPU: no warning, no spill, no local
+memory, and the hot loops move 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from pathlib import Path
+
+import nvcc
+import pytest
+
+from ppo_fast import _cflags
+
+pytestmark = pytest.mark.skipif(nvcc.nvcc() is None, reason="there is no nvcc to compile with")
+
+WITHOUT_KERNELS = {"device"}
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where this run's test workers share what they have compiled."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if base.name.startswith("popen-") else base) / "cuda-objects"
+
+
+@pytest.mark.parametrize("source", nvcc.SOURCES, ids=lambda path: path.stem)
+def test_compiles_without_spills(source: Path, objects: Path) -> None:
+    built = nvcc.compiled(source, objects)
+    assert built.status == 0, built.log
+    kernels = list(nvcc.kernels(built.log))
+    expected = set() if source.stem in WITHOUT_KERNELS else {
+        f"sm_{name}" for name in _cflags.ARCHITECTURES
+    }  # fmt: skip
+    assert {kernel.architecture for kernel in kernels} == expected
+    assert not [kernel for kernel in kernels if kernel.stack or kernel.spilled]
+
+
+def test_the_report_is_read() -> None:
+    """A spill is found where there is one."""
+    report = (
+        "ptxas info    : Compiling entry function '_Zk' for 'sm_80'\n"
+        "ptxas info    : Function properties for _Zk\n"
+        "    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 0 barriers\n"
+    )
+    assert list(nvcc.kernels(report)) == [nvcc.Kernel("_Zk", "sm_80", 16, 20, 255)]
+
+
+def code_of(objects: Path, stem: str, pattern: str, architecture: str) -> list[nvcc.Instruction]:
+    """The machine code of the one kernel whose mangled name matches."""
+    built = nvcc.compiled(nvcc.CSRC / f"cuda/{stem}.cu", objects)
+    assert built.status == 0, built.log
+    if nvcc.disassembler() is None:
+        pytest.skip("there is no cuobjdump to read machine code with")
+    found = nvcc.machine_code(built.object, architecture)
+    (code,) = (code for name, code in found.items() if re.search(pattern, name))
+    return code
+
+
+def hot_loops(code: list[nvcc.Instruction], exponentials: int) -> list[collections.Counter[str]]:
+    """The innermost loops that take at least this many exponentials a turn."""
+    counted = [collections.Counter(loop) for loop in nvcc.loops(code)]
+    hot = [loop for loop in counted if loop["MUFU.EX2"] >= exponentials]
+    assert hot
+    return hot
+
+
+def narrow(loop: collections.Counter[str], kinds: tuple[str, ...]) -> list[str]:
+    """The accesses of a loop that move fewer than 16 bytes."""
+    return [name for name in loop if name.startswith(kinds) and not name.endswith(".128")]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize("dtype", ["f", r"\w*bf16E", r"\w*fp16E"], ids=["fp32", "bf16", "fp16"])
+def test_logprobs_reads_16_bytes_a_load(objects: Path, dtype: str, architecture: str) -> None:
+    """32 logits a turn in whole vectors, whatever a row's alignment; one exponential each and one
+    for the rescaling; lanes stay apart."""
+    code = code_of(objects, "logprobs", f"logprobs_forward_kernelI{dtype}Lb0E", architecture)
+    for loop in hot_loops(code, 32):
+        assert not narrow(loop, ("LDG", "STG", "LD.", "ST."))
+        assert loop["LDG.E.128"] >= (8 if dtype == "f" else 4)
+        assert loop["MUFU.EX2"] == 33
+        assert not [name for name in loop if name.startswith(("SHFL", "BAR", "WARPSYNC"))]
+
+
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100"])
+@pytest.mark.parametrize("dtype", ["f", r"\w*bf16E", r"\w*fp16E"], ids=["fp32", "bf16", "fp16"])
+def test_logprobs_streams_through_shared_memory(
+    objects: Path, dtype: str, architecture: str
+) -> None:
+    """sm_90 and later: bulk copies in and out, 16 bytes at a time in shared memory."""
+    forward = code_of(objects, "logprobs", f"logprobs_forward_kernelI{dtype}Lb1E", architecture)
+    names = {x.name for x in forward}
+    assert "UBLKCP.S.G" in names and "UBLKCP.G.S" not in names
+    for loop in hot_loops(forward, 32):
+        assert not narrow(loop, ("LDS", "LDG", "LD."))
+        assert loop["LDS.128"] >= (8 if dtype == "f" else 4)
+    gradient = code_of(objects, "logprobs", f"logprobs_gradient_kernelI{dtype}Lb1E", architecture)
+    assert {"UBLKCP.S.G", "UBLKCP.G.S", "LDS.128", "STS.128"} <= {x.name for x in gradient}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+def test_logprobs_gradient_moves_16_bytes(objects: Path, architecture: str) -> None:
+    code = code_of(objects, "logprobs", r"logprobs_gradient_kernelI\w*bf16ELb0E", architecture)
+    for loop in hot_loops(code, 16):
+        assert loop["LDG.E.128"] >= 2 and loop["STG.E.128"] >= 2
