@@ -120,5 +120,5 @@ def first_rows(count: int, *names: str) -> Callable[[Arguments], Arguments]:
     A copy of all the logits would cost as much memory as the op is there to save.
     """
     return lambda arguments: {
-        name: x[:count] if name in names else x for name, x in arguments.items()
+        name: x[:count] if name in names and x is not None else x for name, x in arguments.items()
     }

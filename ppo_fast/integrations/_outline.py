@@ -182,7 +182,7 @@ def _function(
 
 
 def _define(plain: Any, module: Any, factory: str, body: list[ast.stmt]) -> Callable[..., Any]:
-    """A function in the trainer's module, whose globals are the module's own, later patches too."""
+    """A function whose globals are those of the trainer's module, later patches too."""
     tree = ast.parse(factory)
     maker = tree.body[0]
     assert isinstance(maker, ast.FunctionDef)

@@ -84,8 +84,9 @@ class Integration:
     name: str
     package: str
     version: str
-    swaps: tuple[Swap, ...]
     extra: str
+    swaps: tuple[Swap, ...]
+    on_request: tuple[str, ...] = ()  # ops that most runs do not reach: only if named
     _calls: dict[str, Calls] = field(default_factory=dict)
     _changes: list[Change] = field(default_factory=list)
 
@@ -100,7 +101,9 @@ class Integration:
         return self._calls
 
     def apply(self, ops: tuple[str, ...] | None = None) -> list[str]:
-        """Patch the trainer, all ops or those named, and return every place patched.
+        """Patch the trainer and return every place patched.
+
+        `ops` are those to patch, of `self.ops`; by default all but those `on_request`.
 
         Raises:
             IntegrationError: see its subclasses. Nothing is then patched.
@@ -108,7 +111,8 @@ class Integration:
         """
         if self._changes:
             raise AlreadyPatchedError(f"{self.name}: already patched; call revert() first")
-        chosen = self.ops if ops is None else tuple(ops)
+        default = tuple(op for op in self.ops if op not in self.on_request)
+        chosen = default if ops is None else tuple(ops)
         if not chosen or set(chosen) - set(self.ops):
             raise ValueError(f"{self.name}: ops must be among {self.ops}, got {chosen}")
         self._check_version()
@@ -298,7 +302,7 @@ def _place(holder: Any, key: Any) -> str:
 
 
 def _importers(package: str, value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every module of the package, and every registry in one, that holds `value`, with its name."""
+    """The modules of the package, and registries in them, that hold `value`, with its name."""
     for name, module in [*sys.modules.items()]:
         if module is None or name.partition(".")[0] != package:
             continue
