@@ -159,7 +159,7 @@ class Integration:
         if not self._changes:
             raise NotPatchedError(f"{self.name}: not patched; call apply() first")
         for change in self._changes:
-            found = _get(change.holder, change.key)
+            found = _held(change.holder, change.key)
             if found is not change.new:
                 raise ForeignPatchError(
                     f"{self.name}: {change.place} has been replaced by {_file(found)} since"
@@ -173,6 +173,11 @@ class Integration:
         self._changes = []
         calls, self._calls = self._calls, {}
         return calls
+
+    def find(self, place: str) -> tuple[Any, str]:
+        """What holds a place, and its name there, in the version that this is written for."""
+        self._check_version()
+        return self._find(place)
 
     def _check_version(self) -> None:
         wanted = f"{self.package} {self.version}"
@@ -198,6 +203,8 @@ class Integration:
             else:
                 new = self._rebuilt(original, here, calls)
             held = vars(holder).get(key, _ABSENT)
+            if isinstance(held, staticmethod):
+                new = staticmethod(new)
             planned.append(Change(holder, key, _place(holder, key), held, new))
             planned += [
                 Change(other, name, _place(other, name), original, new)
@@ -275,6 +282,11 @@ _ABSENT: Any = object()
 
 def _get(holder: Any, key: Any) -> Any:
     return holder[key] if isinstance(holder, dict) else getattr(holder, key)
+
+
+def _held(holder: Any, key: Any) -> Any:
+    """As it stands there: a static method is not yet its function."""
+    return holder[key] if isinstance(holder, dict) else vars(holder).get(key)
 
 
 def _set(holder: Any, key: Any, value: Any) -> None:
