@@ -114,11 +114,23 @@ def _close(what: str, theirs: Tensor, ours: Tensor, digits: float, floor: float)
         )
 
 
-def first_rows(count: int, *names: str) -> Callable[[Arguments], Arguments]:
-    """Compare the first rows of these arguments alone.
+def first_rows(*names: str) -> Callable[[Arguments], Arguments]:
+    """Compare one row of these arguments alone."""
+    return lambda arguments: _cut(arguments, names, (slice(1),))
+
+
+def first_tokens(*names: str, count: int = 64) -> Callable[[Arguments], Arguments]:
+    """Compare the first tokens of these arguments alone, logits or hidden states named first.
 
     A copy of all the logits would cost as much memory as the op is there to save.
     """
-    return lambda arguments: {
-        name: x[:count] if name in names and x is not None else x for name, x in arguments.items()
-    }
+
+    def cut(arguments: Arguments) -> Arguments:
+        leading = arguments[names[0]].dim() - 1
+        return _cut(arguments, names, (*[slice(1)] * (leading - 1), slice(count)))
+
+    return cut
+
+
+def _cut(arguments: Arguments, names: tuple[str, ...], at: tuple[slice, ...]) -> Arguments:
+    return {k: x[at] if k in names and x is not None else x for k, x in arguments.items()}

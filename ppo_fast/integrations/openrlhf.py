@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast import compat
-from ppo_fast.integrations._compare import first_rows
+from ppo_fast.integrations._compare import first_tokens
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
 
@@ -122,9 +122,9 @@ integration = Integration(
         Swap("value_loss", f"{_LOSS}:ValueLoss.forward", _value_loss),
         Swap(
             "logprobs", f"{_UTILS}:log_probs_from_logits", _logprobs,
-            sample=first_rows(1, "logits", "labels"),
+            sample=first_tokens("logits", "labels"),
         ),
-        Swap("entropy", f"{_UTILS}:compute_entropy", _entropy, sample=first_rows(1, "logits")),
+        Swap("entropy", f"{_UTILS}:compute_entropy", _entropy, sample=first_tokens("logits")),
         Swap("kl", f"{_UTILS}:compute_approx_kl", compat.compute_approx_kl),
         Swap(
             "advantages",

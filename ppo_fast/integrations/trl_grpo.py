@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast import compat
-from ppo_fast.integrations._compare import first_rows
+from ppo_fast.integrations._compare import first_tokens
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._patch import Arguments, Block, Integration, Swap
 
@@ -201,7 +201,7 @@ integration = Integration(
     swaps=(
         Swap(
             "linear_logprobs", "trl.kernels.chunked_logprob:ChunkedLogProbFunction.apply",
-            _linear_logprobs, sample=first_rows(64, "hidden", "targets"),
+            _linear_logprobs, sample=first_tokens("hidden", "targets"),
         ),
         Swap(
             "loss", "trl.trainer.grpo_trainer:GRPOTrainer._compute_loss", _loss, view=_compared,
@@ -212,16 +212,16 @@ integration = Integration(
         ),
         Swap(
             "logprobs", "trl.trainer.utils:selective_log_softmax", compat.selective_log_softmax,
-            sample=first_rows(1, "logits", "index", "row_mask"),
+            sample=first_tokens("logits", "index", "row_mask"),
         ),
         Swap(
             "logprobs", "trl.trainer.utils:selective_log_softmax_and_entropy",
             compat.selective_log_softmax_and_entropy,
-            sample=first_rows(1, "logits", "index", "row_mask"),
+            sample=first_tokens("logits", "index", "row_mask"),
         ),
         Swap(
             "logprobs", "trl.trainer.utils:entropy_from_logits", _entropy,
-            sample=first_rows(1, "logits"),
+            sample=first_tokens("logits"),
         ),
     ),
 )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast import compat
-from ppo_fast.integrations._compare import first_rows
+from ppo_fast.integrations._compare import first_rows, first_tokens
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._patch import Arguments, Block, Integration, Swap
 
@@ -118,7 +118,7 @@ integration = Integration(
     swaps=(
         Swap(
             "logprobs", "trl.trainer.utils:selective_log_softmax", _logprobs,
-            sample=first_rows(1, "logits", "index"),
+            sample=first_tokens("logits", "index"),
         ),
         Swap("whiten", "trl.experimental.ppo.ppo_trainer:masked_whiten", _whiten, view=_kept),
         Swap(
@@ -131,7 +131,7 @@ integration = Integration(
         ),
         Swap(
             "policy_loss", _TRAIN, _policy_loss, view=_used("policy_loss"),
-            sample=first_rows(1, *_MICRO_BATCH),
+            sample=first_rows(*_MICRO_BATCH),
             block=Block(
                 "logprobs_diff = new_logprobs", "pg_loss = masked_mean(",
                 metrics=("pg_clipfrac = masked_mean(", "approxkl = "),

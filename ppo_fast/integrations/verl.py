@@ -14,11 +14,13 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast import compat
-from ppo_fast.integrations._compare import first_rows
+from ppo_fast.integrations._compare import first_tokens
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
 
 _CORE = "verl.trainer.ppo.core_algos"
+_FUSED = "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward"
+_MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
 def _divisor(
@@ -32,9 +34,7 @@ def _divisor(
     """`agg_loss`'s mode and batch as (reduction, denom, what the loss is then multiplied by)."""
     if mode == "token-sum":
         return mode, None, float(dp_size)
-    if mode not in ("token-mean", "seq-mean-token-mean") and not mode.startswith(
-        "seq-mean-token-sum"
-    ):
+    if mode not in _MODES:
         raise Uncovered(f"loss_agg_mode {mode!r}")
     total = batch_num_tokens if mode == "token-mean" else global_batch_size
     if total is None and dp_size > 1:
@@ -71,12 +71,13 @@ def _policy(variant: str, clamp: float | None) -> Any:
             is_weights=rollout_is_weights, reduction=reduction, denom=denom,
         )  # fmt: skip
         found = stats.compute()
-        clipped = found["clip_frac_eps"] if variant == "cispo" else found["clip_frac"]
-        return loss * factor, {
-            "actor/pg_clipfrac": clipped,
+        metrics = {
+            "actor/pg_clipfrac": found["clip_frac_eps" if variant == "cispo" else "clip_frac"],
             "actor/ppo_kl": found["kl_k1"],
             "actor/pg_clipfrac_lower": found["clip_frac_dual"],
         }
+        # A mean over no token is 0 there.
+        return loss * factor, {k: x if found["n_tokens"] else 0.0 for k, x in metrics.items()}
 
     return policy_loss
 
@@ -101,7 +102,8 @@ def _value_loss(
         vpreds, values, returns, response_mask, clip=cliprange_value, reduction=reduction,
         denom=denom,
     )  # fmt: skip
-    return loss * factor, (stats.field("vf_clip") / stats.field("vf_n_tokens")).float()
+    clipped = stats.field("vf_clip") / stats.field("vf_n_tokens").clamp(min=1)
+    return loss * factor, clipped.float()
 
 
 def _gae(
@@ -159,11 +161,11 @@ integration = Integration(
         Swap("gae", f"{_CORE}:compute_gae_advantage_return", _gae, view=_kept),
         Swap(
             "logprobs", "verl.utils.torch_functional:logprobs_from_logits", _logprobs,
-            sample=first_rows(1, "logits", "labels"),
+            sample=first_tokens("logits", "labels"),
         ),
         Swap(
-            "linear_logprobs", "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward",
-            _linear, sample=first_rows(1, "hidden_states", "input_ids"),
+            "linear_logprobs", _FUSED, _linear,
+            sample=first_tokens("hidden_states", "input_ids"),
         ),
     ),
 )  # fmt: skip

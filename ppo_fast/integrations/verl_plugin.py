@@ -7,14 +7,13 @@ error as well as raised. `VERL_USE_EXTERNAL_PLUGINS=none` keeps the entry point 
 
 import sys
 
-from ppo_fast.integrations import IntegrationError
 from ppo_fast.integrations.verl import integration
 
 # A process may come here twice: by the environment variable and then by the entry point.
 if not integration.calls:
     try:
         places = integration.apply()
-    except IntegrationError as error:
+    except Exception as error:
         print(f"ppo_fast: verl runs without ppo_fast: {error}", file=sys.stderr, flush=True)
         raise
     print(f"ppo_fast: patched {', '.join(places)}", file=sys.stderr, flush=True)
