@@ -119,9 +119,9 @@ def _find(
         for i, one in enumerate(body)
         if ast.unparse(one).startswith(first)
         for j, other in enumerate(body)
-        if ast.unparse(other).startswith(last)
+        if j >= i and ast.unparse(other).startswith(last)
     ]
-    if len(found) != 1 or found[0][1] >= found[0][2]:
+    if len(found) != 1:
         raise UnknownSourceError(
             f"{what}: {len(found)} places from `{first}` to `{last}`, not one"
         )

@@ -286,7 +286,7 @@ def _get(holder: Any, key: Any) -> Any:
 
 def _held(holder: Any, key: Any) -> Any:
     """As it stands there: a static method is not yet its function."""
-    return holder[key] if isinstance(holder, dict) else vars(holder).get(key)
+    return (holder if isinstance(holder, dict) else vars(holder)).get(key)
 
 
 def _set(holder: Any, key: Any, value: Any) -> None:
