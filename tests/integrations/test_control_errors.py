@@ -22,10 +22,11 @@ from ppo_fast.integrations import (
     torchrl,
 )
 
+ALL = (sb3, skrl, tianshou, torchrl)
 NEXT = {"sb3": "2.10.0", "skrl": "2.2.0", "tianshou": "2.1.0", "torchrl": "0.15.0"}
 
 
-@pytest.fixture(params=[sb3, skrl, tianshou, torchrl], ids=lambda m: m.__name__.split(".")[-1])
+@pytest.fixture(params=ALL, ids=lambda m: m.__name__.split(".")[-1])
 def swap(request: pytest.FixtureRequest) -> types.ModuleType:
     package = request.param.integration.package
     pytest.importorskip(package, reason=f"needs `pip install {package}`")
