@@ -188,9 +188,11 @@ def _define(plain: Any, module: Any, factory: str, body: list[ast.stmt]) -> Call
     assert isinstance(maker, ast.FunctionDef)
     assert isinstance(body[0], ast.FunctionDef)
     maker.body = [*body, *ast.parse(f"def _():\n return {body[0].name}").body[0].body]  # type: ignore[attr-defined]
+    for node in ast.walk(ast.fix_missing_locations(tree)):
+        if isinstance(node, ast.stmt | ast.expr):  # lines of two sources: their ends do not fit
+            node.end_lineno, node.end_col_offset = node.lineno, node.col_offset
     scope: dict[str, Any] = {}
-    code = compile(ast.fix_missing_locations(tree), plain.__code__.co_filename, "exec",
-                   dont_inherit=True)  # fmt: skip
+    code = compile(tree, plain.__code__.co_filename, "exec", dont_inherit=True)
     exec(code, vars(module), scope)
     return scope["make"]
 

@@ -238,13 +238,16 @@ class Integration:
 
     def _counted(self, swap: Swap, original: Any, calls: Calls) -> Any:
         """The replacement: counts, compares its first call, leaves what is not covered."""
-        signature = inspect.signature(swap.fused)
+        # A block is given names alone, in no order; elsewhere the order is the original's.
+        signature = None if swap.block else inspect.signature(swap.fused)
         name = f"{self.name}: {swap.op}"
         told: set[str] = set()
         compared = False
 
         def using(function: Any) -> Callable[[Arguments], Any]:
             def run(arguments: Arguments) -> Any:
+                if signature is None:
+                    return function(**arguments)
                 bound = signature.bind_partial()
                 bound.arguments = arguments
                 return function(*bound.args, **bound.kwargs)
@@ -256,7 +259,8 @@ class Integration:
             nonlocal compared
             try:
                 if not compared:
-                    arguments = swap.sample(dict(signature.bind(*args, **kwargs).arguments))
+                    given = signature.bind(*args, **kwargs).arguments if signature else kwargs
+                    arguments = swap.sample(dict(given))
                     first_call(name, using(original), using(swap.fused), arguments, swap.view)
                     compared = True
                 result = swap.fused(*args, **kwargs)

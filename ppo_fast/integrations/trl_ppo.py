@@ -99,11 +99,12 @@ _TOLD = {
 
 
 def _used(op: str) -> Any:
-    """What `train` uses of a block's names; the ratio only by its mean."""
+    """What `train` uses of a block's names: the ratio by its mean, a gradient of the losses."""
 
     def view(_: Arguments, result: dict[str, Any]) -> dict[str, Any]:
         used = {name: result[name] for name in _TOLD[op]}
-        return {k: x.mean() if k == "ratio" else x for k, x in used.items()}
+        used |= {k: x.mean() for k, x in used.items() if k == "ratio"}
+        return {k: x if k.endswith("_loss") else x.detach() for k, x in used.items()}
 
     return view
 

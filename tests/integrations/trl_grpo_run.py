@@ -6,17 +6,16 @@ import tempfile
 from typing import Any
 
 import tiny
-import torch
 from tiny import Run
 
 
 def trainer(folder: str, vocab: int = tiny.WORDS, length: int = 12, **options: Any) -> Any:
     """A tiny GPT-2 whose completions are rewarded for their even words."""
     from datasets import Dataset
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel, set_seed
     from trl import GRPOConfig, GRPOTrainer
 
-    torch.manual_seed(0)
+    set_seed(0)
     words = tiny.tokenizer()
     # Saved, because a KL term loads the reference from the model's path.
     GPT2LMHeadModel(tiny.config(vocab)).save_pretrained(f"{folder}/model")

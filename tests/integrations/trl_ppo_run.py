@@ -6,17 +6,16 @@ import tempfile
 from typing import Any
 
 import tiny
-import torch
 from tiny import Run
 
 
 def run(vocab: int = tiny.WORDS, updates: int = 10, response: int = 12, **options: Any) -> Run:
     """Ten updates of 8 episodes: 2 epochs of 2 mini-batches of 2 micro-batches."""
     from datasets import Dataset
-    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, set_seed
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    torch.manual_seed(0)
+    set_seed(0)
     words = tiny.tokenizer()
     policy, ref = (GPT2LMHeadModel(tiny.config(vocab)) for _ in range(2))
     ref.load_state_dict(policy.state_dict())
