@@ -232,9 +232,9 @@ class Integration:
         """The function around its replaced blocks."""
         blocks = {swap.op: swap.block for swap in swaps if swap.block is not None}
         outlined, build = outline(original, blocks)
-        return functools.wraps(original)(
-            build({s.op: self._counted(s, outlined[s.op].original, calls[s.op]) for s in swaps})
-        )
+        new = build({s.op: self._counted(s, outlined[s.op].original, calls[s.op]) for s in swaps})
+        # A static method is decorated again already, by its own source.
+        return functools.wraps(original)(getattr(new, "__func__", new))
 
     def _counted(self, swap: Swap, original: Any, calls: Calls) -> Any:
         """The replacement: counts, compares its first call, leaves what is not covered."""
