@@ -21,8 +21,8 @@ def _advantages(
 
     An episode ends where `end_flag` is set, so each is a packed sequence of its own.
     """
-    ends = np.flatnonzero(end_flag) + 1
-    offsets = np.unique(np.concatenate([[0], ends, [len(rew)]]))
+    starts = np.flatnonzero(np.append(True, end_flag[:-1]))
+    offsets = np.append(starts, len(rew))
     rewards, values, after = (
         torch.from_numpy(np.ascontiguousarray(x, np.float64)) for x in (rew, v_s, v_s_)
     )

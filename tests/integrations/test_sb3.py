@@ -173,7 +173,6 @@ def test_unshifted_flags_are_wrong_by_whole_rewards() -> None:
     assert float(np.abs(buffer.advantages[ends, 0] - theirs).min()) > 0.5
 
 
-@pytest.mark.long
 def test_cartpole_is_solved() -> None:
     """475 of 500, the mean of 20 episodes of the policy as it acts when it is used."""
     trained = model(
