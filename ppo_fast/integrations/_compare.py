@@ -34,7 +34,7 @@ def tensors(x: Any, path: str = "result") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(x, np.ndarray) and x.dtype.kind in "fiub":
         yield path, torch.from_numpy(x)
     elif isinstance(x, bool | int | float):
-        yield path, torch.tensor(float(x), dtype=torch.float64)
+        yield path, torch.tensor(float(x))  # most often a metric of fp32
     elif isinstance(x, dict):
         for key, item in x.items():
             yield from tensors(item, f"{path}[{key!r}]")

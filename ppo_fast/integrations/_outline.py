@@ -62,15 +62,16 @@ def outline(
     ast.increment_lineno(tree, plain.__code__.co_firstlineno - 1)
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
-    own = {a.arg for a in ast.walk(definition.args) if isinstance(a, ast.arg)}
-    own |= _names(definition.body, ast.Store)
-    lifted = {name: _lift(what, name, definition, block) for name, block in blocks.items()}
+    parameters = {a.arg for a in ast.walk(definition.args) if isinstance(a, ast.arg)}
+    lifted = {name: _lift(what, definition, block) for name, block in blocks.items()}
     outlined = {}
     for name, (call, body) in lifted.items():
-        inputs = tuple(sorted(_reads(body, set())[0] & own))
-        stored = _names(body, ast.Store)
-        used = _names(definition.body, ast.Load) | _names(definition.body, ast.Del)
-        outputs = tuple(sorted(stored & used))
+        others = [s for other, (_, b) in lifted.items() if other != name for s in b]
+        rest = [*definition.body, *others]
+        set_before = parameters | _names(rest, ast.Store)
+        inputs = tuple(sorted(_reads(body, set())[0] & set_before))
+        used = _names(rest, ast.Load) | _names(rest, ast.Del)
+        outputs = tuple(sorted(_names(body, ast.Store) & used))
         call.targets = [ast.parse(f"{', '.join(outputs)}, = 0").body[0].targets[0]]  # type: ignore
         call.value = ast.parse(f"{_CALLEE.format(name)}({_keywords(inputs)})").body[0].value  # type: ignore
         ast.fix_missing_locations(call)
@@ -86,7 +87,7 @@ def outline(
 
 
 def _lift(
-    what: str, name: str, definition: ast.FunctionDef, block: Block
+    what: str, definition: ast.FunctionDef, block: Block
 ) -> tuple[ast.Assign, list[ast.stmt]]:
     """Take the block's statements out; the assignment in their place is filled in later."""
     body, start, stop = _find(what, definition, block.first, block.last)
@@ -137,28 +138,28 @@ def _names(body: Sequence[ast.AST], context: type[ast.expr_context]) -> set[str]
     }
 
 
-def _reads(body: list[ast.stmt], bound: set[str]) -> tuple[set[str], set[str]]:
-    """Names read before they are certainly bound, and the names bound after `body`."""
+def _reads(body: list[ast.stmt], bound: set[str]) -> tuple[set[str], set[str] | None]:
+    """Names read before they are certainly bound; those bound after `body`, None if it raises."""
     reads: set[str] = set()
     bound = set(bound)
     for node in body:
         inner = [getattr(node, f) for f in ("body", "orelse") if getattr(node, f, None)]
         heads = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
-        for head in [node] if not inner else heads:
-            for name in ast.walk(head):
-                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load):
-                    reads |= {name.id} - bound
-        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
-            reads |= {node.target.id} - bound
-        bound_inside = bound.union(*(_names([head], ast.Store) for head in heads))
-        after = [_reads(part, bound_inside) for part in inner]
-        reads = reads.union(*(r for r, _ in after))
+        read = _names(heads if inner else [node], ast.Load)
+        if isinstance(node, ast.AugAssign):
+            read |= _names([node.target], ast.Store)
+        stored = _names(heads if inner else [node], ast.Store)
+        after = [_reads(part, bound | stored) for part in inner]
+        reads = reads.union(read - bound, *(inside for inside, _ in after))
+        ways = [way for _, way in after if way is not None]
+        if isinstance(node, ast.Raise):
+            return reads, None
         if not inner:
-            bound |= _names([node], ast.Store)
+            bound |= stored
         elif isinstance(node, ast.With):
-            bound = after[0][1]
-        elif isinstance(node, ast.If) and len(after) == 2:
-            bound = after[0][1] & after[1][1]
+            bound = ways[0]
+        elif isinstance(node, ast.If) and len(inner) == 2:
+            bound = set.intersection(*ways)
     return reads, bound
 
 

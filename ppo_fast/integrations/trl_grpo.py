@@ -19,6 +19,7 @@ from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._patch import Arguments, Block, Integration, Swap
 
 _OUTPUTS = {"log_probs", "entropy"}
+_UNBOUNDED = torch.finfo(torch.float32).max
 
 
 def _linear_logprobs(
@@ -69,22 +70,33 @@ def _loss(
     options, denom, normalizer = _options(self, inputs, mask, by_sequence)
     if by_sequence and advantages.shape[1] != 1:
         raise Uncovered("advantages per token beside importance_sampling_level 'sequence'")
+    metrics = _for_metrics(self, inputs, per_token_logps, old_per_token_logps, mask, by_sequence)
+    options |= {"log_ratio_clamp": None, "denom": denom}
+    corrected = self.beta != 0.0 and self.args.use_bias_correction_kl
+    if corrected and by_sequence:
+        raise Uncovered("use_bias_correction_kl beside importance_sampling_level 'sequence'")
+    kl = {}
     if self.beta != 0.0:
-        if self.args.use_bias_correction_kl:
-            raise Uncovered("use_bias_correction_kl")
-        options |= {"ref_logprobs": inputs["ref_per_token_logps"], "kl_coef": self.beta,
-                    "kl_estimator": "k3", "kl_clamp": None}  # fmt: skip
+        # The gradient of ρ·k3 is ρ·d: the ratio times k2's, which is what "+" takes.
+        kl = {"ref_logprobs": inputs["ref_per_token_logps"], "kl_coef": self.beta,
+              "kl_estimator": "k3+" if corrected else "k3", "kl_clamp": None,
+              "kl_ratio_clip": _UNBOUNDED if corrected else None}  # fmt: skip
     loss, _ = ppo_fast.ppo_loss(
-        per_token_logps, old_per_token_logps, advantages, mask, log_ratio_clamp=None,
-        is_weights=weights, denom=denom, **options,
+        per_token_logps, old_per_token_logps, advantages, mask, is_weights=weights,
+        **options, **kl,
     )  # fmt: skip
-    return {
-        "loss": loss / normalizer,
-        "policy_loss": loss.detach(),
-        "normalizer": normalizer,
-        "mode": "train" if self.model.training else "eval",
-        **_for_metrics(self, inputs, per_token_logps, old_per_token_logps, mask, by_sequence),
-    }
+    if corrected:
+        k3, ratio = metrics["per_token_kl"], (per_token_logps - old_per_token_logps).detach().exp()
+        metrics["per_token_kl"] = ratio * k3
+        # Only the value is missing. Where the ratio is 1 the policy term is −A: the same sum.
+        reduction = {k: options[k] for k in ("reduction", "denom") if k in options}
+        missing = self.beta * (k3 - ratio * k3)
+        loss = loss + ppo_fast.ppo_loss(
+            per_token_logps.detach(), None, missing, mask, **reduction
+        ).loss  # fmt: skip
+    mode = "train" if self.model.training else "eval"
+    own = {"loss": loss / normalizer, "policy_loss": loss.detach(), "normalizer": normalizer}
+    return {**own, "mode": mode, **metrics}
 
 
 def _weights(
