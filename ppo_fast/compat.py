@@ -219,8 +219,7 @@ def to_array(tensor: Tensor, *, like: Any) -> Any:
     """
     tensor = tensor.detach()
     if _is_tensorflow(like):
-        capsule = torch.utils.dlpack.to_dlpack(tensor)
-        return sys.modules["tensorflow"].experimental.dlpack.from_dlpack(capsule)
+        return sys.modules["tensorflow"].experimental.dlpack.from_dlpack(tensor.__dlpack__())
     if not hasattr(like, "__array_namespace__"):
         raise TypeError(
             f"to_array: like must be an array of NumPy, JAX, TensorFlow or another framework with"

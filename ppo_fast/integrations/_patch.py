@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ppo_fast.integrations._compare import first_call
@@ -31,6 +30,7 @@ from ppo_fast.integrations._errors import (
     UnknownSourceError,
     WrongVersionError,
 )
+from ppo_fast.integrations._origin import check_own, file_of
 from ppo_fast.integrations._outline import Block, outline
 
 Arguments = dict[str, Any]
@@ -162,7 +162,7 @@ class Integration:
             found = _held(change.holder, change.key)
             if found is not change.new:
                 raise ForeignPatchError(
-                    f"{self.name}: {change.place} has been replaced by {_file(found)} since"
+                    f"{self.name}: {change.place} has been replaced by {file_of(found)} since"
                     " apply(); undo that first"
                 )
         for change in self._changes:
@@ -197,7 +197,7 @@ class Integration:
             here = [swap for swap in swaps if swap.place == place]
             holder, key = self._find(place)
             original = _get(holder, key)
-            _check_own(self.name, self.package, place, original)
+            check_own(self.name, self.package, place, original)
             if here[0].block is None:
                 new = self._counted(here[0], original, calls[here[0].op])
             else:
@@ -327,30 +327,3 @@ def _importers(package: str, value: Any) -> Iterator[tuple[Any, Any]]:
                 yield module, key
             elif type(held) is dict:
                 yield from ((held, k) for k, v in [*held.items()] if v is value)
-
-
-def _file(value: Any) -> str:
-    """The file that a function or class was written in."""
-    value = getattr(value, "_torchdynamo_orig_callable", value)
-    if inspect.ismethod(value):
-        value = value.__self__ if inspect.isclass(value.__self__) else value.__func__
-    code = getattr(value, "__code__", None)
-    if code is not None:
-        return str(code.co_filename)
-    return str(getattr(sys.modules.get(getattr(value, "__module__", "")), "__file__", value))
-
-
-def _check_own(name: str, package: str, place: str, value: Any) -> None:
-    """The function is the trainer's own, in no wrapper but torch's, or ForeignPatchError."""
-    root = Path(str(sys.modules[package].__file__)).parent
-    torch_root = Path(str(sys.modules["torch"].__file__)).parent
-    chain = [value]
-    while (inner := getattr(chain[-1], "__wrapped__", None)) is not None:
-        chain.append(inner)
-    files = [Path(_file(function)) for function in chain]
-    foreign = [f for f in files if not f.is_relative_to(root) and not f.is_relative_to(torch_root)]
-    if foreign or not files[-1].is_relative_to(root):
-        raise ForeignPatchError(
-            f"{name}: {place} is not {package}'s own any more, it comes from"
-            f" {(foreign or files)[0]}; undo that patch first"
-        )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.integrations._patch import Block, Integration, Swap
+from ppo_fast.integrations._outline import Block
+from ppo_fast.integrations._patch import Integration, Swap
 
 Array = np.ndarray[Any, Any]
 
