@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import ppo_fast
@@ -62,7 +63,10 @@ def _policy_loss(
     )  # fmt: skip
     tokens = stats.field("n_tokens")
     clipped = (stats.field("clip_low") + stats.field("clip_high")) / tokens
-    return loss, clipped.float(), (stats.field("kl_k1") / tokens).float(), None, None
+    # Without the clamp of the ratio that the loss is taken of.
+    k1 = (old_log_probs - log_probs).detach()
+    mean_kl = torch.where(action_mask != 0, k1, 0.0).sum() / tokens
+    return loss, clipped.to(loss.dtype), mean_kl.to(loss.dtype), None, None
 
 
 def _value_loss(

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.machinery
-import os
-import sys
-import types
 from typing import Any
 
 import pytest
@@ -16,29 +12,7 @@ from trainers import needs
 
 needs("openrlhf", "0.11.2")
 
-os.environ.setdefault("DS_BUILD_OPS", "0")
-
-
-def stand_in(name: str, **names: Any) -> None:
-    """A module that takes a GPU to import and that nothing below calls."""
-    if name not in sys.modules:
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        module.__path__ = []  # type: ignore[attr-defined]
-        vars(module).update(names)
-        sys.modules[name] = module
-
-
-# OpenRLHF imports both at its own import: flash-attn is built with nvcc, vLLM wants a device.
-stand_in("flash_attn")
-stand_in("flash_attn.bert_padding", index_first_axis=None, pad_input=None, rearrange=None,
-         unpad_input=None)  # fmt: skip
-stand_in("flash_attn.utils")
-stand_in("flash_attn.utils.distributed", all_gather=None)
-stand_in("vllm")
-stand_in("vllm.inputs", TokensPrompt=None)
-stand_in("vllm.utils", random_uuid=None)
-
+import openrlhf_imports  # noqa: F401
 from openrlhf.models import PolicyLoss, ValueLoss, actor, aggregate_loss
 from openrlhf.models import utils as models_utils
 from openrlhf.trainer.ppo_utils import experience_maker

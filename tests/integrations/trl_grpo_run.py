@@ -26,7 +26,7 @@ def trainer(folder: str, vocab: int = tiny.WORDS, length: int = 12, **options: A
         return [sum(word[-1:] in "02468" for word in c.split()) / length for c in completions]
 
     chosen = {
-        "beta": 0.04, "num_iterations": 2, "max_steps": 12, "learning_rate": 1e-3,
+        "beta": 0.04, "num_iterations": 2, "max_steps": 12, "learning_rate": 3e-3,
         "entropy_coef": 0.01, **options,
     }  # fmt: skip
     args = GRPOConfig(
