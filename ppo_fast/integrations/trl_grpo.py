@@ -16,7 +16,8 @@ import ppo_fast
 from ppo_fast import compat
 from ppo_fast.integrations._compare import first_tokens
 from ppo_fast.integrations._errors import Uncovered
-from ppo_fast.integrations._patch import Arguments, Block, Integration, Swap
+from ppo_fast.integrations._outline import Block
+from ppo_fast.integrations._patch import Arguments, Integration, Swap
 
 _OUTPUTS = {"log_probs", "entropy"}
 _UNBOUNDED = torch.finfo(torch.float32).max

@@ -16,7 +16,8 @@ import ppo_fast
 from ppo_fast import compat
 from ppo_fast.integrations._compare import first_rows, first_tokens
 from ppo_fast.integrations._errors import Uncovered
-from ppo_fast.integrations._patch import Arguments, Block, Integration, Swap
+from ppo_fast.integrations._outline import Block
+from ppo_fast.integrations._patch import Arguments, Integration, Swap
 
 _TRAIN = "trl.experimental.ppo.ppo_trainer:PPOTrainer.train"
 # The entropy of the logits that were scored last, until `train` asks for it.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ppo_fast import integrations
 from ppo_fast.integrations._errors import Uncovered
-from ppo_fast.integrations._patch import Block, Calls, Integration, Swap
+from ppo_fast.integrations._outline import Block
+from ppo_fast.integrations._patch import Calls, Integration, Swap
 
 SOURCES = {
     "__init__": "",
