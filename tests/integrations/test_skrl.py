@@ -70,8 +70,10 @@ def agent(time_limit_bootstrap: bool = False) -> tuple[Any, Any]:
 
 def train(time_limit_bootstrap: bool) -> Weights:
     ppo, env = agent(time_limit_bootstrap)
-    cfg = {"timesteps": STEPS * UPDATES, "headless": True, "disable_progressbar": True}
+    cfg = {"timesteps": STEPS * UPDATES, "headless": True, "disable_progressbar": True,
+           "close_environment_at_exit": False}  # fmt: skip
     SequentialTrainer(env=env, agents=ppo, cfg=cfg).train()
+    env.close()
     return weights(ppo.policy, ppo.value)
 
 
