@@ -17,7 +17,7 @@ EXTENSION := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) setup.p
 # Trainers that ppo_fast.integrations patches, each in an environment of its own over $(VENV): their
 # pins exclude each other's, and torch must stay the one that is there. What would need a GPU to
 # install, or is not needed to run what is tested, is left out with --no-deps.
-TRAINERS := trl-ppo trl-grpo verl openrlhf control
+TRAINERS := trl-ppo trl-grpo verl openrlhf control compat
 NEEDS_trl-ppo := trl==1.12.0
 NEEDS_trl-grpo := trl==1.16.0 liger-kernel==0.8.5
 NEEDS_verl := ray omegaconf hydra-core codetiming "tensordict>=0.8,<=0.10,!=0.9" \
@@ -28,11 +28,15 @@ NEEDS_openrlhf := ray peft torchdata einops hjson msgpack py-cpuinfo pydantic tq
 ALONE_openrlhf := deepspeed==0.19.6 openrlhf==0.11.2
 NEEDS_control := stable-baselines3==2.9.2 torchrl==0.14.1 tianshou==2.0.1 skrl==2.1.1
 ALONE_control := --ignore-requires-python cleanrl==1.2.0
+# Other frameworks' arrays; of the trainers only the sources are read.
+NEEDS_compat := jax==0.10.2 tensorflow-cpu==2.21.0
+ALONE_compat := trl==1.16.0 verl==0.9.1 openrlhf==0.11.2
 TESTS_trl-ppo := trl_ppo
 TESTS_trl-grpo := trl_grpo
 TESTS_verl := verl verl_plugin
 TESTS_openrlhf := openrlhf openrlhf_own
 TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors
+TESTS_compat := compat compat_arrays
 
 .PHONY: train test test-long test-trainers $(TRAINERS:%=test-%) lint bench clean
 
