@@ -132,5 +132,18 @@ def first_tokens(*names: str, count: int = 64) -> Callable[[Arguments], Argument
     return cut
 
 
+def first_of_head(
+    hidden: str, weight: str, tokens: str, bias: str = "", count: int = 4096
+) -> Callable[[Arguments], Arguments]:
+    """Compare the first tokens on the first words of the vocabulary, their targets among them."""
+    rows = first_tokens(hidden, tokens)
+
+    def cut(arguments: Arguments) -> Arguments:
+        found = _cut(rows(arguments), (weight, bias), (slice(count),))
+        return {**found, tokens: found[tokens] % len(found[weight])}
+
+    return cut
+
+
 def _cut(arguments: Arguments, names: tuple[str, ...], at: tuple[slice, ...]) -> Arguments:
     return {k: x[at] if k in names and x is not None else x for k, x in arguments.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast import compat
-from ppo_fast.integrations._compare import first_tokens
+from ppo_fast.integrations._compare import first_of_head, first_tokens
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._outline import Block
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
@@ -214,7 +214,7 @@ integration = Integration(
     swaps=(
         Swap(
             "linear_logprobs", "trl.kernels.chunked_logprob:ChunkedLogProbFunction.apply",
-            _linear_logprobs, sample=first_tokens("hidden", "targets"),
+            _linear_logprobs, sample=first_of_head("hidden", "weight", "targets", "bias"),
         ),
         Swap(
             "loss", "trl.trainer.grpo_trainer:GRPOTrainer._compute_loss", _loss, view=_compared,

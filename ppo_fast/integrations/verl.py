@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast import compat
-from ppo_fast.integrations._compare import first_tokens
+from ppo_fast.integrations._compare import first_of_head, first_tokens
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
 
@@ -165,7 +165,7 @@ integration = Integration(
         ),
         Swap(
             "linear_logprobs", _FUSED, _linear,
-            sample=first_tokens("hidden_states", "input_ids"),
+            sample=first_of_head("hidden_states", "vocab_weights", "input_ids"),
         ),
     ),
 )  # fmt: skip
