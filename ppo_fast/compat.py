@@ -199,15 +199,23 @@ def to_tensor(array: Any) -> Tensor:
             f"to_tensor: array must have __dlpack__ or be a TensorFlow tensor,"
             f" got {type(array).__name__}"
         )
-    if _is_tensorflow(array):
-        capsule = sys.modules["tensorflow"].experimental.dlpack.to_dlpack(array)
-        return torch.utils.dlpack.from_dlpack(capsule)
+    dtype: Any = getattr(array, "dtype", "unknown type")
     try:
-        return torch.utils.dlpack.from_dlpack(array)
+        if not _is_tensorflow(array):
+            # PyTorch 2.13 ends the process on those.
+            if min(getattr(array, "strides", None) or (0,)) < 0:
+                raise ValueError(f"strides {array.strides} go backwards")
+            return torch.utils.dlpack.from_dlpack(array)
+        tf = sys.modules["tensorflow"]
+        # TensorFlow ends the process on strings.
+        if not isinstance(array, tf.Tensor) or not (
+            dtype.is_floating or dtype.is_integer or dtype.is_bool
+        ):
+            raise ValueError(f"{type(array).__name__} is no tensor of numbers")
+        return torch.utils.dlpack.from_dlpack(tf.experimental.dlpack.to_dlpack(array))
     except (BufferError, RuntimeError, ValueError) as error:
         raise TypeError(
-            f"to_tensor: array of {getattr(array, 'dtype', 'unknown type')} cannot be shared"
-            f" through DLPack: {error}"
+            f"to_tensor: array of {dtype} cannot be shared through DLPack: {error}"
         ) from error
 
 

@@ -136,7 +136,29 @@ def test_what_cannot_be_shared_is_an_error() -> None:
         compat.to_tensor(SimpleNamespace())
     with pytest.raises(TypeError, match=r"array of <U1 cannot be shared"):
         compat.to_tensor(np.array(["a"]))
+    with pytest.raises(
+        TypeError, match=r"array of float32 cannot .* strides \(-16, 4\) go backwards"
+    ):
+        compat.to_tensor(numbers(3, 4)[::-1])
     with pytest.raises(TypeError, match=r"like must be an array .* got float"):
         compat.to_array(torch.zeros(1), like=1.0)
     with pytest.raises(ValueError, match=r"gae: values must have shape \(B, T\) = \(2, 3\)"):
         gae(numbers(2, 3), numbers(2, 4))
+
+
+def test_what_tensorflow_cannot_share_is_an_error() -> None:
+    """Strings would end the process; variables and ragged tensors are no tensors."""
+    tf = pytest.importorskip("tensorflow", reason="needs `pip install tensorflow-cpu`")
+    for bad in (tf.constant(["a"]), tf.Variable([1.0]), tf.ragged.constant([[1], [1, 2]])):
+        with pytest.raises(TypeError, match=f"shared through DLPack: {type(bad).__name__}"):
+            compat.to_tensor(bad)
+
+
+def test_bf16_of_jax_and_tensorflow() -> None:
+    """NumPy has no such type of its own; the others' crosses as it is."""
+    made = []
+    for name in ("jax.numpy", "tensorflow"):
+        module = pytest.importorskip(name, reason="needs `pip install jax tensorflow-cpu`")
+        made.append(compat.to_tensor(module.ones((2, 3), module.bfloat16)))
+    assert [x.dtype for x in made] == [torch.bfloat16] * 2
+    assert all(bool((x == 1).all()) for x in made)
