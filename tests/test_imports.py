@@ -25,6 +25,7 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
          "ppo_fast._results", "ppo_fast.reference"),
         ("torch",),
     ),
+    ("ppo_fast/compat.py", ("ppo_fast.ops", "ppo_fast.reference"), ("torch",)),
     ("ppo_fast/_schema.py", ("ppo_fast._results",), ("torch",)),
     ("ppo_fast/_results.py", (), ("torch",)),
     ("ppo_fast/_checks.py", (), ("torch",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ from benchmarks.timing import Bound
 from benchmarks.workloads import PPO_OPTIONS
 from ppo_fast.testing import Call
 
+# A peer is measured as it is, not with the plugin that ppo_fast installs into it.
+os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"
 _PACKAGE = "verl==0.9.1"
 # Fifteen operations a step.
 _MOST_STEPS = 16384

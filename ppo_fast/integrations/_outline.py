@@ -1,0 +1,208 @@
+"""Statements in the middle of a function, made into a function of their own.
+
+TRL writes its recursions and losses into `train` and `_compute_loss`: there is no name to
+replace. `outline` compiles such a function again from its own source, with a call where the
+statements stood, and gives the statements as a function. Both run in the trainer's module.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ppo_fast.integrations._errors import UnknownSourceError
+
+_CALLEE = "_ppo_fast_{}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring statements, the first and the last named by how `ast.unparse` begins them.
+
+    `metrics`: further statements of the same kind, run under `no_grad` where the block is, not
+    where they stood; nothing that they read may change in between.
+    """
+
+    first: str
+    last: str
+    metrics: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Outlined:
+    """A block as a function of the names it reads; gives those that the rest uses, by name."""
+
+    original: Callable[..., dict[str, Any]]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def outline(
+    function: Callable[..., Any], blocks: dict[str, Block]
+) -> tuple[dict[str, Outlined], Callable[[dict[str, Callable[..., Any]]], Callable[..., Any]]]:
+    """The blocks as functions, and what builds `function` around replacements for them.
+
+    Raises:
+        UnknownSourceError: a statement is not there exactly once, or the source cannot be read.
+    """
+    what = f"{function.__module__}.{function.__qualname__}"
+    module = sys.modules[function.__module__]
+    plain = inspect.unwrap(function)
+    if plain.__code__.co_freevars:
+        raise UnknownSourceError(f"{what} is a closure over {plain.__code__.co_freevars}")
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(plain)))
+    except OSError as error:
+        raise UnknownSourceError(f"{what}: its source cannot be read") from error
+    ast.increment_lineno(tree, plain.__code__.co_firstlineno - 1)
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    parameters = {a.arg for a in ast.walk(definition.args) if isinstance(a, ast.arg)}
+    lifted = {name: _lift(what, definition, block) for name, block in blocks.items()}
+    outlined = {}
+    for name, (call, body) in lifted.items():
+        others = [s for other, (_, b) in lifted.items() if other != name for s in b]
+        rest = [*definition.body, *others]
+        set_before = parameters | _names(rest, ast.Store)
+        inputs = tuple(sorted(_reads(body, set())[0] & set_before))
+        used = _names(rest, ast.Load) | _names(rest, ast.Del)
+        outputs = tuple(sorted(_names(body, ast.Store) & used))
+        call.targets = [ast.parse(f"{', '.join(outputs)}, = 0").body[0].targets[0]]  # type: ignore
+        call.value = ast.parse(f"{_CALLEE.format(name)}({_keywords(inputs)})").body[0].value  # type: ignore
+        ast.fix_missing_locations(call)
+        original = _function(plain, module, name, inputs, outputs, body)
+        outlined[name] = Outlined(original, inputs, outputs)
+
+    def build(callees: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+        given = {_CALLEE.format(name): _spread(f, outlined[name]) for name, f in callees.items()}
+        made = _define(plain, module, f"def make({', '.join(given)}): ...", [definition])
+        return made(**given)
+
+    return outlined, build
+
+
+def _lift(
+    what: str, definition: ast.FunctionDef, block: Block
+) -> tuple[ast.Assign, list[ast.stmt]]:
+    """Take the block's statements out; the assignment in their place is filled in later."""
+    body, start, stop = _find(what, definition, block.first, block.last)
+    call = ast.Assign(targets=[], value=ast.Constant(0), lineno=body[start].lineno, col_offset=0)
+    lifted = body[start:stop]
+    body[start:stop] = [call]
+    if block.metrics is not None:
+        body, start, stop = _find(what, definition, *block.metrics)
+        scope = ast.parse("with torch.no_grad(): pass").body[0]
+        assert isinstance(scope, ast.With)
+        scope.body = body[start:stop]
+        body[start:stop] = [ast.copy_location(ast.Pass(), scope.body[0])]
+        lifted = [*lifted, scope]
+    return call, lifted
+
+
+def _find(
+    what: str, definition: ast.FunctionDef, first: str, last: str
+) -> tuple[list[ast.stmt], int, int]:
+    """The one list of statements that holds `first` and, behind it, `last`."""
+    lists = [
+        body
+        for node in ast.walk(definition)
+        for field in ("body", "orelse")
+        if isinstance(body := getattr(node, field, None), list)
+    ]
+    found = [
+        (body, i, j + 1)
+        for body in lists
+        for i, one in enumerate(body)
+        if ast.unparse(one).startswith(first)
+        for j, other in enumerate(body)
+        if j >= i and ast.unparse(other).startswith(last)
+    ]
+    if len(found) != 1:
+        raise UnknownSourceError(
+            f"{what}: {len(found)} places from `{first}` to `{last}`, not one"
+        )
+    return found[0]
+
+
+def _names(body: Sequence[ast.AST], context: type[ast.expr_context]) -> set[str]:
+    return {
+        node.id
+        for statement in body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, context)
+    }
+
+
+def _reads(body: list[ast.stmt], bound: set[str]) -> tuple[set[str], set[str] | None]:
+    """Names read before they are certainly bound; those bound after `body`, None if it raises."""
+    reads: set[str] = set()
+    bound = set(bound)
+    for node in body:
+        inner = [getattr(node, f) for f in ("body", "orelse") if getattr(node, f, None)]
+        heads = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
+        read = _names(heads if inner else [node], ast.Load)
+        if isinstance(node, ast.AugAssign):
+            read |= _names([node.target], ast.Store)
+        stored = _names(heads if inner else [node], ast.Store)
+        after = [_reads(part, bound | stored) for part in inner]
+        reads = reads.union(read - bound, *(inside for inside, _ in after))
+        ways = [way for _, way in after if way is not None]
+        if isinstance(node, ast.Raise):
+            return reads, None
+        if not inner:
+            bound |= stored
+        elif isinstance(node, ast.With):
+            bound = ways[0]
+        elif isinstance(node, ast.If) and len(inner) == 2:
+            bound = set.intersection(*ways)
+    return reads, bound
+
+
+def _keywords(names: tuple[str, ...]) -> str:
+    return ", ".join(f"{name}={name}" for name in names)
+
+
+def _function(
+    plain: Callable[..., Any],
+    module: Any,
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    body: list[ast.stmt],
+) -> Callable[..., dict[str, Any]]:
+    code = ast.parse(f"def {name}({', '.join(inputs)}): return None").body[0]
+    assert isinstance(code, ast.FunctionDef)
+    found = f"return {{k: v for k, v in locals().items() if k in {outputs!r}}}"
+    code.body = [*body, *ast.parse(f"def _():\n {found}").body[0].body]  # type: ignore[attr-defined]
+    return _define(plain, module, "def make(): ...", [code])()
+
+
+def _define(plain: Any, module: Any, factory: str, body: list[ast.stmt]) -> Callable[..., Any]:
+    """A function whose globals are those of the trainer's module, later patches too."""
+    tree = ast.parse(factory)
+    maker = tree.body[0]
+    assert isinstance(maker, ast.FunctionDef)
+    assert isinstance(body[0], ast.FunctionDef)
+    maker.body = [*body, *ast.parse(f"def _():\n return {body[0].name}").body[0].body]  # type: ignore[attr-defined]
+    for node in ast.walk(ast.fix_missing_locations(tree)):
+        if isinstance(node, ast.stmt | ast.expr):  # lines of two sources: their ends do not fit
+            node.end_lineno, node.end_col_offset = node.lineno, node.col_offset
+    scope: dict[str, Any] = {}
+    code = compile(tree, plain.__code__.co_filename, "exec", dont_inherit=True)
+    exec(code, vars(module), scope)
+    return scope["make"]
+
+
+def _spread(function: Callable[..., dict[str, Any]], outlined: Outlined) -> Callable[..., Any]:
+    """Names that a replacement has no use for are None: the trainer only deletes them."""
+
+    def call(**given: Any) -> tuple[Any, ...]:
+        result = function(**given)
+        return tuple(result.get(name) for name in outlined.outputs)
+
+    return call

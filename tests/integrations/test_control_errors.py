@@ -1,0 +1,97 @@
+"""What goes wrong with the control libraries' swap-ins: each error, and nothing left patched."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import types
+from typing import Any
+
+import pytest
+
+from ppo_fast.integrations import (
+    AlreadyPatchedError,
+    ForeignPatchError,
+    NeverReachedError,
+    NotPatchedError,
+    TrainerMissingError,
+    WrongVersionError,
+    sb3,
+    skrl,
+    tianshou,
+    torchrl,
+)
+
+ALL = (sb3, skrl, tianshou, torchrl)
+NEXT = {"sb3": "2.10.0", "skrl": "2.2.0", "tianshou": "2.1.0", "torchrl": "0.15.0"}
+
+
+@pytest.fixture(params=ALL, ids=lambda m: m.__name__.split(".")[-1])
+def swap(request: pytest.FixtureRequest) -> types.ModuleType:
+    package = request.param.integration.package
+    pytest.importorskip(package, reason=f"needs `pip install {package}`")
+    return request.param
+
+
+def state(swap: types.ModuleType) -> list[Any]:
+    """What stands at every place, as it stands there."""
+    found = []
+    for one in swap.integration.swaps:
+        module, _, path = one.place.partition(":")
+        holder: Any = importlib.import_module(module)
+        *inner, name = path.split(".")
+        for key in inner:
+            holder = getattr(holder, key)
+        found.append(vars(holder)[name])
+    return found
+
+
+def test_twice_and_without(swap: types.ModuleType) -> None:
+    before = state(swap)
+    with pytest.raises(NotPatchedError, match="call apply"):
+        swap.revert()
+    swap.apply()
+    with pytest.raises(AlreadyPatchedError, match="call revert"):
+        swap.apply()
+    with pytest.raises(NeverReachedError, match="gae: patched and never called"):
+        swap.revert()
+    assert state(swap) == before
+
+
+def test_another_version(swap: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, other = state(swap), NEXT[swap.integration.name]
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: other)
+    with pytest.raises(WrongVersionError, match=rf"written for .* found {other}"):
+        swap.apply()
+    assert state(swap) == before
+
+
+def test_another_patch_is_there(swap: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, path = swap.integration.swaps[-1].place.partition(":")
+    monkeypatch.setattr(f"{module}.{path}", lambda *args, **kwargs: None)
+    before = state(swap)
+    with pytest.raises(ForeignPatchError, match="undo that patch first"):
+        swap.apply()
+    assert state(swap) == before
+
+
+@pytest.mark.parametrize(
+    "module", [sb3, skrl, tianshou, torchrl], ids=lambda m: m.integration.name
+)
+def test_not_installed(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    extra = module.integration.extra
+    with pytest.raises(TrainerMissingError, match=rf"pip install 'ppo_fast\[{extra}\]'"):
+        module.apply()
+
+
+def test_the_fast_buffer_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    sb3._fast.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
+    with pytest.raises(WrongVersionError, match=r"written for stable_baselines3 2\.9, found 1\.0"):
+        _ = sb3.FastRolloutBuffer
+    with pytest.raises(AttributeError, match="FasterRolloutBuffer"):
+        _ = sb3.FasterRolloutBuffer

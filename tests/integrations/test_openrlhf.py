@@ -1,0 +1,197 @@
+"""OpenRLHF 0.11.2: losses, log-probabilities, KL and advantages patched beside its own."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trainers import needs
+
+needs("openrlhf", "0.11.2")
+
+import openrlhf_imports  # noqa: F401
+from openrlhf.models import PolicyLoss, ValueLoss, actor, aggregate_loss
+from openrlhf.models import utils as models_utils
+from openrlhf.trainer.ppo_utils import experience_maker
+
+from ppo_fast import integrations, testing
+from ppo_fast.integrations import openrlhf
+
+B, T, V = 5, 11, 13
+BATCHES = {
+    "alone": {},
+    "ranks": {"dp_size": 2, "batch_num_tokens": 71.0, "global_batch_size": 9.0},
+    "tensors": {"dp_size": 4, "batch_num_tokens": torch.tensor(171.0),
+                "global_batch_size": torch.tensor(19.0)},
+}  # fmt: skip
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def mask_of() -> Tensor:
+    mask = torch.ones(B, T)
+    mask[0, 3:6], mask[1, 7:], mask[3] = 0, 0, 0
+    return mask.double()
+
+
+def both(op: str, call: Any, *leaves: Tensor, size: float, terms: int = B * T) -> None:
+    """Results and gradients on both; fp32's budget, as OpenRLHF adds 1e-8 to counts."""
+    runs = []
+    for patched in (False, True):
+        if patched:
+            with openrlhf.patched((op,)) as calls:
+                found = call()
+            assert (calls[op].fused, calls[op].left) == (1, 0)
+        else:
+            found = call()
+        results = list(found) if isinstance(found, tuple) else [found]
+        total = sum(x.sum() for x in results if x is not None and x.requires_grad)
+        runs.append([*results, *(torch.autograd.grad(total, leaves) if leaves else ())])
+    for theirs, ours in zip(*runs, strict=True):
+        assert (ours is None) == (theirs is None)
+        if theirs is not None:
+            testing.assert_within_budget(
+                ours.detach().double(), theirs.detach().double(), condition=size, ops=8 + terms,
+                compute=torch.float32,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dual", [None, 2.0])
+def test_policy_loss(by_token: bool, batch: str, dual: float | None) -> None:
+    new = (0.7 * normal(B, T) - 2).requires_grad_()
+    old, advantages = 0.7 * normal(B, T, seed=1) - 2, normal(B, T, seed=2)
+    loss = PolicyLoss(0.1, 0.3, dual_clip=dual, token_level_loss=by_token)
+    both(
+        "policy_loss",
+        lambda: loss(new, old, advantages, action_mask=mask_of(), **BATCHES[batch]),
+        new, size=4e3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("clip", [None, 0.4])
+def test_value_loss(by_token: bool, batch: str, clip: float | None) -> None:
+    values = normal(B, T).requires_grad_()
+    old, returns = normal(B, T, seed=1), normal(B, T, seed=2)
+    loss = ValueLoss(clip, token_level_loss=by_token)
+    both(
+        "value_loss",
+        lambda: loss(values, old, returns, action_mask=mask_of(), **BATCHES[batch]),
+        values, size=40.0 * B * T,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"policy_loss_type": "gspo"}, "policy_loss_type 'gspo'"),
+        ({"is_correction_level": "token"}, "is_correction_level 'token'"),
+        ({"is_correction_level": "seq"}, "is_correction_level 'seq'"),
+    ],
+)
+def test_what_is_left_to_openrlhf(options: dict[str, Any], why: str) -> None:
+    x, y, a = normal(B, T) - 2, normal(B, T, seed=1) - 2, normal(B, T, seed=2)
+    call = functools.partial(
+        PolicyLoss(**options), x, y, a, action_mask=mask_of(), rollout_log_probs=y
+    )
+    theirs = call()
+    with pytest.warns(RuntimeWarning, match=why), openrlhf.patched(("policy_loss",)) as calls:
+        ours = call()
+    assert calls["policy_loss"].left == 1 and torch.equal(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs(temperature: float) -> None:
+    logits, labels = normal(2, 5, V).float(), torch.randint(V, (2, 5))
+    both(
+        "logprobs",
+        lambda: actor.log_probs_from_logits(logits.clone(), labels, temperature),
+        size=12.0, terms=V,
+    )  # fmt: skip
+
+
+def test_logprobs_gradient() -> None:
+    logits = normal(2, 5, V).float().requires_grad_()
+    labels = torch.randint(V, (2, 5))
+    both(
+        "logprobs", lambda: actor.log_probs_from_logits(logits, labels), logits, size=12.0, terms=V
+    )
+
+
+def test_entropy() -> None:
+    logits = normal(2, 5, V).float().requires_grad_()
+    both("entropy", lambda: actor.compute_entropy(logits), logits, size=12.0, terms=V)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("old", [False, True])
+def test_kl(kind: str, unbiased: bool, old: bool) -> None:
+    new, ref = (3 * normal(B, T)).requires_grad_(), 3 * normal(B, T, seed=1)
+    both(
+        "kl",
+        lambda: experience_maker.compute_approx_kl(
+            new, ref, log_probs_old=normal(B, T, seed=2) if old else None, kl_estimator=kind,
+            unbiased_gradient=unbiased,
+        ),
+        new, size=400.0, terms=8,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_advantages(gamma: float) -> None:
+    """Over the kept slots: OpenRLHF goes on through the others, ppo_fast leaves zeros."""
+    rewards, values, mask = normal(B, T), normal(B, T, seed=1), mask_of()
+    maker = experience_maker.RemoteExperienceMaker
+
+    def call() -> tuple[Tensor, ...]:
+        found = maker.get_advantages_and_returns(None, values, rewards, mask, gamma, 0.95)  # type: ignore[arg-type]
+        return tuple(x[mask != 0] for x in found)
+
+    both("advantages", call, size=60.0)
+
+
+def test_it_is_patched_at_every_import_site_and_put_back() -> None:
+    original = models_utils.log_probs_from_logits
+    places = openrlhf.apply()
+    assert {
+        "openrlhf.models.loss.PolicyLoss.forward",
+        "openrlhf.models.loss.ValueLoss.forward",
+        "openrlhf.models.actor.log_probs_from_logits",
+        "openrlhf.models.actor.compute_entropy",
+        "openrlhf.trainer.ppo_utils.experience_maker.compute_approx_kl",
+    } <= set(places)
+    assert actor.log_probs_from_logits is models_utils.log_probs_from_logits is not original
+    with pytest.raises(integrations.NeverReachedError, match="policy_loss, value_loss"):
+        openrlhf.revert()
+    assert actor.log_probs_from_logits is models_utils.log_probs_from_logits is original
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize("micro", [1, 2, 5])
+def test_micro_batches_add_up(by_token: bool, micro: int) -> None:
+    """OpenRLHF's promise for `batch_num_tokens`, with the patched loss."""
+    new, old = 0.3 * normal(B, T) - 2, 0.3 * normal(B, T, seed=1) - 2
+    advantages, mask = normal(B, T, seed=2), mask_of()
+    whole = {"batch_num_tokens": mask.sum(), "global_batch_size": (mask.sum(1) > 0).sum()}
+    loss = PolicyLoss(token_level_loss=by_token)
+    exact = loss(new, old, advantages, action_mask=mask, **whole)[0]
+    with openrlhf.patched(("policy_loss",)):
+        parts = [
+            loss(*(x[i : i + micro] for x in (new, old, advantages)),
+                 action_mask=mask[i : i + micro], **whole)[0]
+            for i in range(0, B, micro)
+        ]  # fmt: skip
+    testing.assert_within_budget(
+        torch.stack(parts).sum().double(), exact, condition=4e3, ops=8 + B * T,
+        compute=torch.float32,
+    )  # fmt: skip
+    assert torch.equal(aggregate_loss(mask, mask), torch.ones((), dtype=torch.float64))

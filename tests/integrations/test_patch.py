@@ -1,0 +1,330 @@
+"""The machinery itself, on a package made here: what is patched, counted, compared, put back."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ppo_fast import integrations
+from ppo_fast.integrations import _compare
+from ppo_fast.integrations._errors import Uncovered
+from ppo_fast.integrations._outline import Block
+from ppo_fast.integrations._patch import Calls, Integration, Swap
+
+SOURCES = {
+    "__init__": "",
+    "core": """
+import torch
+
+def double(x, times=2):
+    return x * times
+
+def scale(x):
+    return x.mul_(3)
+
+TABLE = {"double": double}
+
+class Trainer:
+    rate = 2.0
+
+    def total(self, x):
+        if self.rate > 1:
+            squares = []
+            for item in x:
+                square = item * item
+                squares.append(square)
+            total = sum(squares)
+            mean = total / len(squares)
+        with torch.no_grad():
+            half = mean / self.rate
+            del squares
+        return total, half
+
+def use(x):
+    return double(x)
+""",
+    "user": "from toytrainer.core import double\n\ndef use(x):\n    return double(x)\n",
+    "late": "from toytrainer.core import double\n",
+}
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A trainer `toytrainer` 1.2.0; `late` is not imported yet."""
+    package = tmp_path / "toytrainer"
+    info = tmp_path / "toytrainer-1.2.0.dist-info"
+    package.mkdir()
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toytrainer\nVersion: 1.2.0\n")
+    for name, source in SOURCES.items():
+        (package / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield SimpleNamespace(
+        core=importlib.import_module("toytrainer.core"),
+        user=importlib.import_module("toytrainer.user"),
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] == "toytrainer"]:
+        del sys.modules[name]
+
+
+def ours(x: Tensor, times: float = 2) -> Tensor:
+    if times == 0:
+        raise Uncovered("times 0")
+    return x + (times - 1) * x
+
+
+def made(*swaps: Swap, **changed: Any) -> Integration:
+    fields = {"name": "toy", "package": "toytrainer", "version": "1.2", "extra": "toy"}
+    return Integration(**{**fields, **changed}, swaps=swaps or (DOUBLE,))
+
+
+DOUBLE = Swap("double", "toytrainer.core:double", ours)
+X = torch.arange(4.0)
+
+
+def state(module: ModuleType) -> dict[str, Any]:
+    return {**vars(module), "TABLE": dict(module.TABLE), "total": module.Trainer.total}
+
+
+def test_every_import_site_is_patched_and_put_back(toy: SimpleNamespace) -> None:
+    before, toys = state(toy.core), made()
+    places = toys.apply()
+    assert sorted(places) == [
+        "toytrainer.core.TABLE['double']", "toytrainer.core.double", "toytrainer.user.double"
+    ]  # fmt: skip
+    late = importlib.import_module("toytrainer.late")
+    for use in (toy.core.use, toy.user.use, late.double, toy.core.TABLE["double"]):
+        assert torch.equal(use(X), 2 * X)
+    assert toys.calls == {"double": Calls(fused=4)}
+    assert toys.revert() == {"double": Calls(fused=4)}
+    assert state(toy.core) == before and toys.calls == {}
+    assert toy.user.double is toy.core.double is late.double is before["double"]
+    with made().patched() as calls:
+        toy.user.use(X)
+    assert calls["double"].fused == 1 and state(toy.core) == before
+
+
+def test_a_method_is_patched_in_its_class(toy: SimpleNamespace) -> None:
+    before = toy.core.Trainer.total
+
+    def total(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        square = (x * x).sum()
+        return square, square / len(x) / self.rate
+
+    with made(Swap("total", "toytrainer.core:Trainer.total", total)).patched() as calls:
+        assert toy.core.Trainer().total(X)[0] == 14
+    assert calls == {"total": Calls(fused=1)} and toy.core.Trainer.total is before
+
+
+def squares(x: Tensor, **_: Any) -> dict[str, Any]:
+    return {"total": (x * x).sum(), "mean": (x * x).mean()}
+
+
+BLOCK = Block("squares = []", "mean = total", metrics=("half = mean", "half = mean"))
+
+
+def used(_: Any, result: dict[str, Any]) -> dict[str, Any]:
+    return {name: result[name] for name in ("total", "half")}
+
+
+def test_statements_inside_a_function_are_replaced(toy: SimpleNamespace) -> None:
+    """What they set is handed back, and what only a `del` names may be left out."""
+
+    def block(x: Tensor, self: Any) -> dict[str, Any]:
+        found = squares(x)
+        return {"total": found["total"], "half": (found["mean"] / self.rate).detach()}
+
+    before = toy.core.Trainer.total
+    x = X.clone().requires_grad_()
+    plain = toy.core.Trainer().total(x)
+    swap = Swap("total", "toytrainer.core:Trainer.total", block, block=BLOCK, view=used)
+    with made(swap).patched() as calls:
+        assert toy.core.Trainer().total(x) == plain
+        toy.core.Trainer().total(x)
+    assert calls == {"total": Calls(fused=2)} and toy.core.Trainer.total is before
+
+
+@pytest.mark.parametrize(
+    "block", [Block("squares = {}", "mean = total"), Block("mean = total", "squares = []")]
+)
+def test_a_statement_that_is_not_there(toy: SimpleNamespace, block: Block) -> None:
+    toys = made(DOUBLE, Swap("total", "toytrainer.core:Trainer.total", squares, block=block))
+    before = state(toy.core)
+    with pytest.raises(integrations.UnknownSourceError, match=r"total: 0 places from `"):
+        toys.apply()
+    assert state(toy.core) == before
+
+
+def test_uncovered_options_are_left_and_said(toy: SimpleNamespace) -> None:
+    with made().patched() as calls:
+        with pytest.warns(RuntimeWarning, match="toy: double is left to toytrainer: times 0"):
+            assert torch.equal(toy.core.double(X, times=0), 0 * X)
+        assert torch.equal(toy.core.double(X, times=0), 0 * X)
+        assert torch.equal(toy.core.double(X), 2 * X)
+    assert calls == {"double": Calls(fused=1, left=2)}
+
+
+def wrong_value(x: Tensor, times: float = 2) -> Tensor:
+    return x * times + torch.tensor([0.0, 0, 1, 0])
+
+
+def wrong_gradient(x: Tensor, times: float = 2) -> Tensor:
+    return x * times + (x - x.detach())
+
+
+def wrong_shape(x: Tensor, times: float = 2) -> Tensor:
+    return (x * times)[:2]
+
+
+@pytest.mark.parametrize(
+    ("fused", "what"),
+    [
+        (wrong_value, r"result: the original gives 4.0 at \(2,\), ppo_fast 5.0 \(1 of 4 differ"),
+        (wrong_gradient, r"gradient of inputs\['x'\]: the original gives 2.0"),
+        (wrong_shape, r"the original has shape \(4,\), ppo_fast \(2,\)"),
+    ],
+)
+def test_a_mismatch_is_refused_and_nothing_stays_patched(
+    toy: SimpleNamespace, fused: Any, what: str
+) -> None:
+    before, toys = state(toy.core), made(Swap("double", "toytrainer.core:double", fused))
+    x = X.clone().requires_grad_()
+    with pytest.raises(integrations.MismatchError, match=what), toys.patched():
+        toy.core.double(x)
+    assert state(toy.core) == before and toys.calls == {}
+
+
+def test_the_comparison_leaves_the_inputs_alone(toy: SimpleNamespace) -> None:
+    """Its original changes its input in place; the caller's is changed by nobody."""
+    x = X.clone()
+    with made(Swap("scale", "toytrainer.core:scale", lambda x: x * 3)).patched():
+        assert torch.equal(toy.core.scale(x), 3 * X) and torch.equal(x, X)
+
+
+def test_a_patched_op_that_is_never_called(toy: SimpleNamespace) -> None:
+    before, toys = state(toy.core), made()
+    with (
+        pytest.raises(integrations.NeverReachedError, match="double: patched and never called"),
+        toys.patched(),
+    ):
+        pass
+    assert state(toy.core) == before
+    with pytest.raises(ZeroDivisionError), toys.patched():  # the caller's own error is the news
+        raise ZeroDivisionError
+    assert state(toy.core) == before
+
+
+def test_applied_twice_and_reverted_without(toy: SimpleNamespace) -> None:
+    toys = made()
+    with pytest.raises(integrations.NotPatchedError, match=r"toy: not patched; call apply\(\)"):
+        toys.revert()
+    toys.apply()
+    patched = state(toy.core)
+    with pytest.raises(integrations.AlreadyPatchedError, match=r"call revert\(\) first"):
+        toys.apply()
+    assert state(toy.core) == patched
+    toy.core.double(X)
+    toys.revert()
+
+
+@pytest.mark.parametrize("version", ["1.1", "2", "1.2.0.1", "1"])
+def test_another_version(toy: SimpleNamespace, version: str) -> None:
+    before, toys = state(toy.core), made(version=version)
+    if version == "1":  # 1.2.0 is a 1
+        toys.apply()
+        toys.calls["double"].fused = 1
+        toys.revert()
+        return
+    with pytest.raises(
+        integrations.WrongVersionError, match=rf"written for toytrainer {version}, found 1\.2\.0"
+    ):
+        toys.apply()
+    assert state(toy.core) == before
+
+
+def test_a_trainer_that_is_not_installed() -> None:
+    toys = made(package="no_such_trainer", extra="none")
+    with pytest.raises(
+        integrations.TrainerMissingError, match=r"not installed: pip install 'ppo_fast\[none\]'"
+    ):
+        toys.apply()
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("toytrainer.core:triple", integrations.UnknownSourceError),
+        ("toytrainer.core:Trainer.mean", integrations.UnknownSourceError),
+        ("toytrainer.nowhere:double", integrations.TrainerMissingError),
+    ],
+)
+def test_a_place_that_is_not_there(toy: SimpleNamespace, place: str, error: Any) -> None:
+    before, toys = state(toy.core), made(DOUBLE, Swap("other", place, ours))
+    with pytest.raises(error, match=place.partition(":")[0]):
+        toys.apply()
+    assert state(toy.core) == before
+
+
+@pytest.mark.parametrize("ops", [("triple",), ()])
+def test_ops_that_there_are_not(toy: SimpleNamespace, ops: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"ops must be among \('double',\), got \("):
+        made().apply(ops)
+
+
+def test_another_patch_is_there_before(
+    toy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy.core, "double", ours)
+    toys = made()
+    with pytest.raises(
+        integrations.ForeignPatchError, match=r"own any more, it comes from .*test_patch"
+    ):
+        toys.apply()
+    assert toy.core.double is ours and toys.calls == {}
+
+
+def test_another_patch_comes_after(toy: SimpleNamespace) -> None:
+    toys = made()
+    toys.apply()
+    mine = toy.core.double
+    toy.core.double(X)
+    toy.core.double = ours
+    with pytest.raises(
+        integrations.ForeignPatchError, match=r"double has been replaced by .*test_patch"
+    ):
+        toys.revert()
+    assert toy.core.double is ours and toy.user.double is mine  # nothing was changed
+    toy.core.double = mine
+    toys.revert()
+
+
+def test_ops_on_request(toy: SimpleNamespace) -> None:
+    toys = made(DOUBLE, Swap("scale", "toytrainer.core:scale", ours), on_request=("scale",))
+    with toys.patched() as calls:
+        toy.core.double(X)
+    assert list(calls) == ["double"]
+    assert toys.apply(("scale",)) == ["toytrainer.core.scale"]
+    toys.calls["scale"].left = 1
+    toys.revert()
+
+
+def test_samples_of_large_arguments() -> None:
+    """Tokens of one row, words of the head; what is None stays so."""
+    tokens = torch.arange(200).view(2, 100) * 100
+    given = {"x": torch.ones(2, 100, 8), "w": torch.ones(20000, 8), "b": None, "t": tokens}
+    found = _compare.first_of_head("x", "w", "t", "b")(given)
+    assert {k: x.shape for k, x in found.items() if x is not None} == {
+        "x": (1, 64, 8), "w": (4096, 8), "t": (1, 64)
+    }  # fmt: skip
+    assert torch.equal(found["t"], tokens[:1, :64] % 4096)
+    flat = {"x": torch.ones(100, 8), "t": tokens[0], "more": 3}
+    assert _compare.first_tokens("x", "t")(flat)["t"].shape == (64,)
+    assert _compare.first_rows("x")(flat)["x"].shape == (1, 8)

@@ -1,0 +1,74 @@
+"""TRL 1.12's PPOTrainer: ten updates on ppo_fast beside ten of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from trainers import needs
+
+needs("trl", "1.12")
+
+import trl_ppo_run
+from trl.experimental.ppo import ppo_trainer
+from trl.trainer import utils
+
+from ppo_fast import integrations
+from ppo_fast.integrations import trl_ppo
+
+TIMES = ("eps",)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kl_estimator": "k3", "gamma": 0.9, "lam": 0.8, "temperature": 0.6, "cliprange": 0.02}],
+    ids=["defaults", "options"],
+)
+def test_a_run_is_the_same(options: dict[str, Any]) -> None:
+    theirs = trl_ppo_run.run(**options)
+    with trl_ppo.patched() as calls:
+        ours = trl_ppo_run.run(**options)
+    tiny.assert_same_run(ours, theirs, 10, TIMES)
+    # 10 updates of 2 roll-outs (2 log-probs each), 2 epochs, 4 micro-batches
+    assert {op: n.fused for op, n in calls.items()} == {
+        "logprobs": 120, "whiten": 10, "gae": 10, "value_loss": 80, "policy_loss": 80
+    }  # fmt: skip
+    assert not any(n.left for n in calls.values())
+
+
+def test_it_is_patched_at_every_import_site_and_put_back() -> None:
+    original, train = utils.selective_log_softmax, ppo_trainer.PPOTrainer.train
+    places = trl_ppo.apply()
+    assert {
+        "trl.trainer.utils.selective_log_softmax",
+        "trl.experimental.ppo.ppo_trainer.selective_log_softmax",
+        "trl.experimental.ppo.ppo_trainer.masked_whiten",
+        "trl.experimental.ppo.ppo_trainer.PPOTrainer.train",
+    } <= set(places)
+    assert ppo_trainer.selective_log_softmax is utils.selective_log_softmax is not original
+    with pytest.raises(integrations.NeverReachedError, match="logprobs, whiten, gae, value_loss"):
+        trl_ppo.revert()
+    assert ppo_trainer.selective_log_softmax is utils.selective_log_softmax is original
+    assert ppo_trainer.PPOTrainer.train is train
+
+
+def test_several_tokens_a_row_are_left_to_trl() -> None:
+    logits, index = torch.randn(2, 3, 7), torch.randint(7, (2, 3, 2))
+    theirs = utils.selective_log_softmax(logits, index)
+    with (
+        pytest.warns(RuntimeWarning, match="several tokens a row"),
+        trl_ppo.patched(("logprobs",)) as calls,
+    ):
+        assert torch.equal(utils.selective_log_softmax(logits, index), theirs)
+    assert (calls["logprobs"].fused, calls["logprobs"].left) == (0, 1)
+
+
+def test_the_other_version_is_refused() -> None:
+    from ppo_fast.integrations import trl_grpo
+
+    with pytest.raises(
+        integrations.WrongVersionError, match=r"written for trl 1\.16, found 1\.12"
+    ):
+        trl_grpo.apply()
