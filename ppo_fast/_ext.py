@@ -56,8 +56,7 @@ def load_cuda() -> str | None:
     reason = load()
     if reason is not None:
         return reason
-    built = module().build_info()["cuda"]
-    if not built:
+    if not module().build_info()["cuda"]:
         return (
             f"the C++ extension was built without CUDA; run `{_MEND.format('cuda')}` where nvcc"
             " and a GPU's torch are, or set PPO_FAST_CUDA_EMULATE=1 before Python starts to run"
@@ -65,15 +64,23 @@ def load_cuda() -> str | None:
         )
     if not torch.cuda.is_available():
         return "there is no GPU; set PPO_FAST_CUDA_EMULATE=1 before Python starts to emulate one"
-    major, minor = torch.cuda.get_device_capability()
-    runs = {name: _cflags.ARCHITECTURES[name] for name in built["architectures"]}
-    if not any(10 * major + minor in range_ for range_ in runs.values()):
-        names = ", ".join(f"sm_{name}" for name in runs)
-        return (
-            f"this build is for {names}, the GPU is sm_{major}{minor}; run"
-            f" `{_MEND.format('cuda')}` on it, if it is of sm_8x, sm_90 or sm_10x"
-        )
     return None
+
+
+@functools.cache
+def wrong_gpu(device: int | None = None) -> str | None:
+    """Why the `cuda` overloads do not run on this GPU, and what mends it; None if they do.
+
+    Not part of `load_cuda`: asking a GPU initialises CUDA, which importing must not.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    names = module().build_info()["cuda"]["architectures"]
+    if any(10 * major + minor in _cflags.ARCHITECTURES[name] for name in names):
+        return None
+    return (
+        f"this build is for {', '.join(f'sm_{name}' for name in names)}, the GPU is sm_{major}{minor};"
+        f" run `{_MEND.format('cuda')}` on it, if it is of sm_8x, sm_90 or sm_10x"
+    )
 
 
 @functools.cache
