@@ -34,9 +34,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 EVERY = pytest.mark.parametrize("op, options", PRESETS.values(), ids=PRESETS.keys())
 
 
-@pytest.fixture
-def kernel() -> str:
-    return usable("cuda")
+@pytest.fixture(params=["cuda"])
+def kernel(request: pytest.FixtureRequest) -> str:
+    return usable(request.param)
 
 
 def rowwise(out: dict[str, Tensor]) -> dict[str, Tensor]:
