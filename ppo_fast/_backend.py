@@ -53,7 +53,10 @@ class _Chosen:
 
 def backends() -> dict[str, str | None]:
     """Each backend's name -> None if usable here, else the reason it is not and its mend."""
-    return dict(_REASONS)
+    reasons = dict(_REASONS)
+    if reasons["cuda"] is None and not _ext.EMULATED:
+        reasons["cuda"] = _ext.wrong_gpu()
+    return reasons
 
 
 def _named(op: str, name: str) -> str:
@@ -102,12 +105,22 @@ def select(op: str, backend: str | None, x: Tensor) -> str:
             raise TypeError(f"{op}: backend {name!r} has no float64; use 'reference' or 'cpu'")
         if x.device.type == "cpu" and not _on_cpu(name):
             raise ValueError(f"{op}: backend {name!r} needs CUDA tensors, got {x.device}")
+    if name == "cuda" and x.device.type == "cuda":
+        _check_gpu(op, x)
     return name
 
 
 def _on_cpu(name: str) -> bool:
     """Whether a GPU's backend runs on CPU tensors here."""
     return _ext.EMULATED if name == "cuda" else os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _check_gpu(op: str, x: Tensor) -> None:
+    if _ext.EMULATED:
+        raise ValueError(f"{op}: backend 'cuda' is emulated and needs CPU tensors, got {x.device}")
+    reason = _ext.wrong_gpu(x.device.index)
+    if reason is not None:
+        raise BackendUnavailableError(f"{op}: backend 'cuda' is not usable: {reason}")
 
 
 def _automatic(op: str, x: Tensor) -> str:
@@ -127,7 +140,7 @@ def _automatic(op: str, x: Tensor) -> str:
 
 
 def _cuda_is_faster(op: str, x: Tensor) -> bool:
-    if not _dispatch.CUDA_IS_FASTER or _REASONS["cuda"] is not None:
+    if not _dispatch.CUDA_IS_FASTER or _REASONS["cuda"] is not None or _ext.EMULATED:
         return False
     case = _dispatch.Case(op, torch.cuda.get_device_capability(x.device), x.dtype)
     return case in _dispatch.CUDA_IS_FASTER

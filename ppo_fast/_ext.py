@@ -56,8 +56,7 @@ def load_cuda() -> str | None:
     reason = load()
     if reason is not None:
         return reason
-    built = module().build_info()["cuda"]
-    if not built:
+    if not module().build_info()["cuda"]:
         return (
             f"the C++ extension was built without CUDA; run `{_MEND.format('cuda')}` where nvcc"
             " and a GPU's torch are, or set PPO_FAST_CUDA_EMULATE=1 before Python starts to run"
@@ -65,15 +64,24 @@ def load_cuda() -> str | None:
         )
     if not torch.cuda.is_available():
         return "there is no GPU; set PPO_FAST_CUDA_EMULATE=1 before Python starts to emulate one"
-    major, minor = torch.cuda.get_device_capability()
-    runs = {name: _cflags.ARCHITECTURES[name] for name in built["architectures"]}
-    if not any(10 * major + minor in range_ for range_ in runs.values()):
-        names = ", ".join(f"sm_{name}" for name in runs)
-        return (
-            f"this build is for {names}, the GPU is sm_{major}{minor}; run"
-            f" `{_MEND.format('cuda')}` on it, if it is of sm_8x, sm_90 or sm_10x"
-        )
     return None
+
+
+@functools.cache
+def wrong_gpu(device: int | None = None) -> str | None:
+    """Why the `cuda` overloads do not run on this GPU, and what mends it; None if they do.
+
+    Not part of `load_cuda`: asking a GPU initialises CUDA, which importing must not.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    names = module().build_info()["cuda"]["architectures"]
+    if any(10 * major + minor in _cflags.ARCHITECTURES[name] for name in names):
+        return None
+    ours = ", ".join(f"sm_{name}" for name in names)
+    return (
+        f"this build is for {ours}, the GPU is sm_{major}{minor};"
+        f" run `{_MEND.format('cuda')}` on it, if it is of sm_8x, sm_90 or sm_10x"
+    )
 
 
 @functools.cache
@@ -103,8 +111,7 @@ def _load_emulated() -> str | None:
     folder = _cache_folder()
     library = folder / "ppo_fast_emulated.so"
     try:
-        if not (folder / "complete").exists():
-            _compile_emulated(folder)
+        _compile_emulated(folder)
         torch.ops.load_library(library)
     except (ImportError, OSError, RuntimeError) as error:
         return f"the emulated CUDA kernels did not compile ({error}); that needs g++ and ninja"
@@ -121,15 +128,25 @@ def _cache_folder() -> Path:
 
 
 def _compile_emulated(folder: Path) -> None:
+    """Unless another process has; a lock of the system's ends with the process that holds it."""
+    if (folder / "complete").exists():
+        return
+    import fcntl
+
     from torch.utils import cpp_extension
 
     folder.mkdir(parents=True, exist_ok=True)
-    cpp_extension.load(
-        name="ppo_fast_emulated",
-        sources=_cflags.emulated_sources(_CSRC),
-        extra_cflags=list(_cflags.EMULATE_FLAGS),
-        build_directory=str(folder),
-        with_cuda=False,
-        is_python_module=False,
-    )
-    (folder / "complete").touch()
+    with open(folder / "building", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "complete").exists():
+            return
+        (folder / "lock").unlink(missing_ok=True)  # torch's own, of a build that was killed
+        cpp_extension.load(
+            name="ppo_fast_emulated",
+            sources=_cflags.emulated_sources(_CSRC),
+            extra_cflags=list(_cflags.EMULATE_FLAGS),
+            build_directory=str(folder),
+            with_cuda=False,
+            is_python_module=False,
+        )
+        (folder / "complete").touch()

@@ -34,9 +34,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 EVERY = pytest.mark.parametrize("op, options", PRESETS.values(), ids=PRESETS.keys())
 
 
-@pytest.fixture
-def kernel() -> str:
-    return usable("cuda")
+@pytest.fixture(params=["cuda"])
+def kernel(request: pytest.FixtureRequest) -> str:
+    return usable(request.param)
 
 
 def rowwise(out: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -125,6 +125,15 @@ def test_mixed_precisions(kernel: str, device: str, first: torch.dtype) -> None:
     for other in (torch.float32, torch.bfloat16, torch.float16):
         low = {"values": call.tensors["values"].to(other), "rho": call.tensors["rho"].to(other)}
         testing.assert_agrees(call.replace(**low), kernel)
+
+
+@pytest.mark.parametrize("op", ["gae", "rlhf_advantages"])
+def test_offsets_of_any_stride(kernel: str, device: str, op: str) -> None:
+    call = testing.FACTORIES[op]((60,), packed=True, device=device)
+    ends = call.tensors["cu_seqlens"]
+    spread = torch.stack([ends, -ends], 1)[:, 0]
+    a, b = run(call, kernel), run(call.replace(cu_seqlens=spread), kernel)
+    assert all(same_bits(a[k], b[k]) for k in a)
 
 
 BAD = ([1, 4], [0, 20, 10], [0, 50_000], [-1, 7], [0, 1 << 40], [-(1 << 40), 3])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -131,19 +133,56 @@ def test_a_gpu_s_backend_needs_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> 
             _backend.select("op", name, torch.zeros(1))
 
 
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], architectures: list[str]
+) -> None:
+    """A GPU of this capability, and a build for these architectures."""
+    build = types.SimpleNamespace(build_info=lambda: {"cuda": {"architectures": architectures}})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(_ext, "module", lambda: build)
+    monkeypatch.setattr(_ext, "wrong_gpu", _ext.wrong_gpu.__wrapped__)
+    monkeypatch.setattr(_ext, "EMULATED", False)
+    monkeypatch.setattr(_backend._Chosen, "name", None)
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(_backend._REASONS, name, None)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that only says that it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3)])
+def test_a_build_runs_where_its_machine_code_does(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    x = torch.zeros(1).as_subclass(OnGpu)
+    pretend(monkeypatch, capability, ["80", "90a", "100"])
+    assert _backend.select("gae", "cuda", x) == "cuda" and ppo_fast.backends()["cuda"] is None
+
+
+def test_a_kernel_says_which_gpu_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1).as_subclass(OnGpu)
+    pretend(monkeypatch, (7, 5), ["80", "90a", "100"])
+    text = r"sm_80, sm_90a, sm_100, the GPU is sm_75; run `.*sm_8x, sm_90 or sm_10x"
+    with pytest.raises(ppo_fast.BackendUnavailableError, match=f"gae: .*{text}"):
+        _backend.select("gae", "cuda", x)
+    assert re.search(text, str(ppo_fast.backends()["cuda"]))
+
+
+def test_an_emulated_gpu_has_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (9, 0), ["90a"])
+    monkeypatch.setattr(_ext, "EMULATED", True)
+    with pytest.raises(ValueError, match=r"gae: backend 'cuda' is emulated .*got cuda:0"):
+        _backend.select("gae", "cuda", torch.zeros(1).as_subclass(OnGpu))
+
+
 def test_the_default_on_a_gpu_is_triton_but_where_cuda_was_measured_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Chosen on a tensor that only says that it is on a GPU."""
-
-    class OnGpu(torch.Tensor):
-        device = torch.device("cuda", 0)
-
     x = torch.zeros(1, dtype=torch.bfloat16).as_subclass(OnGpu)
-    monkeypatch.setattr(_backend._Chosen, "name", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for name in ("triton", "cuda"):
-        monkeypatch.setitem(_backend._REASONS, name, None)
+    pretend(monkeypatch, (9, 0), ["90a"])
     assert _backend.select("gae", None, x) == "triton"
     case = _dispatch.Case("gae", (9, 0), torch.bfloat16)
     monkeypatch.setitem(_dispatch.CUDA_IS_FASTER, case, "some-results.json")

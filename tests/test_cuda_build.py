@@ -106,3 +106,35 @@ def test_logprobs_gradient_moves_16_bytes(objects: Path, architecture: str) -> N
     code = code_of(objects, "logprobs", r"logprobs_gradient_kernelI\w*bf16ELb0E", architecture)
     for loop in hot_loops(code, 16):
         assert loop["LDG.E.128"] >= 2 and loop["STG.E.128"] >= 2
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize("walk", ["warps", "blocks"])
+def test_advantages_move_16_bytes(objects: Path, walk: str, architecture: str) -> None:
+    """Rewards and values before the loop and in it; advantages and returns."""
+    code = code_of(objects, "gae", f"advantage_{walk}_kernelI\\w*GaeSourceILb0E", architecture)
+    names = collections.Counter(x.name for x in code)
+    assert names["LDG.E.128"] >= 4 and names["STG.E.128"] >= 2
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize(
+    ("stem", "kernel", "loads", "stores"),
+    [
+        ("ppo_loss", "ppo_loss_kernelILNS_7VariantE0ELb1E", 5, 2),
+        ("ppo_loss", "ppo_loss_kernelILNS_7VariantE0ELb0E", 6, 2),
+        ("value_loss", "value_loss_kernel", 3, 1),
+        ("whiten", "moments_kernel", 1, 0),
+        ("whiten", "whiten_kernel", 1, 1),
+    ],
+)
+def test_tokens_move_16_bytes(
+    objects: Path, stem: str, kernel: str, loads: int, stores: int, architecture: str
+) -> None:
+    """Four fp32 tokens an access, of every tensor and gradient that is laid out for it."""
+    wide = collections.Counter(
+        x.name.split(".")[0]
+        for x in code_of(objects, stem, kernel, architecture)
+        if x.name.endswith(".128")
+    )
+    assert (wide["LDG"], wide["STG"]) == (loads, stores)

@@ -24,6 +24,18 @@ LAUNCHES: list[tuple[str, dict[str, Any], int]] = [
     ("value_loss", {}, 1),
     ("value_loss", {"reduction": "seq-mean-token-mean"}, 2),
     ("whiten", {}, 2),
+    # Few sequences of many chunks take one launch for the chunks' maps and one more to apply
+    # them; where the next live step must be looked for, one before.
+    ("gae", {}, 1),
+    ("gae", {"time_major": True}, 1),
+    ("gae", {"shape": (41,), "packed": True}, 1),
+    ("gae", {"shape": (2, 8192)}, 1),
+    ("gae", {"shape": (2, 8193), "mask": None}, 2),
+    ("gae", {"shape": (2, 8193), "masked": "zero"}, 2),
+    ("gae", {"shape": (2, 8193)}, 3),
+    ("gae", {"shape": (8193,), "packed": True}, 3),
+    ("rlhf_advantages", {}, 1),
+    ("rlhf_advantages", {"shape": (2, 8193), "masked": "zero"}, 3),
 ]
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import one_pass_helpers
 import pytest
@@ -102,6 +104,15 @@ def test_the_heads_middle_is_one_launch(
     testing.assert_agrees(call, "cuda")
 
 
+@pytest.mark.parametrize("options", [{"softcap": 4.0}, {"dtype": torch.float16}], ids=str)
+def test_heads_whose_middle_is_several(
+    device: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    short_chunks(monkeypatch)
+    call = linear_ppo_call((5, 7), device=device, log_ratio_clamp=3.0, **options)
+    testing.assert_agrees(call, "cuda")
+
+
 def results() -> list[Tensor]:
     """Of both kernels' paths: a warp's rows, a block's and a cluster's."""
     out: list[Tensor] = []
@@ -117,14 +128,14 @@ def save(path: str) -> None:
     torch.save(results(), path)
 
 
-def test_older_gpus_give_the_same_bits(device: str, tmp_path: object) -> None:
+def test_older_gpus_give_the_same_bits(device: str, tmp_path: Path) -> None:
     """Emulated at sm_80: rows are read twice there, which must not show."""
     if device != "cpu":
         pytest.skip("a GPU is as old as it is")
-    path = f"{tmp_path}/results"
+    path = str(tmp_path / "results")
     env = os.environ | {"PPO_FAST_CUDA_EMULATE": "80"}
     subprocess.run(
-        [sys.executable, "-c", OLDER, path], env=env, cwd=os.path.dirname(__file__), check=True
+        [sys.executable, "-c", OLDER, path], env=env, cwd=Path(__file__).parent, check=True
     )
     for x, y in zip(torch.load(path), results(), strict=True):
         assert same_bits(x, y)

@@ -26,6 +26,7 @@ struct Output {
 struct Sequences {
   const void* offsets;
   bool wide;  // 64-bit offsets
+  int64_t stride;
   int64_t count, length;
 };
 

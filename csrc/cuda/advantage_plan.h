@@ -35,11 +35,10 @@ inline Steps per_sequence(const OptTensor& x, int64_t count, const char* op, con
 inline Sequences sequences_of(const Tensor& main, const OptTensor& cu_seqlens,
                               const Layout& layout) {
   const View v = strided_view(main);
-  if (layout.time_major) return {nullptr, false, v.cols, v.rows};
-  if (!cu_seqlens) return {nullptr, false, v.rows, v.cols};
+  if (layout.time_major) return {nullptr, false, 0, v.cols, v.rows};
+  if (!cu_seqlens) return {nullptr, false, 0, v.rows, v.cols};
   const View cu = strided_view(*cu_seqlens);
-  STD_TORCH_CHECK(cu.col_stride == 1 || cu.cols == 1, "ppo_fast: cu_seqlens must be contiguous");
-  return {cu.data, cu.dtype == DType::i64, cu.cols - 1, v.cols};
+  return {cu.data, cu.dtype == DType::i64, cu.col_stride, cu.cols - 1, v.cols};
 }
 
 enum class Regime { slabs, warps, blocks, chunks };

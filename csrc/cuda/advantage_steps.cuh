@@ -19,8 +19,8 @@ struct Sequence {
 };
 
 PPO_DEVICE int64_t given_offset(const Sequences& s, int64_t i) {
-  return s.wide ? static_cast<const int64_t*>(s.offsets)[i]
-                : int64_t(static_cast<const int32_t*>(s.offsets)[i]);
+  return s.wide ? static_cast<const int64_t*>(s.offsets)[i * s.stride]
+                : int64_t(static_cast<const int32_t*>(s.offsets)[i * s.stride]);
 }
 // Whatever the offsets hold, nothing outside is touched.
 PPO_DEVICE int64_t offset_at(const Sequences& s, int64_t i) {

@@ -51,7 +51,6 @@ PPO_DEVICE int64_t last_live_of_unit(const Steps& mask, const Sequence& span, in
   return bits ? t + 31 - __clz(int(bits)) : -1;
 }
 
-// The same units, the maps of their steps, and what enters them.
 template <bool kTwo>
 PPO_DEVICE Suffixes<kTwo> recur(const AdvantageArgs& args, const UnitOf<kTwo>& unit, float next) {
   return recur(unit, next, args.gamma, args.decay);

@@ -30,7 +30,7 @@ struct ClusterPlan {
 // The smallest cluster that holds kStages rows.
 ClusterPlan cluster_plan(const RowPlan& plan, int item) {
   for (int size = 1; size <= kMaxCluster && size <= plan.slices; size *= 2) {
-    const int bytes = kStagesAt + kStages * stage_bytes(plan, size, item);
+    const int64_t bytes = kStagesAt + kStages * stage_bytes(plan, size, item);
     if (bytes <= kSharedBytes) {
       return {size, std::min(kWorkers, plan.slices / size), size_t(bytes)};
     }

@@ -30,8 +30,8 @@ struct ClusterState {
 constexpr int kStagesAt = (sizeof(ClusterState) + 127) / 128 * 128;
 
 // Bytes of a stage: a block's columns, up to 16 bytes further as the row misses 16 bytes itself.
-PPO_HOST_DEVICE int stage_bytes(RowPlan plan, int cluster, int item) {
-  return (plan.slices / cluster * plan.length * item + 16 + 127) / 128 * 128;
+PPO_HOST_DEVICE int64_t stage_bytes(RowPlan plan, int cluster, int item) {
+  return (int64_t(plan.slices / cluster) * plan.length * item + 16 + 127) / 128 * 128;
 }
 
 // What a block holds of every row, and which rows its cluster takes.
@@ -47,7 +47,7 @@ struct Held {
     const RowPlan plan = row_plan(a.vocab);
     state = shared_memory<ClusterState>();
     stages = shared_memory<unsigned char>() + kStagesAt;
-    bytes = stage_bytes(plan, size, int(sizeof(T)));
+    bytes = int(stage_bytes(plan, size, int(sizeof(T))));
     slices = plan.slices / size;
     first_slice = rank * slices;
     length = plan.length;
@@ -148,8 +148,9 @@ PPO_DEVICE void load_row(const Held<T>& held, const T* from, const TokenInputs& 
 // The last warp: rows come, and gradients go, through the stages in turn.
 template <class T, class O>
 PPO_DEVICE void move_rows(const LogitsPpoArg& a, const Held<T>& held) {
+  TokenInputs next = token_inputs(a, held.row(0));
   for (int64_t n = 0; n < held.rows + kStages; ++n) {
-    const TokenInputs t = n < held.rows ? token_inputs(a, held.row(n)) : TokenInputs{};
+    const TokenInputs t = next;
     if (n >= kStages) {
       const int64_t before = held.row(n - kStages);
       mbarrier_wait(&held.state->done[n % kStages], unsigned(n / kStages - 1));
@@ -158,6 +159,7 @@ PPO_DEVICE void move_rows(const LogitsPpoArg& a, const Held<T>& held) {
         if (leaves_in_bulk(a.row<T>(before), to)) store_row(held, to, n - kStages);
       }
     }
+    if (n + 1 < held.rows) next = token_inputs(a, held.row(n + 1));  // while the gradient leaves
     if (n < held.rows) load_row(held, a.row<T>(held.row(n)), t, n);
   }
   if (lane_id() == 0) bulk_wait<0>();
