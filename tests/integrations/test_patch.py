@@ -52,7 +52,7 @@ def use(x):
     return double(x)
 """,
     "user": "from toytrainer.core import double\n\ndef use(x):\n    return double(x)\n",
-    "late": "from toytrainer.core import double\n",
+    "late": "from toytrainer.core import double\n\ndef use(x):\n    return x + x\n",
 }
 
 
@@ -110,6 +110,16 @@ def test_every_import_site_is_patched_and_put_back(toy: SimpleNamespace) -> None
     with made().patched() as calls:
         toy.user.use(X)
     assert calls["double"].fused == 1 and state(toy.core) == before
+
+
+def test_an_import_site_that_another_place_imports(toy: SimpleNamespace) -> None:
+    """`late` takes `double` by name while `apply()` looks for `late.use`."""
+    other = Swap("use", "toytrainer.late:use", ours)
+    with made(DOUBLE, other).patched() as calls:
+        late = importlib.import_module("toytrainer.late")
+        assert torch.equal(late.double(X), 2 * X) and torch.equal(late.use(X), 2 * X)
+    assert calls == {"double": Calls(fused=1), "use": Calls(fused=1)}
+    assert late.double is toy.core.double
 
 
 def test_a_method_is_patched_in_its_class(toy: SimpleNamespace) -> None:
