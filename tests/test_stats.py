@@ -157,3 +157,13 @@ def test_stats_are_float64_and_not_differentiable(backend: str, device: str) -> 
     out = ppo_fast.ppo_loss(**call.replace(logprobs=leaf).tensors, **call.options, backend=backend)
     assert out.stats.values.dtype == torch.float64 and not out.stats.values.requires_grad
     assert out.stats.values.shape == (len(STATS_FIELDS),) and out.loss.requires_grad
+
+
+def test_a_ratio_that_is_nan_shows(backend: str, device: str) -> None:
+    """Among many tokens, wherever it stands: in the extremes as in the mean."""
+    call = ppo_call((2, 40), mask="all", device=device)._replace(cotangents={})
+    for at in (0, 17, 79):
+        old = call.tensors["old_logprobs"].clone()
+        old.view(-1)[at] = math.nan
+        got = Stats(run(call.replace(old_logprobs=old), backend)["stats"]).compute()
+        assert all(math.isnan(got[name]) for name in ("ratio_mean", "ratio_min", "ratio_max"))

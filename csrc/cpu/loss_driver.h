@@ -1,6 +1,8 @@
 // What the policy and the value loss share around their kernels: sequences, weights, D, blocks.
 #pragma once
 
+#include <cmath>
+
 #include "loss_args.h"
 #include "views.h"
 
@@ -55,6 +57,8 @@ LossStats sum_blocks(int64_t tokens, const Block& block) {
     total[kRatioMin] = std::min(total[kRatioMin], part[kRatioMin]);
     total[kRatioMax] = std::max(total[kRatioMax], part[kRatioMax]);
   }
+  // Minima and maxima of lanes drop NaN, sums keep it.
+  if (std::isnan(total[kRatio])) total[kRatioMin] = total[kRatioMax] = total[kRatio];
   return total;
 }
 
