@@ -74,8 +74,9 @@ PPO_INLINE C next_values(const C& value, const flags_t<C>& counts, bool all_coun
   return next;
 }
 
-// Count, mean and squares of a stream of vectors. A few of them are added in their own precision
-// before they go to the sums in double: no more is lost than by one rounding of each.
+// Count, mean and squares of a stream of vectors. kRecent of them are added in their own precision
+// before they go to the sums in double: as many roundings of it, far below the elements' own
+// error.
 template <class T>
 struct OpenMoments {
   static constexpr int kRecent = 4;
@@ -118,13 +119,12 @@ struct OpenMoments {
     recent[n_recent] = d;
     if (++n_recent == kRecent) flush();
   }
-  // Squares that overflow are formed again in double.
+  // What overflows is formed again in double.
   PPO_INLINE void flush() {
-    sum.add(some);
     if (all(some_squares < set1<T>(FLT_MAX))) {
-      squares.add(some_squares);
+      sum.add(some), squares.add(some_squares);
     } else {
-      for (int i = 0; i < n_recent; ++i) squares.add_square(recent[i]);
+      for (int i = 0; i < n_recent; ++i) sum.add(recent[i]), squares.add_square(recent[i]);
     }
     some = some_squares = set1<T>(0);
     n_recent = 0;

@@ -52,11 +52,15 @@ class Units {
   // `together`: sequences that share cache lines.
   Units(const Sequences& seqs, int64_t together) {
     begin_.push_back(0);
-    for (int64_t s = together; s < seqs.count; s += together) {
-      const int64_t start = begin_.back();
-      const int64_t slots =
-          seqs.offsets ? seqs.offsets[s] - seqs.offsets[start] : (s - start) * seqs.steps;
-      if (slots >= kUnitSlots) begin_.push_back(s);
+    if (seqs.offsets) {
+      for (int64_t s = 1; s < seqs.count; ++s) {
+        if (seqs.offsets[s] - seqs.offsets[begin_.back()] >= kUnitSlots) begin_.push_back(s);
+      }
+    } else {
+      const int64_t steps = seqs.steps > 0 ? seqs.steps : kUnitSlots;
+      const int64_t rows = (kUnitSlots + steps - 1) / steps;
+      const int64_t each = (rows + together - 1) / together * together;
+      for (int64_t s = each; s < seqs.count; s += each) begin_.push_back(s);
     }
     begin_.push_back(seqs.count);
     moments_.resize(3 * size_t(count()));
