@@ -2,6 +2,7 @@
 // clang-format off: each uses the ones before it
 #include "moments_simd.h"
 #include "advantage_chunk.h"
+#include "advantage_fold.h"
 #include "advantage_core.h"
 // clang-format on
 

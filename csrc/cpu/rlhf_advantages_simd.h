@@ -4,6 +4,7 @@
 #include "../math.h"
 #include "moments_simd.h"
 #include "advantage_chunk.h"
+#include "advantage_fold.h"
 #include "advantage_core.h"
 // clang-format on
 
