@@ -39,17 +39,25 @@ def generate(
     eos: list[int],
     generator: torch.Generator,
     backend: str,
+    rows: Tensor | None = None,
+    total: int | None = None,
 ) -> Rollout:
     """Sample one completion per left-padded prompt, tokens and attention (B, P).
 
     One step holds (B, V) logits and keeps (B,) numbers of them. A row that has ended is fed its
     EOS, masked everywhere, until all rows have.
+
+    These prompts are the rows `rows`, (B,) int64, of a batch of `total` (all of it by default).
+    Token t of row i is drawn with number (t, i) of the `max_new_tokens * total` uniforms that
+    every call takes from `generator`: sequences do not depend on how the batch is shared out.
     """
     stops = torch.tensor(eos, device=tokens.device)
+    uniforms = _uniforms(generator, max_new_tokens, len(tokens) if total is None else total)
+    uniforms = (uniforms if rows is None else uniforms[:, rows]).to(tokens.device)
     alive = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     sampled, masks, logprobs = [], [], []
     step, positions, cache = tokens, position_ids(attention), None
-    for _ in range(max_new_tokens):
+    for t in range(max_new_tokens):
         out = model(
             input_ids=step,
             attention_mask=attention,
@@ -59,9 +67,7 @@ def generate(
             logits_to_keep=1,
         )
         logits, cache = out.logits[:, -1], out.past_key_values
-        probs = torch.softmax(logits.float() / temperature, dim=-1)
-        drawn = torch.multinomial(probs, 1, generator=generator).squeeze(1)
-        token = torch.where(alive, drawn, stops[0])
+        token = torch.where(alive, draw(logits, uniforms[t], temperature), stops[0])
         scored = ppo_fast.token_logprobs(
             logits, token, temperature=temperature, mask=alive, backend=backend
         )
@@ -76,6 +82,24 @@ def generate(
     tokens = torch.cat([tokens, torch.stack(sampled, dim=1)], dim=1)
     return Rollout(
         Sequences(tokens, attention, torch.stack(masks, dim=1)), torch.stack(logprobs, dim=1)
+    )
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """Tokens (B,) of softmax(logits / temperature), logits (B, V), by inversion of the cdf.
+
+    `uniforms` (B,) fp64 lie in [0, 1). The first token whose cdf exceeds a uniform's share of the
+    whole sum has a width of its own, so one of probability 0 is never drawn, and the last step of
+    the cdf need not be 1. fp64 keeps the widths of rare tokens far out in a large vocabulary.
+    """
+    cdf = torch.softmax(logits.float() / temperature, dim=-1).cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
+    return token.squeeze(1).clamp(max=logits.shape[-1] - 1)  # NaN logits: nothing exceeds
+
+
+def _uniforms(generator: torch.Generator, steps: int, total: int) -> Tensor:
+    return torch.rand(
+        steps, total, generator=generator, device=generator.device, dtype=torch.float64
     )
 
 
