@@ -114,6 +114,7 @@ def replay(
         scored = trainer.agent.score(seqs, [rows for part in plan for rows in part], backend)
     with measured(trainer.device) as took["advantages"]:
         batch, _ = trainer.advantages(seqs, scored, scores, backend)
+        batch, _ = trainer.weighted(batch, rollout)
     with measured(trainer.device) as took["update"]:
         trainer.update(batch, plan, backend)
     return batch, plan, took

@@ -66,6 +66,10 @@ class TrainConfig:
     train_layers: int = 6
     """Trainable layers, counted from the top, with the final norm; 0 trains the whole model."""
 
+    is_truncation: float | None = None
+    """Cap of the importance weights min(exp(old - sampler's log-prob), cap) on the policy loss;
+    absent, nothing is weighed."""
+
     variant: Variant = "clip"
     clip: float = 0.2
     """Half-width of the ratio's clip range."""
@@ -103,7 +107,7 @@ class TrainConfig:
             _require(self, name, getattr(self, name) > 0, "positive")
         for name in ("train_layers", "compare", "warmup", "vf_coef", "kl_coef", "entropy_coef"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("kl_stop", "kl_target", "penalty_target"):
+        for name in ("kl_stop", "kl_target", "penalty_target", "is_truncation"):
             value = getattr(self, name)
             _require(self, name, value is None or value > 0, "positive")
         for name in ("gamma", "lam"):

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from torch import Tensor
 
 import ppo_fast
 from ppo_fast._backend import select
 from ppo_fast.loop import data, models, rewards
 from ppo_fast.loop.agent import Agent, Scored
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.experience import Experience, importance
 from ppo_fast.loop.kl import adapt_penalty, adapt_reward_kl
 from ppo_fast.loop.meter import timed
 from ppo_fast.loop.policy import Sequences
@@ -91,33 +93,41 @@ class Trainer:
 
     def step(self) -> Record:
         """One update, logged when it is finished."""
-        prompts = self.prompts.next(self.config.batch)
-        with timed(self.device) as rollout_time:
-            rollout = self.rollout(prompts, self.backend)
-        texts = completions(self.tokenizer, rollout.seqs)
-        scores = rewards.score(self.reward, prompts, texts)
+        seconds: dict[str, float] = {}
+        sample = self.collect(seconds)
+        prompts, texts, rollout, scores, _ = sample
         record: Record = {
             "update": self.updates, "reward": scores.mean, "dropped": scores.faults,
-            "seconds": {"rollout": rollout_time.seconds},
+            "seconds": seconds,
         }  # fmt: skip
         seqs = self.kept(rollout.seqs, scores)
         if seqs.mask.any():
-            record |= self._learn(rollout, seqs, scores, record["seconds"])
+            record |= self._learn(sample, seqs, seconds)
             self.last_batch = (prompts, scores)
         self.updates += 1
         self.recorder.update(record)
         self.recorder.samples(record["update"], prompts, texts, scores)
         return record
 
-    def _learn(
-        self, rollout: Rollout, seqs: Sequences, scores: rewards.Scores, seconds: dict[str, float]
-    ) -> Record:
+    def collect(self, seconds: dict[str, float]) -> Experience:
+        """The samples of one update, sampled and rewarded."""
+        prompts = self.prompts.next(self.config.batch)
+        with timed(self.device) as rollout_time:
+            rollout = self.rollout(prompts, self.backend)
+        seconds["rollout"] = rollout_time.seconds
+        texts = completions(self.tokenizer, rollout.seqs)
+        return Experience(prompts, texts, rollout, rewards.score(self.reward, prompts, texts))
+
+    def _learn(self, sample: Experience, seqs: Sequences, seconds: dict[str, float]) -> Record:
         """Scoring, advantages and update; fills `seconds` and returns the rest of the record."""
         plan = self.plan()
         with timed(self.device) as scoring_time:
             scored = self.agent.score(seqs, [rows for part in plan for rows in part], self.backend)
         with timed(self.device) as advantage_time:
-            batch, kl = self.advantages(seqs, scored, scores, self.backend)
+            batch, kl = self.advantages(
+                seqs, scored, sample.scores, self.backend, sample.token_rewards
+            )
+            batch, weighing = self.weighted(batch, sample.rollout)
         warm = min(1.0, (self.updates + 1) / max(1, self.config.warmup))
         self.agent.set_lr(self.config.lr * warm)
         with timed(self.device) as update_time:
@@ -125,15 +135,15 @@ class Trainer:
         seconds["scoring"] = scoring_time.seconds
         seconds["advantages"] = advantage_time.seconds
         seconds["update"] = update_time.seconds
-        gap = (rollout.logprobs - scored.old)[seqs.mask].abs()
+        gap = (sample.rollout.logprobs - scored.old)[seqs.mask].abs()
         record: Record = {
             "kl": kl, "kl_coef": self.kl_coef, "loss_kl_coef": self.loss_kl_coef,
             "rollout_gap_max": float(gap.max()), "rollout_gap_mean": float(gap.mean()),
             "grad_norm": done.grad_norm, "steps": done.steps, "stopped_by_kl": done.stopped_by_kl,
-        }  # fmt: skip
+        } | weighing  # fmt: skip
         if done.stats is not None:
             record |= done.stats.compute()
-        self._control(kl, sum(scores.kept), done)
+        self._control(kl, sum(sample.scores.kept), done)
         return record
 
     def _control(self, kl: float, n: int, done: Updated) -> None:
@@ -165,16 +175,26 @@ class Trainer:
         return seqs._replace(mask=seqs.mask & kept[:, None])
 
     def advantages(
-        self, seqs: Sequences, scored: Scored, scores: rewards.Scores, backend: str
-    ) -> tuple[Batch, float]:
+        self, seqs: Sequences, scored: Scored, scores: rewards.Scores, backend: str,
+        token_rewards: Tensor | None = None,
+    ) -> tuple[Batch, float]:  # fmt: skip
         """The batch an update reads, and its mean KL to the reference per sequence (nats)."""
+        given = scored.old.new_tensor(scores.values) if token_rewards is None else token_rewards
         out = ppo_fast.rlhf_advantages(
-            scored.old.new_tensor(scores.values), scored.old, scored.ref,
-            scored.values, seqs.mask, kl_coef=self.kl_coef,
+            given, scored.old, scored.ref, scored.values, seqs.mask, kl_coef=self.kl_coef,
+            score_at="last-token" if token_rewards is None else "per-token",
             gamma=self.config.gamma, lam=self.config.lam, backend=backend,
         )  # fmt: skip
         kl = float(out.kl.sum()) / max(1, sum(scores.kept))
         return Batch(seqs, scored, out.advantages, out.returns, out.moments), kl
+
+    def weighted(self, batch: Batch, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
+        """The batch with its importance weights, where they are asked for, and their record."""
+        cap = self.config.is_truncation
+        if cap is None:
+            return batch, {}
+        out = importance(batch.scored.old, rollout.logprobs, batch.seqs.mask, cap)
+        return batch._replace(is_weights=out.weights), out.statistics
 
     def update(self, batch: Batch, plan: Plan, backend: str) -> Updated:
         """The optimisation phase."""

@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     advantages: Tensor
     returns: Tensor
     moments: ppo_fast.Moments
+    is_weights: Tensor | None = None
 
 
 @dataclass
@@ -108,10 +109,11 @@ def _loss(
     """Policy loss, plus `vf_coef` times value loss, of one micro-batch, over `tokens`."""
     config, seqs, scored = agent.config, part.seqs, part.scored
     out = agent.forward(seqs, scored.trunk)
+    weights = None if part.is_weights is None else seqs.flat(part.is_weights)
     policy = agent.policy_loss(
         out, seqs, seqs.flat(scored.old), seqs.flat(part.advantages), backend,
         variant=config.variant, clip_low=config.clip, clip_high=config.clip,
-        advantage_moments=part.moments, entropy_coef=config.entropy_coef,
+        advantage_moments=part.moments, is_weights=weights, entropy_coef=config.entropy_coef,
         ref_logprobs=None if config.variant == "penalty" else seqs.flat(scored.ref),
         kl_coef=loss_kl_coef, denom=tokens,
     )  # fmt: skip
@@ -129,7 +131,8 @@ def _rows(batch: Batch, index: Tensor) -> Batch:
     trunk = None if trunk is None else trunk[index]
     scored = Scored(old[index], ref[index], values[index], trunk)
     advantages, returns = batch.advantages[index], batch.returns[index]
-    return Batch(batch.seqs.rows(index), scored, advantages, returns, batch.moments)
+    weights = None if batch.is_weights is None else batch.is_weights[index]
+    return Batch(batch.seqs.rows(index), scored, advantages, returns, batch.moments, weights)
 
 
 def _require_ratio_one(logprobs: Tensor, part: Batch) -> None:
