@@ -65,6 +65,9 @@ def _train(args: list[str]) -> int:
     except RewardLengthError as error:
         print(f"stopped: {error}; log, plot and model are in {config.out}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -138,7 +138,8 @@ def test_quick_run_from_the_command_line(
     assert "largest difference: loss" in out or "nothing to compare it with" in out
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["n_tokens"] > 0 for line in lines] == [True, True]
-    assert (tmp_path / "samples.txt").read_text().count("\n  ") >= 4
+    samples = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update"] for line in samples] == [0] * 4 + [1] * 4
     assert json.loads((tmp_path / "config.json").read_text())["updates"] == 2
 
 

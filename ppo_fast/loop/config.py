@@ -96,6 +96,8 @@ class TrainConfig:
     kl_horizon: float = 10000.0
     """Sequences over which the adaptive `kl_coef` moves by its largest relative error."""
 
+    tensorboard: bool = False
+    """Also write the log's numbers for TensorBoard, into the folder `tensorboard` of `out`."""
     compare: int = 3
     """Repeats of the comparison with the reference backend after training; 0 leaves it out."""
 

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: log, samples and reward curve."""
+"""What a run leaves in its folder: options, versions, log, samples and reward curve."""
 
 from __future__ import annotations
 
@@ -10,39 +10,55 @@ from typing import Any
 
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.rewards import Scores
+from ppo_fast.loop.tensorboard import Board
+from ppo_fast.loop.versions import versions
 
 Record = dict[str, Any]
+SAMPLES = 4  # of every update are kept
 
 
 class Recorder:
-    """Writes `config.json`, `log.jsonl` (an update a line) and `samples.txt` as updates finish."""
+    """Writes what a run leaves as it goes on.
 
-    def __init__(self, config: TrainConfig) -> None:
+    `config.json` has the options and `versions.json` what it ran on; `log.jsonl` an update a line,
+    `samples.jsonl` some completions of each, every line a JSON object. TensorBoard gets the log's
+    numbers where the options ask for it.
+    """
+
+    def __init__(self, config: TrainConfig, backend: str) -> None:
         self.folder = config.out
         self.folder.mkdir(parents=True, exist_ok=True)
         options = json.dumps(dataclasses.asdict(config), default=str, indent=2)
         (self.folder / "config.json").write_text(options + "\n")
+        ran_on = json.dumps(versions(backend), indent=2)
+        (self.folder / "versions.json").write_text(ran_on + "\n")
         self.records: list[Record] = []
         self._log = (self.folder / "log.jsonl").open("w", encoding="utf-8")
-        self._samples = (self.folder / "samples.txt").open("w", encoding="utf-8")
+        self._samples = (self.folder / "samples.jsonl").open("w", encoding="utf-8")
+        self._board = Board(self.folder / "tensorboard") if config.tensorboard else None
 
     def update(self, record: Record) -> None:
         """Append one finished update; a number that is not finite is written as null."""
         self.records.append(record)
         self._log.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._log.flush()
+        if self._board is not None:
+            self._board.update(record)
 
     def samples(self, update: int, prompts: list[str], completions: list[str], s: Scores) -> None:
-        """Append the first two completions of an update."""
-        for i, (prompt, text) in enumerate(zip(prompts[:2], completions[:2], strict=True)):
-            verdict = s.faults.get(i) or f"{s.values[i]:+.3f}"
-            self._samples.write(f"[{update}] {verdict}\n  {prompt} |{text}\n")
+        """Append the first completions of an update, each with its reward or its fault."""
+        for i, (prompt, text) in enumerate(zip(prompts[:SAMPLES], completions, strict=False)):
+            verdict = {"fault": s.faults[i]} if i in s.faults else {"reward": s.values[i]}
+            sample = {"update": update, "prompt": prompt, "completion": text} | verdict
+            self._samples.write(json.dumps(sample) + "\n")
         self._samples.flush()
 
     def close(self) -> Path | None:
         """Close the files and draw the reward curve; returns its path if there is any update."""
         self._log.close()
         self._samples.close()
+        if self._board is not None:
+            self._board.close()
         if not self.records:
             return None
         path = self.folder / "reward.png"

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import Tensor
 
 import ppo_fast
@@ -21,6 +20,7 @@ from ppo_fast.loop.experience import Experience, importance
 from ppo_fast.loop.kl import adapt_penalty, adapt_reward_kl
 from ppo_fast.loop.meter import timed
 from ppo_fast.loop.policy import Sequences
+from ppo_fast.loop.progress import shown
 from ppo_fast.loop.records import Record, Recorder, fifths
 from ppo_fast.loop.rollout import Rollout, completions, encode, generate
 from ppo_fast.loop.update import Batch, Plan, Updated, make_plan, update
@@ -65,22 +65,19 @@ class Trainer:
         self.kl_coef = config.kl_coef
         coef = config.loss_kl_coef
         self.loss_kl_coef = _LOSS_KL.get(config.variant, 0.0) if coef is None else coef
-        self.recorder = Recorder(config)
+        self.recorder = Recorder(config, self.backend)
         self.updates = 0
         self.last_batch: tuple[list[str], rewards.Scores] | None = None
 
     def run(self, console: Console) -> Outcome:
         """Train to the end, or to Ctrl-C. However it ends, log, plot and model are written."""
-        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
         interrupted, plot = False, None
         folder = self.config.out / "model"
         try:
-            with Progress(*columns, console=console) as progress:
-                task = progress.add_task("training", total=self.config.updates)
+            with shown(console, self.updates, self.config.updates) as show:
                 while self.updates < self.config.updates:
-                    record = self.step()
-                    progress.update(task, advance=1, description=f"reward {record['reward']:+.2f}")
-                    self._report(console, record)
+                    self.step()
+                    show(self.recorder.records)
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -98,12 +95,14 @@ class Trainer:
         prompts, texts, rollout, scores, _ = sample
         record: Record = {
             "update": self.updates, "reward": scores.mean, "dropped": scores.faults,
-            "seconds": seconds,
+            "batch": len(prompts), "seconds": seconds,
         }  # fmt: skip
         seqs = self.kept(rollout.seqs, scores)
         if seqs.mask.any():
             record |= self._learn(sample, seqs, seconds)
             self.last_batch = (prompts, scores)
+        took = sum(seconds.values())
+        record["tokens_per_second"] = int(rollout.seqs.mask.sum()) / took if took else math.nan
         self.updates += 1
         self.recorder.update(record)
         self.recorder.samples(record["update"], prompts, texts, scores)
@@ -116,7 +115,10 @@ class Trainer:
             rollout = self.rollout(prompts, self.backend)
         seconds["rollout"] = rollout_time.seconds
         texts = completions(self.tokenizer, rollout.seqs)
-        return Experience(prompts, texts, rollout, rewards.score(self.reward, prompts, texts))
+        with timed(self.device) as reward_time:
+            scores = rewards.score(self.reward, prompts, texts)
+        seconds["reward"] = reward_time.seconds
+        return Experience(prompts, texts, rollout, scores)
 
     def _learn(self, sample: Experience, seqs: Sequences, seconds: dict[str, float]) -> Record:
         """Scoring, advantages and update; fills `seconds` and returns the rest of the record."""
@@ -129,7 +131,8 @@ class Trainer:
             )
             batch, weighing = self.weighted(batch, sample.rollout)
         warm = min(1.0, (self.updates + 1) / max(1, self.config.warmup))
-        self.agent.set_lr(self.config.lr * warm)
+        lr = self.config.lr * warm
+        self.agent.set_lr(lr)
         with timed(self.device) as update_time:
             done = self.update(batch, plan, self.backend)
         seconds["scoring"] = scoring_time.seconds
@@ -137,7 +140,7 @@ class Trainer:
         seconds["update"] = update_time.seconds
         gap = (sample.rollout.logprobs - scored.old)[seqs.mask].abs()
         record: Record = {
-            "kl": kl, "kl_coef": self.kl_coef, "loss_kl_coef": self.loss_kl_coef,
+            "lr": lr, "kl": kl, "kl_coef": self.kl_coef, "loss_kl_coef": self.loss_kl_coef,
             "rollout_gap_max": float(gap.max()), "rollout_gap_mean": float(gap.mean()),
             "grad_norm": done.grad_norm, "steps": done.steps, "stopped_by_kl": done.stopped_by_kl,
         } | weighing  # fmt: skip
@@ -199,15 +202,6 @@ class Trainer:
     def update(self, batch: Batch, plan: Plan, backend: str) -> Updated:
         """The optimisation phase."""
         return update(self.agent, batch, plan, self.loss_kl_coef, self.shuffling, backend)
-
-    def _report(self, console: Console, record: Record) -> None:
-        """Print faults as they come, and a line now and then where no bar can be drawn."""
-        for i, reason in record["dropped"].items():
-            console.print(f"update {record['update']}: sample {i} dropped: {reason}", markup=False)
-        every = max(1, self.config.updates // 10)
-        if not console.is_terminal and self.updates % every == 0:
-            kl = record.get("kl", math.nan)
-            console.print(f"update {self.updates}: reward {record['reward']:+.3f}, KL {kl:.2f}")
 
 
 def load_trainer(config: TrainConfig) -> Trainer:

@@ -1,0 +1,52 @@
+"""What a run shows while it goes on: a bar, faults and alarms as they come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from ppo_fast.loop.alarms import alarms
+from ppo_fast.loop.records import Record
+
+_FIELDS = {
+    "reward": "{:+.3f}", "kl": "{:.2f}", "clip_frac": "{:.2f}", "tokens_per_second": "{:.0f}"
+}  # fmt: skip
+_LABELS = {"kl": "KL", "clip_frac": "clip", "tokens_per_second": "tokens/s"}
+
+
+@contextmanager
+def shown(
+    console: Console, done: int, updates: int
+) -> Iterator[Callable[[list[Record]], None]]:  # fmt: skip
+    """Show a run of `updates` of which `done` are; yields what to call after each with the log."""
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    every = max(1, updates // 10)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=updates, completed=done)
+
+        def show(records: list[Record]) -> None:
+            record = records[-1]
+            bar.update(task, advance=1, description=summary(record))
+            for i, reason in record["dropped"].items():
+                text = f"update {record['update']}: sample {i} dropped: {reason}"
+                console.print(text, markup=False)
+            for alarm in alarms(records):
+                if alarm.update == record["update"]:
+                    console.print(f"update {alarm.update}: {alarm.text}", markup=False)
+            if not console.is_terminal and (record["update"] + 1) % every == 0:
+                console.print(f"update {record['update'] + 1}: {summary(record)}", markup=False)
+
+        yield show
+
+
+def summary(record: Record) -> str:
+    """Reward, KL, clip fraction and tokens per second of one update; those it has."""
+    return ", ".join(
+        f"{_LABELS.get(name, name)} {form.format(record[name])}"
+        for name, form in _FIELDS.items()
+        if math.isfinite(record.get(name, math.nan))
+    )

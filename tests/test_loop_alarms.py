@@ -1,0 +1,141 @@
+"""Alarms: each on a log made for it, none on a run that goes well, the same live and later."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from loop_helpers import trainer
+from rich.console import Console
+
+from ppo_fast.loop import TrainConfig
+from ppo_fast.loop.alarms import alarms, rolling
+
+Log = list[dict[str, Any]]
+
+
+def log(n: int, **columns: Any) -> Log:
+    """A run of n updates that goes well, with `columns` (value, list or function) put in."""
+    random = np.random.default_rng(0)
+    noise = random.normal(scale=0.05, size=n)
+    records = [
+        {
+            "update": i, "reward": 0.1 + 0.6 * i / n + noise[i], "kl": 12 * i / n, "dropped": {},
+            "batch": 8, "n_tokens": 256.0, "n_seqs": 16.0, "clip_frac": 0.15,
+            "entropy": 3.8 - i / n, "explained_variance": 0.4 * i / n, "rollout_gap_mean": 1e-6,
+        }
+        for i in range(n)
+    ]  # fmt: skip
+    for name, value in columns.items():
+        for i, record in enumerate(records):
+            record[name] = value(i) if callable(value) else value
+    return records
+
+
+def seen(records: Log) -> list[tuple[int, str]]:
+    return [(a.update, a.name) for a in alarms(records)]
+
+
+def test_none_on_a_run_that_goes_well() -> None:
+    for n in (0, 1, 4, 5, 40, 200):
+        assert alarms(log(n)) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "onset", "name", "says"),
+    [
+        # kl / 16 tokens a sequence passes 2 nats as the mean of five, i.e. at 32 + 2
+        ({"kl": lambda i: float(i)}, 35, "KL runs away", "2.06 nats a token"),
+        # 0.05 * 1.15^i: the mean of five from 0.1 at update 6 on, times 4 every ten
+        (
+            {"kl": lambda i: min(0.05 * 16 * 1.15**i, 30.0), "reward": 0.3},
+            17, "KL runs away", "0.41 nats a token from the reference, 0.10 ten updates ago, and",
+        ),
+        ({"clip_frac": lambda i: 0.8 if i >= 20 else 0.1}, 22, "ratios saturate", "52%"),
+        ({"explained_variance": 0.0}, 39, "critic explains nothing", "+0.00 over 20"),
+        ({"entropy": lambda i: 3.0 * 0.9**i}, 26, "entropy collapses", "0.242 nats a token, 2.46"),
+        ({"rollout_gap_mean": lambda i: 0.1 if i >= 10 else 0.0}, 12, "rollout gap", "0.060"),
+        (
+            {"dropped": lambda i: {0: "a", 1: "b", 2: "boom"} if i >= 10 else {}},
+            13, "samples dropped", "30% of the samples have no reward. Mend the reward function;"
+            " the last fault: boom",
+        ),
+    ],
+)  # fmt: skip
+def test_each_sets_in_once(columns: dict, onset: int, name: str, says: str) -> None:
+    (alarm,) = alarms(log(44, **columns))
+    assert (alarm.update, alarm.name) == (onset, name)
+    assert alarm.text.startswith(f"{name}: ") and says in alarm.text
+
+
+def test_a_reward_that_collapses() -> None:
+    records = log(60)
+    for record in records[40:]:
+        record["reward"] -= 0.5
+    (alarm,) = alarms(records)
+    assert alarm.name == "reward collapses" and 41 <= alarm.update <= 44
+    best = float(rolling(np.array([r["reward"] for r in records]), 5)[39])
+    assert f"after a best of {best:+.3f}" in alarm.text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_alone_is_no_collapse(seed: int) -> None:
+    noise = np.random.default_rng(seed).normal(size=400)
+    assert seen(log(400, reward=lambda i: float(noise[i]), kl=0.5)) == []
+
+
+def test_a_constant_reward_is_no_collapse() -> None:
+    assert seen(log(60, reward=0.3, kl=0.5)) == []
+
+
+def test_a_pause_is_no_second_onset_and_a_return_is() -> None:
+    bad = {*range(10, 20), *range(24, 40), *range(60, 80)}
+    records = log(100, clip_frac=lambda i: 0.9 if i in bad else 0.0)
+    assert seen(records) == [(12, "ratios saturate"), (62, "ratios saturate")]
+
+
+def test_nothing_of_what_comes_later_is_used() -> None:
+    records = log(70, kl=lambda i: float(i), clip_frac=lambda i: 0.9 * (i % 30 > 20))
+    for record in records[50:]:
+        record["reward"] = -1.0
+    whole = alarms(records)
+    assert {a.name for a in whole} == {"KL runs away", "ratios saturate", "reward collapses"}
+    for n in range(len(records) + 1):
+        assert alarms(records[:n]) == [a for a in whole if a.update < n]
+
+
+def test_missing_numbers_are_left_out() -> None:
+    records = log(12, reward=lambda i: math.nan if i % 2 else 0.5)
+    for record in records[3:6]:
+        for name in ("kl", "clip_frac", "entropy", "n_tokens"):
+            del record[name]
+    records[8]["reward"] = None  # as the log on disk writes it
+    assert alarms(records) == []
+    every = dict.fromkeys(range(8), "reward returned None")
+    bare = [{"update": i, "reward": math.nan, "dropped": every, "batch": 8} for i in range(6)]
+    assert seen(bare) == [(4, "samples dropped")]
+
+
+def test_rolling_mean_against_its_spelling() -> None:
+    values = np.array([1.0, np.nan, 3.0, 4.0, np.nan, np.nan, np.nan, 8.0])
+    expected = [np.nan, np.nan, 2.0, 3.5, 3.5, 4.0, np.nan, 8.0]
+    np.testing.assert_array_equal(rolling(values, 3), expected)
+    assert np.isnan(rolling(values[:2], 3)).all() and len(rolling(values[:0], 3)) == 0
+
+
+def test_a_default_quick_run_alarms_nobody(tmp_path: Path) -> None:
+    config = TrainConfig(quick=True).resolved()
+    names = ("updates", "batch", "micro_batch", "max_new_tokens", "train_layers", "lr", "warmup")
+    t = trainer(tmp_path, **{name: getattr(config, name) for name in names})
+    t.run(Console(quiet=True))
+    assert len(t.recorder.records) == 30 and alarms(t.recorder.records) == []
+
+
+def test_a_learning_rate_far_too_large_is_seen(tmp_path: Path) -> None:
+    t = trainer(tmp_path, updates=12, lr=1.0, train_layers=0)
+    t.run(Console(quiet=True))
+    names = {name for _, name in seen(t.recorder.records)}
+    assert "KL runs away" in names

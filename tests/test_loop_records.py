@@ -1,0 +1,108 @@
+"""What a run leaves behind while it goes on: log, samples, versions, TensorBoard, progress."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loop_helpers import trainer
+from rich.console import Console
+
+import ppo_fast
+from ppo_fast.loop.progress import shown, summary
+from ppo_fast.loop.tensorboard import TAGS
+from ppo_fast.loop.versions import versions
+
+QUIET = Console(quiet=True)
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_seconds_and_tokens_per_second(tmp_path: Path) -> None:
+    t = trainer(tmp_path, updates=2)
+    t.run(QUIET)
+    for record in lines_of(tmp_path / "log.jsonl"):
+        seconds = record["seconds"]
+        assert set(seconds) == {"rollout", "reward", "scoring", "advantages", "update"}
+        # every sample was kept, and the statistics count each token once an epoch
+        tokens = record["n_tokens"] / t.config.epochs
+        assert record["tokens_per_second"] * sum(seconds.values()) == pytest.approx(tokens)
+        assert record["batch"] == 8 and record["lr"] == t.config.lr
+
+
+def test_samples_are_lines_of_json(tmp_path: Path) -> None:
+    def reward(prompts: list[str], texts: list[str]) -> list[float]:
+        return [math.nan, *[0.5] * (len(prompts) - 1)]
+
+    trainer(tmp_path, reward, updates=2).run(QUIET)
+    samples = lines_of(tmp_path / "samples.jsonl")
+    assert [s["update"] for s in samples] == [0] * 4 + [1] * 4
+    assert samples[0]["fault"] == "reward returned nan" and "reward" not in samples[0]
+    assert samples[1]["reward"] == 0.5 and "fault" not in samples[1]
+    assert all(isinstance(s["prompt"], str) and isinstance(s["completion"], str) for s in samples)
+
+
+def test_versions(tmp_path: Path) -> None:
+    t = trainer(tmp_path)
+    found = json.loads((tmp_path / "versions.json").read_text())
+    assert found == versions(t.backend)
+    assert found["ppo_fast"] == ppo_fast.__version__ and found["torch"] == torch.__version__
+    assert found["python"] == sys.version.split()[0]
+    assert found["backend"] == t.backend != "auto"
+
+
+def test_tensorboard_has_the_numbers_of_the_log(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer(tmp_path, tensorboard=True).run(QUIET)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    records = lines_of(tmp_path / "log.jsonl")
+    assert set(TAGS.values()) <= set(events.Tags()["scalars"])
+    for name, tag in TAGS.items():
+        scalars = events.Scalars(tag)
+        assert [e.step for e in scalars] == [0, 1, 2]
+        assert [e.value for e in scalars] == pytest.approx([r[name] for r in records], rel=1e-6)
+    assert len(events.Scalars("seconds/rollout")) == 3
+
+
+def test_tensorboard_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
+        trainer(tmp_path, tensorboard=True)
+
+
+def test_summary_says_what_there_is() -> None:
+    record = {"reward": 0.71364, "kl": 11.441, "clip_frac": 0.1964, "tokens_per_second": 5571.2}
+    assert summary(record) == "reward +0.714, KL 11.44, clip 0.20, tokens/s 5571"
+    assert summary({"reward": math.nan, "tokens_per_second": 10.0}) == "tokens/s 10"
+
+
+def test_progress_prints_faults_alarms_and_a_line_a_tenth() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    records: list[dict] = []
+    with shown(console, 0, 20) as show:
+        for i in range(20):
+            faults = {3: "reward [b]returned[/b] nan"} if i == 7 else {}
+            clipped = 0.9 if i > 10 else 0.1
+            records.append(
+                {"update": i, "reward": 0.5, "kl": 1.0, "clip_frac": clipped, "dropped": faults}
+            )
+            show(records)
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("update")]
+    assert lines.count("update 7: sample 3 dropped: reward [b]returned[/b] nan") == 1
+    assert sum("ratios saturate: 58% of the tokens are clipped" in line for line in lines) == 1
+    assert sum(line.startswith("update 13: ratios saturate") for line in lines) == 1
+    assert sum(line.endswith("reward +0.500, KL 1.00, clip 0.10") for line in lines) == 5
+    assert len(lines) == 12
