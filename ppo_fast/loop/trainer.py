@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast._backend import select
-from ppo_fast.loop import data, models, rewards
+from ppo_fast.loop import data, models, rewards, tasks
 from ppo_fast.loop.agent import Agent, Scored
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.experience import Experience, importance
@@ -116,7 +116,7 @@ class Trainer:
         seconds["rollout"] = rollout_time.seconds
         texts = completions(self.tokenizer, rollout.seqs)
         with timed(self.device) as reward_time:
-            scores = rewards.score(self.reward, prompts, texts)
+            scores = self.scores(prompts, texts, rollout.seqs)
         seconds["reward"] = reward_time.seconds
         return Experience(prompts, texts, rollout, scores)
 
@@ -172,6 +172,14 @@ class Trainer:
             eos=self.eos, generator=self.sampling, backend=backend,
         )  # fmt: skip
 
+    def scores(self, prompts: list[str], texts: list[str], seqs: Sequences) -> rewards.Scores:
+        """The rewards of a rollout, clipped and less the penalty for a missing EOS."""
+        c = self.config
+        raw = rewards.score(self.reward, prompts, texts, c.reward_timeout)
+        stops = torch.tensor(self.eos, device=self.device)
+        ended = (torch.isin(seqs.response, stops) & seqs.mask).any(1).tolist()
+        return rewards.shaped(raw, ended, c.score_clip, c.missing_eos_penalty)
+
     def kept(self, seqs: Sequences, scores: rewards.Scores) -> Sequences:
         """The same sequences with those without a reward masked out."""
         kept = torch.tensor(scores.kept, device=self.device)
@@ -210,11 +218,13 @@ def load_trainer(config: TrainConfig) -> Trainer:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    texts = data.movie_reviews()
+    device = torch.device(name)
+    task = tasks.load_task(config)
     torch.manual_seed(config.seed)
-    model, tokenizer = models.load_model(config.model, texts[:200], torch.device(name))
-    prompts = data.opening_words(texts, config.prompt_words)
-    return Trainer(config, model, tokenizer, prompts, rewards.load_reward(config.reward))
+    model, tokenizer = models.load_model(config.model, task.texts[:200], device)
+    task = task.as_chat(tokenizer) if config.chat else task
+    reward = rewards.load_reward(config, task, device)
+    return Trainer(config, model, tokenizer, task.prompts, reward)
 
 
 def train(config: TrainConfig, console: Console) -> tuple[Trainer, Outcome]:

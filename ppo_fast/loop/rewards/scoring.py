@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -33,13 +33,52 @@ class Scores:
         return sum(kept) / len(kept) if kept else math.nan
 
 
-def score(reward: RewardFn, prompts: list[str], completions: list[str]) -> Scores:
+def score(
+    reward: RewardFn, prompts: list[str], completions: list[str], timeout: float | None = None
+) -> Scores:
     """Reward every completion; drop those without a finite number.
 
     One call for the batch. Where that call raises, each sample is called alone, so that only
     those that raise are lost. A list of the wrong length raises `RewardLengthError`, because then
-    no reward can be assigned to its sample.
+    no reward can be assigned to its sample. All of it together may take `timeout` seconds; after
+    that the whole batch is dropped. The call itself cannot be stopped: it goes on in a thread that
+    does not keep the process alive, possibly beside the next batch's call.
     """
+    if timeout is None:
+        return _score(reward, prompts, completions)
+    ended: list[Scores | BaseException] = []
+
+    def work() -> None:
+        try:
+            ended.append(_score(reward, prompts, completions))
+        except BaseException as error:  # raised again below, where the caller can see it
+            ended.append(error)
+
+    thread = threading.Thread(target=work, name="reward", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not ended:
+        reason = f"reward took longer than {timeout:g} s"
+        return Scores([0.0] * len(prompts), dict.fromkeys(range(len(prompts)), reason))
+    if isinstance(ended[0], BaseException):
+        raise ended[0]
+    return ended[0]
+
+
+def shaped(scores: Scores, ended: list[bool], clip: float | None, eos_penalty: float) -> Scores:
+    """The same scores, clipped to ±`clip`, minus `eos_penalty` for each completion without EOS.
+
+    `ended[i]` says whether completion i reached its EOS. Dropped samples stay as they are.
+    """
+    bound = math.inf if clip is None else clip
+    values = [
+        max(-bound, min(bound, v)) - (0.0 if end else eos_penalty) if kept else v
+        for v, end, kept in zip(scores.values, ended, scores.kept, strict=True)
+    ]
+    return Scores(values, scores.faults)
+
+
+def _score(reward: RewardFn, prompts: list[str], completions: list[str]) -> Scores:
     try:
         raw: list[object] = _call(reward, prompts, completions)
     except RewardLengthError:
@@ -86,31 +125,3 @@ def _number(value: object) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
-
-
-def vader() -> RewardFn:
-    """VADER's compound sentiment of the completion alone, in [-1, 1] (Hutto and Gilbert 2014)."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    analyzer = SentimentIntensityAnalyzer()
-
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
-        return [float(analyzer.polarity_scores(text)["compound"]) for text in completions]
-
-    return reward
-
-
-def letters(prompts: list[str], completions: list[str]) -> list[float]:
-    """The share of ASCII letters in the completion, in [0, 1]: what a tiny model can learn."""
-    return [sum(c.isascii() and c.isalpha() for c in t) / max(1, len(t)) for t in completions]
-
-
-def load_reward(name: str) -> RewardFn:
-    """The function behind `--reward`: "vader", "letters" or "module:function"."""
-    if name in ("vader", "letters"):
-        return vader() if name == "vader" else letters
-    module, _, function = name.partition(":")
-    if not function:
-        raise ValueError(f'reward must be "vader", "letters" or "module:function", got {name!r}')
-    loaded: RewardFn = getattr(importlib.import_module(module), function)
-    return loaded
