@@ -39,11 +39,11 @@ def test_rewards_by_name() -> None:
 
 
 def test_rouge_l_and_its_length_penalty() -> None:
-    """LCS "cat on mat" is 3 of 3 and of 6 words: F1 = 2/3; 8 words are 6 too many for 2."""
+    """LCS "cat on mat" is 3 of 3 and of 6 words: F1 = 2/3; 8 words are 5 beyond 3."""
     pytest.importorskip("rouge_score")
-    reward = rouge(REFERENCES, length_penalty=0.1)
+    reward = rouge(REFERENCES, words=3, length_penalty=0.1)
     got = reward(["p", "q", "q"], ["cat on mat", "one two " * 4, ""])
-    assert got == pytest.approx([2 / 3, 2 * 0.25 / 1.25 - 0.6, 0.0])
+    assert got == pytest.approx([2 / 3, 2 * 0.25 / 1.25 - 0.5, 0.0])
 
 
 def test_chrf_is_1_for_the_reference_and_0_for_nothing_shared() -> None:

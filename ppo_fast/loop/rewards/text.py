@@ -22,20 +22,18 @@ def vader() -> RewardFn:
     return reward
 
 
-def rouge(references: References, length_penalty: float = 0.02) -> RewardFn:
+def rouge(references: References, words: int = 12, length_penalty: float = 0.02) -> RewardFn:
     """ROUGE-L F1 against the reference, in [0, 1] (Lin 2004).
 
-    Each word that the completion has beyond the reference's number costs `length_penalty`.
+    Each word of the completion beyond `words` costs `length_penalty`.
     """
     scorer = require("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"])
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         out = []
         for prompt, text in zip(prompts, completions, strict=True):
-            reference = references[prompt]
-            excess = max(0, len(text.split()) - len(reference.split()))
-            f1 = scorer.score(reference, text)["rougeL"].fmeasure
-            out.append(float(f1) - length_penalty * excess)
+            f1 = scorer.score(references[prompt], text)["rougeL"].fmeasure
+            out.append(float(f1) - length_penalty * max(0, len(text.split()) - words))
         return out
 
     return reward
