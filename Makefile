@@ -39,7 +39,7 @@ TESTS_openrlhf := openrlhf openrlhf_own
 TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors
 TESTS_compat := compat compat_arrays
 
-.PHONY: train test test-long test-trainers $(TRAINERS:%=test-%) lint bench clean
+.PHONY: train test test-long mutants test-trainers $(TRAINERS:%=test-%) lint bench clean
 
 train: $(STAMP)
 	THP_MEM_ALLOC_ENABLE=1 $(RUN) -m ppo_fast train $(ARGS)
@@ -49,6 +49,10 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# Plants mistakes in a copy of the sources and sees whether the tests notice: half an hour.
+mutants: $(STAMP)
+	$(RUN) tests/mutants.py $(ARGS)
 
 test-trainers: $(TRAINERS:%=test-%)
 

@@ -1,0 +1,251 @@
+"""Seeded mistakes: one textual change each, and the tests that must notice it.
+
+The reference is left alone: it is what the others are held to. A change names a text that occurs
+once in its file. `select` is pytest's -k, which keeps to the backend that was changed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """`before` in `path` becomes `after`; `tests` are files of tests/, separated by blanks."""
+
+    name: str
+    path: str
+    before: str
+    after: str
+    tests: str
+    select: str = ""
+
+
+TRITON = (
+    Mutant(
+        "the done flag of the step before", "kernels/gae.py",
+        "load_flag(term_ptr, at(seq, first, t, term_seq",
+        "load_flag(term_ptr, at(seq, first, tl.maximum(t - 1, 0), term_seq",
+        "gae", "triton",
+    ),
+    Mutant(
+        "a bootstrap after termination", "kernels/gae.py",
+        "delta = tl.where(term, r, delta)", "delta = tl.where(term, delta, delta)",
+        "gae", "triton",
+    ),
+    Mutant(
+        "masked rewards are read", "kernels/gae.py",
+        "at(seq, first, t, r_seq, r_step), live, 0.0)",
+        "at(seq, first, t, r_seq, r_step), inside, 0.0)",
+        "masking", "triton",
+    ),
+    Mutant(
+        "the state of the chunk behind is lost", "kernels/gae_scan.py",
+        "after = tl.fma(state, a_end, b_end)", "after = b_end",
+        "gae", "triton",
+    ),
+    Mutant(
+        "the clipped term has the wrong sign", "kernels/token_loss.py",
+        "clipped = -adv * clamp(ratio", "clipped = adv * clamp(ratio",
+        "ppo_loss", "triton",
+    ),
+    Mutant(
+        "no gradient at a tie of the clip", "kernels/token_loss.py",
+        "takes = (plain >= clipped)", "takes = (plain > clipped)",
+        "ppo_loss", "triton",
+    ),
+    Mutant(
+        "the dual clip on the wrong side", "kernels/token_loss.py",
+        "capped = (adv < 0) & (term > cap)", "capped = (adv > 0) & (term > cap)",
+        "ppo_loss", "triton",
+    ),
+    Mutant(
+        "the advantages' moments are biased", "kernels/token_loss.py",
+        "tl.maximum(n - 1, 1.0)", "tl.maximum(n, 1.0)",
+        "ppo_loss", "triton",
+    ),
+    Mutant(
+        "k3 of the other direction", "kernels/kl.py",
+        "0.5 * x * x, expm1_minus(-x))", "0.5 * x * x, expm1_minus(x))",
+        "ppo_loss", "triton",
+    ),
+    Mutant(
+        "the KL's slope has the wrong sign", "kernels/kl.py",
+        "x, -expm1(-x))", "x, expm1(-x))",
+        "ppo_loss", "triton",
+    ),
+    Mutant(
+        "no maximum is subtracted", "kernels/softmax.py",
+        "top = tl.maximum(m, top * inv_t)", "top = tl.zeros([LANES], tl.float32)",
+        "logprobs", "triton",
+    ),
+    Mutant(
+        "the entropy's gradient is missing", "kernels/softmax.py",
+        "dz = p * tl.fma(b, tl.maximum(log_p, ZERO_EXP), a)", "dz = p * a",
+        "logprobs", "triton",
+    ),
+    Mutant(
+        "ignore_index is not honoured", "kernels/softmax.py",
+        "live = inside & (token != ignore_index)", "live = inside",
+        "logprobs", "triton",
+    ),
+    Mutant(
+        "no temperature in the label's gradient", "kernels/logprobs_grad.py",
+        "-h * inv_t, g * inv_t", "-h * inv_t, g",
+        "logprobs", "triton",
+    ),
+    Mutant(
+        "a packed boundary one token late", "kernels/sequences.py",
+        "tl.where(starts <= col,", "tl.where(starts < col,",
+        "ppo_loss", "triton",
+    ),
+    Mutant(
+        "sequences counted where tokens are", "kernels/reduce_loss.py",
+        "reduction == REDUCTION_TOKEN_MEAN, n_tokens, n_seqs)",
+        "reduction == REDUCTION_TOKEN_MEAN, n_seqs, n_seqs)",
+        "value_loss", "triton",
+    ),
+    Mutant(
+        "whitening is biased", "kernels/whiten.py",
+        "tl.where(unbiased != 0, 1.0, 0.0)", "tl.where(unbiased != 0, 0.0, 0.0)",
+        "whiten", "triton",
+    ),
+    Mutant(
+        "the value clip binds on one side", "kernels/value_loss.py",
+        "(v < old - clip) | (v > old + clip)", "(v < old - clip)",
+        "value_loss", "triton",
+    ),
+)  # fmt: skip
+
+CPU = (
+    Mutant(
+        "the chunk behind is not carried", "csrc/cpu/advantage_core.h",
+        "carried = vfma(by.first, carried, T(first_step(b)));", "carried = T(first_step(b));",
+        "gae", "cpu",
+    ),
+    Mutant(
+        "truncation is termination", "csrc/cpu/gae_simd.h",
+        "if (args.truncated.data) cut = ",
+        "if (args.truncated.data) delta = select(nonzero(load_live(args.truncated, at, live,"
+        " zero)), reward, delta), cut = ",
+        "gae", "cpu",
+    ),
+    Mutant(
+        "the score one step early", "csrc/cpu/rlhf_advantages_simd.h",
+        "return i > 0 ? first + i - 1 : -1;", "return i > 0 ? first + i - 1 - (i > 1) : -1;",
+        "rlhf_advantages", "cpu",
+    ),
+    Mutant(
+        "what follows a row is summed with it", "csrc/cpu/logprobs_simd.h",
+        "const auto fill = -__builtin_inff();\n  Sums<T> a", "const float fill = 0;\n  Sums<T> a",
+        "logprobs", "cpu",
+    ),
+    Mutant(
+        "no temperature in the label's logit", "csrc/cpu/logprobs_rows.h",
+        "p.logit(p.row(row), token) * p.inv_temperature(row) - all.max",
+        "p.logit(p.row(row), token) - all.max",
+        "logprobs", "cpu",
+    ),
+    Mutant(
+        "no importance weight in the gradient", "csrc/math.h",
+        "grad = grad * t.is_weight;", "",
+        "ppo_loss", "cpu",
+    ),
+    Mutant(
+        "a tie of the clip counts as clipped", "csrc/math.h",
+        "active = clipped > plain;", "active = clipped >= plain;",
+        "ppo_loss", "cpu",
+    ),
+    Mutant(
+        "a partly masked vector counts whole", "csrc/cpu/loss_core.h",
+        "if (all(live)) {", "if (any(live)) {",
+        "value_loss", "cpu",
+    ),
+    Mutant(
+        "masked elements shift the mean", "csrc/cpu/moments_simd.h",
+        "element = select(keep, element, p);", "",
+        "whiten", "cpu",
+    ),
+)  # fmt: skip
+
+CUDA = (
+    Mutant(
+        "truncation is termination", "csrc/cuda/advantage_steps.cuh",
+        "const bool over = u.terminated >> i & 1;", "const bool over = u.cut >> i & 1;",
+        "gae", "cuda",
+    ),
+    Mutant(
+        "masked rows are scored", "csrc/cuda/logprobs.cuh",
+        "(!mask || mask.is_set(i)) && tokens", "tokens",
+        "masking", "cuda",
+    ),
+)  # fmt: skip
+
+PYTHON = (
+    Mutant(
+        "shards are merged without their maxima", "ppo_fast/ops/shards.py",
+        "scale = delta.exp()", "scale = torch.ones_like(delta)",
+        "head_parallel",
+    ),
+    Mutant(
+        "a divisor that forgets rows left out", "ppo_fast/ops/linear_ppo_loss.py",
+        "denom = None if given.row_index is None else policy.denom(counted)", "denom = None",
+        "linear_ppo_loss",
+    ),
+    Mutant(
+        "gradients of a chunk to the rows of the first", "ppo_fast/ops/linear_ppo_loss.py",
+        "x[live], live + at.start, chosen", "x[live], live, chosen",
+        "linear_ppo_loss head_work",
+    ),
+    Mutant(
+        "rloo's baseline holds the response itself", "ppo_fast/ops/group_advantages.py",
+        "out = centred * count / (count - 1).clamp(min=1)", "out = centred",
+        "group_advantages",
+    ),
+    Mutant(
+        "merged moments forget the means' distance", "ppo_fast/_results.py",
+        "m2_a + m2_b + delta * delta * n_a * share", "m2_a + m2_b",
+        "stats",
+    ),
+)  # fmt: skip
+
+LOOP = (
+    Mutant(
+        "a stale divisor", "ppo_fast/loop/update.py",
+        "kl_coef=loss_kl_coef, denom=tokens,", "kl_coef=loss_kl_coef, denom=seqs.mask.sum(),",
+        "loop_update",
+    ),
+    Mutant(
+        "dropped samples keep their mask", "ppo_fast/loop/trainer.py",
+        "mask=seqs.mask & kept[:, None]", "mask=seqs.mask",
+        "loop_faults",
+    ),
+    Mutant(
+        "logits one position late", "ppo_fast/loop/policy.py",
+        "keep[:, -self.mask.shape[1] - 1 : -1] = self.mask",
+        "keep[:, -self.mask.shape[1] :] = self.mask",
+        "loop_policy",
+    ),
+    Mutant(
+        "the EOS is masked", "ppo_fast/loop/rollout.py",
+        "masks.append(alive)", "masks.append(alive & ~torch.isin(token, stops))",
+        "loop_policy",
+    ),
+    Mutant(
+        "positions count the padding", "ppo_fast/loop/policy.py",
+        "(attention.cumsum(-1) - 1)", "(torch.ones_like(attention).cumsum(-1) - 1)",
+        "loop_policy",
+    ),
+    Mutant(
+        "the KL coefficient runs away", "ppo_fast/loop/kl.py",
+        "coef * (1.0 + error * n", "coef * (1.0 - error * n",
+        "loop_cli",
+    ),
+    Mutant(
+        "the gradient that went too far is kept", "ppo_fast/loop/update.py",
+        "agent.optimizer.zero_grad(set_to_none=True)\n                done.stopped_by_kl",
+        "agent.optimizer.step()\n                done.stopped_by_kl",
+        "loop_update",
+    ),
+)  # fmt: skip
+
+MUTANTS = {"triton": TRITON, "cpu": CPU, "cuda": CUDA, "python": PYTHON, "loop": LOOP}
