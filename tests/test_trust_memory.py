@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +23,10 @@ NUMBER = 4  # bytes of fp32
 
 def memory(call: Callable[[], Any]) -> list[int]:
     """Bytes that the CPU's allocator gives (positive) and takes back while `call` runs."""
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
+        gc.collect()  # Triton's interpreter leaves cycles
     return [event.self_cpu_memory_usage for event in profiler.events()]
 
 
