@@ -49,7 +49,7 @@ def _train(args: list[str]) -> int:
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 
-        from ppo_fast.loop import RewardLengthError, TrainConfig, train
+        from ppo_fast.loop import RewardLengthError, TrainConfig, TransitionsError, train
         from ppo_fast.loop.tasks import EmptyTaskError
     except ModuleNotFoundError as error:
         print(f"{error}; `ppo-fast train` needs: pip install 'ppo_fast[train]'", file=sys.stderr)
@@ -66,7 +66,7 @@ def _train(args: list[str]) -> int:
     except RewardLengthError as error:
         print(f"stopped: {error}; log, plot and model are in {config.out}", file=sys.stderr)
         return 1
-    except (EmptyTaskError, ModuleNotFoundError) as error:
+    except (EmptyTaskError, ModuleNotFoundError, TransitionsError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

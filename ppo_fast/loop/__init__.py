@@ -3,5 +3,6 @@
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.rewards import RewardLengthError
 from ppo_fast.loop.trainer import Outcome, Trainer, train
+from ppo_fast.loop.transitions import TransitionsError
 
-__all__ = ["Outcome", "RewardLengthError", "TrainConfig", "Trainer", "train"]
+__all__ = ["Outcome", "RewardLengthError", "TrainConfig", "Trainer", "TransitionsError", "train"]

@@ -83,7 +83,16 @@ class TrainConfig:
 
     is_truncation: float | None = None
     """Cap of the importance weights min(exp(old - sampler's log-prob), cap) on the policy loss;
-    absent, nothing is weighed."""
+    absent, stored transitions take 2, and own samples are not weighed."""
+    transitions: Path | None = None
+    """A .jsonl or .parquet of stored transitions to learn from in the place of own samples;
+    docs/transitions.md has its fields."""
+    shuffle: bool = True
+    """Takes the transitions in a fresh order each pass; off, in the file's."""
+    keep_truncated: bool = True
+    """Off leaves out transitions flagged `truncated` (overlong filtering, Yu et al. 2025)."""
+    save_transitions: Path | None = None
+    """A .jsonl to write own samples to, as transitions."""
 
     variant: Variant = "clip"
     clip: float = 0.2
@@ -131,6 +140,8 @@ class TrainConfig:
             _require(self, name, value is None or value > 0, "positive")
         for name in ("gamma", "lam"):
             _require(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        both = self.transitions and self.save_transitions
+        _require(self, "save_transitions", not both, "absent with transitions")
         _require(self, "minibatches", 1 <= self.minibatches <= self.batch, f"in [1, {self.batch}]")
 
     def resolved(self) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from ppo_fast.loop.meter import timed
 from ppo_fast.loop.policy import Sequences
 from ppo_fast.loop.progress import shown
 from ppo_fast.loop.records import Record, Recorder, fifths
+from ppo_fast.loop.replay import TransitionStream, TransitionWriter, open_transitions
 from ppo_fast.loop.rollout import Rollout, completions, encode, generate
 from ppo_fast.loop.update import Batch, Plan, Updated, make_plan, update
 
+_STORED_CAP = 2.0  # of the importance weights of stored transitions, where none is given
 _LOSS_KL = {"linear": 0.05, "penalty": 1.0}
 
 
@@ -45,12 +48,13 @@ class Trainer:
     """PPO on one model. `step` does one update; `run` does them all and saves what they left.
 
     `model` is any transformers causal LM and is trained in place, `reward` a function
-    fn(prompts, completions) -> list[float].
+    fn(prompts, completions) -> list[float]. Stored transitions in the place of prompts come with
+    their rewards: nothing is sampled, and `reward` is not called.
     """
 
     def __init__(
         self, config: TrainConfig, model: Any, tokenizer: Any,
-        prompts: list[str], reward: rewards.RewardFn,
+        prompts: list[str] | TransitionStream, reward: rewards.RewardFn,
     ) -> None:  # fmt: skip
         torch.manual_seed(config.seed)
         self.config, self.tokenizer, self.reward = config, tokenizer, reward
@@ -59,7 +63,13 @@ class Trainer:
         asked = None if config.backend == "auto" else config.backend
         self.backend = select("train", asked, self.agent.parameters[0])
         self.eos = models.eos_ids(model, tokenizer)
-        self.prompts = data.PromptStream(prompts, config.seed)
+        self.stored = isinstance(prompts, TransitionStream)
+        self.prompts: data.PromptStream | TransitionStream = (
+            prompts if isinstance(prompts, TransitionStream)
+            else data.PromptStream(prompts, config.seed)
+        )  # fmt: skip
+        path = config.save_transitions
+        self.writer = None if path is None else TransitionWriter(path, self.eos)
         self.sampling = torch.Generator(self.device).manual_seed(config.seed)
         self.shuffling = torch.Generator().manual_seed(config.seed)
         self.kl_coef = config.kl_coef
@@ -100,7 +110,9 @@ class Trainer:
         seqs = self.kept(rollout.seqs, scores)
         if seqs.mask.any():
             record |= self._learn(sample, seqs, seconds)
-            self.last_batch = (prompts, scores)
+            self.last_batch = None if self.stored else (prompts, scores)
+        if self.writer is not None:
+            self.writer.write(self.updates, sample)
         took = sum(seconds.values())
         record["tokens_per_second"] = int(rollout.seqs.mask.sum()) / took if took else math.nan
         self.updates += 1
@@ -109,8 +121,10 @@ class Trainer:
         return record
 
     def collect(self, seconds: dict[str, float]) -> Experience:
-        """The samples of one update, sampled and rewarded."""
+        """The samples of one update: stored ones, or sampled and rewarded now."""
         prompts = self.prompts.next(self.config.batch)
+        if isinstance(prompts, Experience):
+            return prompts
         with timed(self.device) as rollout_time:
             rollout = self.rollout(prompts, self.backend)
         seconds["rollout"] = rollout_time.seconds
@@ -165,8 +179,7 @@ class Trainer:
 
     def rollout(self, prompts: list[str], backend: str) -> Rollout:
         """Sample one completion per prompt."""
-        limit = models.prompt_limit(self.agent.policy.model, self.config.max_new_tokens)
-        tokens, attention = encode(self.tokenizer, prompts, self.device, limit)
+        tokens, attention = encode(self.tokenizer, prompts, self.device)
         return generate(
             self.agent.policy.model, tokens, attention,
             max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature,
@@ -202,7 +215,7 @@ class Trainer:
 
     def weighted(self, batch: Batch, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
         """The batch with its importance weights, where they are asked for, and their record."""
-        cap = self.config.is_truncation
+        cap = self.config.is_truncation or (_STORED_CAP if self.stored else None)
         if cap is None:
             return batch, {}
         out = importance(batch.scored.old, rollout.logprobs, batch.seqs.mask, cap)
@@ -213,8 +226,8 @@ class Trainer:
         return update(self.agent, batch, plan, self.loss_kl_coef, self.shuffling, backend)
 
 
-def load_trainer(config: TrainConfig) -> Trainer:
-    """A trainer of what `config` names: model, prompts and reward."""
+def load_trainer(config: TrainConfig, report: Callable[[str], None] = print) -> Trainer:
+    """A trainer of what `config` names: model, prompts or transitions, and reward."""
     config = config.resolved()
     name = config.device
     if name == "auto":
@@ -225,11 +238,15 @@ def load_trainer(config: TrainConfig) -> Trainer:
     model, tokenizer = models.load_model(config.model, task.texts[:200], device)
     task = task.as_chat(tokenizer) if config.chat else task
     reward = rewards.load_reward(config, task, device)
-    return Trainer(config, model, tokenizer, task.prompts, reward)
+    source = task.prompts if config.transitions is None else open_transitions(
+        config.transitions, config.batch, config.seed, shuffle=config.shuffle,
+        keep_truncated=config.keep_truncated, model=model, tokenizer=tokenizer, report=report,
+    )  # fmt: skip
+    return Trainer(config, model, tokenizer, source, reward)
 
 
 def train(config: TrainConfig, console: Console) -> tuple[Trainer, Outcome]:
     """Load what `config` names, train, and return the trainer with the outcome."""
     console.print(f"loading {config.resolved().model}")
-    trainer = load_trainer(config)
+    trainer = load_trainer(config, lambda line: console.print(line, markup=False))
     return trainer, trainer.run(console)

@@ -1,0 +1,201 @@
+"""Learning from stored transitions: their order, their batches, and writing own ones down."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from ppo_fast.loop.experience import Experience
+from ppo_fast.loop.policy import Sequences
+from ppo_fast.loop.rewards import Scores
+from ppo_fast.loop.rollout import Rollout
+from ppo_fast.loop.transitions import Limits, Transition, TransitionsError, read_transitions
+
+
+class Passes(Sampler[int]):
+    """Endless indices of `n` rows, each once per pass, in a fresh order where they are shuffled.
+
+    A pass's order is a function of seed and pass, so that a position is two numbers.
+    """
+
+    def __init__(self, n: int, seed: int, shuffle: bool) -> None:
+        self.n, self.seed, self.shuffle = n, seed, shuffle
+        self.done, self.taken = 0, 0
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            order = self._order()
+            while self.taken < self.n:
+                self.taken += 1
+                yield order[self.taken - 1]
+            self.done, self.taken = self.done + 1, 0
+
+    def _order(self) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.n))
+        # Two runs whose seeds are neighbours share no pass.
+        mixed = hashlib.sha256(f"{self.seed} {self.done}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(mixed[:7], "little"))
+        return torch.randperm(self.n, generator=generator).tolist()
+
+
+class TransitionStream:
+    """Endless batches of stored transitions, through a DataLoader, as what a rollout gives.
+
+    `decode` makes text of tokens; `pad` stands where there is no token.
+    """
+
+    def __init__(
+        self, rows: list[Transition], batch: int, seed: int, *, shuffle: bool, decode: Any,
+        pad: int, dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        if not rows:
+            raise TransitionsError("transitions must not be empty, got 0 rows")
+        self._rows, self._decode, self._pad = rows, decode, pad
+        self._dtype, self._device = dtype, device
+        self._passes = Passes(len(rows), seed, shuffle)
+        self._batch = batch
+        self._batches = self._loader()
+
+    def next(self, n: int) -> Experience:
+        """The next `n` transitions; `n` is the batch this stream was made for."""
+        if n != self._batch:
+            raise ValueError(f"n must be the stream's batch, {self._batch}, got {n}")
+        return next(self._batches)
+
+    def digest(self) -> str:
+        """The sha256 of all rows."""
+        return hashlib.sha256(json.dumps(self._rows).encode()).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch begins: passes done, and rows taken of this one."""
+        return {"done": self._passes.done, "taken": self._passes.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken, of the same rows."""
+        self._passes.done, self._passes.taken = state["done"], state["taken"]
+        self._batches = self._loader()
+
+    def _loader(self) -> Iterator[Experience]:
+        # In this process: a worker would draw ahead, and the position would be its own.
+        loader: DataLoader[Experience] = DataLoader(
+            self._rows,  # type: ignore[arg-type]  # a list is a map-style data set
+            self._batch,
+            sampler=self._passes,
+            collate_fn=self.collate,
+            generator=torch.Generator(),  # its own: it would draw a number of the global one
+        )
+        return iter(loader)
+
+    def collate(self, rows: list[Transition]) -> Experience:
+        """Left-padded prompts and right-padded responses of `rows`, with what belongs to them."""
+        before = max(len(r.prompt_tokens) for r in rows)
+        after = max(len(r.tokens) for r in rows)
+        tokens = [
+            [self._pad] * (before - len(r.prompt_tokens)) + r.prompt_tokens
+            + _padded(r.tokens, after, self._pad)
+            for r in rows
+        ]  # fmt: skip
+        attention = [
+            [0] * (before - len(r.prompt_tokens)) + [1] * len(r.prompt_tokens)
+            + _padded([1] * len(r.tokens), after, 0)
+            for r in rows
+        ]  # fmt: skip
+        attended = torch.tensor(attention, device=self._device)
+        seqs = Sequences(
+            torch.tensor(tokens, device=self._device), attended, attended[:, before:].bool()
+        )
+        logprobs, rewards = (
+            torch.tensor([_padded(x, after, 0.0) for x in column], dtype=self._dtype)
+            for column in ([r.logprobs for r in rows], [r.rewards for r in rows])
+        )
+        texts = [self._decode(r.tokens) for r in rows]
+        prompts = [r.prompt or self._decode(r.prompt_tokens) for r in rows]
+        return Experience(
+            prompts, texts, Rollout(seqs, logprobs.to(self._device)),
+            Scores([sum(r.rewards) for r in rows]), rewards.to(self._device),
+        )  # fmt: skip
+
+
+class TransitionWriter:
+    """Writes the samples of each update as lines of JSON that `read_transitions` reads back.
+
+    `eos` are the tokens that end a response; one that ends with none of them was truncated.
+    Samples without a reward are left out. A resumed run goes on after the updates that it keeps.
+    """
+
+    def __init__(self, path: Path, eos: list[int]) -> None:
+        self._path, self._eos, self._begun = path, eos, False
+
+    def write(self, update: int, sample: Experience) -> None:
+        """Append the samples of one update."""
+        if not self._begun:
+            earlier = _lines_before(self._path, update) if update else []
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text("".join(earlier), encoding="utf-8")
+            self._begun = True
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(
+                json.dumps(row, allow_nan=False) + "\n" for row in self._rows(update, sample)
+            )
+
+    def _rows(self, update: int, sample: Experience) -> Iterator[dict[str, Any]]:
+        seqs, scores = sample.rollout.seqs, sample.scores
+        width = seqs.tokens.shape[1] - seqs.mask.shape[1]
+        columns = (seqs.tokens, seqs.attention.bool(), seqs.mask, sample.rollout.logprobs)
+        rows = zip(*(x.cpu() for x in columns), strict=True)
+        for i, (tokens, attended, mask, logprobs) in enumerate(rows):
+            if i in scores.faults:
+                continue
+            response = tokens[width:][mask].tolist()
+            yield {
+                "update": update, "prompt": sample.prompts[i],
+                "prompt_tokens": tokens[:width][attended[:width]].tolist(), "tokens": response,
+                "logprobs": logprobs[mask].tolist(), "reward": scores.values[i],
+                "truncated": response[-1] not in self._eos,
+            }  # fmt: skip
+
+
+def _lines_before(path: Path, update: int) -> list[str]:
+    """The lines of updates before `update`; a line that a kill cut short is none of them."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [x for x in lines if x.endswith("\n") and json.loads(x)["update"] < update]
+
+
+def open_transitions(
+    path: Path, batch: int, seed: int, *, shuffle: bool, keep_truncated: bool,
+    model: Any, tokenizer: Any, report: Callable[[str], None],
+) -> TransitionStream:  # fmt: skip
+    """The transitions in `path` for `model`; `report` is told what is dropped and what is left."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = Limits(model.get_input_embeddings().num_embeddings, context)
+    found = read_transitions(
+        path, lambda text: tokenizer(text)["input_ids"] or [tokenizer.eos_token_id], limits
+    )
+    for fault in found.faults:
+        report(f"dropped {fault}")
+    rows = [r for r in found.rows if keep_truncated or not r.truncated]
+    cut = len(found.rows) - len(rows)
+    if not rows:
+        raise TransitionsError(f"transitions {path}: all {cut} good rows are truncated")
+    weight = model.get_output_embeddings().weight
+    passes = -(-len(rows) // batch)
+    report(
+        f"{path}: {len(rows)} transitions, {len(found.faults)} bad rows and {cut} truncated ones"
+        f" left out; a pass takes {passes} updates of {batch}"
+    )
+    return TransitionStream(
+        rows, batch, seed, shuffle=shuffle, pad=tokenizer.pad_token_id or 0,
+        dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device,
+        decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+    )  # fmt: skip
+
+
+def _padded(row: list[Any], width: int, value: float) -> list[Any]:
+    return row + [value] * (width - len(row))

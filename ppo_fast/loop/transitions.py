@@ -1,0 +1,170 @@
+"""Stored transitions: rows of JSON or parquet, each checked before anything is learnt from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FIELDS = ("prompt", "prompt_tokens", "tokens", "logprobs", "reward", "truncated")
+_LARGEST = (2 - 2**-23) * 2.0**127  # of fp32
+_ROUNDING = 1e-3  # a log-probability of bf16 logits may come out that much above 0
+Encode = Callable[[str], list[int]]
+
+
+class Transition(NamedTuple):
+    """One prompt and response, and what the response earned.
+
+    `logprobs`, of the policy that sampled, and `rewards` have one number per response token.
+    """
+
+    prompt: str
+    prompt_tokens: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    rewards: list[float]
+    truncated: bool
+
+
+class Limits(NamedTuple):
+    """What the model can take: tokens lie in [0, vocabulary), prompt and response in `context`."""
+
+    vocabulary: int
+    context: int | None = None
+
+
+@dataclass
+class Transitions:
+    """The good rows of a file, and what was wrong with each of the others."""
+
+    rows: list[Transition] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+class TransitionsError(ValueError):
+    """A file of transitions from which nothing can be learnt."""
+
+
+def read_transitions(path: Path, encode: Encode, limits: Limits) -> Transitions:
+    """Read `path`, a .jsonl or a .parquet; `encode` makes tokens of a prompt given as text.
+
+    A bad row becomes a fault that names file, line (of parquet: the row, from 1), field and value.
+
+    Raises:
+        TransitionsError: another suffix, no file, no row at all, or no good one.
+        ModuleNotFoundError: parquet without pyarrow.
+    """
+    readers = {".jsonl": _json_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise TransitionsError(f"transitions must be a .jsonl or .parquet file, got {path}")
+    if not path.is_file():
+        raise TransitionsError(f"transitions must be a file that exists, got {path}")
+    found = Transitions()
+    for line, row in readers[path.suffix](path):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            found.rows.append(_checked(row, encode, limits))
+        except ValueError as error:
+            found.faults.append(f"{path}:{line}: {error}")
+    if not found.rows:
+        faults = len(found.faults)
+        why = f"all {faults} rows are bad, the first: {found.faults[0]}" if faults else "no rows"
+        raise TransitionsError(f"transitions {path}: {why}")
+    return found
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, what it holds or why it could not be read) of every line that is not blank."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield number, ValueError(f"not a line of JSON: {error}")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(row number from 1, its known fields)."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error}; reading {path} needs: pip install 'ppo_fast[transitions]'"
+        ) from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            known = [name for name in FIELDS if name in file.schema_arrow.names]
+            for batch in file.iter_batches(columns=known):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except ArrowException as error:
+        raise TransitionsError(f"transitions {path}: not a parquet file: {error}") from None
+
+
+def _checked(row: Any, encode: Encode, limits: Limits) -> Transition:
+    """The row as a transition, or a ValueError that names field and value."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object with fields, got {_shown(row)}")
+    prompt = row.get("prompt")
+    if row.get("prompt_tokens") is not None:
+        prompt_tokens = _tokens("prompt_tokens", row["prompt_tokens"], limits)
+    elif isinstance(prompt, str):
+        prompt_tokens = encode(prompt)
+    else:
+        raise ValueError(f"prompt must be a text where there are no prompt_tokens, got {prompt!r}")
+    tokens = _tokens("tokens", row.get("tokens"), limits)
+    total = len(prompt_tokens) + len(tokens)
+    if limits.context is not None and total > limits.context:
+        raise ValueError(
+            f"prompt and tokens must fit the model's context of {limits.context}, got {total}"
+        )
+    logprobs = _numbers("logprobs", row.get("logprobs"), len(tokens))
+    for i, value in enumerate(logprobs):
+        if value > _ROUNDING:
+            raise ValueError(f"logprobs[{i}] must be at most 0, got {value}")
+    truncated = row.get("truncated")
+    if truncated is not None and not isinstance(truncated, bool):
+        raise ValueError(f"truncated must be true or false, got {_shown(truncated)}")
+    text = prompt if isinstance(prompt, str) else ""
+    rewards = _rewards(row.get("reward"), len(tokens))
+    return Transition(text, prompt_tokens, tokens, logprobs, rewards, bool(truncated))
+
+
+def _tokens(name: str, value: Any, limits: Limits) -> list[int]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name} must be a list of at least one token, got {_shown(value)}")
+    for i, token in enumerate(value):
+        if type(token) is not int or not 0 <= token < limits.vocabulary:
+            raise ValueError(
+                f"{name}[{i}] must be a whole number in [0, {limits.vocabulary}), got {token!r}"
+            )
+    return value
+
+
+def _rewards(value: Any, n: int) -> list[float]:
+    """One reward per token; a single number belongs to the last."""
+    if isinstance(value, list):
+        return _numbers("reward", value, n)
+    return [0.0] * (n - 1) + _numbers("reward", [value], 1)
+
+
+def _numbers(name: str, value: Any, n: int) -> list[float]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a list of {n} numbers, got {_shown(value)}")
+    if len(value) != n:
+        raise ValueError(f"{name} must have as many numbers as tokens, {n}, got {len(value)}")
+    for i, number in enumerate(value):
+        if type(number) not in (int, float) or not abs(number) <= _LARGEST:
+            raise ValueError(f"{name}[{i}] must be a finite fp32 number, got {_shown(number)}")
+    return [float(number) for number in value]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
