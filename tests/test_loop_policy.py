@@ -94,14 +94,15 @@ def test_an_eos_at_once_is_an_empty_completion_of_one_token() -> None:
 @pytest.mark.parametrize("head", ["linear", "logits"])
 def test_only_kept_tokens_reach_the_output_head(tmp_path: Path, head: str) -> None:
     t = trainer(tmp_path, head=head)
-    rows: list[int] = []
+    shapes: list[torch.Size] = []
     module = t.agent.policy.model.get_output_embeddings()
-    module.register_forward_hook(lambda m, a, out: rows.append(out.shape[:-1].numel()))
+    module.register_forward_hook(lambda m, a, out: shapes.append(out.shape))
     _, batch, _ = batch_of(t)
-    sampling = t.config.max_new_tokens
-    assert rows[:sampling] == [t.config.batch] * sampling
     kept = int(batch.seqs.mask.sum())
-    assert sum(rows[sampling:]) == (kept if head == "logits" else 0)
+    sampling = [rows * steps for rows, steps, _ in (s for s in shapes if len(s) == 3)]
+    assert sum(sampling) == kept  # of a prompt its last position; of 8 rows none that has ended
+    scoring = [rows for rows, _ in (s for s in shapes if len(s) == 2)]
+    assert sum(scoring) == (kept if head == "logits" else 0)
 
 
 def models() -> dict[str, Any]:

@@ -68,6 +68,12 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted(ids - {None})
 
 
+def prompt_limit(model: Any, max_new_tokens: int) -> int | None:
+    """The longest prompt, in tokens, that leaves room in the context; None: it has no bound."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if context is None else context - max_new_tokens
+
+
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a folder that `from_pretrained` loads; a run cut short leaves the former one whole."""
     fresh, former = (folder.with_name(folder.name + end) for end in (".partial", ".former"))

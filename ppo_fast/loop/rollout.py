@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.loop.policy import Sequences, position_ids
+from ppo_fast.loop.policy import Sequences
+
+# Ended rows leave once they are an eighth of the batch: what that copies of the cache, over all
+# times together, is then at most eight times what is held at the beginning.
+_CROWDED = 7 / 8
 
 
 class Rollout(NamedTuple):
@@ -18,11 +22,26 @@ class Rollout(NamedTuple):
     logprobs: Tensor
 
 
-def encode(tokenizer: Any, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Left-padded tokens and attention mask, each (B, P) int64; an empty prompt becomes an EOS."""
+def encode(
+    tokenizer: Any, prompts: list[str], device: torch.device, limit: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Left-padded tokens and attention mask, each (B, P) int64; an empty prompt becomes an EOS.
+
+    The mask alone tells padding from text: a tokenizer may have no pad token, or use its EOS.
+    Raises ValueError for a prompt of more than `limit` tokens, and for an empty one that cannot
+    become an EOS.
+    """
     rows = [tokenizer(p)["input_ids"] or [tokenizer.eos_token_id] for p in prompts]
+    for i, row in enumerate(rows):
+        if row == [None]:
+            raise ValueError(f"prompts[{i}] must not be empty: the tokenizer has no EOS, got ''")
+        if limit is not None and len(row) > limit:
+            raise ValueError(
+                f"prompts[{i}] must have at most {limit} tokens, which is what max_new_tokens"
+                f" leaves of the model's context, got {len(row)}: {prompts[i][:50]!r}"
+            )
     width = max(len(row) for row in rows)
-    pad = tokenizer.pad_token_id
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return tokens.to(device), attention.to(device)
@@ -44,45 +63,59 @@ def generate(
 ) -> Rollout:
     """Sample one completion per left-padded prompt, tokens and attention (B, P).
 
-    One step holds (B, V) logits and keeps (B,) numbers of them. A row that has ended is fed its
-    EOS, masked everywhere, until all rows have.
+    A completion ends with its first token among `eos`, which is its own, or with its
+    `max_new_tokens`-th. One step holds (B, V) logits and keeps (B,) numbers of them.
 
     These prompts are the rows `rows`, (B,) int64, of a batch of `total` (all of it by default).
     Token t of row i is drawn with number (t, i) of the `max_new_tokens * total` uniforms that
-    every call takes from `generator`: sequences do not depend on how the batch is shared out.
+    every call takes from `generator`: sequences do not depend on how the batch is shared out, nor
+    on which rows have ended.
+
+    Raises FloatingPointError if the logits of a token are not finite.
     """
-    stops = torch.tensor(eos, device=tokens.device)
-    uniforms = _uniforms(generator, max_new_tokens, len(tokens) if total is None else total)
+    from ppo_fast.loop.decoder import Decoder
+
+    n = len(tokens)
+    uniforms = _uniforms(generator, max_new_tokens, n if total is None else total)
     uniforms = (uniforms if rows is None else uniforms[:, rows]).to(tokens.device)
-    alive = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-    sampled, masks, logprobs = [], [], []
-    step, positions, cache = tokens, position_ids(attention), None
+    stops = tokens.new_tensor(eos)
+    response = tokens.new_full((n, max_new_tokens), eos[0] if eos else 0)
+    mask = torch.zeros_like(response, dtype=torch.bool)
+    logprobs = torch.zeros_like(response, dtype=torch.float64)
+    decoder = Decoder(model, tokens, attention, max_new_tokens)
+    held = torch.arange(n, device=tokens.device)  # the rows in the decoder
+    alive = torch.ones_like(held, dtype=torch.bool)  # of those, the ones that have not ended
     for t in range(max_new_tokens):
-        out = model(
-            input_ids=step,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits, cache = out.logits[:, -1], out.past_key_values
-        token = torch.where(alive, draw(logits, uniforms[t], temperature), stops[0])
+        token = draw(decoder.logits, uniforms[t, held], temperature)
         scored = ppo_fast.token_logprobs(
-            logits, token, temperature=temperature, mask=alive, backend=backend
-        )
-        sampled.append(token)
-        masks.append(alive)
-        logprobs.append(scored.logprobs)
-        attention = torch.cat([attention, alive[:, None].to(attention.dtype)], dim=1)
-        alive = alive & ~torch.isin(token, stops)
-        if not alive.any():
+            decoder.logits, token, temperature=temperature, backend=backend
+        ).logprobs
+        going = held[alive]
+        response[going, t], mask[going, t] = token[alive], True
+        logprobs[going, t] = scored[alive].double()
+        alive &= ~torch.isin(token, stops)
+        left = int(alive.sum())
+        if left == 0 or t + 1 == max_new_tokens:
             break
-        step, positions = token[:, None], positions[:, -1:] + 1
-    tokens = torch.cat([tokens, torch.stack(sampled, dim=1)], dim=1)
-    return Rollout(
-        Sequences(tokens, attention, torch.stack(masks, dim=1)), torch.stack(logprobs, dim=1)
-    )
+        if left <= _CROWDED * len(held):
+            kept = alive.nonzero().squeeze(1)
+            decoder.keep(kept)
+            held, token, alive = held[kept], token[kept], alive[kept]
+        decoder.step(token)
+    columns = (x[:, : t + 1] for x in (response, mask, logprobs.to(scored.dtype)))
+    return _rollout(tokens, attention, *columns)
+
+
+def _rollout(
+    tokens: Tensor, attention: Tensor, response: Tensor, mask: Tensor, logprobs: Tensor
+) -> Rollout:
+    bad = ~logprobs.isfinite().all(1)
+    if bad.any():
+        rows = bad.nonzero().flatten().tolist()
+        raise FloatingPointError(f"the model's logits must be finite, got others for rows {rows}")
+    tokens = torch.cat([tokens, response], dim=1)
+    attention = torch.cat([attention, mask.to(attention.dtype)], dim=1)
+    return Rollout(Sequences(tokens, attention, mask), logprobs)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
@@ -92,7 +125,8 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     whole sum has a width of its own, so one of probability 0 is never drawn, and the last step of
     the cdf need not be 1. fp64 keeps the widths of rare tokens far out in a large vocabulary.
     """
-    cdf = torch.softmax(logits.float() / temperature, dim=-1).cumsum(-1, dtype=torch.float64)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    cdf = torch.softmax(wide / temperature, dim=-1).cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
     return token.squeeze(1).clamp(max=logits.shape[-1] - 1)  # NaN logits: nothing exceeds
 

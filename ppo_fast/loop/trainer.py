@@ -179,7 +179,8 @@ class Trainer:
 
     def rollout(self, prompts: list[str], backend: str) -> Rollout:
         """Sample one completion per prompt."""
-        tokens, attention = encode(self.tokenizer, prompts, self.device)
+        limit = models.prompt_limit(self.agent.policy.model, self.config.max_new_tokens)
+        tokens, attention = encode(self.tokenizer, prompts, self.device, limit)
         return generate(
             self.agent.policy.model, tokens, attention,
             max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature,
