@@ -1,7 +1,8 @@
-"""The command line: `ppo-fast train`, `ppo-fast info`, `ppo-fast bench`."""
+"""The command line: `ppo-fast train`, `report`, `info` and `bench`."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import subprocess
 import sys
@@ -20,11 +21,10 @@ if TYPE_CHECKING:
 _USAGE = """usage: ppo-fast COMMAND [OPTIONS]
 
   train   fine-tune a causal language model with PPO (ppo-fast train --help lists the options)
+  report  one HTML page of one or more runs (ppo-fast report --help)
   info    versions and usable backends
   bench   measure the ops beside their peers (ppo-fast bench --help lists the options)
 """
-_TRAIN_HELP = """PPO on a causal language model. The default fine-tunes SmolLM2-135M-Instruct
-to continue film reviews with positive sentiment; --task names other things to learn."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     command, *args = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command == "train":
         return _train(args)
+    if command == "report":
+        return _report(args)
     if command == "info":
         return _info()
     if command == "bench":
@@ -45,16 +47,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(args: list[str]) -> int:
     try:
-        import tyro
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 
-        from ppo_fast.loop import RewardLengthError, TrainConfig, TransitionsError, train
+        from ppo_fast.loop import RewardLengthError, TransitionsError, train
+        from ppo_fast.loop.options import ConfigError, parse
         from ppo_fast.loop.tasks import EmptyTaskError
     except ModuleNotFoundError as error:
         print(f"{error}; `ppo-fast train` needs: pip install 'ppo_fast[train]'", file=sys.stderr)
         return 1
-    config = tyro.cli(TrainConfig, args=args, prog="ppo-fast train", description=_TRAIN_HELP)
+    try:
+        config = parse(args)
+    except ConfigError as error:
+        print(f"ppo-fast train: {error}", file=sys.stderr)
+        return 2
     console = Console()
     disable_progress_bar()  # the run draws its own
     try:
@@ -106,6 +112,24 @@ def _compare(console: Console, config: TrainConfig, trainer: Trainer) -> None:
         f"largest difference: loss {result.loss_difference:.2e} (loss {result.loss:.4f}),"
         f" gradients {result.gradient_difference:.2e} (largest {result.gradient:.2e})"
     )
+
+
+def _report(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("ppo-fast report", description="One HTML page of some runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="report.html in the first RUN")
+    chosen = parser.parse_args(args)
+    try:
+        from ppo_fast.report import RunError, write_report
+    except ModuleNotFoundError as error:
+        print(f"{error}; `ppo-fast report` needs: pip install 'ppo_fast[train]'", file=sys.stderr)
+        return 1
+    try:
+        print(f"page: {write_report(chosen.runs, chosen.out)}")
+    except RunError as error:
+        print(f"ppo-fast report: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _info() -> int:

@@ -1,0 +1,63 @@
+"""The options of `ppo-fast train`, from the command line and from a file of a former run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ppo_fast.loop.config import TrainConfig
+
+_DESCRIPTION = """PPO on a causal language model. The default fine-tunes SmolLM2-135M-Instruct
+to continue film reviews with positive sentiment; --task names other things to learn.
+--config FILE reads options from a JSON file, such as a former run's config.json; options given
+beside it go before it."""
+
+
+class ConfigError(ValueError):
+    """A configuration file that cannot be read as options."""
+
+
+def parse(args: list[str]) -> TrainConfig:
+    """The options of a command line. Ends the process as tyro does where they are wrong.
+
+    Options of `--config FILE` come first, so that those given by hand override them. Raises
+    `ConfigError` for a file that is not there, is not a JSON object, or has an unknown key.
+    """
+    parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", type=Path, default=[], metavar="FILE")
+    chosen, rest = parser.parse_known_args(args)
+    given = [argument for path in chosen.config for argument in arguments(path)]
+    return tyro.cli(
+        TrainConfig, args=given + rest, prog="ppo-fast train", description=_DESCRIPTION
+    )
+
+
+def arguments(path: Path) -> list[str]:
+    """The options in a JSON file, as they would be given by hand."""
+    try:
+        options: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(options, dict):
+        raise ConfigError(f"{path}: must hold an object of options, got {options!r:.60}")
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    found = []
+    for key, value in options.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigError(f"{path}: unknown option {key!r}{hint}")
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list | dict):
+            raise ConfigError(f"{path}: {key} must be a single value, got {value!r:.60}")
+        else:
+            found += [f"--{name}", str(value)]
+    return found
