@@ -32,13 +32,13 @@ def task_of(name: str, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["summarize", "translate", "qa"])
 def test_the_reference_itself_gets_the_best_reward(name: str) -> None:
-    """It is 1, less 0.02 for each word of a summary beyond twelve."""
+    """It is 1, less 0.02 for each word of a summary beyond eight."""
     task = task_of(name)
     assert len(set(task.prompts)) >= 90 and set(task.prompts) == set(task.references)
     prompts = task.prompts[:20]
     rewards = task.reward(prompts, [" " + task.references[p] for p in prompts])
     words = [len(task.references[p].split()) if name == "summarize" else 0 for p in prompts]
-    assert rewards == pytest.approx([1 - 0.02 * max(0, n - 12) for n in words], abs=1e-9)
+    assert rewards == pytest.approx([1 - 0.02 * max(0, n - 8) for n in words], abs=1e-9)
     assert max(task.reward(prompts, ["~"] * 20)) < 0.1
 
 
@@ -68,7 +68,7 @@ def test_translations_are_those_of_the_catalogue() -> None:
 def test_summaries_refer_to_the_review() -> None:
     task = task_of("summarize")
     assert all(prompt == f"{review}\nTL;DR:" for prompt, review in task.references.items())
-    assert {len(r.split()) for r in task.references.values()} == set(range(16, 25))
+    assert {len(r.split()) for r in task.references.values()} == set(range(10, 17))
 
 
 def test_as_chat_renders_the_template_and_keeps_the_reward() -> None:
