@@ -22,7 +22,7 @@ def vader() -> RewardFn:
     return reward
 
 
-def rouge(references: References, words: int = 8, length_penalty: float = 0.02) -> RewardFn:
+def rouge(references: References, words: int = 8, length_penalty: float = 0.1) -> RewardFn:
     """ROUGE-L F1 against the reference, in [0, 1] (Lin 2004).
 
     Each word of the completion beyond `words` costs `length_penalty`.
