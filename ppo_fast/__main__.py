@@ -48,9 +48,10 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args: list[str]) -> int:
     try:
         from rich.console import Console
+        from safetensors import SafetensorError
         from transformers.utils.logging import disable_progress_bar
 
-        from ppo_fast.loop import RewardLengthError, TransitionsError, train
+        from ppo_fast.loop import CheckpointError, RewardLengthError, TransitionsError, train
         from ppo_fast.loop.options import ConfigError, parse
         from ppo_fast.loop.tasks import EmptyTaskError
     except ModuleNotFoundError as error:
@@ -72,7 +73,10 @@ def _train(args: list[str]) -> int:
     except RewardLengthError as error:
         print(f"stopped: {error}; log, plot and model are in {config.out}", file=sys.stderr)
         return 1
-    except (EmptyTaskError, ModuleNotFoundError, TransitionsError) as error:
+    except (CheckpointError, EmptyTaskError, ModuleNotFoundError, TransitionsError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except (OSError, SafetensorError) as error:  # a disk that is full, mostly
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -122,8 +122,8 @@ def test_ctrl_c_leaves_log_plot_and_model(tmp_path: Path) -> None:
         return letters(prompts, texts)
 
     outcome = trainer(tmp_path, reward, updates=5).run(QUIET)
-    assert outcome.interrupted and len(outcome.rewards) == 2
-    assert_whole(tmp_path, 2)
+    assert outcome.interrupted and len(outcome.rewards) == 3
+    assert_whole(tmp_path, 3)
 
 
 def test_the_saved_model_is_the_trained_one(tmp_path: Path) -> None:

@@ -1,8 +1,17 @@
 """A minimal PPO loop for transformers causal language models, built on the ops of ppo_fast."""
 
+from ppo_fast.loop.checkpoint import CheckpointError
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.rewards import RewardLengthError
 from ppo_fast.loop.trainer import Outcome, Trainer, train
 from ppo_fast.loop.transitions import TransitionsError
 
-__all__ = ["Outcome", "RewardLengthError", "TrainConfig", "Trainer", "TransitionsError", "train"]
+__all__ = [
+    "CheckpointError",
+    "Outcome",
+    "RewardLengthError",
+    "TrainConfig",
+    "Trainer",
+    "TransitionsError",
+    "train",
+]

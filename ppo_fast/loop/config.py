@@ -122,14 +122,22 @@ class TrainConfig:
 
     tensorboard: bool = False
     """Also write the log's numbers for TensorBoard, into the folder `tensorboard` of `out`."""
+    save_every: int = 10
+    """Updates between checkpoints, written also at Ctrl-C and at the end; 0 writes none."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay, the newest."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint of `out`; without one the run starts anew."""
     compare: int = 3
     """Repeats of the comparison with the reference backend after training; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         for name in ("updates", "batch", "prompt_words", "max_new_tokens", "epochs"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        _require(self, "micro_batch", self.micro_batch >= 1, "at least 1")
-        _require(self, "missing_eos_penalty", self.missing_eos_penalty >= 0, "at least 0")
+        for name in ("micro_batch", "keep_checkpoints"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("missing_eos_penalty", "save_every"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("temperature", "lr", "max_grad_norm", "clip", "vf_clip", "kl_horizon"):
             _require(self, name, getattr(self, name) > 0, "positive")
         for name in ("train_layers", "compare", "warmup", "vf_coef", "kl_coef", "entropy_coef"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib
 import importlib.util
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -77,3 +79,17 @@ class PromptStream:
             self._order += again
         taken, self._order = self._order[:n], self._order[n:]
         return [self._prompts[i] for i in taken]
+
+    def digest(self) -> str:
+        """The sha256 of all prompts."""
+        return hashlib.sha256(json.dumps(self._prompts).encode()).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What comes next: the prompts left of this pass, and the order of those to come."""
+        return {"order": self._order, "random": self._random.getstate()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken, of the same prompts."""
+        version, internal, gauss = state["random"]
+        self._order = state["order"]
+        self._random.setstate((version, tuple(internal), gauss))

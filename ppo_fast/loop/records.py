@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ class Recorder:
         ran_on = json.dumps(versions(backend), indent=2)
         (self.folder / "versions.json").write_text(ran_on + "\n")
         self.records: list[Record] = []
-        self._log = (self.folder / "log.jsonl").open("w", encoding="utf-8")
-        self._samples = (self.folder / "samples.jsonl").open("w", encoding="utf-8")
+        mode = "a" if config.resume else "w"
+        self._log = (self.folder / "log.jsonl").open(mode, encoding="utf-8")
+        self._samples = (self.folder / "samples.jsonl").open(mode, encoding="utf-8")
         self._board = Board(self.folder / "tensorboard") if config.tensorboard else None
 
     def update(self, record: Record) -> None:
@@ -53,6 +55,21 @@ class Recorder:
             self._samples.write(json.dumps(sample) + "\n")
         self._samples.flush()
 
+    def rewind(self, updates: int) -> bool:
+        """Cut log and samples back to `updates` updates; whether the log has them all."""
+        cut_back(self.folder / "samples.jsonl", updates)
+        lines = cut_back(self.folder / "log.jsonl", updates)
+        self.records = [{k: math.nan if v is None else v for k, v in r.items()} for r in lines]
+        if self._board is not None:
+            self._board.close()
+            self._board = Board(self.folder / "tensorboard", updates)
+        return [r["update"] for r in self.records] == list(range(updates))
+
+    def sync(self) -> None:
+        """Have log and samples on the disk, so that no checkpoint is ahead of them."""
+        for file in (self._log, self._samples):
+            os.fsync(file.fileno())
+
     def close(self) -> Path | None:
         """Close the files and draw the reward curve; returns its path if there is any update."""
         self._log.close()
@@ -64,6 +81,22 @@ class Recorder:
         path = self.folder / "reward.png"
         plot(self.records, path)
         return path
+
+
+def cut_back(path: Path, updates: int) -> list[Record]:
+    """Truncate a file of JSON lines before the first torn or later one; returns what is left."""
+    kept, size = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:  # what a power cut left
+            break
+        if not line.endswith(b"\n") or entry["update"] >= updates:
+            break
+        kept.append(entry)
+        size += len(line)
+    os.truncate(path, size)
+    return kept
 
 
 def fifths(rewards: list[float]) -> tuple[float, float]:

@@ -31,16 +31,19 @@ TAGS = {
 
 
 class Board:
-    """Writes every finite number of a record, and the phases' seconds, at its update."""
+    """Writes every finite number of a record, and the phases' seconds, at its update.
 
-    def __init__(self, folder: Path) -> None:
+    After a resume, `done` updates count; what the folder has of later ones is not shown.
+    """
+
+    def __init__(self, folder: Path, done: int | None = None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "--tensorboard needs the package tensorboard: pip install tensorboard"
             ) from error
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=done)
 
     def update(self, record: dict[str, Any]) -> None:
         """Write one finished update."""

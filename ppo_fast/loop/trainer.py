@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ import ppo_fast
 from ppo_fast._backend import select
 from ppo_fast.loop import data, models, rewards, tasks
 from ppo_fast.loop.agent import Agent, Scored
+from ppo_fast.loop.checkpoint import Checkpoints
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.experience import Experience, importance
+from ppo_fast.loop.interrupt import patient_interrupt
 from ppo_fast.loop.kl import adapt_penalty, adapt_reward_kl
 from ppo_fast.loop.meter import timed
 from ppo_fast.loop.policy import Sequences
@@ -56,6 +59,7 @@ class Trainer:
         self, config: TrainConfig, model: Any, tokenizer: Any,
         prompts: list[str] | TransitionStream, reward: rewards.RewardFn,
     ) -> None:  # fmt: skip
+        self.checkpoints = Checkpoints(config)
         torch.manual_seed(config.seed)
         self.config, self.tokenizer, self.reward = config, tokenizer, reward
         self.agent = Agent(model, config)
@@ -82,12 +86,20 @@ class Trainer:
     def run(self, console: Console) -> Outcome:
         """Train to the end, or to Ctrl-C. However it ends, log, plot and model are written."""
         interrupted, plot = False, None
-        folder = self.config.out / "model"
+        folder, say = self.config.out / "model", functools.partial(console.print, markup=False)
+        if self.config.resume:
+            self.checkpoints.resume(self, say)
         try:
-            with shown(console, self.updates, self.config.updates) as show:
-                while self.updates < self.config.updates:
+            with (
+                shown(console, self.updates, self.config.updates) as show,
+                patient_interrupt(say) as stop,
+            ):
+                while self.updates < self.config.updates and not stop.asked:
                     self.step()
                     show(self.recorder.records)
+                    self.checkpoints.after_step(self, say)
+            interrupted = self.updates < self.config.updates
+            self.checkpoints.finish(self)
         except KeyboardInterrupt:
             interrupted = True
         finally:
