@@ -227,7 +227,8 @@ LOOP = (
     ),
     Mutant(
         "the EOS is masked", "ppo_fast/loop/rollout.py",
-        "masks.append(alive)", "masks.append(alive & ~torch.isin(token, stops))",
+        "mask[going, t] = token[alive], True",
+        "mask[going, t] = token[alive], ~torch.isin(token[alive], stops)",
         "loop_policy",
     ),
     Mutant(
