@@ -39,7 +39,7 @@ TESTS_openrlhf := openrlhf openrlhf_own
 TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors
 TESTS_compat := compat compat_arrays
 
-.PHONY: train test test-long mutants test-trainers $(TRAINERS:%=test-%) lint bench clean
+.PHONY: train test test-long mutants test-trainers $(TRAINERS:%=test-%) sanitize fuzz lint bench clean
 
 train: $(STAMP)
 	THP_MEM_ALLOC_ENABLE=1 $(RUN) -m ppo_fast train $(ARGS)
@@ -62,6 +62,16 @@ $(TRAINERS:%=test-%): test-%: $(VENV)/trainers/%/.installed
 
 bench: $(BENCH_STAMP)
 	$(RUN) -m pytest benchmarks --benchmark-only --minutes 11 $(ARGS)
+
+# Both want clang, of Debian's packages or another's; CONTRIBUTING.md says what they look for.
+sanitize: $(STAMP)
+	$(RUN) -m tests.sanitizers address $(ARGS)
+	$(RUN) -m tests.sanitizers thread $(ARGS)
+
+MINUTES ?= 60
+fuzz: $(STAMP)
+	$(RUN) -m pip install -q --no-compile atheris==3.0.0
+	$(RUN) -m tests.sanitizers fuzz $(MINUTES)
 
 # torch first and alone: anything that depends on it would choose a multi-gigabyte build.
 $(VENV)/bin/python:

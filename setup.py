@@ -97,6 +97,7 @@ def extension(with_cuda: bool) -> dict:
         library_dirs=cpp_extension.library_paths("cuda" if with_cuda else "cpu"),
         libraries=libraries,
         extra_compile_args=flags,
+        extra_link_args=build["link_flags"](),
         language="c++",
     )
     return {

@@ -29,12 +29,13 @@ PIECES_STEP = tl.constexpr(64)
 def token_slots(tile, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     """int64 row and column of a tile's ROWS * COLS slots, and which of them exist.
 
+    Compiled, `tile` is int64; the interpreter's loops make Python numbers of it.
     One dimension: with two, Triton chooses which of them a warp spans, not always the columns.
     """
     across = tl.cdiv(n_cols, COLS)
     slot = tl.arange(0, ROWS * COLS)
-    row = (tile // across) * ROWS + slot // COLS
-    col = (tile % across) * COLS + slot % COLS
+    row = ((tile // across) * ROWS + slot // COLS).to(tl.int64)
+    col = ((tile % across) * COLS + slot % COLS).to(tl.int64)
     return row, col, (row < n_rows) & (col < n_cols)
 
 

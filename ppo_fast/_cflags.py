@@ -4,6 +4,7 @@ tests. No imports of torch or of ppo_fast, because setup.py runs this file by it
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _SHARED = ("-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000")
@@ -20,6 +21,9 @@ CFLAGS = (
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 )
+# Added by PPO_FAST_SANITIZE=address,undefined (what the compiler's -fsanitize takes): a build for
+# `make sanitize` and `make fuzz` that stops at the first finding and names its line.
+_SANITIZE = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 # csrc/cuda as C++ over csrc/emulate. _longjmp between stacks is what fortified libcs forbid.
 EMULATE_FLAGS = (
     *_SHARED, "-O1", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-U_FORTIFY_SOURCE",
@@ -41,7 +45,14 @@ ARCHITECTURES = {"80": range(80, 90), "90a": range(90, 91), "100": range(100, 11
 
 def build_flags() -> list[str]:
     """The flags, and the flags as a string for `build_info()`."""
-    return [*CFLAGS, f'-DPPO_FAST_FLAGS="{" ".join(CFLAGS)}"']
+    flags = [*CFLAGS, *(_SANITIZE if os.environ.get("PPO_FAST_SANITIZE") else ()), *link_flags()]
+    return [*flags, f'-DPPO_FAST_FLAGS="{" ".join(flags)}"']
+
+
+def link_flags() -> list[str]:
+    """What a build with sanitizers is linked with, too."""
+    asked = os.environ.get("PPO_FAST_SANITIZE")
+    return [f"-fsanitize={asked}"] if asked else []
 
 
 def gencode(architecture: str) -> str:

@@ -59,6 +59,7 @@ ROWS = [
     Row(PPO, "cu_seqlens", torch.zeros(2, 2, dtype=torch.int64), SHAPE, r"cu_seqlens must have shape \(S \+ 1,\), got \(2, 2\)", True),
     Row(PPO, "cu_seqlens", torch.zeros(0, dtype=torch.int64), SHAPE, r"cu_seqlens must have shape \(S \+ 1,\), got \(0,\)", True),
     Row(PPO, "cu_seqlens", torch.zeros(3, dtype=torch.int64, device="meta"), SHAPE, "cu_seqlens must be on cpu, got meta", True),
+    Row(PPO, "advantages", torch.ones(40, 1), SHAPE, r"advantages must have shape \(N,\) = \(40,\), got \(40, 1\)", True),
     # ppo_loss: options
     Row(PPO, "variant", "ppo", SHAPE, "variant must be one of clip, gspo, .*got 'ppo'"),
     Row(PPO, "reduction", "mean", SHAPE, "reduction must be one of token-mean.*got 'mean'"),

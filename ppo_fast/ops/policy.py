@@ -99,7 +99,7 @@ def check_policy(
 ) -> Policy:
     """`main` sets shape, device and precision; raises ValueError or TypeError."""
     shape = main.shape
-    if _checks.tensor(op, "advantages", advantages).shape == (*shape[:1], 1):
+    if _checks.tensor(op, "advantages", advantages).shape == (*shape[:-1], 1) and main.dim() == 2:
         advantages = advantages.expand(shape)
     _checks.alike(
         op, main, old_logprobs=old_logprobs, advantages=advantages, is_weights=is_weights,
