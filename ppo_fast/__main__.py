@@ -52,8 +52,8 @@ def _train(args: list[str]) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         from ppo_fast.loop import CheckpointError, RewardLengthError, TransitionsError, train
+        from ppo_fast.loop.data import TaskError
         from ppo_fast.loop.options import ConfigError, parse
-        from ppo_fast.loop.tasks import EmptyTaskError
     except ModuleNotFoundError as error:
         print(f"{error}; `ppo-fast train` needs: pip install 'ppo_fast[train]'", file=sys.stderr)
         return 1
@@ -73,7 +73,7 @@ def _train(args: list[str]) -> int:
     except RewardLengthError as error:
         print(f"stopped: {error}; log, plot and model are in {config.out}", file=sys.stderr)
         return 1
-    except (CheckpointError, EmptyTaskError, ModuleNotFoundError, TransitionsError) as error:
+    except (CheckpointError, ModuleNotFoundError, TaskError, TransitionsError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except (OSError, SafetensorError) as error:  # a disk that is full, mostly

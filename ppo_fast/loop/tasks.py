@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ppo_fast.loop import data
-from ppo_fast.loop.data import References
+from ppo_fast.loop.data import References, TaskError
 from ppo_fast.loop.rewards import text
 from ppo_fast.loop.rewards.scoring import RewardFn
 
@@ -36,7 +36,7 @@ class Task:
     def as_chat(self, tokenizer: Any) -> Task:
         """The same task with each prompt as a user's message, in the tokenizer's chat template."""
         if not tokenizer.chat_template:
-            raise ValueError("chat needs a tokenizer with a chat template, got one without")
+            raise TaskError("chat needs a tokenizer with a chat template, got one without")
         render = _renderer(tokenizer)
         plain = {render(prompt): prompt for prompt in self.prompts}
 
@@ -129,15 +129,11 @@ DEFAULTS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-class EmptyTaskError(ValueError):
-    """The task has no prompt under the given options."""
-
-
 def load_task(config: TrainConfig) -> Task:
     """The task that `config.task` names."""
     task = TASKS[config.task](config)
     if not task.prompts:
-        raise EmptyTaskError(
+        raise TaskError(
             f"task {config.task!r} has no prompts with prompt_words {config.prompt_words}"
         )
     return task

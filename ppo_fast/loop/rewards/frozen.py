@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.loop.data import References, package_folder
+from ppo_fast.loop.data import References, TaskError, package_folder
 from ppo_fast.loop.models import load_model
 from ppo_fast.loop.rewards.scoring import RewardFn
 
@@ -116,12 +116,12 @@ def classifier(name: str | None, device: torch.device) -> RewardFn:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if name is None:
-        raise ValueError("reward 'classifier' needs the path of its model, got reward_model None")
+        raise TaskError("reward 'classifier' needs the path of its model, got reward_model None")
     tokenizer = AutoTokenizer.from_pretrained(name)
     loaded: Any = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
     model = loaded.eval().to(device)
     if model.config.num_labels not in (1, 2):
-        raise ValueError(
+        raise TaskError(
             f"reward_model must have 1 or 2 labels, got {model.config.num_labels} in {name!r}"
         )
 

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ppo_fast.loop.data import TaskError
 from ppo_fast.loop.rewards import text
 from ppo_fast.loop.rewards.scoring import RewardFn
 
@@ -58,7 +59,7 @@ def load_reward(config: TrainConfig, task: Task, device: Any) -> RewardFn:
         return REWARDS[name](config, task, device)
     module, _, function = name.partition(":")
     if not function:
-        raise ValueError(
+        raise TaskError(
             f'reward must be one of {", ".join(REWARDS)} or "module:function", got {name!r}'
         )
     loaded: RewardFn = getattr(importlib.import_module(module), function)
