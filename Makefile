@@ -39,7 +39,7 @@ TESTS_openrlhf := openrlhf openrlhf_own
 TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors
 TESTS_compat := compat compat_arrays
 
-.PHONY: train test test-long mutants test-trainers $(TRAINERS:%=test-%) sanitize fuzz lint bench clean
+.PHONY: train test test-long mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz lint bench clean
 
 train: $(STAMP)
 	THP_MEM_ALLOC_ENABLE=1 $(RUN) -m ppo_fast train $(ARGS)
@@ -53,6 +53,12 @@ test-long: $(STAMP)
 # Plants mistakes in a copy of the sources and sees whether the tests notice: half an hour.
 mutants: $(STAMP)
 	$(RUN) tests/mutants.py $(ARGS)
+
+# Branches of the package's Python that the tests of one run reach; kernels run elsewhere.
+coverage: $(STAMP)
+	OMP_NUM_THREADS=1 $(RUN) -m coverage run --branch --source ppo_fast \
+		--omit "*/kernels/*,*/integrations/*" -m pytest -n 0 -q -m "not long" $(ARGS)
+	$(RUN) -m coverage report --show-missing --skip-covered
 
 test-trainers: $(TRAINERS:%=test-%)
 

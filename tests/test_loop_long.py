@@ -13,8 +13,6 @@ from loop_helpers import batch_of, trainer, weights
 
 from ppo_fast.loop.rewards import Scores, letters
 
-NAMES = ("reward", "kl", "loss", "value_loss", "entropy")
-
 
 def run_of(folder: Path, backend: str, seed: int, dtype: torch.dtype, steps: int) -> Any:
     """(records, weights) after `steps` optimiser steps, four an update."""
@@ -24,24 +22,22 @@ def run_of(folder: Path, backend: str, seed: int, dtype: torch.dtype, steps: int
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize(("dtype", "loss"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_32_steps_with_each_seed(
-    tmp_path: Path, seed: int, dtype: torch.dtype, loss: float
+    tmp_path: Path, seed: int, dtype: torch.dtype, bound: float
 ) -> None:
-    """I15: the loss within 1e-5 (bf16 1e-2) of its size at every update."""
+    """I15: the loss, and each tensor of weights by its largest one, at every update's end.
+
+    A loss is a difference of terms: its size is the larger of its own and the value loss's.
+    """
     fast, fast_weights = run_of(tmp_path / "fast", "auto", seed, dtype, 32)
     plain, plain_weights = run_of(tmp_path / "plain", "reference", seed, dtype, 32)
-    gaps = {"loss": 0.0}
     for a, b in zip(fast, plain, strict=True):
-        for name in NAMES:
-            size = max(abs(b[name]), abs(b["value_loss"]))
-            gaps[name] = max(gaps.get(name, 0.0), abs(a[name] - b[name]) / size)
-    far = max(
-        float((x - y).abs().max() / y.abs().max())
-        for x, y in zip(fast_weights, plain_weights, strict=True)
-    )
-    assert gaps["loss"] <= loss, (gaps, far)
-    print(f"seed {seed} {dtype}: {gaps}, weights {far:.2g}")
+        assert a["reward"] == b["reward"]
+        size = max(abs(b["loss"]), abs(b["value_loss"]))
+        assert abs(a["loss"] - b["loss"]) <= bound * size, b["update"]
+    for x, y in zip(fast_weights, plain_weights, strict=True):
+        assert float((x - y).abs().max()) <= bound * float(y.abs().max())
 
 
 def test_a_minibatch_of_one_token(tmp_path: Path) -> None:
