@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-UPDATES = 8
+UPDATES = 5
 TIMES = ("seconds", "tokens_per_second")
 
 
