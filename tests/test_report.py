@@ -23,7 +23,7 @@ def html_of(*folders: Path) -> str:
 def test_mean_and_band_over_the_runs_of_a_configuration(tmp_path: Path) -> None:
     for seed, factor in enumerate((1.0, 2.0, 6.0)):
         records = [record(u, reward=factor * u) for u in range(3)]
-        write(tmp_path / str(seed), records, seed=seed)
+        write(tmp_path / str(seed), records, seed=seed, resume=seed == 2)
     write(tmp_path / "other", [record(u) for u in range(2)], lr=0.1)
     groups = grouped(load_runs([tmp_path / n for n in ("0", "1", "2", "other")]))
     assert [(g.label, [r.name for r in g.runs]) for g in groups] == [

@@ -1,4 +1,4 @@
-"""Runs read back from their folders, and grouped: runs that differ in their seed alone are one."""
+"""Runs read back from their folders; those that differ in their seed alone are one group."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-# What may differ between the runs of a group.
-_SEEDS = ("seed", "out")
+# What may differ between the runs of a group: the seed, and what does not touch what is learnt.
+_ASIDE = {
+    "seed", "out", "tensorboard", "compare", "save_every", "keep_checkpoints", "resume",
+    "save_transitions",
+}  # fmt: skip
 
 
 class RunError(ValueError):
@@ -64,12 +67,12 @@ def load_run(folder: Path, name: str) -> Run:
 
 
 def grouped(runs: list[Run]) -> list[Group]:
-    """Runs of equal options but seed and folder together, in the order of their first."""
+    """Runs of equal options, but for those set aside, together, in the order of their first."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        options = {k: v for k, v in run.config.items() if k not in _SEEDS}
+        options = {k: v for k, v in run.config.items() if k not in _ASIDE}
         found.setdefault(json.dumps(options, sort_keys=True), []).append(run)
-    differ = differing([members[0].config for members in found.values()]) - {*_SEEDS}
+    differ = differing([members[0].config for members in found.values()]) - _ASIDE
     groups = []
     for members in found.values():
         config = members[0].config
