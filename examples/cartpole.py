@@ -94,7 +94,7 @@ class PPO:
             r.rewards, r.values, gamma=GAMMA, lam=LAM, next_values=r.next_values,
             terminated=r.terminated, truncated=r.truncated, time_major=True,
         )  # fmt: skip
-        columns = (r.observations, r.actions, r.logprobs, gae.advantages, gae.returns)
+        columns = (*r[:3], gae.advantages, gae.returns)
         flat = [x.flatten(0, 1) for x in columns]
         total: ppo_fast.Stats | None = None
         orders = torch.cat([torch.randperm(STEPS * ENVS) for _ in range(EPOCHS)])
@@ -144,8 +144,7 @@ def train(seed: int, updates: int = UPDATES) -> PPO:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="PPO on CartPole-v1")
     parser.add_argument("--seed", type=int, default=0)
-    seed = parser.parse_args().seed
-    start = time.perf_counter()
+    seed, start = parser.parse_args().seed, time.perf_counter()
     score = train(seed).evaluate(100, seed=10_000 + seed)
     seconds = time.perf_counter() - start
     print(f"seed {seed}: mean return of 100 episodes {score:.1f}, {seconds:.0f} s")
