@@ -27,7 +27,8 @@ from transformers import (
 
 from ppo_fast.loop.decoder import Decoder, buckets
 from ppo_fast.loop.policy import Tower
-from ppo_fast.loop.rollout import draw, encode, generate
+from ppo_fast.loop.rollout import encode, generate
+from ppo_fast.loop.sampling import draw
 
 
 def test_draws_follow_the_softmax() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast.loop.policy import Sequences
+from ppo_fast.loop.sampling import draw, draw_uniforms
 
 # Ended rows leave once they are an eighth of the batch: what that copies of the cache, over all
 # times together, is then at most eight times what is held at the beginning.
@@ -49,18 +50,10 @@ def encode(
 
 @torch.no_grad()
 def generate(
-    model: Any,
-    tokens: Tensor,
-    attention: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    eos: list[int],
-    generator: torch.Generator,
-    backend: str,
-    rows: Tensor | None = None,
-    total: int | None = None,
-) -> Rollout:
+    model: Any, tokens: Tensor, attention: Tensor, *, max_new_tokens: int, temperature: float,
+    eos: list[int], generator: torch.Generator, backend: str,
+    rows: Tensor | None = None, total: int | None = None,
+) -> Rollout:  # fmt: skip
     """Sample one completion per left-padded prompt, tokens and attention (B, P).
 
     A completion ends with its first token among `eos`, which is its own, or with its
@@ -76,7 +69,7 @@ def generate(
     from ppo_fast.loop.decoder import Decoder
 
     n = len(tokens)
-    uniforms = _uniforms(generator, max_new_tokens, n if total is None else total)
+    uniforms = draw_uniforms(generator, max_new_tokens, n if total is None else total)
     uniforms = (uniforms if rows is None else uniforms[:, rows]).to(tokens.device)
     stops = tokens.new_tensor(eos)
     response = tokens.new_full((n, max_new_tokens), eos[0] if eos else 0)
@@ -116,25 +109,6 @@ def _rollout(
     tokens = torch.cat([tokens, response], dim=1)
     attention = torch.cat([attention, mask.to(attention.dtype)], dim=1)
     return Rollout(Sequences(tokens, attention, mask), logprobs)
-
-
-def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """Tokens (B,) of softmax(logits / temperature), logits (B, V), by inversion of the cdf.
-
-    `uniforms` (B,) fp64 lie in [0, 1). The first token whose cdf exceeds a uniform's share of the
-    whole sum has a width of its own, so one of probability 0 is never drawn, and the last step of
-    the cdf need not be 1. fp64 keeps the widths of rare tokens far out in a large vocabulary.
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    cdf = torch.softmax(wide / temperature, dim=-1).cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
-    return token.squeeze(1).clamp(max=logits.shape[-1] - 1)  # NaN logits: nothing exceeds
-
-
-def _uniforms(generator: torch.Generator, steps: int, total: int) -> Tensor:
-    return torch.rand(
-        steps, total, generator=generator, device=generator.device, dtype=torch.float64
-    )
 
 
 def completions(tokenizer: Any, seqs: Sequences) -> list[str]:
