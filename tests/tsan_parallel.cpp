@@ -8,8 +8,8 @@
 #include <thread>
 #include <vector>
 
-extern "C" __attribute__((visibility("default"))) AOTITorchError torch_parallel_for(
-    int64_t begin, int64_t end, int64_t grain, ParallelFunc f, void* context) {
+extern "C" __attribute__((visibility("default"))) AOTITorchError
+torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc f, void* context) {
   const int64_t items = end - begin;
   const int64_t count = std::clamp<int64_t>(items / std::max<int64_t>(grain, 1), 1, 4);
   std::vector<std::thread> threads;

@@ -5,10 +5,22 @@
 #include <stdexcept>
 #include <string>
 
+#if PPO_X86
+#include <cpuid.h>
+#endif
+
 namespace ppo {
 namespace {
 
 constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512};
+
+#if PPO_X86
+// __builtin_cpu_supports("f16c") does not compile with clang 14.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 Isa detect() {
 #if PPO_X86
@@ -17,8 +29,7 @@ Isa detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return Isa::avx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     return Isa::avx2;
   }
 #endif
