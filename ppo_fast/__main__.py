@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def _train(args: list[str]) -> int:
         from safetensors import SafetensorError
         from transformers.utils.logging import disable_progress_bar
 
-        from ppo_fast.loop import CheckpointError, RewardLengthError, TransitionsError, train
+        from ppo_fast import loop
         from ppo_fast.loop.data import TaskError
         from ppo_fast.loop.options import ConfigError, parse
     except ModuleNotFoundError as error:
@@ -62,18 +63,27 @@ def _train(args: list[str]) -> int:
     except ConfigError as error:
         print(f"ppo-fast train: {error}", file=sys.stderr)
         return 2
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     disable_progress_bar()  # the run draws its own
     try:
-        trainer, outcome = train(config, console)
-        _print_outcome(console, outcome)
-        if outcome.interrupted:
-            return 130
-        _compare(console, config, trainer)
-    except RewardLengthError as error:
+        with loop.processes(config) as ranks:
+            trainer, outcome = loop.train(config, console, ranks)
+            _print_outcome(console, outcome)
+            if outcome.interrupted:
+                return 130
+            if ranks.size == 1:
+                _compare(console, config, trainer)
+    except loop.RankFailedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (
+        loop.RewardLengthError, loop.NonFiniteGradientError, loop.OutOfMemoryStopError
+    ) as error:  # fmt: skip
         print(f"stopped: {error}; log, plot and model are in {config.out}", file=sys.stderr)
         return 1
-    except (CheckpointError, ModuleNotFoundError, TaskError, TransitionsError) as error:
+    except (
+        loop.CheckpointError, ModuleNotFoundError, TaskError, loop.TransitionsError
+    ) as error:  # fmt: skip
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except (OSError, SafetensorError) as error:  # a disk that is full, mostly

@@ -9,6 +9,7 @@ import torch
 
 from ppo_fast.loop import TrainConfig, Trainer
 from ppo_fast.loop.models import tiny_model
+from ppo_fast.loop.parallel import Ranks
 from ppo_fast.loop.rewards import RewardFn, Scores, letters
 from ppo_fast.loop.rollout import Rollout
 from ppo_fast.loop.update import Batch, Plan
@@ -34,15 +35,16 @@ def tiny(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Any, Any]:
 
 
 def trainer(
-    out: Path, reward: RewardFn = letters, dtype: torch.dtype = torch.float32, **options: Any
-) -> Trainer:
+    out: Path, reward: RewardFn = letters, dtype: torch.dtype = torch.float32,
+    ranks: Ranks | None = None, **options: Any,
+) -> Trainer:  # fmt: skip
     """A trainer of the tiny model: 8 prompts, 6 new tokens, one trainable layer of two."""
     defaults = {
         "updates": 3, "batch": 8, "minibatches": 2, "micro_batch": 2, "max_new_tokens": 6,
         "train_layers": 1, "lr": 1e-3, "warmup": 0, "model": "tiny", "device": "cpu",
     }  # fmt: skip
     config = TrainConfig(out=out, **(defaults | options))
-    return Trainer(config, *tiny(dtype), TEXTS, reward)
+    return Trainer(config, *tiny(dtype), TEXTS, reward, ranks)
 
 
 def batch_of(t: Trainer, scores: Scores | None = None) -> tuple[Rollout, Batch, Plan]:

@@ -1,17 +1,24 @@
 """A minimal PPO loop for transformers causal language models, built on the ops of ppo_fast."""
 
+from ppo_fast.loop.agent import NonFiniteGradientError
 from ppo_fast.loop.checkpoint import CheckpointError
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.memory import OutOfMemoryStopError
+from ppo_fast.loop.parallel import RankFailedError, processes
 from ppo_fast.loop.rewards import RewardLengthError
 from ppo_fast.loop.trainer import Outcome, Trainer, train
 from ppo_fast.loop.transitions import TransitionsError
 
 __all__ = [
     "CheckpointError",
+    "NonFiniteGradientError",
+    "OutOfMemoryStopError",
     "Outcome",
+    "RankFailedError",
     "RewardLengthError",
     "TrainConfig",
     "Trainer",
     "TransitionsError",
+    "processes",
     "train",
 ]

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast.loop.adapters import add_adapters
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.memory import halves, recompute, with_room
 from ppo_fast.loop.models import freeze_below
+from ppo_fast.loop.parallel import Ranks
 from ppo_fast.loop.policy import Critic, Sequences, Tower
+from ppo_fast.loop.rollout import Rollout, generate
+
+_SKIPS = 3
+
+
+class NonFiniteGradientError(RuntimeError):
+    """The gradient's norm was not finite in several optimiser steps in a row."""
 
 
 class Scored(NamedTuple):
@@ -36,27 +50,105 @@ class Forward(NamedTuple):
 class Agent:
     """Policy, frozen reference, critic and their optimiser."""
 
-    def __init__(self, model: Any, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, model: Any, config: TrainConfig, ranks: Ranks | None = None) -> None:
+        self.config, self.ranks = config, ranks or Ranks()
+        self.halved = False
+        self.skips = 0  # optimiser steps in a row whose gradient was not finite
         # eval mode throughout: dropout would move the ratio of unchanged weights away from 1
-        self.policy = Tower(model.eval(), freeze_below(model, config.train_layers))
-        self.reference = self.policy.copy()
-        self.reference.model.requires_grad_(False)
+        self.policy, self.reference = self._towers(model.eval())
         body = self.policy.copy() if config.critic == "separate" else None
         weight = model.get_output_embeddings().weight
         # fp32 for half-precision models, fp64 for fp64 ones, as the ops compute
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.critic = Critic(weight.shape[1], body, weight.device, self.dtype)
+        trained = [self.policy] if body is None else [self.policy, body]
+        if config.gradient_checkpointing:
+            for tower in trained:
+                recompute(tower.layers, tower.split)
+        self.whole: Callable[[Any], AbstractContextManager[object]] = nullcontext
+        if self.ranks.sharded:
+            from ppo_fast.loop.sharding import shard, whole
+
+            self.whole = whole
+            for tower in (*trained, self.reference):
+                shard(tower.model, list(tower.layers))
+            shard(self.critic.head, [])
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.parameters += [p for p in self.critic.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.lr, eps=1e-5, weight_decay=0.0, fused=True
         )
 
+    def _towers(self, model: Any) -> tuple[Tower, Tower]:
+        """Policy and frozen reference: a copy, or the policy with its adapters switched off."""
+        config = self.config
+        if config.lora_rank:
+            self.adapted, split = add_adapters(model, config.lora_rank, config.train_layers)
+        else:
+            self.adapted, split = None, freeze_below(model, config.train_layers)
+        half = config.dtype == "bfloat16"
+        self.autocast = functools.partial(
+            torch.autocast, model.device.type, torch.bfloat16, enabled=half
+        )
+        if half:
+            for p in model.parameters():
+                p.data = p.data if p.requires_grad else p.data.bfloat16()
+        policy = Tower(model, split, self.autocast)
+        if self.adapted is not None:
+            return policy, Tower(model, split, self.autocast, self.adapted.disable_adapter)
+        reference = policy.copy()
+        reference.model.requires_grad_(False)
+        return policy, reference
+
+    def step(self) -> float | None:
+        """Sum the gradient over the ranks, clip it and apply it; returns its norm.
+
+        Every rank sees the same norm. One that is not finite changes nothing and gives None; the
+        third in a row raises `NonFiniteGradientError`.
+        """
+        clip = torch.nn.utils.clip_grad_norm_
+        if not self.ranks.sharded:  # there the backward has summed
+            self.ranks.sum_([p.grad for p in self.parameters if p.grad is not None])
+        norm = clip(self.parameters, self.config.max_grad_norm)
+        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if math.isfinite(value):
+            self.optimizer.step()
+            self.skips = 0
+            return value
+        self.discard()
+        self.skips += 1
+        if self.skips == _SKIPS:
+            raise NonFiniteGradientError(
+                f"the gradient's norm was {value} in {_SKIPS} optimiser steps in a row, all"
+                " skipped: lower lr, or look for rewards or weights that overflow"
+            )
+        return None
+
+    def discard(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def pieces(self, parts: list[Tensor]) -> list[Tensor]:
+        """This rank's rows of each micro-batch, in halves once memory has run out."""
+        mine = [self.ranks.share(rows) for rows in parts]
+        return [half for rows in mine for half in halves(rows)] if self.halved else mine
+
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the coming optimiser steps."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def sample(self, tokens: Tensor, attention: Tensor, **options: Any) -> Rollout:
+        """`generate` for all prompts, (B, P): each rank those of its share, for every rank."""
+        rows = self.ranks.share(torch.arange(len(tokens), device=tokens.device))
+        with self.autocast(), self.whole(self.policy.model):
+            mine = generate(
+                self.policy.model, tokens[rows], attention[rows],
+                rows=rows, total=len(tokens), **options,
+            )  # fmt: skip
+        gather, end = self.ranks.gather, options["eos"][0]
+        seqs = Sequences(*(gather(x, f) for x, f in zip(mine.seqs, (end, 0, 0), strict=True)))
+        return Rollout(seqs, gather(mine.logprobs, 0))
 
     def forward(self, seqs: Sequences, trunk: Tensor | None) -> Forward:
         """The training forward over the n kept tokens."""
@@ -77,7 +169,9 @@ class Agent:
             return ppo_fast.token_logprobs(logits, tokens, **options).logprobs
         head = tower.head()
         weight = head.pop("weight")
-        return ppo_fast.linear_token_logprobs(hidden, weight, tokens, **head, **options).logprobs
+        with self.autocast():
+            out = ppo_fast.linear_token_logprobs(hidden, weight, tokens, **head, **options)
+        return out.logprobs
 
     def policy_loss(
         self, out: Forward, seqs: Sequences, old: Tensor, advantages: Tensor, backend: str,
@@ -95,25 +189,30 @@ class Agent:
             )
         head = self.policy.head()
         weight = head.pop("weight")
-        return ppo_fast.linear_ppo_loss(
-            out.hidden, weight, tokens, old, advantages, **head, **options
-        )
+        with self.autocast():
+            return ppo_fast.linear_ppo_loss(
+                out.hidden, weight, tokens, old, advantages, **head, **options
+            )
 
-    @torch.no_grad()
     def score(self, seqs: Sequences, parts: list[Tensor], backend: str) -> Scored:
         """Score finished sequences with policy, reference and critic.
 
         `parts` are the micro-batches of the coming first epoch: the old log-probs come from the
         training forward on exactly these rows, with gradients recorded (kernels may be chosen by
-        that), so that the first ratio is 1 to the last bit.
+        that), so that the first ratio is 1 to the last bit. Ranks score their share, and add up.
         """
+        scored = with_room(self, lambda: self._score(seqs, self.pieces(parts), backend))
+        self.ranks.sum_([scored.old, scored.ref, scored.values])
+        self.ranks.sum_([] if scored.trunk is None else [scored.trunk])
+        return scored
+
+    @torch.no_grad()
+    def _score(self, seqs: Sequences, parts: list[Tensor], backend: str) -> Scored:
         zeros = torch.zeros(seqs.mask.shape, dtype=self.dtype, device=seqs.mask.device)
         old, ref, values = zeros, zeros.clone(), zeros.clone()
         trunk: Tensor | None = None
         for part in parts:
             rows = seqs.rows(part)
-            if not rows.mask.any():
-                continue
             scored, bottom = self._reference_logprobs(rows, backend)
             ref[part] = rows.unflatten(scored)
             if bottom is not None:

@@ -128,6 +128,21 @@ class TrainConfig:
     """Checkpoints that stay, the newest."""
     resume: bool = False
     """Go on from the newest whole checkpoint of `out`; without one the run starts anew."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """"bfloat16" stores frozen weights and runs the forwards in it; trainable ones stay in fp32,
+    because Adam's steps are mostly smaller than bf16's spacing."""
+    lora_rank: int = 0
+    """Trains adapters of this rank on the linear layers of the trainable layers (Hu et al. 2021),
+    with alpha twice the rank, in place of their weights; 0 trains the weights."""
+    lora_merge: bool = True
+    """Saves the model with its adapters merged in; otherwise only the folder `adapter`."""
+    gradient_checkpointing: bool = False
+    """Runs each trainable layer again in the backward instead of keeping what it computed."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """Under torchrun: whole weights on every rank with gradients summed, or sharded weights."""
+    timeout: float = 120.0
+    """Seconds after which a rank that waits for another one gives up."""
+
     compare: int = 3
     """Repeats of the comparison with the reference backend after training; 0 leaves it out."""
 
@@ -138,9 +153,11 @@ class TrainConfig:
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("missing_eos_penalty", "save_every"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("temperature", "lr", "max_grad_norm", "clip", "vf_clip", "kl_horizon"):
+        optimisation = ("temperature", "lr", "max_grad_norm", "clip", "vf_clip", "kl_horizon")
+        for name in (*optimisation, "timeout"):
             _require(self, name, getattr(self, name) > 0, "positive")
-        for name in ("train_layers", "compare", "warmup", "vf_coef", "kl_coef", "entropy_coef"):
+        coefficients = ("warmup", "vf_coef", "kl_coef", "entropy_coef")
+        for name in ("train_layers", "lora_rank", "compare", *coefficients):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         optional = ("reward_timeout", "score_clip", "kl_stop", "kl_target", "penalty_target")
         for name in (*optional, "is_truncation"):

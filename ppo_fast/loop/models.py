@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ppo_fast.loop.data import package_folder
 
@@ -80,13 +80,18 @@ def prompt_limit(model: Any, max_new_tokens: int) -> int | None:
     return None if context is None else context - max_new_tokens
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a folder that `from_pretrained` loads; a run cut short leaves the former one whole."""
+def save_model(
+    model: Any, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write a folder that `from_pretrained` loads; a run cut short leaves the former one whole.
+
+    `state` stands in for the model's own weights where those are sharded.
+    """
     fresh, former = (folder.with_name(folder.name + end) for end in (".partial", ".former"))
     for leftover in (fresh, former):
         if leftover.exists():
             shutil.rmtree(leftover)
-    model.save_pretrained(fresh)
+    model.save_pretrained(fresh, state_dict=state)
     tokenizer.save_pretrained(fresh)
     if folder.exists():
         folder.rename(former)

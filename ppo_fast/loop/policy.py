@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -66,38 +66,32 @@ class Tower:
     """A causal LM whose frozen bottom, the first `split` layers, can be computed once and re-used.
 
     Towers copied from one model share every frozen weight, so a batch's bottom activations
-    (`trunk`, (B, P + R, H)) serve policy, reference and critic, in every epoch.
+    (`trunk`, (B, P + R, H)) serve policy, reference and critic, in every epoch. Every forward goes
+    through the whole model, so that what wraps it (shards, adapters) sees it, and runs inside
+    `contexts`.
     """
 
-    def __init__(self, model: Any, split: int) -> None:
-        self.model, self.split = model, split
+    def __init__(
+        self, model: Any, split: int, *contexts: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        self.model, self.split, self.contexts = model, split, contexts
         self.layers = decoder_layers(model)
 
     def copy(self) -> Tower:
         """A tower with weights of its own where they are trainable and shared ones elsewhere."""
         shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
-        return Tower(copy.deepcopy(self.model, shared), self.split)
+        return Tower(copy.deepcopy(self.model, shared), self.split, *self.contexts)
 
     def logits(self, seqs: Sequences, trunk: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (n, V) and last hidden states (n, H) that predict the n kept tokens.
 
         The output head sees these n rows alone: prompt and padding never get a logit.
         """
-        index = seqs.scored_positions()
-        seen: list[Tensor] = []
-
-        def select(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-            seen.append(args[0].flatten(0, 1).index_select(0, index))
-            return seen[0]
-
-        with _hooked(self.model.get_output_embeddings().register_forward_pre_hook, select):
-            logits = self._forward(self.model, seqs, trunk).logits
-        return logits, seen[0]
+        return self._forward(seqs, trunk, lambda hidden: hidden)
 
     def hidden(self, seqs: Sequences, trunk: Tensor | None = None) -> Tensor:
-        """Last hidden states (n, H) that predict the n kept tokens."""
-        out = self._forward(self.model.base_model, seqs, trunk)
-        return out.last_hidden_state.flatten(0, 1).index_select(0, seqs.scored_positions())
+        """Last hidden states (n, H) that predict the n kept tokens; the head sees no row."""
+        return self._forward(seqs, trunk, lambda hidden: hidden[:0])[1]
 
     def with_trunk(self, forward: Callable[[], T]) -> tuple[T, Tensor | None]:
         """What `forward` gives, and the bottom activations on its way (None: none are frozen)."""
@@ -121,14 +115,30 @@ class Tower:
         cap = getattr(config, "final_logit_softcapping", None)
         return {"weight": linear.weight, "bias": linear.bias, "softcap": cap}
 
-    def _forward(self, module: Any, seqs: Sequences, trunk: Tensor | None) -> Any:
-        with _replayed(self.layers, self.split, trunk):
-            return module(
+    def _forward(
+        self, seqs: Sequences, trunk: Tensor | None, to_head: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of the rows that `to_head` leaves, and hidden states (n, H) of all kept ones."""
+        index = seqs.scored_positions()
+        seen: list[Tensor] = []
+
+        def select(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+            seen.append(args[0].flatten(0, 1).index_select(0, index))
+            return to_head(seen[0])
+
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context())
+            stack.enter_context(_replayed(self.layers, self.split, trunk))
+            output_head = self.model.get_output_embeddings()
+            stack.enter_context(_hooked(output_head.register_forward_pre_hook, select))
+            out = self.model(
                 input_ids=seqs.tokens,
                 attention_mask=seqs.attention,
                 position_ids=position_ids(seqs.attention),
                 use_cache=False,
             )
+        return out.logits, seen[0]
 
 
 class Critic(nn.Module):

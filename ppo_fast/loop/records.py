@@ -83,6 +83,31 @@ class Recorder:
         return path
 
 
+class Muted(Recorder):
+    """Keeps the records of a rank that writes nothing, since the first rank writes them."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def update(self, record: Record) -> None:
+        """Keep one finished update."""
+        self.records.append(record)
+
+    def samples(self, update: int, prompts: list[str], completions: list[str], s: Scores) -> None:
+        """Nothing: these are the first rank's."""
+
+    def close(self) -> Path | None:
+        """Nothing to close or to draw."""
+        return None
+
+    def rewind(self, updates: int) -> bool:
+        """Nothing to cut back."""
+        return True
+
+    def sync(self) -> None:
+        """Nothing to write."""
+
+
 def cut_back(path: Path, updates: int) -> list[Record]:
     """Truncate a file of JSON lines before the first torn or later one; returns what is left."""
     kept, size = [], 0

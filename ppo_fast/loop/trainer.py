@@ -20,14 +20,16 @@ from ppo_fast.loop.agent import Agent, Scored
 from ppo_fast.loop.checkpoint import Checkpoints
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.experience import Experience, importance
+from ppo_fast.loop.export import export
 from ppo_fast.loop.interrupt import patient_interrupt
 from ppo_fast.loop.kl import adapt_penalty, adapt_reward_kl
 from ppo_fast.loop.meter import timed
+from ppo_fast.loop.parallel import Ranks, device_of
 from ppo_fast.loop.policy import Sequences
 from ppo_fast.loop.progress import shown
-from ppo_fast.loop.records import Record, Recorder, fifths
+from ppo_fast.loop.records import Muted, Record, Recorder, fifths
 from ppo_fast.loop.replay import TransitionStream, TransitionWriter, open_transitions
-from ppo_fast.loop.rollout import Rollout, completions, encode, generate
+from ppo_fast.loop.rollout import Rollout, completions, encode
 from ppo_fast.loop.update import Batch, Plan, Updated, make_plan, update
 
 _STORED_CAP = 2.0  # of the importance weights of stored transitions, where none is given
@@ -58,11 +60,13 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, model: Any, tokenizer: Any,
         prompts: list[str] | TransitionStream, reward: rewards.RewardFn,
+        ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
-        self.checkpoints = Checkpoints(config)
+        self.ranks = ranks or Ranks()
+        self.checkpoints = Checkpoints(self.ranks.saving(config))
         torch.manual_seed(config.seed)
         self.config, self.tokenizer, self.reward = config, tokenizer, reward
-        self.agent = Agent(model, config)
+        self.agent = Agent(model, config, self.ranks)
         self.device = self.agent.parameters[0].device
         asked = None if config.backend == "auto" else config.backend
         self.backend = select("train", asked, self.agent.parameters[0])
@@ -72,21 +76,21 @@ class Trainer:
             prompts if isinstance(prompts, TransitionStream)
             else data.PromptStream(prompts, config.seed)
         )  # fmt: skip
-        path = config.save_transitions
+        path = config.save_transitions if self.ranks.first else None
         self.writer = None if path is None else TransitionWriter(path, self.eos)
         self.sampling = torch.Generator(self.device).manual_seed(config.seed)
         self.shuffling = torch.Generator().manual_seed(config.seed)
         self.kl_coef = config.kl_coef
         coef = config.loss_kl_coef
         self.loss_kl_coef = _LOSS_KL.get(config.variant, 0.0) if coef is None else coef
-        self.recorder = Recorder(config, self.backend)
+        self.recorder = Recorder(config, self.backend) if self.ranks.first else Muted()
         self.updates = 0
         self.last_batch: tuple[list[str], rewards.Scores] | None = None
 
     def run(self, console: Console) -> Outcome:
         """Train to the end, or to Ctrl-C. However it ends, log, plot and model are written."""
         interrupted, plot = False, None
-        folder, say = self.config.out / "model", functools.partial(console.print, markup=False)
+        folder, say = self.config.out, functools.partial(console.print, markup=False)
         if self.config.resume:
             self.checkpoints.resume(self, say)
         try:
@@ -94,7 +98,7 @@ class Trainer:
                 shown(console, self.updates, self.config.updates) as show,
                 patient_interrupt(say) as stop,
             ):
-                while self.updates < self.config.updates and not stop.asked:
+                while self.updates < self.config.updates and not self.ranks.any(stop.asked):
                     self.step()
                     show(self.recorder.records)
                     self.checkpoints.after_step(self, say)
@@ -103,7 +107,7 @@ class Trainer:
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            models.save_model(self.agent.policy.model, self.tokenizer, folder)
+            folder = export(self.agent, self.tokenizer, folder)
             plot = self.recorder.close()
         records = self.recorder.records
         means = [r["reward"] for r in records]
@@ -142,7 +146,7 @@ class Trainer:
         seconds["rollout"] = rollout_time.seconds
         texts = completions(self.tokenizer, rollout.seqs)
         with timed(self.device) as reward_time:
-            scores = self.scores(prompts, texts, rollout.seqs)
+            scores = self.ranks.from_first(lambda: self.scores(prompts, texts, rollout.seqs))
         seconds["reward"] = reward_time.seconds
         return Experience(prompts, texts, rollout, scores)
 
@@ -168,7 +172,8 @@ class Trainer:
         record: Record = {
             "lr": lr, "kl": kl, "kl_coef": self.kl_coef, "loss_kl_coef": self.loss_kl_coef,
             "rollout_gap_max": float(gap.max()), "rollout_gap_mean": float(gap.mean()),
-            "grad_norm": done.grad_norm, "steps": done.steps, "stopped_by_kl": done.stopped_by_kl,
+            "grad_norm": done.grad_norm, "steps": done.steps, "skipped": done.skipped,
+            "stopped_by_kl": done.stopped_by_kl,
         } | weighing  # fmt: skip
         if done.stats is not None:
             record |= done.stats.compute()
@@ -187,14 +192,15 @@ class Trainer:
     def plan(self) -> Plan:
         """The minibatches of a first epoch."""
         c = self.config
-        return make_plan(c.batch, c.minibatches, c.micro_batch, self.shuffling)
+        forward = c.micro_batch * self.ranks.size
+        return make_plan(c.batch, c.minibatches, forward, self.shuffling)
 
     def rollout(self, prompts: list[str], backend: str) -> Rollout:
-        """Sample one completion per prompt."""
+        """Sample one completion per prompt, each rank those of its share."""
         limit = models.prompt_limit(self.agent.policy.model, self.config.max_new_tokens)
         tokens, attention = encode(self.tokenizer, prompts, self.device, limit)
-        return generate(
-            self.agent.policy.model, tokens, attention,
+        return self.agent.sample(
+            tokens, attention,
             max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature,
             eos=self.eos, generator=self.sampling, backend=backend,
         )  # fmt: skip
@@ -239,13 +245,12 @@ class Trainer:
         return update(self.agent, batch, plan, self.loss_kl_coef, self.shuffling, backend)
 
 
-def load_trainer(config: TrainConfig, report: Callable[[str], None] = print) -> Trainer:
+def load_trainer(
+    config: TrainConfig, report: Callable[[str], None] = print, ranks: Ranks | None = None
+) -> Trainer:
     """A trainer of what `config` names: model, prompts or transitions, and reward."""
     config = config.resolved()
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = device_of(config)
     task = tasks.load_task(config)
     torch.manual_seed(config.seed)
     model, tokenizer = models.load_model(config.model, task.texts[:200], device)
@@ -255,11 +260,13 @@ def load_trainer(config: TrainConfig, report: Callable[[str], None] = print) -> 
         config.transitions, config.batch, config.seed, shuffle=config.shuffle,
         keep_truncated=config.keep_truncated, model=model, tokenizer=tokenizer, report=report,
     )  # fmt: skip
-    return Trainer(config, model, tokenizer, source, reward)
+    return Trainer(config, model, tokenizer, source, reward, ranks)
 
 
-def train(config: TrainConfig, console: Console) -> tuple[Trainer, Outcome]:
+def train(
+    config: TrainConfig, console: Console, ranks: Ranks | None = None
+) -> tuple[Trainer, Outcome]:
     """Load what `config` names, train, and return the trainer with the outcome."""
     console.print(f"loading {config.resolved().model}")
-    trainer = load_trainer(config, lambda line: console.print(line, markup=False))
+    trainer = load_trainer(config, lambda line: console.print(line, markup=False), ranks)
     return trainer, trainer.run(console)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast.loop.agent import Agent, Scored
+from ppo_fast.loop.memory import with_room
 from ppo_fast.loop.policy import Sequences
 
 Plan = list[list[Tensor]]
@@ -34,7 +35,13 @@ class Updated:
     last: ppo_fast.Stats | None = None
     grad_norm: float = 0.0
     steps: int = 0
+    skipped: int = 0
     stopped_by_kl: bool = False
+
+    def add(self, stats: ppo_fast.Stats) -> None:
+        """Merge one more minibatch's statistics."""
+        self.last = stats
+        self.stats = stats if self.stats is None else self.stats + stats
 
 
 def make_plan(n: int, minibatches: int, micro_batch: int, generator: torch.Generator) -> Plan:
@@ -49,31 +56,39 @@ def update(
 ) -> Updated:  # fmt: skip
     """Run `epochs` passes over the batch; `plan` orders the first, each later one is drawn anew.
 
-    A minibatch with no token left is skipped. Before the first optimiser step every ratio must be
-    exactly 1. An update ends early once a minibatch's KL(old, new) exceeds 1.5 times `kl_stop`;
-    its gradient is thrown away.
+    A minibatch with no token left is skipped, as is one whose gradient is not finite. Before the
+    first optimiser step every ratio must be exactly 1. An update ends early once a minibatch's
+    KL(old, new) exceeds 1.5 times `kl_stop`; its gradient is thrown away.
     """
-    config, done = agent.config, Updated()
+    config, done, halved = agent.config, Updated(), agent.halved
+    forward = config.micro_batch * agent.ranks.size
     for epoch in range(config.epochs):
         if epoch:
-            plan = make_plan(
-                len(batch.seqs.mask), config.minibatches, config.micro_batch, generator
-            )
+            plan = make_plan(len(batch.seqs.mask), config.minibatches, forward, generator)
         for minibatch in plan:
-            agent.optimizer.zero_grad(set_to_none=True)
-            stats = accumulate(agent, batch, minibatch, loss_kl_coef, backend, done.steps == 0)
+            agent.discard()
+
+            def run(minibatch: list[Tensor] = minibatch) -> ppo_fast.Stats | None:
+                # Rows that memory has cut anew round differently from those that were scored.
+                unchanged = done.steps == 0 and agent.halved == halved
+                return accumulate(agent, batch, minibatch, loss_kl_coef, backend, unchanged)
+
+            stats = with_room(agent, run)
             if stats is None:
                 continue
-            done.last = stats
-            done.stats = stats if done.stats is None else done.stats + stats
+            stats = agent.ranks.merge(stats)
             if config.kl_stop and stats.compute()["kl_k3"] > 1.5 * config.kl_stop:
-                agent.optimizer.zero_grad(set_to_none=True)
+                agent.discard()
+                done.add(stats)
                 done.stopped_by_kl = True
                 return done
-            norm = torch.nn.utils.clip_grad_norm_(agent.parameters, config.max_grad_norm)
-            agent.optimizer.step()
-            done.grad_norm, done.steps = float(norm), done.steps + 1
-    agent.optimizer.zero_grad(set_to_none=True)
+            norm = agent.step()
+            if norm is None:
+                done.skipped += 1
+                continue
+            done.add(stats)
+            done.grad_norm, done.steps = norm, done.steps + 1
+    agent.discard()
     return done
 
 
@@ -83,18 +98,16 @@ def accumulate(
 ) -> ppo_fast.Stats | None:  # fmt: skip
     """Add one minibatch's gradient to the parameters, and return its statistics.
 
-    Every micro-batch divides by the tokens of the whole minibatch, so the gradient does not depend
-    on the split. `unchanged` says that the weights are still those the old log-probs came from.
-    Returns None, and adds nothing, when no token is left.
+    Every micro-batch divides by the tokens of the whole minibatch, so the gradient, once summed
+    over the ranks, does not depend on the split. `unchanged` says that the weights are still those
+    the old log-probs came from. Returns None, and adds nothing, when no token is left.
     """
     tokens = sum(batch.seqs.mask[rows].sum() for rows in minibatch)
     if tokens == 0:
         return None
     total: ppo_fast.Stats | None = None
-    for rows in minibatch:
+    for rows in agent.pieces(minibatch):
         part = _rows(batch, rows)
-        if not part.seqs.mask.any():
-            continue
         policy, loss, stats = _loss(agent, part, tokens, loss_kl_coef, backend)
         if unchanged:
             _require_ratio_one(policy.logprobs, part)
@@ -136,8 +149,9 @@ def _rows(batch: Batch, index: Tensor) -> Batch:
 
 
 def _require_ratio_one(logprobs: Tensor, part: Batch) -> None:
-    gap = (logprobs - part.seqs.flat(part.scored.old)).abs().max().item()
-    if gap != 0.0:
+    old = part.seqs.flat(part.scored.old)
+    if not torch.equal(logprobs, old):
+        gap = (logprobs - old).abs().max().item()
         raise RuntimeError(
             "the policy's log-probs must equal the old ones before the first optimiser step,"
             f" got a difference of {gap}: the model's forward is not deterministic"

@@ -1,0 +1,173 @@
+"""Several processes on one batch: each rank computes its share, and all hold the same results."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+import ppo_fast
+from ppo_fast.loop.config import TrainConfig
+
+T = TypeVar("T")
+_FAILED = "failed"
+
+
+class RankFailedError(RuntimeError):
+    """Another rank failed, died, or did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run; by default the only one, for which nothing is sent.
+
+    A global row belongs to the rank that `share` gives it to. Sums go over ranks, not means, so a
+    loss divides by the tokens of all of them.
+    """
+
+    rank: int = 0
+    size: int = 1
+    sharded: bool = False
+    """Each rank holds a shard of every weight (FSDP2), so a forward is itself a collective."""
+    timeout: float = 120.0
+    """Seconds after which a rank that waits for another one gives up."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that rewards, writes and prints."""
+        return self.rank == 0
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This rank's part of `rows` (n, ...), whose n the number of ranks divides."""
+        return rows.tensor_split(self.size)[self.rank]
+
+    def gather(self, x: Tensor, fill: float) -> Tensor:
+        """The rows of all ranks, (B, T), from each one's (B / ranks, T') padded with `fill`."""
+        if self.size == 1:
+            return x
+        width = torch.tensor(x.shape[1], device=x.device)
+        self._send(dist.all_reduce, width, dist.ReduceOp.MAX)
+        padded = torch.nn.functional.pad(x, (0, int(width) - x.shape[1]), value=fill)
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        self._send(dist.all_gather, parts, padded)
+        return torch.cat(parts)
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        """Add `tensors` of one dtype up over the ranks, in place, in a single collective."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([x.flatten() for x in tensors])
+        self._send(dist.all_reduce, flat)
+        for x, total in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(total.view_as(x))
+
+    def merge(self, stats: ppo_fast.Stats) -> ppo_fast.Stats:
+        """The statistics of all ranks."""
+        return stats if self.size == 1 else self._send(stats.all_reduce)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the first rank, where alone it runs."""
+        if self.size == 1:
+            return make()
+        box: list[Any] = [make() if self.first else None]
+        self._send(dist.broadcast_object_list, box)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank: one answer, so that all stop together."""
+        if self.size == 1:
+            return flag
+        count = torch.tensor(int(flag), device=self.device)
+        self._send(dist.all_reduce, count)
+        return bool(count)
+
+    def saving(self, config: TrainConfig) -> TrainConfig:
+        """`config` with checkpoints left to the first rank, and to none where it is sharded."""
+        if self.first and not self.sharded:
+            return config
+        return dataclasses.replace(config, save_every=0, resume=True)
+
+    def _send(self, collective: Callable[..., T], *args: Any) -> T:
+        try:
+            return collective(*args)
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            raise RankFailedError(
+                f"rank {self.rank} of {self.size} stopped: another rank died or did not answer"
+                f" within {self.timeout:g} s ({line})"
+            ) from error
+
+
+@contextmanager
+def processes(config: TrainConfig) -> Iterator[Ranks]:
+    """The ranks that torchrun describes in the environment; without it, one process.
+
+    Raises `RankFailedError` once another rank has failed: with its reason where it could still
+    leave one, and otherwise when the connection breaks or `config.timeout` has passed.
+    """
+    config, size = config.resolved(), int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    _check(config, size)
+    device = device_of(config)
+    wait = timedelta(seconds=config.timeout)
+    store, rank, size = next(rendezvous("env://", timeout=wait))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("ppo_fast", store), rank=rank, world_size=size, timeout=wait,
+    )  # fmt: skip
+    ranks = Ranks(rank, size, config.parallel == "fsdp2", config.timeout, device)
+    try:
+        yield ranks
+    except Exception as error:
+        if reason := _reason(store):
+            raise RankFailedError(f"rank {rank} of {size} stopped: {reason}") from error
+        if not isinstance(error, RankFailedError):
+            store.set(_FAILED, f"rank {rank} failed: {type(error).__name__}: {error}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _check(config: TrainConfig, size: int) -> None:
+    """Every rank must have as many rows as the others in every forward."""
+    if config.resume and config.parallel == "fsdp2":
+        raise ValueError("resume must be off with parallel='fsdp2', which writes no checkpoints")
+    if config.lora_rank and config.parallel == "fsdp2":
+        raise ValueError("lora_rank must be 0 with parallel='fsdp2': use 'ddp'")
+    if config.batch % (config.minibatches * size):
+        raise ValueError(
+            f"batch must be a multiple of minibatches x processes = {config.minibatches} x {size},"
+            f" got {config.batch}"
+        )
+
+
+def _reason(store: Store) -> str:
+    """Why another rank failed; empty where none has said so, or its store is gone."""
+    try:
+        return store.get(_FAILED).decode() if store.check([_FAILED]) else ""
+    except RuntimeError:
+        return ""
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """This process's device: under torchrun each rank of a machine has a GPU of its own."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
