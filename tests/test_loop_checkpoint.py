@@ -312,3 +312,14 @@ def test_a_checkpoint_has_no_pickle(tmp_path: Path) -> None:
     assert {"exp_avg", "exp_avg_sq", "step"} == set(tree["state"]["optimizer"]["critic.head.bias"])
     trained = sum(w.numel() for w in tree["state"]["weights"].values())
     assert trained < sum(p.numel() for p in tiny()[0].parameters())  # frozen ones are not in it
+
+
+def test_skipped_steps_and_halved_micro_batches_are_remembered(tmp_path: Path) -> None:
+    t = seeded(tmp_path)
+    t.step()
+    t.agent.skips, t.agent.halved = 2, True
+    t.checkpoints.save(t)
+    fresh = seeded(tmp_path, resume=True)
+    assert (fresh.agent.skips, fresh.agent.halved) == (0, False)
+    fresh.checkpoints.resume(fresh, lambda text: None)
+    assert (fresh.agent.skips, fresh.agent.halved) == (2, True)

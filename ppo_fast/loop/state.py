@@ -47,6 +47,8 @@ def capture(trainer: Trainer) -> Tree:
         "updates": trainer.updates,
         "kl_coef": trainer.kl_coef,
         "loss_kl_coef": trainer.loss_kl_coef,
+        "halved": trainer.agent.halved,
+        "skips": trainer.agent.skips,
         "weights": {name: p.detach() for name, p in named.items()},
         "optimizer": {name: dict(optimizer.state.get(p, {})) for name, p in named.items()},
         "lr": [group["lr"] for group in optimizer.param_groups],
@@ -71,6 +73,7 @@ def restore(trainer: Trainer, state: Tree) -> None:
     agent.optimizer.load_state_dict(
         {"state": {i: s for i, s in moments.items() if s}, "param_groups": groups}
     )
+    agent.halved, agent.skips = state["halved"], state["skips"]
     trainer.updates = state["updates"]
     trainer.kl_coef, trainer.loss_kl_coef = state["kl_coef"], state["loss_kl_coef"]
     trainer.prompts.load_state_dict(state["prompts"])
