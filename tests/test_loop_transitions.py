@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from ppo_fast.__main__ import main
 from ppo_fast.loop import TrainConfig, Trainer, TransitionsError
 from ppo_fast.loop.replay import TransitionStream, open_transitions
 from ppo_fast.loop.rewards import letters
+from ppo_fast.loop.state import capture, identity, restore
 from ppo_fast.loop.transitions import Limits, Transition, read_transitions
 
 
@@ -212,3 +214,16 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     own.write_text("")
     assert main([*options, *stored]) == 1
     assert "no rows" in capsys.readouterr().err
+
+
+def test_state_of_a_run_on_a_file_goes_on_bitwise(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    trainer(tmp_path / "a", save_transitions=path, batch=12).step()
+    whole, _ = learner(tmp_path / "b", path, torch.float32)
+    whole.step()
+    state = copy.deepcopy(capture(whole))
+    later, _ = learner(tmp_path / "c", path, torch.float32)
+    assert json.loads(json.dumps(identity(later))) == identity(whole)
+    restore(later, state)
+    whole.step(), later.step()
+    assert all(map(torch.equal, weights(whole), weights(later)))

@@ -20,7 +20,7 @@ Tree = dict[str, Any]
 # Options that a resumed run may be given anew: they move no number of an update.
 FREE = {
     "out", "quick", "updates", "compare", "save_every", "keep_checkpoints", "resume",
-    "tensorboard", "save_transitions",
+    "tensorboard", "save_transitions", "transitions",  # their digest is among the prompts
 }  # fmt: skip
 
 
