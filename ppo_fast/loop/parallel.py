@@ -77,11 +77,20 @@ class Ranks:
         return stats if self.size == 1 else self._send(stats.all_reduce)
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first rank, where alone it runs."""
+        """What `make` gives on the first rank, where alone it runs; if it raises, all stop."""
         if self.size == 1:
             return make()
-        box: list[Any] = [make() if self.first else None]
-        self._send(dist.broadcast_object_list, box)
+        box: list[Any] = [None, "rank 0 was interrupted"]
+        try:
+            if self.first:
+                box = [make(), ""]
+        except Exception as error:
+            box[1] = _words(self, error)
+            raise
+        finally:  # the store ends with the first rank, so the others hear its reason from itself
+            self._send(dist.broadcast_object_list, box)
+        if box[1]:
+            raise RankFailedError(f"rank {self.rank} of {self.size} stopped: {box[1]}")
         return box[0]
 
     def any(self, flag: bool) -> bool:
@@ -135,7 +144,7 @@ def processes(config: TrainConfig) -> Iterator[Ranks]:
         if reason := _reason(store):
             raise RankFailedError(f"rank {rank} of {size} stopped: {reason}") from error
         if not isinstance(error, RankFailedError):
-            store.set(_FAILED, f"rank {rank} failed: {type(error).__name__}: {error}")
+            store.set(_FAILED, _words(ranks, error))
         raise
     finally:
         dist.destroy_process_group()
@@ -152,6 +161,10 @@ def _check(config: TrainConfig, size: int) -> None:
             f"batch must be a multiple of minibatches x processes = {config.minibatches} x {size},"
             f" got {config.batch}"
         )
+
+
+def _words(ranks: Ranks, error: Exception) -> str:
+    return f"rank {ranks.rank} failed: {type(error).__name__}: {error}"
 
 
 def _reason(store: Store) -> str:
