@@ -243,8 +243,8 @@ LOOP = (
     ),
     Mutant(
         "the gradient that went too far is kept", "ppo_fast/loop/update.py",
-        "agent.optimizer.zero_grad(set_to_none=True)\n                done.stopped_by_kl",
-        "agent.optimizer.step()\n                done.stopped_by_kl",
+        "agent.discard()\n                done.add(stats)",
+        "agent.step()\n                done.add(stats)",
         "loop_update",
     ),
 )  # fmt: skip

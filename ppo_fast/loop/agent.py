@@ -146,7 +146,8 @@ class Agent:
                 self.policy.model, tokens[rows], attention[rows],
                 rows=rows, total=len(tokens), **options,
             )  # fmt: skip
-        gather, end = self.ranks.gather, options["eos"][0]
+        # Without an EOS every completion has full length, and none is padded.
+        gather, end = self.ranks.gather, next(iter(options["eos"]), 0)
         seqs = Sequences(*(gather(x, f) for x, f in zip(mine.seqs, (end, 0, 0), strict=True)))
         return Rollout(seqs, gather(mine.logprobs, 0))
 

@@ -76,6 +76,10 @@ def _upward(rows: Softmax, logits: Logits, heat: Tensor, up: Upstream) -> tuple[
     dz = (g[..., None] * direct - up.h[..., None] * of_entropy) / heat
     error = rows.gradient(g, up.h)
     error = error + gh[0][..., None] * direct.abs() + gh[1][..., None] * of_entropy.abs()
+    # A probability below the smallest normal number may be 0, whatever it is multiplied by later.
+    info = torch.finfo(torch.float32)
+    flushed = info.smallest_normal / info.eps
+    error = error + flushed * (g.abs()[..., None] + (up.h[..., None] * rows.slope).abs())
     return dz * logits.bend, error / heat * logits.bend + dz.abs() * logits.bend_error
 
 
