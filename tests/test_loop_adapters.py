@@ -1,0 +1,156 @@
+"""LoRA: the reference is the adapter switched off, and only adapters and value head train."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loop_helpers import batch_of, gradients, tiny, trainer, weights
+from rich.console import Console
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from ppo_fast.loop import TrainConfig
+from ppo_fast.loop.adapters import add_adapters
+from ppo_fast.loop.parallel import processes
+from ppo_fast.loop.state import trainable
+
+QUIET = Console(quiet=True)
+# layers, head, critic
+SETTINGS = [(1, "linear", "shared"), (0, "logits", "shared"), (1, "linear", "separate")]
+TOKENS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture(autouse=True)
+def _peft() -> None:
+    pytest.importorskip("peft")
+
+
+def base_weights(t: Any) -> dict[str, torch.Tensor]:
+    named = t.agent.policy.model.named_parameters()
+    return {name: p.detach().clone() for name, p in named if "lora_" not in name}
+
+
+@pytest.mark.parametrize(("layers", "head", "critic"), SETTINGS)
+def test_the_reference_is_the_base_model(
+    tmp_path: Path, layers: int, head: Any, critic: Any
+) -> None:
+    """Before any update and after three, when the policy has moved away from it."""
+    options = {"train_layers": layers, "head": head, "critic": critic}
+    plain = trainer(tmp_path / "plain", **options)
+    t = trainer(tmp_path / "lora", lora_rank=4, **options)
+    _, batch, plan = batch_of(t)
+    _, want, _ = batch_of(plain)
+    assert torch.equal(batch.seqs.tokens, want.seqs.tokens)
+    assert torch.equal(batch.scored.ref, want.scored.ref)
+    assert torch.equal(batch.scored.old, want.scored.ref)  # the product starts at zero
+    parts = [rows for part in plan for rows in part]
+    assert t.step()["kl"] == 0.0
+    t.step(), t.step()
+    again = t.agent.score(batch.seqs, parts, t.backend)
+    assert torch.equal(again.ref, want.scored.ref)
+    assert (again.old - again.ref).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("layers", "head", "critic"), SETTINGS)
+def test_only_adapters_and_value_head_train(
+    tmp_path: Path, layers: int, head: Any, critic: Any
+) -> None:
+    t = trainer(tmp_path, lora_rank=4, train_layers=layers, head=head, critic=critic)
+    names = list(trainable(t.agent))
+    assert all("lora_" in name or name.startswith("critic.head.") for name in names)
+    # two matrices at each of Llama's seven linear maps
+    policy = [name for name in names if name.startswith("policy.")]
+    assert len(policy) == 14 * (layers or 2)
+    base, before = base_weights(t), weights(t)
+    record = t.step()
+    assert record["steps"] == 4 and record["grad_norm"] > 0
+    assert all(torch.equal(p, base[name]) for name, p in base_weights(t).items())
+    moved = [not torch.equal(a, b) for a, b in zip(before, weights(t), strict=True)]
+    assert all(moved)
+
+
+def test_saved_adapter_and_merged_model_are_the_policy(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    t = trainer(tmp_path, lora_rank=4, lr=1e-2)
+    assert t.run(QUIET).model == tmp_path / "model"
+    base = tiny()[0]
+    with torch.no_grad():
+        policy, start = t.agent.policy.model(TOKENS).logits, base(TOKENS).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(TOKENS).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()(TOKENS).logits
+    assert torch.equal(adapted, policy)
+    assert (policy - start).abs().max() > 0.01
+    torch.testing.assert_close(merged, policy, rtol=1e-5, atol=1e-5)
+
+
+def test_without_merging_only_the_adapter_is_saved(tmp_path: Path) -> None:
+    t = trainer(tmp_path, lora_rank=4, lora_merge=False, updates=1)
+    assert t.run(QUIET).model == tmp_path / "adapter"
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert not (tmp_path / "model").exists()
+
+
+def test_layers_of_conv1d_take_adapters() -> None:
+    """GPT-2's linear layers are of another class, with their weights transposed."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=32)
+    model = GPT2LMHeadModel(config).eval()
+    before = model(TOKENS).logits
+    adapted, split = add_adapters(model, 2, 1)
+    assert split == 2 and torch.equal(model(TOKENS).logits, before)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(names) == 8 and all(".h.2." in f".{name}" for name in names)
+    adapted.merge_and_unload()
+
+
+def test_a_resumed_run_ends_bitwise_equal(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"lora_rank": 4, "updates": 4, "save_every": 1, "batch": 8}
+    whole = trainer(tmp_path, **options, keep_checkpoints=4)
+    whole.run(QUIET)
+    for number in (3, 4):
+        shutil.rmtree(tmp_path / "checkpoints" / f"update-{number:06d}")
+    t = trainer(tmp_path, **options, resume=True)
+    torch.manual_seed(99)
+    t.run(QUIET)
+    assert t.updates == 4
+    assert all(map(torch.equal, weights(t), weights(whole)))
+    ours, theirs = ({k: v for k, v in x.items() if "seconds" not in k and k != "tokens_per_second"}
+                    for x in (t.recorder.records[-1], whole.recorder.records[-1]))  # fmt: skip
+    assert ours == theirs
+
+
+def test_gradient_checkpointing_keeps_the_bits_and_the_saved_model(tmp_path: Path) -> None:
+    found = []
+    for recomputed in (False, True):
+        t = trainer(tmp_path / str(recomputed), lora_rank=4, gradient_checkpointing=recomputed,
+                    updates=2)  # fmt: skip
+        t.run(QUIET)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / str(recomputed) / "model")
+        found.append([*weights(t), *model.parameters()])
+    assert not gradients(t)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_without_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    message = r"peft.*lora_rank needs: pip install 'ppo_fast\[lora\]'"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        trainer(tmp_path, lora_rank=4)
+
+
+def test_more_layers_than_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train_layers must be at most 2, got 3"):
+        trainer(tmp_path, lora_rank=4, train_layers=3)
+
+
+def test_fsdp2_takes_no_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = TrainConfig(lora_rank=4, parallel="fsdp2")
+    message = "lora_rank must be 0 with parallel='fsdp2': use 'ddp'"
+    with pytest.raises(ValueError, match=message), processes(config):
+        pass
