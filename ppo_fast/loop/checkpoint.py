@@ -96,14 +96,21 @@ class Checkpoints:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Write the trainer's state and drop what is older than the newest `keep_checkpoints`.
+        """Have the first rank write the state, and drop all but the newest `keep_checkpoints`.
 
-        Raises `CheckpointError` where the disk does not take it; the former ones stay.
+        Every rank must ask, as shards are gathered. Raises `CheckpointError`, on all of them,
+        where the disk does not take it; the former ones stay.
         """
-        number = trainer.updates
-        if number == self._newest:
+        from_first = trainer.ranks.from_first
+        if from_first(lambda: trainer.updates == self._newest):
             return
         tree = {"identity": self._own_identity(trainer), "state": capture(trainer)}
+        failed = from_first(lambda: self._replace(trainer, tree))
+        if failed is not None:
+            raise failed
+
+    def _replace(self, trainer: Trainer, tree: Tree) -> CheckpointError | None:
+        number = trainer.updates
         partial, target = self.folder / "partial", self.path(number)
         try:
             trainer.recorder.sync()
@@ -118,7 +125,8 @@ class Checkpoints:
             self._drop_old()
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)  # the failure at hand is the one to tell
-            raise CheckpointError(f"saving {target} failed: {error}") from error
+            return CheckpointError(f"saving {target} failed: {error}")
+        return None
 
     def _drop_old(self) -> None:
         """Keep the newest up to this one; later ones were found damaged."""

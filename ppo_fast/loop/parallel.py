@@ -102,10 +102,8 @@ class Ranks:
         return bool(count)
 
     def saving(self, config: TrainConfig) -> TrainConfig:
-        """`config` with checkpoints left to the first rank, and to none where it is sharded."""
-        if self.first and not self.sharded:
-            return config
-        return dataclasses.replace(config, save_every=0, resume=True)
+        """`config` with the clearing of former checkpoints left to the first rank."""
+        return config if self.first else dataclasses.replace(config, resume=True)
 
     def _send(self, collective: Callable[..., T], *args: Any) -> T:
         try:
@@ -152,8 +150,6 @@ def processes(config: TrainConfig) -> Iterator[Ranks]:
 
 def _check(config: TrainConfig, size: int) -> None:
     """Every rank must have as many rows as the others in every forward."""
-    if config.resume and config.parallel == "fsdp2":
-        raise ValueError("resume must be off with parallel='fsdp2', which writes no checkpoints")
     if config.lora_rank and config.parallel == "fsdp2":
         raise ValueError("lora_rank must be 0 with parallel='fsdp2': use 'ddp'")
     if config.batch % (config.minibatches * size):

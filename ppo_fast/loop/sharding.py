@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(root: nn.Module, layers: list[nn.Module]) -> None:
@@ -45,12 +45,17 @@ def whole(model: nn.Module) -> Iterator[None]:
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """The whole weights on the CPU, by name; every rank must ask."""
     state: dict[str, Any] = model.state_dict()
-    return {
-        name: (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu()
-        for name, x in state.items()
-    }
+    return {name: full(x) for name, x in state.items()}
 
 
 def full(x: Tensor) -> Tensor:
-    """A sharded scalar or tensor as a plain one; every rank must ask."""
-    return x.full_tensor() if isinstance(x, torch.distributed.tensor.DTensor) else x
+    """A tensor whole and on the CPU; every rank must ask."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
+
+
+def split_like(x: Tensor, p: Tensor) -> Tensor:
+    """The whole `x`, which every rank has, sharded as `p` of its shape is; nothing is sent."""
+    if not isinstance(p, DTensor) or x.shape != p.shape:
+        return x
+    whole = x.to(p.device)
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,23 +26,27 @@ FREE = {
 
 
 def trainable(agent: Agent) -> dict[str, Tensor]:
-    """The trainable parameters by name, in the optimiser's order."""
+    """The trainable parameters by name, in the optimiser's order, sharded or not."""
     modules = {"policy": agent.policy.model, "critic": agent.critic}
-    return {
-        f"{kind}.{name}": p
+    names = [
+        f"{kind}.{name}"
         for kind, module in modules.items()
         for name, p in module.named_parameters()
         if p.requires_grad
-    }
+    ]
+    return dict(zip(names, agent.parameters, strict=True))
 
 
 def capture(trainer: Trainer) -> Tree:
     """Everything that steps change, as tensors and JSON values; tensors are the live ones.
 
-    The optimiser's state is by parameter name. The learning rate's schedule is a function of
-    `updates`; log and samples are cut back to that number by whoever restores.
+    Shards are gathered, so every rank must ask. The optimiser's state is by parameter name. The
+    learning rate's schedule is a function of `updates`; log and samples are cut back to that
+    number by whoever restores.
     """
     optimizer, named = trainer.agent.optimizer, trainable(trainer.agent)
+    full = _full(trainer.agent)
+    moments = {name: optimizer.state.get(p, {}) for name, p in named.items()}
     reward: Any = trainer.reward
     return {
         "updates": trainer.updates,
@@ -49,8 +54,8 @@ def capture(trainer: Trainer) -> Tree:
         "loss_kl_coef": trainer.loss_kl_coef,
         "halved": trainer.agent.halved,
         "skips": trainer.agent.skips,
-        "weights": {name: p.detach() for name, p in named.items()},
-        "optimizer": {name: dict(optimizer.state.get(p, {})) for name, p in named.items()},
+        "weights": {name: full(p.detach()) for name, p in named.items()},
+        "optimizer": {name: {k: full(x) for k, x in s.items()} for name, s in moments.items()},
         "lr": [group["lr"] for group in optimizer.param_groups],
         "prompts": trainer.prompts.state_dict(),
         "random": _random_state(trainer),
@@ -63,10 +68,14 @@ def restore(trainer: Trainer, state: Tree) -> None:
     agent = trainer.agent
     named = trainable(agent)
     _require_same_tensors(named, state["weights"])
+    split = _split_like(agent)
     with torch.no_grad():
         for name, p in named.items():
-            p.copy_(state["weights"][name])
-    moments = {i: state["optimizer"][name] for i, name in enumerate(named)}
+            p.copy_(split(state["weights"][name], p))
+    moments = {
+        i: {k: split(x, p) for k, x in state["optimizer"][name].items()}
+        for i, (name, p) in enumerate(named.items())
+    }
     groups = agent.optimizer.state_dict()["param_groups"]
     for group, lr in zip(groups, state["lr"], strict=True):
         group["lr"] = lr
@@ -99,15 +108,35 @@ def identity(trainer: Trainer) -> Tree:
 
 
 def _digest_of_frozen(agent: Agent) -> str:
-    digest, seen = hashlib.sha256(), set()
+    digest, seen, full = hashlib.sha256(), set(), _full(agent)
     for module in (agent.policy.model, agent.reference.model, agent.critic):
         for name, p in module.named_parameters():
             if p.requires_grad or id(p) in seen:  # towers share what is frozen
                 continue
             seen.add(id(p))
             digest.update(f"{name} {p.dtype} {list(p.shape)} ".encode())
-            digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(
+                full(p.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            )
     return digest.hexdigest()
+
+
+def _full(agent: Agent) -> Callable[[Tensor], Tensor]:
+    """What makes a tensor of the agent whole."""
+    if not agent.ranks.sharded:
+        return lambda x: x
+    from ppo_fast.loop.sharding import full
+
+    return full
+
+
+def _split_like(agent: Agent) -> Callable[[Tensor, Tensor], Tensor]:
+    """What makes of a whole tensor one that is sharded as another."""
+    if not agent.ranks.sharded:
+        return lambda x, like: x
+    from ppo_fast.loop.sharding import split_like
+
+    return split_like
 
 
 def _require_same_tensors(named: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
