@@ -210,13 +210,36 @@ def test_a_reward_that_hangs_costs_its_batch_only(tmp_path: Path) -> None:
         return letters(prompts, texts)
 
     t = trainer(tmp_path, reward, reward_timeout=0.5)
-    records = [t.step() for _ in range(3)]
+    records = [t.step() for _ in range(2)]
     release.set()
+    records.append(t.step())
     t.recorder.close()
     assert [len(r["dropped"]) for r in records] == [0, 8, 0]
     assert set(records[1]["dropped"].values()) == {"reward took longer than 0.5 s"}
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert logged[1]["reward"] is None
+
+
+def test_no_call_begins_beside_a_late_one() -> None:
+    """The batch after it waits for it; if that takes too long, it is dropped without a call."""
+    release, inside, entered = threading.Event(), threading.Lock(), []
+
+    def reward(prompts: list[str], texts: list[str]) -> list[float]:
+        assert inside.acquire(blocking=False)
+        entered.append(prompts)
+        if prompts == ["slow"]:
+            release.wait()
+        inside.release()
+        return [1.0]
+
+    assert score(reward, ["slow"], ["x"], 0.2).faults == {0: "reward took longer than 0.2 s"}
+    for _ in range(2):
+        found = score(reward, ["next"], ["x"], 0.2)
+        assert found.faults == {0: "reward still ran for an earlier batch 0.2 s on"}
+    assert score(letters, ["p"], ["ab"], 60.0).faults == {}  # another reward does not wait
+    threading.Timer(0.2, release.set).start()
+    assert score(reward, ["waits"], ["x"], 60.0) == score(reward, ["after"], ["x"], 60.0)
+    assert entered == [["slow"], ["waits"], ["after"]]
 
 
 def test_a_time_limit_changes_nothing_else() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 RewardFn = Callable[[list[str], list[str]], list[float]]
+# The last call that ran out of time, by the id of its reward: the thread keeps that object alive.
+_late: dict[int, threading.Thread] = {}
 
 
 class RewardLengthError(ValueError):
@@ -42,10 +45,20 @@ def score(
     those that raise are lost. A list of the wrong length raises `RewardLengthError`, because then
     no reward can be assigned to its sample. All of it together may take `timeout` seconds; after
     that the whole batch is dropped. The call itself cannot be stopped: it goes on in a thread that
-    does not keep the process alive, possibly beside the next batch's call.
+    does not keep the process alive. A reward may have state, so no call begins beside a late one:
+    the next batch waits for that to end, in its own `timeout` seconds, or is dropped too.
     """
     if timeout is None:
         return _score(reward, prompts, completions)
+    start = time.monotonic()
+    late = _late.pop(id(reward), None)
+    if late is not None:
+        late.join(timeout)
+        if late.is_alive():
+            _late[id(reward)] = late
+            return _dropped(
+                len(prompts), f"reward still ran for an earlier batch {timeout:g} s on"
+            )
     ended: list[Scores | BaseException] = []
 
     def work() -> None:
@@ -56,10 +69,10 @@ def score(
 
     thread = threading.Thread(target=work, name="reward", daemon=True)
     thread.start()
-    thread.join(timeout)
+    thread.join(max(0.0, start + timeout - time.monotonic()))
     if not ended:
-        reason = f"reward took longer than {timeout:g} s"
-        return Scores([0.0] * len(prompts), dict.fromkeys(range(len(prompts)), reason))
+        _late[id(reward)] = thread
+        return _dropped(len(prompts), f"reward took longer than {timeout:g} s")
     if isinstance(ended[0], BaseException):
         raise ended[0]
     return ended[0]
@@ -76,6 +89,10 @@ def shaped(scores: Scores, ended: list[bool], clip: float | None, eos_penalty: f
         for v, end, kept in zip(scores.values, ended, scores.kept, strict=True)
     ]
     return Scores(values, scores.faults)
+
+
+def _dropped(n: int, reason: str) -> Scores:
+    return Scores([0.0] * n, dict.fromkeys(range(n), reason))
 
 
 def _score(reward: RewardFn, prompts: list[str], completions: list[str]) -> Scores:
