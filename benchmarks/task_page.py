@@ -4,7 +4,8 @@
     python -m benchmarks.task_page runs/tasks
 
 Reads runs/tasks/NAME/SEED, keeps the curves in docs/tasks/curves.json beside those that are there,
-draws docs/tasks/NAME.png and writes the table between the page's markers.
+draws docs/tasks/NAME.png, writes docs/tasks/NAME.html as `ppo-fast report` would, and the table
+between the page's markers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_fast.loop.records import fifths
+from ppo_fast.report import write_report
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE, CURVES = DOCS / "tasks.md", DOCS / "tasks" / "curves.json"
@@ -56,8 +58,8 @@ def gain(entry: dict[str, Any]) -> tuple[float, float, float, float]:
 def table(curves: Curves) -> str:
     """A Markdown table, one run a row."""
     rows = [
-        "| run | task, reward | seeds | updates | first | last | gain | spread | KL | s |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| run | task, reward | seeds | updates | first | last | gain | spread | KL | s | page |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for name, entry in sorted(curves.items()):
         seeds = list(entry["seeds"].values())
@@ -68,6 +70,7 @@ def table(curves: Curves) -> str:
             f"[{name}](tasks/{name}.png)", f"{entry['task']}, {entry['reward']}", str(len(seeds)),
             str(len(seeds[0]["rewards"])), f"{first:+.3f}", f"{last:+.3f}", f"{gained:+.3f}",
             f"{spread:.3f}" if len(seeds) > 1 else "-", f"{kl:.1f}", str(took),
+            f"[report](tasks/{name}.html)",
         ]  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
@@ -100,13 +103,16 @@ def main() -> None:
     """Read the runs, keep their curves, draw them and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
-    fresh = collect(parser.parse_args().folder)
+    folder = parser.parse_args().folder
+    fresh = collect(folder)
     kept = json.loads(CURVES.read_text()) if CURVES.exists() else {}
     curves = kept | fresh
     CURVES.parent.mkdir(parents=True, exist_ok=True)
     CURVES.write_text(json.dumps(curves, separators=(",", ":"), sort_keys=True) + "\n")
     for name, entry in fresh.items():
         plot(entry, CURVES.parent / f"{name}.png")
+        runs = [folder / name / seed for seed in entry["seeds"]]
+        write_report(runs, CURVES.parent / f"{name}.html")
     PAGE.write_text(written(PAGE.read_text(), curves))
 
 

@@ -11,6 +11,8 @@ from report_helpers import HOSTILE, bare, record, write
 
 from ppo_fast.report import charts, write_report
 
+PAGES = sorted((Path(__file__).resolve().parents[1] / "docs" / "tasks").glob("*.html"))
+
 pytestmark = pytest.mark.skipif(
     bool(MISSING),
     reason=f"needs {' and '.join(MISSING)}: apt-get install chromium chromium-driver",
@@ -58,6 +60,13 @@ def test_curves_are_drawn_and_read_under_the_pointer(browser: Browser, tmp_path:
     browser.point_at(1, 1)
     assert browser.run("return document.querySelector('output').hidden") is True
     assert browser.console() == [] and browser.requests() == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_pages_of_the_docs_open(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    assert browser.console() == [] and browser.requests() == [page.as_uri()]
+    assert count(browser, "path.line") >= len(charts.CURVES) - 1  # the last needs 20 updates
 
 
 def test_hostile_samples_run_nothing(browser: Browser, tmp_path: Path) -> None:

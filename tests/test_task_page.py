@@ -19,7 +19,9 @@ def curves() -> dict:
 def test_the_table_is_that_of_the_curves() -> None:
     page = PAGE.read_text()
     assert written(page, curves()) == page
-    assert all((DOCS / "tasks" / f"{name}.png").exists() for name in curves())
+    for name in curves():
+        assert (DOCS / "tasks" / f"{name}.png").exists()
+        assert (DOCS / "tasks" / f"{name}.html").exists()
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -48,5 +50,5 @@ def test_a_table_computed_by_hand(tmp_path: Path) -> None:
     found = collect(tmp_path)
     assert gain(found["mine"]) == pytest.approx((0.1, 1.05, 0.95, 0.2))
     row = table(found).splitlines()[2]
-    wanted = "qa, task | 2 | 5 | +0.100 | +1.050 | +0.950 | 0.200 | 2.0 | 15 |"
+    wanted = "qa, task | 2 | 5 | +0.100 | +1.050 | +0.950 | 0.200 | 2.0 | 15 | [report](tasks/mine.html) |"
     assert row == f"| [mine](tasks/mine.png) | {wanted}"
