@@ -49,6 +49,12 @@ def test_any_leading_shape(backend: str, device: str, shape: tuple[int, ...]) ->
     testing.assert_agrees(testing.logprobs_call(shape, 19, device=device, mask=None), backend)
 
 
+def test_rows_that_overlap(backend: str, device: str) -> None:
+    call = testing.logprobs_call((2, 1), 3, device=device, mask=None)
+    logits = torch.linspace(-2, 2, 8, device=device).as_strided((2, 1, 3), (1, 1, 1))
+    testing.assert_agrees(call._replace(tensors=call.tensors | {"logits": logits}), backend)
+
+
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
 def test_no_rows(backend: str, device: str, shape: tuple[int, ...]) -> None:
     out = testing.run(testing.logprobs_call(shape, 5, device=device, mask=None), backend)

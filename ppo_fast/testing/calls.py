@@ -46,12 +46,15 @@ class Call(NamedTuple):
 def promoted(call: Call, dtype: torch.dtype = torch.float64) -> Call:
     """The same call, already rounded, with every floating tensor in another precision.
 
-    Masks keep their type: they are flags, whatever their dtype.
+    Masks keep their type: they are flags, whatever their dtype. Tensors become contiguous: left to
+    torch, rows that overlap would lie across their last dimension.
     """
+    rows = torch.contiguous_format
 
     def up(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
-            k: v.to(dtype) if v.is_floating_point() and k != "mask" else v for k, v in x.items()
+            k: v.to(dtype, memory_format=rows) if v.is_floating_point() and k != "mask" else v
+            for k, v in x.items()
         }
 
     return call._replace(tensors=up(call.tensors), cotangents=up(call.cotangents))
