@@ -56,9 +56,10 @@ mutants: $(STAMP)
 
 # Branches of the package's Python that the tests of one run reach; kernels run elsewhere.
 coverage: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) -m coverage run --branch --source ppo_fast \
-		--omit "*/kernels/*,*/integrations/*" -m pytest -n 0 -q -m "not long" $(ARGS)
-	$(RUN) -m coverage report --show-missing --skip-covered
+	OMP_NUM_THREADS=1 $(RUN) -m coverage run -m pytest -n $(JOBS) --dist worksteal -q \
+		-m "not long" $(ARGS)
+	$(RUN) -m coverage combine -q
+	$(RUN) -m coverage report
 
 test-trainers: $(TRAINERS:%=test-%)
 

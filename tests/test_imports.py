@@ -162,6 +162,46 @@ def test_importing_is_light() -> None:
     assert out.stdout.strip() == "[]"
 
 
+HIDE = """
+import sys
+class Hide:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.startswith({hidden!r})
+        return None if hidden else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
+"""
+
+
+@pytest.mark.parametrize(
+    ("hidden", "backend", "lost"),
+    [
+        ("triton", "triton", True),
+        ("ppo_fast._C", "cpu", True),
+        ("transformers", "cpu", False),
+        ("numpy", "cpu", False),
+    ],
+)
+def test_what_is_missing_costs_its_own_backend_alone(
+    hidden: str, backend: str, lost: bool
+) -> None:
+    """The others compute; the one that is lost says why."""
+    code = HIDE.format(hidden=hidden) + (
+        "import torch, ppo_fast; x = torch.ones(2, 3); reason = ppo_fast.backends()[sys.argv[1]];"
+        "print(ppo_fast.gae(x, x, backend='reference').returns.sum().item() > 0, reason)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, backend],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    computed, reason = done.stdout.strip().split(" ", 1)
+    assert computed == "True"
+    assert (reason != "None") == lost
+    assert not lost or "not installed" in reason or "not built" in reason
+
+
 def docstrings(tree: ast.AST) -> set[int]:
     """Line numbers of every docstring."""
     lines: set[int] = set()
