@@ -88,7 +88,7 @@ unsigned* take(Slab& slab, size_t n) {
 Device::Device(const Tensor& main)
     : guard_(main.get_device_index()), index_(main.get_device_index()) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
   stream_ = static_cast<cudaStream_t>(stream);
 }
 
