@@ -44,11 +44,15 @@ _REASONS: dict[str, str | None] = {
 }
 
 
-class _Chosen:
-    """The process-wide choice (a plain global: a ContextVar breaks `fullgraph=True`)."""
+class _Choice:
+    """The process-wide choice (a plain object: a ContextVar breaks `fullgraph=True`, and so does
+    a class's attribute before torch 2.13)."""
 
-    name: str | None = None
+    name: str | None = os.environ.get("PPO_FAST_BACKEND") or None
     warned = False
+
+
+_chosen = _Choice()
 
 
 def backends() -> dict[str, str | None]:
@@ -78,8 +82,8 @@ class use_backend:
         self.name = _named("use_backend", name)
 
     def __enter__(self) -> None:
-        self.before = _Chosen.name
-        _Chosen.name = self.name
+        self.before = _chosen.name
+        _chosen.name = self.name
 
     def __exit__(
         self,
@@ -87,16 +91,12 @@ class use_backend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _Chosen.name = self.before
-
-
-if os.environ.get("PPO_FAST_BACKEND"):
-    _Chosen.name = os.environ["PPO_FAST_BACKEND"]
+        _chosen.name = self.before
 
 
 def select(op: str, backend: str | None, x: Tensor) -> str:
     """The backend of this call, for a main tensor `x`."""
-    asked = backend if backend is not None else _Chosen.name
+    asked = backend if backend is not None else _chosen.name
     name = _automatic(op, x) if asked is None else _named(op, asked)
     if name == "cpu" and x.device.type != "cpu":
         raise ValueError(f"{op}: backend 'cpu' needs CPU tensors, got {x.device}")
@@ -129,8 +129,8 @@ def _automatic(op: str, x: Tensor) -> str:
         return "reference"
     if _REASONS[name] is None:
         return "cuda" if name == "triton" and _cuda_is_faster(op, x) else name
-    if not _Chosen.warned:
-        _Chosen.warned = True
+    if not _chosen.warned:
+        _chosen.warned = True
         warnings.warn(
             f"ppo_fast runs on its slow PyTorch reference. {name}: {_REASONS[name]}",
             RuntimeWarning,

@@ -73,10 +73,10 @@ def test_the_argument_wins_over_the_context() -> None:
 
 
 def test_the_context_ends_with_an_exception() -> None:
-    before = _backend._Chosen.name
+    before = _backend._chosen.name
     with pytest.raises(KeyError), ppo_fast.use_backend("reference"):
         raise KeyError
-    assert _backend._Chosen.name == before
+    assert _backend._chosen.name == before
 
 
 @pytest.mark.parametrize("name", ["fast", "", "CPU"])
@@ -88,8 +88,8 @@ def test_unknown_names(name: str) -> None:
 def test_a_named_backend_that_is_unusable_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reason and its mend; the automatic choice says so once and runs the reference."""
     monkeypatch.setitem(_backend._REASONS, "cpu", "it is not built; run make")
-    monkeypatch.setattr(_backend._Chosen, "warned", False)
-    monkeypatch.setattr(_backend._Chosen, "name", None)
+    monkeypatch.setattr(_backend._chosen, "warned", False)
+    monkeypatch.setattr(_backend._chosen, "name", None)
     call = testing.gae_call()
     with pytest.raises(
         ppo_fast.BackendUnavailableError,
@@ -142,7 +142,7 @@ def pretend(
     monkeypatch.setattr(_ext, "module", lambda: build)
     monkeypatch.setattr(_ext, "wrong_gpu", _ext.wrong_gpu.__wrapped__)
     monkeypatch.setattr(_ext, "EMULATED", False)
-    monkeypatch.setattr(_backend._Chosen, "name", None)
+    monkeypatch.setattr(_backend._chosen, "name", None)
     for name in ("triton", "cuda"):
         monkeypatch.setitem(_backend._REASONS, name, None)
 
