@@ -1,7 +1,7 @@
 """Build a copy of this checkout with a sanitizer, and run the ops' tests or a fuzzer in it.
 
 `python -m tests.sanitizers address|thread [pytest arguments]`, or `fuzz MINUTES`; see `make
-sanitize` and `make fuzz`. It wants clang. The copies are build/sanitize/<name>. Python and torch
+sanitize` and `make fuzz`. It wants clang, `thread` g++. The copies are build/sanitize/<name>. Python and torch
 are not compiled with the sanitizer, whose runtime is preloaded; the first finding ends the run.
 """
 
@@ -30,8 +30,9 @@ OPS = (
 
 
 class Build(NamedTuple):
-    """What -fsanitize takes, the runtime that is preloaded, and the environment of the run."""
+    """What compiles, its -fsanitize, the runtime that is preloaded, the run's environment."""
 
+    compiler: str
     sanitize: str
     runtime: str
     environment: dict[str, str]
@@ -40,17 +41,18 @@ class Build(NamedTuple):
 BUILDS = {
     # Leaks: CPython and torch keep what they allocate when they are imported.
     "address": Build(
-        "address,undefined", "libclang_rt.asan-x86_64.so",
+        "clang++", "address,undefined", "libclang_rt.asan-x86_64.so",
         {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
          "UBSAN_OPTIONS": "print_stacktrace=1"},
     ),
-    # Interceptors that torch and Python call say nothing about our code.
+    # Interceptors that torch and Python call say nothing about our code. The runtime is GCC's:
+    # that of clang 14 ends every program that preloads it.
     "thread": Build(
-        "thread", "libclang_rt.tsan-x86_64.so",
+        "g++", "thread", "libtsan.so",
         {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66"},
     ),
     "fuzz": Build(
-        "address,fuzzer-no-link", "asan_with_fuzzer.so",
+        "clang++", "address,fuzzer-no-link", "asan_with_fuzzer.so",
         {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=32"},
     ),
 }  # fmt: skip
@@ -73,7 +75,7 @@ def copied(name: str) -> Path:
 def compile_extension(tree: Path, build: Build) -> None:
     """`ppo_fast/_C*.so` in the copy."""
     env = {"PPO_FAST_BUILD": "cpu", "PPO_FAST_SANITIZE": build.sanitize}
-    env |= {"CC": "clang", "CXX": "clang++"}
+    env |= {"CC": build.compiler, "CXX": build.compiler}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # ninja
     subprocess.run(command, cwd=tree, env={**os.environ, **env, "PATH": path}, check=True)
@@ -85,7 +87,7 @@ def preloaded(name: str, tree: Path) -> str:
         import atheris
 
         return str(Path(atheris.path()) / BUILDS[name].runtime)
-    command = ["clang", f"-print-file-name={BUILDS[name].runtime}"]
+    command = [BUILDS[name].compiler, f"-print-file-name={BUILDS[name].runtime}"]
     runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return os.pathsep.join([runtime, *([_threads(tree)] if name == "thread" else [])])
 
@@ -98,7 +100,7 @@ def _threads(tree: Path) -> str:
     flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fsanitize=thread"]
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
     source = str(tree / "tests/tsan_parallel.cpp")
-    subprocess.run(["clang++", *flags, target, *includes, source, "-o", str(out)], check=True)
+    subprocess.run(["g++", *flags, target, *includes, source, "-o", str(out)], check=True)
     return str(out)
 
 
