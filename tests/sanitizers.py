@@ -1,8 +1,9 @@
 """Build a copy of this checkout with a sanitizer, and run the ops' tests or a fuzzer in it.
 
 `python -m tests.sanitizers address|thread [pytest arguments]`, or `fuzz MINUTES`; see `make
-sanitize` and `make fuzz`. It wants clang, `thread` g++. The copies are build/sanitize/<name>. Python and torch
-are not compiled with the sanitizer, whose runtime is preloaded; the first finding ends the run.
+sanitize` and `make fuzz`. It wants clang, and g++ for `thread`. The copies are
+build/sanitize/<name>. Python and torch are not compiled with the sanitizer, whose runtime is
+preloaded; the first finding ends the run.
 """
 
 from __future__ import annotations
