@@ -70,7 +70,7 @@ $(TRAINERS:%=test-%): test-%: $(VENV)/trainers/%/.installed
 bench: $(BENCH_STAMP)
 	$(RUN) -m pytest benchmarks --benchmark-only --minutes 11 $(ARGS)
 
-# Both want clang, of Debian's packages or another's; CONTRIBUTING.md says what they look for.
+# Both want clang, and sanitize g++, of Debian's packages or another's; CONTRIBUTING.md says what they look for.
 sanitize: $(STAMP)
 	$(RUN) -m tests.sanitizers address $(ARGS)
 	$(RUN) -m tests.sanitizers thread $(ARGS)

@@ -101,7 +101,8 @@ def _threads(tree: Path) -> str:
     flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fsanitize=thread"]
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
     source = str(tree / "tests/tsan_parallel.cpp")
-    subprocess.run(["g++", *flags, target, *includes, source, "-o", str(out)], check=True)
+    command = [BUILDS["thread"].compiler, *flags, target, *includes, source, "-o", str(out)]
+    subprocess.run(command, check=True)
     return str(out)
 
 
