@@ -40,6 +40,10 @@ struct RlhfArgs {
   double kl_coef, kl_clamp, reward_min, reward_max;
 };
 
+// Time-major, a unit is a multiple of kLineSequences wide (their steps share a cache line) but for
+// the last one, and no wider than what is swept together.
+constexpr int64_t kLineSequences = 16, kSlabSequences = 512;
+
 // Sequences [begin, end) on one thread; (count, mean, M2) of their live advantages goes to
 // `moments`.
 struct Unit {

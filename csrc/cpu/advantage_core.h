@@ -79,7 +79,7 @@ PPO_INLINE C next_values(const C& value, const flags_t<C>& counts, bool all_coun
 // error.
 template <class T>
 struct OpenMoments {
-  static constexpr int kRecent = 4;
+  static constexpr int kRecent = 8;
   Acc<T> sum, squares;
   T some, some_squares, pivot;
   T recent[kRecent];  // the deviations in `some`
@@ -89,11 +89,18 @@ struct OpenMoments {
   PPO_INLINE OpenMoments()
       : some(set1<T>(0)), some_squares(some), pivot(some), n_recent(0), count(0) {}
 
+  PPO_INLINE bool between_groups() const { return n_recent == 0; }
+
+  // Whole groups of kRecent are added at once: the same sums, without storing them on the way.
   template <int N>
   PPO_INLINE void add(const Chunk<T, N>& x) {
     if (count == 0) pivot = lane_of(x.r[0], 0);
-    for (int i = 0; i < N; ++i) add_vector(x.r[i] - pivot);
     count += N * lanes<T>;
+    if (N % kRecent == 0 && between_groups()) {
+      for (int i = 0; i + kRecent <= N; i += kRecent) add_group(x.r + i);
+    } else {
+      for (int i = 0; i < N; ++i) add_vector(x.r[i] - pivot);
+    }
   }
   template <int N>
   PPO_INLINE void add(const Chunk<T, N>& x, const Flags<T, N>& live) {
@@ -119,15 +126,27 @@ struct OpenMoments {
     recent[n_recent] = d;
     if (++n_recent == kRecent) flush();
   }
-  // What overflows is formed again in double.
-  PPO_INLINE void flush() {
-    if (all(some_squares < set1<T>(FLT_MAX))) {
-      sum.add(some), squares.add(some_squares);
-    } else {
-      for (int i = 0; i < n_recent; ++i) sum.add(recent[i]), squares.add_square(recent[i]);
+  PPO_INLINE void add_group(const T* x) {
+    T d[kRecent], total = set1<T>(0), squared = total;
+    for (int i = 0; i < kRecent; ++i) {
+      d[i] = x[i] - pivot;
+      total = total + d[i];
+      squared = vfma(d[i], d[i], squared);
     }
+    promote(total, squared, d, kRecent);
+  }
+  PPO_INLINE void flush() {
+    promote(some, some_squares, recent, n_recent);
     some = some_squares = set1<T>(0);
     n_recent = 0;
+  }
+  // What overflows is formed again in double.
+  PPO_INLINE void promote(T total, T squared, const T* d, int n) {
+    if (all(squared < set1<T>(FLT_MAX))) {
+      sum.add(total), squares.add(squared);
+    } else {
+      for (int i = 0; i < n; ++i) sum.add(d[i]), squares.add_square(d[i]);
+    }
   }
   PPO_INLINE static T lane_of(const T& x, int lane) {
     scalar_t<T> each[lanes<T>];
@@ -158,45 +177,54 @@ Carried<T> at_the_end(const Recursion& how, int64_t seq, int64_t seqs) {
 // A sequence at a time, from its last chunk to its first. job.advance(place, chunks, carried,
 // sums) does at least the chunk at `place`, at most `chunks`, and says how many.
 template <class C, class Job>
-void sweep_rows(Job& job, const Recursion& how, const Unit& unit) {
+void sweep_rows(Job& job, const Recursion& how, const Unit* unit, const Unit* end) {
   using T = typename C::T;
-  OpenMoments<T> moments;
-  for (int64_t s = unit.begin; s < unit.end; ++s) {
-    const int64_t first = how.seqs.first(s), length = how.seqs.length(s);
-    Carried<T> carried = at_the_end<T>(how, s, 1);
-    job.start(s, first, length);
-    for (int64_t chunks = (length + kSteps - 1) / kSteps; chunks > 0;) {
-      const int64_t t = (chunks - 1) * kSteps, left = length - t;
-      const Place at{s, first, t, left < kSteps ? left : kSteps, 1};
-      chunks -= job.advance(at, chunks, carried, moments);
+  for (; unit < end; ++unit) {
+    OpenMoments<T> moments;
+    for (int64_t s = unit->begin; s < unit->end; ++s) {
+      const int64_t first = how.seqs.first(s), length = how.seqs.length(s);
+      Carried<T> carried = at_the_end<T>(how, s, 1);
+      job.start(s, first, length);
+      for (int64_t chunks = (length + kSteps - 1) / kSteps; chunks > 0;) {
+        const int64_t t = (chunks - 1) * kSteps, left = length - t;
+        const Place at{s, first, t, left < kSteps ? left : kSteps, 1};
+        chunks -= job.advance(at, chunks, carried, moments);
+      }
     }
+    moments.write(unit->moments);
   }
-  moments.write(unit.moments);
 }
 
-// Time-major: neighbouring sequences together, a chunk of all of them before the next one, so
-// that memory is read along its lines.
+// A chunk of all the units' sequences before the chunk that precedes it: neighbours in memory.
 template <class C, class Job>
-void sweep_columns(Job& job, const Recursion& how, const Unit& unit) {
+void sweep_slab(Job& job, const Recursion& how, const Unit* begin, const Unit* end) {
   using T = typename C::T;
-  constexpr int kGroups = 64;
-  OpenMoments<T> moments;
-  Carried<T> carried[kGroups];
-  for (int64_t slab = unit.begin; slab < unit.end; slab += kGroups * lanes<T>) {
-    const int64_t end =
-        slab + kGroups * lanes<T> < unit.end ? slab + kGroups * lanes<T> : unit.end;
-    for (int64_t t = (how.seqs.steps + kSteps - 1) / kSteps * kSteps; (t -= kSteps) >= 0;) {
-      const int64_t left = how.seqs.steps - t;
-      const int64_t steps = left < kSteps ? left : kSteps;
-      for (int64_t s = slab; s < end; s += lanes<T>) {
-        const int64_t seqs = end - s < lanes<T> ? end - s : lanes<T>;
-        Carried<T>& state = carried[(s - slab) / lanes<T>];
-        if (left <= kSteps) state = at_the_end<T>(how, s, seqs);
-        job.advance(Place{s, 0, t, steps, seqs}, 1, state, moments);
+  OpenMoments<T> moments[kSlabSequences / kLineSequences];
+  Carried<T> carried[kSlabSequences / lanes<T>];
+  for (int64_t t = (how.seqs.steps + kSteps - 1) / kSteps * kSteps; (t -= kSteps) >= 0;) {
+    const int64_t left = how.seqs.steps - t;
+    const int64_t steps = left < kSteps ? left : kSteps;
+    Carried<T>* state = carried;
+    for (const Unit* unit = begin; unit < end; ++unit) {
+      for (int64_t s = unit->begin; s < unit->end; s += lanes<T>, ++state) {
+        const int64_t seqs = unit->end - s < lanes<T> ? unit->end - s : lanes<T>;
+        if (left <= kSteps) *state = at_the_end<T>(how, s, seqs);
+        job.advance(Place{s, 0, t, steps, seqs}, 1, *state, moments[unit - begin]);
       }
     }
   }
-  moments.write(unit.moments);
+  for (const Unit* unit = begin; unit < end; ++unit) moments[unit - begin].write(unit->moments);
+}
+
+// Time-major: as many units at once as make a slab, so that memory is read along its lines and
+// each page is visited once.
+template <class C, class Job>
+void sweep_columns(Job& job, const Recursion& how, const Unit* unit, const Unit* end) {
+  while (unit < end) {
+    const Unit* const first = unit++;
+    while (unit < end && unit->end - first->begin <= kSlabSequences) ++unit;
+    sweep_slab<C>(job, how, first, unit);
+  }
 }
 
 }  // namespace ppo::PPO_ISA

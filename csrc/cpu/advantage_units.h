@@ -1,6 +1,7 @@
 // What gae and rlhf_advantages share outside the kernels: layouts, units of work, merging moments.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "advantage_args.h"
@@ -49,40 +50,47 @@ inline Sequences sequences_of(const View& main, const std::vector<int64_t>& offs
 // order, have the same bits on any number of threads.
 class Units {
  public:
-  // `together`: sequences that share cache lines.
-  Units(const Sequences& seqs, int64_t together) {
+  Units(const Sequences& seqs, bool columns) {
     begin_.push_back(0);
     if (seqs.offsets) {
       for (int64_t s = 1; s < seqs.count; ++s) {
         if (seqs.offsets[s] - seqs.offsets[begin_.back()] >= kUnitSlots) begin_.push_back(s);
       }
     } else {
-      const int64_t steps = seqs.steps > 0 ? seqs.steps : kUnitSlots;
-      const int64_t rows = (kUnitSlots + steps - 1) / steps;
-      const int64_t each = (rows + together - 1) / together * together;
+      const int64_t each = width(seqs.steps, columns);
       for (int64_t s = each; s < seqs.count; s += each) begin_.push_back(s);
     }
     begin_.push_back(seqs.count);
-    moments_.resize(3 * size_t(count()));
+    const size_t count = begin_.size() - 1;
+    moments_.resize(3 * count);
+    for (size_t i = 0; i < count; ++i) {
+      units_.push_back({begin_[i], begin_[i + 1], &moments_[3 * i]});
+    }
   }
 
-  int64_t count() const { return int64_t(begin_.size()) - 1; }
-  Unit at(int64_t i) {
-    return {begin_[size_t(i)], begin_[size_t(i) + 1], &moments_[3 * size_t(i)]};
-  }
+  int64_t count() const { return int64_t(units_.size()); }
+  const Unit* at(int64_t i) const { return units_.data() + i; }
   const std::vector<double>& moments() const { return moments_; }
 
  private:
+  static int64_t width(int64_t steps, bool columns) {
+    const int64_t rows = steps > 0 ? (kUnitSlots + steps - 1) / steps : 1;
+    if (!columns) return rows;
+    const int64_t lines = (rows + kLineSequences - 1) / kLineSequences;
+    return std::min(lines * kLineSequences, kSlabSequences);
+  }
+
   std::vector<int64_t> begin_;
   std::vector<double> moments_;
+  std::vector<Unit> units_;
 };
 
 // Runs the kernel over every sequence and gives the moments (3,).
 template <class Kernel, class Args>
-Tensor run_units(Kernel kernel, const Args& args, int64_t together) {
-  Units units(args.base.seqs, together);
+Tensor run_units(Kernel kernel, const Args& args, bool columns) {
+  const Units units(args.base.seqs, columns);
   parallel_for(units.count(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernel(args, units.at(i));
+    kernel(args, units.at(begin), units.at(end));
   });
   const int64_t three = 3;
   Tensor moments = empty(Sizes(&three, 1), ScalarType::Double);

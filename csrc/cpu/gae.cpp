@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> gae(const Tensor rewards, const Tensor values
   const auto kernel = is_double(rewards) ? PPO_SELECT(gae_rows_double)
                       : columns          ? PPO_SELECT(gae_columns)
                                          : PPO_SELECT(gae_rows);
-  Tensor moments = run_units(kernel, a, columns ? 16 : 1);
+  Tensor moments = run_units(kernel, a, columns);
   return {advantages, returns, moments};
 }
 

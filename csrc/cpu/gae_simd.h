@@ -52,31 +52,68 @@ struct GaeJob {
   // From `at` on as long as no step is masked, all that is carried in registers.
   PPO_INLINE int64_t whole_chunks(Place at, int64_t chunks, Carried<T>& carried,
                                   OpenMoments<T>& moments) const {
-    const Recursion& how = args.base;
-    const Powers<C> by = decay;
-    const C g = gamma;
-    const View mask = how.mask;
-    const S* reward = own(args.rewards, at);
-    const S* value = own(how.values, at);
-    S* advantages = const_cast<S*>(own(how.advantages, at));
-    S* returns = const_cast<S*>(own(how.returns, at));
-    const int64_t reward_stride = between_steps(args.rewards),
-                  value_stride = between_steps(how.values),
-                  out_stride = between_steps(how.advantages);
-    int64_t t = 0;
-    for (; t > -chunks * kSteps; t -= kSteps, at.t -= kSteps) {
-      if (mask.data && !all(nonzero(load_as<C, uint8_t>(mask, at)))) break;
-      const C v = load_direct<C>(value + t * value_stride, value_stride);
-      const C next = t != 0 ? next_in_memory(v, value + t * value_stride, carried.next_value)
-                            : next_step(v, carried.next_value);
-      carried.next_value = first_step(v);
-      const C delta = vfma(g, next, load_direct<C>(reward + t * reward_stride, reward_stride)) - v;
-      const C advantage = recur(by, delta, carried.advantage);
-      store_direct(advantages + t * out_stride, out_stride, advantage);
-      store_direct(returns + t * out_stride, out_stride, advantage + v);
-      moments.add(advantage);
+    constexpr int kGroup = C::count == 1 ? OpenMoments<T>::kRecent : 1;
+    const Straight memory(args, at);
+    const View mask = args.base.mask;
+    int64_t done = 0;
+    while (done < chunks) {
+      if (kGroup > 1 && chunks - done >= kGroup && moments.between_groups() &&
+          unmasked<kGroup>(mask, at)) {
+        // Their sums from memory: in registers they would be in the recurrence's way.
+        for (int i = 0; i < kGroup; ++i) whole_chunk(memory, done + i, carried);
+        Chunk<T, kGroup> group;
+        for (int i = 0; i < kGroup; ++i) {
+          group.r[i] = load<T>(memory.advantages - (done + i) * kSteps);
+        }
+        moments.add(group);
+        done += kGroup, at.t -= kGroup * kSteps;
+      } else if (unmasked<1>(mask, at)) {
+        moments.add(whole_chunk(memory, done, carried));
+        done += 1, at.t -= kSteps;
+      } else {
+        break;
+      }
     }
-    return -t / kSteps;
+    return done;
+  }
+
+  // Where the chunk at `at` lies; those before it are counted back from there.
+  struct Straight {
+    const S *reward, *value;
+    S *advantages, *returns;
+    int64_t reward_stride, value_stride, out_stride;
+
+    PPO_INLINE Straight(const GaeArgs& a, const Place& at)
+        : reward(own(a.rewards, at)),
+          value(own(a.base.values, at)),
+          advantages(const_cast<S*>(own(a.base.advantages, at))),
+          returns(const_cast<S*>(own(a.base.returns, at))),
+          reward_stride(between_steps(a.rewards)),
+          value_stride(between_steps(a.base.values)),
+          out_stride(between_steps(a.base.advantages)) {}
+  };
+
+  PPO_INLINE C whole_chunk(const Straight& m, int64_t back, Carried<T>& carried) const {
+    const int64_t t = -back * kSteps;
+    const S* values = m.value + t * m.value_stride;
+    const C v = load_direct<C>(values, m.value_stride);
+    const C next = back != 0 ? next_in_memory(v, values, carried.next_value)
+                             : next_step(v, carried.next_value);
+    carried.next_value = first_step(v);
+    const C reward = load_direct<C>(m.reward + t * m.reward_stride, m.reward_stride);
+    const C delta = vfma(gamma, next, reward) - v;
+    const C advantage = recur(decay, delta, carried.advantage);
+    store_direct(m.advantages + t * m.out_stride, m.out_stride, advantage);
+    store_direct(m.returns + t * m.out_stride, m.out_stride, advantage + v);
+    return advantage;
+  }
+
+  template <int n>
+  PPO_INLINE static bool unmasked(const View& mask, Place at) {
+    if (!mask.data) return true;
+    bool yes = true;
+    for (int i = 0; i < n; ++i, at.t -= kSteps) yes &= all(nonzero(load_as<C, uint8_t>(mask, at)));
+    return yes;
   }
 
   // A constant for Rows.
@@ -150,19 +187,19 @@ struct GaeJob {
   }
 };
 
-inline void gae_rows(const GaeArgs& args, const Unit& unit) {
+inline void gae_rows(const GaeArgs& args, const Unit* begin, const Unit* end) {
   GaeJob<Row> job(args);
-  sweep_rows<Row>(job, args.base, unit);
+  sweep_rows<Row>(job, args.base, begin, end);
 }
 
-inline void gae_columns(const GaeArgs& args, const Unit& unit) {
+inline void gae_columns(const GaeArgs& args, const Unit* begin, const Unit* end) {
   GaeJob<Column<F>> job(args);
-  sweep_columns<Column<F>>(job, args.base, unit);
+  sweep_columns<Column<F>>(job, args.base, begin, end);
 }
 
-inline void gae_rows_double(const GaeArgs& args, const Unit& unit) {
+inline void gae_rows_double(const GaeArgs& args, const Unit* begin, const Unit* end) {
   GaeJob<Column<double>> job(args);
-  sweep_rows<Column<double>>(job, args.base, unit);
+  sweep_rows<Column<double>>(job, args.base, begin, end);
 }
 
 }  // namespace ppo::PPO_ISA

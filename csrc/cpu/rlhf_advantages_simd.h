@@ -139,14 +139,14 @@ struct RlhfJob {
   }
 };
 
-inline void rlhf_rows(const RlhfArgs& args, const Unit& unit) {
+inline void rlhf_rows(const RlhfArgs& args, const Unit* begin, const Unit* end) {
   RlhfJob<Row> job(args);
-  sweep_rows<Row>(job, args.base, unit);
+  sweep_rows<Row>(job, args.base, begin, end);
 }
 
-inline void rlhf_rows_double(const RlhfArgs& args, const Unit& unit) {
+inline void rlhf_rows_double(const RlhfArgs& args, const Unit* begin, const Unit* end) {
   RlhfJob<Column<double>> job(args);
-  sweep_rows<Column<double>>(job, args.base, unit);
+  sweep_rows<Column<double>>(job, args.base, begin, end);
 }
 
 }  // namespace ppo::PPO_ISA
