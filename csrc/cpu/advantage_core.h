@@ -89,14 +89,13 @@ struct OpenMoments {
   PPO_INLINE OpenMoments()
       : some(set1<T>(0)), some_squares(some), pivot(some), n_recent(0), count(0) {}
 
-  PPO_INLINE bool between_groups() const { return n_recent == 0; }
-
-  // Whole groups of kRecent are added at once: the same sums, without storing them on the way.
+  // Whole groups of kRecent are added at once, without storing their deviations on the way.
   template <int N>
   PPO_INLINE void add(const Chunk<T, N>& x) {
     if (count == 0) pivot = lane_of(x.r[0], 0);
     count += N * lanes<T>;
-    if (N % kRecent == 0 && between_groups()) {
+    if (N % kRecent == 0) {
+      if (n_recent != 0) flush();
       for (int i = 0; i + kRecent <= N; i += kRecent) add_group(x.r + i);
     } else {
       for (int i = 0; i < N; ++i) add_vector(x.r[i] - pivot);

@@ -91,10 +91,11 @@ PPO_INLINE F first_step(const Row& x) {
   return {_mm256_broadcastss_ps(_mm256_castps256_ps128(x.r[0].v))};
 }
 PPO_INLINE Row first_flagged(const Flags<F, 1>& m, const Row& x, F carried) {
+  const int set = _mm256_movemask_ps(m.r[0].v);
+  if ((set & (set + 1)) == 0) return {{select(m.r[0], x.r[0], carried)}};  // the first so many
   float y[kSteps], last[kSteps];
   store(y, x.r[0]);
   store(last, carried);
-  const int set = _mm256_movemask_ps(m.r[0].v);
   for (int i = kSteps - 1; i >= 0; --i) y[i] = last[0] = (set >> i) & 1 ? y[i] : last[0];
   return {{load<F>(y)}};
 }

@@ -89,9 +89,8 @@ class Units {
 template <class Kernel, class Args>
 Tensor run_units(Kernel kernel, const Args& args, bool columns) {
   const Units units(args.base.seqs, columns);
-  parallel_for(units.count(), 1, [&](int64_t begin, int64_t end) {
-    kernel(args, units.at(begin), units.at(end));
-  });
+  parallel_for(units.count(), 1,
+               [&](int64_t begin, int64_t end) { kernel(args, units.at(begin), units.at(end)); });
   const int64_t three = 3;
   Tensor moments = empty(Sizes(&three, 1), ScalarType::Double);
   merge_moments(units.moments(), data<double>(moments));

@@ -34,12 +34,12 @@ struct GaeJob {
     if (straight && at.full<C>()) {
       if (const int64_t done = whole_chunks(at, chunks, carried, moments)) return done;
     }
-    // Copies: what a function is given the address of does not stay in registers.
+    // A copy: what a function is given the address of does not stay in registers.
     Carried<T> carried_here = carried;
-    OpenMoments<T> moments_here = moments;
-    any_chunk(Place(at), carried_here, moments_here);
+    M live;
+    const C advantage = any_chunk(Place(at), carried_here, live);
     carried = carried_here;
-    moments = moments_here;
+    moments.add(advantage, live);
     return 1;
   }
 
@@ -57,8 +57,7 @@ struct GaeJob {
     const View mask = args.base.mask;
     int64_t done = 0;
     while (done < chunks) {
-      if (kGroup > 1 && chunks - done >= kGroup && moments.between_groups() &&
-          unmasked<kGroup>(mask, at)) {
+      if (kGroup > 1 && chunks - done >= kGroup && unmasked<kGroup>(mask, at)) {
         // Their sums from memory: in registers they would be in the recurrence's way.
         for (int i = 0; i < kGroup; ++i) whole_chunk(memory, done + i, carried);
         Chunk<T, kGroup> group;
@@ -125,14 +124,15 @@ struct GaeJob {
   }
 
   // The same operations with whatever was given. Masked inputs are selected away.
-  void any_chunk(const Place& at, Carried<T>& carried, OpenMoments<T>& moments) {
+  C any_chunk(const Place& at, Carried<T>& carried, M& live) {
     const Recursion& how = args.base;
     const M exists = present<C>(at);
-    const M live = how.mask.data ? exists & nonzero(load_chunk<C>(how.mask, at)) : exists;
+    live = how.mask.data ? exists & nonzero(load_chunk<C>(how.mask, at)) : exists;
     const M counts = how.zero_masked ? exists : live;
     if (!any(counts)) {
       store_chunk(how.advantages, at, zero);
-      return store_chunk(how.returns, at, zero);
+      store_chunk(how.returns, at, zero);
+      return zero;
     }
     const C reward = load_live(args.rewards, at, live, zero);
     const C value = load_live(how.values, at, live, zero);
@@ -161,7 +161,7 @@ struct GaeJob {
     }
     store_chunk(how.advantages, at, select(live, advantage, zero));
     store_chunk(how.returns, at, select(live, for_return + value, zero));
-    moments.add(advantage, live);
+    return advantage;
   }
 
   PPO_INLINE static C load_live(const View& v, const Place& at, const M& live, const C& masked) {
