@@ -51,20 +51,20 @@ inline Sequences sequences_of(const View& main, const std::vector<int64_t>& offs
 class Units {
  public:
   Units(const Sequences& seqs, bool columns) {
-    begin_.push_back(0);
+    std::vector<int64_t> begin{0};
     if (seqs.offsets) {
       for (int64_t s = 1; s < seqs.count; ++s) {
-        if (seqs.offsets[s] - seqs.offsets[begin_.back()] >= kUnitSlots) begin_.push_back(s);
+        if (seqs.offsets[s] - seqs.offsets[begin.back()] >= kUnitSlots) begin.push_back(s);
       }
     } else {
       const int64_t each = width(seqs.steps, columns);
-      for (int64_t s = each; s < seqs.count; s += each) begin_.push_back(s);
+      for (int64_t s = each; s < seqs.count; s += each) begin.push_back(s);
     }
-    begin_.push_back(seqs.count);
-    const size_t count = begin_.size() - 1;
+    begin.push_back(seqs.count);
+    const size_t count = begin.size() - 1;
     moments_.resize(3 * count);
     for (size_t i = 0; i < count; ++i) {
-      units_.push_back({begin_[i], begin_[i + 1], &moments_[3 * i]});
+      units_.push_back({begin[i], begin[i + 1], &moments_[3 * i]});
     }
   }
 
@@ -80,7 +80,6 @@ class Units {
     return std::min(lines * kLineSequences, kSlabSequences);
   }
 
-  std::vector<int64_t> begin_;
   std::vector<double> moments_;
   std::vector<Unit> units_;
 };
