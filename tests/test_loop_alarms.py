@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ppo_fast.loop import TrainConfig
 from ppo_fast.loop.alarms import alarms, rolling
+from ppo_fast.loop.history import History
 
 Log = list[dict[str, Any]]
 
@@ -36,12 +37,12 @@ def log(n: int, **columns: Any) -> Log:
 
 
 def seen(records: Log) -> list[tuple[int, str]]:
-    return [(a.update, a.name) for a in alarms(records)]
+    return [(a.update, a.name) for a in alarms(History(records))]
 
 
 def test_none_on_a_run_that_goes_well() -> None:
     for n in (0, 1, 4, 5, 40, 200):
-        assert alarms(log(n)) == []
+        assert alarms(History(log(n))) == []
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_none_on_a_run_that_goes_well() -> None:
     ],
 )  # fmt: skip
 def test_each_sets_in_once(columns: dict, onset: int, name: str, says: str) -> None:
-    (alarm,) = alarms(log(44, **columns))
+    (alarm,) = alarms(History(log(44, **columns)))
     assert (alarm.update, alarm.name) == (onset, name)
     assert alarm.text.startswith(f"{name}: ") and says in alarm.text
 
@@ -75,7 +76,7 @@ def test_a_reward_that_collapses() -> None:
     records = log(60)
     for record in records[40:]:
         record["reward"] -= 0.5
-    (alarm,) = alarms(records)
+    (alarm,) = alarms(History(records))
     assert alarm.name == "reward collapses" and 41 <= alarm.update <= 44
     best = float(rolling(np.array([r["reward"] for r in records]), 5)[39])
     assert f"after a best of {best:+.3f}" in alarm.text
@@ -101,10 +102,10 @@ def test_nothing_of_what_comes_later_is_used() -> None:
     records = log(70, kl=lambda i: float(i), clip_frac=lambda i: 0.9 * (i % 30 > 20))
     for record in records[50:]:
         record["reward"] = -1.0
-    whole = alarms(records)
+    whole = alarms(History(records))
     assert {a.name for a in whole} == {"KL runs away", "ratios saturate", "reward collapses"}
     for n in range(len(records) + 1):
-        assert alarms(records[:n]) == [a for a in whole if a.update < n]
+        assert alarms(History(records[:n])) == [a for a in whole if a.update < n]
 
 
 def test_missing_numbers_are_left_out() -> None:
@@ -113,7 +114,7 @@ def test_missing_numbers_are_left_out() -> None:
         for name in ("kl", "clip_frac", "entropy", "n_tokens"):
             del record[name]
     records[8]["reward"] = None  # as the log on disk writes it
-    assert alarms(records) == []
+    assert alarms(History(records)) == []
     every = dict.fromkeys(range(8), "reward returned None")
     bare = [{"update": i, "reward": math.nan, "dropped": every, "batch": 8} for i in range(6)]
     assert seen(bare) == [(4, "samples dropped")]
@@ -131,11 +132,11 @@ def test_a_default_quick_run_alarms_nobody(tmp_path: Path) -> None:
     names = ("updates", "batch", "micro_batch", "max_new_tokens", "train_layers", "lr", "warmup")
     t = trainer(tmp_path, **{name: getattr(config, name) for name in names})
     t.run(Console(quiet=True))
-    assert len(t.recorder.records) == 30 and alarms(t.recorder.records) == []
+    assert len(t.recorder.history) == 30 and alarms(t.recorder.history) == []
 
 
 def test_a_learning_rate_far_too_large_is_seen(tmp_path: Path) -> None:
     t = trainer(tmp_path, updates=12, lr=1.0, train_layers=0)
     t.run(Console(quiet=True))
-    names = {name for _, name in seen(t.recorder.records)}
+    names = {alarm.name for alarm in alarms(t.recorder.history)}
     assert "KL runs away" in names

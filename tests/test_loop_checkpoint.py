@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import shutil
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def values_of(
         if isinstance(thing, dict):
             for i, (key, value) in enumerate(thing.items()):
                 yield from values_of(value, f"{path}.{key if isinstance(key, str) else i}", seen)
-        elif isinstance(thing, list | tuple | set):
+        elif isinstance(thing, list | tuple | set | array):
             for i, value in enumerate(thing):
                 yield from values_of(value, f"{path}.{i}", seen)
         elif not callable(thing) or hasattr(thing, "state_dict"):
@@ -143,7 +144,7 @@ def test_resumed_run_ends_bitwise_equal(tmp_path: Path, whole: Any, done: int) -
     out, uninterrupted = whole
     seeded(tmp_path, updates=done).run(QUIET)
     t = resumed(tmp_path)
-    assert t.recorder.records[0]["update"] == 0 and len(t.recorder.records) == 4
+    assert t.recorder.history.column("update").tolist() == [0, 1, 2, 3]
     assert_same_end(out, tmp_path)
     assert everything(t) == everything(uninterrupted)
 
@@ -255,7 +256,7 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path: Path) -> None:
     t = seeded(tmp_path, updates=5)
     t.step()
     t.checkpoints.save(t)
-    assert t.checkpoints.numbers() == [1] and t.recorder.records[0]["update"] == 0
+    assert t.checkpoints.numbers() == [1] and t.recorder.history.column("update")[0] == 0
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

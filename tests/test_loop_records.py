@@ -6,14 +6,17 @@ import io
 import json
 import math
 import sys
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from loop_helpers import trainer
 from rich.console import Console
 
 import ppo_fast
+from ppo_fast.loop.history import NUMBERS, History
 from ppo_fast.loop.progress import shown, summary
 from ppo_fast.loop.tensorboard import TAGS
 from ppo_fast.loop.versions import versions
@@ -91,18 +94,44 @@ def test_summary_says_what_there_is() -> None:
 def test_progress_prints_faults_alarms_and_a_line_a_tenth() -> None:
     out = io.StringIO()
     console = Console(file=out, width=200)
-    records: list[dict] = []
+    history = History()
     with shown(console, 0, 20) as show:
         for i in range(20):
             faults = {3: "reward [b]returned[/b] nan"} if i == 7 else {}
             clipped = 0.9 if i > 10 else 0.1
-            records.append(
-                {"update": i, "reward": 0.5, "kl": 1.0, "clip_frac": clipped, "dropped": faults}
-            )
-            show(records)
+            record = {
+                "update": i, "reward": 0.5, "kl": 1.0, "clip_frac": clipped, "dropped": faults
+            }  # fmt: skip
+            history.append(record)
+            show(record, history)
     lines = [line for line in out.getvalue().splitlines() if line.startswith("update")]
     assert lines.count("update 7: sample 3 dropped: reward [b]returned[/b] nan") == 1
     assert sum("ratios saturate: 58% of the tokens are clipped" in line for line in lines) == 1
     assert sum(line.startswith("update 13: ratios saturate") for line in lines) == 1
     assert sum(line.endswith("reward +0.500, KL 1.00, clip 0.10") for line in lines) == 5
     assert len(lines) == 12
+
+
+def test_history_has_the_numbers_that_are_there() -> None:
+    first = {"update": 0, "reward": 0.5, "kl": None, "dropped": {0: "late", 3: "nan"}, "lr": 1.0}
+    history = History([first, {"update": 1, "reward": math.nan, "batch": 8}])
+    assert len(history) == 2 and history.column("update").tolist() == [0.0, 1.0]
+    assert history.column("reward")[0] == 0.5 and np.isnan(history.column("reward")[1])
+    assert np.isnan(history.column("kl")).all() and np.isnan(history.column("batch")[0])
+    assert history.column("dropped").tolist() == [2.0, 0.0]
+    assert history.fault(0) == history.fault(1) == "nan"
+
+
+def test_memory_grows_by_numbers_alone() -> None:
+    """R10: of an update stay eight bytes a number, and an eighth more that arrays grow ahead."""
+    history = History()
+    tracemalloc.start()
+    try:
+        for i in range(4000):
+            numbers = {f"number {j}": float(i + j) for j in range(40)}
+            history.append({"update": i, "reward": 0.5, "seconds": dict(numbers)} | numbers)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    columns = len(NUMBERS) + 1
+    assert 8 * columns * 4000 <= held <= 9 * columns * 4000 + 4096

@@ -1,20 +1,20 @@
 """What looks wrong in a run's log, in words, with what to try.
 
-Pure functions of the records: a run says an alarm when it sets in, the report finds the same ones
+Pure functions of the history: a run says an alarm when it sets in, the report finds the same ones
 in the log. Each rule looks at rolling means, so that one bad batch is none, and at nothing later
 than the update it speaks of. An alarm that ends and comes back within `_QUIET` updates is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-Record = dict[str, Any]
+from ppo_fast.loop.history import Array, History
+
 _WINDOW, _QUIET = 5, 10
 # What counts as wrong. The bundled model's default runs reach a KL of 1 nat a token, clip 0.2 of
 # the ratios and explain 0.2 to 0.4 of the returns after 40 updates.
@@ -41,21 +41,15 @@ class _Seen(NamedTuple):
     says: Callable[[int], str]
 
 
-def alarms(records: Sequence[Record]) -> list[Alarm]:
+def alarms(history: History) -> list[Alarm]:
     """Every alarm of a log, by update; each once, when it sets in."""
-    found = []
+    found, updates = [], history.column("update")
     for name, rule in _RULES.items():
-        holds, says = rule(records)
+        holds, says = rule(history)
         for i in map(int, np.flatnonzero(holds)):
             if not holds[max(0, i - _QUIET) : i].any():
-                found.append(Alarm(records[i]["update"], name, f"{name}: {says(i)}"))
+                found.append(Alarm(int(updates[i]), name, f"{name}: {says(i)}"))
     return sorted(found)
-
-
-def column(records: Sequence[Record], name: str) -> Array:
-    """One number of every record, (updates,), NaN where there is none."""
-    values = (r.get(name) for r in records)
-    return np.array([np.nan if v is None else float(v) for v in values])
 
 
 def rolling(values: Array, n: int) -> Array:
@@ -75,10 +69,10 @@ def _lagged(values: Array, n: int) -> Array:
     return np.concatenate([np.full(min(n, len(values)), np.nan), values[:-n]])
 
 
-def _kl(records: Sequence[Record]) -> _Seen:
-    tokens = column(records, "n_tokens") / column(records, "n_seqs")
-    per_token = rolling(column(records, "kl") / tokens, _WINDOW)
-    reward = rolling(column(records, "reward"), _WINDOW)
+def _kl(history: History) -> _Seen:
+    tokens = history.column("n_tokens") / history.column("n_seqs")
+    per_token = rolling(history.column("kl") / tokens, _WINDOW)
+    reward = rolling(history.column("reward"), _WINDOW)
     before, reward_before = _lagged(per_token, 10), _lagged(reward, 10)
     rising = (before > _KL_FROM) & (per_token > _KL_TIMES * before) & (reward <= reward_before)
 
@@ -91,8 +85,8 @@ def _kl(records: Sequence[Record]) -> _Seen:
     return _Seen((per_token > _KL_TOKEN) | rising, says)
 
 
-def _ratios(records: Sequence[Record]) -> _Seen:
-    clipped = rolling(column(records, "clip_frac"), _WINDOW)
+def _ratios(history: History) -> _Seen:
+    clipped = rolling(history.column("clip_frac"), _WINDOW)
     return _Seen(
         clipped > _CLIP_FRAC,
         lambda i: (
@@ -102,8 +96,8 @@ def _ratios(records: Sequence[Record]) -> _Seen:
     )
 
 
-def _critic(records: Sequence[Record]) -> _Seen:
-    explained = rolling(column(records, "explained_variance"), _CRITIC_WINDOW)
+def _critic(history: History) -> _Seen:
+    explained = rolling(history.column("explained_variance"), _CRITIC_WINDOW)
     explained[: _CRITIC_UPDATES - 1] = np.nan
     return _Seen(
         explained <= _EXPLAINED,
@@ -114,9 +108,9 @@ def _critic(records: Sequence[Record]) -> _Seen:
     )
 
 
-def _reward(records: Sequence[Record]) -> _Seen:
+def _reward(history: History) -> _Seen:
     """Half of what was gained is lost again, and more than five standard errors of noise."""
-    rewards = column(records, "reward")
+    rewards = history.column("reward")
     mean = rolling(rewards, _WINDOW)
     start = mean[_WINDOW - 1] if len(mean) >= _WINDOW else np.nan
     best = np.fmax.accumulate(mean) if len(mean) else mean
@@ -135,8 +129,8 @@ def _reward(records: Sequence[Record]) -> _Seen:
     )
 
 
-def _entropy(records: Sequence[Record]) -> _Seen:
-    entropy = rolling(column(records, "entropy"), _WINDOW)
+def _entropy(history: History) -> _Seen:
+    entropy = rolling(history.column("entropy"), _WINDOW)
     start = entropy[_WINDOW - 1] if len(entropy) >= _WINDOW else np.nan
     return _Seen(
         entropy < _ENTROPY_LEFT * start,
@@ -147,8 +141,8 @@ def _entropy(records: Sequence[Record]) -> _Seen:
     )
 
 
-def _gap(records: Sequence[Record]) -> _Seen:
-    gap = rolling(column(records, "rollout_gap_mean"), _WINDOW)
+def _gap(history: History) -> _Seen:
+    gap = rolling(history.column("rollout_gap_mean"), _WINDOW)
     return _Seen(
         gap > _GAP,
         lambda i: (
@@ -158,23 +152,18 @@ def _gap(records: Sequence[Record]) -> _Seen:
     )
 
 
-def _dropped(records: Sequence[Record]) -> _Seen:
-    counts = np.array([float(len(r.get("dropped", {}))) for r in records])
-    share = rolling(counts / column(records, "batch"), _WINDOW)
+def _dropped(history: History) -> _Seen:
+    share = rolling(history.column("dropped") / history.column("batch"), _WINDOW)
     return _Seen(
         share > _DROPPED,
         lambda i: (
             f"{share[i]:.0%} of the samples have no reward."
-            f" Mend the reward function; the last fault: {_last_fault(records[: i + 1])}"
+            f" Mend the reward function; the last fault: {history.fault(i)}"
         ),
     )
 
 
-def _last_fault(records: Sequence[Record]) -> str:
-    return next(str(f) for r in reversed(records) for f in reversed(r["dropped"].values()))
-
-
-_RULES: dict[str, Callable[[Sequence[Record]], _Seen]] = {
+_RULES: dict[str, Callable[[History], _Seen]] = {
     "KL runs away": _kl,
     "ratios saturate": _ratios,
     "critic explains nothing": _critic,

@@ -5,6 +5,7 @@ Imports transformers, so it is imported where it is used.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Decoder:
     def __init__(self, model: Any, tokens: Tensor, attention: Tensor, steps: int) -> None:
         self.model = model
         self._cache: Any
+        self._argument = cache_argument(model)
         self._seen = torch.cat([attention, attention.new_ones(len(tokens), steps)], dim=1)
         self._end = tokens.shape[1]
         cache = DynamicCache(config=model.config)
@@ -76,9 +78,9 @@ class Decoder:
             input_ids=tokens,
             attention_mask=seen,
             position_ids=position_ids(seen)[:, -tokens.shape[1] :],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._argument: cache},
         ).logits
         return logits[:, -1]
 
@@ -95,7 +97,7 @@ class StaticLayer(DynamicLayer):
 
     def __init__(self, like: Any, batch: int, prompt: int, steps: int) -> None:
         super().__init__()
-        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+        self.device, self.is_initialized = like.keys.device, True
         # Zeros: attention multiplies what is masked by 0, and NaN times 0 is NaN.
         self._buffers = [
             x.new_zeros(batch, x.shape[1], prompt + steps, x.shape[3])
@@ -126,6 +128,12 @@ class StaticLayer(DynamicLayer):
 
     def _show(self, length: int) -> None:
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+
+def cache_argument(model: Any) -> str:
+    """What a model's forward calls its cache: `cache` from transformers 5.24 on."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
 
 def buckets(lengths: list[int], spare: int) -> list[list[int]]:

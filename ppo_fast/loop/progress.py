@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from ppo_fast.loop.alarms import alarms
-from ppo_fast.loop.records import Record
+from ppo_fast.loop.history import History, Record
 
 _FIELDS = {
     "reward": "{:+.3f}", "kl": "{:.2f}", "clip_frac": "{:.2f}", "tokens_per_second": "{:.0f}"
@@ -21,20 +21,22 @@ _LABELS = {"kl": "KL", "clip_frac": "clip", "tokens_per_second": "tokens/s"}
 @contextmanager
 def shown(
     console: Console, done: int, updates: int
-) -> Iterator[Callable[[list[Record]], None]]:  # fmt: skip
-    """Show a run of `updates` of which `done` are; yields what to call after each with the log."""
+) -> Iterator[Callable[[Record, History], None]]:  # fmt: skip
+    """Show a run of `updates` of which `done` are; yields what to call after each.
+
+    It is given the update's record and the history up to it.
+    """
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     every = max(1, updates // 10)
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=updates, completed=done)
 
-        def show(records: list[Record]) -> None:
-            record = records[-1]
+        def show(record: Record, history: History) -> None:
             bar.update(task, advance=1, description=summary(record))
             for i, reason in record["dropped"].items():
                 text = f"update {record['update']}: sample {i} dropped: {reason}"
                 console.print(text, markup=False)
-            for alarm in alarms(records):
+            for alarm in alarms(history):
                 if alarm.update == record["update"]:
                     console.print(f"update {alarm.update}: {alarm.text}", markup=False)
             if not console.is_terminal and (record["update"] + 1) % every == 0:

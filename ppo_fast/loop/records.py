@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.history import History, Record
 from ppo_fast.loop.rewards import Scores
 from ppo_fast.loop.tensorboard import Board
 from ppo_fast.loop.versions import versions
 
-Record = dict[str, Any]
 SAMPLES = 4  # of every update are kept
 
 
@@ -33,7 +33,7 @@ class Recorder:
         (self.folder / "config.json").write_text(options + "\n")
         ran_on = json.dumps(versions(backend), indent=2)
         (self.folder / "versions.json").write_text(ran_on + "\n")
-        self.records: list[Record] = []
+        self.history = History()
         mode = "a" if config.resume else "w"
         self._log = (self.folder / "log.jsonl").open(mode, encoding="utf-8")
         self._samples = (self.folder / "samples.jsonl").open(mode, encoding="utf-8")
@@ -41,7 +41,7 @@ class Recorder:
 
     def update(self, record: Record) -> None:
         """Append one finished update; a number that is not finite is written as null."""
-        self.records.append(record)
+        self.history.append(record)
         self._log.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._log.flush()
         if self._board is not None:
@@ -59,11 +59,11 @@ class Recorder:
         """Cut log and samples back to `updates` updates; whether the log has them all."""
         cut_back(self.folder / "samples.jsonl", updates)
         lines = cut_back(self.folder / "log.jsonl", updates)
-        self.records = [{k: math.nan if v is None else v for k, v in r.items()} for r in lines]
+        self.history = History(lines)
         if self._board is not None:
             self._board.close()
             self._board = Board(self.folder / "tensorboard", updates)
-        return [r["update"] for r in self.records] == list(range(updates))
+        return [r["update"] for r in lines] == list(range(updates))
 
     def sync(self) -> None:
         """Have log and samples on the disk, so that no checkpoint is ahead of them."""
@@ -76,22 +76,22 @@ class Recorder:
         self._samples.close()
         if self._board is not None:
             self._board.close()
-        if not self.records:
+        if not self.history:
             return None
         path = self.folder / "reward.png"
-        plot(self.records, path)
+        plot(self.history, path)
         return path
 
 
 class Muted(Recorder):
-    """Keeps the records of a rank that writes nothing, since the first rank writes them."""
+    """Keeps the history of a rank that writes nothing, since the first rank writes it."""
 
     def __init__(self) -> None:
-        self.records: list[Record] = []
+        self.history = History()
 
     def update(self, record: Record) -> None:
         """Keep one finished update."""
-        self.records.append(record)
+        self.history.append(record)
 
     def samples(self, update: int, prompts: list[str], completions: list[str], s: Scores) -> None:
         """Nothing: these are the first rank's."""
@@ -130,7 +130,7 @@ def fifths(rewards: list[float]) -> tuple[float, float]:
     return _mean(rewards[:n]), _mean(rewards[-n:])
 
 
-def plot(records: list[Record], path: Path) -> None:
+def plot(history: History, path: Path) -> None:
     """Reward and KL per sequence against updates."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -138,14 +138,13 @@ def plot(records: list[Record], path: Path) -> None:
     figure = Figure(figsize=(7, 5), layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True)
-    updates = [r["update"] for r in records]
-    rewards = [r["reward"] for r in records]
+    updates, rewards = history.column("update"), history.column("reward").tolist()
     smooth = [_mean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
     top.plot(updates, rewards, ".", alpha=0.5, label="mean of the batch")
     top.plot(updates, smooth, label="mean of the last five")
     top.set_ylabel("reward")
     top.legend(loc="lower right")
-    bottom.plot(updates, [r.get("kl", math.nan) for r in records])
+    bottom.plot(updates, history.column("kl"))
     bottom.set_ylabel("KL to the reference\n(nats per sequence)")
     bottom.set_xlabel("update")
     figure.savefig(path, dpi=120)

@@ -21,13 +21,14 @@ from ppo_fast.loop.checkpoint import Checkpoints
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.experience import Experience, importance
 from ppo_fast.loop.export import export
+from ppo_fast.loop.history import Record
 from ppo_fast.loop.interrupt import patient_interrupt
 from ppo_fast.loop.kl import adapt_penalty, adapt_reward_kl
 from ppo_fast.loop.meter import timed
 from ppo_fast.loop.parallel import Ranks, device_of
 from ppo_fast.loop.policy import Sequences
 from ppo_fast.loop.progress import shown
-from ppo_fast.loop.records import Muted, Record, Recorder, fifths
+from ppo_fast.loop.records import Muted, Recorder, fifths
 from ppo_fast.loop.replay import TransitionStream, TransitionWriter, open_transitions
 from ppo_fast.loop.rollout import Rollout, completions, encode
 from ppo_fast.loop.update import Batch, Plan, Updated, make_plan, update
@@ -99,8 +100,7 @@ class Trainer:
                 patient_interrupt(say) as stop,
             ):
                 while self.updates < self.config.updates and not self.ranks.any(stop.asked):
-                    self.step()
-                    show(self.recorder.records)
+                    show(self.step(), self.recorder.history)
                     self.checkpoints.after_step(self, say)
             interrupted = self.updates < self.config.updates
             self.checkpoints.finish(self)
@@ -109,9 +109,9 @@ class Trainer:
         finally:
             folder = export(self.agent, self.tokenizer, folder)
             plot = self.recorder.close()
-        records = self.recorder.records
-        means = [r["reward"] for r in records]
-        kl = fifths([r.get("kl", math.nan) for r in records])[1]
+        history = self.recorder.history
+        means = history.column("reward").tolist()
+        kl = fifths(history.column("kl").tolist())[1]
         return Outcome(means, *fifths(means), kl, interrupted, plot, folder)
 
     def step(self) -> Record:

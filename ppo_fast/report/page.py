@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_fast.loop.alarms import alarms
+from ppo_fast.loop.history import History
 from ppo_fast.loop.records import fifths
 from ppo_fast.report import charts
 from ppo_fast.report.runs import Group, Record, Run, differing, grouped, load_runs
@@ -49,7 +50,7 @@ def page(runs: list[Run]) -> str:
         script=Markup(script), digest=digest, runs=runs, groups=groups, charts=charts,
         drawn=charts.charts(groups), phases=PHASES,
         rows=[(g, run, summary(run)) for g in groups for run in g.runs],
-        alarms=[(run, alarm) for run in runs for alarm in alarms(list(run.records.values()))],
+        alarms=[(run, alarm) for run in runs for alarm in alarms(History(run.records.values()))],
         seconds=[phase_seconds(g) for g in groups],
         sampled=[(g, examples(g)) for g in groups if g.runs[0].samples],
         config=table([run.config for run in runs]), versions=table([run.versions for run in runs]),
