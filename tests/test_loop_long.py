@@ -98,10 +98,11 @@ def soak(folder: Path, updates: int, warm: int, rate: float) -> tuple[int, int]:
         dropped += len(record["dropped"])
         assert record["update"] == i
         assert len(record["dropped"]) == 4 or math.isfinite(record["loss"])
+    after = resident()  # before the whole log is read
     assert dropped == reward.spoiled > 0 and reward.calls == updates
     assert len((folder / "log.jsonl").read_text().splitlines()) == updates
     assert all(bool(w.isfinite().all()) for w in weights(t))
-    return before, resident()
+    return before, after
 
 
 def test_a_few_updates_of_which_many_have_faults(tmp_path: Path) -> None:

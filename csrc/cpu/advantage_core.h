@@ -26,17 +26,20 @@ struct Powers {
   }
 };
 
-// One factor for all steps. `carried` may wait for nothing but itself: its chain is what bounds
-// the speed of a long row.
-template <class C>
-PPO_INLINE C recur(const Powers<C>& by, C b, typename C::T& carried) {
+// One factor for all steps, of n chunks, the last in time first: each stage for all of them before
+// the next, for a chunk's own stages are a chain of latencies. `carried` may wait for nothing but
+// itself: its chain is what bounds the speed of a long row.
+template <class C, int n>
+PPO_INLINE void recur(const Powers<C>& by, C (&b)[n], typename C::T& carried) {
   using T = typename C::T;
-  fold<1>(by.level[0], b);
-  fold<2>(by.level[1], b);
-  fold<4>(by.level[2], b);
-  const C result = vfma(by.level[3], splat<C>(carried), b);
-  carried = vfma(by.first, carried, T(first_step(b)));
-  return result;
+  for (C& x : b) fold<1>(by.level[0], x);
+  for (C& x : b) fold<2>(by.level[1], x);
+  for (C& x : b) fold<4>(by.level[2], x);
+  for (C& x : b) {
+    const T first = first_step(x);
+    x = vfma(by.level[3], splat<C>(carried), x);
+    carried = vfma(by.first, carried, first);
+  }
 }
 
 // A factor for each step; where `cut`, A = b whatever follows (by selection: 0 * NaN is NaN).
@@ -126,13 +129,15 @@ struct OpenMoments {
     if (++n_recent == kRecent) flush();
   }
   PPO_INLINE void add_group(const T* x) {
-    T d[kRecent], total = set1<T>(0), squared = total;
-    for (int i = 0; i < kRecent; ++i) {
-      d[i] = x[i] - pivot;
-      total = total + d[i];
-      squared = vfma(d[i], d[i], squared);
+    constexpr int half = kRecent / 2;
+    T d[kRecent], total[half], squared[half];
+    for (int i = 0; i < kRecent; ++i) d[i] = x[i] - pivot;
+    for (int i = 0; i < half; ++i) {
+      total[i] = d[i] + d[i + half];
+      squared[i] = vfma(d[i + half], d[i + half], d[i] * d[i]);
     }
-    promote(total, squared, d, kRecent);
+    promote((total[0] + total[1]) + (total[2] + total[3]),
+            (squared[0] + squared[1]) + (squared[2] + squared[3]), d, kRecent);
   }
   PPO_INLINE void flush() {
     promote(some, some_squares, recent, n_recent);

@@ -53,21 +53,15 @@ struct GaeJob {
   PPO_INLINE int64_t whole_chunks(Place at, int64_t chunks, Carried<T>& carried,
                                   OpenMoments<T>& moments) const {
     constexpr int kGroup = C::count == 1 ? OpenMoments<T>::kRecent : 1;
-    const Straight memory(args, at);
     const View mask = args.base.mask;
+    Straight memory(args, at);
     int64_t done = 0;
     while (done < chunks) {
       if (kGroup > 1 && chunks - done >= kGroup && unmasked<kGroup>(mask, at)) {
-        // Their sums from memory: in registers they would be in the recurrence's way.
-        for (int i = 0; i < kGroup; ++i) whole_chunk(memory, done + i, carried);
-        Chunk<T, kGroup> group;
-        for (int i = 0; i < kGroup; ++i) {
-          group.r[i] = load<T>(memory.advantages - (done + i) * kSteps);
-        }
-        moments.add(group);
+        whole_group<kGroup>(memory, done == 0, carried, moments);
         done += kGroup, at.t -= kGroup * kSteps;
       } else if (unmasked<1>(mask, at)) {
-        moments.add(whole_chunk(memory, done, carried));
+        whole_group<1>(memory, done == 0, carried, moments);
         done += 1, at.t -= kSteps;
       } else {
         break;
@@ -76,11 +70,11 @@ struct GaeJob {
     return done;
   }
 
-  // Where the chunk at `at` lies; those before it are counted back from there.
+  // The first step of a chunk in memory.
   struct Straight {
     const S *reward, *value;
     S *advantages, *returns;
-    int64_t reward_stride, value_stride, out_stride;
+    const int64_t reward_stride, value_stride, out_stride;
 
     PPO_INLINE Straight(const GaeArgs& a, const Place& at)
         : reward(own(a.rewards, at)),
@@ -90,21 +84,51 @@ struct GaeJob {
           reward_stride(between_steps(a.rewards)),
           value_stride(between_steps(a.base.values)),
           out_stride(between_steps(a.base.advantages)) {}
+
+    PPO_INLINE void move(int64_t steps) {
+      reward += steps * reward_stride, value += steps * value_stride;
+      advantages += steps * out_stride, returns += steps * out_stride;
+    }
   };
 
-  PPO_INLINE C whole_chunk(const Straight& m, int64_t back, Carried<T>& carried) const {
-    const int64_t t = -back * kSteps;
-    const S* values = m.value + t * m.value_stride;
-    const C v = load_direct<C>(values, m.value_stride);
-    const C next = back != 0 ? next_in_memory(v, values, carried.next_value)
-                             : next_step(v, carried.next_value);
-    carried.next_value = first_step(v);
-    const C reward = load_direct<C>(m.reward + t * m.reward_stride, m.reward_stride);
-    const C delta = vfma(gamma, next, reward) - v;
-    const C advantage = recur(decay, delta, carried.advantage);
-    store_direct(m.advantages + t * m.out_stride, m.out_stride, advantage);
-    store_direct(m.returns + t * m.out_stride, m.out_stride, advantage + v);
-    return advantage;
+  // The chunk at `m` and the n - 1 before it, the last in time first; `m` is then before them.
+  template <int n>
+  PPO_INLINE void whole_group(Straight& m, bool ends, Carried<T>& carried,
+                              OpenMoments<T>& moments) const {
+    // As many as leave the compiler registers.
+    constexpr int kAtOnce = n < 4 ? n : 4;
+    Chunk<T, n * C::count> group;
+    at_once<kAtOnce>(m, ends, carried, group.r);
+    if constexpr (n > kAtOnce) {
+      static_assert(n == 2 * kAtOnce);
+      at_once<kAtOnce>(m, false, carried, group.r + kAtOnce * C::count);
+    }
+    moments.add(group);
+  }
+
+  template <int n>
+  PPO_INLINE void at_once(Straight& m, bool ends, Carried<T>& carried, T* out) const {
+    m.move((1 - n) * kSteps);
+    C a[n];
+    for (int i = 0; i < n; ++i) {
+      const int64_t t = (n - 1 - i) * kSteps;
+      const S* values = m.value + t * m.value_stride;
+      const C v = load_direct<C>(values, m.value_stride);
+      const C next = i == 0 && ends ? next_step(v, carried.next_value)
+                                    : next_in_memory(v, values, carried.next_value);
+      carried.next_value = first_step(v);
+      const C reward = load_direct<C>(m.reward + t * m.reward_stride, m.reward_stride);
+      a[i] = vfma(gamma, next, reward) - v;
+    }
+    recur(decay, a, carried.advantage);
+    for (int i = 0; i < n; ++i) {
+      const int64_t t = (n - 1 - i) * kSteps;
+      const C v = load_direct<C>(m.value + t * m.value_stride, m.value_stride);
+      store_direct(m.advantages + t * m.out_stride, m.out_stride, a[i]);
+      store_direct(m.returns + t * m.out_stride, m.out_stride, a[i] + v);
+      for (int j = 0; j < C::count; ++j) out[i * C::count + j] = a[i].r[j];
+    }
+    m.move(-kSteps);
   }
 
   template <int n>

@@ -88,9 +88,14 @@ struct RlhfJob {
     const bool whole = at.full<C>() && all(counts);
     const C next = next_values(value, counts, whole, carried.next_value);
     const C delta = select(counts, vfma(gamma, next, reward) - value, zero);
-    const C advantage =
-        whole ? recur(decay, delta, carried.advantage)
-              : recur<C>(select(counts, decay.level[0], one), delta, nullptr, carried.advantage);
+    C advantage = delta;
+    if (whole) {
+      C alone[1] = {delta};
+      recur(decay, alone, carried.advantage);
+      advantage = alone[0];
+    } else {
+      advantage = recur<C>(select(counts, decay.level[0], one), delta, nullptr, carried.advantage);
+    }
     store_all(at, select(live, advantage, zero), select(moves, advantage + value, zero), reward,
               kl);
     moments.add(advantage, live);
