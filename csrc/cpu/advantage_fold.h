@@ -60,14 +60,22 @@ PPO_INLINE __m256 later_half(__m256 x) {
   return _mm256_permutevar8x32_ps(x, _mm256_set1_epi32(4));
 }
 template <int s>
+constexpr int kEarlier = s == 1   ? 0x55
+                         : s == 2 ? 0x33
+                                  : 0x0f;
+template <int s>
 PPO_INLINE __m256 earlier_half(__m256 later, __m256 earlier) {
-  return _mm256_blend_ps(later, earlier, s == 1 ? 0x55 : s == 2 ? 0x33 : 0x0f);
+  return _mm256_blend_ps(later, earlier, kEarlier<s>);
 }
 
 template <int s>
 PPO_INLINE void fold(const Row& a, Row& b) {
   __m256& x = b.r[0].v;
+#ifdef PPO_MASKED
+  x = _mm256_mask3_fmadd_ps(a.r[0].v, later_half<s>(x), x, kEarlier<s>);
+#else
   x = earlier_half<s>(x, _mm256_fmadd_ps(a.r[0].v, later_half<s>(x), x));
+#endif
 }
 template <int s>
 PPO_INLINE void fold_factors(Row& a) {

@@ -5,7 +5,8 @@
 //   #include "foreach_isa.h"
 //   ... PPO_SELECT(row_kernel)(args) runs the one for this CPU.
 //
-// With PPO_UP_TO_AVX2 defined first, AVX-512 machines run the AVX2 kernels.
+// With PPO_EIGHT_LANES defined first, AVX-512 machines run kernels of eight lanes too, with the
+// registers and masked operations of AVX-512VL: ppo::avx512vl.
 //
 // A kernel header, and every header of ours that it includes (csrc/math.h), has no include guard
 // and puts all its code into `namespace ppo::PPO_ISA`; simd.h and fetch.h are already there.
@@ -52,7 +53,6 @@
 #pragma GCC pop_options
 #endif
 
-#ifndef PPO_UP_TO_AVX2
 #if defined(__clang__)
 #pragma clang attribute push(                                                    \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
@@ -61,8 +61,14 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
+#ifdef PPO_EIGHT_LANES
+#define PPO_ISA avx512vl
+#define PPO_ISA_WIDTH 8
+#define PPO_MASKED 1
+#else
 #define PPO_ISA avx512
 #define PPO_ISA_WIDTH 16
+#endif
 #include "simd.h"
 #include PPO_KERNEL
 #undef PPO_ISA
@@ -72,5 +78,4 @@
 #else
 #pragma GCC pop_options
 #endif
-#endif  // PPO_UP_TO_AVX2
 #endif  // PPO_X86

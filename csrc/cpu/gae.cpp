@@ -1,8 +1,8 @@
 // gae.cpu: checks, layouts and threads around the kernel in gae_simd.h.
 #include "advantage_units.h"
 
-// A chunk is eight steps, one AVX2 vector.
-#define PPO_UP_TO_AVX2
+// A chunk is eight steps, one vector of fp32 lanes.
+#define PPO_EIGHT_LANES
 #define PPO_KERNEL "gae_simd.h"
 #include "foreach_isa.h"
 

@@ -216,10 +216,14 @@ inline void gae_rows(const GaeArgs& args, const Unit* begin, const Unit* end) {
   sweep_rows<Row>(job, args.base, begin, end);
 }
 
+#ifdef PPO_MASKED
+using avx2::gae_columns;  // a fifth faster than the same compiled for AVX-512VL by GCC 12
+#else
 inline void gae_columns(const GaeArgs& args, const Unit* begin, const Unit* end) {
   GaeJob<Column<F>> job(args);
   sweep_columns<Column<F>>(job, args.base, begin, end);
 }
+#endif
 
 inline void gae_rows_double(const GaeArgs& args, const Unit* begin, const Unit* end) {
   GaeJob<Column<double>> job(args);

@@ -34,10 +34,10 @@ inline Fn select_isa([[maybe_unused]] Fn scalar, [[maybe_unused]] Fn avx2,
 
 // PPO_SELECT(fn)(args) calls ppo::<isa>::fn of the active instruction set; PPO_SELECT(fn<A, B>)
 // too.
-#if PPO_X86 && defined(PPO_UP_TO_AVX2)
+#if PPO_X86 && defined(PPO_EIGHT_LANES)
 #define PPO_SELECT(...)                                                     \
   ::ppo::select_isa(&::ppo::scalar::__VA_ARGS__, &::ppo::avx2::__VA_ARGS__, \
-                    &::ppo::avx2::__VA_ARGS__)
+                    &::ppo::avx512vl::__VA_ARGS__)
 #elif PPO_X86
 #define PPO_SELECT(...)                                                     \
   ::ppo::select_isa(&::ppo::scalar::__VA_ARGS__, &::ppo::avx2::__VA_ARGS__, \

@@ -2,8 +2,8 @@
 #include "../loss_options.h"
 #include "advantage_units.h"
 
-// A chunk is eight steps, one AVX2 vector.
-#define PPO_UP_TO_AVX2
+// A chunk is eight steps, one vector of fp32 lanes.
+#define PPO_EIGHT_LANES
 #define PPO_KERNEL "rlhf_advantages_simd.h"
 #include "foreach_isa.h"
 
