@@ -72,13 +72,13 @@ bench: $(BENCH_STAMP)
 
 # Both want clang, and sanitize g++, of Debian's packages or another's; CONTRIBUTING.md says what they look for.
 sanitize: $(STAMP)
-	$(RUN) -m tests.sanitizers address $(ARGS)
-	$(RUN) -m tests.sanitizers thread $(ARGS)
+	$(RUN) tests/sanitizers.py address $(ARGS)
+	$(RUN) tests/sanitizers.py thread $(ARGS)
 
 MINUTES ?= 60
 fuzz: $(STAMP)
 	$(RUN) -m pip install -q --no-compile atheris==3.0.0
-	$(RUN) -m tests.sanitizers fuzz $(MINUTES)
+	$(RUN) tests/sanitizers.py fuzz $(MINUTES)
 
 # torch first and alone: anything that depends on it would choose a multi-gigabyte build.
 $(VENV)/bin/python:

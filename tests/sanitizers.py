@@ -1,6 +1,6 @@
 """Build a copy of this checkout with a sanitizer, and run the ops' tests or a fuzzer in it.
 
-`python -m tests.sanitizers address|thread [pytest arguments]`, or `fuzz MINUTES`; see `make
+`python tests/sanitizers.py address|thread [pytest arguments]`, or `fuzz MINUTES`; see `make
 sanitize` and `make fuzz`. It wants clang, and g++ for `thread`. The copies are
 build/sanitize/<name>. Python and torch are not compiled with the sanitizer, whose runtime is
 preloaded; the first finding ends the run.
@@ -138,7 +138,7 @@ def fuzz(minutes: float) -> int:
         corpus = tree / "corpus" / op
         corpus.mkdir(parents=True)
         command = [
-            sys.executable, "-m", "tests.fuzz", op, f"-max_total_time={seconds}",
+            sys.executable, "tests/fuzz", op, f"-max_total_time={seconds}",
             "-rss_limit_mb=4096", "-print_final_stats=1", f"-artifact_prefix=crash-{op}-",
             str(corpus),
         ]  # fmt: skip

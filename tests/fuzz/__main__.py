@@ -1,4 +1,4 @@
-"""A libFuzzer target for each op on the `cpu` backend: `python -m tests.fuzz gae [-flags]`.
+"""A libFuzzer target for each op on the `cpu` backend: `python tests/fuzz gae [-flags]`.
 
 Run by `make fuzz`, in a copy built with clang, AddressSanitizer and libFuzzer's counters, so that
 it is the branches of the kernels that guide it. No call may crash, read or write outside its
@@ -13,11 +13,11 @@ import sys
 
 import atheris
 import torch
+from calls import CALLS
+from draw import Draw
 
 import ppo_fast
 from ppo_fast import _ext, testing
-from tests.fuzz.calls import CALLS
-from tests.fuzz.draw import Draw
 
 ISAS = ("auto", "scalar", "avx2")
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from draw import HALVES, Draw
 
 from ppo_fast import Moments
 from ppo_fast._schema import ESTIMATORS, MASKED, REDUCTIONS, SCORE_AT, VARIANTS
 from ppo_fast.testing import Call
 from ppo_fast.testing.calls import DIFFERENTIABLE
-from tests.fuzz.draw import HALVES, Draw
 
 KL = (*ESTIMATORS, *(f"{name}+" for name in ESTIMATORS))
 
