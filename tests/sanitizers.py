@@ -3,7 +3,8 @@
 `python tests/sanitizers.py address|thread [pytest arguments]`, or `fuzz MINUTES`; see `make
 sanitize` and `make fuzz`. It wants clang, and g++ for `thread`. The copies are
 build/sanitize/<name>. Python and torch are not compiled with the sanitizer, whose runtime is
-preloaded; the first finding ends the run.
+preloaded; the first finding ends the run. All of it is run by path: a trainer may have installed a
+package named tests, which `python -m tests...` would find instead.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ struct Powers {
 };
 
 // One factor for all steps, of n chunks, the last in time first: each stage for all of them before
-// the next, for a chunk's own stages are a chain of latencies. `carried` may wait for nothing but
-// itself: its chain is what bounds the speed of a long row.
+// the next, for a chunk's own stages are a chain of latencies. `carried` waits for one operation a
+// chunk, its own: a longer chain from chunk to chunk would bound the speed of a long row.
 template <class C, int n>
 PPO_INLINE void recur(const Powers<C>& by, C (&b)[n], typename C::T& carried) {
   using T = typename C::T;
@@ -130,6 +130,7 @@ struct OpenMoments {
   }
   PPO_INLINE void add_group(const T* x) {
     constexpr int half = kRecent / 2;
+    static_assert(half == 4, "the sums below");
     T d[kRecent], total[half], squared[half];
     for (int i = 0; i < kRecent; ++i) d[i] = x[i] - pivot;
     for (int i = 0; i < half; ++i) {

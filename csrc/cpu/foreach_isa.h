@@ -6,7 +6,7 @@
 //   ... PPO_SELECT(row_kernel)(args) runs the one for this CPU.
 //
 // With PPO_EIGHT_LANES defined first, AVX-512 machines run kernels of eight lanes too, with the
-// registers and masked operations of AVX-512VL: ppo::avx512vl.
+// registers and masked operations of AVX-512VL (PPO_MASKED is defined): ppo::avx512vl.
 //
 // A kernel header, and every header of ours that it includes (csrc/math.h), has no include guard
 // and puts all its code into `namespace ppo::PPO_ISA`; simd.h and fetch.h are already there.
@@ -73,6 +73,7 @@
 #include PPO_KERNEL
 #undef PPO_ISA
 #undef PPO_ISA_WIDTH
+#undef PPO_MASKED
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
