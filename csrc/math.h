@@ -123,22 +123,23 @@ PPO_INLINE KlTerm<T> kl_term(const PolicyOptions& o, const PolicyConsts<T>& c, T
 }
 
 // Schulman et al. 2017 (clip, penalty); Ye et al. 2020 (dual clip); Zheng et al. 2025 (gspo);
-// MiniMax-M1 2025 (cispo). NaN counts as unclipped, so that it shows in loss and gradient.
+// MiniMax-M1 2025 (cispo). NaN counts as unclipped, so that it shows in loss and gradient; an
+// advantage of 0 gives 0 beside a ratio that overflows, as the exact product would.
 // `inside` promises that the log-ratio's clamp is within kExpInside.
 template <Variant variant, bool inside, class T>
 PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConsts<T>& c,
                                        const PolicyToken<T>& t) {
   const T zero = set1<T>(0.f);
   const T raw = t.logprobs - t.old_logprobs, d = clamp(raw, c.d_min, c.d_max);
-  const mask_t<T> free = d == raw;
+  const mask_t<T> held = (raw < c.d_min) | (raw > c.d_max);
   const ExpParts<T> e = exp_parts<T, inside>(d);
   const T ratio = variant == Variant::gspo ? t.seq_ratio : e.exp;
   const T minus_a = -t.advantage;
   const T plain = minus_a * ratio, clipped = minus_a * clamp(ratio, c.clip_lo, c.clip_hi);
   const mask_t<T> below = ratio<c.clip_lo, above = ratio> c.clip_hi, active = clipped > plain;
 
-  T policy = plain, grad = select(free, plain, zero);
-  mask_t<T> dual = first_n<T>(0);
+  T policy = plain, grad = select(held, zero, plain);
+  mask_t<T> dual = first_n<T>(0), idle = (minus_a == zero) & (ratio >= zero);
   if constexpr (variant == Variant::clip || variant == Variant::gspo) {
     policy = select(active, clipped, plain);
     grad = select(active, zero, grad);
@@ -156,7 +157,12 @@ PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConst
       const T ref = exp_parts(clamp(t.ref_logprobs - t.old_logprobs, c.d_min, c.d_max)).exp;
       policy = minus_a * (ratio - c.kl_coef * (ratio - ref));
       grad = (set1<T>(1.f) - c.kl_coef) * grad;
+      idle = idle & (ref >= zero);
     }
+  }
+  if constexpr (!inside) {
+    policy = select(idle, zero, policy);
+    grad = select(idle, zero, grad);
   }
   policy = policy * t.is_weight;
   grad = grad * t.is_weight;
@@ -164,7 +170,7 @@ PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConst
   KlTerm<T> kl{zero, zero};
   if constexpr (variant == Variant::penalty) {
     kl = kl_term(o, c, -d, e, ratio);
-    kl.grad = select(free, -kl.grad, zero);
+    kl.grad = select(held, zero, -kl.grad);
   } else if (o.has_ref) {
     const T x = t.logprobs - t.ref_logprobs;
     kl = kl_term(o, c, x, o.estimator == Estimator::k3 ? exp_parts(-x) : e, ratio);

@@ -33,7 +33,7 @@ def kl_value(x, estimator):
 @triton.jit
 def kl_slope(x, estimator):
     """The derivative of `kl_value`."""
-    sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+    sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))  # 0, or NaN
     slope = tl.where(estimator == ESTIMATOR_K2, x, -expm1(-x))
     slope = tl.where(estimator == ESTIMATOR_K1, 1.0, slope)
     return tl.where(estimator == ESTIMATOR_ABS, sign, slope)

@@ -85,9 +85,9 @@ def divide(total, n_tokens, n_seqs, n_cols, reduction, denom_ptr, denom):
         divisor = tl.where(denom > 0, denom, divisor)
     else:
         divisor = tl.load(denom_ptr).to(tl.float64)
-    some = divisor > 0
-    divisor = tl.where(some, divisor, 1.0)
-    return tl.where(some, total / divisor, 0.0), tl.where(some, 1.0 / divisor, 0.0), own
+    nothing = divisor <= 0  # NaN passes
+    divisor = tl.where(nothing, 1.0, divisor)
+    return tl.where(nothing, 0.0, total / divisor), tl.where(nothing, 0.0, 1.0 / divisor), own
 
 
 @triton.jit

@@ -29,12 +29,15 @@ def whitened(adv, moments_ptr):
 
 @triton.jit
 def log_ratio(logp, old_ptr, offset, keep, log_min, log_max):
-    """The clamped log π − log π_old and whether the clamp left it alone; 0 without π_old."""
+    """The clamped log π − log π_old and whether the clamp left it alone, as it does a NaN.
+
+    0 without π_old.
+    """
     if old_ptr is None:
         return tl.zeros_like(logp), keep
     else:
         raw = logp - load_f32(old_ptr, offset, keep, 0.0)
-        return clamp(raw, log_min, log_max), (raw >= log_min) & (raw <= log_max)
+        return clamp(raw, log_min, log_max), ((raw < log_min) | (raw > log_max)) == 0
 
 
 @triton.jit
@@ -44,14 +47,15 @@ def surrogate(
     """The policy term, its derivative, where the clip is active and where the dual clip is.
 
     `inside`: the token's log-ratio is not clamped. `low`, `high`: the bounds of the ratio.
-    `excess`: ρ − ρ' of the linear variant.
+    `excess`: ρ − ρ' of the linear variant. An advantage of 0 gives 0 beside a ratio that
+    overflows, as the exact product would.
     """
     plain = -adv * ratio
     clipped = -adv * clamp(ratio, low, high)
     # At a tie the whole gradient passes, which is what maximum and clamp give together.
-    takes = (plain >= clipped) | (clipped != clipped)
-    term = tl.where(takes, plain, clipped)
-    slope = tl.where(takes & inside, plain, 0.0)
+    larger = clipped > plain
+    term = tl.where(larger, clipped, plain)
+    slope = tl.where(larger, 0.0, tl.where(inside, plain, 0.0))
     cap = -adv * dual
     capped = (adv < 0) & (term > cap)
     clips = tl.where(variant <= VARIANT_GSPO, capped, capped & (capped == 0))
@@ -66,10 +70,11 @@ def surrogate(
     other = tl.where(cispo, clipped * logp, other)
     other_slope = tl.where(cispo, clipped, other_slope)
     ppo = variant <= VARIANT_GSPO
+    idle = (adv == 0) & (ratio >= 0) & (excess == excess)
     return (
-        tl.where(ppo, term, other),
-        tl.where(ppo, slope, other_slope),
-        clipped > plain,
+        tl.where(idle, 0.0, tl.where(ppo, term, other)),
+        tl.where(idle, 0.0, tl.where(ppo, slope, other_slope)),
+        larger,
         clips,
     )
 
@@ -82,7 +87,8 @@ def kl_term(variant, estimator, straight, x, ratio, inside, kl_clamp, ratio_clip
     """
     value = kl_value(x, estimator)
     slope = tl.where(tl.abs(value) > kl_clamp, 0.0, kl_slope(x, estimator))
-    limit = tl.where(ratio_clip < float("inf"), tl.minimum(ratio, ratio_clip), 1.0)
+    limit = tl.where(ratio > ratio_clip, ratio_clip, ratio)  # a NaN passes
+    limit = tl.where(ratio_clip < float("inf"), limit, 1.0)
     slope = tl.where(straight != 0, x * limit, slope)
     # x = −d in the penalty variant, where d may be clamped.
     backwards = tl.where(inside, -slope, 0.0)
@@ -108,7 +114,9 @@ def policy_loss(
         ref = load_f32(ref_ptr, ref_offset, keep, 0.0)
         x = logp - ref
         old = logp if old_ptr is None else load_f32(old_ptr, old_offset, keep, 0.0)
-        excess = ratio - tl.exp(clamp(ref - old, log_min, log_max))
+        ref_ratio = tl.exp(clamp(ref - old, log_min, log_max))
+        both = (ratio >= 0) & (ref_ratio >= 0)
+        excess = tl.where((adv == 0) & both, 0.0, ratio - ref_ratio)
     term, slope, clips, capped = surrogate(
         variant, logp, free, ratio, adv, low, high, dual, kl_coef, excess
     )

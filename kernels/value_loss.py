@@ -31,21 +31,27 @@ LOSS_DENOM = tl.constexpr(2)
 
 @triton.jit
 def squared_error(v, target, old, clip, scale, form):
-    """The token's loss, its derivative, and whether the clip is active."""
+    """The token's loss, its derivative, and whether the clip is active.
+
+    Comparisons and minima pass over a NaN, so one in the old value is put where it shows.
+    """
     error = v - target
     plain = error * error
     bounded = clamp(v, old - clip, old + clip)
     bounded_error = bounded - target
     clipped = bounded_error * bounded_error
     outside = (v < old - clip) | (v > old + clip)
-    takes = (plain >= clipped) | (clipped != clipped)
     by_max = form == FORM_MAX
     by_clip = form == FORM_CLIPPED
-    term = tl.where(by_max, tl.where(takes, plain, clipped), tl.where(by_clip, clipped, plain))
-    slope = tl.where(by_max, tl.where(takes, error, 0.0), error)
+    larger = clipped > plain
+    term = tl.where(by_max, tl.where(larger, clipped, plain), tl.where(by_clip, clipped, plain))
+    slope = tl.where(by_max, tl.where(larger, 0.0, error), error)
     slope = tl.where(by_clip, tl.where(outside, 0.0, bounded_error), slope)
     never = outside & (outside == 0)
-    active = tl.where(by_max, clipped > plain, tl.where(by_clip, outside, never))
+    known = (old - clip <= old + clip) | ((by_max | by_clip) == 0)
+    term = tl.where(known, term, old)
+    slope = tl.where(known, slope, old)
+    active = tl.where(by_max, larger, tl.where(by_clip, outside, never))
     return scale * term, 2.0 * scale * slope, active
 
 

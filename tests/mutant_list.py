@@ -50,7 +50,7 @@ TRITON = (
     ),
     Mutant(
         "no gradient at a tie of the clip", "kernels/token_loss.py",
-        "takes = (plain >= clipped)", "takes = (plain > clipped)",
+        "larger = clipped > plain", "larger = clipped >= plain",
         "ppo_loss", "triton",
     ),
     Mutant(

@@ -94,12 +94,12 @@ double LossSequences::inverse_denom(const ReduceOptions& reduce) const {
   double denom = own_denom(reduce.reduction);
   if (reduce.reduction == Reduction::token_sum) denom = 1.0;
   if (reduce.has_denom) denom = reduce.denom;
-  return denom > 0.0 ? 1.0 / denom : 0.0;
+  return denom <= 0.0 ? 0.0 : 1.0 / denom;  // NaN passes
 }
 
 LossOutputs loss_outputs(const LossStats& stats, double sum, double inverse_denom,
                          ScalarType dtype) {
-  const double loss = inverse_denom > 0.0 ? sum * inverse_denom : 0.0;
+  const double loss = inverse_denom == 0.0 ? 0.0 : sum * inverse_denom;
   LossOutputs out{scalar(loss, dtype), empty({kNStats}, ScalarType::Double), scalar(1.0, dtype)};
   std::copy(stats.begin(), stats.end(), data<double>(out.stats));
   return out;

@@ -56,7 +56,8 @@ struct ValueTerms {
   mask_t<T> clipped;
 };
 
-// The clipped value loss of OpenAI's ppo2 (max), or its clipped prediction alone (SB3).
+// The clipped value loss of OpenAI's ppo2 (max), or its clipped prediction alone (SB3). Comparisons
+// and minima pass over a NaN, so one in the old value is put where it shows.
 template <class T>
 PPO_INLINE ValueTerms<T> value_terms(Form form, T clip, T value, T old, T target) {
   const T zero = set1<T>(0), e = value - target;
@@ -64,12 +65,15 @@ PPO_INLINE ValueTerms<T> value_terms(Form form, T clip, T value, T old, T target
   const T lo = old - clip, hi = old + clip;
   const T bounded_e = vmin(hi, vmax(lo, value)) - target;
   const T plain = e * e, bounded = bounded_e * bounded_e;
+  const mask_t<T> known = lo <= hi;
   if (form == Form::max) {
     const mask_t<T> active = bounded > plain;
-    return {select(active, bounded, plain), select(active, zero, e), active};
+    const T loss = select(active, bounded, plain), half_grad = select(active, zero, e);
+    return {select(known, loss, old), select(known, half_grad, old), active};
   }
   const mask_t<T> outside = (value < lo) | (value > hi);
-  return {bounded, select(outside, zero, bounded_e), outside};
+  const T half_grad = select(outside, zero, bounded_e);
+  return {select(known, bounded, old), select(known, half_grad, old), outside};
 }
 
 template <class T>

@@ -52,8 +52,8 @@ PPO_DEVICE void divide(const LossArgs& a, const LossLayout& at, double joined,
   const double own = own_denom(a, totals[at.tokens], seqs), given = read(a.denom);
   const bool has_given = a.denom.data || given > 0.0;
   const double denom = has_given ? given : a.reduction == Reduction::token_sum ? 1.0 : own;
-  *a.loss = denom > 0.0 ? float(totals[at.loss] / denom) : 0.f;
-  *a.scale = denom > 0.0 ? float(1.0 / denom) : 0.f;
+  *a.loss = denom <= 0.0 ? 0.f : float(totals[at.loss] / denom);  // NaN passes
+  *a.scale = denom <= 0.0 ? 0.f : float(1.0 / denom);
   if (at.keeps_seqs) totals[at.seqs] = seqs;
   totals[at.denom] = own;
 }

@@ -24,13 +24,15 @@ struct ValueTerms {
   bool clipped;
 };
 
-// The clipped value loss of OpenAI's ppo2 (max), or its clipped prediction alone (SB3).
+// The clipped value loss of OpenAI's ppo2 (max), or its clipped prediction alone (SB3). Comparisons
+// and minima pass over a NaN, so one in the old value is put where it shows.
 PPO_DEVICE ValueTerms value_terms(Form form, float clip, float value, float old, float target) {
   const float e = value - target;
   if (form == Form::unclipped) return {e * e, e, false};
   const float lo = old - clip, hi = old + clip;
   const float bounded_e = clamp(value, lo, hi) - target;
   const float plain = e * e, bounded = bounded_e * bounded_e;
+  if (!(lo <= hi)) return {old, old, false};
   if (form == Form::max) {
     const bool active = bounded > plain;
     return {active ? bounded : plain, active ? 0.f : e, active};

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from ppo_fast import _checks
 from ppo_fast._schema import compute_dtype
+from ppo_fast.ops.forward_mode import derivatives
 
 _OP = "group_advantages"
 _BASELINES = ("grpo", "rloo", "reinforce++", "dr_grpo")
 _EPS = 1e-6
 
 
+@derivatives()
 def group_advantages(scores: Tensor, group_ids: Tensor, *, baseline: str = "grpo") -> Tensor:
     """One advantage per response, against the responses to the same prompt.
 
@@ -25,7 +27,8 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, baseline: str = "grpo
       (Hu et al. 2025, REINFORCE++, the variant with a baseline).
 
     A response without another in its group, or whose group's scores are all equal, has nothing to
-    be compared with: its advantage is exactly 0 ("reinforce++": before whitening).
+    be compared with: its advantage is exactly 0 ("reinforce++": before whitening). A score that is
+    not finite leaves no finite advantage in its group, and none at all in "reinforce++".
 
     Args:
         scores: `(n,)` fp32, bf16, fp16 or fp64, of every response.
@@ -46,7 +49,7 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, baseline: str = "grpo
     count, total = groups.sum(torch.ones_like(s)), groups.sum(s)
     centred = s - total / count
     alone = (count < 2) | groups.all_equal(s)
-    centred = torch.where(alone, torch.zeros_like(s), centred)
+    centred = torch.where(alone, s - s, centred)  # 0, or NaN of a score that is not finite
     if baseline == "grpo":
         deviation = (groups.sum(centred * centred) / (count - 1).clamp(min=1)).sqrt()
         out = centred / (deviation + _EPS)
@@ -55,7 +58,8 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, baseline: str = "grpo
     elif baseline == "reinforce++":
         mean = centred.sum() / max(1, s.numel())
         variance = ((centred - mean) ** 2).sum() / max(1, s.numel() - 1)
-        out = torch.where(variance > 0, (centred - mean) / (variance + 1e-8).sqrt(), centred * 0)
+        whitened = (centred - mean) / (variance + 1e-8).sqrt()
+        out = torch.where(variance == 0, torch.zeros_like(centred), whitened)
     else:
         out = centred
     return out.to(compute_dtype(scores))

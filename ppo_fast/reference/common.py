@@ -86,9 +86,14 @@ def reduce_loss(
     else:
         divisor = torch.as_tensor(denom, device=terms.device)
     total = torch.where(keep, weights * terms, torch.zeros_like(terms)).sum()
-    divisor = divisor.to(total.dtype)
-    loss = torch.where(divisor > 0, total / divisor.where(divisor > 0, 1.0), total * 0.0)
+    nothing = divisor <= 0  # NaN passes
+    loss = torch.where(nothing, total * 0.0, total / divisor.where(~nothing, 1.0).to(total.dtype))
     return loss, weights, own
+
+
+def clamp(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """As `torch.clamp`, but the slope passes where x is NaN, so that it shows in the gradient."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
 
 
 def stats_of(device: torch.device, **fields: Tensor) -> Stats:
@@ -127,7 +132,7 @@ def kl_terms(
     elif name == "k3":
         value = torch.expm1(-x) + x
     else:
-        value = x.abs()
+        value = x * torch.where(x.isnan(), x, x.sign()).detach()  # |x|; NaN has a NaN slope
     if clamp is not None:
         inside = value.detach().abs() <= clamp
         # NaN is neither inside nor outside: it passes, so that it shows.

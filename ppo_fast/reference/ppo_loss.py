@@ -10,6 +10,7 @@ from torch import Tensor
 from ppo_fast._results import Loss
 from ppo_fast.reference.common import (
     Sequences,
+    clamp,
     compute,
     keep_of,
     kl_terms,
@@ -62,15 +63,15 @@ def ppo_loss(
     if advantage_moments is not None:
         mean, rstd = whitening(advantage_moments)
         adv = select(keep, (adv.double() - mean) * rstd).to(new.dtype)
-    if isinstance(kl_coef, Tensor):
-        kl_coef = kl_coef.to(new.dtype)
+    if isinstance(kl_coef, Tensor):  # a copy, as autograd saves none that inference mode made
+        kl_coef = kl_coef.to(new.dtype, copy=True)
 
-    clamp = log_ratio_clamp or (float("-inf"), float("inf"))
-    d = (new - old).clamp(*clamp)
+    bounds = log_ratio_clamp or (float("-inf"), float("inf"))
+    d = clamp(new - old, *bounds)
     clip = (1.0 - clip_low, 1.0 + clip_high)
     linear = None
     if variant == "linear" and ref is not None:
-        linear = kl_coef * (ref - old).clamp(*clamp).exp()
+        linear = kl_coef * (ref - old).clamp(*bounds).exp()
     policy, ratio, dual = _surrogate(variant, new, d, adv, clip, dual_clip, seqs, kl_coef, linear)
     if is_weights is not None:
         policy = policy * select(keep, is_weights).to(new.dtype)
@@ -84,8 +85,9 @@ def ppo_loss(
     terms = policy if variant == "linear" else policy + kl_coef * kl
     bonus = torch.zeros_like(new) if entropy is None else select(keep, entropy).to(new.dtype)
     if entropy is not None:
-        coef = entropy_coef.to(new.dtype) if isinstance(entropy_coef, Tensor) else entropy_coef
-        terms = terms - coef * bonus
+        if isinstance(entropy_coef, Tensor):
+            entropy_coef = entropy_coef.to(new.dtype, copy=True)
+        terms = terms - entropy_coef * bonus
     loss, weights, own = reduce_loss(terms, seqs, reduction, denom)
 
     sums = {"loss": weights * terms, "policy_loss": weights * policy, "entropy": bonus}
@@ -119,24 +121,33 @@ def _surrogate(
 ) -> Surrogate:
     """The policy term of each token.
 
+    An advantage of 0 gives 0 beside a ratio that overflows, as the exact product would: the
+    exponent is selected, not the product, because inf·0 is NaN.
+
     clip: Schulman et al. 2017, eq. 7; dual clip: Ye et al. 2020, eq. 5; gspo: Zheng et al. 2025;
     cispo: MiniMax-M1 2025, eq. 4; penalty: Schulman et al. 2017, eq. 8.
     """
-    ratio, dual = d.exp(), torch.zeros_like(d, dtype=torch.bool)
-    if variant == "cispo":
-        return Surrogate(-ratio.clamp(*clip).detach() * adv * new, ratio, dual)
-    if variant == "penalty":
-        return Surrogate(-ratio * adv, ratio, dual)
-    if variant == "linear":
-        penalty = 0.0 if linear is None else (kl_coef * ratio - linear) * adv
-        return Surrogate(-(ratio * adv - penalty), ratio, dual)
-    log_ratio = d
+    log_ratio, zero = d, torch.zeros_like(d)
     if variant == "gspo":
         mean = seqs.sum(d.detach()) / seqs.tokens.clamp(min=1).to(d.dtype)
         # The sequence's ratio, differentiated through the token's own log-probability.
-        log_ratio = seqs.spread(mean) + d - d.detach()
-        ratio = log_ratio.exp()
-    plain, bounded = (-adv * r for r in (ratio.detach(), ratio.detach().clamp(*clip)))
+        # inf − inf is NaN: an infinite log-ratio has a value alone.
+        log_ratio = seqs.spread(mean) + torch.where(d.isinf(), zero, d - d.detach())
+    ratio, dual = log_ratio.exp(), torch.zeros_like(d, dtype=torch.bool)
+    idle = (adv == 0) & (ratio.detach() >= 0)  # NaN is not idle
+    if linear is not None:
+        idle = idle & ~linear.isnan()
+    log_ratio = torch.where(idle, zero, log_ratio)
+    acting = log_ratio.exp()
+    if variant == "cispo":
+        terms = -acting.clamp(*clip).detach() * adv * new
+        return Surrogate(torch.where(idle, zero, terms), ratio, dual)
+    if variant == "penalty":
+        return Surrogate(-acting * adv, ratio, dual)
+    if variant == "linear":
+        penalty = 0.0 if linear is None else (kl_coef * acting - linear) * adv
+        return Surrogate(torch.where(idle, zero, -(acting * adv - penalty)), ratio, dual)
+    plain, bounded = (-adv * r for r in (acting.detach(), acting.detach().clamp(*clip)))
     # At a tie the whole gradient passes, which is what maximum and clamp give together.
     cut = bounded > plain
     terms = torch.where(cut, bounded, plain)
@@ -145,7 +156,6 @@ def _surrogate(
         dual = (adv < 0) & (terms > cap)
         terms = torch.where(dual, cap, terms)
     cut = cut | dual
-    # The exponent is selected, not the product: a clipped ratio may be inf, and 0·inf is NaN.
     passing = torch.where(cut, log_ratio.detach(), log_ratio).exp()
     return Surrogate(torch.where(cut, terms, -adv * passing), ratio, dual)
 

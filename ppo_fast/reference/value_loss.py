@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast._results import Loss
-from ppo_fast.reference.common import Sequences, keep_of, reduce_loss, select, stats_of
+from ppo_fast.reference.common import Sequences, clamp, keep_of, reduce_loss, select, stats_of
 
 
 def value_loss(
@@ -32,7 +32,7 @@ def value_loss(
     active = torch.zeros_like(keep)
     terms = plain
     if clip is not None:
-        bounded = new.clamp(old - clip, old + clip)
+        bounded = clamp(new, old - clip, old + clip)
         clipped = (bounded - target) ** 2
         if form == "max":
             active = clipped > plain
@@ -40,6 +40,10 @@ def value_loss(
         else:
             active = (new > old + clip) | (new < old - clip)
             terms = clipped
+        # Comparisons pass over a NaN: one in the old value is put into value and slope.
+        unknown = ~(old - clip <= old + clip)
+        shown = torch.where(unknown, new, 0.0) * torch.where(unknown, float("nan"), 1.0)
+        terms = torch.where(unknown, shown, terms)
     loss, weights, own = reduce_loss(scale * terms, seqs, reduction, denom)
     ret, err = target.double(), target.double() - old.double()
     sums = {"vf_loss": weights * scale * terms, "vf_clip": active, "ret": ret, "ret_sq": ret * ret}
