@@ -94,10 +94,15 @@ class use_backend:
         _chosen.name = self.before
 
 
+def asked(backend: str | None) -> str | None:
+    """The backend that a call was asked to use by name, here or around it."""
+    return backend if backend is not None else _chosen.name
+
+
 def select(op: str, backend: str | None, x: Tensor) -> str:
     """The backend of this call, for a main tensor `x`."""
-    asked = backend if backend is not None else _chosen.name
-    name = _automatic(op, x) if asked is None else _named(op, asked)
+    named = asked(backend)
+    name = _automatic(op, x) if named is None else _named(op, named)
     if name == "cpu" and x.device.type != "cpu":
         raise ValueError(f"{op}: backend 'cpu' needs CPU tensors, got {x.device}")
     if name in ("triton", "cuda"):
@@ -134,7 +139,7 @@ def _automatic(op: str, x: Tensor) -> str:
         warnings.warn(
             f"ppo_fast runs on its slow PyTorch reference. {name}: {_REASONS[name]}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,  # past the public function and its `derivatives`
         )
     return "reference"
 

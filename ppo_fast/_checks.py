@@ -19,6 +19,7 @@ DEBUG = os.environ.get("PPO_FAST_DEBUG", "") == "1"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BYTES = (torch.bool, torch.uint8, torch.int8)
 _INTEGERS = (torch.int64, torch.int32)
+_FP32 = torch.finfo(torch.float32)
 
 
 def tensor(op: str, name: str, x: Any) -> Tensor:
@@ -161,10 +162,12 @@ def number(
     return float(value)
 
 
-def positive(op: str, name: str, value: Any) -> float:
-    """A finite number above 0."""
+def positive(op: str, name: str, value: Any, main: Tensor) -> float:
+    """A finite number above 0, in the precision that `main` is computed in."""
     if number(op, name, value, 0.0) == 0.0 or value == math.inf:
         raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
+    if main.dtype != torch.float64 and not _FP32.smallest_normal <= value <= _FP32.max:
+        raise ValueError(f"{op}: {name} must be positive and finite in float32, got {value}")
     return float(value)
 
 

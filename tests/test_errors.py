@@ -81,6 +81,7 @@ ROWS = [
     Row(PPO, both(kl_ratio_clip=-2.0, kl_estimator="k3+"), None, SHAPE, "kl_ratio_clip must be in .*got -2.0"),
     Row(PPO, "denom", 0.0, SHAPE, "denom must be positive and finite, got 0.0"),
     Row(PPO, "denom", -2.0, SHAPE, "denom must be .*got -2.0"),
+    Row(PPO, "denom", 1e-46, SHAPE, "denom must be positive and finite in float32, got 1e-46"),
     Row(PPO, "denom", torch.ones(1), SHAPE, r"denom must be a number or a 0-d tensor, got \(1,\)"),
     Row(PPO, "kl_coef", torch.ones(2), SHAPE, r"kl_coef must be a number or a 0-d tensor, got \(2,\)"),
     Row(PPO, "kl_coef", float("nan"), SHAPE, "kl_coef must be in .*got nan"),
@@ -104,6 +105,7 @@ ROWS = [
     Row(VALUE, "form", "unclipped", SHAPE, "form must be one of max, clipped, got 'unclipped'"),
     Row(VALUE, "scale", -1.0, SHAPE, "scale must be in .*got -1.0"),
     Row(VALUE, "denom", 0, SHAPE, "denom must be positive and finite, got 0"),
+    Row(VALUE, "denom", 1e39, SHAPE, r"denom must be positive and finite in float32, got 1e\+39"),
     # gae
     Row(GAE, cut("values"), None, SHAPE, r"^gae: values must have shape \(B, T\) = \(4, 9\), got \(4, 8\)$"),
     Row(GAE, "rewards", torch.ones(9), SHAPE, r"cu_seqlens must be given for flat rewards \(9,\)"),

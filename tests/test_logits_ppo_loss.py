@@ -132,16 +132,20 @@ def test_micro_batches_with_one_denom_are_the_batch(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["clip", "gspo"])
-@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_inplace(kernel: str, device: str, dtype: torch.dtype, variant: str) -> None:
-    """The gradient lies over the logits; a second backward through them raises."""
+    """The gradient lies over the logits; a second backward through them raises.
+
+    gspo and fp16 form it in the backward, and leave the logits alone until then.
+    """
     call = logits_ppo_call((2, 3), device=device, dtype=dtype, variant=variant)
     want = run(call, kernel)
     base = call.tensors["logits"].clone().requires_grad_()
     logits = base * 1.0
     before, args = logits._version, call.replace(logits=logits).tensors
     out = ppo_fast.logits_ppo_loss(**args, **call.options, inplace=True, backend=kernel)
-    assert logits._version > before
+    late = variant == "gspo" or dtype == torch.float16
+    assert logits._version == before if late else logits._version > before
     assert all(same_bits(x.detach(), want[k]) for k, x in testing.output(out).items())
     out.loss.backward(call.cotangents["loss"], retain_graph=True)
     assert same_bits(base.grad, want["grad_logits"])

@@ -33,6 +33,13 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def saveable(*constants: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Constants as autograd can save them: those that inference mode made are copied."""
+    if torch.compiler.is_compiling():  # it knows no inference mode
+        return constants
+    return tuple(x.clone() if x is not None and x.is_inference() else x for x in constants)
+
+
 def n_grads(*inputs: Tensor | None) -> int:
     """How many of the inputs, from the first, need a gradient: up to the last that requires it."""
     if not torch.is_grad_enabled():

@@ -9,6 +9,7 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Advantages, Moments
 from ppo_fast._schema import HANDLES, MASKED
+from ppo_fast.ops.forward_mode import derivatives
 
 _OP = "gae"
 
@@ -21,6 +22,7 @@ class _Lambda(NamedTuple):
     per_step: int
 
 
+@derivatives()
 def gae(
     rewards: Tensor,
     values: Tensor,

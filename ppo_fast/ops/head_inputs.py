@@ -68,7 +68,7 @@ def check_head(
     mask = _checks.flags(op, "mask", mask, shape, device)
     scalar, per_token = check_temperature(op, temperature, hidden)
     check_ignore_index(op, ignore_index)
-    cap = None if softcap is None else _checks.positive(op, "softcap", softcap)
+    cap = None if softcap is None else _checks.positive(op, "softcap", softcap, hidden)
     name = _backend.select(op, backend, hidden)
     shard = shard_of(op, "weight", process_group, weight, 0, name)
     keep = tokens != ignore_index

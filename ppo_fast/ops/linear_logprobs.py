@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ppo_fast import reference
 from ppo_fast._results import TokenLogProbs
-from ppo_fast.ops.backward import n_grads, once_differentiable
-from ppo_fast.ops.head import Head, live_rows
+from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
+from ppo_fast.ops.forward_mode import derivatives
+from ppo_fast.ops.head import Head, Rows, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, check_head
 from ppo_fast.ops.shards import Softmax
 
@@ -48,7 +49,8 @@ class _LinearLogProbs(torch.autograd.Function):
         with given.exact():
             head = Head(hidden, weight, bias, given.rows, given.options)
             part = all_rows(head)
-        ctx.save_for_backward(hidden, weight, bias, *part)
+        # The rows too: one that is changed in place before the backward raises there.
+        ctx.save_for_backward(*part, *saveable(hidden, weight, bias, *given.rows[:4]))
         ctx.given = given
         ctx.set_materialize_grads(False)
         return given.rows.spread(part.logprobs), given.rows.spread(part.entropy)
@@ -58,19 +60,20 @@ class _LinearLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None
-        hidden, weight, bias, *part = ctx.saved_tensors
+        *part, hidden, weight, bias, places, tokens, keep, heat = ctx.saved_tensors
         given: HeadInputs = ctx.given
-        numbers = Softmax(*part)
+        numbers, rows = Softmax(*part), Rows(places, tokens, keep, heat, given.rows.n)
         zero = torch.zeros_like(numbers.logprobs)
-        g = zero if grad_logprobs is None else given.rows.pick(grad_logprobs)
-        h = zero if grad_entropy is None else given.rows.pick(grad_entropy)
+        g = zero if grad_logprobs is None else rows.pick(grad_logprobs)
+        h = zero if grad_entropy is None else rows.pick(grad_entropy)
         with given.exact():
-            head = Head(hidden, weight, bias, given.rows, given.options)
+            head = Head(hidden, weight, bias, rows, given.options)
             head.want(*ctx.needs_input_grad[:3])
             accumulate(head, numbers, g, h)
         return *head.gradients(), None
 
 
+@derivatives("hidden", "weight", "bias")
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -116,11 +119,16 @@ def linear_token_logprobs(
     shape = tokens.shape
     if given.options.backend == "reference":
         return reference.linear_token_logprobs(**given.plain())
+    logprobs, entropy = score(given)
+    return TokenLogProbs(logprobs.view(shape), entropy.view(shape))
+
+
+def score(given: HeadInputs) -> tuple[Tensor, Tensor]:
+    """(N,) log-probabilities and entropies, differentiable where the head is."""
     args = (given.hidden, given.weight, given.bias)
     if n_grads(*args):
-        logprobs, entropy = _LinearLogProbs.apply(*args, given)
-    else:
-        with given.exact():
-            part = all_rows(Head(*args, given.rows, given.options))
-        logprobs, entropy = given.rows.spread(part.logprobs), given.rows.spread(part.entropy)
-    return TokenLogProbs(logprobs.view(shape), entropy.view(shape))
+        out: tuple[Tensor, Tensor] = _LinearLogProbs.apply(*args, given)
+        return out
+    with given.exact():
+        part = all_rows(Head(*args, given.rows, given.options))
+    return given.rows.spread(part.logprobs), given.rows.spread(part.entropy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,14 +12,35 @@ from ppo_fast import _checks, reference
 from ppo_fast._results import HeadLoss, Moments, Stats
 from ppo_fast._schema import HANDLES
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
+from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import NOTHING_IGNORED, Head, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, check_head
-from ppo_fast.ops.linear_logprobs import accumulate, all_rows
+from ppo_fast.ops.linear_logprobs import score
 from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions
 from ppo_fast.ops.policy import Policy, check_policy
+from ppo_fast.ops.ppo_loss import loss_and_stats
 from ppo_fast.ops.shards import Softmax
 
 _OP = "linear_ppo_loss"
+
+
+class _Tokens(NamedTuple):
+    """The tokens of a loss, and those that count in its D: also what `row_index` leaves out."""
+
+    mask: Tensor
+    counted: Tensor
+
+    @classmethod
+    def of(cls, given: HeadInputs) -> _Tokens:
+        """Both of a call's arguments, bool in the tokens' shape."""
+        counted = _all_true(given.tokens) if given.keep is None else given.keep
+        rows = reference.linear_logprobs.rows_of(given.tokens, counted, given.row_index)
+        return cls(rows, counted)
+
+    def divided(self, given: HeadInputs, policy: Policy, n_grads: int) -> Policy:
+        """The loss with its D, where the mask alone would give another."""
+        denom = None if given.row_index is None else policy.denom(self.counted)
+        return policy.replace(n_grads=n_grads, denom=denom)
 
 
 class _Loss:
@@ -27,12 +48,9 @@ class _Loss:
 
     def __init__(self, head: Head, given: HeadInputs, policy: Policy) -> None:
         self.head, self.given = head, given
-        counted = _all_true(given.tokens) if given.keep is None else given.keep
-        self.mask = reference.linear_logprobs.rows_of(given.tokens, counted, given.row_index)
-        # Rows that row_index leaves out count in D all the same.
-        denom = None if given.row_index is None else policy.denom(counted)
-        self.policy = policy.replace(n_grads=0, denom=denom)
-        self.weights = given.rows.pick(policy.weights(self.mask, counted))
+        tokens = _Tokens.of(given)
+        self.mask, self.policy = tokens.mask, tokens.divided(given, policy, 0)
+        self.weights = given.rows.pick(policy.weights(*tokens))
         flat, rows = policy.per_token(), given.rows
         self.tokens = flat._replace(
             old_logprobs=rows.pick_some(flat.old_logprobs),
@@ -41,13 +59,14 @@ class _Loss:
             ref_logprobs=rows.pick_some(flat.ref_logprobs),
         )  # fmt: skip
 
-    def total(self, *scores: Tensor, n: int = 0) -> tuple[Tensor, ...]:
-        """(loss, stats, scale, grads, logprobs, entropy) over all tokens, from the rows' two."""
+    def total(self, *scores: Tensor) -> tuple[Tensor, ...]:
+        """(loss, stats, logprobs, entropy) over all tokens, from the rows' two."""
         shape, rows = self.given.tokens.shape, self.given.rows
         logprobs, entropy = (rows.spread(x).view(shape) for x in scores)
-        policy = self.policy.replace(n_grads=n)
-        result = policy.call(self.given.options.backend, logprobs, self.mask, entropy)
-        return *result, logprobs, entropy
+        loss, stats, *_ = self.policy.call(
+            self.given.options.backend, logprobs, self.mask, entropy
+        )
+        return loss, stats, logprobs, entropy
 
     def chunk(self, at: slice) -> Policy:
         """The loss of a chunk's tokens."""
@@ -102,13 +121,21 @@ class _Loss:
             logprobs[at], entropy[at] = step(head.logits(x), x, at)
         return logprobs, entropy
 
-    def two_passes(self) -> tuple[Tensor, Tensor]:
-        """gspo: a token's slope needs its whole sequence, so the logits are formed again."""
-        part = all_rows(self.head)
-        _, _, scale, grads, *_ = self.total(*part[:2], n=2)
-        g, h = (self.given.rows.pick(grad) for grad in grads * scale)
-        accumulate(self.head, part, g, h)
-        return part.logprobs, part.entropy
+
+def two_passes(given: HeadInputs, policy: Policy, grads: int) -> tuple[Tensor, ...]:
+    """(loss, stats, logprobs, entropy) by both ops in turn: a backward forms the logits again.
+
+    For gspo, where a token's slope needs its whole sequence first, and for fp16, whose gradients
+    must not be rounded before they are multiplied by the incoming one, a loss scale mostly.
+    Without gradients (`grads` 0) there is one pass.
+    """
+    tokens = _Tokens.of(given)
+    logprobs, entropy = (x.view(given.tokens.shape) for x in score(given))
+    loss, stats = loss_and_stats(
+        logprobs, entropy, tokens.mask, tokens.divided(given, policy, grads), grads,
+        given.options.backend,
+    )  # fmt: skip
+    return loss, stats, logprobs.detach(), entropy.detach()
 
 
 def _all_true(tokens: Tensor) -> Tensor:
@@ -135,8 +162,7 @@ class _LinearPPOLoss(torch.autograd.Function):
             head = Head(hidden, weight, bias, given.rows, given.options)
             head.want(*ctx.needs_input_grad[:3])
             call = _Loss(head, given, policy)
-            scores = call.two_passes() if policy.options.variant == "gspo" else call.one_pass()
-            loss, stats, _, _, logprobs, entropy = call.total(*scores)
+            loss, stats, logprobs, entropy = call.total(*call.one_pass())
         ctx.save_for_backward(*head.gradients())
         ctx.mark_non_differentiable(stats, logprobs, entropy)
         ctx.set_materialize_grads(False)
@@ -152,6 +178,7 @@ class _LinearPPOLoss(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
+@derivatives("hidden", "weight", "bias")
 def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -188,7 +215,9 @@ def linear_ppo_loss(
 
     The gradients by hidden, weight and bias are formed in the forward pass, a chunk of rows at a
     time; the backward scales them. Rows without a gradient (masked, clipped, advantage 0 with no
-    other term) take no part in the gradients' products on a CPU. "gspo" forms the logits twice.
+    other term) take no part in the gradients' products on a CPU. "gspo" and fp16 form the logits
+    twice and the gradients in the backward: in fp16 a loss scale (`torch.amp.GradScaler`) must
+    reach them before they are rounded.
 
     Args:
         hidden, weight, bias, tokens, temperature, softcap, ignore_index, row_index,
@@ -225,12 +254,9 @@ def linear_ppo_loss(
             old_logprobs=policy.old_logprobs, advantages=policy.advantages, **given.plain(),
             **policy.plain(_OP),
         )  # fmt: skip
-    if n_grads(*args):
+    grads = 2 if n_grads(*args) else 0
+    if grads and variant != "gspo" and given.weight.dtype != torch.float16:
         loss, stats, logprobs, entropy = _LinearPPOLoss.apply(*args, given, policy)
     else:
-        with given.exact():
-            head = Head(*args, given.rows, given.options)
-            loss, stats, _, _, logprobs, entropy = _Loss(head, given, policy).total(
-                *all_rows(head)[:2]
-            )
+        loss, stats, logprobs, entropy = two_passes(given, policy, grads)
     return HeadLoss(loss, Stats(stats), logprobs, entropy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,62 +11,46 @@ from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import HeadLoss, Moments, Stats
 from ppo_fast._schema import HANDLES
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled, scaled_
-from ppo_fast.ops.logprobs import check_ignore_index, check_logits, check_temperature
+from ppo_fast.ops.forward_mode import derivatives
+from ppo_fast.ops.logprobs import (
+    Scoring,
+    check_ignore_index,
+    check_logits,
+    check_temperature,
+    score,
+)
 from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions
 from ppo_fast.ops.policy import Policy, check_policy
+from ppo_fast.ops.ppo_loss import loss_and_stats
 
 _OP = "logits_ppo_loss"
 
 
-class Scoring(NamedTuple):
-    """The checked arguments of the log-probabilities; `keep` is bool, ignored tokens left out."""
-
-    tokens: Tensor
-    keep: Tensor
-    heat: Tensor | None
-    codes: list[int]
-    params: list[float]
-
-
 def one_pass(
-    logits: Tensor, scoring: Scoring, policy: Policy, backend: str, inplace: bool
+    logits: Tensor, scoring: Scoring, policy: Policy, inplace: bool
 ) -> tuple[Tensor, ...]:
     """(loss, stats, logprobs, entropy, gradient): the kernel reads each row from memory once."""
     variant, estimator, straight, *_ = policy.packed.codes
+    backend = scoring.backend
+    keep: Any = scoring.mask  # never None here: ignored tokens are left out
     results = HANDLES["logits_ppo_loss_" if inplace else "logits_ppo_loss"][backend](
-        logits, scoring.tokens, scoring.keep, scoring.heat, policy.old_logprobs,
+        logits, scoring.tokens, keep, scoring.heat, policy.old_logprobs,
         policy.advantages, policy.is_weights, policy.moments, policy.ref_logprobs,
-        policy.weights(scoring.keep, scoring.keep), policy.packed.entropy_coef,
+        policy.weights(keep, keep), policy.packed.entropy_coef,
         policy.packed.kl_coef, [*scoring.codes, variant, estimator, straight],
         [*scoring.params, *policy.packed.params[:-1]],
     )  # fmt: skip
     logprobs, entropy = results[:2]
-    loss, stats, *_ = policy.call(backend, logprobs, scoring.keep, entropy)
+    loss, stats, *_ = policy.call(backend, logprobs, keep, entropy)
     return loss, stats, logprobs, entropy, logits if inplace else results[2]
-
-
-def two_passes(
-    logits: Tensor, scoring: Scoring, policy: Policy, backend: str, inplace: bool
-) -> tuple[Tensor, ...]:
-    """The same for gspo, where a token's slope needs its whole sequence first."""
-    logprobs, entropy, *rest = HANDLES["logprobs_fwd"][backend](logits, *scoring)
-    full = policy.replace(n_grads=2)
-    loss, stats, scale, grads = full.call(backend, logprobs, scoring.keep, entropy)
-    tokens, keep, heat, codes, params = scoring
-    args = (*(grads * scale), logits, tokens, keep, heat, entropy, *rest, codes, params)
-    written = HANDLES["logprobs_bwd_" if inplace else "logprobs_bwd"][backend](*args)
-    return loss, stats, logprobs, entropy, logits if inplace else written
 
 
 class _LogitsPPOLoss(torch.autograd.Function):
     """Saves the logits' gradient; where it lies over the logits, a second backward raises."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, scoring: Scoring, policy: Policy, backend: str, inplace: bool
-    ) -> Any:
-        how = two_passes if policy.options.variant == "gspo" else one_pass
-        loss, stats, logprobs, entropy, dlogits = how(logits, scoring, policy, backend, inplace)
+    def forward(ctx: Any, logits: Tensor, scoring: Scoring, policy: Policy, inplace: bool) -> Any:
+        loss, stats, logprobs, entropy, dlogits = one_pass(logits, scoring, policy, inplace)
         if inplace:
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(dlogits)
@@ -79,15 +63,32 @@ class _LogitsPPOLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
-            return None, None, None, None, None
+            return None, None, None, None
         (dlogits,) = ctx.saved_tensors
         if not ctx.inplace:
-            return scaled(dlogits, grad), None, None, None, None
+            return scaled(dlogits, grad), None, None, None
         # A second backward would scale what is scaled already: the version's bump makes it raise.
         torch.autograd.graph.increment_version(dlogits)
-        return scaled_(dlogits.detach(), grad), None, None, None, None
+        return scaled_(dlogits.detach(), grad), None, None, None
 
 
+def two_passes(
+    logits: Tensor, scoring: Scoring, policy: Policy, grads: int, inplace: bool
+) -> tuple[Tensor, ...]:
+    """(loss, stats, logprobs, entropy) by both ops in turn: a backward reads the logits again.
+
+    For gspo, where a token's slope needs its whole sequence first, and for fp16, whose gradient
+    must not be rounded before it is multiplied by the incoming one, a loss scale mostly.
+    Without a gradient (`grads` 0) there is one pass.
+    """
+    logprobs, entropy = score(logits, scoring, inplace)
+    loss, stats = loss_and_stats(
+        logprobs, entropy, scoring.mask, policy.replace(n_grads=grads), grads, scoring.backend
+    )
+    return loss, stats, logprobs.detach(), entropy.detach()
+
+
+@derivatives("logits")
 def logits_ppo_loss(
     logits: Tensor,
     tokens: Tensor,
@@ -122,6 +123,8 @@ def logits_ppo_loss(
         logits: `(B, T, V)` or `(N, V)`, as in `token_logprobs`; differentiable.
         inplace: write the gradient over the logits, which nothing else may use; their version is
             bumped, so a second backward raises. Without a gradient to form, nothing is written.
+            "gspo" and fp16 read the logits twice and form the gradient in the backward: in fp16 a
+            loss scale (`torch.amp.GradScaler`) must reach it before it is rounded.
         tokens, temperature, ignore_index: as in `token_logprobs`. Ignored tokens are masked.
         old_logprobs, advantages, mask and the options of the loss: as in `ppo_loss`.
 
@@ -159,11 +162,10 @@ def logits_ppo_loss(
             logits, tokens, policy.old_logprobs, policy.advantages, keep,
             temperature=scalar if per_token is None else per_token, **policy.plain(_OP),
         )  # fmt: skip
-    scoring = Scoring(tokens, keep, per_token, [ignore_index], [scalar])
-    if n_grads(logits):
-        out = _LogitsPPOLoss.apply(logits, scoring, policy, name, inplace)
-        loss, stats, logprobs, entropy = out
+    scoring = Scoring(tokens, keep, per_token, [ignore_index], [scalar], None, name)
+    grads = 2 if n_grads(logits) else 0
+    if grads and variant != "gspo" and logits.dtype != torch.float16:
+        loss, stats, logprobs, entropy = _LogitsPPOLoss.apply(logits, scoring, policy, inplace)
     else:
-        logprobs, entropy, *_ = HANDLES["logprobs_fwd"][name](logits, *scoring)
-        loss, stats, *_ = policy.call(name, logprobs, keep, entropy)
+        loss, stats, logprobs, entropy = two_passes(logits, scoring, policy, grads, inplace)
     return HeadLoss(loss, Stats(stats), logprobs, entropy)

@@ -11,7 +11,8 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import TokenLogProbs
 from ppo_fast._schema import HANDLES, compute_dtype
-from ppo_fast.ops.backward import once_differentiable
+from ppo_fast.ops.backward import once_differentiable, saveable
+from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.shards import Shard, Softmax, shard_of
 
 _OP = "token_logprobs"
@@ -47,7 +48,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, scoring: Scoring, inplace: bool) -> Any:
         part = _softmax(logits, scoring)
-        ctx.save_for_backward(logits, *scoring[:3], *part)
+        ctx.save_for_backward(logits, *saveable(*scoring[:3]), *part)
         ctx.scoring, ctx.inplace = scoring, inplace
         ctx.set_materialize_grads(False)
         return part.logprobs, part.entropy
@@ -81,6 +82,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return dlogits, None, None
 
 
+@derivatives("logits")
 def token_logprobs(
     logits: Tensor,
     tokens: Tensor,
@@ -142,9 +144,15 @@ def token_logprobs(
             logits, tokens, temperature=heat, mask=mask, ignore_index=ignore_index
         )
     scoring = Scoring(tokens, mask, per_token, [ignore_index], [scalar], shard, name)
+    return TokenLogProbs(*score(logits, scoring, inplace_backward))
+
+
+def score(logits: Tensor, scoring: Scoring, inplace_backward: bool) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of checked arguments, differentiable where the logits are."""
     if torch.is_grad_enabled() and logits.requires_grad:
-        return TokenLogProbs(*_TokenLogProbs.apply(logits, scoring, inplace_backward))
-    return TokenLogProbs(*_softmax(logits, scoring)[:2])
+        out: tuple[Tensor, Tensor] = _TokenLogProbs.apply(logits, scoring, inplace_backward)
+        return out
+    return _softmax(logits, scoring)[:2]
 
 
 def check_logits(op: str, logits: Tensor) -> None:
@@ -160,15 +168,17 @@ def check_logits(op: str, logits: Tensor) -> None:
 
 
 def check_ignore_index(op: str, ignore_index: Any) -> None:
-    """An int, or TypeError."""
+    """An int that fits in 64 bits, or TypeError or ValueError."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"{op}: ignore_index must fit in 64 bits, got {ignore_index}")
 
 
 def check_temperature(op: str, temperature: Any, main: Tensor) -> tuple[float, Tensor | None]:
     """The number and None, or 1 and the tensor for every token; `main` is `(..., V or H)`."""
     if not isinstance(temperature, Tensor):
-        return _checks.positive(op, "temperature", temperature), None
+        return _checks.positive(op, "temperature", temperature, main), None
     _checks.floating(op, "temperature", temperature)
     shape = main.shape[:-1]
     if temperature.device != main.device:

@@ -54,7 +54,7 @@ class PPOOptions(NamedTuple):
         number, device = _checks.number, main.device
         entropy, entropy_t = _checks.coefficient(op, "entropy_coef", self.entropy_coef, device)
         kl, kl_t = _checks.coefficient(op, "kl_coef", self.kl_coef, device)
-        denom, denom_t = pack_denom(op, self.denom, device)
+        denom, denom_t = pack_denom(op, self.denom, main)
         codes = [
             _checks.choice(op, "variant", self.variant, VARIANTS),
             *pack_estimator(op, self.kl_estimator),
@@ -132,15 +132,15 @@ def pack_estimator(op: str, estimator: Any) -> tuple[int, int]:
     return ESTIMATORS.index(name), int(name != estimator)
 
 
-def pack_denom(op: str, denom: Coefficient | None, device: Any) -> tuple[float, Tensor | None]:
+def pack_denom(op: str, denom: Coefficient | None, main: Tensor) -> tuple[float, Tensor | None]:
     """The divisor that replaces D: a positive number or a 0-d tensor; 0 stands for absent."""
     if denom is None:
         return 0.0, None
-    value, on_device = _checks.coefficient(op, "denom", denom, device)
+    value, on_device = _checks.coefficient(op, "denom", denom, main.device)
     return (
         (value, on_device)
         if on_device is not None
-        else (_checks.positive(op, "denom", value), None)
+        else (_checks.positive(op, "denom", value, main), None)
     )
 
 

@@ -77,10 +77,10 @@ class Policy(NamedTuple):
 
 
 def _over(w: Tensor, denom: Tensor) -> Tensor:
-    """w / D, and 0 without a positive D."""
-    some = denom > 0
-    safe = torch.where(some, denom, torch.ones_like(denom)).to(torch.float64)
-    return torch.where(some, w / safe, torch.zeros_like(w)).to(w.dtype)
+    """w / D, and 0 where D is not positive; a NaN passes."""
+    nothing = denom <= 0
+    safe = torch.where(nothing, torch.ones_like(denom), denom).to(torch.float64)
+    return torch.where(nothing, torch.zeros_like(w), w / safe).to(w.dtype)
 
 
 def check_policy(

@@ -10,6 +10,7 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Loss, Moments, Stats
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
+from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions
 from ppo_fast.ops.policy import Policy, check_policy
 
@@ -46,6 +47,7 @@ class _PPOLoss(torch.autograd.Function):
         return *by, None, None, None
 
 
+@derivatives("logprobs", "entropy")
 def ppo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
@@ -125,8 +127,21 @@ def ppo_loss(
             logprobs, policy.old_logprobs, policy.advantages, mask, entropy=entropy,
             **policy.plain(_OP),
         )  # fmt: skip
-    if grads:
-        loss, stats = _PPOLoss.apply(logprobs, entropy, mask, policy, name)
-    else:
-        loss, stats, *_ = policy.call(name, logprobs, mask, entropy)
+    loss, stats = loss_and_stats(logprobs, entropy, mask, policy, grads, name)
     return Loss(loss, Stats(stats))
+
+
+def loss_and_stats(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    mask: Tensor | None,
+    policy: Policy,
+    grads: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss of checked arguments, with the `grads` gradients that `policy` was packed for."""
+    if grads:
+        out: tuple[Tensor, Tensor] = _PPOLoss.apply(logprobs, entropy, mask, policy, backend)
+        return out
+    loss, stats, *_ = policy.call(backend, logprobs, mask, entropy)
+    return loss, stats

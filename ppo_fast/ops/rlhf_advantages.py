@@ -10,12 +10,14 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Moments, RLHFAdvantages
 from ppo_fast._schema import HANDLES, MASKED, SCORE_AT
+from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.gae import n_sequences
 from ppo_fast.ops.options import Coefficient, detached, pack_estimator
 
 _OP = "rlhf_advantages"
 
 
+@derivatives()
 def rlhf_advantages(
     scores: Tensor,
     logprobs: Tensor,

@@ -11,6 +11,7 @@ from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Loss, Stats
 from ppo_fast._schema import FORMS, HANDLES
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
+from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.options import Coefficient, detached, pack_denom, pack_reduction
 
 _OP = "value_loss"
@@ -36,6 +37,7 @@ class _ValueLoss(torch.autograd.Function):
         return scaled(grads[0], grad * scale), None, None
 
 
+@derivatives("values")
 def value_loss(
     values: Tensor,
     old_values: Tensor | None,
@@ -77,7 +79,7 @@ def value_loss(
     if (old_values is None) != (clip is None):
         got = "None" if old_values is None else "a tensor"
         raise ValueError(f"{_OP}: old_values must be None if and only if clip is, got {got}")
-    divisor, divisor_t = pack_denom(_OP, denom, values.device)
+    divisor, divisor_t = pack_denom(_OP, denom, values)
     grads = n_grads(values)
     codes = [
         0 if clip is None else form_code,

@@ -8,11 +8,13 @@ from torch import Tensor
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Moments
 from ppo_fast._schema import HANDLES
+from ppo_fast.ops.forward_mode import derivatives
 
 _OP = "whiten"
 _EPS_AT = ("var", "std")
 
 
+@derivatives()
 def whiten(
     x: Tensor,
     mask: Tensor | None = None,
