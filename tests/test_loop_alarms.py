@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,73 @@ def test_missing_numbers_are_left_out() -> None:
     every = dict.fromkeys(range(8), "reward returned None")
     bare = [{"update": i, "reward": math.nan, "dropped": every, "batch": 8} for i in range(6)]
     assert seen(bare) == [(4, "samples dropped")]
+
+
+@pytest.mark.parametrize("first", [math.nan, None])
+def test_a_start_without_numbers_silences_no_alarm(first: float | None) -> None:
+    def late(i: int, value: float) -> float | None:
+        return first if i < 7 else value
+
+    records = log(60, reward=lambda i: late(i, i / 20 if i < 40 else 0.5))
+    assert seen(records) == [(42, "reward collapses")]
+    records = log(44, entropy=lambda i: late(i, 3.0 * 0.9**i))
+    found = [(u, name) for u, name in seen(records) if name != "numbers not finite"]
+    assert found == [(31, "entropy collapses")]
+
+
+def test_noise_is_seen_between_updates_without_a_reward() -> None:
+    noise = np.random.default_rng(1).normal(size=400)
+    records = log(400, reward=lambda i: None if i % 2 else float(noise[i]), kl=0.5)
+    assert seen(records) == []
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf, None])
+def test_a_number_that_is_not_finite_is_an_alarm(lost: float | None) -> None:
+    (alarm,) = alarms(History(log(30, kl=lambda i: lost if i >= 20 else 1.0)))
+    assert (alarm.update, alarm.name) == (20, "numbers not finite")
+    assert alarm.text.startswith("numbers not finite: kl. Other alarms leave these out.")
+    records = log(30)
+    records[8] |= {"entropy": lost, "clip_frac": lost}
+    assert seen(records) == [(8, "numbers not finite")]
+
+
+def test_one_number_that_is_not_finite_silences_no_other_alarm() -> None:
+    records = log(44, kl=lambda i: math.nan if i == 3 else float(i))
+    assert seen(records) == [(3, "numbers not finite"), (35, "KL runs away")]
+
+
+def test_alarms_of_rewards_do_not_hang_on_their_scale() -> None:
+    random = np.random.default_rng(3)
+    rewards = np.concatenate([np.arange(40.0), np.full(40, 5.0)]) + random.normal(size=80)
+    whole = seen(log(80, reward=lambda i: float(rewards[i]), kl=0.5))
+    assert [name for _, name in whole] == ["reward collapses"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scale in (2.0**-900, 2.0**-600, 2.0**600, 2.0**1000, 2.0**1018):
+            assert seen(log(80, reward=lambda i, s=scale: float(rewards[i] * s), kl=0.5)) == whole
+        noise = random.choice([-1e308, 1e308], size=400)
+        assert seen(log(400, reward=lambda i: float(noise[i]), kl=0.5)) == []
+
+
+def test_no_count_is_divided_by_zero() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert seen(log(40, n_seqs=0.0, n_tokens=0.0, batch=0, kl=1e3)) == []
+        some = log(40, n_seqs=lambda i: float(i % 2), n_tokens=16.0, kl=48.0)
+        assert seen(some) == [(4, "KL runs away")]
+        assert seen(log(30, kl=1e308, n_tokens=8.0)) == [(4, "KL runs away")]
+
+
+def test_rolling_mean_of_large_numbers() -> None:
+    largest = np.finfo(float).max
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for n in (1, 3, 5, 20):
+            full = rolling(np.full(30, largest), n)[n - 1 :]
+            assert np.isfinite(full).all() and full == pytest.approx(largest, rel=1e-15)
+            assert rolling(np.full(30, -1e308), n)[-1] == pytest.approx(-1e308, rel=1e-15)
+        signs = np.where(np.arange(12) % 2, -1e308, 1e308)
+        np.testing.assert_allclose(rolling(signs, 4)[3:], 0.0, atol=1e292)
 
 
 def test_rolling_mean_against_its_spelling() -> None:

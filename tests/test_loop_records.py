@@ -16,6 +16,7 @@ from loop_helpers import trainer
 from rich.console import Console
 
 import ppo_fast
+from ppo_fast.loop.fields import FieldError
 from ppo_fast.loop.history import NUMBERS, History
 from ppo_fast.loop.progress import shown, summary
 from ppo_fast.loop.tensorboard import TAGS
@@ -120,6 +121,31 @@ def test_history_has_the_numbers_that_are_there() -> None:
     assert np.isnan(history.column("kl")).all() and np.isnan(history.column("batch")[0])
     assert history.column("dropped").tolist() == [2.0, 0.0]
     assert history.fault(0) == history.fault(1) == "nan"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"reward": "0.5"}, "reward must be a number or null, got '0.5'"),
+        ({"kl": [1.0]}, r"kl must be a number or null, got \[1.0\]"),
+        ({"batch": True}, "batch must be a number or null, got True"),
+        ({"dropped": [1]}, r"dropped must be an object, got \[1\]"),
+        ({"dropped": {"0": None}}, r"dropped\['0'\] must be a text, got None"),
+    ],
+)
+def test_history_takes_nothing_that_is_no_number(changes: dict, says: str) -> None:
+    history = History([{"update": 0, "reward": 0.5}])
+    with pytest.raises(FieldError, match=says):
+        history.append({"update": 1, "reward": 0.5} | changes)
+    assert {len(history.column(name)) for name in (*NUMBERS, "dropped")} == {1}
+    assert history.lost == {}
+
+
+def test_history_knows_numbers_lost_from_numbers_lacking() -> None:
+    history = History([{"update": 0, "reward": None}, {"update": 1, "kl": None, "entropy": 1e3}])
+    history.append({"update": 2, "kl": math.inf, "entropy": 10**400, "batch": 8})
+    assert history.lost == {1: "kl", 2: "kl, entropy"}
+    assert np.isnan(history.column("kl")).all() and np.isnan(history.column("entropy")[2])
 
 
 def test_memory_grows_by_numbers_alone() -> None:

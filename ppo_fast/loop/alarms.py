@@ -24,6 +24,10 @@ _CRITIC_UPDATES, _CRITIC_WINDOW, _EXPLAINED = 40, 20, 0.01
 _ENTROPY_LEFT = 0.1
 _GAP = 0.05
 _DROPPED = 0.25
+# Sums and differences are of numbers this much smaller, so that they stay finite. It is a power of
+# two, which changes no digit of what is larger than 1e-296.
+_SCALE = 2.0**-40
+_MAX = np.finfo(np.float64).max
 
 
 class Alarm(NamedTuple):
@@ -60,9 +64,27 @@ def rolling(values: Array, n: int) -> Array:
         windows = np.lib.stride_tricks.sliding_window_view(values, n)
         kept = np.isfinite(windows)
         count = kept.sum(1)
-        total = np.where(kept, windows, 0.0).sum(1)
+        total = np.where(kept, windows * _SCALE, 0.0).sum(1)
         np.divide(total, count, out=mean[n - 1 :], where=count > 0)
-    return mean
+    return _bounded(lambda: mean / _SCALE)
+
+
+def _bounded(formula: Callable[[], Array]) -> Array:
+    """What a formula of finite numbers and NaN gives, the largest float where it overflows."""
+    with np.errstate(over="ignore"):
+        return np.clip(formula(), -_MAX, _MAX)
+
+
+def _ratio(above: Array, below: Array) -> Array:
+    """Quotient of two columns; NaN where there is nothing to divide by."""
+    some = np.where(below > 0, below, np.nan)
+    return _bounded(lambda: above / some)
+
+
+def _first(mean: Array) -> float:
+    """The first number that is there; NaN if none is. At each update before it nothing is."""
+    found = mean[np.isfinite(mean)]
+    return float(found[0]) if len(found) else np.nan
 
 
 def _lagged(values: Array, n: int) -> Array:
@@ -70,11 +92,12 @@ def _lagged(values: Array, n: int) -> Array:
 
 
 def _kl(history: History) -> _Seen:
-    tokens = history.column("n_tokens") / history.column("n_seqs")
-    per_token = rolling(history.column("kl") / tokens, _WINDOW)
+    tokens = _ratio(history.column("n_tokens"), history.column("n_seqs"))
+    per_token = rolling(_ratio(history.column("kl"), tokens), _WINDOW)
     reward = rolling(history.column("reward"), _WINDOW)
     before, reward_before = _lagged(per_token, 10), _lagged(reward, 10)
-    rising = (before > _KL_FROM) & (per_token > _KL_TIMES * before) & (reward <= reward_before)
+    limit = _bounded(lambda: _KL_TIMES * before)
+    rising = (before > _KL_FROM) & (per_token > limit) & (reward <= reward_before)
 
     def says(i: int) -> str:
         seen = f"{per_token[i]:.2f} nats a token from the reference"
@@ -112,16 +135,18 @@ def _reward(history: History) -> _Seen:
     """Half of what was gained is lost again, and more than five standard errors of noise."""
     rewards = history.column("reward")
     mean = rolling(rewards, _WINDOW)
-    start = mean[_WINDOW - 1] if len(mean) >= _WINDOW else np.nan
     best = np.fmax.accumulate(mean) if len(mean) else mean
-    squares = np.concatenate([[0.0], np.diff(rewards) ** 2])[: len(rewards)]
-    kept = np.isfinite(squares)
-    count = np.maximum(np.cumsum(kept) - 1, 1)
-    # Differences of neighbours: the noise of one batch, without the trend.
-    noise = np.sqrt(np.cumsum(np.where(kept, squares, 0.0)) / count / 2)
-    lost = best - mean
+    # Differences of neighbours: the noise of one batch, without the trend. Neighbours are those
+    # that have a reward, however many updates without one lie between.
+    known = np.isfinite(rewards)
+    at = np.flatnonzero(known)
+    steps = np.zeros(len(rewards))
+    steps[at[1:]] = np.diff(rewards[at] * _SCALE)
+    count = np.maximum(np.cumsum(known) - 1, 1)
+    noise = np.hypot.accumulate(steps) / np.sqrt(2 * count)
+    lost, gained = best * _SCALE - mean * _SCALE, best * _SCALE - _first(mean) * _SCALE
     return _Seen(
-        (lost > 0.5 * (best - start)) & (lost > 5 * noise * np.sqrt(2 / _WINDOW)),
+        (lost > 0.5 * gained) & (lost > 5 * noise * np.sqrt(2 / _WINDOW)),
         lambda i: (
             f"{mean[i]:+.3f} after a best of {best[i]:+.3f}."
             " Try a smaller lr, a larger kl_coef, or an earlier checkpoint"
@@ -131,7 +156,7 @@ def _reward(history: History) -> _Seen:
 
 def _entropy(history: History) -> _Seen:
     entropy = rolling(history.column("entropy"), _WINDOW)
-    start = entropy[_WINDOW - 1] if len(entropy) >= _WINDOW else np.nan
+    start = _first(entropy)
     return _Seen(
         entropy < _ENTROPY_LEFT * start,
         lambda i: (
@@ -153,13 +178,24 @@ def _gap(history: History) -> _Seen:
 
 
 def _dropped(history: History) -> _Seen:
-    share = rolling(history.column("dropped") / history.column("batch"), _WINDOW)
+    share = rolling(_ratio(history.column("dropped"), history.column("batch")), _WINDOW)
     return _Seen(
         share > _DROPPED,
         lambda i: (
             f"{share[i]:.0%} of the samples have no reward."
             f" Mend the reward function; the last fault: {history.fault(i)}"
         ),
+    )
+
+
+def _not_finite(history: History) -> _Seen:
+    """No rolling mean: these leave such a number out, and one alone is a fault."""
+    lost = history.lost
+    holds = np.zeros(len(history), dtype=bool)
+    holds[list(lost)] = True
+    return _Seen(
+        holds,
+        lambda i: f"{lost[i]}. Other alarms leave these out. Try a smaller lr, or a wider dtype",
     )
 
 
@@ -171,4 +207,5 @@ _RULES: dict[str, Callable[[History], _Seen]] = {
     "entropy collapses": _entropy,
     "rollout gap": _gap,
     "samples dropped": _dropped,
+    "numbers not finite": _not_finite,
 }

@@ -6,19 +6,25 @@ by it.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ppo_fast.loop import fields
+from ppo_fast.loop.fields import Record
+
+__all__ = ["NUMBERS", "Array", "History", "Record", "mean"]
+
 Array = NDArray[np.float64]
-Record = dict[str, Any]
 NUMBERS = (
     "update", "reward", "kl", "batch", "n_tokens", "n_seqs", "clip_frac", "explained_variance",
     "entropy", "rollout_gap_mean",
 )  # fmt: skip
+# Not finite in runs that go well, too: no sample of a batch has a reward; all returns are equal.
+_MAY_LACK = ("reward", "explained_variance")
 
 
 class History:
@@ -27,6 +33,7 @@ class History:
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self._columns = {name: array("d") for name in (*NUMBERS, "dropped")}
         self._faults: dict[int, str] = {}
+        self._lost: dict[int, str] = {}
         for record in records:
             self.append(record)
 
@@ -34,14 +41,23 @@ class History:
         return len(self._columns["update"])
 
     def append(self, record: Record) -> None:
-        """Add a record; a number that it lacks, or has as None, is NaN."""
-        faults = [str(fault) for fault in record.get("dropped", {}).values()]
+        """Add a record; a number that it lacks, or has as None or not finite, is NaN.
+
+        Raises `FieldError`, and adds nothing, where something else stands for a number.
+        """
+        numbers = {name: fields.number(record, name) for name in NUMBERS}
+        faults = list(fields.texts(record, "dropped").values())
+        lost = [
+            name
+            for name, value in numbers.items()
+            if name in record and name not in _MAY_LACK and math.isnan(value)
+        ]
         if faults:
             self._faults[len(self)] = faults[-1]
-        for name in NUMBERS:
-            value = record.get(name)
-            self._columns[name].append(np.nan if value is None else float(value))
-        self._columns["dropped"].append(len(faults))
+        if lost:
+            self._lost[len(self)] = ", ".join(lost)
+        for name, value in (numbers | {"dropped": float(len(faults))}).items():
+            self._columns[name].append(value)
 
     def column(self, name: str) -> Array:
         """One of `NUMBERS`, or "dropped", of every update, (updates,): a copy."""
@@ -50,3 +66,21 @@ class History:
     def fault(self, i: int) -> str:
         """The last fault of the i-th update or of those before; there must be one."""
         return self._faults[max(k for k in self._faults if k <= i)]
+
+    @property
+    def lost(self) -> dict[int, str]:
+        """The numbers that an update has, but not as finite ones, by its place; a copy."""
+        return dict(self._lost)
+
+
+def mean(values: Iterable[float]) -> float:
+    """Mean of the finite values, NaN if there are none. No sum of theirs overflows."""
+    kept = [value for value in values if math.isfinite(value)]
+    if not kept:
+        return math.nan
+    total = sum(kept)
+    if math.isfinite(total):
+        return total / len(kept)
+    # A power of two, which rounds nothing that matters beside numbers this large.
+    found = math.fsum(math.ldexp(value, -64) for value in kept) / len(kept)
+    return min(max(math.ldexp(found, 64), min(kept)), max(kept))

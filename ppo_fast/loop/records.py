@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_fast.loop.config import TrainConfig
-from ppo_fast.loop.history import History, Record
+from ppo_fast.loop.history import History, Record, mean
 from ppo_fast.loop.rewards import Scores
 from ppo_fast.loop.tensorboard import Board
 from ppo_fast.loop.versions import versions
@@ -127,7 +127,7 @@ def cut_back(path: Path, updates: int) -> list[Record]:
 def fifths(rewards: list[float]) -> tuple[float, float]:
     """Mean reward of the first and of the last fifth of the updates, skipped ones left out."""
     n = max(1, len(rewards) // 5)
-    return _mean(rewards[:n]), _mean(rewards[-n:])
+    return mean(rewards[:n]), mean(rewards[-n:])
 
 
 def plot(history: History, path: Path) -> None:
@@ -139,7 +139,7 @@ def plot(history: History, path: Path) -> None:
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True)
     updates, rewards = history.column("update"), history.column("reward").tolist()
-    smooth = [_mean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
+    smooth = [mean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
     top.plot(updates, rewards, ".", alpha=0.5, label="mean of the batch")
     top.plot(updates, smooth, label="mean of the last five")
     top.set_ylabel("reward")
@@ -148,11 +148,6 @@ def plot(history: History, path: Path) -> None:
     bottom.set_ylabel("KL to the reference\n(nats per sequence)")
     bottom.set_xlabel("update")
     figure.savefig(path, dpi=120)
-
-
-def _mean(values: list[float]) -> float:
-    kept = [v for v in values if math.isfinite(v)]
-    return sum(kept) / len(kept) if kept else math.nan
 
 
 def _finite(value: Any) -> Any:
