@@ -139,7 +139,9 @@ def _report(args: list[str]) -> int:
         print(f"{error}; `ppo-fast report` needs: pip install 'ppo_fast[train]'", file=sys.stderr)
         return 1
     try:
-        print(f"page: {write_report(chosen.runs, chosen.out)}")
+        page = str(write_report(chosen.runs, chosen.out))
+        # A name that is no UTF-8 is a name all the same.
+        print(f"page: {page.encode('utf-8', 'backslashreplace').decode()}")
     except RunError as error:
         print(f"ppo-fast report: {error}", file=sys.stderr)
         return 1

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ppo_fast.loop.history import mean
 from ppo_fast.report.runs import Group
 
 WIDTH, HEIGHT = 420.0, 230.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 10.0, 30.0
 # A longer run is drawn in this many points, each the mean over some updates.
 POINTS = 500
+# Smaller numbers are drawn as 0: ticks between them would be no floats.
+_TINY = 1e-290
+# Outliers are drawn at most so many heights away, out of sight in any case.
+_FAR = 1e6
 # Log key, title, unit, and the least value that is drawn where outliers would flatten the rest.
 CURVES = (
     ("reward", "Reward", "mean of the batch", None),
@@ -73,7 +79,9 @@ class Scale(NamedTuple):
     end: float
 
     def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
+        # Of a quarter of each, since a difference of large numbers may overflow.
+        share = (value / 4 - self.low / 4) / (self.high / 4 - self.low / 4)
+        share = min(max(share, -_FAR), _FAR)
         return round(self.start + share * (self.end - self.start), 2)
 
 
@@ -109,8 +117,8 @@ def chart(groups: list[Group], key: str, title: str, unit: str, floor: float | N
 def spread(group: Group, key: str, updates: list[int]) -> tuple[float, float, float] | None:
     """Mean, lowest and highest of the group's runs at some updates; None where no run has any."""
     found = [run.records.get(u, {}).get(key) for run in group.runs for u in updates]
-    values = [float(v) for v in found if v is not None and math.isfinite(v)]
-    return (sum(values) / len(values), min(values), max(values)) if values else None
+    values = [v for v in found if v is not None]
+    return (mean(values), min(values), max(values)) if values else None
 
 
 def curve(values: list[tuple[float, float, float] | None], at: list[float], y: Scale) -> Curve:
@@ -129,21 +137,24 @@ def curve(values: list[tuple[float, float, float] | None], at: list[float], y: S
         for part in kept
     )
     points = [(part[0][0], part[0][1]) for part in kept if len(part) == 1]
-    columns = [[None if v is None else float(f"{v[k]:.5g}") for v in values] for k in range(3)]
+    columns = [[None if v is None else _rounded(v[k]) for v in values] for k in range(3)]
     return Curve(line, band, points, *columns)
 
 
 def widened(low: float, high: float) -> tuple[float, float]:
     """A range with a little room around it, and of some width even around one number."""
-    room = 0.04 * (high - low)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        room = 0.5 * (abs(low) or 1.0)
-    return low - room, high + room
+    size = max(abs(low), abs(high))
+    if size < _TINY:
+        return -0.5, 0.5
+    room = 0.04 * high - 0.04 * low
+    if high / 2 - low / 2 <= 0.5e-9 * size:
+        room = 0.5 * abs(low)
+    return max(low - room, -sys.float_info.max), min(high + room, sys.float_info.max)
 
 
 def ticks(low: float, high: float, n: int = 4) -> list[float]:
     """About `n` round numbers within a range."""
-    raw = (high - low) / n
+    raw = high / n - low / n
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(s * power for s in (1, 2, 5, 10) if s * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -151,10 +162,16 @@ def ticks(low: float, high: float, n: int = 4) -> list[float]:
 
 
 def text(value: float) -> str:
-    """A tick's number: four digits, thousands as k."""
-    if abs(value) >= 10_000:
+    """A tick's number: four digits, thousands as k, powers of ten from 1e9 on."""
+    if 10_000 <= abs(value) < 1e9:
         return f"{value / 1000:.4g}k"
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _rounded(value: float) -> float:
+    """Five digits, but for the largest floats, which rounding would take to infinity."""
+    found = float(f"{value:.5g}")
+    return found if math.isfinite(found) else value
 
 
 def _path(points: list[tuple[float, float]]) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import Any
 
 from ppo_fast.loop.alarms import alarms
-from ppo_fast.loop.history import History
+from ppo_fast.loop.fields import Record
+from ppo_fast.loop.history import History, mean
 from ppo_fast.loop.records import fifths
 from ppo_fast.report import charts
-from ppo_fast.report.runs import Group, Record, Run, differing, grouped, load_runs
+from ppo_fast.report.runs import FILES, Group, Run, RunError, differing, grouped, load_runs
 
 _HERE = Path(__file__).parent
 PHASES = ("rollout", "reward", "scoring", "advantages", "update")
@@ -22,13 +24,31 @@ PHASES = ("rollout", "reward", "scoring", "advantages", "update")
 def write_report(folders: list[Path], out: Path | None = None) -> Path:
     """Write the page of the runs in `folders`; returns its path, `report.html` in the first.
 
-    Raises `RunError` for a folder without a readable log.
+    Raises `RunError` for a folder without a readable log, and where the page cannot be written.
     """
     html = page(load_runs(folders))
     out = out or folders[0] / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8", errors="replace")
+    try:
+        _spare(folders, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "w", encoding="utf-8", errors="replace", opener=_open) as file:
+            os.set_blocking(file.fileno(), True)
+            file.write(html)
+    except OSError as error:
+        raise RunError(f"the page cannot be written to {out}: {error.strerror or error}") from None
     return out
+
+
+def _spare(folders: list[Path], out: Path) -> None:
+    """Refuse to write over what a run left."""
+    for read in (folder / name for folder in folders for name in FILES):
+        if out.exists() and read.exists() and out.samefile(read):
+            raise RunError(f"the page cannot be written to {out}: it is {read}, which a run left")
+
+
+def _open(path: str, flags: int) -> int:
+    """Open without waiting: a pipe that nobody reads is an OSError."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def page(runs: list[Run]) -> str:
@@ -63,23 +83,22 @@ def summary(run: Run) -> Record:
     rewards = [_number(r.get("reward")) for r in records]
     first, last = fifths(rewards)
     speeds = [v for r in records if math.isfinite(v := _number(r.get("tokens_per_second")))]
+    middle = [statistics.median_low(speeds), statistics.median_high(speeds)] if speeds else []
     return {
         "updates": len(records), "first": first, "last": last, "gain": last - first,
         "kl": fifths([_number(r.get("kl")) for r in records])[1],
-        "speed": statistics.median(speeds) if speeds else math.nan,
-        "seconds": sum(s for r in records for s in r.get("seconds", {}).values()),
-        "dropped": sum(len(r.get("dropped", {})) for r in records),
+        "speed": mean(middle),
+        "seconds": sum(s for r in records for s in r["seconds"].values()),
+        "dropped": sum(len(r["dropped"]) for r in records),
     }  # fmt: skip
 
 
 def phase_seconds(group: Group) -> dict[str, float]:
     """Mean seconds an update by phase, over all updates of the group's runs."""
     records = [r for run in group.runs for r in run.records.values()]
-    found = {p for r in records for p in r.get("seconds", {})}
+    found = {p for r in records for p in r["seconds"]}
     ordered = [*(p for p in PHASES if p in found), *sorted(found - {*PHASES})]
-    return {
-        p: sum(r.get("seconds", {}).get(p, 0.0) for r in records) / len(records) for p in ordered
-    }
+    return {p: sum(r["seconds"].get(p, 0.0) for r in records) / len(records) for p in ordered}
 
 
 def examples(group: Group) -> list[tuple[int, list[Record]]]:
@@ -103,8 +122,12 @@ def table(dicts: list[Record]) -> list[tuple[str, list[Any], bool]]:
 
 
 def number(value: float, form: str = "{:.3f}") -> str:
-    """A number as the page writes it, a dash for NaN."""
-    return form.format(value).replace("-", "\N{MINUS SIGN}") if math.isfinite(value) else "–"
+    """A number as the page writes it, a dash for NaN; beyond 15 digits as a power of ten."""
+    if math.isnan(value):
+        return "–"
+    if abs(value) >= 1e15:
+        form = "{:+.3e}" if "+" in form else "{:.3e}"
+    return form.format(value).replace("inf", "∞").replace("-", "\N{MINUS SIGN}")
 
 
 def duration(seconds: float) -> str:
