@@ -6,19 +6,10 @@ once in its file. `select` is pytest's -k, which keeps to the backend that was c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from mutant import Mutant
+from mutant_report import REPORT
 
-
-class Mutant(NamedTuple):
-    """`before` in `path` becomes `after`; `tests` are files of tests/, separated by blanks."""
-
-    name: str
-    path: str
-    before: str
-    after: str
-    tests: str
-    select: str = ""
-
+__all__ = ["MUTANTS", "Mutant"]
 
 TRITON = (
     Mutant(
@@ -249,4 +240,6 @@ LOOP = (
     ),
 )  # fmt: skip
 
-MUTANTS = {"triton": TRITON, "cpu": CPU, "cuda": CUDA, "python": PYTHON, "loop": LOOP}
+MUTANTS = {
+    "triton": TRITON, "cpu": CPU, "cuda": CUDA, "python": PYTHON, "loop": LOOP, "report": REPORT
+}  # fmt: skip
