@@ -179,7 +179,7 @@ PYTHON = (
     ),
     Mutant(
         "a divisor that forgets rows left out", "ppo_fast/ops/linear_ppo_loss.py",
-        "denom = None if given.row_index is None else policy.denom(counted)", "denom = None",
+        "denom = None if given.row_index is None else policy.denom(self.counted)", "denom = None",
         "linear_ppo_loss",
     ),
     Mutant(
