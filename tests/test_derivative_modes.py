@@ -207,3 +207,24 @@ def test_rows_that_were_picked_are_the_heads_own() -> None:
         assert all(
             testing.same_bits(g, want[f"grad_{n}"]) for g, n in zip(got, names, strict=True)
         )
+
+
+@pytest.mark.parametrize("op", [o for o in DIFFERENTIABLE if o.endswith("loss")])
+def test_a_gradient_changed_in_place_is_not_handed_out_again(
+    kernel: str, device: str, op: str
+) -> None:
+    """With an incoming gradient of 1 on a CPU it is the one that was formed in the forward."""
+    call = call_of(op, device).option(reduction="token-sum")
+    names = [n for n in DIFFERENTIABLE[op][0] if n in call.tensors]
+    leaves = {n: call.tensors[n].detach().requires_grad_() for n in names}
+    loss = getattr(ppo_fast, op)(**call.tensors | leaves, **call.options, backend=kernel).loss
+    first = torch.autograd.grad(loss, [*leaves.values()], retain_graph=True)
+    want = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    try:
+        second = torch.autograd.grad(loss, [*leaves.values()])
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert all(testing.same_bits(a, b) for a, b in zip(second, want, strict=True))

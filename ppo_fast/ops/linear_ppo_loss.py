@@ -227,7 +227,7 @@ def linear_ppo_loss(
 
     Returns:
         `HeadLoss(loss, stats, logprobs, entropy)`; the last two `(...)` fp32 (fp64 for fp64
-        inputs), detached, 0 where not computed.
+        inputs), detached, 0 where not computed. Gradients under `retain_graph`: as `ppo_loss`'s.
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype. IndexError: see `token_logprobs`.

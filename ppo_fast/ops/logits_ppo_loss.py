@@ -130,6 +130,7 @@ def logits_ppo_loss(
 
     Returns:
         `HeadLoss(loss, stats, logprobs, entropy)`; the last two `(...)`, detached, 0 where masked.
+        Gradients under `retain_graph`: as `ppo_loss`'s.
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype. IndexError: see `token_logprobs`.

@@ -66,7 +66,7 @@ def value_loss(
 
     Returns:
         `Loss(loss, stats)`; the statistics hold value_loss, vf_clip_frac and explained_variance,
-        and merge with a policy loss's by `+`.
+        and merge with a policy loss's by `+`. Gradients under `retain_graph`: as `ppo_loss`'s.
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype or wrong object.
