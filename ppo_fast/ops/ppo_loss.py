@@ -104,8 +104,8 @@ def ppo_loss(
 
     Returns:
         `Loss(loss, stats)`: a 0-d fp32 loss (fp64 for fp64 inputs) and mergeable `Stats`.
-        Under `retain_graph` a gradient may be changed in place only as a copy: it can be the tensor
-        that is kept for the next backward, which raises then.
+        Under `retain_graph`, change only a copy of a gradient in place: it can be the tensor that
+        is kept for the next backward, which raises then.
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype or wrong object.
