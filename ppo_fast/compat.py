@@ -160,7 +160,8 @@ def arrays(op: Callable[..., Any]) -> Callable[..., Any]:
         >>> advantages, returns, moments = gae(rewards, values, gamma=0.99)  # NumPy in and out
 
     Raises:
-        TypeError: the first argument is no such array. Otherwise what the op raises.
+        TypeError: the first argument is no such array, or an argument is a NumPy masked array,
+            whose mask would be lost. Otherwise what the op raises.
     """
 
     @functools.wraps(op)
@@ -192,8 +193,14 @@ def to_tensor(array: Any) -> Tensor:
     `requires_grad_()` on it, and give `.grad` back with `to_array`.
 
     Raises:
-        TypeError: no DLPack array, or of a type that DLPack has no name for.
+        TypeError: no DLPack array, of a type that DLPack has no name for, or a masked array, whose
+            mask DLPack does not carry.
     """
+    if _is_masked(array):
+        raise TypeError(
+            f"to_tensor: array must not be masked, got {type(array).__name__}: its mask would be"
+            " lost; give its .data, and the op ~numpy.ma.getmaskarray(array) as mask"
+        )
     if not _is_array(array):
         raise TypeError(
             f"to_tensor: array must have __dlpack__ or be a TensorFlow tensor,"
@@ -238,6 +245,11 @@ def to_array(tensor: Tensor, *, like: Any) -> Any:
 
 def _is_array(x: Any) -> bool:
     return not isinstance(x, Tensor) and (hasattr(x, "__dlpack__") or _is_tensorflow(x))
+
+
+def _is_masked(x: Any) -> bool:
+    ma: Any = sys.modules.get("numpy.ma")
+    return ma is not None and isinstance(x, ma.MaskedArray)
 
 
 def _is_tensorflow(x: Any) -> bool:
