@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import io
 import os
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def _train(args: list[str]) -> int:
         from ppo_fast import loop
         from ppo_fast.loop.data import TaskError
         from ppo_fast.loop.options import ConfigError, parse
+        from ppo_fast.loop.values import traceback_of
     except ModuleNotFoundError as error:
         print(f"{error}; `ppo-fast train` needs: pip install 'ppo_fast[train]'", file=sys.stderr)
         return 1
@@ -63,6 +65,7 @@ def _train(args: list[str]) -> int:
     except ConfigError as error:
         print(f"ppo-fast train: {error}", file=sys.stderr)
         return 2
+    _write_any_text()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     disable_progress_bar()  # the run draws its own
     try:
@@ -81,9 +84,12 @@ def _train(args: list[str]) -> int:
     ) as error:  # fmt: skip
         print(f"stopped: {error}; log, plot and model are in {config.out}", file=sys.stderr)
         return 1
-    except (
-        loop.CheckpointError, ModuleNotFoundError, TaskError, loop.TransitionsError
-    ) as error:  # fmt: skip
+    except (loop.NoRewardError, TaskError) as error:
+        if error.__cause__ is not None:  # what a reward or a task raised, and where
+            print(traceback_of(error.__cause__), file=sys.stderr)
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except (loop.CheckpointError, ModuleNotFoundError, loop.TransitionsError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except (OSError, SafetensorError) as error:  # a disk that is full, mostly
@@ -93,6 +99,13 @@ def _train(args: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _write_any_text() -> None:
+    """Escape what the console's encoding lacks: no text of a prompt or a fault ends a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _print_outcome(console: Console, outcome: Outcome) -> None:

@@ -1,4 +1,4 @@
-"""Rewards that fail, by the name `loop_rewards:function`; in each the third call does."""
+"""Rewards that fail, by the name `loop_rewards:function`: all but `absent` at the third call."""
 
 from __future__ import annotations
 
@@ -30,3 +30,7 @@ def hanging(prompts: list[str], texts: list[str]) -> list[float]:
     if _third():
         time.sleep(3600)
     return letters(prompts, texts)
+
+
+def absent(prompts: list[str], texts: list[str]) -> list[float]:
+    raise LookupError("nothing is known of any text")

@@ -90,12 +90,21 @@ def test_a_run_goes_on_around_dropped_samples(tmp_path: Path) -> None:
 
 
 def test_an_update_with_every_sample_dropped_changes_nothing(tmp_path: Path) -> None:
-    t = trainer(tmp_path, lambda p, c: [None] * len(p))  # type: ignore[list-item]
-    before = weights(t)
+    calls: list[int] = []
+
+    def reward(prompts: list[str], texts: list[str]) -> list[Any]:
+        calls.append(1)
+        return letters(prompts, texts) if len(calls) == 1 else [None] * len(prompts)
+
+    seen: list[list[torch.Tensor]] = []
+    t = trainer(tmp_path, reward)
+    step = t.step
+    t.step = lambda: (seen.append(weights(t)), step())[1]  # type: ignore[method-assign]
     outcome = t.run(QUIET)
-    assert all(map(torch.equal, before, weights(t))) and not t.agent.optimizer.state
-    assert [len(r["dropped"]) for r in log_of(tmp_path)] == [8, 8, 8]
-    assert [r["reward"] for r in log_of(tmp_path)] == [None] * 3
+    assert not all(map(torch.equal, seen[0], seen[1]))
+    assert all(map(torch.equal, seen[1], seen[2])) and all(map(torch.equal, seen[2], weights(t)))
+    assert [len(r["dropped"]) for r in log_of(tmp_path)] == [0, 8, 8]
+    assert [r["reward"] for r in log_of(tmp_path)[1:]] == [None] * 2
     assert len(outcome.rewards) == 3
     assert_whole(tmp_path, 3)
 

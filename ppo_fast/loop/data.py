@@ -8,8 +8,12 @@ import importlib
 import importlib.util
 import json
 import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ppo_fast.loop.values import described, require_text, shown
 
 References = dict[str, str]
 """The reference text of each prompt."""
@@ -17,6 +21,20 @@ References = dict[str, str]
 
 class TaskError(ValueError):
     """No task or reward can be made of these options."""
+
+
+@contextmanager
+def failing_as(name: str) -> Iterator[None]:
+    """Raise what the block raises as a TaskError that names whose it is, from the original.
+
+    A TaskError, a missing package and Ctrl-C say enough themselves.
+    """
+    try:
+        yield
+    except (TaskError, ModuleNotFoundError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # sys.exit at import included
+        raise TaskError(f"{name} raised {described(error)}") from error
 
 
 def require(module: str, distribution: str) -> Any:
@@ -70,9 +88,12 @@ class PromptStream:
     """Endless batches of prompts in an order drawn from `seed`, each prompt once per pass."""
 
     def __init__(self, prompts: list[str], seed: int) -> None:
-        if not prompts:
+        if isinstance(prompts, (str, bytes, Mapping)):  # it would be read letter by letter
+            raise ValueError(f"prompts must be a list of texts, got {shown(prompts)}")
+        self._prompts = [require_text(f"prompts[{i}]", text) for i, text in enumerate(prompts)]
+        if not self._prompts:
             raise ValueError("prompts must not be empty, got 0 prompts")
-        self._prompts, self._random = prompts, random.Random(seed)
+        self._random = random.Random(seed)
         self._order: list[int] = []
 
     def next(self, n: int) -> list[str]:

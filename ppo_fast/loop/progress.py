@@ -15,6 +15,7 @@ from ppo_fast.loop.history import History, Record
 _FIELDS = {
     "reward": "{:+.3f}", "kl": "{:.2f}", "clip_frac": "{:.2f}", "tokens_per_second": "{:.0f}"
 }  # fmt: skip
+_NAMED = 8  # samples with the same fault, in one line
 _LABELS = {"kl": "KL", "clip_frac": "clip", "tokens_per_second": "tokens/s"}
 
 
@@ -33,8 +34,7 @@ def shown(
 
         def show(record: Record, history: History) -> None:
             bar.update(task, advance=1, description=summary(record))
-            for i, reason in record["dropped"].items():
-                text = f"update {record['update']}: sample {i} dropped: {reason}"
+            for text in dropped(record):
                 console.print(text, markup=False)
             for alarm in alarms(history):
                 if alarm.update == record["update"]:
@@ -52,3 +52,21 @@ def summary(record: Record) -> str:
         for name, form in _FIELDS.items()
         if math.isfinite(record.get(name, math.nan))
     )
+
+
+def dropped(record: Record) -> list[str]:
+    """A line for each distinct fault of an update, with the samples that have it."""
+    samples: dict[str, list[str]] = {}
+    for i, reason in record["dropped"].items():
+        samples.setdefault(reason, []).append(str(i))
+    return [
+        f"update {record['update']}: sample{'s' if len(numbers) > 1 else ''} {_listed(numbers)}"
+        f" dropped: {reason}"
+        for reason, numbers in samples.items()
+    ]
+
+
+def _listed(numbers: list[str]) -> str:
+    if len(numbers) <= _NAMED:
+        return ", ".join(numbers)
+    return f"{', '.join(numbers[:_NAMED])} and {len(numbers) - _NAMED} more"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ppo_fast.loop import data
 from ppo_fast.loop.data import References, TaskError
 from ppo_fast.loop.rewards import text
-from ppo_fast.loop.rewards.scoring import RewardFn
+from ppo_fast.loop.rewards.calls import RewardFn
 
 if TYPE_CHECKING:
     from ppo_fast.loop.config import TrainConfig
@@ -131,7 +131,8 @@ DEFAULTS: dict[str, dict[str, object]] = {
 
 def load_task(config: TrainConfig) -> Task:
     """The task that `config.task` names."""
-    task = TASKS[config.task](config)
+    with data.failing_as(f"task {config.task!r}"):
+        task = TASKS[config.task](config)
     if not task.prompts:
         raise TaskError(
             f"task {config.task!r} has no prompts with prompt_words {config.prompt_words}"

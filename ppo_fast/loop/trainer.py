@@ -85,12 +85,16 @@ class Trainer:
         coef = config.loss_kl_coef
         self.loss_kl_coef = _LOSS_KL.get(config.variant, 0.0) if coef is None else coef
         self.recorder = Recorder(config, self.backend) if self.ranks.first else Muted()
+        self.watch = rewards.Watch()
         self.updates = 0
         self.last_batch: tuple[list[str], rewards.Scores] | None = None
 
     def run(self, console: Console) -> Outcome:
-        """Train to the end, or to Ctrl-C. However it ends, log, plot and model are written."""
-        interrupted, plot = False, None
+        """Train to the end, or to Ctrl-C. However it ends, log, plot and model are written.
+
+        Only a model that learnt nothing, because nothing was rewarded, is not.
+        """
+        interrupted, learnt, plot = False, True, None
         folder, say = self.config.out, functools.partial(console.print, markup=False)
         if self.config.resume:
             self.checkpoints.resume(self, say)
@@ -100,14 +104,20 @@ class Trainer:
                 patient_interrupt(say) as stop,
             ):
                 while self.updates < self.config.updates and not self.ranks.any(stop.asked):
-                    show(self.step(), self.recorder.history)
+                    record = self.step()
+                    self.watch.tell(say)
+                    show(record, self.recorder.history)
                     self.checkpoints.after_step(self, say)
             interrupted = self.updates < self.config.updates
             self.checkpoints.finish(self)
         except KeyboardInterrupt:
             interrupted = True
+        except rewards.NoRewardError:
+            learnt = bool(self.agent.optimizer.state)
+            raise
         finally:
-            folder = export(self.agent, self.tokenizer, folder)
+            if learnt:
+                folder = export(self.agent, self.tokenizer, folder)
             plot = self.recorder.close()
         history = self.recorder.history
         means = history.column("reward").tolist()
@@ -146,7 +156,12 @@ class Trainer:
         seconds["rollout"] = rollout_time.seconds
         texts = completions(self.tokenizer, rollout.seqs)
         with timed(self.device) as reward_time:
-            scores = self.ranks.from_first(lambda: self.scores(prompts, texts, rollout.seqs))
+            scores = self.ranks.from_first(
+                lambda: self.watch.checked(
+                    self.scores(prompts, texts, rollout.seqs),
+                    self.recorder.history.column("reward").tolist(),
+                )
+            )
         seconds["reward"] = reward_time.seconds
         return Experience(prompts, texts, rollout, scores)
 

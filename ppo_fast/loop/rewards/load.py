@@ -6,9 +6,10 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ppo_fast.loop.data import TaskError
+from ppo_fast.loop.data import TaskError, failing_as
 from ppo_fast.loop.rewards import text
-from ppo_fast.loop.rewards.scoring import RewardFn
+from ppo_fast.loop.rewards.calls import RewardFn
+from ppo_fast.loop.values import shown
 
 if TYPE_CHECKING:
     import torch
@@ -55,12 +56,20 @@ REWARDS: dict[str, _Maker] = {
 def load_reward(config: TrainConfig, task: Task, device: Any) -> RewardFn:
     """The function that `config.reward` names: one of `REWARDS`, or "module:function"."""
     name = config.reward
-    if name in REWARDS:
-        return REWARDS[name](config, task, device)
+    with failing_as(f"reward {name!r}"):
+        return REWARDS[name](config, task, device) if name in REWARDS else _imported(name)
+
+
+def _imported(name: str) -> RewardFn:
     module, _, function = name.partition(":")
-    if not function:
+    if not module or not function:
         raise TaskError(
             f'reward must be one of {", ".join(REWARDS)} or "module:function", got {name!r}'
         )
-    loaded: RewardFn = getattr(importlib.import_module(module), function)
+    found = importlib.import_module(module)
+    if not hasattr(found, function):
+        raise TaskError(f"reward {name!r}: module {module!r} has no function {function!r}")
+    loaded: RewardFn = getattr(found, function)
+    if not callable(loaded):
+        raise TaskError(f"reward {name!r} must be a function, got {shown(loaded)}")
     return loaded

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable
+import traceback
 from dataclasses import dataclass, field
 
-RewardFn = Callable[[list[str], list[str]], list[float]]
+from ppo_fast.loop.rewards.calls import Raised, RewardFn, as_number, ask
+from ppo_fast.loop.rewards.settings import settings_kept
+from ppo_fast.loop.values import described, is_fp32, shown
+
+_SHOWN = 120  # characters of a value that is no reward
 # The last call that ran out of time, by the id of its reward: the thread keeps that object alive.
 _late: dict[int, threading.Thread] = {}
 
 
-class RewardLengthError(ValueError):
-    """The reward function returned another number of rewards than it was given samples."""
-
-
 @dataclass
 class Scores:
-    """One reward per sample, 0 for a dropped one, and why each dropped one was dropped."""
+    """One reward per sample, 0 for a dropped one, and why each dropped one was dropped.
+
+    `errors` are the exceptions behind the faults, one of each place that raised. `late` says that
+    the call ran out of time.
+    """
 
     values: list[float]
     faults: dict[int, str] = field(default_factory=dict)
+    errors: list[BaseException] = field(default_factory=list, compare=False, repr=False)
+    late: bool = field(default=False, repr=False)
 
     @property
     def kept(self) -> list[bool]:
@@ -39,7 +46,7 @@ class Scores:
 def score(
     reward: RewardFn, prompts: list[str], completions: list[str], timeout: float | None = None
 ) -> Scores:
-    """Reward every completion; drop those without a finite number.
+    """Reward every completion; drop those without a number that is finite in fp32.
 
     One call for the batch. Where that call raises, each sample is called alone, so that only
     those that raise are lost. A list of the wrong length raises `RewardLengthError`, because then
@@ -47,9 +54,18 @@ def score(
     that the whole batch is dropped. The call itself cannot be stopped: it goes on in a thread that
     does not keep the process alive. A reward may have state, so no call begins beside a late one:
     the next batch waits for that to end, in its own `timeout` seconds, or is dropped too.
+
+    The reward gets lists of its own, and settings of the process that it changes are put back.
     """
     if timeout is None:
         return _score(reward, prompts, completions)
+    with settings_kept():  # those that a late call changed
+        return _in_time(reward, prompts, completions, timeout)
+
+
+def _in_time(
+    reward: RewardFn, prompts: list[str], completions: list[str], timeout: float
+) -> Scores:
     start = time.monotonic()
     late = _late.pop(id(reward), None)
     if late is not None:
@@ -81,64 +97,47 @@ def score(
 def shaped(scores: Scores, ended: list[bool], clip: float | None, eos_penalty: float) -> Scores:
     """The same scores, clipped to ±`clip`, minus `eos_penalty` for each completion without EOS.
 
-    `ended[i]` says whether completion i reached its EOS. Dropped samples stay as they are.
+    `ended[i]` says whether completion i reached its EOS. Dropped samples stay as they are, and one
+    that then has no number of fp32 is dropped too.
     """
     bound = math.inf if clip is None else clip
-    values = [
-        max(-bound, min(bound, v)) - (0.0 if end else eos_penalty) if kept else v
-        for v, end, kept in zip(scores.values, ended, scores.kept, strict=True)
-    ]
-    return Scores(values, scores.faults)
-
-
-def _dropped(n: int, reason: str) -> Scores:
-    return Scores([0.0] * n, dict.fromkeys(range(n), reason))
-
-
-def _score(reward: RewardFn, prompts: list[str], completions: list[str]) -> Scores:
-    try:
-        raw: list[object] = _call(reward, prompts, completions)
-    except RewardLengthError:
-        raise
-    except Exception:  # the call below meets it again, and keeps it as the sample's fault
-        raw = [_call_one(reward, p, c) for p, c in zip(prompts, completions, strict=True)]
-    scores = Scores([0.0] * len(raw))
-    for i, value in enumerate(raw):
-        if isinstance(value, Exception):
-            scores.faults[i] = f"reward raised {type(value).__name__}: {value}"
-        elif (number := _number(value)) is None:
-            scores.faults[i] = f"reward returned {value!r}"
+    out = dataclasses.replace(scores, values=list(scores.values), faults=dict(scores.faults))
+    for i, (value, end) in enumerate(zip(scores.values, ended, strict=True)):
+        if i in scores.faults:
+            continue
+        number = max(-bound, min(bound, value)) - (0.0 if end else eos_penalty)
+        if is_fp32(number):
+            out.values[i] = number
         else:
-            scores.values[i] = number
-    return scores
-
-
-def _call(reward: RewardFn, prompts: list[str], completions: list[str]) -> list[object]:
-    rewards = reward(prompts, completions)
-    try:
-        out: list[object] = list(rewards)
-    except TypeError:
-        raise RewardLengthError(
-            f"reward must return {len(prompts)} numbers, got {rewards!r}"
-        ) from None
-    if len(out) != len(prompts):
-        raise RewardLengthError(f"reward must return {len(prompts)} numbers, got {len(out)}")
+            out.values[i] = 0.0
+            out.faults[i] = f"reward {value:g} became {number:g} by clip and EOS penalty"
     return out
 
 
-def _call_one(reward: RewardFn, prompt: str, completion: str) -> object:
-    try:
-        return _call(reward, [prompt], [completion])[0]
-    except RewardLengthError:
-        raise
-    except Exception as error:
-        return error
+def _dropped(n: int, reason: str) -> Scores:
+    return Scores([0.0] * n, dict.fromkeys(range(n), reason), late=True)
 
 
-def _number(value: object) -> float | None:
-    """`value` as a finite float, None where it is none."""
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+def _score(reward: RewardFn, prompts: list[str], completions: list[str]) -> Scores:
+    raw, error = ask(reward, prompts, completions)
+    scores = Scores([0.0] * len(raw))
+    errors = [] if error is None else [error]
+    for i, value in enumerate(raw):
+        if isinstance(value, Raised):
+            scores.faults[i] = f"reward raised {described(value.error)}"
+            errors.append(value.error)
+        elif (number := as_number(value)) is not None and is_fp32(number):
+            scores.values[i] = number
+        else:
+            wide = number is not None and math.isfinite(number)
+            scores.faults[i] = (
+                f"reward returned {shown(value, _SHOWN)}{', infinite in fp32' if wide else ''}"
+            )
+    scores.errors = list({place(error): error for error in reversed(errors)}.values())[::-1]
+    return scores
+
+
+def place(error: BaseException) -> tuple[str, str, int]:
+    """Type of an exception, and the file and line that raised it."""
+    last = traceback.extract_tb(error.__traceback__, limit=-1)
+    return type(error).__name__, last[0].filename, last[0].lineno or 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ppo_fast.loop.data import References, require
-from ppo_fast.loop.rewards.scoring import RewardFn
+from ppo_fast.loop.rewards.calls import RewardFn
 
 
 def letters(prompts: list[str], completions: list[str]) -> list[float]:
