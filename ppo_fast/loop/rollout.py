@@ -10,6 +10,7 @@ from torch import Tensor
 import ppo_fast
 from ppo_fast.loop.policy import Sequences
 from ppo_fast.loop.sampling import draw, draw_uniforms
+from ppo_fast.loop.values import require_text, tokens_within
 
 # Ended rows leave once they are an eighth of the batch: what that copies of the cache, over all
 # times together, is then at most eight times what is held at the beginning.
@@ -29,18 +30,24 @@ def encode(
     """Left-padded tokens and attention mask, each (B, P) int64; an empty prompt becomes an EOS.
 
     The mask alone tells padding from text: a tokenizer may have no pad token, or use its EOS.
-    Raises ValueError for a prompt of more than `limit` tokens, and for an empty one that cannot
-    become an EOS.
+    Raises ValueError, naming it, for a prompt that is no text, has half a character (a lone
+    surrogate) or more than `limit` tokens, and for an empty one that cannot become an EOS.
     """
-    rows = [tokenizer(p)["input_ids"] or [tokenizer.eos_token_id] for p in prompts]
-    for i, row in enumerate(rows):
+    rows = []
+    for i, prompt in enumerate(prompts):
+        row, whole = tokens_within(
+            lambda text: tokenizer(text)["input_ids"], require_text(f"prompts[{i}]", prompt), limit
+        )
+        row = row or [tokenizer.eos_token_id]
         if row == [None]:
             raise ValueError(f"prompts[{i}] must not be empty: the tokenizer has no EOS, got ''")
         if limit is not None and len(row) > limit:
             raise ValueError(
                 f"prompts[{i}] must have at most {limit} tokens, which is what max_new_tokens"
-                f" leaves of the model's context, got {len(row)}: {prompts[i][:50]!r}"
+                f" leaves of the model's context, got {'' if whole else 'more than '}{len(row)}:"
+                f" {prompt[:50]!r}"
             )
+        rows.append(row)
     width = max(len(row) for row in rows)
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows])

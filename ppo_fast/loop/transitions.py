@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ppo_fast.loop.values import described, is_fp32, require_text, shown, tokens_within
+
 FIELDS = ("prompt", "prompt_tokens", "tokens", "logprobs", "reward", "truncated")
-_LARGEST = (2 - 2**-23) * 2.0**127  # of fp32
 _ROUNDING = 1e-3  # a log-probability of bf16 logits may come out that much above 0
 Encode = Callable[[str], list[int]]
 
@@ -60,7 +61,10 @@ def read_transitions(path: Path, encode: Encode, limits: Limits) -> Transitions:
     if path.suffix not in readers:
         raise TransitionsError(f"transitions must be a .jsonl or .parquet file, got {path}")
     if not path.is_file():
-        raise TransitionsError(f"transitions must be a file that exists, got {path}")
+        what = "no regular file" if path.exists() else ""
+        raise TransitionsError(
+            f"transitions must be a file that exists, got {path}{what and f', {what}'}"
+        )
     found = Transitions()
     for line, row in readers[path.suffix](path):
         try:
@@ -100,71 +104,105 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         with parquet.ParquetFile(path) as file:
             known = [name for name in FIELDS if name in file.schema_arrow.names]
             for batch in file.iter_batches(columns=known):
-                for row in batch.to_pylist():
+                for i in range(len(batch)):
                     number += 1
-                    yield number, row
+                    yield number, _parquet_row(batch, i)
     except ArrowException as error:
         raise TransitionsError(f"transitions {path}: not a parquet file: {error}") from None
+
+
+def _parquet_row(batch: Any, i: int) -> Any:
+    """Row `i` of a record batch, or a ValueError with the field that is no UTF-8."""
+    row = {}
+    for name in batch.schema.names:
+        try:
+            row[name] = batch.column(name)[i].as_py()
+        except UnicodeDecodeError as error:
+            return ValueError(f"{name} must be UTF-8, got {shown(error.object)}")
+    return row
 
 
 def _checked(row: Any, encode: Encode, limits: Limits) -> Transition:
     """The row as a transition, or a ValueError that names field and value."""
     if not isinstance(row, dict):
-        raise ValueError(f"a row must be an object with fields, got {_shown(row)}")
-    prompt = row.get("prompt")
-    if row.get("prompt_tokens") is not None:
-        prompt_tokens = _tokens("prompt_tokens", row["prompt_tokens"], limits)
-    elif isinstance(prompt, str):
-        prompt_tokens = encode(prompt)
-    else:
-        raise ValueError(f"prompt must be a text where there are no prompt_tokens, got {prompt!r}")
+        raise ValueError(f"a row must be an object with fields, got {shown(row)}")
     tokens = _tokens("tokens", row.get("tokens"), limits)
-    total = len(prompt_tokens) + len(tokens)
-    if limits.context is not None and total > limits.context:
-        raise ValueError(
-            f"prompt and tokens must fit the model's context of {limits.context}, got {total}"
-        )
     logprobs = _numbers("logprobs", row.get("logprobs"), len(tokens))
     for i, value in enumerate(logprobs):
         if value > _ROUNDING:
             raise ValueError(f"logprobs[{i}] must be at most 0, got {value}")
     truncated = row.get("truncated")
     if truncated is not None and not isinstance(truncated, bool):
-        raise ValueError(f"truncated must be true or false, got {_shown(truncated)}")
-    text = prompt if isinstance(prompt, str) else ""
+        raise ValueError(f"truncated must be true or false, got {shown(truncated)}")
     rewards = _rewards(row.get("reward"), len(tokens))
+    # The prompt last: tokenizing one may take long.
+    text, prompt_tokens = _prompt(row, encode, limits, len(tokens))
     return Transition(text, prompt_tokens, tokens, logprobs, rewards, bool(truncated))
+
+
+def _prompt(row: Any, encode: Encode, limits: Limits, after: int) -> tuple[str, list[int]]:
+    """The prompt as a text and as tokens, which with `after` more fit the model's context."""
+    prompt = row.get("prompt")
+    whole = True
+    if row.get("prompt_tokens") is not None:
+        tokens = _tokens("prompt_tokens", row["prompt_tokens"], limits)
+    elif isinstance(prompt, str):
+        left = None if limits.context is None else limits.context - after
+        try:
+            tokens, whole = tokens_within(encode, require_text("prompt", prompt), left)
+        except Exception as error:  # whatever a tokenizer raises, it costs this row
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(
+                f"prompt cannot be tokenized ({described(error)}), got {shown(prompt)}"
+            ) from error
+        tokens = _tokens("the prompt's tokens", tokens, limits)
+    else:
+        raise ValueError(
+            f"prompt must be a text where there are no prompt_tokens, got {shown(prompt)}"
+        )
+    total = len(tokens) + after
+    if limits.context is not None and total > limits.context:
+        raise ValueError(
+            f"prompt and tokens must fit the model's context of {limits.context},"
+            f" got {'' if whole else 'more than '}{total}"
+        )
+    # Beside prompt_tokens the text is only shown; half a character has no place in a file.
+    text = prompt.encode("utf-8", "replace").decode() if isinstance(prompt, str) else ""
+    return text, tokens
 
 
 def _tokens(name: str, value: Any, limits: Limits) -> list[int]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{name} must be a list of at least one token, got {_shown(value)}")
+        raise ValueError(f"{name} must be a list of at least one token, got {shown(value)}")
     for i, token in enumerate(value):
         if type(token) is not int or not 0 <= token < limits.vocabulary:
             raise ValueError(
-                f"{name}[{i}] must be a whole number in [0, {limits.vocabulary}), got {token!r}"
+                f"{name}[{i}] must be a whole number in [0, {limits.vocabulary}),"
+                f" got {shown(token)}"
             )
     return value
 
 
 def _rewards(value: Any, n: int) -> list[float]:
     """One reward per token; a single number belongs to the last."""
-    if isinstance(value, list):
-        return _numbers("reward", value, n)
-    return [0.0] * (n - 1) + _numbers("reward", [value], 1)
+    if not isinstance(value, list):
+        return [0.0] * (n - 1) + _numbers("reward", [value], 1)
+    rewards = _numbers("reward", value, n)
+    size = sum(map(abs, rewards))  # no sum of them, discounted or not, is larger
+    if not is_fp32(size):
+        raise ValueError(
+            f"reward must have absolute values whose sum is a finite fp32 number, got {size:g}"
+        )
+    return rewards
 
 
 def _numbers(name: str, value: Any, n: int) -> list[float]:
     if not isinstance(value, list):
-        raise ValueError(f"{name} must be a list of {n} numbers, got {_shown(value)}")
+        raise ValueError(f"{name} must be a list of {n} numbers, got {shown(value)}")
     if len(value) != n:
         raise ValueError(f"{name} must have as many numbers as tokens, {n}, got {len(value)}")
     for i, number in enumerate(value):
-        if type(number) not in (int, float) or not abs(number) <= _LARGEST:
-            raise ValueError(f"{name}[{i}] must be a finite fp32 number, got {_shown(number)}")
+        if type(number) not in (int, float) or not is_fp32(number):
+            raise ValueError(f"{name}[{i}] must be a finite fp32 number, got {shown(number)}")
     return [float(number) for number in value]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
