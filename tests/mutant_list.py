@@ -7,6 +7,7 @@ once in its file. `select` is pytest's -k, which keeps to the backend that was c
 from __future__ import annotations
 
 from mutant import Mutant
+from mutant_inputs import INPUTS
 from mutant_report import REPORT
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -241,5 +242,11 @@ LOOP = (
 )  # fmt: skip
 
 MUTANTS = {
-    "triton": TRITON, "cpu": CPU, "cuda": CUDA, "python": PYTHON, "loop": LOOP, "report": REPORT
-}  # fmt: skip
+    "triton": TRITON,
+    "cpu": CPU,
+    "cuda": CUDA,
+    "python": PYTHON,
+    "loop": LOOP,
+    "inputs": INPUTS,
+    "report": REPORT,
+}
