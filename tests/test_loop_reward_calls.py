@@ -61,6 +61,7 @@ class Odd:
     ids=lambda x: type(x).__name__,
 )
 @pytest.mark.filterwarnings("ignore:Warning. converting a masked element to nan")
+@pytest.mark.filterwarnings("ignore::numpy.exceptions.ComplexWarning")
 def test_a_value_that_is_no_fp32_number_costs_its_sample(value: Any, reason: str) -> None:
     found = score(lambda p, c: [0.5, value, 1.5], ["p"] * 3, ["c"] * 3)
     assert found.values == [0.5, 0.0, 1.5] and list(found.faults) == [1]
