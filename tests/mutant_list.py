@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mutant import Mutant
 from mutant_inputs import INPUTS
+from mutant_numbers import NUMBERS, NUMBERS_CPU
 from mutant_report import REPORT
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -243,10 +244,11 @@ LOOP = (
 
 MUTANTS = {
     "triton": TRITON,
-    "cpu": CPU,
+    "cpu": CPU + NUMBERS_CPU,
     "cuda": CUDA,
     "python": PYTHON,
     "loop": LOOP,
     "inputs": INPUTS,
+    "numbers": NUMBERS,
     "report": REPORT,
 }

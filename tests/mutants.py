@@ -1,6 +1,8 @@
 """Plants the mistakes of mutant_list.py, one at a time, and sees whether the tests notice.
 
-    python tests/mutants.py [triton cpu cuda python loop inputs report] [words of a mutant's name]
+    python tests/mutants.py [GROUP ...] [words of a mutant's name]
+
+Groups: triton, cpu, cuda, python, loop, inputs, numbers, report.
 
 Works on a copy of the checkout. A mutant is killed by a test that fails with it and passes without
 it, not by a build that breaks. Exits with 1 unless all are killed.
