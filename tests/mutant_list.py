@@ -240,6 +240,22 @@ LOOP = (
         "agent.step()\n                done.add(stats)",
         "loop_update",
     ),
+    Mutant(
+        "an option given at its default is replaced", "ppo_fast/loop/config.py",
+        "for name, value in own.items() if name not in given",
+        "for name, value in own.items() if getattr(self, name) == getattr(TrainConfig, name)",
+        "loop_options", "given",
+    ),
+    Mutant(
+        "dataclasses.replace forgets what it was given", "ppo_fast/loop/config.py",
+        "names = [*carried, *names[", "names = [*carried, *names[:0][",
+        "loop_options", "given",
+    ),
+    Mutant(
+        "options are checked in fp64", "ppo_fast/loop/config.py",
+        "_FP32.tiny <= abs(value) <= _FP32.max", "0 < abs(value) < float('inf')",
+        "loop_options", "fp32",
+    ),
 )  # fmt: skip
 
 MUTANTS = {

