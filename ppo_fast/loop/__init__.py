@@ -3,6 +3,7 @@
 from ppo_fast.loop.agent import NonFiniteGradientError
 from ppo_fast.loop.checkpoint import CheckpointError
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.lock import RunLockedError
 from ppo_fast.loop.memory import OutOfMemoryStopError
 from ppo_fast.loop.parallel import RankFailedError, processes
 from ppo_fast.loop.rewards import NoRewardError, RewardError, RewardLengthError
@@ -18,6 +19,7 @@ __all__ = [
     "RankFailedError",
     "RewardError",
     "RewardLengthError",
+    "RunLockedError",
     "TrainConfig",
     "Trainer",
     "TransitionsError",

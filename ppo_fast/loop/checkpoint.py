@@ -15,12 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.files import require_file
 from ppo_fast.loop.state import Tree, capture, identity, restore
 
 if TYPE_CHECKING:
     from ppo_fast.loop.trainer import Trainer
 
 FORMAT = 1
+# What reading a damaged checkpoint raises; nesting beyond Python's stack is a RecursionError.
+DAMAGED = (OSError, ValueError, SafetensorError, RecursionError)
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 Say = Callable[[str], None]
 
@@ -64,11 +67,17 @@ class Checkpoints:
         for number in reversed(numbers):
             try:
                 tree = read(self.path(number))
-            except (OSError, ValueError, SafetensorError) as error:
+            except DAMAGED as error:
                 say(f"checkpoint {self.path(number)} skipped: {error}")
                 continue
             self._require_same(trainer, tree)
-            restore(trainer, tree["state"])
+            try:
+                restore(trainer, tree["state"])
+            except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"resume: {self.path(number)} has a state that is not this run's:"
+                    f" {type(error).__name__}: {error}"
+                ) from error
             self._newest = number
             break
         if numbers and self._newest < 0:
@@ -78,8 +87,8 @@ class Checkpoints:
             )
         where = f"resumed at update {trainer.updates}" if numbers else "no checkpoint: starts anew"
         say(f"{self.folder}: {where}")
-        if not trainer.recorder.rewind(trainer.updates):
-            say(f"warning: the log lacks some of the first {trainer.updates} updates")
+        for lacking in trainer.recorder.rewind(trainer.updates):
+            say(f"warning: {lacking}")
 
     def after_step(self, trainer: Trainer, say: Say) -> None:
         """Save every `save_every` updates; a failure is told and the run goes on."""
@@ -126,6 +135,9 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)  # the failure at hand is the one to tell
             return CheckpointError(f"saving {target} failed: {error}")
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         return None
 
     def _drop_old(self) -> None:
@@ -186,6 +198,11 @@ def read(folder: Path) -> Tree:
         if _digest(folder / name) != sums.get(name):
             raise ValueError(f"{name} is not what {MANIFEST} says")
     tree: Tree = _join(json.loads((folder / VALUES).read_bytes()), load_file(folder / TENSORS))
+    parts = (tree.get("identity"), tree.get("state")) if isinstance(tree, dict) else (None, None)
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{VALUES} has no identity or no state of a run")
+    if type(tree["state"].get("updates")) is not int:
+        raise ValueError(f"{VALUES} has no number of updates")
     return tree
 
 
@@ -193,6 +210,7 @@ def _manifest(folder: Path) -> Tree:
     for name in (TENSORS, VALUES, MANIFEST):
         if (folder / name).is_symlink():
             raise ValueError(f"{name} is a link out of the checkpoint")
+        require_file(folder / name)
     manifest = json.loads((folder / MANIFEST).read_bytes())
     form = manifest.get("format") if isinstance(manifest, dict) else None
     if form != FORMAT:
@@ -207,7 +225,7 @@ def _finished(folder: Path) -> bool:
     """Whether a checkpoint is its run's last one."""
     try:
         updates: int = _manifest(folder)["updates"]
-    except (OSError, ValueError):
+    except DAMAGED:
         return False
     return int(folder.name.removeprefix("update-")) >= updates
 
@@ -236,6 +254,8 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if value.keys() == {"tensor"}:
+            if value["tensor"] not in tensors:
+                raise ValueError(f"{TENSORS} has no {value['tensor']!r}")
             return tensors[value["tensor"]]
         return {k: _join(v, tensors) for k, v in value.items()}
     return value

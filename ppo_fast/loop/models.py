@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.loop.data import package_folder
+from ppo_fast.loop.files import naming, require_folder
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # A model from a path or a hub runs no code of its own: none that comes with it, and no pickle.
@@ -85,19 +86,40 @@ def save_model(
 ) -> None:
     """Write a folder that `from_pretrained` loads; a run cut short leaves the former one whole.
 
-    `state` stands in for the model's own weights where those are sharded.
+    `state` stands in for the model's own weights where those are sharded. Raises OSError, which
+    names the folder, where the disk does not take it; nothing half written stays.
     """
-    fresh, former = (folder.with_name(folder.name + end) for end in (".partial", ".former"))
+    fresh, former = require_model_folder(folder)
+    if not folder.exists() and former.exists():  # a kill came between the two renames
+        former.rename(folder)
     for leftover in (fresh, former):
         if leftover.exists():
             shutil.rmtree(leftover)
-    model.save_pretrained(fresh, state_dict=state)
-    tokenizer.save_pretrained(fresh)
-    if folder.exists():
-        folder.rename(former)
-    fresh.rename(folder)
+    try:
+        with naming(folder):
+            model.save_pretrained(fresh, state_dict=state)
+            tokenizer.save_pretrained(fresh)
+        if folder.exists():
+            folder.rename(former)
+        fresh.rename(folder)
+    except BaseException:
+        if not folder.exists() and former.exists():
+            former.rename(folder)
+        shutil.rmtree(fresh, ignore_errors=True)  # the failure at hand is the one to tell
+        raise
     if former.exists():
         shutil.rmtree(former)
+
+
+def require_model_folder(folder: Path) -> tuple[Path, Path]:
+    """Where a new model is written and the former one waits, beside `folder`.
+
+    Raises OSError where one of the three is there and no folder.
+    """
+    places = [folder.with_name(folder.name + end) for end in ("", ".partial", ".former")]
+    for place in places:
+        require_folder(place)
+    return places[1], places[2]
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

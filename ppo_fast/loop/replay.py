@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from ppo_fast.loop.experience import Experience
+from ppo_fast.loop.files import naming, replace
 from ppo_fast.loop.policy import Sequences
 from ppo_fast.loop.rewards import Scores
 from ppo_fast.loop.rollout import Rollout
@@ -138,9 +139,9 @@ class TransitionWriter:
         if not self._begun:
             earlier = _lines_before(self._path, update) if update else []
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text("".join(earlier), encoding="utf-8")
+            replace(self._path, "".join(earlier).encode())
             self._begun = True
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.writelines(
                 json.dumps(row, allow_nan=False) + "\n" for row in self._rows(update, sample)
             )
@@ -164,8 +165,21 @@ class TransitionWriter:
 
 def _lines_before(path: Path, update: int) -> list[str]:
     """The lines of updates before `update`; a line that a kill cut short is none of them."""
+    if not path.exists():  # a resumed run may be given another file
+        return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [x for x in lines if x.endswith("\n") and json.loads(x)["update"] < update]
+    return [x for x in lines if x.endswith("\n") and _update(path, x) < update]
+
+
+def _update(path: Path, line: str) -> int:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    found = entry.get("update") if isinstance(entry, dict) else None
+    if type(found) is not int:
+        raise TransitionsError(f"{path}: a line has no update, got {line!r:.60}")
+    return found
 
 
 def open_transitions(

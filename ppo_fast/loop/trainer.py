@@ -24,8 +24,9 @@ from ppo_fast.loop.export import export
 from ppo_fast.loop.history import Record
 from ppo_fast.loop.interrupt import patient_interrupt
 from ppo_fast.loop.kl import adapt_penalty, adapt_reward_kl
+from ppo_fast.loop.lock import RunLock
 from ppo_fast.loop.meter import timed
-from ppo_fast.loop.parallel import Ranks, device_of
+from ppo_fast.loop.parallel import RankFailedError, Ranks, device_of
 from ppo_fast.loop.policy import Sequences
 from ppo_fast.loop.progress import shown
 from ppo_fast.loop.records import Muted, Recorder, fifths
@@ -64,6 +65,9 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         self.ranks = ranks or Ranks()
+        config = config.absolute()
+        lock = RunLock(config.out)
+        self.ranks.from_first(lock.acquire)
         self.checkpoints = Checkpoints(self.ranks.saving(config))
         torch.manual_seed(config.seed)
         self.config, self.tokenizer, self.reward = config, tokenizer, reward
@@ -84,7 +88,7 @@ class Trainer:
         self.kl_coef = config.kl_coef
         coef = config.loss_kl_coef
         self.loss_kl_coef = _LOSS_KL.get(config.variant, 0.0) if coef is None else coef
-        self.recorder = Recorder(config, self.backend) if self.ranks.first else Muted()
+        self.recorder = Recorder(config, self.backend, lock) if self.ranks.first else Muted()
         self.watch = rewards.Watch()
         self.updates = 0
         self.last_batch: tuple[list[str], rewards.Scores] | None = None
@@ -96,33 +100,46 @@ class Trainer:
         """
         interrupted, learnt, plot = False, True, None
         folder, say = self.config.out, functools.partial(console.print, markup=False)
-        if self.config.resume:
-            self.checkpoints.resume(self, say)
-        try:
-            with (
-                shown(console, self.updates, self.config.updates) as show,
-                patient_interrupt(say) as stop,
-            ):
-                while self.updates < self.config.updates and not self.ranks.any(stop.asked):
-                    record = self.step()
-                    self.watch.tell(say)
-                    show(record, self.recorder.history)
-                    self.checkpoints.after_step(self, say)
-            interrupted = self.updates < self.config.updates
-            self.checkpoints.finish(self)
-        except KeyboardInterrupt:
-            interrupted = True
-        except rewards.NoRewardError:
-            learnt = bool(self.agent.optimizer.state)
-            raise
-        finally:
-            if learnt:
-                folder = export(self.agent, self.tokenizer, folder)
-            plot = self.recorder.close()
+        self._begin(say)
+        with patient_interrupt(say, hold=self.ranks.size > 1) as stop:
+            try:
+                with shown(console, self.updates, self.config.updates) as show:
+                    while self.updates < self.config.updates and not self.ranks.any(stop.asked):
+                        record = self.step()
+                        self.watch.tell(say)
+                        show(record, self.recorder.history)
+                        self.checkpoints.after_step(self, say)
+                interrupted = self.updates < self.config.updates
+                self.checkpoints.finish(self)
+            except KeyboardInterrupt:
+                interrupted = True
+            except rewards.NoRewardError:
+                learnt = bool(self.agent.optimizer.state)
+                raise
+            except RankFailedError as error:
+                say(f"{error}; what there is will be written")
+                raise
+            finally:
+                stop.ending = True
+                try:
+                    if learnt:
+                        folder = export(self.agent, self.tokenizer, folder)
+                finally:
+                    plot = self.recorder.close()
         history = self.recorder.history
         means = history.column("reward").tolist()
         kl = fifths(history.column("kl").tolist())[1]
         return Outcome(means, *fifths(means), kl, interrupted, plot, folder)
+
+    def _begin(self, say: Callable[[str], None]) -> None:
+        """Keep the folder to this run, and resume where asked to."""
+        try:
+            self.ranks.from_first(self.recorder.hold)
+            if self.config.resume:
+                self.checkpoints.resume(self, say)
+        except BaseException:
+            self.recorder.release()
+            raise
 
     def step(self) -> Record:
         """One update, logged when it is finished."""
@@ -264,7 +281,7 @@ def load_trainer(
     config: TrainConfig, report: Callable[[str], None] = print, ranks: Ranks | None = None
 ) -> Trainer:
     """A trainer of what `config` names: model, prompts or transitions, and reward."""
-    config = config.resolved()
+    config = config.resolved().absolute()
     device = device_of(config)
     task = tasks.load_task(config)
     torch.manual_seed(config.seed)
