@@ -15,6 +15,11 @@ PEERS := verl==0.9.1
 EXTENSION := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
 DEVICE := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/emulate/*.h csrc/emulate/*.cpp)
 
+# GiB that must be free where a trainer's environment is made; KEEP= removes it once it is tested, so
+# that one stands at a time, which is what CI does.
+ROOM ?= 4
+KEEP ?= 1
+
 # Trainers that ppo_fast.integrations patches, each in an environment of its own over $(VENV): their
 # pins exclude each other's, and torch must stay the one that is there. What would need a GPU to
 # install, or is not needed to run what is tested, is left out with --no-deps.
@@ -64,8 +69,12 @@ coverage: $(STAMP)
 test-trainers: $(TRAINERS:%=test-%)
 
 $(TRAINERS:%=test-%): test-%: $(VENV)/trainers/%/.installed
-	OMP_NUM_THREADS=1 $(VENV)/trainers/$*/bin/python -m pytest \
-		$(TESTS_$*:%=tests/integrations/test_%.py) $(ARGS)
+	status=0; OMP_NUM_THREADS=1 $(VENV)/trainers/$*/bin/python -m pytest \
+		$(TESTS_$*:%=tests/integrations/test_%.py) $(ARGS) || status=$$?; \
+		$(if $(KEEP),,rm -rf $(VENV)/trainers/$*;) exit $$status
+ifeq ($(KEEP),)
+.NOTPARALLEL:
+endif
 
 bench: $(BENCH_STAMP)
 	$(RUN) -m pytest benchmarks --benchmark-only --minutes 11 $(ARGS)
@@ -94,6 +103,8 @@ $(STAMP): $(VENV)/bin/python pyproject.toml $(EXTENSION)
 
 PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 $(VENV)/trainers/%/.installed: $(STAMP) Makefile
+	$(if $(KEEP),,rm -rf $(filter-out $(@D),$(wildcard $(VENV)/trainers/*)))
+	$(PYTHON) tests/free_space.py $(ROOM) $(@D) 1 $${TMPDIR:-/tmp}
 	$(RUN) -m venv --clear --without-pip $(@D)
 	$(RUN) $(PURELIB) > $$($(@D)/bin/python $(PURELIB))/base.pth
 	echo "$(TORCH)" > $(@D)/constraints.txt

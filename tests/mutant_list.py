@@ -256,6 +256,26 @@ LOOP = (
         "_FP32.tiny <= abs(value) <= _FP32.max", "0 < abs(value) < float('inf')",
         "loop_options", "fp32",
     ),
+    Mutant(
+        "two runs share a folder's lock", "ppo_fast/loop/lock.py",
+        "fcntl.flock(file, fcntl.LOCK_EX |", "fcntl.flock(file, fcntl.LOCK_SH |",
+        "loop_lock", "another_process",
+    ),
+    Mutant(
+        "a refused resume writes its options down", "ppo_fast/loop/records.py",
+        "        if not config.resume:\n            self._begin", "        if True:\n            self._begin",
+        "loop_folder", "refused_resume",
+    ),
+    Mutant(
+        "paths move with the process", "ppo_fast/loop/config.py",
+        "k: Path(v).absolute() for", "k: Path(v) for",
+        "loop_folder", "working_folder",
+    ),
+    Mutant(
+        "a former model is dropped between two renames", "ppo_fast/loop/models.py",
+        "if not folder.exists() and former.exists():  # a kill", "if False:  # a kill",
+        "loop_folder", "renames",
+    ),
 )  # fmt: skip
 
 MUTANTS = {
