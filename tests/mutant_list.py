@@ -10,6 +10,7 @@ from mutant import Mutant
 from mutant_inputs import INPUTS
 from mutant_numbers import NUMBERS, NUMBERS_CPU
 from mutant_report import REPORT
+from mutant_runs import RUNS
 
 __all__ = ["MUTANTS", "Mutant"]
 
@@ -240,42 +241,6 @@ LOOP = (
         "agent.step()\n                done.add(stats)",
         "loop_update",
     ),
-    Mutant(
-        "an option given at its default is replaced", "ppo_fast/loop/config.py",
-        "for name, value in own.items() if name not in given",
-        "for name, value in own.items() if getattr(self, name) == getattr(TrainConfig, name)",
-        "loop_options", "given",
-    ),
-    Mutant(
-        "dataclasses.replace forgets what it was given", "ppo_fast/loop/config.py",
-        "names = [*carried, *names[", "names = [*carried, *names[:0][",
-        "loop_options", "given",
-    ),
-    Mutant(
-        "options are checked in fp64", "ppo_fast/loop/config.py",
-        "_FP32.tiny <= abs(value) <= _FP32.max", "0 < abs(value) < float('inf')",
-        "loop_options", "fp32",
-    ),
-    Mutant(
-        "two runs share a folder's lock", "ppo_fast/loop/lock.py",
-        "fcntl.flock(file, fcntl.LOCK_EX |", "fcntl.flock(file, fcntl.LOCK_SH |",
-        "loop_lock", "another_process",
-    ),
-    Mutant(
-        "a refused resume writes its options down", "ppo_fast/loop/records.py",
-        "        if not config.resume:\n            self._begin", "        if True:\n            self._begin",
-        "loop_folder", "refused_resume",
-    ),
-    Mutant(
-        "paths move with the process", "ppo_fast/loop/config.py",
-        "k: Path(v).absolute() for", "k: Path(v) for",
-        "loop_folder", "working_folder",
-    ),
-    Mutant(
-        "a former model is dropped between two renames", "ppo_fast/loop/models.py",
-        "if not folder.exists() and former.exists():  # a kill", "if False:  # a kill",
-        "loop_folder", "renames",
-    ),
 )  # fmt: skip
 
 MUTANTS = {
@@ -287,4 +252,5 @@ MUTANTS = {
     "inputs": INPUTS,
     "numbers": NUMBERS,
     "report": REPORT,
+    "runs": RUNS,
 }

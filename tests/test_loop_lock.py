@@ -120,7 +120,9 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
     child = int(process.stdout)
     try:
         os.kill(child, 0)
-        RunLock(tmp_path).acquire()
+        lock = RunLock(tmp_path)
+        lock.acquire()
+        assert str(os.getpid()) in (tmp_path / NAME).read_text()
     finally:
         os.kill(child, signal.SIGKILL)
 
