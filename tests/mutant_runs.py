@@ -27,6 +27,11 @@ RUNS = (
         "loop_lock", "another_process",
     ),
     Mutant(
+        "a run does not look whose folder it is", "ppo_fast/loop/lock.py",
+        "if last != self._claim:", "if not last:",
+        "loop_lock", "two_trainers",
+    ),
+    Mutant(
         "a refused resume writes its options down", "ppo_fast/loop/records.py",
         "if not config.resume:", "if config is not None:",
         "loop_folder", "refused_resume",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import gc
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ import pytest
 from loop_helpers import trainer
 from rich.console import Console
 
-from ppo_fast.loop import RunLockedError
+from ppo_fast.loop import CheckpointError, RunLockedError
 from ppo_fast.loop.lock import NAME, RunLock
 from ppo_fast.loop.rewards import letters
 
@@ -26,7 +25,7 @@ import sys
 from pathlib import Path
 from ppo_fast.loop.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
-lock.acquire()
+lock.claim()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -77,12 +76,12 @@ def test_a_run_in_the_same_process_is_refused_while_it_goes_on(tmp_path: Path) -
 
     (tmp_path / "link").mkdir()
     trainer(tmp_path / "run", reward, updates=2).run(QUIET)
-    assert len(refusals) == 2 and "in use by another run (this process)" in refusals[0]
+    assert len(refusals) == 2 and "in use by another run (process " in refusals[0]
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["update"] for line in log] == [0, 1]
 
 
-def test_the_lock_ends_with_the_run_and_with_the_trainer(tmp_path: Path) -> None:
+def test_the_lock_lasts_from_the_begin_of_a_run_to_its_end(tmp_path: Path) -> None:
     def free() -> bool:
         with (tmp_path / NAME).open() as file:
             try:
@@ -91,24 +90,32 @@ def test_the_lock_ends_with_the_run_and_with_the_trainer(tmp_path: Path) -> None
                 return False
             return True
 
+    found: list[bool] = []
+
     def failing(prompts: list[str], texts: list[str]) -> list[float]:
+        found.append(free())
         return [0.0]
 
-    t = trainer(tmp_path, save_every=0)
-    assert not free()
-    t.run(QUIET)
-    assert free()
     t = trainer(tmp_path, failing, save_every=0)
+    assert free()
     with pytest.raises(ValueError, match="reward must return 8 numbers"):
         t.run(QUIET)
+    assert found == [False] and free()
+    trainer(tmp_path, save_every=1).run(QUIET)
+    with pytest.raises(CheckpointError, match="lr is"):
+        trainer(tmp_path, resume=True, lr=0.5).run(QUIET)
     assert free()
-    t = trainer(tmp_path, save_every=0)
-    again = trainer(tmp_path, save_every=0)  # takes it over from one that does not run
-    t.recorder.close()
-    assert not free()
-    del again
-    gc.collect()
-    assert free()
+
+
+def test_of_two_trainers_made_before_either_runs_one_is_refused(tmp_path: Path) -> None:
+    """The later one emptied the log."""
+    first, second = trainer(tmp_path, updates=2), trainer(tmp_path, updates=2, seed=1)
+    with pytest.raises(RunLockedError, match=f"is in use by another run .process {os.getpid()} "):
+        first.run(QUIET)
+    second.run(QUIET)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+    log = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update"] for line in log] == [0, 1]
 
 
 def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
@@ -121,7 +128,7 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
     try:
         os.kill(child, 0)
         lock = RunLock(tmp_path)
-        lock.acquire()
+        lock.claim()
         assert str(os.getpid()) in (tmp_path / NAME).read_text()
     finally:
         os.kill(child, signal.SIGKILL)
@@ -132,7 +139,7 @@ import os, signal, sys
 from pathlib import Path
 from ppo_fast.loop.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
-lock.acquire()
+lock.claim()
 ready, done = os.pipe()
 child = os.fork()
 if child == 0:

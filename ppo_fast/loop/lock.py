@@ -1,8 +1,9 @@
-"""The lock on a run's folder: of two runs in one folder the second is refused."""
+"""The lock on a run's folder: of two runs in one folder one is refused."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import warnings
 import weakref
@@ -21,7 +22,7 @@ NAME = ".lock"
 # What a run writes beside its checkpoints: looked at before it begins, not when it is done.
 FILES = ("config.json", "versions.json", "log.jsonl", "samples.jsonl", "reward.png")
 MODELS = ("model", "adapter")
-_mine: weakref.WeakValueDictionary[str, RunLock] = weakref.WeakValueDictionary()
+_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
 class RunLockedError(RuntimeError):
@@ -31,92 +32,85 @@ class RunLockedError(RuntimeError):
 class RunLock:
     """An exclusive `flock` on a file in a run's folder, which the system drops with the process.
 
-    In the process that holds it, a new trainer takes the lock over, unless the run of the former
-    one is going on.
+    A trainer has it while it is made, and from the begin to the end of its run. The file says who
+    was the last to be made, so that a run notices if another trainer has emptied its log since.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.running = False
+        self._path = folder / NAME
+        self._owner = f"process {os.getpid()} on {socket.gethostname()}"
+        self._claim = f"{self._owner}\n{secrets.token_hex(8)}\n"
         self._file: IO[str] | None = None
 
-    def acquire(self) -> None:
-        """Take the lock; a warning where the system has none.
+    def claim(self) -> None:
+        """Take the folder for a trainer that is being made; a warning where there are no locks.
 
-        Raises `RunLockedError` where another run has it.
+        Raises `RunLockedError` where a run goes on in it, and OSError where something stands in
+        the place of what a run writes.
         """
-        if self._file is not None:
-            return
-        path = self.folder / NAME
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (NAME, *FILES):
             require_file(self.folder / name)
         for name in MODELS:
             require_model_folder(self.folder / name)
-        key = os.path.realpath(path)
-        former = _mine.get(key)
-        if former is not None and former.running:
-            raise RunLockedError(self._refusal("this process"))
-        if former is not None:
-            former.release()
-        with naming(path):
-            file = path.open("a+", encoding="utf-8")
-        try:
-            _lock(file)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).strip()
-            file.close()
-            raise RunLockedError(self._refusal(holder or "another process")) from None
-        except (OSError, NotImplementedError) as error:
-            file.close()
+        if (reason := self._acquire()) is not None:
             warnings.warn(
-                f"no lock on {self.folder}, so a second run there goes unnoticed: {error}",
+                f"no lock on {self.folder}, so a second run there goes unnoticed: {reason}",
                 stacklevel=2,
             )
-            return
-        self._file, _mine[key] = file, self
-        with naming(path):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+        with naming(self._path):
+            self._path.write_text(self._claim, encoding="utf-8")
 
     def hold(self) -> None:
-        """Keep the lock from later trainers of this process too, until it is released."""
-        self.acquire()
-        self.running = True
+        """Take the lock for a run, which must still be the folder's."""
+        self._acquire()
+        last = self._path.read_text(encoding="utf-8")
+        if last != self._claim:
+            self.release()
+            raise RunLockedError(self._refusal(last))
 
     def release(self) -> None:
         """Give the lock back; the file stays, as another process may be opening it."""
-        self.running = False
         if self._file is not None:
             fcntl.flock(self._file, fcntl.LOCK_UN)  # also where a forked process has it open
             self._file.close()
             self._file = None
 
-    def forked(self) -> None:
-        """Close a forked process's copy, which would hold the lock when this process is gone."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def _acquire(self) -> Exception | None:
+        """Lock the file; the reason where the system cannot."""
+        with naming(self._path):
+            file = self._path.open("a+", encoding="utf-8")
+        try:
+            if fcntl is None:
+                raise NotImplementedError("the system has no flock")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200)
+            file.close()
+            raise RunLockedError(self._refusal(holder)) from None
+        except (OSError, NotImplementedError) as error:
+            file.close()
+            return error
+        self._file = file
+        _held.add(self)
+        return None
 
     def _refusal(self, holder: str) -> str:
+        owner = holder.partition("\n")[0] or "another process"
         return (
-            f"{self.folder} is in use by another run ({holder}): wait for it to end, or give"
+            f"{self.folder} is in use by another run ({owner}): wait for it to end, or give"
             " another --out"
         )
 
 
-def _lock(file: IO[str]) -> None:
-    if fcntl is None:
-        raise NotImplementedError("the system has no flock")
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def _forget() -> None:
-    for lock in list(_mine.values()):
-        lock.forked()
-    _mine.clear()
+    """Close a forked process's copies, which would keep the locks when this process is gone."""
+    for lock in list(_held):
+        if lock._file is not None:
+            lock._file.close()
+            lock._file = None
 
 
 if hasattr(os, "register_at_fork"):

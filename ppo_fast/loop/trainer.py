@@ -67,7 +67,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         config = config.absolute()
         lock = RunLock(config.out)
-        self.ranks.from_first(lock.acquire)
+        self.ranks.from_first(lock.claim)
         self.checkpoints = Checkpoints(self.ranks.saving(config))
         torch.manual_seed(config.seed)
         self.config, self.tokenizer, self.reward = config, tokenizer, reward
@@ -92,6 +92,7 @@ class Trainer:
         self.watch = rewards.Watch()
         self.updates = 0
         self.last_batch: tuple[list[str], rewards.Scores] | None = None
+        lock.release()  # until `run`
 
     def run(self, console: Console) -> Outcome:
         """Train to the end, or to Ctrl-C. However it ends, log, plot and model are written.
