@@ -90,7 +90,8 @@ def _train(args: list[str]) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except (
-        loop.CheckpointError, loop.RunLockedError, ModuleNotFoundError, loop.TransitionsError
+        loop.CheckpointError, loop.RunLockedError, ModuleNotFoundError, loop.TransitionsError,
+        loop.UnsupportedModelError,
     ) as error:  # fmt: skip
         print(f"stopped: {error}", file=sys.stderr)
         return 1

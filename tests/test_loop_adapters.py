@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -10,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from loop_helpers import batch_of, gradients, tiny, trainer, weights
+from loop_helpers import TEXTS, batch_of, gradients, tiny, trainer, weights
 from rich.console import Console
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from ppo_fast.loop import TrainConfig
+import ppo_fast
+from ppo_fast.loop import TrainConfig, Trainer, UnsupportedModelError
 from ppo_fast.loop.adapters import add_adapters
 from ppo_fast.loop.parallel import processes
+from ppo_fast.loop.policy import Sequences, Tower
+from ppo_fast.loop.rewards import letters
 from ppo_fast.loop.state import trainable
 
 QUIET = Console(quiet=True)
@@ -160,3 +164,88 @@ def test_fsdp2_takes_no_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "lora_rank must be 0 with parallel='fsdp2': use 'ddp'"
     with pytest.raises(ValueError, match=message), processes(config):
         pass
+
+
+def with_adapters_on_the_head(*names: str, **options: Any) -> Any:
+    """The tiny model, its head untied, with random adapters on the head and in the layers."""
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = tiny(torch.float64)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    lora = LoraConfig(
+        r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM",
+        init_lora_weights=False, **options,
+    )  # fmt: skip
+    adapted = get_peft_model(model, lora, adapter_name=names[0])
+    for name in names[1:]:
+        adapted.add_adapter(name, lora)
+    adapted.base_model.set_adapter(list(names))
+    return adapted.double().eval()
+
+
+def head_and_own(tower: Tower) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of four tokens by the linear head and by the model's own logits."""
+    seqs = Sequences(TOKENS, torch.ones_like(TOKENS), torch.ones(2, 4, dtype=torch.bool))
+    logits, hidden = tower.logits(seqs)
+    tokens = seqs.flat(seqs.response)
+    own = logits.double().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(1)
+    return ppo_fast.linear_token_logprobs(hidden, tokens=tokens, **tower.head()).logprobs, own
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [(("a",), {}), (("a", "b"), {"use_rslora": True}), (("a",), {"lora_bias": True})],
+)
+def test_adapters_on_the_head_are_in_the_linear_head(
+    names: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    model = with_adapters_on_the_head(*names, **options)
+    tower = Tower(model, 0)
+    linear, own = head_and_own(tower)
+    torch.testing.assert_close(linear, own, rtol=0, atol=1e-12)
+    weights = [p for n, p in model.named_parameters() if "lm_head.lora" in n]
+    grads = [torch.autograd.grad(x.sum(), weights, retain_graph=True) for x in (linear, own)]
+    assert len(weights) >= 2 * len(names)
+    for a, b in zip(*grads, strict=True):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+    off, own_off = head_and_own(Tower(model, 0, model.disable_adapter))
+    torch.testing.assert_close(off, own_off, rtol=0, atol=1e-12)
+    assert (off - linear).abs().max() > 1e-2
+
+
+def test_merged_adapters_on_the_head_count_once() -> None:
+    model = with_adapters_on_the_head("a")
+    tower = Tower(model, 0)
+    apart, _ = head_and_own(tower)
+    model.merge_adapter()
+    merged, own = head_and_own(tower)
+    torch.testing.assert_close(merged, own, rtol=0, atol=1e-12)
+    torch.testing.assert_close(merged, apart, rtol=0, atol=1e-8)
+
+
+def test_another_adapter_on_the_head_is_refused(tmp_path: Path) -> None:
+    model = with_adapters_on_the_head("a", use_dora=True)
+    config = TrainConfig(
+        out=tmp_path, model="mine", device="cpu", batch=4, micro_batch=4, max_new_tokens=4,
+        train_layers=0, warmup=0, save_every=0, compare=0,
+    )  # fmt: skip
+    message = r"adapter 'a' on the output head .*lm_head \(Linear\) of PeftModel.*--head logits"
+    with pytest.raises(UnsupportedModelError, match=message):
+        Trainer(config, model, tiny()[1], TEXTS, letters)
+    logits = dataclasses.replace(config, head="logits")
+    assert Trainer(logits, model, tiny()[1], TEXTS, letters).step()["steps"] == 4
+
+
+def test_a_run_trains_the_adapters_on_the_head(tmp_path: Path) -> None:
+    model = with_adapters_on_the_head("a").float()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    config = TrainConfig(
+        out=tmp_path, model="mine", device="cpu", batch=4, micro_batch=4, max_new_tokens=4,
+        train_layers=0, warmup=0, save_every=0, compare=0,
+    )  # fmt: skip
+    record = Trainer(config, model, tiny()[1], TEXTS, letters).step()
+    assert record["rollout_gap_max"] < 1e-4
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all("lora_" in n for n in moved) and any("lm_head" in n for n in moved)

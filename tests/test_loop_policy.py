@@ -18,7 +18,8 @@ from transformers import (
 )
 
 import ppo_fast
-from ppo_fast.loop.models import eos_ids, freeze_below
+from ppo_fast.loop.layers import freeze_below
+from ppo_fast.loop.models import eos_ids
 from ppo_fast.loop.policy import Sequences, Tower
 from ppo_fast.loop.rollout import Rollout, completions, encode, generate
 
@@ -157,11 +158,10 @@ def test_the_linear_head_is_the_models_own(name: str) -> None:
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=FP64)
 
 
-def test_a_model_that_scales_its_logits_wants_the_other_head() -> None:
+def test_a_scale_that_only_the_config_has_changes_nothing() -> None:
     model = models()["llama"]
     model.config.logit_scale = 0.5
-    with pytest.raises(ValueError, match="head must be 'logits' for a model with logit_scale"):
-        Tower(model, 0).head()
+    assert "temperature" not in Tower(model, 0).head()
 
 
 def test_copies_share_frozen_weights_and_own_trainable_ones() -> None:

@@ -3,6 +3,7 @@
 from ppo_fast.loop.agent import NonFiniteGradientError
 from ppo_fast.loop.checkpoint import CheckpointError
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.layers import UnsupportedModelError
 from ppo_fast.loop.lock import RunLockedError
 from ppo_fast.loop.memory import OutOfMemoryStopError
 from ppo_fast.loop.parallel import RankFailedError, processes
@@ -23,6 +24,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "TransitionsError",
+    "UnsupportedModelError",
     "processes",
     "train",
 ]

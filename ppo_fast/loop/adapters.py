@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ppo_fast.loop.models import decoder_layers
+from ppo_fast.loop.layers import check_frozen, decoder_layers
 
 
 def add_adapters(model: Any, rank: int, train_layers: int) -> tuple[Any, int]:
@@ -37,4 +37,6 @@ def add_adapters(model: Any, rank: int, train_layers: int) -> tuple[Any, int]:
         layers_to_transform=list(range(split, len(layers))),
         layers_pattern=path.rsplit(".", 1)[-1],
     )  # fmt: skip
-    return get_peft_model(model, lora), split
+    adapted = get_peft_model(model, lora)
+    check_frozen(model, layers, split)
+    return adapted, split

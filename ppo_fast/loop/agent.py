@@ -14,13 +14,18 @@ from torch import Tensor
 import ppo_fast
 from ppo_fast.loop.adapters import add_adapters
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.head import check_distributions
+from ppo_fast.loop.layers import UnsupportedModelError, freeze_below
 from ppo_fast.loop.memory import halves, recompute, with_room
-from ppo_fast.loop.models import freeze_below
 from ppo_fast.loop.parallel import Ranks
 from ppo_fast.loop.policy import Critic, Sequences, Tower
 from ppo_fast.loop.rollout import Rollout, generate
+from ppo_fast.loop.rounding import excess_gap, has_routed_experts
+from ppo_fast.loop.trial import try_model
+from ppo_fast.loop.weights import check_trainable, widen
 
 _SKIPS = 3
+_CHECKED = 8  # rows of the first batch whose logits are formed beside a linear head
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -50,12 +55,23 @@ class Forward(NamedTuple):
 class Agent:
     """Policy, frozen reference, critic and their optimiser."""
 
-    def __init__(self, model: Any, config: TrainConfig, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, model: Any, config: TrainConfig, ranks: Ranks | None = None, sampled: bool = True
+    ) -> None:
+        """`sampled` says that the policy will draw completions; stored transitions need none.
+
+        Raises UnsupportedModelError for a model that the loop cannot train, before anything else.
+        """
         self.config, self.ranks = config, ranks or Ranks()
         self.halved = False
         self.skips = 0  # optimiser steps in a row whose gradient was not finite
+        self.head_checked = self.gap_checked = False
         # eval mode throughout: dropout would move the ratio of unchanged weights away from 1
         self.policy, self.reference = self._towers(model.eval())
+        with torch.no_grad():
+            try_model(self.policy, sampled)
+            if config.head == "linear":
+                self.policy.product(), self.reference.product()
         body = self.policy.copy() if config.critic == "separate" else None
         weight = model.get_output_embeddings().weight
         # fp32 for half-precision models, fp64 for fp64 ones, as the ops compute
@@ -86,11 +102,13 @@ class Agent:
             self.adapted, split = add_adapters(model, config.lora_rank, config.train_layers)
         else:
             self.adapted, split = None, freeze_below(model, config.train_layers)
-        half = config.dtype == "bfloat16"
+            check_trainable(model, config.train_layers)
+        half = widen(model) or config.dtype == "bfloat16"
+        self.precision = torch.bfloat16 if half else torch.float32
         self.autocast = functools.partial(
             torch.autocast, model.device.type, torch.bfloat16, enabled=half
         )
-        if half:
+        if config.dtype == "bfloat16":
             for p in model.parameters():
                 p.data = p.data if p.requires_grad else p.data.bfloat16()
         policy = Tower(model, split, self.autocast)
@@ -164,31 +182,38 @@ class Agent:
         self, tower: Tower, hidden: Tensor, logits: Tensor | None, seqs: Sequences, backend: str
     ) -> Tensor:
         """Log-probability of each kept token, (n,), from the logits or else the hidden states."""
-        options: dict[str, Any] = {"temperature": self.config.temperature, "backend": backend}
+        temperature = self.config.temperature
         tokens = seqs.flat(seqs.response)
         if logits is not None:
-            return ppo_fast.token_logprobs(logits, tokens, **options).logprobs
-        head = tower.head()
-        weight = head.pop("weight")
+            return ppo_fast.token_logprobs(
+                logits, tokens, temperature=temperature, backend=backend
+            ).logprobs
         with self.autocast():
-            out = ppo_fast.linear_token_logprobs(hidden, weight, tokens, **head, **options)
-        return out.logprobs
+            return ppo_fast.linear_token_logprobs(
+                hidden, tokens=tokens, backend=backend, **self._head(tower)
+            ).logprobs
+
+    def _head(self, tower: Tower) -> dict[str, Any]:
+        """The output head as the linear ops take it, at the temperature of the run."""
+        head = tower.head()
+        head["temperature"] = self.config.temperature * head.get("temperature", 1.0)
+        return head
 
     def policy_loss(
         self, out: Forward, seqs: Sequences, old: Tensor, advantages: Tensor, backend: str,
         **options: Any,
     ) -> ppo_fast.HeadLoss:  # fmt: skip
         """The policy loss over the n kept tokens; `old` and `advantages` (n,)."""
-        options |= {"temperature": self.config.temperature, "backend": backend}
-        options["cu_seqlens"] = seqs.cu_seqlens()
+        options |= {"backend": backend, "cu_seqlens": seqs.cu_seqlens()}
         tokens = seqs.flat(seqs.response)
         if out.logits is not None:
             # The logits are this call's own: their gradient may overwrite them.
             own = backend != "reference"
             return ppo_fast.logits_ppo_loss(
-                out.logits, tokens, old, advantages, inplace=own, **options
-            )
-        head = self.policy.head()
+                out.logits, tokens, old, advantages,
+                temperature=self.config.temperature, inplace=own, **options,
+            )  # fmt: skip
+        head = self._head(self.policy)
         weight = head.pop("weight")
         with self.autocast():
             return ppo_fast.linear_ppo_loss(
@@ -206,6 +231,46 @@ class Agent:
         self.ranks.sum_([scored.old, scored.ref, scored.values])
         self.ranks.sum_([] if scored.trunk is None else [scored.trunk])
         return scored
+
+    def check_gap(self, gaps: Tensor) -> None:
+        """Compare the sampler's log-probs with the training forward's, at a run's first update.
+
+        `gaps` (n,) are the differences in nats. Raises UnsupportedModelError where they are beyond
+        rounding: PPO would start from a policy that did not sample.
+        """
+        if self.gap_checked:
+            return
+        model, self.gap_checked = self.policy.model, True
+        found = excess_gap(gaps, self.precision, has_routed_experts(model))
+        if found is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} samples from another distribution than it is trained on:"
+                f" of the rollout gaps |sampler's - training forward's log-prob| {found}. Nothing"
+                " was trained. Its cache, its mask or its positions in generation differ from"
+                " those of a whole forward: update transformers, or sample elsewhere and train on"
+                " the --transitions"
+            )
+
+    def check_head(self, seqs: Sequences, parts: list[Tensor]) -> None:
+        """Compare the linear head with the model's own logits, on a few rows of the first batch.
+
+        `parts` as in `score`. Raises UnsupportedModelError, which names the output head.
+        """
+        if not self.head_checked and self.config.head == "linear":
+            self.head_checked = True
+            with_room(self, lambda: self._check_head(seqs, self.pieces(parts)))
+
+    @torch.no_grad()
+    def _check_head(self, seqs: Sequences, parts: list[Tensor]) -> None:
+        rows = seqs.rows(next((p for p in parts if seqs.mask[p].any()), parts[0]))
+        kept = rows.mask.flatten().nonzero().squeeze(1)
+        some = kept[torch.linspace(0, len(kept) - 1, min(_CHECKED, len(kept))).long()]
+        mask = torch.zeros_like(rows.mask).flatten().index_fill(0, some, True)
+        few = rows._replace(mask=mask.view_as(rows.mask))
+        for tower in (self.policy, self.reference):
+            logits, hidden = tower.logits(few)
+            with tower.inside():
+                check_distributions(tower.model, tower.product(), hidden, logits)
 
     @torch.no_grad()
     def _score(self, seqs: Sequences, parts: list[Tensor], backend: str) -> Scored:

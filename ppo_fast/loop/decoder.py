@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ppo_fast.loop.layers import UnsupportedModelError
 from ppo_fast.loop.policy import position_ids
 
 # Tokens of padding that cost as much as one more forward, which reads every weight once. SmolLM2
@@ -26,20 +27,26 @@ class Decoder:
 
     tokens and attention (B, P) are left-padded prompts, `steps` the tokens that may follow. Models
     with full attention alone have their keys and values written into one buffer; others (sliding
-    windows, recurrent states) grow their own cache and read all prompts at once.
+    windows, recurrent states) grow their own cache and read all prompts at once, as do models
+    that take no positions.
     """
 
     def __init__(self, model: Any, tokens: Tensor, attention: Tensor, steps: int) -> None:
         self.model = model
         self._cache: Any
         self._argument = cache_argument(model)
+        # Positions of its own making would begin elsewhere in prompts whose padding is cut.
+        self._cuts = takes(model, "position_ids")
         self._seen = torch.cat([attention, attention.new_ones(len(tokens), steps)], dim=1)
         self._end = tokens.shape[1]
         cache = DynamicCache(config=model.config)
+        # A state has taken in what was masked; a model of states alone multiplies by the mask.
+        self._stateful = not any(isinstance(layer, DynamicLayer) for layer in cache.layers)
         if all(type(layer) is DynamicLayer for layer in cache.layers):
             self.logits, self._cache = self._read(tokens, attention, steps)
         else:
             self.logits, self._cache = self._forward(tokens, attention, cache), cache
+            _check_filled(model, cache)
 
     def step(self, tokens: Tensor) -> None:
         """Append a token (B,) to every row."""
@@ -55,6 +62,7 @@ class Decoder:
         """Read the prompts bucket by bucket, each without the padding in front of its longest."""
         lengths = attention.sum(1).tolist()
         spare = _FORWARD.get(tokens.device.type, _FORWARD_ELSEWHERE)
+        spare = spare if self._cuts else tokens.numel()
         logits: Tensor | None = None
         layers: list[Any] = []
         for bucket in buckets(lengths, spare):
@@ -62,6 +70,7 @@ class Decoder:
             cut = tokens.shape[1] - lengths[bucket[0]]
             part = DynamicCache(config=self.model.config)
             read = self._forward(tokens[rows, cut:], attention[rows, cut:], part)
+            _check_filled(self.model, part)
             if logits is None:
                 shape = (len(tokens), tokens.shape[1], steps)
                 layers = [StaticLayer(layer, *shape) for layer in part.layers]
@@ -74,10 +83,11 @@ class Decoder:
 
     def _forward(self, tokens: Tensor, seen: Tensor, cache: Cache) -> Tensor:
         """Logits (B, V) behind the last of `tokens` (B, T); `seen` (B, S) covers the cache too."""
+        new = tokens.shape[1]
         logits: Tensor = self.model(
             input_ids=tokens,
-            attention_mask=seen,
-            position_ids=position_ids(seen)[:, -tokens.shape[1] :],
+            attention_mask=seen[:, -new:] if self._stateful else seen,
+            position_ids=position_ids(seen)[:, -new:],
             use_cache=True,
             logits_to_keep=1,
             **{self._argument: cache},
@@ -131,9 +141,36 @@ class StaticLayer(DynamicLayer):
 
 
 def cache_argument(model: Any) -> str:
-    """What a model's forward calls its cache: `cache` from transformers 5.24 on."""
+    """What a model's forward calls its cache: `cache` from transformers 5.24 on.
+
+    Raises UnsupportedModelError for a model that has none.
+    """
+    for name in ("cache", "past_key_values"):
+        if takes(model, name):
+            return name
+    raise UnsupportedModelError(
+        f"model must keep a key-value cache to be sampled from: {type(model).__name__}'s forward"
+        " takes neither 'cache' nor 'past_key_values'"
+    )
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether a model's forward, or one that it may hand its arguments to, names an argument."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    forwards = [
+        base.forward,
+        *(vars(c)["forward"] for c in type(base).__mro__ if "forward" in vars(c)),
+    ]
+    return any(name in inspect.signature(forward).parameters for forward in forwards)
+
+
+def _check_filled(model: Any, cache: Cache) -> None:
+    """Raise UnsupportedModelError unless a forward has written to its cache."""
+    if not any(getattr(layer, "is_initialized", True) for layer in cache.layers):
+        raise UnsupportedModelError(
+            f"model must keep a key-value cache to be sampled from: {type(model).__name__} wrote"
+            f" nothing to the {type(cache).__name__} that its forward was given"
+        )
 
 
 def buckets(lengths: list[int], spare: int) -> list[list[int]]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppo_fast.loop.data import package_folder
 from ppo_fast.loop.files import naming, require_folder
+from ppo_fast.loop.layers import UnsupportedModelError, vocabulary
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # A model from a path or a hub runs no code of its own: none that comes with it, and no pickle.
@@ -22,7 +23,8 @@ def load_model(name: str, texts: list[str], device: torch.device) -> tuple[Any, 
     """`(model, tokenizer)` in fp32, eval mode and ready to be saved.
 
     `name` is "smollm2", "tiny" (its tokenizer is trained on `texts`), a local path or a hub name
-    of safetensors. Raises OSError for pickled weights, ValueError for a model that brings code.
+    of safetensors. Raises OSError for pickled weights, ValueError for a model that brings code
+    and UnsupportedModelError for a tokenizer of more tokens than the model has embeddings for.
     """
     if name == "tiny":
         model, tokenizer = tiny_model(texts)
@@ -31,6 +33,7 @@ def load_model(name: str, texts: list[str], device: torch.device) -> tuple[Any, 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    check_vocabulary(model, tokenizer)
     return model.eval().to(device), tokenizer
 
 
@@ -122,30 +125,25 @@ def require_model_folder(folder: Path) -> tuple[Path, Path]:
     return places[1], places[2]
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The model's stack of decoder layers: its module list of `num_hidden_layers` entries."""
-    wanted = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            return module
-    raise ValueError(f"model has no list of {wanted} decoder layers: {type(model).__name__}")
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raise UnsupportedModelError unless each of the tokenizer's tokens has an embedding.
 
-
-def freeze_below(model: Any, train_layers: int) -> int:
-    """Leave only the top `train_layers` layers and the final norm trainable (0: everything).
-
-    Returns the number of frozen layers at the bottom.
+    More embeddings than tokens are fine, and so are placeholders of images, sound and video that
+    a model of text was given no embedding for: text does not make them.
     """
-    layers = decoder_layers(model)
-    if train_layers > len(layers):
-        raise ValueError(f"train_layers must be at most {len(layers)}, got {train_layers}")
-    if train_layers == 0:
-        return 0
-    model.requires_grad_(False)
-    split = len(layers) - train_layers
-    for layer in layers[split:]:
-        layer.requires_grad_(True)
-    for name, module in model.base_model.named_children():
-        if name in ("norm", "ln_f", "final_layer_norm", "final_layernorm"):
-            module.requires_grad_(True)
-    return split
+    n, kind = vocabulary(model), type(model).__name__
+    known = tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else ()
+    media = {getattr(tokenizer, f"{x}_token_id", None) for x in ("image", "audio", "video")}
+    highest = max(set(known) - media, default=-1)
+    if highest >= n:
+        raise UnsupportedModelError(
+            f"tokenizer must know no more tokens than the {n} embeddings of {kind}, got"
+            f" {len(known)} tokens up to id {highest}: call"
+            f" model.resize_token_embeddings({highest + 1})"
+        )
+    for what in ("eos_token_id", "pad_token_id"):
+        token = getattr(tokenizer, what, None)
+        if token is not None and not 0 <= token < n:
+            raise UnsupportedModelError(
+                f"tokenizer.{what} must be below the {n} embeddings of {kind}, got {token}"
+            )

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ppo_fast.loop.models import decoder_layers
+from ppo_fast.loop.head import Product, hooked, measured, weight_and_bias
+from ppo_fast.loop.layers import decoder_layers, plain_tokens, refusing
 
 T = TypeVar("T")
 
@@ -76,11 +77,15 @@ class Tower:
     ) -> None:
         self.model, self.split, self.contexts = model, split, contexts
         self.layers = decoder_layers(model)
+        self._product: Product | None = None
+        self._beside = 0  # what a layer returns beside its hidden states; 0: no tuple
 
     def copy(self) -> Tower:
         """A tower with weights of its own where they are trainable and shared ones elsewhere."""
         shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
-        return Tower(copy.deepcopy(self.model, shared), self.split, *self.contexts)
+        tower = Tower(copy.deepcopy(self.model, shared), self.split, *self.contexts)
+        tower._product, tower._beside = self._product, self._beside
+        return tower
 
     def logits(self, seqs: Sequences, trunk: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (n, V) and last hidden states (n, H) that predict the n kept tokens.
@@ -99,21 +104,46 @@ class Tower:
             return forward(), None
         seen: list[Tensor] = []
 
-        def keep(_: nn.Module, args: object, output: Tensor) -> None:
-            seen.append(output)
+        def keep(_: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            self._beside = len(output) if isinstance(output, tuple) else 0
+            seen.append(output[0] if isinstance(output, tuple) else output)
 
-        with _hooked(self.layers[self.split - 1].register_forward_hook, keep):
+        with hooked(self.layers[self.split - 1].register_forward_hook, keep):
             return forward(), seen[0]
 
+    def product(self) -> Product:
+        """What stands between hidden states and logits, measured at the first call.
+
+        Raises UnsupportedModelError, which names the output head, where that is more than a
+        weight, a bias, a factor and a soft cap.
+        """
+        if self._product is None:
+            tokens = plain_tokens(self.model, 4)[None]
+            with refusing(self.model), self.inside():
+                self._product = measured(self.model, tokens)
+        return self._product
+
     def head(self) -> dict[str, Any]:
-        """Weight, bias and soft cap of the output head, as `linear_ppo_loss` takes them."""
-        config = self.model.config.get_text_config()
-        for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-            if getattr(config, name, 1.0) not in (None, 1.0):
-                raise ValueError(f"head must be 'logits' for a model with {name}, got 'linear'")
-        linear = self.model.get_output_embeddings()
-        cap = getattr(config, "final_logit_softcapping", None)
-        return {"weight": linear.weight, "bias": linear.bias, "softcap": cap}
+        """Weight, bias and soft cap of the output head, as `linear_ppo_loss` takes them.
+
+        Where the model scales its logits, with the temperature that does so.
+        """
+        options = self.product().options()
+        with self.inside():
+            weight, bias = weight_and_bias(self.model)
+        return {"weight": weight, "bias": bias, **options}
+
+    def run(self, tokens: Tensor, **options: Any) -> Any:
+        """The model's answer to `tokens` (B, T), without a cache."""
+        with self.inside():
+            return self.model(input_ids=tokens, use_cache=False, **options)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context())
+            yield
 
     def _forward(
         self, seqs: Sequences, trunk: Tensor | None, to_head: Callable[[Tensor], Tensor]
@@ -126,17 +156,15 @@ class Tower:
             seen.append(args[0].flatten(0, 1).index_select(0, index))
             return to_head(seen[0])
 
-        with ExitStack() as stack:
-            for context in self.contexts:
-                stack.enter_context(context())
-            stack.enter_context(_replayed(self.layers, self.split, trunk))
-            output_head = self.model.get_output_embeddings()
-            stack.enter_context(_hooked(output_head.register_forward_pre_hook, select))
-            out = self.model(
-                input_ids=seqs.tokens,
+        output_head = self.model.get_output_embeddings()
+        with (
+            _replayed(self.layers, self.split, trunk, self._beside),
+            hooked(output_head.register_forward_pre_hook, select),
+        ):
+            out = self.run(
+                seqs.tokens,
                 attention_mask=seqs.attention,
                 position_ids=position_ids(seqs.attention),
-                use_cache=False,
             )
         return out.logits, seen[0]
 
@@ -162,42 +190,36 @@ class Critic(nn.Module):
         return values
 
 
-class _Pass(nn.Module):
-    """Stands in for a layer whose output is not needed."""
-
-    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return hidden
-
-
 class _Replay(nn.Module):
-    """Stands in for the layers up to one, giving that one's recorded output."""
+    """Stands in for a frozen layer, giving the recorded output of the last of them.
 
-    def __init__(self, trunk: Tensor) -> None:
+    Where layers return tuples, of `beside` entries, the others are absent: no forward without a
+    cache reads them. What a model asks of its layers beside that, the layer itself answers.
+    """
+
+    def __init__(self, layer: nn.Module, trunk: Tensor, beside: int) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.beside = trunk, beside
+        self.__dict__["layer"] = layer  # not as a module: its weights are listed elsewhere
 
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        return self.trunk
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
 
-
-@contextmanager
-def _hooked(register: Callable[..., Any], hook: Callable[..., Any]) -> Iterator[None]:
-    handle = register(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        return (self.trunk, *[None] * (self.beside - 1)) if self.beside else self.trunk
 
 
 @contextmanager
-def _replayed(layers: nn.ModuleList, split: int, trunk: Tensor | None) -> Iterator[None]:
+def _replayed(
+    layers: nn.ModuleList, split: int, trunk: Tensor | None, beside: int
+) -> Iterator[None]:
     """Skip the first `split` layers, whose output is `trunk`; with none, skip nothing."""
     if trunk is None:
         yield
         return
     kept = list(layers[:split])
-    for i in range(split):
-        layers[i] = _Replay(trunk) if i == split - 1 else _Pass()
+    for i, layer in enumerate(kept):
+        layers[i] = _Replay(layer, trunk, beside)
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast.loop.layers import UnsupportedModelError, vocabulary
 from ppo_fast.loop.policy import Sequences
 from ppo_fast.loop.sampling import draw, draw_uniforms
 from ppo_fast.loop.values import require_text, tokens_within
@@ -71,11 +72,17 @@ def generate(
     every call takes from `generator`: sequences do not depend on how the batch is shared out, nor
     on which rows have ended.
 
-    Raises FloatingPointError if the logits of a token are not finite.
+    Raises FloatingPointError if the logits of a token are not finite, UnsupportedModelError for a
+    token without an embedding or a model without a cache.
     """
     from ppo_fast.loop.decoder import Decoder
 
-    n = len(tokens)
+    n, known = len(tokens), vocabulary(model)
+    if (highest := int(tokens.max())) >= known:
+        raise UnsupportedModelError(
+            f"prompts must have tokens below the {known} embeddings of {type(model).__name__}, got"
+            f" {highest}"
+        )
     uniforms = draw_uniforms(generator, max_new_tokens, n if total is None else total)
     uniforms = (uniforms if rows is None else uniforms[:, rows]).to(tokens.device)
     stops = tokens.new_tensor(eos)

