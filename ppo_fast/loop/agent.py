@@ -14,18 +14,15 @@ from torch import Tensor
 import ppo_fast
 from ppo_fast.loop.adapters import add_adapters
 from ppo_fast.loop.config import TrainConfig
-from ppo_fast.loop.head import check_distributions
-from ppo_fast.loop.layers import UnsupportedModelError, freeze_below
+from ppo_fast.loop.layers import freeze_below
 from ppo_fast.loop.memory import halves, recompute, with_room
 from ppo_fast.loop.parallel import Ranks
 from ppo_fast.loop.policy import Critic, Sequences, Tower
 from ppo_fast.loop.rollout import Rollout, generate
-from ppo_fast.loop.rounding import excess_gap, has_routed_experts
 from ppo_fast.loop.trial import try_model
 from ppo_fast.loop.weights import check_trainable, widen
 
 _SKIPS = 3
-_CHECKED = 8  # rows of the first batch whose logits are formed beside a linear head
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -65,7 +62,6 @@ class Agent:
         self.config, self.ranks = config, ranks or Ranks()
         self.halved = False
         self.skips = 0  # optimiser steps in a row whose gradient was not finite
-        self.head_checked = self.gap_checked = False
         # eval mode throughout: dropout would move the ratio of unchanged weights away from 1
         self.policy, self.reference = self._towers(model.eval())
         with torch.no_grad():
@@ -231,46 +227,6 @@ class Agent:
         self.ranks.sum_([scored.old, scored.ref, scored.values])
         self.ranks.sum_([] if scored.trunk is None else [scored.trunk])
         return scored
-
-    def check_gap(self, gaps: Tensor) -> None:
-        """Compare the sampler's log-probs with the training forward's, at a run's first update.
-
-        `gaps` (n,) are the differences in nats. Raises UnsupportedModelError where they are beyond
-        rounding: PPO would start from a policy that did not sample.
-        """
-        if self.gap_checked:
-            return
-        model, self.gap_checked = self.policy.model, True
-        found = excess_gap(gaps, self.precision, has_routed_experts(model))
-        if found is not None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} samples from another distribution than it is trained on:"
-                f" of the rollout gaps |sampler's - training forward's log-prob| {found}. Nothing"
-                " was trained. Its cache, its mask or its positions in generation differ from"
-                " those of a whole forward: update transformers, or sample elsewhere and train on"
-                " the --transitions"
-            )
-
-    def check_head(self, seqs: Sequences, parts: list[Tensor]) -> None:
-        """Compare the linear head with the model's own logits, on a few rows of the first batch.
-
-        `parts` as in `score`. Raises UnsupportedModelError, which names the output head.
-        """
-        if not self.head_checked and self.config.head == "linear":
-            self.head_checked = True
-            with_room(self, lambda: self._check_head(seqs, self.pieces(parts)))
-
-    @torch.no_grad()
-    def _check_head(self, seqs: Sequences, parts: list[Tensor]) -> None:
-        rows = seqs.rows(next((p for p in parts if seqs.mask[p].any()), parts[0]))
-        kept = rows.mask.flatten().nonzero().squeeze(1)
-        some = kept[torch.linspace(0, len(kept) - 1, min(_CHECKED, len(kept))).long()]
-        mask = torch.zeros_like(rows.mask).flatten().index_fill(0, some, True)
-        few = rows._replace(mask=mask.view_as(rows.mask))
-        for tower in (self.policy, self.reference):
-            logits, hidden = tower.logits(few)
-            with tower.inside():
-                check_distributions(tower.model, tower.product(), hidden, logits)
 
     @torch.no_grad()
     def _score(self, seqs: Sequences, parts: list[Tensor], backend: str) -> Scored:

@@ -21,6 +21,7 @@ from ppo_fast.loop.checkpoint import Checkpoints
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.experience import Experience, importance
 from ppo_fast.loop.export import export
+from ppo_fast.loop.first_batch import FirstBatch
 from ppo_fast.loop.history import Record
 from ppo_fast.loop.interrupt import patient_interrupt
 from ppo_fast.loop.kl import adapt_penalty, adapt_reward_kl
@@ -74,6 +75,7 @@ class Trainer:
         check_is_causal_lm(model)
         models.check_vocabulary(model, tokenizer)
         self.agent = Agent(model, config, self.ranks, sampled=not self.stored)
+        self.first_batch = FirstBatch(self.agent)
         lock = RunLock(config.out)
         self.ranks.from_first(lock.claim)
         self.checkpoints = Checkpoints(self.ranks.saving(config))
@@ -191,12 +193,12 @@ class Trainer:
         """Scoring, advantages and update; fills `seconds` and returns the rest of the record."""
         plan = self.plan()
         parts = [rows for part in plan for rows in part]
-        self.agent.check_head(seqs, parts)
+        self.first_batch.check_head(seqs, parts)
         with timed(self.device) as scoring_time:
             scored = self.agent.score(seqs, parts, self.backend)
         gap = (sample.rollout.logprobs - scored.old)[seqs.mask].abs()
         if not self.stored:
-            self.agent.check_gap(gap)
+            self.first_batch.check_gap(gap)
         with timed(self.device) as advantage_time:
             batch, kl = self.advantages(
                 seqs, scored, sample.scores, self.backend, sample.token_rewards
