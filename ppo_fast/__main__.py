@@ -50,13 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args: list[str]) -> int:
     try:
         from rich.console import Console
-        from safetensors import SafetensorError
         from transformers.utils.logging import disable_progress_bar
 
-        from ppo_fast import loop
-        from ppo_fast.loop.data import TaskError
         from ppo_fast.loop.options import ConfigError, parse
-        from ppo_fast.loop.values import traceback_of
     except ModuleNotFoundError as error:
         print(f"{error}; `ppo-fast train` needs: pip install 'ppo_fast[train]'", file=sys.stderr)
         return 1
@@ -69,39 +65,58 @@ def _train(args: list[str]) -> int:
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     disable_progress_bar()  # the run draws its own
     try:
-        with loop.processes(config) as ranks:
-            trainer, outcome = loop.train(config, console, ranks)
-            _print_outcome(console, outcome)
-            if outcome.interrupted:
-                return 130
-            if ranks.size == 1:
-                _compare(console, config, trainer)
-    except loop.RankFailedError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except (
-        loop.RewardLengthError, loop.NonFiniteGradientError, loop.OutOfMemoryStopError
-    ) as error:  # fmt: skip
-        print(f"stopped: {error}; log, plot and model are in {config.out}", file=sys.stderr)
-        return 1
-    except (loop.NoRewardError, TaskError) as error:
-        if error.__cause__ is not None:  # what a reward or a task raised, and where
-            print(traceback_of(error.__cause__), file=sys.stderr)
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    except (
-        loop.CheckpointError, loop.RunLockedError, ModuleNotFoundError, loop.TransitionsError,
-        loop.UnsupportedModelError,
-    ) as error:  # fmt: skip
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    except (OSError, SafetensorError) as error:  # a disk that is full, mostly
-        print(f"stopped: {_reasons(error)}", file=sys.stderr)
-        return 1
+        return _run(config, console)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        said = _stopped(error, config)
+        if said is None:
+            raise
+        print(said, file=sys.stderr)
+        return 1
+
+
+def _run(config: TrainConfig, console: Console) -> int:
+    """Train, print what came of it, and compare the backends; returns the exit status."""
+    from ppo_fast import loop
+
+    with loop.processes(config) as ranks:
+        trainer, outcome = loop.train(config, console, ranks)
+        _print_outcome(console, outcome)
+        if outcome.interrupted:
+            return 130
+        if ranks.size == 1:
+            _compare(console, config, trainer)
     return 0
+
+
+def _stopped(error: Exception, config: TrainConfig) -> str | None:
+    """What to say of an error that ends a run; None of one that nobody foresaw."""
+    from safetensors import SafetensorError
+
+    from ppo_fast import loop
+    from ppo_fast.loop.data import TaskError
+    from ppo_fast.loop.values import traceback_of
+
+    if isinstance(error, loop.RankFailedError):
+        return str(error)
+    kept = (loop.RewardLengthError, loop.NonFiniteGradientError, loop.OutOfMemoryStopError)
+    if isinstance(error, kept):
+        return f"stopped: {error}; log, plot and model are in {config.out}"
+    if isinstance(error, (loop.NoRewardError, TaskError)):
+        # What a reward or a task raised, and where.
+        raised = "" if error.__cause__ is None else traceback_of(error.__cause__) + "\n"
+        return f"{raised}stopped: {error}"
+    foreseen = (
+        loop.CheckpointError, loop.RunLockedError, ModuleNotFoundError, loop.TransitionsError,
+        loop.UnsupportedModelError,
+    )  # fmt: skip
+    if isinstance(error, foreseen):
+        return f"stopped: {error}"
+    if isinstance(error, (OSError, SafetensorError)):  # a disk that is full, mostly
+        return f"stopped: {_reasons(error)}"
+    return None
 
 
 def _write_any_text() -> None:

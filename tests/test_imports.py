@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STDLIB = sys.stdlib_module_names
-MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 250, 50, 90
+MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 400, 50, 90
 
 # Layer (path prefix) -> what of this repository, and of other packages, its files may import.
 # The first matching row counts. Names under TYPE_CHECKING are free.
