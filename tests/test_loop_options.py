@@ -126,6 +126,7 @@ def test_options_are_checked_as_they_will_be() -> None:
         TrainConfig(quick=True, batch=16, minibatches=32)
 
 
+BOUNDS = ("max_grad_norm", "vf_clip", "score_clip", "is_truncation", "kl_stop")  # inf is none
 FLOATS = [f.name for f in dataclasses.fields(TrainConfig) if str(f.type).startswith("float")]
 INTEGERS = [f.name for f in dataclasses.fields(TrainConfig) if f.type == "int"]
 
@@ -134,6 +135,9 @@ INTEGERS = [f.name for f in dataclasses.fields(TrainConfig) if f.type == "int"]
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e39, 1e-46, 10**400])
 def test_a_number_that_fp32_does_not_hold_is_refused(name: str, value: Any) -> None:
     """Losses and rewards are computed in it, where 1e39 is infinite and 1e-46 is 0."""
+    if name in BOUNDS and value == math.inf:
+        assert getattr(TrainConfig(**{name: value}), name) == math.inf
+        return
     with pytest.raises(ValueError, match=f"^TrainConfig: {name} must be a finite number") as found:
         TrainConfig(**{name: value})
     assert str(found.value).endswith(f", got {value}")

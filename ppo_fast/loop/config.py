@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from dataclasses import InitVar, dataclass, field
 from numbers import Integral, Real
@@ -27,6 +28,8 @@ _QUICK: dict[str, object] = {
     "warmup": 1,
 }
 _FP32 = torch.finfo(torch.float32)
+# What inf switches off.
+_BOUNDS = {"max_grad_norm", "vf_clip", "score_clip", "is_truncation", "kl_stop"}
 
 
 class Given(frozenset[str]):
@@ -233,7 +236,8 @@ def _check_number(config: TrainConfig, name: str, kind: str) -> None:
         _require(config, name, isinstance(value, Integral), "a whole number")
     elif kind.startswith("float") and not (value is None and "None" in kind):
         _require(config, name, isinstance(value, Real), "a number")
-        held = value == 0 or _FP32.tiny <= abs(value) <= _FP32.max
+        off = name in _BOUNDS and value == math.inf
+        held = off or value == 0 or _FP32.tiny <= abs(value) <= _FP32.max
         sizes = f"0, or {_FP32.tiny:.3g} to {_FP32.max:.3g} in size"
         _require(config, name, held, f"a finite number that fp32 holds ({sizes})")
 
