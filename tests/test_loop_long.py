@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from pathlib import Path
@@ -14,10 +15,28 @@ from loop_helpers import batch_of, trainer, weights
 from ppo_fast.loop.rewards import Scores, letters
 
 
-def run_of(folder: Path, backend: str, seed: int, dtype: torch.dtype, steps: int) -> Any:
-    """(records, weights) after `steps` optimiser steps, four an update."""
-    t = trainer(folder, dtype=dtype, backend=backend, seed=seed, updates=steps // 4)
-    return [t.step() for _ in range(steps // 4)], weights(t)
+def run_of(
+    folder: Path, backend: str, seed: int, dtype: torch.dtype, led_by: Any = None
+) -> list[Any]:
+    """Record, weights and moments after each update of a run of 32 optimiser steps.
+
+    In bf16 a rounding draws another token sooner or later, and two runs part: there an update has
+    one step, and begins with the weights and moments of the run `led_by`.
+    """
+    alone = dtype == torch.float32
+    steps: dict[str, Any] = {} if alone else {"epochs": 1, "minibatches": 1}
+    updates = 8 if alone else 32
+    t = trainer(folder, dtype=dtype, backend=backend, seed=seed, updates=updates, **steps)
+    found: list[Any] = []
+    for i in range(updates):
+        if led_by and i and not alone:
+            _, held, moments = led_by[i - 1]
+            for p, q in zip(t.agent.parameters, held, strict=True):
+                p.data.copy_(q)
+            t.agent.optimizer.load_state_dict(copy.deepcopy(moments))
+        record = t.step()
+        found.append((record, weights(t), copy.deepcopy(t.agent.optimizer.state_dict())))
+    return found
 
 
 @pytest.mark.long
@@ -26,17 +45,17 @@ def run_of(folder: Path, backend: str, seed: int, dtype: torch.dtype, steps: int
 def test_32_steps_with_each_seed(
     tmp_path: Path, seed: int, dtype: torch.dtype, bound: float
 ) -> None:
-    """I15: the loss, and each tensor of weights by its largest one, at every update's end.
+    """I15: the loss at every update, and each tensor of weights by its largest one at the end.
 
     A loss is a difference of terms: its size is the larger of its own and the value loss's.
     """
-    fast, fast_weights = run_of(tmp_path / "fast", "auto", seed, dtype, 32)
-    plain, plain_weights = run_of(tmp_path / "plain", "reference", seed, dtype, 32)
-    for a, b in zip(fast, plain, strict=True):
+    plain = run_of(tmp_path / "plain", "reference", seed, dtype)
+    fast = run_of(tmp_path / "fast", "auto", seed, dtype, plain)
+    for (a, _, _), (b, _, _) in zip(fast, plain, strict=True):
         assert a["reward"] == b["reward"]
         size = max(abs(b["loss"]), abs(b["value_loss"]))
         assert abs(a["loss"] - b["loss"]) <= bound * size, b["update"]
-    for x, y in zip(fast_weights, plain_weights, strict=True):
+    for x, y in zip(fast[-1][1], plain[-1][1], strict=True):
         assert float((x - y).abs().max()) <= bound * float(y.abs().max())
 
 
