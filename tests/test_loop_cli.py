@@ -14,7 +14,7 @@ from rich.console import Console
 import ppo_fast
 from ppo_fast.__main__ import main
 from ppo_fast.loop import TrainConfig
-from ppo_fast.loop.compare import PHASES, compare
+from ppo_fast.loop.compare import PHASES, compare, largest
 from ppo_fast.loop.data import PromptStream, opening_words
 from ppo_fast.loop.kl import adapt_penalty, adapt_reward_kl
 from ppo_fast.loop.meter import measured
@@ -156,3 +156,10 @@ def test_a_wrong_number_of_rewards_ends_the_command_with_a_reason(
     assert main([*arguments, "--out", str(tmp_path)]) == 1
     assert "stopped: reward must return 32 numbers, got 31" in capsys.readouterr().err
     assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_a_nan_difference_is_the_largest() -> None:
+    """Wherever it stands: Python's max keeps it in the first place alone."""
+    numbers, bad = torch.tensor([1.0, -3.0]), torch.tensor([math.nan, 0.0], dtype=torch.float64)
+    assert largest([numbers, numbers / 2]) == 3.0
+    assert math.isnan(largest([numbers, bad])) and math.isnan(largest([bad, numbers]))

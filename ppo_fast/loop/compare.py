@@ -96,10 +96,14 @@ def compare(trainer: Trainer, repeats: int) -> Comparison:
     (loss, gradients), (other, others) = (_gradients(trainer, batch, plan, b) for b in backends)
     pairs = list(zip(gradients, others, strict=True))
     return Comparison(
-        runs, other, abs(loss - other),
-        max(float(b.abs().max()) for _, b in pairs),
-        max(float((a - b).abs().max()) for a, b in pairs),
+        runs, other, abs(loss - other), largest([b for _, b in pairs]),
+        largest([a - b for a, b in pairs]),
     )  # fmt: skip
+
+
+def largest(tensors: list[Tensor]) -> float:
+    """The largest magnitude in all of them, NaN where there is one: `max` would pass over it."""
+    return float(torch.stack([x.abs().max().double() for x in tensors]).max())
 
 
 def replay(
