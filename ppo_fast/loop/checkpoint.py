@@ -192,7 +192,7 @@ def write(folder: Path, tree: Tree, updates: int) -> None:
 
 
 def read(folder: Path) -> Tree:
-    """The tree that `write` was given; OSError or ValueError where a byte of it is wrong."""
+    """A run's identity and state; OSError or ValueError where a byte of them is wrong."""
     sums = _manifest(folder)["sha256"]
     for name in (TENSORS, VALUES):  # never a name that is read from disk
         if _digest(folder / name) != sums.get(name):
