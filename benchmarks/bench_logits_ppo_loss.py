@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from benchmarks.conftest import Record
-from benchmarks.linear import LOGITS_LOSS
-from benchmarks.providers import Provider
-from benchmarks.rows import rows
-from benchmarks.shapes import Case
+from benchmarks.harness.selection import rows
+from benchmarks.ops.case import Case
+from benchmarks.ops.linear import LOGITS_LOSS
+from benchmarks.peers import Provider
 
 
 @rows(LOGITS_LOSS)

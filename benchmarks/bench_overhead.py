@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.conftest import Record
-from benchmarks.providers import Provider
-from benchmarks.rows import rows
-from benchmarks.shapes import Case
+from benchmarks.harness.selection import rows
+from benchmarks.ops.case import Case
+from benchmarks.peers import Provider
 
 
 @rows(calls=True)

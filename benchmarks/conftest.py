@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import results, tables
-from benchmarks.goals import GOALS
-from benchmarks.machine import describe
-from benchmarks.providers import Provider
-from benchmarks.shapes import Case
-from benchmarks.suite import Outcome
-from benchmarks.timing import CLOCK
-from benchmarks.worker import LIMIT, Workers
-from benchmarks.workloads import cost
+from benchmarks.harness.machine import describe
+from benchmarks.harness.measure import Outcome
+from benchmarks.harness.timing import CLOCK
+from benchmarks.harness.worker import LIMIT, Workers
+from benchmarks.ops.case import Case
+from benchmarks.ops.goals import GOALS
+from benchmarks.ops.workloads import cost
+from benchmarks.peers import Provider
+from benchmarks.report import results, tables
 
 _MEASURED = pytest.StashKey[dict[Case, dict[str, Outcome]]]()
 _ROWS = pytest.StashKey[list[results.Row]]()

@@ -210,7 +210,7 @@ def _bench(args: list[str]) -> int:
     if not folder.is_dir():
         print(f"ppo-fast bench runs from a checkout; {folder} is missing", file=sys.stderr)
         return 1
-    command = [sys.executable, "-m", "benchmarks.choose", *args]
+    command = [sys.executable, "-m", "benchmarks", *args]
     return subprocess.run(command, check=False, cwd=folder.parent).returncode
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks import results, shapes
+from benchmarks.ops.case import Case
+from benchmarks.report import results
 
 FACTS: dict[str, Any] = {
     "date": "2026-01-02", "machine": "Some CPU", "isa": "avx2", "threads": 2, "load": 0.1,
@@ -14,7 +15,7 @@ FACTS: dict[str, Any] = {
 GPU_FACTS = FACTS | {"gpu": "NVIDIA H200", "driver": "580.65.06", "cuda": "13.0"}
 
 
-def row(case: shapes.Case, provider: str, median_ms: float | None, **fields: Any) -> results.Row:
+def row(case: Case, provider: str, median_ms: float | None, **fields: Any) -> results.Row:
     """A row as a run leaves it, its spread a tenth to either side."""
     made: results.Row = case.to_json() | {
         "provider": provider, "ceiling": provider in ("read", "copy"), "computes": "",

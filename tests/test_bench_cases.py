@@ -8,15 +8,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cases, choose, goals, shapes, suite
-from benchmarks import gate as module_of_gate
-from benchmarks.gate import Gate
-from benchmarks.linear import LINEAR
-from benchmarks.providers import providers_of
-from benchmarks.providers.base import Provider, leaves, single, timed
-from benchmarks.shapes import BACKWARD, BOTH, FORWARD, LAYOUTS, Case, Shape
-from benchmarks.timing import Bound
-from benchmarks.workloads import cost, make_call
+from benchmarks import __main__ as command
+from benchmarks.harness import gate as module_of_gate
+from benchmarks.harness import measure
+from benchmarks.harness.gate import Gate
+from benchmarks.harness.timing import Bound
+from benchmarks.ops import cases, goals
+from benchmarks.ops.case import (
+    _COPIES,
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    LAYOUTS,
+    SHAPES,
+    Case,
+    Shape,
+    fitted,
+)
+from benchmarks.ops.linear import LINEAR
+from benchmarks.ops.workloads import cost, make_call
+from benchmarks.peers import providers_of
+from benchmarks.peers.base import Provider, leaves, single, timed
 from ppo_fast.testing import Call, run
 
 _TINY = [
@@ -50,13 +62,13 @@ def test_a_case_survives_json_and_costs_something(case: Case) -> None:
 
 
 def test_a_shape_is_scaled_by_name_to_half_after_half() -> None:
-    full = shapes.SHAPES["qwen-r1"]
-    need = full.numel * 4 * shapes._COPIES
-    assert shapes.fitted(full, "fp32", need) is full
-    small = shapes.fitted(full, "fp32", need // 9)
+    full = SHAPES["qwen-r1"]
+    need = full.numel * 4 * _COPIES
+    assert fitted(full, "fp32", need) is full
+    small = fitted(full, "fp32", need // 9)
     assert (small.name, small.dims) == ("qwen-r1/16", (512, 151936))
-    assert shapes.fitted(full, "bf16", need // 9).name == "qwen-r1/8"
-    assert shapes.fitted(shapes.SHAPES["long-1m"], "fp32", 1).dims == (1, 1048576)
+    assert fitted(full, "bf16", need // 9).name == "qwen-r1/8"
+    assert fitted(SHAPES["long-1m"], "fp32", 1).dims == (1, 1048576)
     assert f"{small.name}:{small}" in Case("token_logprobs", FORWARD, small).name
 
 
@@ -78,7 +90,7 @@ def test_every_goal_is_about_a_case_and_providers_that_exist() -> None:
 @pytest.mark.parametrize("case", _TINY, ids=lambda case: case.name)
 def test_each_contestant_passes_the_gate_or_says_why_not(case: Case) -> None:
     names = [p.name for p in providers_of(case) if p.name != "compile"]  # seconds each
-    outcomes = suite.measure(case, names, time=False)
+    outcomes = measure.measure(case, names, time=False)
     assert list(outcomes) == names
     for name, outcome in outcomes.items():
         assert outcome.status in ("ok", "skipped"), (name, outcome)
@@ -89,7 +101,7 @@ def test_each_contestant_passes_the_gate_or_says_why_not(case: Case) -> None:
 
 @pytest.mark.parametrize("case", _TINY[:1] + _TINY[4:5], ids=lambda case: case.name)
 def test_compiled_peers_pass_too(case: Case) -> None:
-    assert suite.measure(case, ["compile"], time=False)["compile"].status == "ok"
+    assert measure.measure(case, ["compile"], time=False)["compile"].status == "ok"
 
 
 def test_peers_of_a_gpu_say_what_they_lack() -> None:
@@ -151,8 +163,8 @@ def test_a_peer_that_crashes_or_disagrees_is_a_row(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("no such kernel")
 
     peers = (Provider("wrong", wrong), Provider("broken", broken), good)
-    monkeypatch.setattr(suite, "providers_of", lambda case: peers)
-    outcomes = suite.measure(case, ["wrong", "broken", "loop"], time=False)
+    monkeypatch.setattr(measure, "providers_of", lambda case: peers)
+    outcomes = measure.measure(case, ["wrong", "broken", "loop"], time=False)
     assert {name: x.status for name, x in outcomes.items()} == {
         "wrong": "red", "broken": "error", "loop": "ok",
     }  # fmt: skip
@@ -177,28 +189,28 @@ def test_unknown_names_are_refused_with_the_known_ones(
     options: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as refused:
-        choose.main(options.split())
+        command.main(options.split())
     assert refused.value.code == 2
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["64x4096", "rlhf-long"])
 def test_a_shape_is_found_by_name_and_by_size(text: str) -> None:
-    found = choose.cases_of("gae", text, None, None, "cpu")
+    found = command.cases_of("gae", text, None, None, "cpu")
     assert found == (cases.here(cases.GAE),)
 
 
 def test_another_shape_makes_cases_of_the_op() -> None:
-    (case,) = choose.cases_of("gae", "24x40:time-major", None, "bf16", "cpu")
+    (case,) = command.cases_of("gae", "24x40:time-major", None, "bf16", "cpu")
     assert (case.op, case.direction, case.dtype) == ("gae", FORWARD, "bf16")
     assert case.shape == Shape("free", (24, 40), "time-major")
-    both = choose.cases_of("token_logprobs", "3x5", None, None, "cpu")
+    both = command.cases_of("token_logprobs", "3x5", None, None, "cpu")
     assert {each.direction for each in both} == {FORWARD, BOTH}
     assert make_call(case).tensors["rewards"].shape == (40, 24)
 
 
 def test_peers_are_chosen_by_name() -> None:
-    (case,) = choose.cases_of("gae", "64x4096", None, None, "cpu")
-    assert choose.peers_of("all", [case]) is None
-    assert choose.peers_of("none", [case]) == frozenset()
-    assert choose.peers_of("torchrl,loop", [case]) == {"torchrl", "loop"}
+    (case,) = command.cases_of("gae", "64x4096", None, None, "cpu")
+    assert command.peers_of("all", [case]) is None
+    assert command.peers_of("none", [case]) == frozenset()
+    assert command.peers_of("torchrl,loop", [case]) == {"torchrl", "loop"}

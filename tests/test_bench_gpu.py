@@ -14,11 +14,14 @@ import torch
 from bench_rows import GPU_FACTS, lines_with, row
 from conftest import usable
 
-from benchmarks import cases, cuda_timing, rehearse, results, sanitized, summary
-from benchmarks.cases import GPU
-from benchmarks.providers import providers_of
-from benchmarks.shapes import Case
-from benchmarks.timing import Bound
+from benchmarks.gpu import dry_run, sanitize, summary
+from benchmarks.harness import cuda_timing
+from benchmarks.harness.timing import Bound
+from benchmarks.ops import cases
+from benchmarks.ops.case import Case
+from benchmarks.ops.cases import GPU
+from benchmarks.peers import providers_of
+from benchmarks.report import results
 from ppo_fast import testing
 from ppo_fast.testing import Call
 
@@ -107,8 +110,8 @@ def test_what_cannot_be_captured_is_timed_and_says_so(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("case", GPU, ids=lambda case: case.name.replace(" ", "-"))
 def test_every_gpu_case_runs_on_shapes(case: Case) -> None:
     """Its options, layouts and dtypes are those that the op takes, forward and backward."""
-    call = rehearse.shapes_of(case)
-    said = {p.name: rehearse.rehearse(p, case, call) for p in providers_of(case)}
+    call = dry_run.shapes_of(case)
+    said = {p.name: dry_run.rehearse(p, case, call) for p in providers_of(case)}
     assert said["ppo_fast-triton"] == "ran"
     assert all(x in ("ran", "bound") or x.startswith(("skipped", "not b")) for x in said.values())
 
@@ -117,7 +120,7 @@ def test_every_gpu_case_runs_on_shapes(case: Case) -> None:
 def test_the_gpu_page_s_dry_run(tmp_path: Path) -> None:
     """On any machine: it builds, collects, binds, and launches nothing."""
     done = subprocess.run(
-        ["benchmarks/gpu.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
+        ["benchmarks/gpu/run.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {"DRY_RUN": "1", "PYTHON": sys.executable, "OUT": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -125,17 +128,17 @@ def test_the_gpu_page_s_dry_run(tmp_path: Path) -> None:
     assert "tests collected" in done.stdout and "0 providers failed" in done.stdout
 
 
-@pytest.mark.parametrize("made", sanitized.calls("cpu"), ids=lambda call: call.op)
+@pytest.mark.parametrize("made", sanitize.calls("cpu"), ids=lambda call: call.op)
 def test_what_the_sanitizers_look_over_runs(made: Call) -> None:
     """Each of the calls, on the emulated device."""
     if torch.cuda.is_available():
-        pytest.skip("benchmarks/gpu.sh runs them on the GPU")
+        pytest.skip("benchmarks/gpu/run.sh runs them on the GPU")
     assert testing.run(made, usable("cuda"))
 
 
 def test_the_gpu_page_says_what_it_does_not_know(tmp_path: Path) -> None:
     done = subprocess.run(
-        ["benchmarks/gpu.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
+        ["benchmarks/gpu/run.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {"STEPS": "sing", "OUT": str(tmp_path), "PYTHON": sys.executable},
     )  # fmt: skip
     assert (

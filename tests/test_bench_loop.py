@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ppo_fast
-from benchmarks import bench_loop, watch
-from benchmarks.shapes import Case, Shape
-from benchmarks.suite import Outcome
+from benchmarks.harness.measure import Outcome
+from benchmarks.loop import bench_update, watch
+from benchmarks.ops.case import Case, Shape
 from ppo_fast import testing
 
 
@@ -63,6 +63,6 @@ def test_shares_are_of_each_provider_s_own_step() -> None:
         "step": {"a": Outcome("ok", "", [2.0, 4.0, 3.0]), "b": Outcome("ok", "", [6.0])},
         "gae": {"a": Outcome("ok", "", [1.5]), "b": Outcome("ok", "", [1.5])},
     }
-    rows = bench_loop.loop_rows(case, parts)
+    rows = bench_update.loop_rows(case, parts)
     found = {(row["direction"], row["provider"]): row["share"] for row in rows}
     assert found == {("step", "a"): 1.0, ("step", "b"): 1.0, ("gae", "a"): 0.5, ("gae", "b"): 0.25}

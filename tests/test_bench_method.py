@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import results, suite, timing, worker
-from benchmarks.cases import CALLS, GPU
-from benchmarks.providers import Provider
-from benchmarks.shapes import Case
-from benchmarks.suite import Outcome
-from benchmarks.timing import Bound
-from benchmarks.worker import BrokenError, Worker, Workers
+from benchmarks.harness import measure, timing, worker
+from benchmarks.harness.measure import Outcome
+from benchmarks.harness.timing import Bound
+from benchmarks.harness.worker import BrokenError, Worker, Workers
+from benchmarks.ops.case import Case
+from benchmarks.ops.cases import CALLS, GPU
+from benchmarks.peers import Provider
+from benchmarks.report import results
 from ppo_fast import testing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +88,7 @@ def contestants(monkeypatch: pytest.MonkeyPatch, **calls: Callable[[], Any]) -> 
         return lambda case, inputs: Bound(lambda: call(inputs), named)
 
     found = tuple(Provider(name, bind(call)) for name, call in calls.items())
-    monkeypatch.setattr(suite, "providers_of", lambda case: found)
+    monkeypatch.setattr(measure, "providers_of", lambda case: found)
     monkeypatch.setattr(results, "providers_of", lambda case: found)
 
 
@@ -108,7 +109,7 @@ def test_a_red_gate_and_a_crash_yield_no_time(monkeypatch: pytest.MonkeyPatch) -
     """Each is a row that says so, and the others are timed."""
     contestants(monkeypatch, wrong=wrong, failing=failing, right=right)
     begun: list[str] = []
-    found = suite.measure(TINY, ["wrong", "failing", "right"], announce=begun.append)
+    found = measure.measure(TINY, ["wrong", "failing", "right"], announce=begun.append)
     assert begun == ["wrong", "failing", "right", "right", ""]
     rows = {row["provider"]: row for row in results.make_rows(TINY, found)}
     assert {name: row["status"] for name, row in rows.items()} == {
@@ -125,14 +126,14 @@ def test_a_failure_while_timed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None
     """The gate's call passed, the next one does not."""
     calls = iter([right, failing])
     contestants(monkeypatch, fickle=lambda call: next(calls)(call), right=right)
-    found = suite.measure(TINY, ["fickle", "right"])
+    found = measure.measure(TINY, ["fickle", "right"])
     assert (found["fickle"].status, found["fickle"].samples) == ("error", [])
     assert found["right"].samples
 
 
 def test_a_case_out_of_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     contestants(monkeypatch, late=right)
-    found = suite.measure(TINY, ["late"], seconds=-1.0)
+    found = measure.measure(TINY, ["late"], seconds=-1.0)
     assert found["late"].status == "skipped" and "were used up" in found["late"].detail
 
 

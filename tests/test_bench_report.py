@@ -10,9 +10,12 @@ from xml.etree import ElementTree
 import pytest
 from bench_rows import FACTS, GPU_FACTS, lines_with, row
 
-from benchmarks import cases, pages, plots, readme, report, results, shapes
-from benchmarks.goals import GOALS
-from benchmarks.results import Results
+from benchmarks.ops import cases
+from benchmarks.ops.case import Case, Shape
+from benchmarks.ops.goals import GOALS
+from benchmarks.report import __main__ as report
+from benchmarks.report import pages, plots, readme, results
+from benchmarks.report.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +76,7 @@ def test_losses_and_failures_are_on_the_page() -> None:
 
 
 def test_the_parts_of_a_training_step_make_one_table() -> None:
-    step = shapes.Case("ppo_update", "step", shapes.Shape("some-model", (8, 16)))
+    step = Case("ppo_update", "step", Shape("some-model", (8, 16)))
     held = Results([FACTS], [
         row(replace(step, direction=part), f"ppo_fast-{backend}", ms, share=ms / whole, run=0)
         for backend, whole in (("cpu", 1000.0), ("reference", 3000.0))

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from bench_rows import FACTS, lines_with, row
 
-from benchmarks import cases, machine, report, results
-from benchmarks.compare import compare
-from benchmarks.results import Results
+from benchmarks.harness import machine
+from benchmarks.ops import cases
+from benchmarks.report import __main__ as report
+from benchmarks.report import results
+from benchmarks.report.compare import compare
+from benchmarks.report.results import Results
 
 
 def test_another_format_is_refused_by_name(

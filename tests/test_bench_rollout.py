@@ -8,7 +8,7 @@ import pytest
 import torch
 from loop_helpers import trainer
 
-from benchmarks.bench_rollout import Workload
+from benchmarks.loop.rollout import Workload
 from ppo_fast.loop.rollout import Rollout
 
 

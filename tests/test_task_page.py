@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.task_page import CURVES, DOCS, PAGE, collect, gain, table, written
+from benchmarks.loop.task_page import CURVES, DOCS, PAGE, collect, gain, table, written
 from ppo_fast.loop.rewards import REWARDS
 from ppo_fast.loop.tasks import TASKS
 

@@ -1,0 +1,136 @@
+"""The correctness gate: outputs against the fp64 reference, within their derived error budget.
+
+It stands on the CPU. Where rows do not depend on each other and are too many for fp64, a sample of
+them, evenly spread from the first to the last, stands for all.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from benchmarks.ops.linear import LOSSES
+from benchmarks.ops.workloads import on
+from ppo_fast import Stats, reference
+from ppo_fast.testing import Call, assert_within_budget, promoted, run
+from ppo_fast.testing.conditions import CONDITIONS, Conditions
+
+# A statistic that is a mean over tokens: its sum's field in `Stats`, where the names differ.
+_MEANS = {
+    "policy_loss": "policy_loss", "entropy": "entropy", "ref_kl": "ref_kl", "kl_k1": "kl_k1",
+    "kl_k2": "kl_k2", "kl_k3": "kl_k3", "ratio_mean": "ratio",
+}  # fmt: skip
+
+# What a sample of the rows can answer for.
+_PER_ROW = ("logprobs", "entropy", "grad_logits", "grad_hidden")
+# Logits in the sample: 0.5 GB of fp64, and some temporaries of that size.
+_SAMPLE = 2**26
+
+
+def _sampled(call: Call) -> tuple[Call, Tensor | None]:
+    """The call with as many of its rows as fit the sample, and which; None where all fit."""
+    if "tokens" not in call.tensors:
+        return call, None
+    head = call.tensors.get("weight")
+    vocab = call.tensors["logits"].shape[-1] if head is None else head.shape[0]
+    n, fit = call.tensors["tokens"].shape[0], max(2, _SAMPLE // vocab)
+    if n <= fit:
+        return call, None
+    rows = torch.linspace(0, n - 1, fit, dtype=torch.float64).long()
+    tensors = {k: x if k == "weight" else x[rows.to(x.device)] for k, x in call.tensors.items()}
+    if call.op in LOSSES:  # divided by all rows: each row's own results stay what they were
+        return call._replace(tensors=tensors, options={**call.options, "denom": float(n)}), rows
+    cotangents = {k: x[rows.to(x.device)] for k, x in call.cotangents.items()}
+    return call._replace(tensors=tensors, cotangents=cotangents), rows
+
+
+def _budgets(wide: Call, exact: dict[str, Tensor], eps: float, call: Call) -> Conditions:
+    """On a GPU a head's gradient is rounded to its inputs' type before the products."""
+    condition = CONDITIONS[call.op]
+    hidden = call.tensors.get("hidden")
+    if hidden is None or not hidden.is_cuda or hidden.dtype == torch.float32:
+        return condition(wide, exact, eps)
+    return condition(wide, exact, eps, hidden.dtype)
+
+
+class Gate:
+    """The exact results of one call, computed once for all its providers."""
+
+    def __init__(self, call: Call) -> None:
+        sample, self._rows = _sampled(call)
+        self._call = on(sample, "cpu")
+        wide = promoted(self._call)
+        double = any(x.dtype == torch.float64 for x in call.tensors.values())
+        self._compute = torch.float64 if double else torch.float32
+        self._exact = run(wide, "reference")
+        self._budgets = _budgets(wide, self._exact, torch.finfo(self._compute).eps, call)
+        if "stats" in self._exact:
+            self._add_computed(self._exact["stats"])
+
+    def _add_computed(self, stats: Tensor) -> None:
+        """Let peers that return means, not sums, be checked too.
+
+        They add in fp32: √n roundings of the mean magnitude, which the sum's condition holds. For
+        a share of tokens, ess and explained variance, which are near 1 at most, that is 1.
+        """
+        fields = Stats(stats).compute()
+        n = max(1.0, fields["n_tokens"])
+        ops, sums, _ = self._budgets["stats"]
+        for name, value in fields.items():
+            if name in self._exact or math.isnan(value):
+                continue
+            self._exact[name] = torch.tensor(value, dtype=torch.float64)
+            if name in _MEANS:
+                condition = Stats(sums).field(_MEANS[name]) / n
+                self._budgets[name] = (ops, condition, False)
+            else:
+                self._budgets[name] = (math.sqrt(n), torch.tensor(abs(value) + 1.0), False)
+
+    @functools.cached_property
+    def _eager(self) -> dict[str, Tensor]:
+        """The reference in the call's own precision: what plain PyTorch errs by."""
+        return run(self._call, "reference")
+
+    def check(
+        self, outputs: dict[str, Tensor], *, plain: bool = False, roundings: float = 0.0
+    ) -> None:
+        """Raise AssertionError, naming the output and its worst element, if any is off.
+
+        `grad_logits|logprobs` is the gradient of that one output. A `plain` PyTorch peer may err
+        twice as much as the reference does in its precision; `roundings` are granted beyond the
+        op's own.
+        """
+        assert outputs, "no output to check"
+        for label, actual in outputs.items():
+            name, _, only = label.partition("|")
+            gate = self._only(only) if only else self
+            if self._rows is not None:
+                if name not in _PER_ROW:
+                    continue
+                actual = actual[self._rows.to(actual.device)]
+            gate._check(name, actual, outputs.get("advantages"), plain, roundings)
+
+    @functools.cache  # noqa: B019 - a gate lives as long as its case is measured
+    def _only(self, cotangent: str) -> Gate:
+        """The gate of the same call where one output alone has a gradient."""
+        kept = {
+            k: x if k == cotangent else torch.zeros_like(x)
+            for k, x in self._call.cotangents.items()
+        }
+        return Gate(self._call._replace(cotangents=kept))
+
+    def _check(
+        self, name: str, actual: Tensor, advantages: Tensor | None, plain: bool, roundings: float
+    ) -> None:
+        ops, condition, needs_eager = self._budgets[name]
+        needs_eager = needs_eager or (plain and name in self._eager)
+        exact = self._exact[name]
+        if name == "moments" and advantages is not None:  # they are of those that came with them
+            exact = reference.moments(advantages.cpu(), self._call.tensors.get("mask")).values
+        assert_within_budget(
+            actual, exact, condition=condition, ops=ops + roundings,
+            eager=self._eager[name] if needs_eager else None, compute=self._compute, name=name,
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Benchmarks of the training loop: one update, sampling, whole runs."""

@@ -1,0 +1,1 @@
+"""What is measured: each op's sizes, cases, inputs, least cost and goals."""

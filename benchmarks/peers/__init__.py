@@ -1,0 +1,29 @@
+"""Who is measured: this library's backends, PyTorch and its ceilings, and the peers' packages.
+
+Every module knows what its package offers for a case; each provider is imported when it is bound.
+"""
+
+from __future__ import annotations
+
+from benchmarks.ops.case import Case
+from benchmarks.peers import (
+    cross_entropy,
+    liger,
+    ours,
+    pytorch,
+    scans,
+    tianshou,
+    torchrl,
+    trl,
+    verl,
+)
+from benchmarks.peers.base import Provider
+
+__all__ = ["Provider", "providers_of"]
+
+_MODULES = (ours, pytorch, trl, verl, torchrl, tianshou, scans, liger, cross_entropy)
+
+
+def providers_of(case: Case) -> tuple[Provider, ...]:
+    """Who takes part in a case, absent ones too: they say why."""
+    return tuple(provider for module in _MODULES for provider in module.of(case))

@@ -1,0 +1,55 @@
+"""This library's backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ppo_fast
+from benchmarks.harness.timing import Bound
+from benchmarks.ops.case import Case
+from benchmarks.ops.linear import LOGITS_LOSS
+from benchmarks.peers.base import Provider, leaves, restore, timed
+from ppo_fast.testing import Call, output
+
+# The option that lets the gradient overwrite the logits.
+_INPLACE = {"token_logprobs": "inplace_backward", LOGITS_LOSS: "inplace"}
+# The reference's recurrence launches about 25 kernels a step.
+_MOST_STEPS = {"cpu": 16384, "cuda": 1024}
+
+
+def of(case: Case) -> Iterator[Provider]:
+    """The backends of the case's device, then the reference."""
+    backends = ("cpu",) if case.device == "cpu" else ("cuda", "triton")
+    for backend in backends:
+        yield _backend(case, backend)
+        if case.op in _INPLACE and case.differentiates:
+            yield _backend(case, backend, inplace=True)
+    yield _backend(case, "reference")
+
+
+def _backend(case: Case, backend: str, *, inplace: bool = False) -> Provider:
+    def missing() -> str | None:
+        steps = case.shape.dims[1]
+        if backend == "reference" and case.op == "gae" and steps > _MOST_STEPS[case.device]:
+            return f"a loop over {steps:,} steps takes too long to be timed"
+        return ppo_fast.backends()[backend]
+
+    def bind(case: Case, call: Call) -> Bound:
+        return _bind(case, call, backend, inplace)
+
+    return Provider(
+        f"ppo_fast-{backend}" + ("-inplace" if inplace else ""),
+        bind,
+        missing,
+        plain=backend == "reference",
+    )
+
+
+def _bind(case: Case, call: Call, backend: str, inplace: bool) -> Bound:
+    tensors, inputs = leaves(case, call)
+    op = getattr(ppo_fast, call.op)
+    options = dict(call.options, backend=backend)
+    if inplace:
+        options[_INPLACE[call.op]] = True
+    prepare = restore(tensors, call, "logits") if inplace else None
+    return timed(case, call, lambda: op(**tensors, **options), inputs, output, prepare=prepare)

@@ -1,0 +1,170 @@
+"""Plain PyTorch: the functions of `eager`, eager and compiled, and ceilings of pure traffic."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness.timing import Bound
+from benchmarks.ops.case import Case
+from benchmarks.ops.linear import LINEAR, LINEAR_LOSS, LOGITS_LOSS, gemms, product
+from benchmarks.peers import eager
+from benchmarks.peers.base import (
+    BF16_LOGITS,
+    Named,
+    Provider,
+    leaves,
+    pair,
+    single,
+    timed,
+)
+from benchmarks.peers.layout import Rows
+from ppo_fast.testing import Call
+
+# About six launches a step: beyond this many a call takes seconds on a GPU.
+_MOST_STEPS = 16384
+
+
+def of(case: Case) -> Iterator[Provider]:
+    """Eager and compiled, or the loop, and the ceiling: what no such op can be faster than."""
+    if case.is_call:
+        return
+    if case.op in ("gae", "rlhf_advantages"):
+        bind = _gae_loop if case.op == "gae" else _rlhf_loop
+        yield Provider("loop", bind, lambda: _too_long(case), plain=True)
+    else:
+        yield _function(case, "eager")
+        yield _function(case, "compile", compiled=True)
+    if case.op == LINEAR:
+        yield Provider(
+            "linear-ce", _linear_ce, _no_linear_ce, roundings=_rounded(case),
+            computes="log-prob only, no entropy; in chunks, never whole logits",
+        )  # fmt: skip
+        yield _ceiling("gemm", product)
+    elif case.op == LINEAR_LOSS:
+        if case.differentiates and case.dtype == "fp32":
+            yield Provider("gemms", _gemms, ceiling=True)
+    elif case.op == "token_logprobs" and not case.differentiates:
+        yield _ceiling("read", eager.read)
+    else:
+        yield _ceiling("copy", eager.copy)
+
+
+def _rounded(case: Case) -> float:
+    linear = case.op in (LINEAR, LINEAR_LOSS)
+    return BF16_LOGITS if linear and case.dtype != "fp32" else 0.0
+
+
+def _too_long(case: Case) -> str | None:
+    steps = case.shape.dims[1]
+    if case.device == "cpu" or steps <= _MOST_STEPS:
+        return None
+    return f"a loop of {steps:,} steps takes seconds a call on a GPU"
+
+
+def _no_linear_ce() -> str | None:
+    if hasattr(F, "linear_cross_entropy"):
+        return None
+    return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
+
+
+def _with_stats(names: tuple[str, ...], *, head: bool = False) -> Callable[[Any], Named]:
+    """The loss and the means; of a head, "entropy" is the tokens' own, not their mean."""
+
+    def named(out: Any) -> Named:
+        means = dict(zip(names, out[1], strict=True))
+        return {
+            "loss": out[0],
+            **{k: x for k, x in means.items() if not (head and k == "entropy")},
+        }
+
+    return named
+
+
+# Each op's function, the options it takes, and the names of its results.
+_PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...], Callable[[Any], Named]]] = {
+    "token_logprobs": (eager.token_logprobs, (), pair("logprobs", "entropy")),
+    LINEAR: (eager.linear_token_logprobs, (), pair("logprobs", "entropy")),
+    "ppo_loss": (
+        eager.ppo_loss,
+        ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
+        _with_stats(eager.PPO_STATS),
+    ),
+    LINEAR_LOSS: (
+        eager.linear_ppo_loss,
+        ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
+        _with_stats(eager.PPO_STATS, head=True),
+    ),
+    LOGITS_LOSS: (
+        eager.logits_ppo_loss,
+        ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
+        _with_stats(eager.PPO_STATS, head=True),
+    ),
+    "value_loss": (eager.value_loss, ("clip",), _with_stats(eager.VALUE_STATS)),
+    "whiten": (eager.whiten, (), single("out")),
+}
+
+
+def _function(case: Case, name: str, compiled: bool = False) -> Provider:
+    """The op's function, eager or compiled (forward and, traced, backward)."""
+
+    def bind(case: Case, call: Call) -> Bound:
+        plain, accepted, named = _PLAIN[call.op]
+        function: Any = torch.compile(plain, dynamic=False) if compiled else plain
+        tensors, inputs = leaves(case, call)
+        options = {k: v for k, v in call.options.items() if k in accepted}
+        return timed(case, call, lambda: function(**tensors, **options), inputs, named)
+
+    return Provider(name, bind, plain=True, roundings=_rounded(case))
+
+
+def _gae_loop(case: Case, call: Call) -> Bound:
+    rows, (gamma, lam) = Rows(call), (call.options[k] for k in ("gamma", "lam"))
+    return Bound(
+        lambda: eager.gae_loop(rows.rewards, rows.values, gamma=gamma, lam=lam),
+        rows.named("advantages", "returns"),
+    )
+
+
+def _rlhf_loop(case: Case, call: Call) -> Bound:
+    t, o = call.tensors, call.options
+    options = {k: o[k] for k in ("kl_coef", "gamma", "lam")}
+    names = pair("advantages", "returns", "rewards", "kl")
+    return Bound(lambda: eager.rlhf_advantages(**t, **options), names)
+
+
+def _linear_ce(case: Case, call: Call) -> Bound:
+    t = call.tensors
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def run() -> Tensor:
+        return F.linear_cross_entropy(
+            t["hidden"], t["weight"], t["tokens"], reduction="none", options=options
+        )
+
+    return Bound(run, lambda out: {"logprobs": -out})
+
+
+def _gemms(case: Case, call: Call) -> Bound:
+    def seconds(chunk: Callable[[], Any]) -> float:
+        chunk()
+        start = time.perf_counter()
+        chunk()
+        return time.perf_counter() - start
+
+    best = min(gemms(call), key=seconds)
+    return Bound(best, lambda out: {})
+
+
+def _ceiling(name: str, function: Callable[..., list[Tensor]]) -> Provider:
+    def bind(case: Case, call: Call) -> Bound:
+        tensors = [x for key, x in call.tensors.items() if key not in ("tokens", "cu_seqlens")]
+        moved = sum(x.nbytes for x in (*tensors, *function(*tensors)))
+        return Bound(lambda: function(*tensors), lambda out: {}, moved=moved)
+
+    return Provider(name, bind, ceiling=True)

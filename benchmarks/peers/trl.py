@@ -1,0 +1,65 @@
+"""TRL: log-probability and entropy in one pass over the logits, and over hidden × head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.harness.timing import Bound
+from benchmarks.ops.case import Case
+from benchmarks.ops.linear import LINEAR
+from benchmarks.peers.base import (
+    BF16_LOGITS,
+    Provider,
+    batched,
+    leaves,
+    needs,
+    pair,
+    timed,
+)
+from ppo_fast.testing import Call
+
+_PACKAGE = "trl==1.16.0"
+# The width of a chunk of the vocabulary in its trainers.
+_CHUNK = 32768
+
+
+def of(case: Case) -> Iterator[Provider]:
+    """Its Triton kernels on a GPU, its PyTorch functions on a CPU."""
+    if case.is_call:
+        return
+    if case.op == "token_logprobs":
+        module = "trl.kernels" if case.device == "cuda" else "trl.trainer.utils"
+        yield Provider("trl", _logits, needs(module, _PACKAGE))
+    if case.op == LINEAR:
+        rounded = 0.0 if case.dtype == "fp32" else BF16_LOGITS
+        yield Provider("trl", _linear, needs("trl.kernels", _PACKAGE), roundings=rounded)
+
+
+def _logits(case: Case, call: Call) -> Bound:
+    if case.device == "cuda":
+        from trl.kernels import selective_log_softmax_and_entropy
+    else:
+        from trl.trainer.utils import selective_log_softmax_and_entropy
+    tensors, inputs = leaves(case, call)
+
+    def run() -> Any:
+        out = selective_log_softmax_and_entropy(
+            batched(tensors["logits"]), batched(tensors["tokens"])
+        )
+        return tuple(x.flatten() for x in out)
+
+    return timed(case, call, run, inputs, pair("logprobs", "entropy"))
+
+
+def _linear(case: Case, call: Call) -> Bound:
+    from trl.kernels import ChunkedLogProbFunction
+
+    t = call.tensors
+
+    def run() -> Any:
+        return ChunkedLogProbFunction.apply(
+            t["hidden"], t["weight"], None, t["tokens"], 1.0, _CHUNK, None, 1.0, ("entropy",)
+        )[:2]
+
+    return Bound(run, pair("logprobs", "entropy"))

@@ -1,0 +1,1 @@
+"""What came of it: results files, verdicts, tables, plots and pages."""

@@ -1,0 +1,178 @@
+"""The text of benchmarks/README.md, made from results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.machine import slug
+from benchmarks.ops.case import Case
+from benchmarks.ops.goals import GOALS, Verdict
+from benchmarks.report import plots, tables
+from benchmarks.report.results import Results, Row, by_case, verdicts
+
+Files = dict[Path, Results]
+BUSY = 0.5  # load before a run from which on others' work shared the cores
+
+_INTRO = """# Benchmarks
+
+Written by `python -m benchmarks.report` from the newest file of each machine in
+[results](results); `--compare a.json b.json` prints what moved between two files.
+
+Every result is checked against the fp64 reference before it is timed: *red* is a provider that
+disagrees, *error* one that raised, *skipped* one that is absent. The providers of a case are timed
+in turn in one run; figures are medians with the 20th and 80th percentile. `× eager` is how many
+times as fast as eager PyTorch (below 1: slower). GB/s counts the bytes that the op cannot do
+without, whoever computes it; *of ceiling* is the time of the case's slowest ceiling (`read`,
+`copy`, ...) over the provider's, and passes 100 % where a ceiling pays for fresh memory and the op
+does not. Peak MB is memory beyond what stands before the call.
+"""
+
+
+def title(facts: dict[str, Any]) -> str:
+    """The machine's name for a heading."""
+    return facts.get("gpu") or f"{facts['machine']}, {facts['isa']}"
+
+
+def label(case: Case) -> str:
+    """A case within its op's section."""
+    size = str(case.shape).replace("x", "×").replace(":", " ")
+    parts = [case.direction.replace("+", " and "), f"{case.shape.name} {size}", case.dtype]
+    parts += [] if case.device == "cpu" else [case.device]
+    return ", ".join(parts + [f"{key}={value}" for key, value in case.env])
+
+
+def ours(rows: list[Row]) -> dict[str, Row]:
+    """The timed rows of this library's fused backends."""
+    return {name: row for name, row in tables.timed(rows).items() if tables.fused(name)}
+
+
+def peers(rows: list[Row]) -> dict[str, Row]:
+    """The timed rows of everybody else; ceilings compute nothing."""
+    return {
+        name: row
+        for name, row in tables.timed(rows).items()
+        if not name.startswith("ppo_fast-") and not row["ceiling"]
+    }
+
+
+def goals_of(results: Results) -> list[Verdict]:
+    """Every goal for the devices that the file has rows of, measured or not."""
+    devices = {case.device for case in by_case(results.rows)}
+    return verdicts(results.rows, [goal for goal in GOALS if goal.case.device in devices])
+
+
+def tally(found: list[Verdict]) -> list[str]:
+    """How many goals are met, and a line for each that is short."""
+    musts = [verdict for verdict in found if verdict.goal.must is not None]
+    aims = [verdict.aim_met for verdict in found if verdict.aim_met is not None]
+    short = [verdict for verdict in musts if verdict.must_met is False]
+    absent = sum(verdict.value is None for verdict in musts)
+    met = len(musts) - len(short) - absent
+    text = f"Must reach: {met} of {len(musts)} met, {len(short)} short, {absent} not measured. "
+    text += f"Aims: {sum(aims)} of the {len(aims)} measured met."
+    if not short:
+        return [text]
+    return [text + " Short:", "", *map(_shortfall, short)]
+
+
+def _shortfall(verdict: Verdict) -> str:
+    goal = verdict.goal
+    reached, must = tables.figure(goal, verdict.value), tables.bound(goal, goal.must)
+    return f"- `{tables.goal_name(goal)}`: {reached}, must reach {must}"
+
+
+def page(files: Files) -> str:
+    """benchmarks/README.md."""
+    lines = [_INTRO]
+    for path, results in files.items():
+        lines += [f"## {title(results.runs[0])}", "", f"[{path.name}](results/{path.name})", ""]
+        lines += [*_runs(results), "", "### Goals", ""]
+        found = goals_of(results)
+        lines += [*tally(found), "", *tables.markdown(tables.goal_cells(found)), ""]
+        lines += ["### Where a peer is faster", "", *_losses(results.rows), ""]
+        lines += _sections(results)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _runs(results: Results) -> Iterator[str]:
+    """A line of facts per run, and whether other work disturbed it."""
+    for index, facts in enumerate(results.runs):
+        count = sum(row["run"] == index for row in results.rows)
+        busy = (
+            " **Busy before: other work may have shared the cores.**"
+            if facts["load"] > BUSY
+            else ""
+        )
+        yield f"- {count} rows: {tables.describe_facts(facts)}.{busy}"
+
+
+def _losses(rows: list[Row]) -> list[str]:
+    """Each case in which a peer's median is below that of the fastest backend.
+
+    A backend's in-place variant does not count: it overwrites what others keep.
+    """
+    found = []
+    for case, block in by_case(rows).items():
+        times = [row["median_ms"] for name, row in ours(block).items() if "inplace" not in name]
+        mine = min(times, default=None)
+        for name, row in peers(block).items():
+            if mine is not None and row["median_ms"] < mine:
+                both = f"{duration(row['median_ms'])} against {duration(mine)}"
+                found.append(f"- `{case.op}` {label(case)}: {name}, {both}")
+    return found or ["In no case of this file."]
+
+
+def _sections(results: Results) -> Iterator[str]:
+    """The ceilings' plot, then each op's plots and tables."""
+    machine = slug(results.runs[0])
+    rows = [row for row in results.rows if "share" not in row]
+    sized, ceilings = plots.by_size(rows, machine), plots.of_ceilings(rows, machine)
+    if ceilings is not None:
+        yield from ("### Share of the ceiling", "", _image(ceilings), "")
+    for name, block in tables.steps(results.rows).items():
+        yield from (f"### One PPO update: {name}", "")
+        yield from (*tables.markdown(tables.step_cells(block)), "", *_notes(block))
+    ops = dict.fromkeys(row["op"] for row in rows)
+    bare = [op for op in ops if op not in {plot.op for plot in sized}]
+    if bare:
+        yield from (f"Measured at one size, so not plotted against it: {', '.join(bare)}.", "")
+    for op in ops:
+        yield from (f"### {op}", "")
+        for plot in sized:
+            if plot.op == op:
+                yield from (_image(plot), "")
+        yield from _tables([row for row in rows if row["op"] == op])
+
+
+def _image(plot: plots.Plot) -> str:
+    return f"![{plot.title}](plots/{plot.name}.svg)"
+
+
+def _tables(rows: list[Row]) -> Iterator[str]:
+    for case, block in by_case(rows).items():
+        yield from (f"**{label(case)}**", "")
+        cells = tables.timing_cells(case, block)
+        if cells:
+            yield from (*tables.markdown(cells), "")
+        yield from _notes(block)
+
+
+def _notes(rows: list[Row]) -> list[str]:
+    found = [f"- {name}: {_quoted(note)}" for name, note in tables.notes(rows)]
+    return [*found, ""] if found else []
+
+
+def _quoted(text: str) -> str:
+    """Words, others' among them, that are not Markdown."""
+    return "`" + text.replace("`", "'") + "`"
+
+
+def duration(milliseconds: float) -> str:
+    """A time in the unit that suits it."""
+    if milliseconds < 0.1:
+        return f"{tables.number(milliseconds * 1e3)} µs"
+    if milliseconds >= 1e4:
+        return f"{tables.number(milliseconds / 1e3)} s"
+    return f"{tables.number(milliseconds)} ms"

@@ -1,0 +1,72 @@
+"""The figures in README.md: what stands between its markers, made from results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from benchmarks.ops.case import CALL, CALL_GRAD
+from benchmarks.ops.goals import Verdict
+from benchmarks.report import pages, tables
+from benchmarks.report.results import Row, by_case
+
+
+def section(files: pages.Files) -> str:
+    """README.md between its markers: the cases that have goals."""
+    lines: list[str] = []
+    for path, results in files.items():
+        facts, found = results.runs[0], pages.goals_of(results)
+        commits = ", ".join(dict.fromkeys(str(run["commit"]) for run in results.runs))
+        torch = facts["versions"]["torch"]
+        lines += [
+            f"**{pages.title(facts)}**, {facts['threads']} threads, torch {torch}, commit "
+            f"{commits} ([{path.name}](benchmarks/results/{path.name})):", "",
+            *tables.markdown(_figures(results.rows, found)), "",
+            *_calls(results.rows), *_updates(results.rows), "",
+            *pages.tally(found), "",
+        ]  # fmt: skip
+    if not any("gpu" in run for results in files.values() for run in results.runs):
+        lines.append("No figure measured on a GPU has been committed yet.")
+    return "\n".join(lines).rstrip()
+
+
+def _figures(rows: list[Row], found: Iterable[Verdict]) -> tables.Cells:
+    """A line per case and backend with a goal: its time, and times as fast as each peer."""
+    heads = ["op and shape", "time", "eager", "`torch.compile`", "other peers", "of ceiling"]
+    blocks, lines = by_case(rows), [heads]
+    for case, provider in dict.fromkeys((v.goal.case, v.goal.provider) for v in found):
+        block = blocks.get(case, [])
+        row = pages.ours(block).get(provider)
+        if row is None or case.direction in (CALL, CALL_GRAD):
+            continue
+        times = {k: f"{tables.number(peer['median_ms'] / row['median_ms'])}×"
+                 for k, peer in pages.peers(block).items()}  # fmt: skip
+        known = [times.pop(name, "-") for name in ("eager", "compile")]
+        others = ", ".join(f"{name} {ratio}" for name, ratio in times.items()) or "-"
+        share = tables.ceiling_share(block, row)
+        variant = provider.removeprefix("ppo_fast-")
+        name = f"`{case.op}` {pages.label(case)} ({variant})"
+        lines.append([name, pages.duration(row["median_ms"]), *known, others,
+                      "-" if share is None else f"{share:.0%}"])  # fmt: skip
+    return lines
+
+
+def _calls(rows: list[Row]) -> Iterator[str]:
+    """What a call on tiny tensors costs, over the ops."""
+    for direction, what in ((CALL, "without a gradient"), (CALL_GRAD, "with one recorded")):
+        times = [
+            row["median_ms"] * 1e3
+            for case, block in by_case(rows).items()
+            if case.direction == direction
+            for row in pages.ours(block).values()
+        ]
+        if times:
+            low, high = (tables.number(end(times)) for end in (min, max))
+            yield f"A call on tiny tensors {what} takes {low} to {high} µs."
+
+
+def _updates(rows: list[Row]) -> Iterator[str]:
+    """What a whole training step takes on each backend."""
+    for name, block in tables.steps(rows).items():
+        whole = [row for row in block if row["direction"] == "step"]
+        each = [f"{pages.duration(row['median_ms'])} with `{row['provider']}`" for row in whole]
+        yield f"One PPO update of {name} takes {', '.join(each)}."
