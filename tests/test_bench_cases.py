@@ -12,7 +12,6 @@ from benchmarks import __main__ as command
 from benchmarks.harness import gate as module_of_gate
 from benchmarks.harness import measure
 from benchmarks.harness.gate import Gate
-from benchmarks.harness.timing import Bound
 from benchmarks.ops import cases, goals
 from benchmarks.ops.case import (
     _COPIES,
@@ -28,7 +27,7 @@ from benchmarks.ops.case import (
 from benchmarks.ops.linear import LINEAR
 from benchmarks.ops.workloads import cost, make_call
 from benchmarks.peers import providers_of
-from benchmarks.peers.base import Provider, leaves, single, timed
+from benchmarks.peers.base import Bound, Provider, leaves, single, timed
 from ppo_fast.testing import Call, run
 
 _TINY = [

@@ -16,11 +16,11 @@ from conftest import usable
 
 from benchmarks.gpu import dry_run, sanitize, summary
 from benchmarks.harness import cuda_timing
-from benchmarks.harness.timing import Bound
 from benchmarks.ops import cases
 from benchmarks.ops.case import Case
 from benchmarks.ops.cases import GPU
 from benchmarks.peers import providers_of
+from benchmarks.peers.base import Bound
 from benchmarks.report import results
 from ppo_fast import testing
 from ppo_fast.testing import Call

@@ -14,15 +14,16 @@ import torch
 
 from benchmarks.harness import measure, timing, worker
 from benchmarks.harness.measure import Outcome
-from benchmarks.harness.timing import Bound
 from benchmarks.harness.worker import BrokenError, Worker, Workers
 from benchmarks.ops.case import Case
 from benchmarks.ops.cases import CALLS, GPU
 from benchmarks.peers import Provider
+from benchmarks.peers.base import Bound
 from benchmarks.report import results
 from ppo_fast import testing
 
 ROOT = Path(__file__).resolve().parent.parent
+BENCH = (sys.executable, "-m", "pytest", "benchmarks/bench_ops.py", "--benchmark-only", "-q")
 TINY = next(case for case in CALLS if case.op == "gae")
 
 
@@ -199,8 +200,8 @@ def test_what_was_measured_is_saved_when_a_run_is_killed(tmp_path: Path) -> None
         "        os._exit(9)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks/bench_overhead.py", "--benchmark-only", "-q",
-         "-p", "killer", "-k", "gae or whiten", "--save-results", "--results-dir", tmp_path],
+        [*BENCH, "-p", "killer", "-k", "gae-call or whiten-call", "--save-results",
+         "--results-dir", tmp_path],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env=alone(PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT)))),
     )  # fmt: skip
@@ -213,9 +214,8 @@ def test_what_was_measured_is_saved_when_a_run_is_killed(tmp_path: Path) -> None
 
 
 def test_no_case_begins_when_the_minutes_are_used_up() -> None:
-    command = ["benchmarks/bench_overhead.py", "--benchmark-only", "--minutes", "0", "-q", "-rs"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *command],
+        [*BENCH, "-p", "no:cacheprovider", "-k", "call", "--minutes", "0", "-rs"],
         cwd=ROOT, capture_output=True, text=True, check=False, env=alone(),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.timing import Bound
+from benchmarks.peers.base import Bound
 
 # Seconds that one provider may take of a case; timing.interleave sees to it.
 BUDGET = 1.0

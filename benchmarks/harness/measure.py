@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.harness import cuda_timing, timing
 from benchmarks.harness.gate import Gate
-from benchmarks.harness.timing import Bound
 from benchmarks.ops.case import Case
 from benchmarks.ops.workloads import make_call
 from benchmarks.peers import Provider, providers_of
+from benchmarks.peers.base import Bound
 from ppo_fast.testing import Call
 
 ROOT = Path(__file__).resolve().parents[2]

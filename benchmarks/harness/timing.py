@@ -12,9 +12,9 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from benchmarks.peers.base import Bound
 
 ROUNDS = 25
 # What one provider may take of a case, in seconds: slower ones sit rounds out, down to 5 samples.
@@ -25,21 +25,6 @@ MIN_SAMPLE = 4e-3
 
 # Takes one sample: seconds per call.
 Sampler = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A provider with its inputs in place.
-
-    `call` is what is timed, the release of its result included. `named` turns that result into
-    named tensors for the gate. `prepare` runs before each timed call, untimed. `moved` is a
-    ceiling's traffic in bytes; everybody else is credited with what the case cannot do without.
-    """
-
-    call: Callable[[], Any]
-    named: Callable[[Any], dict[str, Any]]
-    prepare: Callable[[], None] | None = None
-    moved: int | None = None
 
 
 class ReplayClock:

@@ -1,4 +1,4 @@
-"""A contestant, and how it is bound to a call's inputs."""
+"""A contestant (`Provider`), and one bound to a call's inputs (`Bound`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.timing import Bound
 from benchmarks.ops.case import BACKWARD, Case
 from ppo_fast.testing import Call
 from ppo_fast.testing.calls import DIFFERENTIABLE
@@ -20,6 +19,21 @@ Named = dict[str, Tensor]
 
 # Half a bf16 spacing in spacings of fp32: what rounding logits to bf16 may err by.
 BF16_LOGITS = 2.0**14
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A provider with its inputs in place.
+
+    `call` is what is timed, the release of its result included. `named` turns that result into
+    named tensors for the gate. `prepare` runs before each timed call, untimed. `moved` is a
+    ceiling's traffic in bytes; everybody else is credited with what the case cannot do without.
+    """
+
+    call: Callable[[], Any]
+    named: Callable[[Any], dict[str, Any]]
+    prepare: Callable[[], None] | None = None
+    moved: int | None = None
 
 
 @dataclass(frozen=True)

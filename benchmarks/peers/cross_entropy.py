@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from benchmarks.harness.timing import Bound
 from benchmarks.ops.case import Case
 from benchmarks.ops.linear import LINEAR
-from benchmarks.peers.base import Provider, leaves, needs, single, timed
+from benchmarks.peers.base import Bound, Provider, leaves, needs, single, timed
 from ppo_fast.testing import Call
 
 _LESS = "log-prob only, no entropy"

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.timing import Bound
 from benchmarks.ops.case import Case
 from benchmarks.ops.linear import LINEAR
 from benchmarks.peers.base import (
     BF16_LOGITS,
+    Bound,
     Provider,
     leaves,
     needs,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import ppo_fast
-from benchmarks.harness.timing import Bound
 from benchmarks.ops.case import Case
 from benchmarks.ops.linear import LOGITS_LOSS
-from benchmarks.peers.base import Provider, leaves, restore, timed
+from benchmarks.peers.base import Bound, Provider, leaves, restore, timed
 from ppo_fast.testing import Call, output
 
 # The option that lets the gradient overwrite the logits.

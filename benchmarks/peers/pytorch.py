@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.timing import Bound
 from benchmarks.ops.case import Case
 from benchmarks.ops.linear import LINEAR, LINEAR_LOSS, LOGITS_LOSS, gemms, product
 from benchmarks.peers import eager
 from benchmarks.peers.base import (
     BF16_LOGITS,
+    Bound,
     Named,
     Provider,
     leaves,

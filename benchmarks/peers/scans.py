@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from benchmarks.harness.timing import Bound
 from benchmarks.ops.case import Case
-from benchmarks.peers.base import Provider, needs
+from benchmarks.peers.base import Bound, Provider, needs
 from benchmarks.peers.layout import Rows
 from ppo_fast.testing import Call
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.timing import Bound
 from benchmarks.ops.case import Case
-from benchmarks.peers.base import Named, Provider, needs
+from benchmarks.peers.base import Bound, Named, Provider, needs
 from benchmarks.peers.layout import Flat
 from ppo_fast.testing import Call
 

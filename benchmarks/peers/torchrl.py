@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.harness.timing import Bound
 from benchmarks.ops.case import Case
-from benchmarks.peers.base import Named, Provider, needs
+from benchmarks.peers.base import Bound, Named, Provider, needs
 from benchmarks.peers.layout import Flat, Rows
 from ppo_fast.testing import Call
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.harness.timing import Bound
 from benchmarks.ops.case import Case
 from benchmarks.ops.linear import LINEAR
 from benchmarks.peers.base import (
     BF16_LOGITS,
+    Bound,
     Provider,
     batched,
     leaves,

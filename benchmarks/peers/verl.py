@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.harness.timing import Bound
 from benchmarks.ops.case import Case
 from benchmarks.ops.linear import LINEAR
 from benchmarks.ops.workloads import PPO_OPTIONS
 from benchmarks.peers.base import (
     BF16_LOGITS,
+    Bound,
     Provider,
     batched,
     leaves,
