@@ -1,7 +1,7 @@
 """Run a part of the suite: `ppo-fast bench --op gae --shape 64x4096 --peers all`.
 
-Cases are those of `ops/cases.py`. A shape that has no case there makes one: the op's directions at
-that size. Options that are not listed go on to pytest.
+Cases are those of the files in `ops`. A shape that has no case there makes one: the op's
+directions at that size. Options that are not listed go on to pytest.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.selection import choose, is_peer, runs_here, taking_part
-from benchmarks.ops.case import BATCH_MAJOR, DIRECTIONS, DTYPES, LAYOUTS, SHAPES, Case, Shape
-from benchmarks.ops.cases import CASES, OPS, here
+from benchmarks.ops.case import BATCH_MAJOR, DIRECTIONS, DTYPES, LAYOUTS, Case, Shape, here
+from benchmarks.ops.registry import CASES, OPS, SHAPES
 from benchmarks.peers import providers_of
 
 _FREE = re.compile(r"(?P<dims>\d+(x\d+){1,2})(:(?P<layout>[a-z-]+))?")

@@ -1,4 +1,4 @@
-"""The harness: each case is measured once, interleaved, and its rows replay their own samples.
+"""Options and fixtures: each case is measured once, interleaved; its rows replay their samples.
 
 What a case gave is saved before the next one starts, so that a run may be stopped at any moment.
 """
@@ -19,10 +19,10 @@ from benchmarks.harness.measure import Outcome
 from benchmarks.harness.timing import CLOCK
 from benchmarks.harness.worker import LIMIT, Workers
 from benchmarks.ops.case import Case
-from benchmarks.ops.goals import GOALS
-from benchmarks.ops.workloads import cost
+from benchmarks.ops.registry import GOALS, cost
 from benchmarks.peers import Provider
 from benchmarks.report import results, tables
+from benchmarks.report.judge import verdicts
 
 _MEASURED = pytest.StashKey[dict[Case, dict[str, Outcome]]]()
 _ROWS = pytest.StashKey[list[results.Row]]()
@@ -179,7 +179,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for line in tables.table(rows):
         write(line)
     terminalreporter.section("goals")
-    for line in tables.verdict_table(results.verdicts(rows)):
+    for line in tables.verdict_table(verdicts(rows)):
         write(line)
     if config.getoption("save_results"):
         write(f"saved in {config.getoption('results_dir')}")

@@ -2,50 +2,78 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks import __main__ as command
+from benchmarks import ops
 from benchmarks.harness import gate as module_of_gate
 from benchmarks.harness import measure
 from benchmarks.harness.gate import Gate
-from benchmarks.ops import cases, goals
+from benchmarks.ops import case as module_of_case
+from benchmarks.ops import registry
 from benchmarks.ops.case import (
     _COPIES,
     BACKWARD,
     BOTH,
     FORWARD,
     LAYOUTS,
-    SHAPES,
     Case,
     Shape,
     fitted,
 )
-from benchmarks.ops.linear import LINEAR
-from benchmarks.ops.workloads import cost, make_call
+from benchmarks.ops.gae import GAE
+from benchmarks.ops.registry import SHAPES, cost, make_call
+from benchmarks.ops.token_logprobs import GPU_LOGPROBS_FORWARD, LOGPROBS_FORWARD
 from benchmarks.peers import providers_of
 from benchmarks.peers.base import Bound, Provider, leaves, single, timed
 from ppo_fast.testing import Call, run
 
 _TINY = [
     *(Case("token_logprobs", way, Shape("t", (8, 37))) for way in (FORWARD, BACKWARD, BOTH)),
-    Case(LINEAR, FORWARD, Shape("t", (8, 100, 32))),
+    Case("linear_token_logprobs", FORWARD, Shape("t", (8, 100, 32))),
     *(Case(op, BOTH, Shape("t", (4, 16))) for op in ("ppo_loss", "value_loss")),
     *(Case(op, FORWARD, Shape("t", (4, 16))) for op in ("rlhf_advantages", "whiten")),
     *(Case("gae", FORWARD, Shape("t", (4, 16), layout)) for layout in LAYOUTS),
 ]
 
 
+def test_a_file_of_its_own_is_all_that_a_new_op_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "group_advantages.py").write_text(
+        "from benchmarks.ops import op, whiten\n"
+        "OP = op.Op('group_advantages', 0, (), whiten.inputs, whiten.cost)\n"
+    )
+    (tmp_path / "notes.py").write_text("raise AssertionError('no op has this name')\n")
+    monkeypatch.setattr(ops, "__path__", [*ops.__path__, str(tmp_path)])
+    names = list(registry.found())
+    del sys.modules["benchmarks.ops.group_advantages"], ops.group_advantages
+    assert names == ["group_advantages", *registry.OPS]
+    case = Case("group_advantages", FORWARD, Shape("t", (4, 16)))
+    monkeypatch.setitem(registry.OPS, case.op, replace(registry.OPS["whiten"], name=case.op))
+    contestants = [provider.name for provider in providers_of(case)]
+    assert contestants == ["ppo_fast-cpu", "ppo_fast-reference", "copy"]
+
+
+def test_an_op_s_cases_and_goals_are_its_own() -> None:
+    for name, op in registry.OPS.items():
+        assert {case.op for case in op.cases} == {op.name} == {name}
+        assert {goal.case for goal in op.goals} <= set(op.cases)
+
+
 def test_every_op_has_a_case_on_each_device() -> None:
     for device in ("cpu", "cuda"):
-        assert {case.op for case in cases.CASES if case.device == device} == set(cases.OPS)
+        assert {case.op for case in registry.CASES if case.device == device} == set(registry.OPS)
 
 
 def test_names_tell_cases_and_their_providers_apart() -> None:
-    every = cases.CPU + cases.GPU
+    every = registry.FULL
     assert len({case.name for case in every}) == len(every)
     for case in every:
         names = [provider.name for provider in providers_of(case)]
@@ -53,7 +81,7 @@ def test_names_tell_cases_and_their_providers_apart() -> None:
         assert names[0].startswith("ppo_fast-") and "ppo_fast-reference" in names
 
 
-@pytest.mark.parametrize("case", cases.CPU + cases.GPU, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", registry.FULL, ids=lambda case: case.name)
 def test_a_case_survives_json_and_costs_something(case: Case) -> None:
     assert Case.from_json(case.to_json()) == case
     moved, flops = cost(case)
@@ -72,15 +100,15 @@ def test_a_shape_is_scaled_by_name_to_half_after_half() -> None:
 
 
 def test_a_scaled_case_meets_no_goal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "memory", lambda device: 2**30)
-    here = cases.here(cases.LOGPROBS_FORWARD)
+    monkeypatch.setattr(module_of_case, "memory", lambda device: 2**30)
+    here = module_of_case.here(LOGPROBS_FORWARD)
     assert here.shape.name == "gpt2/8"
-    assert here not in {goal.case for goal in goals.GOALS}
+    assert here not in {goal.case for goal in registry.GOALS}
 
 
 def test_every_goal_is_about_a_case_and_providers_that_exist() -> None:
-    for goal in goals.GOALS:
-        assert goal.case in cases.CPU + cases.GPU
+    for goal in registry.GOALS:
+        assert goal.case in registry.FULL
         names = {provider.name for provider in providers_of(goal.case)}
         assert goal.provider in names
         assert goal.against in names | {None}
@@ -104,7 +132,7 @@ def test_compiled_peers_pass_too(case: Case) -> None:
 
 
 def test_peers_of_a_gpu_say_what_they_lack() -> None:
-    case = cases.GPU_LOGPROBS_FORWARD
+    case = GPU_LOGPROBS_FORWARD
     for provider in providers_of(case):
         if provider.name in ("liger", "flash-attn", "quack") and not torch.cuda.is_available():
             assert provider.missing() == "its kernels need a GPU"
@@ -174,8 +202,8 @@ def test_a_peer_that_crashes_or_disagrees_is_a_row(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--op gea", "known: token_logprobs, linear_token_logprobs, linear_ppo_loss"),
-        ("--shape 64by4096", "known: qwen-r1 (8192x151936)"),
+        ("--op gea", "known: token_logprobs, linear_token_logprobs, ppo_loss, linear_ppo_loss"),
+        ("--shape 64by4096", "known: gpt2 (512x50257)"),
         ("--op gae --shape 4x8x16", "known: rlhf-long"),
         ("--op gae --shape 4x8:column-major", "ROWSxCOLUMNS[:batch-major|time-major|packed]"),
         ("--op whiten --shape 4x8:packed", "unknown shape for the op"),
@@ -196,7 +224,7 @@ def test_unknown_names_are_refused_with_the_known_ones(
 @pytest.mark.parametrize("text", ["64x4096", "rlhf-long"])
 def test_a_shape_is_found_by_name_and_by_size(text: str) -> None:
     found = command.cases_of("gae", text, None, None, "cpu")
-    assert found == (cases.here(cases.GAE),)
+    assert found == (module_of_case.here(GAE),)
 
 
 def test_another_shape_makes_cases_of_the_op() -> None:

@@ -15,10 +15,11 @@ from bench_rows import GPU_FACTS, lines_with, row
 from conftest import usable
 
 from benchmarks.gpu import dry_run, sanitize, summary
+from benchmarks.gpu.dry_run import GPU
 from benchmarks.harness import cuda_timing
-from benchmarks.ops import cases
 from benchmarks.ops.case import Case
-from benchmarks.ops.cases import GPU
+from benchmarks.ops.gae import GPU_GAE
+from benchmarks.ops.ppo_loss import GPU_PPO_LOSS
 from benchmarks.peers import providers_of
 from benchmarks.peers.base import Bound
 from benchmarks.report import results
@@ -151,10 +152,10 @@ def test_the_summary_says_what_was_met_and_what_failed(
 ) -> None:
     assert summary.main(tmp_path) == 1
     assert "nothing was measured on a GPU" in capsys.readouterr().out
-    died = row(cases.GPU_GAE, "verl", None, status="error", detail="crashed: exit status -11")
-    results.save(tmp_path, [row(cases.GPU_GAE, "ppo_fast-triton", 0.020), died], GPU_FACTS)
+    died = row(GPU_GAE, "verl", None, status="error", detail="crashed: exit status -11")
+    results.save(tmp_path, [row(GPU_GAE, "ppo_fast-triton", 0.020), died], GPU_FACTS)
     assert summary.main(tmp_path) == 0
     out = capsys.readouterr().out
-    assert lines_with(out, cases.GPU_GAE.name, "verl: error: crashed: exit status -11")
-    assert lines_with(out, cases.GPU_GAE.name, "20.0 µs", "≤ 26 µs", "met", "SHORT")
-    assert lines_with(out, cases.GPU_PPO_LOSS.name, "not measured")
+    assert lines_with(out, GPU_GAE.name, "verl: error: crashed: exit status -11")
+    assert lines_with(out, GPU_GAE.name, "20.0 µs", "≤ 26 µs", "met", "SHORT")
+    assert lines_with(out, GPU_PPO_LOSS.name, "not measured")

@@ -16,7 +16,8 @@ from benchmarks.harness import measure, timing, worker
 from benchmarks.harness.measure import Outcome
 from benchmarks.harness.worker import BrokenError, Worker, Workers
 from benchmarks.ops.case import Case
-from benchmarks.ops.cases import CALLS, GPU
+from benchmarks.ops.gae import GAE_CALL as TINY
+from benchmarks.ops.gae import GPU_GAE
 from benchmarks.peers import Provider
 from benchmarks.peers.base import Bound
 from benchmarks.report import results
@@ -24,7 +25,6 @@ from ppo_fast import testing
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = (sys.executable, "-m", "pytest", "benchmarks/bench_ops.py", "--benchmark-only", "-q")
-TINY = next(case for case in CALLS if case.op == "gae")
 
 
 def alone(**more: str) -> dict[str, str]:
@@ -168,7 +168,7 @@ def test_a_dead_process_costs_who_was_at_work(
     monkeypatch.setattr(Fake, "started", [], raising=False)
     monkeypatch.setattr(Fake, "breaks", {"b": BrokenError(at_work, "crashed")}, raising=False)
     monkeypatch.setattr(worker, "Worker", Fake)
-    found = Workers().measure(GPU[0], ["a", "b", "c"])
+    found = Workers().measure(GPU_GAE, ["a", "b", "c"])
     assert {name: found[name].status for name in "abc"} == statuses
     assert found["b"].detail == "crashed" and len(Fake.started) == starts
 

@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 import pytest
 from bench_rows import FACTS, GPU_FACTS, lines_with, row
 
-from benchmarks.ops import cases
 from benchmarks.ops.case import Case, Shape
-from benchmarks.ops.goals import GOALS
+from benchmarks.ops.gae import GAE
+from benchmarks.ops.registry import GOALS
+from benchmarks.ops.token_logprobs import GPU_LOGPROBS_FORWARD
 from benchmarks.report import __main__ as report
 from benchmarks.report import pages, plots, readme, results
 from benchmarks.report.results import Results
@@ -54,16 +55,16 @@ def test_a_plot_that_no_page_shows_is_stale(copied: Path) -> None:
 
 def test_the_newest_file_of_each_machine_counts(tmp_path: Path) -> None:
     for facts in (FACTS, FACTS | {"date": "2026-02-01"}, GPU_FACTS):
-        results.save(tmp_path, [row(cases.GAE, "loop", 1.0)], facts)
+        results.save(tmp_path, [row(GAE, "loop", 1.0)], facts)
     names = [path.name for path in report.newest(tmp_path)]
     assert names == ["nvidia-h200-2026-01-02.json", "some-cpu-avx2-2026-02-01.json"]
 
 
 def test_losses_and_failures_are_on_the_page() -> None:
     held = Results([FACTS], [
-        row(cases.GAE, "ppo_fast-cpu", 2.0, run=0), row(cases.GAE, "tianshou", 0.5, run=0),
-        row(cases.GAE, "copy", 0.1, run=0),
-        row(cases.GAE, "torchrl", None, status="red", detail="returns:\n off by 3", run=0),
+        row(GAE, "ppo_fast-cpu", 2.0, run=0), row(GAE, "tianshou", 0.5, run=0),
+        row(GAE, "copy", 0.1, run=0),
+        row(GAE, "torchrl", None, status="red", detail="returns:\n off by 3", run=0),
     ])  # fmt: skip
     files = {Path("some-cpu-avx2-2026-01-02.json"): held}
     text = pages.page(files)
@@ -93,7 +94,7 @@ def test_the_parts_of_a_training_step_make_one_table() -> None:
 def test_a_gpu_file_makes_a_page_with_plots(copied: Path) -> None:
     """Two sizes give a plot against size; the machine is the GPU, with its driver."""
     pytest.importorskip("matplotlib", reason="the plots are drawn by matplotlib")
-    large = cases.GPU_LOGPROBS_FORWARD
+    large = GPU_LOGPROBS_FORWARD
     small = replace(large, shape=large.shape.part(128))
     rows = [
         made
@@ -127,7 +128,7 @@ def test_a_gpu_file_makes_a_page_with_plots(copied: Path) -> None:
 
 def test_the_same_rows_draw_the_same_bytes() -> None:
     pytest.importorskip("matplotlib", reason="the plots are drawn by matplotlib")
-    rows = [row(cases.GAE, "ppo_fast-cpu", 2.0), row(cases.GAE, "copy", 1.0)]
+    rows = [row(GAE, "ppo_fast-cpu", 2.0), row(GAE, "copy", 1.0)]
     plot = plots.of_ceilings(rows, "some")
     assert plot is not None
     first = plots.draw(plot)
@@ -136,7 +137,7 @@ def test_the_same_rows_draw_the_same_bytes() -> None:
 
 
 def test_every_goal_for_the_device_is_listed() -> None:
-    held = Results([FACTS], [row(cases.GAE, "loop", 80.0, run=0)])
+    held = Results([FACTS], [row(GAE, "loop", 80.0, run=0)])
     found = pages.goals_of(held)
     assert [v.goal for v in found] == [goal for goal in GOALS if goal.case.device == "cpu"]
     assert all(verdict.value is None for verdict in found)

@@ -11,10 +11,12 @@ import pytest
 from bench_rows import FACTS, lines_with, row
 
 from benchmarks.harness import machine
-from benchmarks.ops import cases
+from benchmarks.ops.gae import GAE
+from benchmarks.ops.ppo_loss import PPO_LOSS_BOTH
 from benchmarks.report import __main__ as report
 from benchmarks.report import results
 from benchmarks.report.compare import compare
+from benchmarks.report.judge import verdicts
 from benchmarks.report.results import Results
 
 
@@ -25,7 +27,7 @@ def test_another_format_is_refused_by_name(
     path.write_text('{"format": 1, "rows": []}')
     text = f"{path} has format 1, this suite reads {results.FORMAT}"
     with pytest.raises(ValueError, match=text):
-        results.save(tmp_path, [row(cases.GAE, "loop", 1.0)], FACTS)
+        results.save(tmp_path, [row(GAE, "loop", 1.0)], FACTS)
     monkeypatch.setattr(sys, "argv", ["report", "--compare", str(path), str(path)])
     with pytest.raises(SystemExit):
         report.main()
@@ -35,9 +37,9 @@ def test_another_format_is_refused_by_name(
 def test_cases_merge_and_each_row_keeps_its_run(tmp_path: Path) -> None:
     """What is measured again replaces its case whole; a run without rows is forgotten."""
     later, last = FACTS | {"commit": "bbbbbbbbbbbb"}, FACTS | {"commit": "cccccccccccc"}
-    results.save(tmp_path, [row(cases.GAE, "loop", 9.0), row(cases.GAE, "copy", 1.0)], FACTS)
-    results.save(tmp_path, [row(cases.PPO_LOSS_BOTH, "eager", 3.0)], later)
-    path = results.save(tmp_path, [row(cases.GAE, "loop", 8.0)], last)
+    results.save(tmp_path, [row(GAE, "loop", 9.0), row(GAE, "copy", 1.0)], FACTS)
+    results.save(tmp_path, [row(PPO_LOSS_BOTH, "eager", 3.0)], later)
+    path = results.save(tmp_path, [row(GAE, "loop", 8.0)], last)
     held = results.load(path)
     found = [(r["op"], r["provider"], r["median_ms"], held.runs[r["run"]]) for r in held.rows]
     assert found == [("ppo_loss", "eager", 3.0, later), ("gae", "loop", 8.0, last)]
@@ -47,21 +49,21 @@ def test_cases_merge_and_each_row_keeps_its_run(tmp_path: Path) -> None:
 
 def test_saving_a_part_keeps_the_other_goals(tmp_path: Path) -> None:
     """Verdicts are made of rows, not kept beside them."""
-    gae = [row(cases.GAE, "loop", 80.0), row(cases.GAE, "ppo_fast-cpu", 0.1)]
-    loss = [row(cases.PPO_LOSS_BOTH, "eager", 3.0), row(cases.PPO_LOSS_BOTH, "ppo_fast-cpu", 1.0)]
+    gae = [row(GAE, "loop", 80.0), row(GAE, "ppo_fast-cpu", 0.1)]
+    loss = [row(PPO_LOSS_BOTH, "eager", 3.0), row(PPO_LOSS_BOTH, "ppo_fast-cpu", 1.0)]
     results.save(tmp_path, gae, FACTS)
     path = results.save(tmp_path, loss, FACTS)
-    of = {(v.goal.case, v.goal.against): v for v in results.verdicts(results.load(path).rows)}
-    assert of[cases.GAE, "loop"].value == pytest.approx(800)
-    assert (of[cases.GAE, "loop"].must_met, of[cases.GAE, "loop"].aim_met) == (True, False)
-    assert of[cases.PPO_LOSS_BOTH, "eager"].must_met is False
-    assert of[cases.PPO_LOSS_BOTH, "compile"].value is None
+    of = {(v.goal.case, v.goal.against): v for v in verdicts(results.load(path).rows)}
+    assert of[GAE, "loop"].value == pytest.approx(800)
+    assert (of[GAE, "loop"].must_met, of[GAE, "loop"].aim_met) == (True, False)
+    assert of[PPO_LOSS_BOTH, "eager"].must_met is False
+    assert of[PPO_LOSS_BOTH, "compile"].value is None
 
 
 def test_a_write_that_fails_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = results.save(tmp_path, [row(cases.GAE, "loop", 9.0)], FACTS)
+    path = results.save(tmp_path, [row(GAE, "loop", 9.0)], FACTS)
     before = path.read_text()
 
     def full(_: int) -> None:
@@ -69,7 +71,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
-        results.save(tmp_path, [row(cases.GAE, "loop", 1.0)], FACTS)
+        results.save(tmp_path, [row(GAE, "loop", 1.0)], FACTS)
     assert path.read_text() == before
 
 
@@ -93,7 +95,7 @@ def test_results_and_pages_do_not_make_a_commit_dirty(
 
 
 def test_compare_says_what_moved() -> None:
-    case, other = cases.GAE, cases.PPO_LOSS_BOTH
+    case, other = GAE, PPO_LOSS_BOTH
     before = Results([FACTS], [
         row(case, "ppo_fast-cpu", 1.0), row(case, "loop", 80.0), row(case, "copy", 1.0),
         row(case, "tianshou", 1.0), row(other, "eager", 3.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -128,6 +129,48 @@ def test_the_loop_uses_the_public_api(folder: str) -> None:
         and name != "ppo_fast._backend.select"
     }
     assert not bad
+
+
+# Room of the benchmarks -> the rooms that it may import besides itself.
+ROOMS = {
+    "ops": (),
+    "peers": ("ops",),
+    "harness": ("ops", "peers"),
+    "report": ("ops", "peers", "harness"),
+    "loop": ("ops", "harness", "report", "conftest"),
+    "gpu": ("ops", "peers", "report"),
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_benchmarks_rooms_point_down(room: str) -> None:
+    allowed = tuple(f"benchmarks.{name}" for name in (room, *ROOMS[room]))
+    paths = [path for path in sources() if relative(path).startswith(f"benchmarks/{room}/")]
+    bad = {
+        f"{relative(path)}: {name}"
+        for path in paths
+        for name in names_of(path)
+        if name.startswith("benchmarks") and not is_under(name, allowed)
+    }
+    assert len(paths) > 1 and not bad
+
+
+def test_the_benchmarks_import_no_circle() -> None:
+    paths = [path for path in sources() if relative(path).startswith("benchmarks/")]
+    modules = {
+        relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): path
+        for path in paths
+    }
+
+    def module_of(name: str) -> str:
+        """The module that a dotted name is, or is in."""
+        return name if name in modules else name.rpartition(".")[0]
+
+    graph = {
+        module: {module_of(n) for n in names_of(path) if n.startswith("benchmarks")}
+        for module, path in modules.items()
+    }
+    assert set(graphlib.TopologicalSorter(graph).static_order()) >= modules.keys()
 
 
 def test_no_backend_is_imported_by_another() -> None:

@@ -16,12 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.ops.case import Case
-from benchmarks.ops.cases import GPU
-from benchmarks.ops.goals import GOALS
-from benchmarks.ops.workloads import make_call
+from benchmarks.ops.registry import FULL, GOALS, make_call
 from benchmarks.peers import Provider, providers_of
 from ppo_fast.testing import Call
 
+GPU = tuple(case for case in FULL if case.device == "cuda")
 _RUNS_ON_SHAPES = ("ppo_fast-triton", "ppo_fast-cuda", "eager")
 
 

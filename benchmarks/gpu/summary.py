@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks.ops.goals import GOALS
+from benchmarks.ops.registry import GOALS
 from benchmarks.report import results, tables
+from benchmarks.report.judge import verdicts
 
 
 def newest(folder: Path) -> Path | None:
@@ -28,7 +29,7 @@ def main(folder: Path) -> int:
             if row["status"] in ("red", "error"):
                 print(f"{case.name} {row['provider']}: {row['status']}: {row['detail']}"[:200])
     for line in tables.verdict_table(
-        results.verdicts(rows, [goal for goal in GOALS if goal.case.device == "cuda"])
+        verdicts(rows, [goal for goal in GOALS if goal.case.device == "cuda"])
     ):
         print(line)
     print(f"{tables.describe_facts(found.runs[-1])}\n{path}")

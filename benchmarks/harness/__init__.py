@@ -1,1 +1,1 @@
-"""How it is measured: the correctness gate, the clocks, a process for each case that needs one."""
+"""The measurement: the correctness gate, the clocks, and processes for cases that need one."""

@@ -12,8 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from benchmarks.ops.linear import LOSSES
-from benchmarks.ops.workloads import on
+from benchmarks.ops.inputs import on
 from ppo_fast import Stats, reference
 from ppo_fast.testing import Call, assert_within_budget, promoted, run
 from ppo_fast.testing.conditions import CONDITIONS, Conditions
@@ -24,6 +23,8 @@ _MEANS = {
     "kl_k2": "kl_k2", "kl_k3": "kl_k3", "ratio_mean": "ratio",
 }  # fmt: skip
 
+# Losses of logits: means over the rows.
+_MEANS_OF_ROWS = ("linear_ppo_loss", "logits_ppo_loss")
 # What a sample of the rows can answer for.
 _PER_ROW = ("logprobs", "entropy", "grad_logits", "grad_hidden")
 # Logits in the sample: 0.5 GB of fp64, and some temporaries of that size.
@@ -41,7 +42,7 @@ def _sampled(call: Call) -> tuple[Call, Tensor | None]:
         return call, None
     rows = torch.linspace(0, n - 1, fit, dtype=torch.float64).long()
     tensors = {k: x if k == "weight" else x[rows.to(x.device)] for k, x in call.tensors.items()}
-    if call.op in LOSSES:  # divided by all rows: each row's own results stay what they were
+    if call.op in _MEANS_OF_ROWS:  # divided by all rows: each row's results stay what they were
         return call._replace(tensors=tensors, options={**call.options, "denom": float(n)}), rows
     cotangents = {k: x[rows.to(x.device)] for k, x in call.cotangents.items()}
     return call._replace(tensors=tensors, cotangents=cotangents), rows

@@ -1,4 +1,4 @@
-"""What a number was measured on: processor or GPU, driver, versions, commit; no host name."""
+"""The facts of a machine: processor or GPU, driver, versions, commit; no host name."""
 
 from __future__ import annotations
 

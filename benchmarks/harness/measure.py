@@ -20,7 +20,7 @@ import torch
 from benchmarks.harness import cuda_timing, timing
 from benchmarks.harness.gate import Gate
 from benchmarks.ops.case import Case
-from benchmarks.ops.workloads import make_call
+from benchmarks.ops.registry import make_call
 from benchmarks.peers import Provider, providers_of
 from benchmarks.peers.base import Bound
 from ppo_fast.testing import Call
@@ -28,7 +28,7 @@ from ppo_fast.testing import Call
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = min(2, os.cpu_count() or 1)
 
-# Told the name of each provider before it runs, so that a crash can be laid at its door.
+# Called with each provider's name before it runs, so that a crash can be attributed to it.
 Announce = Callable[[str], None]
 
 

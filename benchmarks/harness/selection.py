@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from benchmarks.ops.case import Case
-from benchmarks.ops.cases import CASES
+from benchmarks.ops.registry import CASES
 from benchmarks.peers import Provider, providers_of
 
 

@@ -24,7 +24,7 @@ from benchmarks.harness.measure import ROOT, Outcome, measure
 from benchmarks.ops.case import Case
 
 Environment = tuple[tuple[str, str], ...]
-# Seconds of a case after which no further provider begins, and that one may be silent for.
+# Time budget of a case in seconds; also the longest that a provider may run without reporting.
 LIMIT = 120.0
 
 

@@ -1,1 +1,1 @@
-"""What is measured: each op's sizes, cases, inputs, least cost and goals."""
+"""Benchmarks of the ops, a file each: sizes, cases, inputs, least cost and goals."""

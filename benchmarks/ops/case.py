@@ -1,4 +1,4 @@
-"""Named problem sizes, what fits the machine, and the case: one op at one size.
+"""The case: one op at one size, direction and dtype, scaled to what fits the machine.
 
 A size too large for the machine's memory is halved until it fits, under a name that says so:
 `qwen-r1/16` is a sixteenth of the rows of `qwen-r1`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,43 +58,6 @@ class Shape:
         dims = "x".join(map(str, self.dims))
         return dims if self.layout == BATCH_MAJOR else f"{dims}:{self.layout}"
 
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        # Logits of one micro-batch, by vocabulary; R1 of the goals is the first.
-        Shape("qwen-r1", (8192, 151936)),
-        Shape("llama3", (8192, 128256)),
-        Shape("smollm2", (2048, 49152)),
-        Shape("gpt2", (512, 50257)),  # 103 MB of fp32 logits, and rows of odd length
-        # Few rows: the tokens of one decoding step.
-        Shape("qwen-m64", (64, 151936)),
-        Shape("qwen-m512", (512, 151936)),
-        # Logits as hidden states × head: rows × vocabulary × hidden size; R2 is the first.
-        Shape("qwen-r2", (8192, 151936, 4096)),
-        Shape("smollm2-head", (512, 49152, 576)),
-        Shape("smollm2-head-2k", (2048, 49152, 576)),
-        # A small head at many lengths: what memory grows with.
-        *(Shape(f"head-{n}k", (1024 * n, 8192, 64)) for n in (1, 4, 16, 64)),
-        # Tokens of RLHF batches.
-        Shape("rlhf-8x512", (8, 512)),
-        Shape("rlhf-long", (64, 4096)),
-        Shape("rlhf-256k", (256, 1024)),
-        Shape("rlhf-512x8k", (512, 8192)),
-        Shape("rlhf-1024x16k", (1024, 16384)),
-        Shape("packed", (256, 1024), PACKED),
-        # Environments × steps of classic RL.
-        Shape("envs-32", (4096, 32)),
-        Shape("envs-128", (4096, 128), TIME_MAJOR),
-        Shape("envs-8", (32768, 8), TIME_MAJOR),
-        # Few long sequences: what a scan over rows alone does not fill a machine with.
-        Shape("long-128k", (8, 131072)),
-        Shape("long-16x64k", (16, 65536)),
-        Shape("long-16x128k", (16, 131072)),
-        Shape("long-1m", (1, 1048576)),
-        Shape("tiny", (2, 8)),
-    )
-}
 
 # A case holds its inputs, a copy of them for each provider that takes gradients, and the
 # temporaries of the largest peer: about this many times its main tensor.
@@ -167,3 +130,8 @@ class Case:
         shape = Shape(**{**fields["shape"], "dims": tuple(fields["shape"]["dims"])})
         env = tuple((key, value) for key, value in fields["env"])
         return cls(**{**fields, "shape": shape, "env": env})
+
+
+def here(case: Case) -> Case:
+    """The case scaled to this machine."""
+    return replace(case, shape=fitted(case.shape, case.dtype, memory(case.device)))

@@ -1,4 +1,4 @@
-"""Who is measured: this library's backends, PyTorch and its ceilings, and the peers' packages.
+"""The contestants: this library's backends, PyTorch, its ceilings, and the peers' packages.
 
 Every module knows what its package offers for a case; each provider is imported when it is bound.
 """

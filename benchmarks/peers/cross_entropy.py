@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from benchmarks.ops.case import Case
-from benchmarks.ops.linear import LINEAR
 from benchmarks.peers.base import Bound, Provider, leaves, needs, single, timed
 from ppo_fast.testing import Call
 
@@ -23,7 +22,7 @@ def of(case: Case) -> Iterator[Provider]:
         yield Provider("flash-attn", _flash_attn, missing, computes=_LESS)
         missing = needs("quack.cross_entropy", "quack-kernels==0.6.5", gpu=True)
         yield Provider("quack", _quack, missing, computes=_LESS)
-    elif case.op == LINEAR:
+    elif case.op == "linear_token_logprobs":
         missing = needs("cut_cross_entropy", "cut-cross-entropy==25.1.1", gpu=True)
         yield Provider("cut-cross-entropy", _cut, missing, computes=_LESS)
 

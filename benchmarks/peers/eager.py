@@ -1,4 +1,4 @@
-"""The peers in plain PyTorch, written as trainers write them, and ceilings of pure traffic."""
+"""The ops in plain PyTorch, written as trainers write them."""
 
 from __future__ import annotations
 
@@ -161,13 +161,3 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     mean = (x * keep).sum() / n
     variance = ((x - mean) ** 2 * keep).sum() / (n - 1)
     return (x - mean) * torch.rsqrt(variance + 1e-8) * keep
-
-
-def copy(*tensors: Tensor) -> list[Tensor]:
-    """A fresh copy of each: what an op that reads its inputs and writes as much cannot beat."""
-    return [x.clone() for x in tensors]
-
-
-def read(*tensors: Tensor) -> list[Tensor]:
-    """One read of each."""
-    return [x.sum() for x in tensors]

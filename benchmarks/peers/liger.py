@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops.case import Case
-from benchmarks.ops.linear import LINEAR
 from benchmarks.peers.base import (
     BF16_LOGITS,
     Bound,
@@ -29,7 +28,7 @@ _PACKAGE = "liger-kernel==0.8.5"
 def of(case: Case) -> Iterator[Provider]:
     """Triton kernels on a GPU; the head has a PyTorch fallback for a CPU."""
     rounded = 0.0 if case.dtype == "fp32" else BF16_LOGITS
-    if case.op == LINEAR:
+    if case.op == "linear_token_logprobs":
         missing = needs("liger_kernel.ops.fused_linear_scaled_cross_entropy", _PACKAGE)
         yield Provider("liger", _head, missing, roundings=rounded)
     if case.device != "cuda":

@@ -6,12 +6,10 @@ from collections.abc import Iterator
 
 import ppo_fast
 from benchmarks.ops.case import Case
-from benchmarks.ops.linear import LOGITS_LOSS
+from benchmarks.ops.registry import OPS
 from benchmarks.peers.base import Bound, Provider, leaves, restore, timed
 from ppo_fast.testing import Call, output
 
-# The option that lets the gradient overwrite the logits.
-_INPLACE = {"token_logprobs": "inplace_backward", LOGITS_LOSS: "inplace"}
 # The reference's recurrence launches about 25 kernels a step.
 _MOST_STEPS = {"cpu": 16384, "cuda": 1024}
 
@@ -21,7 +19,7 @@ def of(case: Case) -> Iterator[Provider]:
     backends = ("cpu",) if case.device == "cpu" else ("cuda", "triton")
     for backend in backends:
         yield _backend(case, backend)
-        if case.op in _INPLACE and case.differentiates:
+        if OPS[case.op].inplace and case.differentiates:
             yield _backend(case, backend, inplace=True)
     yield _backend(case, "reference")
 
@@ -49,6 +47,6 @@ def _bind(case: Case, call: Call, backend: str, inplace: bool) -> Bound:
     op = getattr(ppo_fast, call.op)
     options = dict(call.options, backend=backend)
     if inplace:
-        options[_INPLACE[call.op]] = True
+        options[OPS[call.op].inplace] = True
     prepare = restore(tensors, call, "logits") if inplace else None
     return timed(case, call, lambda: op(**tensors, **options), inputs, output, prepare=prepare)

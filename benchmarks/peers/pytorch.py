@@ -1,4 +1,4 @@
-"""Plain PyTorch: the functions of `eager`, eager and compiled, and ceilings of pure traffic."""
+"""Plain PyTorch: the functions of `eager`, as they are and compiled, and the ceilings."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops.case import Case
-from benchmarks.ops.linear import LINEAR, LINEAR_LOSS, LOGITS_LOSS, gemms, product
-from benchmarks.peers import eager
+from benchmarks.peers import ceilings, eager
 from benchmarks.peers.base import (
     BF16_LOGITS,
     Bound,
@@ -28,6 +27,7 @@ from ppo_fast.testing import Call
 
 # About six launches a step: beyond this many a call takes seconds on a GPU.
 _MOST_STEPS = 16384
+_LINEAR = ("linear_token_logprobs", "linear_ppo_loss")
 
 
 def of(case: Case) -> Iterator[Provider]:
@@ -37,27 +37,26 @@ def of(case: Case) -> Iterator[Provider]:
     if case.op in ("gae", "rlhf_advantages"):
         bind = _gae_loop if case.op == "gae" else _rlhf_loop
         yield Provider("loop", bind, lambda: _too_long(case), plain=True)
-    else:
+    elif case.op in _PLAIN:
         yield _function(case, "eager")
         yield _function(case, "compile", compiled=True)
-    if case.op == LINEAR:
+    if case.op == "linear_token_logprobs":
         yield Provider(
             "linear-ce", _linear_ce, _no_linear_ce, roundings=_rounded(case),
             computes="log-prob only, no entropy; in chunks, never whole logits",
         )  # fmt: skip
-        yield _ceiling("gemm", product)
-    elif case.op == LINEAR_LOSS:
+        yield _ceiling("gemm", ceilings.product)
+    elif case.op == "linear_ppo_loss":
         if case.differentiates and case.dtype == "fp32":
             yield Provider("gemms", _gemms, ceiling=True)
     elif case.op == "token_logprobs" and not case.differentiates:
-        yield _ceiling("read", eager.read)
+        yield _ceiling("read", ceilings.read)
     else:
-        yield _ceiling("copy", eager.copy)
+        yield _ceiling("copy", ceilings.copy)
 
 
 def _rounded(case: Case) -> float:
-    linear = case.op in (LINEAR, LINEAR_LOSS)
-    return BF16_LOGITS if linear and case.dtype != "fp32" else 0.0
+    return BF16_LOGITS if case.op in _LINEAR and case.dtype != "fp32" else 0.0
 
 
 def _too_long(case: Case) -> str | None:
@@ -89,18 +88,18 @@ def _with_stats(names: tuple[str, ...], *, head: bool = False) -> Callable[[Any]
 # Each op's function, the options it takes, and the names of its results.
 _PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...], Callable[[Any], Named]]] = {
     "token_logprobs": (eager.token_logprobs, (), pair("logprobs", "entropy")),
-    LINEAR: (eager.linear_token_logprobs, (), pair("logprobs", "entropy")),
+    "linear_token_logprobs": (eager.linear_token_logprobs, (), pair("logprobs", "entropy")),
     "ppo_loss": (
         eager.ppo_loss,
         ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
         _with_stats(eager.PPO_STATS),
     ),
-    LINEAR_LOSS: (
+    "linear_ppo_loss": (
         eager.linear_ppo_loss,
         ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
         _with_stats(eager.PPO_STATS, head=True),
     ),
-    LOGITS_LOSS: (
+    "logits_ppo_loss": (
         eager.logits_ppo_loss,
         ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
         _with_stats(eager.PPO_STATS, head=True),
@@ -157,7 +156,7 @@ def _gemms(case: Case, call: Call) -> Bound:
         chunk()
         return time.perf_counter() - start
 
-    best = min(gemms(call), key=seconds)
+    best = min(ceilings.gemms(call), key=seconds)
     return Bound(best, lambda out: {})
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.ops.case import Case
-from benchmarks.ops.linear import LINEAR
 from benchmarks.peers.base import (
     BF16_LOGITS,
     Bound,
@@ -31,7 +30,7 @@ def of(case: Case) -> Iterator[Provider]:
     if case.op == "token_logprobs":
         module = "trl.kernels" if case.device == "cuda" else "trl.trainer.utils"
         yield Provider("trl", _logits, needs(module, _PACKAGE))
-    if case.op == LINEAR:
+    if case.op == "linear_token_logprobs":
         rounded = 0.0 if case.dtype == "fp32" else BF16_LOGITS
         yield Provider("trl", _linear, needs("trl.kernels", _PACKAGE), roundings=rounded)
 

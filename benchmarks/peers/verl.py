@@ -9,8 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.ops.case import Case
-from benchmarks.ops.linear import LINEAR
-from benchmarks.ops.workloads import PPO_OPTIONS
 from benchmarks.peers.base import (
     BF16_LOGITS,
     Bound,
@@ -47,7 +45,7 @@ def of(case: Case) -> Iterator[Provider]:
             return there()
 
         yield Provider("verl", bind, missing, plain=True, roundings=rounded, computes=computes)
-    if case.op == LINEAR and case.device == "cuda":
+    if case.op == "linear_token_logprobs" and case.device == "cuda":
         module = "verl.utils.kernel.linear_cross_entropy"
         yield Provider("verl-triton", _linear_triton, needs(module, _PACKAGE), roundings=rounded)
 
@@ -87,7 +85,7 @@ def _ppo_loss(case: Case, call: Call) -> Bound:
     from verl.workers.config import ActorConfig
 
     t, inputs = leaves(case, call)
-    mask, coef = t["mask"].to(t["logprobs"].dtype), PPO_OPTIONS
+    mask, coef = t["mask"].to(t["logprobs"].dtype), call.options
     config = ActorConfig(
         strategy="fsdp", rollout_n=1, use_dynamic_bsz=True,
         clip_ratio_low=coef["clip_low"], clip_ratio_high=coef["clip_high"],
@@ -150,7 +148,7 @@ def _whiten(case: Case, call: Call) -> Bound:
 _FUNCTIONS, _ALGORITHMS = "verl.utils.torch_functional", "verl.trainer.ppo.core_algos"
 _OPS: dict[str, tuple[Callable[[Case, Call], Bound], str, str]] = {
     "token_logprobs": (_logits, _FUNCTIONS, ""),
-    LINEAR: (_linear, "verl.utils.experimental.torch_functional", ""),
+    "linear_token_logprobs": (_linear, "verl.utils.experimental.torch_functional", ""),
     "ppo_loss": (_ppo_loss, _ALGORITHMS, "6 of 17 statistics; adds its dual clip"),
     "value_loss": (_value_loss, _ALGORITHMS, "2 of 4 statistics"),
     "gae": (_gae, _ALGORITHMS, "whitened advantages (not gated) and returns"),

@@ -1,1 +1,1 @@
-"""What came of it: results files, verdicts, tables, plots and pages."""
+"""The output: results files, verdicts, tables, plots and pages."""

@@ -1,4 +1,4 @@
-"""What moved between two results files."""
+"""Differences between two results files."""
 
 from __future__ import annotations
 

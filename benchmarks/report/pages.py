@@ -8,9 +8,10 @@ from typing import Any
 
 from benchmarks.harness.machine import slug
 from benchmarks.ops.case import Case
-from benchmarks.ops.goals import GOALS, Verdict
+from benchmarks.ops.registry import GOALS
 from benchmarks.report import plots, tables
-from benchmarks.report.results import Results, Row, by_case, verdicts
+from benchmarks.report.judge import Verdict, verdicts
+from benchmarks.report.results import Results, Row, by_case
 
 Files = dict[Path, Results]
 BUSY = 0.5  # load before a run from which on others' work shared the cores

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from benchmarks.ops.case import CALL, CALL_GRAD
-from benchmarks.ops.goals import Verdict
 from benchmarks.report import pages, tables
+from benchmarks.report.judge import Verdict
 from benchmarks.report.results import Row, by_case
 
 

@@ -1,8 +1,8 @@
-"""Rows of a run: made from samples, judged against the goals, kept as JSON.
+"""Rows of a run: made from samples, kept as JSON.
 
 A results file holds `runs`, the facts of each process that measured (machine, driver, versions,
 load, commit), and `rows`, each with the index of its run. Times are milliseconds, memory is MB of
-2^20 bytes, rates count what `workloads.cost` says a case cannot do without and, of a ceiling, what
+2^20 bytes, rates count what its op's `cost` says a case cannot do without and, of a ceiling, what
 it moves.
 """
 
@@ -19,8 +19,7 @@ from benchmarks.harness.machine import slug
 from benchmarks.harness.measure import Outcome
 from benchmarks.harness.timing import median, percentile
 from benchmarks.ops.case import Case
-from benchmarks.ops.goals import GOALS, Goal, Verdict, judge
-from benchmarks.ops.workloads import cost, gradient_mb
+from benchmarks.ops.registry import cost
 from benchmarks.peers import providers_of
 
 FORMAT = 2
@@ -85,24 +84,6 @@ def by_case(rows: Iterable[Row]) -> dict[Case, list[Row]]:
     for row in rows:
         blocks.setdefault(case_of(row), []).append(row)
     return blocks
-
-
-def verdicts(rows: list[Row], goals: Iterable[Goal] | None = None) -> list[Verdict]:
-    """The goals beside the rows; unless told which, those whose case was measured."""
-    blocks = by_case(rows)
-    if goals is None:
-        goals = [goal for goal in GOALS if goal.case in blocks]
-
-    def measured(case: Case, provider: str, memory: bool) -> float | None:
-        found = (r for r in blocks.get(case, []) if r["provider"] == provider and "median_ms" in r)
-        row = next(found, None)
-        if row is None:
-            return None
-        if not memory:
-            return float(row["median_ms"]) / 1e3
-        return None if row["peak_mb"] is None else row["peak_mb"] - gradient_mb(case)
-
-    return [judge(goal, measured) for goal in goals]
 
 
 def load(path: Path) -> Results:

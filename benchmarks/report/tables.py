@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from benchmarks.ops.case import CALL, CALL_GRAD, Case
-from benchmarks.ops.goals import Goal, Verdict
+from benchmarks.ops.op import Goal
+from benchmarks.report.judge import Verdict
 from benchmarks.report.results import Row, by_case, case_of
 
 Cells = list[list[str]]

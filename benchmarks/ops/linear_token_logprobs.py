@@ -1,0 +1,29 @@
+"""`linear_token_logprobs`: hidden states × head → log-probabilities and entropies."""
+
+from __future__ import annotations
+
+from benchmarks.ops.case import BOTH, DTYPES, FORWARD, Case, Shape
+from benchmarks.ops.inputs import logprobs_inputs
+from benchmarks.ops.op import Cost, Op, device_time
+from benchmarks.ops.sizes import QWEN_R2
+
+NAME = "linear_token_logprobs"
+SMOLLM2_HEAD = Shape("smollm2-head", (512, 49152, 576))
+
+GPU_LINEAR_FORWARD = Case(NAME, FORWARD, QWEN_R2, "bf16", device="cuda")
+CASES = (Case(NAME, FORWARD, SMOLLM2_HEAD), GPU_LINEAR_FORWARD)
+GOALS = (device_time(GPU_LINEAR_FORWARD, 16500, 13700),)
+
+
+def cost(case: Case) -> Cost:
+    """Hidden states and head once, tokens and results; the product and the softmax of it.
+
+    Backward: both gradients, the logits' product again, and two more products.
+    """
+    n, (rows, vocab, width) = case.shape.numel, case.shape.dims
+    moved, both = (rows + vocab) * width * DTYPES[case.dtype].itemsize, case.direction == BOTH
+    products, softmax = (4, 13) if both else (1, 5)
+    return Cost((2 if both else 1) * moved + rows * 32, products * 2 * n * width + softmax * n)
+
+
+OP = Op(NAME, 2, CASES, logprobs_inputs, cost, GOALS)
