@@ -1,4 +1,4 @@
-"""Run a part of the suite: `ppo-fast bench --op gae --shape 64x4096 --peers all`.
+"""The command for a part of the suite: `ppo-fast bench --op gae --shape 64x4096 --peers all`.
 
 Cases are those of the files in `ops`. A shape that has no case there makes one: the op's
 directions at that size. Options that are not listed go on to pytest.

@@ -16,7 +16,7 @@ from conftest import usable
 
 from benchmarks.gpu import dry_run, sanitize, summary
 from benchmarks.gpu.dry_run import GPU
-from benchmarks.harness import cuda_timing
+from benchmarks.harness import gpu_timing
 from benchmarks.ops.case import Case
 from benchmarks.ops.gae import GPU_GAE
 from benchmarks.ops.ppo_loss import GPU_PPO_LOSS
@@ -68,8 +68,8 @@ class Device:
             ("stream", lambda stream: contextlib.nullcontext()), ("synchronize", lambda: None),
         ):  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, stand_in)
-        monkeypatch.setattr(cuda_timing, "_flush", Buffer)
-        monkeypatch.setattr(cuda_timing, "_side_stream", object)
+        monkeypatch.setattr(gpu_timing, "_flush", Buffer)
+        monkeypatch.setattr(gpu_timing, "_side_stream", object)
 
     def bound(self, prepare: bool = False) -> Bound:
         return Bound(
@@ -77,7 +77,7 @@ class Device:
             (lambda: self.log.append("prepare")) if prepare else None,
         )  # fmt: skip
 
-    def sample(self, sampler: cuda_timing.Timed) -> list[str]:
+    def sample(self, sampler: gpu_timing.Timed) -> list[str]:
         self.log.clear()
         assert sampler() == pytest.approx(self.seconds)
         return self.log
@@ -86,14 +86,14 @@ class Device:
 def test_a_long_call_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepared and the L2 flushed before the first event, launched as it is."""
     device = Device(monkeypatch, 5e-3)
-    sampler = cuda_timing.sampler(device.bound(prepare=True))
+    sampler = gpu_timing.sampler(device.bound(prepare=True))
     assert not sampler.graph
     assert device.sample(sampler) == ["prepare", "flush", "event", "call", "event"]
 
 
 def test_a_short_call_on_a_gpu_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(monkeypatch, 5e-6)
-    sampler = cuda_timing.sampler(device.bound())
+    sampler = gpu_timing.sampler(device.bound())
     assert device.log[-2:] == ["capture", "call"] and (sampler.graph, sampler.reason) == (True, "")
     assert device.sample(sampler) == ["flush", "event", "replay", "event"]
 
@@ -101,11 +101,11 @@ def test_a_short_call_on_a_gpu_is_replayed(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_cannot_be_captured_is_timed_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(monkeypatch, 5e-6)
     device.captures = False
-    sampler = cuda_timing.sampler(device.bound())
+    sampler = gpu_timing.sampler(device.bound())
     assert not sampler.graph and sampler.reason.endswith("not permitted when stream is capturing")
     assert device.sample(sampler) == ["flush", "event", "call", "event"]
     device.captures = True
-    assert not cuda_timing.sampler(device.bound(prepare=True)).graph
+    assert not gpu_timing.sampler(device.bound(prepare=True)).graph
 
 
 @pytest.mark.parametrize("case", GPU, ids=lambda case: case.name.replace(" ", "-"))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import measure, timing, worker
+from benchmarks.harness import cpu_timing, measure, timing, worker
 from benchmarks.harness.measure import Outcome
 from benchmarks.harness.worker import BrokenError, Worker, Workers
 from benchmarks.ops.case import Case
@@ -64,12 +64,12 @@ def test_a_short_call_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the clock can tell, unless it needs preparing before each call."""
     log: list[str] = []
     run = Clock(monkeypatch).taking(1e-4, log, "x")
-    assert timing.sampler(Bound(run, lambda out: {}))() == pytest.approx(1e-4)
+    assert cpu_timing.sampler(Bound(run, lambda out: {}))() == pytest.approx(1e-4)
     before = len(log)
-    timing.sampler(Bound(run, lambda out: {}))
-    assert len(log) - before >= timing.MIN_SAMPLE / 1e-4
+    cpu_timing.sampler(Bound(run, lambda out: {}))
+    assert len(log) - before >= cpu_timing.MIN_SAMPLE / 1e-4
     log.clear()
-    timing.sampler(Bound(run, lambda out: {}, lambda: log.append("prepare")))()
+    cpu_timing.sampler(Bound(run, lambda out: {}, lambda: log.append("prepare")))()
     assert log == ["prepare", "x"]
 
 

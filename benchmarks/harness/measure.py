@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import cuda_timing, timing
+from benchmarks.harness import cpu_timing, gpu_timing, timing
 from benchmarks.harness.gate import Gate
 from benchmarks.ops.case import Case
 from benchmarks.ops.registry import make_call
@@ -107,7 +107,7 @@ def _time(
     case: Case, ready: dict[str, Bound], outcomes: dict[str, Outcome], announce: Announce
 ) -> None:
     """Fill in peak memory and samples of the providers that passed the gate."""
-    device: ModuleType = cuda_timing if _on_gpu(case) else timing
+    device: ModuleType = gpu_timing if _on_gpu(case) else cpu_timing
     samplers: dict[str, timing.Sampler] = {}
     for name, bound in ready.items():
         announce(name)
@@ -120,7 +120,7 @@ def _time(
             outcomes[name] = done
             continue
         outcomes[name].peak_mb, sampler = done
-        if isinstance(sampler, cuda_timing.Timed):
+        if isinstance(sampler, gpu_timing.Timed):
             outcomes[name].graph, outcomes[name].detail = sampler.graph, sampler.reason
         samplers[name] = sampler
     announce("")

@@ -1,6 +1,6 @@
 """Timing providers against each other: rounds interleaved, so that a swing hits them all.
 
-How one sample is taken is the device's matter: here on the CPU, in `cuda_timing` on a GPU.
+How one sample is taken is the device's matter: `cpu_timing`, `gpu_timing`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,10 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
-
-from benchmarks.peers.base import Bound
 
 ROUNDS = 25
-# What one provider may take of a case, in seconds: slower ones sit rounds out, down to 5 samples.
-BUDGET = 3.0
+# A provider that takes more than its budget sits rounds out, down to this many samples.
 MIN_SAMPLES = 5
-# A sample lasts at least this long, by repeating short calls.
-MIN_SAMPLE = 4e-3
 
 # Takes one sample: seconds per call.
 Sampler = Callable[[], float]
@@ -57,33 +51,7 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _sample(bound: Bound, number: int) -> float:
-    """Seconds per call over `number` calls."""
-    if bound.prepare is not None:
-        bound.prepare()
-    call = bound.call
-    start = time.perf_counter()
-    for _ in range(number):
-        call()
-    return (time.perf_counter() - start) / number
-
-
-def _calls_per_sample(bound: Bound) -> int:
-    if bound.prepare is not None:
-        return 1
-    number = 1
-    while (took := _sample(bound, number) * number) < MIN_SAMPLE:
-        number = max(2 * number, math.ceil(number * MIN_SAMPLE / max(took, 1e-7)))
-    return number
-
-
-def sampler(bound: Bound) -> Sampler:
-    """Samples of a provider on the CPU, each long enough for the clock."""
-    number = _calls_per_sample(bound)
-    return lambda: _sample(bound, number)
-
-
-def interleave(samplers: dict[str, Sampler], budget: float = BUDGET) -> dict[str, list[float]]:
+def interleave(samplers: dict[str, Sampler], budget: float) -> dict[str, list[float]]:
     """Samples of every provider, one a round in turn; `budget` is in seconds for each."""
     with _no_collector():
         every = {}
@@ -111,23 +79,3 @@ def percentile(samples: list[float], q: float) -> float:
 
 def median(samples: list[float]) -> float:
     return statistics.median(samples)
-
-
-def peak_mb(bound: Bound) -> float | None:
-    """Peak resident MB of one call beyond what stands before it; None where Linux cannot say."""
-    if bound.prepare is not None:
-        bound.prepare()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
-        before = _status_kb("VmRSS")
-        bound.call()
-        return max(0.0, (_status_kb("VmHWM") - before) / 1024)
-    except OSError:
-        return None
-
-
-def _status_kb(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")

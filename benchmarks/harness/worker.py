@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.harness import cuda_timing
+from benchmarks.harness import gpu_timing
 from benchmarks.harness.measure import ROOT, Outcome, measure
 from benchmarks.ops.case import Case
 
@@ -146,7 +146,7 @@ def main() -> None:
             announce=lambda name: say({"at_work": name}),
         )  # fmt: skip
         if case.device == "cuda":
-            cuda_timing.free()
+            gpu_timing.free()
         say({name: asdict(outcome) for name, outcome in outcomes.items()})
 
 
