@@ -90,9 +90,9 @@ def test_cross_entropy_is_of_the_reference_after_the_completion(tmp_path: Path) 
 def save_bert(folder: Path, labels: int, task_name: str = "BertModel") -> str:
     import transformers
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two", "the", "cat"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "the", "cat"]
     config = transformers.BertConfig(
-        vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=16, max_position_embeddings=32, num_labels=labels, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
