@@ -28,7 +28,7 @@ _QUICK: dict[str, object] = {
     "warmup": 1,
 }
 _FP32 = torch.finfo(torch.float32)
-# What inf switches off.
+# Bounds that inf switches off.
 _BOUNDS = {"max_grad_norm", "vf_clip", "score_clip", "is_truncation", "kl_stop"}
 
 

@@ -68,6 +68,7 @@ def gae(
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype or wrong object.
+        NotImplementedError: a forward-mode tangent, as the op has no derivative.
     """
     rewards = _checks.main(_OP, "rewards", rewards, cu_seqlens, time_major=time_major)
     _check_layout(rewards, values, cu_seqlens, next_values, bootstrap, truncated)

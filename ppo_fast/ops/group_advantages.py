@@ -39,6 +39,7 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, baseline: str = "grpo
 
     Raises:
         ValueError: shape, device or baseline. TypeError: dtype.
+        NotImplementedError: a forward-mode tangent, as the op has no derivative.
     """
     if _checks.floating(_OP, "scores", scores).dim() != 1:
         raise ValueError(f"{_OP}: scores must have shape (n,), got {tuple(scores.shape)}")

@@ -231,6 +231,7 @@ def linear_ppo_loss(
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype. IndexError: see `token_logprobs`.
+        NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
     given = check_head(
         _OP, hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap,

@@ -134,6 +134,7 @@ def logits_ppo_loss(
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype. IndexError: see `token_logprobs`.
+        NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
     check_logits(_OP, logits)
     shape = logits.shape[:-1]

@@ -120,6 +120,7 @@ def token_logprobs(
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype. IndexError: see `tokens`.
+        NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
     check_logits(_OP, logits)
     shape = logits.shape[:-1]

@@ -109,6 +109,7 @@ def ppo_loss(
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype or wrong object.
+        NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
     logprobs = _checks.main(_OP, "logprobs", logprobs, cu_seqlens)
     _checks.alike(_OP, logprobs, entropy=entropy)

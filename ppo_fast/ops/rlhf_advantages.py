@@ -59,6 +59,7 @@ def rlhf_advantages(
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype or wrong object.
+        NotImplementedError: a forward-mode tangent, as the op has no derivative.
     """
     logprobs = _checks.main(_OP, "logprobs", logprobs, cu_seqlens)
     if logprobs.dim() == 1 and cu_seqlens is None:

@@ -70,6 +70,7 @@ def value_loss(
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype or wrong object.
+        NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
     values = _checks.main(_OP, "values", values, cu_seqlens)
     _checks.tensor(_OP, "returns", returns)

@@ -44,6 +44,7 @@ def whiten(
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype or wrong object.
+        NotImplementedError: a forward-mode tangent, as the op has no derivative.
     """
     x = _checks.main(_OP, "x", x).detach()
     mask = _checks.flags(_OP, "mask", mask, x.shape, x.device)
