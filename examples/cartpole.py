@@ -91,9 +91,15 @@ class PPO:
     def update(self, r: Rollout) -> ppo_fast.Stats:
         """Epochs of clipped updates on one rollout; returns the statistics of them all."""
         gae = ppo_fast.gae(
-            r.rewards, r.values, gamma=GAMMA, lam=LAM, next_values=r.next_values,
-            terminated=r.terminated, truncated=r.truncated, time_major=True,
-        )  # fmt: skip
+            r.rewards,
+            r.values,
+            gamma=GAMMA,
+            lam=LAM,
+            next_values=r.next_values,
+            terminated=r.terminated,
+            truncated=r.truncated,
+            time_major=True,
+        )
         columns = (*r[:3], gae.advantages, gae.returns)
         flat = [x.flatten(0, 1) for x in columns]
         total: ppo_fast.Stats | None = None
@@ -102,9 +108,14 @@ class PPO:
             observations, actions, old, advantages, returns = (x[rows] for x in flat)
             new = ppo_fast.token_logprobs(self.policy(observations), actions)
             policy = ppo_fast.ppo_loss(
-                new.logprobs, old, ppo_fast.whiten(advantages), clip_low=CLIP, clip_high=CLIP,
-                entropy=new.entropy, entropy_coef=ENTROPY_COEF,
-            )  # fmt: skip
+                new.logprobs,
+                old,
+                ppo_fast.whiten(advantages),
+                clip_low=CLIP,
+                clip_high=CLIP,
+                entropy=new.entropy,
+                entropy_coef=ENTROPY_COEF,
+            )
             values = self.critic(observations).squeeze(-1)
             critic = ppo_fast.value_loss(values, None, returns, clip=None)
             self.optimizer.zero_grad()

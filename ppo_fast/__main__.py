@@ -109,9 +109,12 @@ def _stopped(error: Exception, config: TrainConfig) -> str | None:
         raised = "" if error.__cause__ is None else traceback_of(error.__cause__) + "\n"
         return f"{raised}stopped: {error}"
     foreseen = (
-        loop.CheckpointError, loop.RunLockedError, ModuleNotFoundError, loop.TransitionsError,
+        loop.CheckpointError,
+        loop.RunLockedError,
+        ModuleNotFoundError,
+        loop.TransitionsError,
         loop.UnsupportedModelError,
-    )  # fmt: skip
+    )
     if isinstance(error, foreseen):
         return f"stopped: {error}"
     if isinstance(error, (OSError, SafetensorError)):  # a disk that is full, mostly

@@ -26,9 +26,18 @@ CFLAGS = (
 _SANITIZE = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 # csrc/cuda as C++ over csrc/emulate. _longjmp between stacks is what fortified libcs forbid.
 EMULATE_FLAGS = (
-    *_SHARED, "-O1", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-U_FORTIFY_SOURCE",
-    "-Wno-unknown-pragmas", "-Wno-attributes", "-DPPO_EMULATE", "-x", "c++",
-)  # fmt: skip
+    *_SHARED,
+    "-O1",
+    "-g0",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-U_FORTIFY_SOURCE",
+    "-Wno-unknown-pragmas",
+    "-Wno-attributes",
+    "-DPPO_EMULATE",
+    "-x",
+    "c++",
+)
 # No contraction here either. USE_CUDA declares the stable ABI's current stream.
 NVCC_FLAGS = (
     *_SHARED,

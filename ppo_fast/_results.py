@@ -11,12 +11,33 @@ from torch import Tensor
 # One float64 slot per field. Everything is a sum except the ratio's extremes, so micro-batches
 # and ranks merge exactly. `loss_denom` is 0 under "token-sum", where sums are the loss itself.
 STATS_FIELDS = (
-    "n_tokens", "n_seqs", "loss", "loss_denom", "policy_loss", "entropy", "ref_kl",
-    "kl_k1", "kl_k2", "kl_k3", "ratio", "ratio_sq",
-    "clip_low", "clip_high", "clip_dual", "clip_eps",
-    "vf_n_tokens", "vf_loss", "vf_loss_denom", "vf_clip", "ret", "ret_sq", "err", "err_sq",
-    "ratio_min", "ratio_max",
-)  # fmt: skip
+    "n_tokens",
+    "n_seqs",
+    "loss",
+    "loss_denom",
+    "policy_loss",
+    "entropy",
+    "ref_kl",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "ratio",
+    "ratio_sq",
+    "clip_low",
+    "clip_high",
+    "clip_dual",
+    "clip_eps",
+    "vf_n_tokens",
+    "vf_loss",
+    "vf_loss_denom",
+    "vf_clip",
+    "ret",
+    "ret_sq",
+    "err",
+    "err_sq",
+    "ratio_min",
+    "ratio_max",
+)
 N_STATS = len(STATS_FIELDS)
 N_SUMS = N_STATS - 2
 

@@ -25,9 +25,12 @@ BACKENDS = ("cpu", "triton", "cuda")
 VARIANTS = ("clip", "gspo", "cispo", "penalty", "linear")
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 REDUCTIONS = (
-    "token-mean", "token-sum",
-    "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm",
-)  # fmt: skip
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+)
 FORMS = ("unclipped", "max", "clipped")
 MASKED = ("carry", "zero")
 SCORE_AT = ("last-token", "first-pad", "per-token")
@@ -135,36 +138,43 @@ def _fake_rlhf(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
 OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "logprobs_fwd": (_LOGPROBS_FWD, _fake_logprobs_fwd, "logprobs"),
     "logprobs_bwd": (
-        _LOGPROBS_BWD_ARGS.format(logits="Tensor") + " -> Tensor", _fake_logprobs_bwd, "logprobs"
+        _LOGPROBS_BWD_ARGS.format(logits="Tensor") + " -> Tensor",
+        _fake_logprobs_bwd,
+        "logprobs",
     ),
     "logprobs_bwd_": (
-        _LOGPROBS_BWD_ARGS.format(logits="Tensor(a!)") + " -> ()", lambda *_: None, "logprobs"
+        _LOGPROBS_BWD_ARGS.format(logits="Tensor(a!)") + " -> ()",
+        lambda *_: None,
+        "logprobs",
     ),
     "ppo_loss": (_PPO_LOSS, _fake_loss, "ppo_loss"),
     "logits_ppo_loss": (
         _LOGITS_PPO_LOSS_ARGS.format(logits="Tensor")
         + " -> (Tensor logprobs, Tensor entropy, Tensor grad_logits)",
         lambda logits, tokens, *_: (
-            *_fake_logits_loss(logits, tokens), _empty(logits, dtype=logits.dtype)
+            *_fake_logits_loss(logits, tokens),
+            _empty(logits, dtype=logits.dtype),
         ),
         "logits_ppo_loss",
     ),
     "logits_ppo_loss_": (
         _LOGITS_PPO_LOSS_ARGS.format(logits="Tensor(a!)")
         + " -> (Tensor logprobs, Tensor entropy)",
-        _fake_logits_loss, "logits_ppo_loss",
+        _fake_logits_loss,
+        "logits_ppo_loss",
     ),
     "logits_ppo_loss_bf16_": (
         _LOGITS_PPO_LOSS_ARGS.format(logits="Tensor(a!)")
         + " -> (Tensor logprobs, Tensor entropy)",
-        _fake_logits_loss, "logits_ppo_loss",
+        _fake_logits_loss,
+        "logits_ppo_loss",
     ),
     "value_loss": (_VALUE_LOSS, _fake_loss, "value_loss"),
     "gae": (_GAE, _fake_gae, "gae"),
     "rlhf_advantages": (_RLHF_ADVANTAGES, _fake_rlhf, "rlhf_advantages"),
     "moments": (_MOMENTS, lambda x, mask: _empty(x, (3,), torch.float64), "whiten"),
     "whiten": (_WHITEN, lambda x, *_: _empty(x), "whiten"),
-}  # fmt: skip
+}
 
 
 def backends_of(op: str) -> tuple[str, ...]:

@@ -45,9 +45,9 @@ def both(**values: Any) -> Change:
 
 def assert_refused(row: Row) -> None:
     """The changed call raises, naming the op, the argument and what was given."""
-    call = EVERY[row.op]((40,) if row.packed else (4, 9), **(
-        {"packed": True} if row.packed else {}
-    ))  # fmt: skip
+    call = EVERY[row.op](
+        (40,) if row.packed else (4, 9), **({"packed": True} if row.packed else {})
+    )
     args = {**call.tensors, **call.options, "backend": "reference"}
     change = {row.change: row.value} if isinstance(row.change, str) else row.change(args)
     with pytest.raises(row.error, match=row.text) as caught:

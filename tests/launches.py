@@ -17,9 +17,14 @@ import torch
 from aot import product
 
 DTYPES = {
-    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16",
-    torch.float16: "*fp16", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 @functools.cache
@@ -31,10 +36,11 @@ def registered(module: str, name: str) -> tuple[tuple[str, ...], frozenset[Any]]
     cases = product(entries[0])
     parameters = inspect.signature(entries[0].kernel.fn).parameters
     keys = tuple(
-        k for k, p in parameters.items()
+        k
+        for k, p in parameters.items()
         if "constexpr" in str(p.annotation)
         or any(c[k] is None or str(c[k]).startswith("*") for c in cases)
-    )  # fmt: skip
+    )
     keys += ("num_warps",) * any("num_warps" in c for c in cases)
     strip = lambda x: x.split(":")[0] if isinstance(x, str) else x  # noqa: E731
     return keys, frozenset(tuple(strip(c[k]) for k in keys) for c in cases)

@@ -35,14 +35,25 @@ def tiny(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Any, Any]:
 
 
 def trainer(
-    out: Path, reward: RewardFn = letters, dtype: torch.dtype = torch.float32,
-    ranks: Ranks | None = None, **options: Any,
-) -> Trainer:  # fmt: skip
+    out: Path,
+    reward: RewardFn = letters,
+    dtype: torch.dtype = torch.float32,
+    ranks: Ranks | None = None,
+    **options: Any,
+) -> Trainer:
     """A trainer of the tiny model: 8 prompts, 6 new tokens, one trainable layer of two."""
     defaults = {
-        "updates": 3, "batch": 8, "minibatches": 2, "micro_batch": 2, "max_new_tokens": 6,
-        "train_layers": 1, "lr": 1e-3, "warmup": 0, "model": "tiny", "device": "cpu",
-    }  # fmt: skip
+        "updates": 3,
+        "batch": 8,
+        "minibatches": 2,
+        "micro_batch": 2,
+        "max_new_tokens": 6,
+        "train_layers": 1,
+        "lr": 1e-3,
+        "warmup": 0,
+        "model": "tiny",
+        "device": "cpu",
+    }
     config = TrainConfig(out=out, **(defaults | options))
     return Trainer(config, *tiny(dtype), TEXTS, reward, ranks)
 

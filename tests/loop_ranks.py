@@ -27,12 +27,14 @@ RUNS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fsdp2": (torch.float64, {"parallel": "fsdp2"}),
     "fsdp2-logits": (torch.float64, {"parallel": "fsdp2", "head": "logits"}),
     "fsdp2-all-layers-separate": (
-        torch.float64, {"parallel": "fsdp2", "critic": "separate", "train_layers": 0},
+        torch.float64,
+        {"parallel": "fsdp2", "critic": "separate", "train_layers": 0},
     ),
     "fsdp2-fp32-checkpointing": (
-        torch.float32, {"parallel": "fsdp2", "gradient_checkpointing": True, "train_layers": 0},
+        torch.float32,
+        {"parallel": "fsdp2", "gradient_checkpointing": True, "train_layers": 0},
     ),
-}  # fmt: skip
+}
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
@@ -107,9 +109,11 @@ def everything(folder: Path, ranks_for: Any) -> dict[str, dict[str, Any]]:
 
 def worker(rank: int, folder: str, port: int) -> None:
     os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-    }  # fmt: skip
+    }
     config = trainer(Path(folder) / f"configuration-{rank}").config
     with processes(config) as ranks:
         results = everything(

@@ -74,8 +74,19 @@ _KIMI = {**_LATENT, **_MIXED, "mlp_layer_types": ["dense", "sparse"]}
 _SHARED = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2}
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite",
-         "glm_moe_dsa", "longcat_flash", "minicpm3", "sarvam_mla", "youtu"),
+        (
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "longcat_flash",
+            "minicpm3",
+            "sarvam_mla",
+            "youtu",
+        ),
         _LATENT,
     ),
     **dict.fromkeys(
@@ -97,36 +108,54 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2,
-             "n_output_layers": 1},
+    "dory": {
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {**_LATENT, "per_layer_config": {}},
     "falcon_h1": {"lm_head_multiplier": 0.5},
     "gemma3n_text": {
-        "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
-        "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "laurel_rank": 8,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite": {"logits_scaling": 4.0},
     "hyperclovax": {"logits_scaling": 0.5},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
-              "expert_layer_offset": 1},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
     "kimi_linear": _KIMI,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "moshi": {"audio_vocab_size": 32},
-    "qwen4_exp_text": {**_MIXED, "indexer_n_heads": 2, "indexer_kv_heads": 1,
-                       "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2},
+    "qwen4_exp_text": {
+        **_MIXED,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "recurrent_gemma": {"num_key_value_heads": 1, "num_hidden_layers": 3, "logits_soft_cap": 3.0},
     "reformer": {
-        "axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8,
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "local"],
+        "attention_head_size": 8,
         "local_attn_chunk_length": 8,
     },
     "xmod": {"default_language": "en_XX"},
     "zamba": {**_SHARED, **_LATENT, "attention_hidden_size": 64},
     "zamba2": _SHARED,
     "zaya": {"num_experts_per_tok": 1},
-}  # fmt: skip
+}
 
 
 def small_config(kind: type[Any]) -> Any:

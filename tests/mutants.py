@@ -37,16 +37,22 @@ class Copy:
         shutil.copytree(ROOT, self.root, symlinks=True, ignore=ignore)
         extensions = str(root / "emulated")
         self.env = os.environ | {
-            "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPATH": str(self.root), "TORCH_EXTENSIONS_DIR": extensions,
-        }  # fmt: skip
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": str(self.root),
+            "TORCH_EXTENSIONS_DIR": extensions,
+        }
 
     def run(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
         """A Python command in the copy."""
         return subprocess.run(
-            [sys.executable, *args], cwd=self.root, env=self.env | env, capture_output=True,
-            text=True, check=False,
-        )  # fmt: skip
+            [sys.executable, *args],
+            cwd=self.root,
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     def build(self) -> None:
         """Compile the CPU extension; raises RuntimeError with the compiler's last words."""
@@ -57,9 +63,18 @@ class Copy:
     def test(self, *args: str) -> subprocess.CompletedProcess[str]:
         """The tests named, up to the first that fails."""
         return self.run(
-            "-m", "pytest", "-x", "-q", "-n", "0", "-m", "not long", "-p", "no:cacheprovider",
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-n",
+            "0",
+            "-m",
+            "not long",
+            "-p",
+            "no:cacheprovider",
             *args,
-        )  # fmt: skip
+        )
 
     def failing(self, mutant: Mutant, compiled: bool) -> str | None:
         """The first test that fails with the mistake planted; None if none does."""

@@ -56,9 +56,16 @@ def command(source: Path, target: Path) -> list[str]:
     includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
     machine = [_cflags.gencode(name) for name in _cflags.ARCHITECTURES]
     return [
-        str(nvcc()), *_cflags.NVCC_FLAGS, *STRICT, *includes, *machine, "-c", str(source), "-o",
+        str(nvcc()),
+        *_cflags.NVCC_FLAGS,
+        *STRICT,
+        *includes,
+        *machine,
+        "-c",
+        str(source),
+        "-o",
         str(target),
-    ]  # fmt: skip
+    ]
 
 
 def digest(source: Path) -> str:
@@ -124,8 +131,10 @@ def machine_code(path: Path, architecture: str) -> dict[str, list[Instruction]]:
     """The instructions of every kernel of an object file, by mangled name."""
     text = subprocess.run(
         [str(disassembler()), "-sass", "-arch", architecture, str(path)],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)([^;]*);")
     return {
         part.split("\n", 1)[0].strip(): [

@@ -13,10 +13,17 @@ from ppo_fast.testing import same_bits
 
 INF = math.inf
 PARAMS = {
-    "temperature": 1.0, "clip_low": 0.2, "clip_high": 0.28, "dual_clip": INF,
-    "log_min": -20.0, "log_max": 20.0, "entropy_coef": 0.01, "kl_coef": 0.1, "kl_clamp": 10.0,
+    "temperature": 1.0,
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "dual_clip": INF,
+    "log_min": -20.0,
+    "log_max": 20.0,
+    "entropy_coef": 0.01,
+    "kl_coef": 0.1,
+    "kl_clamp": 10.0,
     "kl_ratio_clip": INF,
-}  # fmt: skip
+}
 
 
 class Args(NamedTuple):
@@ -71,12 +78,21 @@ def make(
     mask = torch.ones(shape, dtype=torch.bool, device=device)
     mask.view(-1)[1:2] = False
     args = Args(
-        logits, tokens, mask, normal().abs() + 0.5, likely + normal(scale=0.3),
-        normal(), normal().abs(), torch.tensor([9.0, 0.3, 8.0], device=device).double(),
-        likely + normal(scale=0.5), normal().abs(), None, None,
+        logits,
+        tokens,
+        mask,
+        normal().abs() + 0.5,
+        likely + normal(scale=0.3),
+        normal(),
+        normal().abs(),
+        torch.tensor([9.0, 0.3, 8.0], device=device).double(),
+        likely + normal(scale=0.5),
+        normal().abs(),
+        None,
+        None,
         [-100, VARIANTS.index(variant), ESTIMATORS.index(estimator), int(straight)],
         list((PARAMS | params).values()),
-    )  # fmt: skip
+    )
     return args._replace(**dict.fromkeys(without))
 
 
@@ -86,9 +102,19 @@ def composed(args: Args) -> tuple[Tensor, Tensor, Tensor]:
     scoring = (a.logits, a.tokens, a.mask, a.temperature)
     logprobs, entropy, *rest = op("logprobs_fwd")(*scoring, [ignore], [heat])
     keep = a.tokens != ignore if a.mask is None else (a.tokens != ignore) & (a.mask != 0)
-    flat = [None if x is None else x.reshape(-1) for x in (
-        logprobs, a.old_logprobs, a.advantages, keep, a.is_weights, a.moments, entropy,
-        a.ref_logprobs)]  # fmt: skip
+    flat = [
+        None if x is None else x.reshape(-1)
+        for x in (
+            logprobs,
+            a.old_logprobs,
+            a.advantages,
+            keep,
+            a.is_weights,
+            a.moments,
+            entropy,
+            a.ref_logprobs,
+        )
+    ]
     *_, grads = op("ppo_loss")(
         *flat, None, a.entropy_coef, a.kl_coef, None, [*codes, 1, 2], [*params, 0.0]
     )
@@ -102,8 +128,9 @@ def fused(args: Args) -> tuple[Tensor, Tensor, Tensor]:
     before = args.logits.clone()
     out = op("logits_ppo_loss")(*args)
     assert same_bits(args.logits, before), "the logits are not written"
-    over = torch.empty_strided(before.shape, args.logits.stride(), dtype=before.dtype,
-                               device=before.device).copy_(before)  # fmt: skip
+    over = torch.empty_strided(
+        before.shape, args.logits.stride(), dtype=before.dtype, device=before.device
+    ).copy_(before)
     results = op("logits_ppo_loss_")(over, *args[1:])
     for name, x, y in zip(("logprobs", "entropy", "gradient"), (*results, over), out, strict=True):
         assert same_bits(x, y), f"{name} in place"

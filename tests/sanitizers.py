@@ -21,14 +21,35 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("ppo_fast", "kernels", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
 # The op tests: what of them is Triton's or emulated CUDA's is skipped here.
 TESTS = (
-    "gae", "rlhf_advantages", "ppo_loss", "value_loss", "logprobs", "logits_ppo_loss", "whiten",
-    "linear_logprobs", "linear_ppo_loss", "masking", "strides", "invariance", "loss_sequences",
-    "advantage_invariance", "errors", "huge", "threads",
-)  # fmt: skip
+    "gae",
+    "rlhf_advantages",
+    "ppo_loss",
+    "value_loss",
+    "logprobs",
+    "logits_ppo_loss",
+    "whiten",
+    "linear_logprobs",
+    "linear_ppo_loss",
+    "masking",
+    "strides",
+    "invariance",
+    "loss_sequences",
+    "advantage_invariance",
+    "errors",
+    "huge",
+    "threads",
+)
 OPS = (
-    "gae", "rlhf_advantages", "ppo_loss", "value_loss", "token_logprobs", "logits_ppo_loss",
-    "linear_token_logprobs", "linear_ppo_loss", "whiten",
-)  # fmt: skip
+    "gae",
+    "rlhf_advantages",
+    "ppo_loss",
+    "value_loss",
+    "token_logprobs",
+    "logits_ppo_loss",
+    "linear_token_logprobs",
+    "linear_ppo_loss",
+    "whiten",
+)
 
 
 class Build(NamedTuple):
@@ -43,21 +64,29 @@ class Build(NamedTuple):
 BUILDS = {
     # Leaks: CPython and torch keep what they allocate when they are imported.
     "address": Build(
-        "clang++", "address,undefined", "libclang_rt.asan-x86_64.so",
-        {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
-         "UBSAN_OPTIONS": "print_stacktrace=1"},
+        "clang++",
+        "address,undefined",
+        "libclang_rt.asan-x86_64.so",
+        {
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        },
     ),
     # Interceptors that torch and Python call say nothing about our code. The runtime is GCC's:
     # that of clang 14 ends every program that preloads it.
     "thread": Build(
-        "g++", "thread", "libtsan.so",
+        "g++",
+        "thread",
+        "libtsan.so",
         {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66"},
     ),
     "fuzz": Build(
-        "clang++", "address,fuzzer-no-link", "asan_with_fuzzer.so",
+        "clang++",
+        "address,fuzzer-no-link",
+        "asan_with_fuzzer.so",
         {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=32"},
     ),
-}  # fmt: skip
+}
 
 
 def copied(name: str) -> Path:
@@ -110,10 +139,14 @@ def _threads(tree: Path) -> str:
 def environment(name: str, tree: Path) -> dict[str, str]:
     """Of the run: the copy before anything installed, only the backends `cpu` and reference."""
     return {
-        **os.environ, **BUILDS[name].environment, "LD_PRELOAD": preloaded(name, tree),
+        **os.environ,
+        **BUILDS[name].environment,
+        "LD_PRELOAD": preloaded(name, tree),
         "PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "PPO_FAST_CUDA_EMULATE": "0",
-    }  # fmt: skip
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "0",
+        "PPO_FAST_CUDA_EMULATE": "0",
+    }
 
 
 def run_tests(name: str, arguments: list[str]) -> int:
@@ -139,10 +172,15 @@ def fuzz(minutes: float) -> int:
         corpus = tree / "corpus" / op
         corpus.mkdir(parents=True)
         command = [
-            sys.executable, "tests/fuzz", op, f"-max_total_time={seconds}",
-            "-rss_limit_mb=4096", "-print_final_stats=1", f"-artifact_prefix=crash-{op}-",
+            sys.executable,
+            "tests/fuzz",
+            op,
+            f"-max_total_time={seconds}",
+            "-rss_limit_mb=4096",
+            "-print_final_stats=1",
+            f"-artifact_prefix=crash-{op}-",
             str(corpus),
-        ]  # fmt: skip
+        ]
         done = subprocess.run(command, cwd=tree, env=environment("fuzz", tree), check=False)
         found |= done.returncode != 0
     return int(found)

@@ -81,9 +81,7 @@ def gae_recursion(rewards: Row, values: Row, gamma: float, lam: float, last: flo
 
 
 def kl(x: float, estimator: str, clamp: float | None) -> float:
-    value = {
-        "k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x, "abs": abs(x),
-    }[estimator]  # fmt: skip
+    value = {"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x, "abs": abs(x)}[estimator]
     return value if clamp is None else min(max(value, -clamp), clamp)
 
 
@@ -100,9 +98,15 @@ def policy_term(
 
 
 def ppo_rows(
-    new: torch.Tensor, old: torch.Tensor, adv: torch.Tensor, mask: torch.Tensor,
-    variant: str, reduction: str, low: float, high: float,
-) -> float:  # fmt: skip
+    new: torch.Tensor,
+    old: torch.Tensor,
+    adv: torch.Tensor,
+    mask: torch.Tensor,
+    variant: str,
+    reduction: str,
+    low: float,
+    high: float,
+) -> float:
     """The loss of (B, T) inputs by two loops over tokens."""
     rows = []
     for b in range(new.shape[0]):
@@ -113,10 +117,12 @@ def ppo_rows(
         ratios = [math.exp(d) for d in gaps]
         if variant == "gspo":
             ratios = [math.exp(math.fsum(gaps) / len(gaps))] * len(gaps)
-        rows.append([
-            policy_term(variant, float(new[b, t]), ratio, float(adv[b, t]), low, high)
-            for t, ratio in zip(steps, ratios, strict=True)
-        ])  # fmt: skip
+        rows.append(
+            [
+                policy_term(variant, float(new[b, t]), ratio, float(adv[b, t]), low, high)
+                for t, ratio in zip(steps, ratios, strict=True)
+            ]
+        )
     tokens = [term for row in rows for term in row]
     if reduction == "token-sum":
         return math.fsum(tokens)

@@ -136,8 +136,9 @@ def with_offsets(op: str, offsets: list[int], device: str = "cpu") -> Call:
     call = testing.FACTORIES[op]((40,), packed=True, device=device)
     per_sequence = {
         k: torch.zeros(len(offsets) - 1, device=device)
-        for k in ("scores", "bootstrap") if k in call.tensors
-    }  # fmt: skip
+        for k in ("scores", "bootstrap")
+        if k in call.tensors
+    }
     return call.replace(cu_seqlens=torch.tensor(offsets, device=device), **per_sequence)
 
 

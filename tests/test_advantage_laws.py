@@ -173,8 +173,10 @@ def test_two_lambdas_are_two_calls(
     call = laid_out(layout, device, extras=("bootstrap", "terminated", "lam"))
     g = torch.Generator().manual_seed(6)
     values = {
-        "lam": call.tensors["lam"], "number": 0.625, "row": torch.rand(5, generator=g).to(device)
-    }  # fmt: skip
+        "lam": call.tensors["lam"],
+        "number": 0.625,
+        "row": torch.rand(5, generator=g).to(device),
+    }
     first, second = (values[k] for k in kinds)
     call = call.replace(lam=None)
     both = run(call.option(lam=first, lam_returns=second), backend)

@@ -36,16 +36,25 @@ def dtype(backend: str) -> torch.dtype:
 def verl() -> types.SimpleNamespace:
     helpers = functions(
         source(VERL, "utils/torch_functional.py"),
-        "masked_sum", "masked_mean", "masked_var", "masked_whiten",
-    )  # fmt: skip
+        "masked_sum",
+        "masked_mean",
+        "masked_var",
+        "masked_whiten",
+    )
     core = functions(
-        source(VERL, "trainer/ppo/core_algos.py"), "compute_gae_advantage_return", "kl_penalty",
-        "compute_reinforce_plus_plus_outcome_advantage", "kl_penalty_forward", verl_F=helpers,
-    )  # fmt: skip
+        source(VERL, "trainer/ppo/core_algos.py"),
+        "compute_gae_advantage_return",
+        "kl_penalty",
+        "compute_reinforce_plus_plus_outcome_advantage",
+        "kl_penalty_forward",
+        verl_F=helpers,
+    )
     trainer = functions(
-        source(VERL, "trainer/ppo/ray_trainer.py"), "apply_kl_penalty",
-        core_algos=core, masked_mean=helpers.masked_mean,
-    )  # fmt: skip
+        source(VERL, "trainer/ppo/ray_trainer.py"),
+        "apply_kl_penalty",
+        core_algos=core,
+        masked_mean=helpers.masked_mean,
+    )
     return types.SimpleNamespace(**vars(core), **vars(trainer))
 
 
@@ -76,10 +85,14 @@ def verl_rewards(x: Rollout, estimator: str) -> Tensor:
     class Batch(dict[str, Tensor]):
         batch_size = scores.shape
 
-    data = types.SimpleNamespace(batch=Batch(
-        response_mask=x.mask.double(), token_level_scores=scores,
-        old_log_probs=x.logprobs, ref_log_prob=x.ref,
-    ))  # fmt: skip
+    data = types.SimpleNamespace(
+        batch=Batch(
+            response_mask=x.mask.double(),
+            token_level_scores=scores,
+            old_log_probs=x.logprobs,
+            ref_log_prob=x.ref,
+        )
+    )
     controller = types.SimpleNamespace(value=KL_COEF, update=lambda **_: None)
     verl().apply_kl_penalty(data, controller, kl_penalty=estimator)
     return data.batch["token_level_rewards"]
@@ -95,9 +108,18 @@ def test_verl_kl_in_reward(backend: str, device: str, dtype: torch.dtype, estima
         rewards, wide.values, keep.double(), GAMMA, LAM
     )
     out = ppo_fast.rlhf_advantages(
-        here.scores, here.logprobs, here.ref, here.values, here.mask, kl_coef=KL_COEF,
-        kl_estimator=estimator, kl_clamp=KL[estimator], gamma=GAMMA, lam=LAM, backend=backend,
-    )  # fmt: skip
+        here.scores,
+        here.logprobs,
+        here.ref,
+        here.values,
+        here.mask,
+        kl_coef=KL_COEF,
+        kl_estimator=estimator,
+        kl_clamp=KL[estimator],
+        gamma=GAMMA,
+        lam=LAM,
+        backend=backend,
+    )
     size = reach(rewards, wide.values, GAMMA, LAM)
     assert_near(out.rewards.cpu()[keep], rewards[keep], size, STEPS)
     assert_near(out.returns.cpu()[keep], returns[keep], size, STEPS)
@@ -127,9 +149,14 @@ def test_openrlhf_gae(backend: str, device: str, dtype: torch.dtype, mask: str) 
         None, wide.values, wide.rewards, keep.long(), GAMMA, LAM
     )
     out = ppo_fast.gae(
-        here.rewards, here.values, gamma=GAMMA, lam=LAM, mask=here.mask, masked="zero",
+        here.rewards,
+        here.values,
+        gamma=GAMMA,
+        lam=LAM,
+        mask=here.mask,
+        masked="zero",
         backend=backend,
-    )  # fmt: skip
+    )
     size = reach(wide.rewards, wide.values, GAMMA, LAM)
     assert_near(out.advantages.cpu()[keep], advantages[keep], size, STEPS)
     assert_near(out.returns.cpu()[keep], returns[keep], size, STEPS)
@@ -140,28 +167,34 @@ def openrlhf(x: Rollout, estimator: str) -> tuple[Any, Tensor]:
     shaping = functions(source(OPENRLHF, "models/utils.py"), "compute_approx_kl", "compute_reward")
     maker = functions(
         source(OPENRLHF, "trainer/ppo_utils/experience_maker.py"),
-        "compute_advantages_and_returns", "get_advantages_and_returns", itertools=itertools,
-        apply_length_penalties=lambda *_: None, logger=logging.getLogger(__name__),
-        compute_reward=shaping.compute_reward, List=list, Experience=Any,
-    )  # fmt: skip
+        "compute_advantages_and_returns",
+        "get_advantages_and_returns",
+        itertools=itertools,
+        apply_length_penalties=lambda *_: None,
+        logger=logging.getLogger(__name__),
+        compute_reward=shaping.compute_reward,
+        List=list,
+        Experience=Any,
+    )
     space = types.SimpleNamespace
     advantage = space(estimator="gae", gamma=GAMMA, lambd=LAM, no_std_norm=False)
     args = space(
-        algo=space(advantage=advantage), rollout=space(n_samples_per_prompt=1),
+        algo=space(advantage=advantage),
+        rollout=space(n_samples_per_prompt=1),
         reward=space(clip_range=CLIP),
-    )  # fmt: skip
+    )
     me = space(
-        strategy=space(args=args), advantage_estimator="gae", kl_ctl=space(value=KL_COEF),
+        strategy=space(args=args),
+        advantage_estimator="gae",
+        kl_ctl=space(value=KL_COEF),
         get_advantages_and_returns=functools.partial(maker.get_advantages_and_returns, None),
-    )  # fmt: skip
+    )
     kl = shaping.compute_approx_kl(x.logprobs, x.ref, kl_estimator=estimator)
     mask, index = x.mask.long(), list(range(len(x.scores)))
     rewards = shaping.compute_reward(
         x.scores, KL_COEF, kl, action_mask=mask, reward_clip_range=CLIP
     )
-    batch = space(
-        rewards=x.scores, index=index, action_mask=mask, values=x.values, kl=kl, info={}
-    )  # fmt: skip
+    batch = space(rewards=x.scores, index=index, action_mask=mask, values=x.values, kl=kl, info={})
     maker.compute_advantages_and_returns(me, [batch])
     return batch, rewards
 
@@ -176,10 +209,20 @@ def test_openrlhf_rewards_and_whitening(backend: str, device: str, estimator: st
     here, keep = x.on(device), x.mask
     batch, rewards = openrlhf(x, estimator)
     out = ppo_fast.rlhf_advantages(
-        here.scores, here.logprobs, here.ref, here.values, here.mask, kl_coef=KL_COEF,
-        kl_estimator=estimator, kl_clamp=10.0, gamma=GAMMA, lam=LAM, masked="zero",
-        reward_clip=CLIP, backend=backend,
-    )  # fmt: skip
+        here.scores,
+        here.logprobs,
+        here.ref,
+        here.values,
+        here.mask,
+        kl_coef=KL_COEF,
+        kl_estimator=estimator,
+        kl_clamp=10.0,
+        gamma=GAMMA,
+        lam=LAM,
+        masked="zero",
+        reward_clip=CLIP,
+        backend=backend,
+    )
     ours = ppo_fast.whiten(
         out.advantages, here.mask, moments=out.moments, unbiased=False, eps=0.0, backend=backend
     )
@@ -198,10 +241,19 @@ def trl(x: Rollout, **options: Any) -> dict[str, Any]:
     vars(args).update(options)
     helpers = functions(tree, "masked_mean", "masked_var", "masked_whiten")
     return block(
-        tree, "response_idxs", "advantages", args=args, responses=x.mask, values=x.values,
-        logprobs=x.logprobs, ref_logprobs=x.ref, scores=x.scores, INVALID_LOGPROB=1.0,
-        sequence_lengths=x.mask.sum(1) - 1, **vars(helpers),
-    )  # fmt: skip
+        tree,
+        "response_idxs",
+        "advantages",
+        args=args,
+        responses=x.mask,
+        values=x.values,
+        logprobs=x.logprobs,
+        ref_logprobs=x.ref,
+        scores=x.scores,
+        INVALID_LOGPROB=1.0,
+        sequence_lengths=x.mask.sum(1) - 1,
+        **vars(helpers),
+    )
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
@@ -211,10 +263,19 @@ def test_trl(backend: str, device: str, dtype: torch.dtype, estimator: str) -> N
     wide, here, keep = x.wide(), x.on(device), x.mask
     theirs = trl(wide, kl_estimator=estimator)
     out = ppo_fast.rlhf_advantages(
-        here.scores, here.logprobs, here.ref, here.values, here.mask, kl_coef=KL_COEF,
-        kl_estimator=estimator, gamma=GAMMA, lam=LAM, masked="zero", score_at="first-pad",
+        here.scores,
+        here.logprobs,
+        here.ref,
+        here.values,
+        here.mask,
+        kl_coef=KL_COEF,
+        kl_estimator=estimator,
+        gamma=GAMMA,
+        lam=LAM,
+        masked="zero",
+        score_at="first-pad",
         backend=backend,
-    )  # fmt: skip
+    )
     ours = ppo_fast.whiten(out.advantages, here.mask, moments=out.moments, backend=backend)
     size, returns = reach(theirs["rewards"], theirs["values"], GAMMA, LAM), theirs["returns"]
     assert_near(out.rewards.cpu(), theirs["rewards"], size, STEPS)
@@ -231,9 +292,15 @@ def test_trl_whitened_rewards(backend: str, device: str, dtype: torch.dtype) -> 
     theirs, plain = trl(wide, whiten_rewards=True), trl(wide)
     slots = ~plain["padding_mask_p1"]
     shaped = ppo_fast.rlhf_advantages(
-        here.scores, here.logprobs, here.ref, here.values, here.mask, kl_coef=KL_COEF,
-        score_at="first-pad", backend=backend,
-    )  # fmt: skip
+        here.scores,
+        here.logprobs,
+        here.ref,
+        here.values,
+        here.mask,
+        kl_coef=KL_COEF,
+        score_at="first-pad",
+        backend=backend,
+    )
     rewards = ppo_fast.whiten(shaped.rewards, slots.to(device), shift_mean=False, backend=backend)
     out = ppo_fast.gae(
         rewards, here.values, gamma=GAMMA, lam=LAM, mask=slots.to(device), backend=backend

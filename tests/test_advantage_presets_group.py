@@ -26,13 +26,19 @@ EPS = 1e-6
 def verl() -> types.SimpleNamespace:
     helpers = functions(
         source(VERL, "utils/torch_functional.py"),
-        "masked_sum", "masked_mean", "masked_var", "masked_whiten",
-    )  # fmt: skip
+        "masked_sum",
+        "masked_mean",
+        "masked_var",
+        "masked_whiten",
+    )
     return functions(
-        source(VERL, "trainer/ppo/core_algos.py"), "compute_grpo_outcome_advantage",
+        source(VERL, "trainer/ppo/core_algos.py"),
+        "compute_grpo_outcome_advantage",
         "compute_reinforce_plus_plus_baseline_outcome_advantage",
-        "compute_rloo_outcome_advantage", verl_F=helpers, defaultdict=collections.defaultdict,
-    )  # fmt: skip
+        "compute_rloo_outcome_advantage",
+        verl_F=helpers,
+        defaultdict=collections.defaultdict,
+    )
 
 
 def scores_and_groups() -> tuple[Tensor, Tensor]:
@@ -114,33 +120,47 @@ def openrlhf(x: Rollout, estimator: str) -> Any:
     shaping = functions(source(OPENRLHF, "models/utils.py"), "compute_reward")
     maker = functions(
         source(OPENRLHF, "trainer/ppo_utils/experience_maker.py"),
-        "compute_advantages_and_returns", "get_cumulative_returns", itertools=itertools,
-        apply_length_penalties=lambda *_: None, logger=logging.getLogger(__name__),
+        "compute_advantages_and_returns",
+        "get_cumulative_returns",
+        itertools=itertools,
+        apply_length_penalties=lambda *_: None,
+        logger=logging.getLogger(__name__),
         compute_reward=shaping.compute_reward,
-    )  # fmt: skip
+    )
     space = types.SimpleNamespace
     advantage = space(estimator=estimator, gamma=1.0, lambd=1.0, no_std_norm=False)
     args = space(
-        algo=space(advantage=advantage), rollout=space(n_samples_per_prompt=GROUP),
+        algo=space(advantage=advantage),
+        rollout=space(n_samples_per_prompt=GROUP),
         reward=space(clip_range=None),
-    )  # fmt: skip
+    )
     me = space(
-        strategy=space(args=args), advantage_estimator=estimator, kl_ctl=space(value=KL_COEF),
+        strategy=space(args=args),
+        advantage_estimator=estimator,
+        kl_ctl=space(value=KL_COEF),
         get_cumulative_returns=functools.partial(maker.get_cumulative_returns, None),
-    )  # fmt: skip
+    )
     batch = space(
-        rewards=x.scores, index=list(range(len(x.scores))), action_mask=x.mask.long(),
-        values=None, kl=x.logprobs - x.ref, info={},
-    )  # fmt: skip
+        rewards=x.scores,
+        index=list(range(len(x.scores))),
+        action_mask=x.mask.long(),
+        values=None,
+        kl=x.logprobs - x.ref,
+        info={},
+    )
     maker.compute_advantages_and_returns(me, [batch])
     return batch
 
 
 @pytest.mark.parametrize(
     "estimator, baseline",
-    [("rloo", "rloo"), ("dr_grpo", "dr_grpo"), ("group_norm", "grpo"),
-     ("reinforce_baseline", "dr_grpo")],
-)  # fmt: skip
+    [
+        ("rloo", "rloo"),
+        ("dr_grpo", "dr_grpo"),
+        ("group_norm", "grpo"),
+        ("reinforce_baseline", "dr_grpo"),
+    ],
+)
 def test_openrlhf(backend: str, device: str, estimator: str, baseline: str) -> None:
     """The group's advantage is the score; no critic, γ = λ = 1, the KL in the reward.
 
@@ -156,17 +176,29 @@ def test_openrlhf(backend: str, device: str, estimator: str, baseline: str) -> N
     if estimator == "group_norm":
         scores = scores * (spread + EPS) / (spread + 1e-9)
     out = ppo_fast.rlhf_advantages(
-        scores.to(here.values), here.logprobs, here.ref, torch.zeros_like(here.values),
-        here.mask, kl_coef=KL_COEF, gamma=1.0, lam=1.0, masked="zero", backend=backend,
-    )  # fmt: skip
+        scores.to(here.values),
+        here.logprobs,
+        here.ref,
+        torch.zeros_like(here.values),
+        here.mask,
+        kl_coef=KL_COEF,
+        gamma=1.0,
+        lam=1.0,
+        masked="zero",
+        backend=backend,
+    )
     size = float(scores.abs().max() + KL_COEF * (wide.logprobs - wide.ref).abs().sum(1).max())
     size /= min(1.0, float(spread.min()))
     assert_near(out.returns.cpu()[keep], batch.returns[keep], size, STEPS + GROUP)
     if estimator == "reinforce_baseline":  # whitened in fp32 by the population's variance
         ours = ppo_fast.whiten(
-            out.advantages, here.mask, moments=out.moments, unbiased=False, eps=0.0,
+            out.advantages,
+            here.mask,
+            moments=out.moments,
+            unbiased=False,
+            eps=0.0,
             backend=backend,
-        )  # fmt: skip
+        )
         theirs = batch.advantages[keep].float()
         assert_near_whitened(ours.cpu()[keep], theirs, batch.returns[keep], size, STEPS + GROUP)
     else:

@@ -54,9 +54,10 @@ def test_torchrl_gae(backend: str, device: str, name: str, tensor: bool) -> None
     lam = per_token(x.rewards) if tensor else torch.tensor(LAM)
     w, here = x.wide(), x.on(device)
     theirs = getattr(torchrl(), name)(
-        GAMMA, lam.double()[..., None] if tensor else LAM,
+        GAMMA,
+        lam.double()[..., None] if tensor else LAM,
         *columns(w.values, w.next_values, w.rewards, w.done, w.terminated),
-    )  # fmt: skip
+    )
     out = ppo_fast.gae(
         **here.kwargs(), gamma=GAMMA, lam=lam.to(device) if tensor else LAM, backend=backend
     )
@@ -78,9 +79,10 @@ def test_torchrl_td_lambda(backend: str, device: str, name: str, lam: float | No
     lams = per_token(x.rewards) if lam is None else torch.full_like(x.rewards, lam)
     w, here = x.wide(), x.on(device)
     theirs = getattr(torchrl(), name)(
-        GAMMA, lams.double()[..., None] if lam is None else lam,
+        GAMMA,
+        lams.double()[..., None] if lam is None else lam,
         *columns(w.next_values, w.rewards, w.done, w.terminated),
-    )  # fmt: skip
+    )
     ours = lams.to(device) if lam is None else lam
     out = ppo_fast.gae(**here.kwargs(), gamma=GAMMA, lam=ours, backend=backend)
     size = reach(w.rewards, torch.cat([w.values, w.next_values]), GAMMA, 1.0)
@@ -95,10 +97,12 @@ def test_torchrl_vtrace(backend: str, device: str, rho_clip: float, c_clip: floa
     ratio = torch.rand(x.rewards.shape, generator=g).to(x.rewards.dtype) + 0.5
     w, here, wide_ratio = x.wide(), x.on(device), ratio.double()
     theirs, theirs_vs = torchrl().vtrace_advantage_estimate(
-        GAMMA, *columns(wide_ratio.log(), torch.zeros_like(wide_ratio), w.values),
+        GAMMA,
+        *columns(wide_ratio.log(), torch.zeros_like(wide_ratio), w.values),
         *columns(w.next_values, w.rewards, w.done, w.terminated),
-        rho_thresh=rho_clip, c_thresh=c_clip,
-    )  # fmt: skip
+        rho_thresh=rho_clip,
+        c_thresh=c_clip,
+    )
     rho, c = ratio.clamp(max=rho_clip).to(device), ratio.clamp(max=c_clip).to(device)
     out = ppo_fast.gae(**here.kwargs(), gamma=GAMMA, lam=1.0, rho=rho, c=c, backend=backend)
     size = rho_clip * reach(w.rewards, torch.cat([w.values, w.next_values]), GAMMA, 1.0)
@@ -121,16 +125,27 @@ def test_tianshou(backend: str, device: str, layout: str) -> None:
     buffer = data.VectorReplayBuffer(ENVS * STEPS, ENVS)
     for t in range(STEPS):
         step = {name: y[:, t].numpy() for name, y in w.kwargs().items() if y.dtype == torch.bool}
-        buffer.add(data.Batch(
-            obs=np.zeros(ENVS), act=np.zeros(ENVS), obs_next=np.zeros(ENVS),
-            rew=w.rewards[:, t].numpy(), info=[{}] * ENVS, **step,
-        ))  # fmt: skip
+        buffer.add(
+            data.Batch(
+                obs=np.zeros(ENVS),
+                act=np.zeros(ENVS),
+                obs_next=np.zeros(ENVS),
+                rew=w.rewards[:, t].numpy(),
+                info=[{}] * ENVS,
+                **step,
+            )
+        )
     batch, indices = buffer.sample(0)
     order = torch.from_numpy(indices)
     returns, advantages = base.Algorithm.compute_episodic_return(
-        batch, buffer, indices, w.next_values.flatten()[order], w.values.flatten()[order],
-        GAMMA, LAM,
-    )  # fmt: skip
+        batch,
+        buffer,
+        indices,
+        w.next_values.flatten()[order],
+        w.values.flatten()[order],
+        GAMMA,
+        LAM,
+    )
     kwargs = here.kwargs()
     if layout == "packed":
         kwargs = {k: v.flatten() for k, v in kwargs.items()}
@@ -152,11 +167,15 @@ def test_skrl(backend: str, device: str, time_limit_bootstrap: bool) -> None:
     w, here = x.wide(), x.on(device)
     rewards = w.rewards + GAMMA * w.next_values * w.truncated * time_limit_bootstrap
     returns, white = ppo.compute_gae(
-        rewards=rewards.T[..., None], terminated=w.terminated.T[..., None],
-        truncated=w.truncated.T[..., None], values=w.values.T[..., None],
-        last_values=w.next_values[:, -1:], discount_factor=GAMMA, lambda_coefficient=LAM,
+        rewards=rewards.T[..., None],
+        terminated=w.terminated.T[..., None],
+        truncated=w.truncated.T[..., None],
+        values=w.values.T[..., None],
+        last_values=w.next_values[:, -1:],
+        discount_factor=GAMMA,
+        lambda_coefficient=LAM,
         time_limit_bootstrap=time_limit_bootstrap,
-    )  # fmt: skip
+    )
     kwargs = {k: v.T for k, v in here.kwargs().items()}
     if not time_limit_bootstrap:
         for name in ("truncated", "next_values"):

@@ -29,9 +29,13 @@ def sb3(x: Episodes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for t in range(STEPS):
         nothing = np.zeros((ENVS, 1))
         buffer.add(
-            nothing, nothing, rewards[:, t].numpy(), start.numpy(), x.values[:, t],
+            nothing,
+            nothing,
+            rewards[:, t].numpy(),
+            start.numpy(),
+            x.values[:, t],
             torch.zeros(ENVS),
-        )  # fmt: skip
+        )
         start = x.done[:, t].float()
     buffer.compute_returns_and_advantage(x.next_values[:, -1], x.done[:, -1].numpy())
     arrays = buffer.advantages, buffer.returns, buffer.rewards, buffer.episode_starts
@@ -49,10 +53,15 @@ def test_sb3_with_its_flags_shifted(backend: str, device: str) -> None:
     advantages, returns, rewards, starts = sb3(x)
     ends = torch.cat([starts[1:], x.done[:, -1:].T.float()])
     out = ppo_fast.gae(
-        rewards.to(device), x.values.T.to(device), gamma=GAMMA, lam=LAM,
-        bootstrap=x.next_values[:, -1].to(device), terminated=ends.to(device), time_major=True,
+        rewards.to(device),
+        x.values.T.to(device),
+        gamma=GAMMA,
+        lam=LAM,
+        bootstrap=x.next_values[:, -1].to(device),
+        terminated=ends.to(device),
+        time_major=True,
         backend=backend,
-    )  # fmt: skip
+    )
     size = reach(rewards, x.values, GAMMA, LAM)
     assert_near(out.advantages.cpu(), advantages, size, STEPS)
     assert_near(out.returns.cpu(), returns, size, STEPS)
@@ -77,10 +86,14 @@ def test_start_flags_left_unshifted_are_wrong(backend: str, device: str) -> None
     ends = torch.cat([starts[:, 1:], torch.ones(1, 1, dtype=torch.long)], 1)
     right, wrong = (
         ppo_fast.gae(
-            ones.to(device), 0 * ones.to(device), gamma=1.0, lam=1.0, terminated=flags.to(device),
+            ones.to(device),
+            0 * ones.to(device),
+            gamma=1.0,
+            lam=1.0,
+            terminated=flags.to(device),
             backend=backend,
         ).advantages.tolist()
         for flags in (ends, starts)
-    )  # fmt: skip
+    )
     assert right == [[2.0, 1.0, 2.0, 1.0]]
     assert wrong == [[1.0, 2.0, 1.0, 1.0]]

@@ -90,9 +90,10 @@ def test_every_walk_gives_the_same_bits(
 
 @pytest.mark.parametrize("steps", [5, 100, 1100])
 @pytest.mark.parametrize(
-    "options", [p[1] for p in PRESETS.values() if p[0] == "gae"],
+    "options",
+    [p[1] for p in PRESETS.values() if p[0] == "gae"],
     ids=[k for k, p in PRESETS.items() if p[0] == "gae"],
-)  # fmt: skip
+)
 def test_time_major_gives_the_same_bits(
     kernel: str, device: str, options: dict[str, Any], steps: int
 ) -> None:
@@ -149,14 +150,31 @@ def of_offsets(op: str, n: int, ends: list[int], device: str) -> tuple[Tensor, .
     if op == "gae":
         absent = [None] * 4
         return kernel(
-            t["rewards"], t["values"], t["mask"], None, None, None, None, cu, *absent,
-            [0, 0, 0, 0], [0.99, 0.95, 0.95],
-        )  # fmt: skip
+            t["rewards"],
+            t["values"],
+            t["mask"],
+            None,
+            None,
+            None,
+            None,
+            cu,
+            *absent,
+            [0, 0, 0, 0],
+            [0.99, 0.95, 0.95],
+        )
     scores = torch.ones(len(ends) - 1, device=device)
     return kernel(
-        scores, t["logprobs"], t["ref_logprobs"], t["values"], t["mask"], None, cu, None,
-        [0, 0, 0], [0.99, 0.95, 0.2, math.inf, -math.inf, math.inf],
-    )  # fmt: skip
+        scores,
+        t["logprobs"],
+        t["ref_logprobs"],
+        t["values"],
+        t["mask"],
+        None,
+        cu,
+        None,
+        [0, 0, 0],
+        [0.99, 0.95, 0.2, math.inf, -math.inf, math.inf],
+    )
 
 
 @pytest.mark.parametrize("op", ["gae", "rlhf_advantages"])

@@ -77,10 +77,13 @@ def test_codes_are_the_schema_s() -> None:
     from ppo_fast.kernels import options
 
     tuples = {
-        "VARIANT": _schema.VARIANTS, "ESTIMATOR": _schema.ESTIMATORS,
-        "REDUCTION": _schema.REDUCTIONS, "FORM": _schema.FORMS, "MASKED": _schema.MASKED,
+        "VARIANT": _schema.VARIANTS,
+        "ESTIMATOR": _schema.ESTIMATORS,
+        "REDUCTION": _schema.REDUCTIONS,
+        "FORM": _schema.FORMS,
+        "MASKED": _schema.MASKED,
         "SCORE_AT": _schema.SCORE_AT,
-    }  # fmt: skip
+    }
     want = {
         f"{prefix}_{name.upper().replace('-', '_')}": code
         for prefix, names in tuples.items()

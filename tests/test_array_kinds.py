@@ -19,9 +19,10 @@ class Sub(np.ma.MaskedArray):
 
 
 @pytest.mark.parametrize(
-    "array", [MASKED, np.ma.masked_array(VALUES), MASKED.view(Sub), MASKED[0, 1], MASKED[0]],
+    "array",
+    [MASKED, np.ma.masked_array(VALUES), MASKED.view(Sub), MASKED[0, 1], MASKED[0]],
     ids=["masked", "nothing masked", "subclass", "the constant", "row"],
-)  # fmt: skip
+)
 def test_a_masked_array_is_refused(array: Any) -> None:
     message = f"array must not be masked, got {type(array).__name__}: its mask would be lost"
     with pytest.raises(TypeError, match=message):

@@ -193,8 +193,10 @@ def test_a_peer_that_crashes_or_disagrees_is_a_row(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(measure, "providers_of", lambda case: peers)
     outcomes = measure.measure(case, ["wrong", "broken", "loop"], time=False)
     assert {name: x.status for name, x in outcomes.items()} == {
-        "wrong": "red", "broken": "error", "loop": "ok",
-    }  # fmt: skip
+        "wrong": "red",
+        "broken": "error",
+        "loop": "ok",
+    }
     assert "advantages" in outcomes["wrong"].detail
     assert outcomes["broken"].detail == "RuntimeError: no such kernel"
 

@@ -64,18 +64,22 @@ class Device:
                 log.append("flush")
 
         for name, stand_in in (
-            ("Event", Event), ("CUDAGraph", CUDAGraph), ("graph", graph),
-            ("stream", lambda stream: contextlib.nullcontext()), ("synchronize", lambda: None),
-        ):  # fmt: skip
+            ("Event", Event),
+            ("CUDAGraph", CUDAGraph),
+            ("graph", graph),
+            ("stream", lambda stream: contextlib.nullcontext()),
+            ("synchronize", lambda: None),
+        ):
             monkeypatch.setattr(torch.cuda, name, stand_in)
         monkeypatch.setattr(gpu_timing, "_flush", Buffer)
         monkeypatch.setattr(gpu_timing, "_side_stream", object)
 
     def bound(self, prepare: bool = False) -> Bound:
         return Bound(
-            lambda: self.log.append("call"), lambda out: {},
+            lambda: self.log.append("call"),
+            lambda out: {},
             (lambda: self.log.append("prepare")) if prepare else None,
-        )  # fmt: skip
+        )
 
     def sample(self, sampler: gpu_timing.Timed) -> list[str]:
         self.log.clear()
@@ -121,9 +125,13 @@ def test_every_gpu_case_runs_on_shapes(case: Case) -> None:
 def test_the_gpu_page_s_dry_run(tmp_path: Path) -> None:
     """On any machine: it builds, collects, binds, and launches nothing."""
     done = subprocess.run(
-        ["benchmarks/gpu/run.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
+        ["benchmarks/gpu/run.sh"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
         env=os.environ | {"DRY_RUN": "1", "PYTHON": sys.executable, "OUT": str(tmp_path)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(case.name in done.stdout for case in GPU)
     assert "tests collected" in done.stdout and "0 providers failed" in done.stdout
@@ -139,9 +147,13 @@ def test_what_the_sanitizers_look_over_runs(made: Call) -> None:
 
 def test_the_gpu_page_says_what_it_does_not_know(tmp_path: Path) -> None:
     done = subprocess.run(
-        ["benchmarks/gpu/run.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
+        ["benchmarks/gpu/run.sh"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
         env=os.environ | {"STEPS": "sing", "OUT": str(tmp_path), "PYTHON": sys.executable},
-    )  # fmt: skip
+    )
     assert (
         done.returncode == 2 and "STEPS: build, tests, sanitize or rows, got 'sing'" in done.stdout
     )

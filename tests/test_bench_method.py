@@ -114,8 +114,10 @@ def test_a_red_gate_and_a_crash_yield_no_time(monkeypatch: pytest.MonkeyPatch) -
     assert begun == ["wrong", "failing", "right", "right", ""]
     rows = {row["provider"]: row for row in results.make_rows(TINY, found)}
     assert {name: row["status"] for name, row in rows.items()} == {
-        "wrong": "red", "failing": "error", "right": "ok"
-    }  # fmt: skip
+        "wrong": "red",
+        "failing": "error",
+        "right": "ok",
+    }
     assert "advantages" in rows["wrong"]["detail"]
     assert rows["failing"]["detail"] == (
         "OutOfMemoryError: CUDA out of memory. Tried to allocate 40.00 GiB"
@@ -200,11 +202,22 @@ def test_what_was_measured_is_saved_when_a_run_is_killed(tmp_path: Path) -> None
         "        os._exit(9)\n"
     )
     done = subprocess.run(
-        [*BENCH, "-p", "killer", "-k", "gae-call or whiten-call", "--save-results",
-         "--results-dir", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        [
+            *BENCH,
+            "-p",
+            "killer",
+            "-k",
+            "gae-call or whiten-call",
+            "--save-results",
+            "--results-dir",
+            tmp_path,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
         env=alone(PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT)))),
-    )  # fmt: skip
+    )
     assert done.returncode == 9, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
     rows = results.load(path).rows
@@ -216,7 +229,11 @@ def test_what_was_measured_is_saved_when_a_run_is_killed(tmp_path: Path) -> None
 def test_no_case_begins_when_the_minutes_are_used_up() -> None:
     done = subprocess.run(
         [*BENCH, "-p", "no:cacheprovider", "-k", "call", "--minutes", "0", "-rs"],
-        cwd=ROOT, capture_output=True, text=True, check=False, env=alone(),
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=alone(),
+    )
     assert done.returncode == 0, done.stdout
     assert "18 skipped" in done.stdout and "not run: the 0 minutes are used up" in done.stdout

@@ -61,11 +61,15 @@ def test_the_newest_file_of_each_machine_counts(tmp_path: Path) -> None:
 
 
 def test_losses_and_failures_are_on_the_page() -> None:
-    held = Results([FACTS], [
-        row(GAE, "ppo_fast-cpu", 2.0, run=0), row(GAE, "tianshou", 0.5, run=0),
-        row(GAE, "copy", 0.1, run=0),
-        row(GAE, "torchrl", None, status="red", detail="returns:\n off by 3", run=0),
-    ])  # fmt: skip
+    held = Results(
+        [FACTS],
+        [
+            row(GAE, "ppo_fast-cpu", 2.0, run=0),
+            row(GAE, "tianshou", 0.5, run=0),
+            row(GAE, "copy", 0.1, run=0),
+            row(GAE, "torchrl", None, status="red", detail="returns:\n off by 3", run=0),
+        ],
+    )
     files = {Path("some-cpu-avx2-2026-01-02.json"): held}
     text = pages.page(files)
     assert lines_with(text, "- `gae`", "tianshou", "0.500 ms against 2.00 ms")
@@ -78,11 +82,14 @@ def test_losses_and_failures_are_on_the_page() -> None:
 
 def test_the_parts_of_a_training_step_make_one_table() -> None:
     step = Case("ppo_update", "step", Shape("some-model", (8, 16)))
-    held = Results([FACTS], [
-        row(replace(step, direction=part), f"ppo_fast-{backend}", ms, share=ms / whole, run=0)
-        for backend, whole in (("cpu", 1000.0), ("reference", 3000.0))
-        for part, ms in (("step", whole), ("gae", 6.0))
-    ])  # fmt: skip
+    held = Results(
+        [FACTS],
+        [
+            row(replace(step, direction=part), f"ppo_fast-{backend}", ms, share=ms / whole, run=0)
+            for backend, whole in (("cpu", 1000.0), ("reference", 3000.0))
+            for part, ms in (("step", whole), ("gae", 6.0))
+        ],
+    )
     files = {Path("some-cpu-avx2-2026-01-02.json"): held}
     text = pages.page(files)
     assert "### One PPO update: some-model 8x16 cpu" in text
@@ -99,9 +106,12 @@ def test_a_gpu_file_makes_a_page_with_plots(copied: Path) -> None:
     rows = [
         made
         for case, scale in ((small, 0.01), (large, 1.0))
-        for made in (row(case, "ppo_fast-triton", 0.6 * scale), row(case, "eager", 12.8 * scale),
-                     row(case, "copy", 0.58 * scale))
-    ]  # fmt: skip
+        for made in (
+            row(case, "ppo_fast-triton", 0.6 * scale),
+            row(case, "eager", 12.8 * scale),
+            row(case, "copy", 0.58 * scale),
+        )
+    ]
     results.save(copied / "benchmarks/results", rows, GPU_FACTS)
     report.write(copied)
     assert report.stale(copied) == []
@@ -119,8 +129,9 @@ def test_a_gpu_file_makes_a_page_with_plots(copied: Path) -> None:
     assert "No figure measured on a GPU" not in front
     drawn = sorted((copied / "benchmarks/plots").glob("nvidia-h200-*.svg"))
     assert [path.name for path in drawn] == [
-        "nvidia-h200-ceiling.svg", "nvidia-h200-token-logprobs-forward-batch-major-bf16-cuda.svg",
-    ]  # fmt: skip
+        "nvidia-h200-ceiling.svg",
+        "nvidia-h200-token-logprobs-forward-batch-major-bf16-cuda.svg",
+    ]
     for path in drawn:
         assert f"](plots/{path.name})" in page
         assert ElementTree.fromstring(path.read_text()).tag.endswith("svg")

@@ -96,14 +96,26 @@ def test_results_and_pages_do_not_make_a_commit_dirty(
 
 def test_compare_says_what_moved() -> None:
     case, other = GAE, PPO_LOSS_BOTH
-    before = Results([FACTS], [
-        row(case, "ppo_fast-cpu", 1.0), row(case, "loop", 80.0), row(case, "copy", 1.0),
-        row(case, "tianshou", 1.0), row(other, "eager", 3.0),
-    ])  # fmt: skip
-    after = Results([FACTS], [
-        row(case, "ppo_fast-cpu", 0.5), row(case, "loop", 88.0), row(case, "torchrl", 2.0),
-        row(case, "copy", 1.0), row(case, "tianshou", None, status="red", detail="off"),
-    ])  # fmt: skip
+    before = Results(
+        [FACTS],
+        [
+            row(case, "ppo_fast-cpu", 1.0),
+            row(case, "loop", 80.0),
+            row(case, "copy", 1.0),
+            row(case, "tianshou", 1.0),
+            row(other, "eager", 3.0),
+        ],
+    )
+    after = Results(
+        [FACTS],
+        [
+            row(case, "ppo_fast-cpu", 0.5),
+            row(case, "loop", 88.0),
+            row(case, "torchrl", 2.0),
+            row(case, "copy", 1.0),
+            row(case, "tianshou", None, status="red", detail="off"),
+        ],
+    )
     text = "\n".join(compare(before, after))
     (moved,) = lines_with(text, case.name, "ppo_fast-cpu")
     assert moved.split()[-4:] == ["1.000", "0.5000", "0.500", "moved"]

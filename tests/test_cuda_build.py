@@ -30,9 +30,11 @@ def test_compiles_without_spills(source: Path, objects: Path) -> None:
     built = nvcc.compiled(source, objects)
     assert built.status == 0, built.log
     kernels = list(nvcc.kernels(built.log))
-    expected = set() if source.stem in WITHOUT_KERNELS else {
-        f"sm_{name}" for name in _cflags.ARCHITECTURES
-    }  # fmt: skip
+    expected = (
+        set()
+        if source.stem in WITHOUT_KERNELS
+        else {f"sm_{name}" for name in _cflags.ARCHITECTURES}
+    )
     assert {kernel.architecture for kernel in kernels} == expected
     assert not [kernel for kernel in kernels if kernel.stack or kernel.spilled]
 

@@ -68,9 +68,14 @@ def test_a_kernel_refuses_a_tangent(kernel: str, device: str, op: str, name: str
 
 
 CONSTANTS = {
-    "ppo_loss": "advantages", "value_loss": "returns", "linear_ppo_loss": "old_logprobs",
-    "logits_ppo_loss": "advantages", "gae": "values", "rlhf_advantages": "scores", "whiten": "x",
-}  # fmt: skip
+    "ppo_loss": "advantages",
+    "value_loss": "returns",
+    "linear_ppo_loss": "old_logprobs",
+    "logits_ppo_loss": "advantages",
+    "gae": "values",
+    "rlhf_advantages": "scores",
+    "whiten": "x",
+}
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

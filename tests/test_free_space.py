@@ -48,9 +48,12 @@ def trainers(folder: Path, *options: str, fails: str = "nothing") -> tuple[int, 
     (folder / ".installed").touch()
     done = subprocess.run(
         ["make", "test-trainers", f"VENV={folder}", f"PYTHON={sys.executable}", *options],
-        cwd=ROOT, text=True, capture_output=True, check=False,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
         env=os.environ | {"STUBS": str(folder), "FAILS": fails, "MAKEFLAGS": ""},
-    )  # fmt: skip
+    )
     tested = folder / "tested"
     return done.returncode, tested.read_text().splitlines() if tested.exists() else [], done.stderr
 

@@ -13,9 +13,14 @@ from ppo_fast.testing import gae_call, run
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ENDS = ("next_values", "terminated", "truncated")
 EXTRAS: list[tuple[str, ...]] = [
-    (), ("bootstrap", "terminated"), ENDS, (*ENDS, "rho", "c"), ("bootstrap", "lam"),
-    ("row_lam", "lam_returns"), ("bootstrap", "rho", "c", "lam", "lam_returns"),
-]  # fmt: skip
+    (),
+    ("bootstrap", "terminated"),
+    ENDS,
+    (*ENDS, "rho", "c"),
+    ("bootstrap", "lam"),
+    ("row_lam", "lam_returns"),
+    ("bootstrap", "rho", "c", "lam", "lam_returns"),
+]
 
 
 @pytest.mark.parametrize("masked", ["carry", "zero"])

@@ -64,9 +64,9 @@ def cases() -> dict[str, Call]:
 def share(call: Call, rank: int) -> Call:
     """This rank's rows of weight and bias, or columns of the logits."""
     given = {k: dim for k, dim in SHARDED.items() if k in call.tensors}
-    return call.replace(**{
-        k: call.tensors[k].narrow(dim, rank * SHARE, SHARE).clone() for k, dim in given.items()
-    })  # fmt: skip
+    return call.replace(
+        **{k: call.tensors[k].narrow(dim, rank * SHARE, SHARE).clone() for k, dim in given.items()}
+    )
 
 
 def refused(call: Call, rank: int, wrong: bool) -> str:
@@ -75,8 +75,10 @@ def refused(call: Call, rank: int, wrong: bool) -> str:
     try:
         testing.run(
             call.replace(weight=call.tensors["weight"][rows], bias=None)
-            .option(process_group=dist.group.WORLD)._replace(cotangents={}), "cpu"
-        )  # fmt: skip
+            .option(process_group=dist.group.WORLD)
+            ._replace(cotangents={}),
+            "cpu",
+        )
     except (ValueError, IndexError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing raised"

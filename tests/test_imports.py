@@ -22,8 +22,14 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("ppo_fast/reference/", ("ppo_fast.reference", "ppo_fast._results"), ("torch",)),
     (
         "ppo_fast/ops/",
-        ("ppo_fast.ops", "ppo_fast._checks", "ppo_fast._backend", "ppo_fast._schema",
-         "ppo_fast._results", "ppo_fast.reference"),
+        (
+            "ppo_fast.ops",
+            "ppo_fast._checks",
+            "ppo_fast._backend",
+            "ppo_fast._schema",
+            "ppo_fast._results",
+            "ppo_fast.reference",
+        ),
         ("torch",),
     ),
     ("ppo_fast/compat.py", ("ppo_fast.ops", "ppo_fast.reference"), ("torch",)),
@@ -40,7 +46,7 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
         ("ppo_fast.testing", "ppo_fast._results", "ppo_fast.reference"),
         ("torch",),
     ),
-]  # fmt: skip
+]
 PRIVATE = ("ppo_fast.kernels", "ppo_fast.reference", "ppo_fast.ops", "ppo_fast._")
 
 
@@ -237,8 +243,11 @@ def test_what_is_missing_costs_its_own_backend_alone(
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, backend],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     computed, reason = done.stdout.strip().split(" ", 1)
     assert computed == "True"

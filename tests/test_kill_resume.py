@@ -17,8 +17,10 @@ def test_killed_runs_end_bitwise_equal(kills: int) -> None:
     """In a process of its own: forks want one without threads."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--kills", str(kills)],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
         env=os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{kills} of {kills} kills resumed and ended bitwise equal" in done.stdout

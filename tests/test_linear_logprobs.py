@@ -73,9 +73,14 @@ def test_fp32_grade_logits_from_half_inputs(kernel: str, device: str, dtype: tor
     for name in ("logprobs", "entropy"):
         ops, condition, _ = budgets[name]
         testing.assert_within_budget(
-            got[name], exact[name], condition=condition, ops=ops, eager=eager[name],
-            compute=torch.float32, name=name,
-        )  # fmt: skip
+            got[name],
+            exact[name],
+            condition=condition,
+            ops=ops,
+            eager=eager[name],
+            compute=torch.float32,
+            name=name,
+        )
         # Far from what products rounded to the inputs' type would give.
         assert (
             ops * float(condition.max()) * torch.finfo(torch.float32).eps < torch.finfo(dtype).eps
@@ -107,8 +112,15 @@ def test_no_rows_after_compaction(kernel: str, device: str) -> None:
 
 
 def _biased(device: str, bias: torch.Tensor, tokens: list[int], **options: Any) -> testing.Call:
-    call = linear_call((len(tokens),), len(bias), device=device, mask=None, temperature=1.0,
-                       ignored=False, **options)  # fmt: skip
+    call = linear_call(
+        (len(tokens),),
+        len(bias),
+        device=device,
+        mask=None,
+        temperature=1.0,
+        ignored=False,
+        **options,
+    )
     return call.replace(bias=bias.to(device), tokens=torch.tensor(tokens, device=device))
 
 
@@ -152,8 +164,9 @@ def test_tokens_out_of_range_are_nan_rows(backend: str, device: str, token: int)
     call = linear_call((2, 3), device=device, mask=None, ignored=False)
     tokens = call.tensors["tokens"].clone()
     tokens[1, 1] = token
-    clean, out = (run(c._replace(cotangents={}), backend)
-                  for c in (call, call.replace(tokens=tokens)))  # fmt: skip
+    clean, out = (
+        run(c._replace(cotangents={}), backend) for c in (call, call.replace(tokens=tokens))
+    )
     others = torch.ones(2, 3, dtype=torch.bool, device=device)
     others[1, 1] = False
     for name, x in out.items():

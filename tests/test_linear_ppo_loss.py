@@ -22,7 +22,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 4.0, "vocab": 101},
     "softcap and rows": {"softcap": 4.0, "head_extras": ("bias", "row_index"), "mask": "row"},
     "rows of sequence means": {
-        "head_extras": ("row_index",), "reduction": "seq-mean-token-mean", "mask": "right",
+        "head_extras": ("row_index",),
+        "reduction": "seq-mean-token-mean",
+        "mask": "right",
     },
     "rows of gspo": {"head_extras": ("row_index",), "variant": "gspo", "dual_clip": 3.0},
     "dual clip": {"dual_clip": 3.0},
@@ -31,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "denom": {"denom": 17.0, "reduction": "seq-mean-token-sum"},
     "odd vocabulary": {"vocab": 1009, "width": 65},
     "nothing kept": {"mask": "empty"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -141,8 +143,9 @@ def test_micro_batches_with_one_denom_are_the_batch(
     whole = run(call, "cpu")
     parts = [run(rows_of(call, torch.tensor(rows)), "cpu") for rows in ([0, 1], [2, 3, 4], [5])]
     together = {k: sum(p[k] for p in parts) for k in ("loss", "grad_weight", "grad_bias")}
-    together |= {k: torch.cat([p[k] for p in parts])
-                 for k in ("logprobs", "entropy", "grad_hidden")}  # fmt: skip
+    together |= {
+        k: torch.cat([p[k] for p in parts]) for k in ("logprobs", "entropy", "grad_hidden")
+    }
     together["stats"] = sum(
         (Stats(p["stats"]) for p in parts[1:]), Stats(parts[0]["stats"])
     ).values
@@ -155,8 +158,11 @@ def test_rows_left_out_count_in_the_divisor() -> None:
         call = linear_ppo_call((4, 9), reduction=reduction, head_extras=("row_index",))
         keep = call.tensors["mask"] & (call.tensors["tokens"] != -100)
         live = int((keep.sum(-1) > 0).sum())
-        denom = {"token-mean": int(keep.sum()), "token-sum": 1,
-                 "seq-mean-token-sum-norm": live * 9}.get(reduction, live)  # fmt: skip
+        denom = {
+            "token-mean": int(keep.sum()),
+            "token-sum": 1,
+            "seq-mean-token-sum-norm": live * 9,
+        }.get(reduction, live)
         a, b = run(call, "cpu"), run(call.option(denom=float(denom)), "cpu")
         assert all(same_bits(a[k], b[k]) for k in (*GRADS[:2], "loss")), reduction
 
@@ -197,8 +203,9 @@ def test_offsets(backend: str, device: str, bias: float) -> None:
 
 def test_forbidden_classes(backend: str, device: str) -> None:
     """A class at −inf is no class; a label there is worth −inf, and its row passes nothing."""
-    call = linear_ppo_call((2, 3), device=device, mask=None, ignored=False, extras=(),
-                           kl_coef=0.0, entropy_coef=0.01)  # fmt: skip
+    call = linear_ppo_call(
+        (2, 3), device=device, mask=None, ignored=False, extras=(), kl_coef=0.0, entropy_coef=0.01
+    )
     bias = call.tensors["bias"].index_fill(0, torch.arange(0, 37, 3, device=device), -math.inf)
     tokens = call.tensors["tokens"] // 3 * 3 + 1
     fine = call.replace(bias=bias, tokens=tokens, old_logprobs=None).option(old_logprobs=None)

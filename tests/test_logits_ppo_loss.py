@@ -91,9 +91,13 @@ def test_it_is_both_ops_in_one(kernel: str, device: str, variant: str) -> None:
     scored = ppo_fast.token_logprobs(**{k: t[k] for k in names}, backend=kernel)
     rest = {k: v for k, v in t.items() if k not in names}
     loss = ppo_fast.ppo_loss(
-        scored.logprobs, mask=t["mask"], entropy=scored.entropy, **rest, **call.options,
+        scored.logprobs,
+        mask=t["mask"],
+        entropy=scored.entropy,
+        **rest,
+        **call.options,
         backend=kernel,
-    )  # fmt: skip
+    )
     out = run(call, kernel)
     assert same_bits(out["logprobs"], scored.logprobs) and same_bits(out["loss"], loss.loss)
     assert same_bits(out["entropy"], scored.entropy)
@@ -122,8 +126,9 @@ def test_micro_batches_with_one_denom_are_the_batch(variant: str) -> None:
     call = logits_ppo_call((6, 12), denom=7.5, mask="row", variant=variant)
     groups = [torch.tensor(rows) for rows in ([0, 1], [2, 3, 4], [5])]
     parts = [run(testing.with_rows(call, rows), "cpu") for rows in groups]
-    together = {k: torch.cat([p[k] for p in parts])
-                for k in ("logprobs", "entropy", "grad_logits")}  # fmt: skip
+    together = {
+        k: torch.cat([p[k] for p in parts]) for k in ("logprobs", "entropy", "grad_logits")
+    }
     together["loss"] = sum(p["loss"] for p in parts)
     together["stats"] = sum(
         (Stats(p["stats"]) for p in parts[1:]), Stats(parts[0]["stats"])
@@ -196,8 +201,15 @@ def test_double_backward_raises(kernel: str, device: str) -> None:
 
 def _quiet(device: str, logits: torch.Tensor, tokens: list[int], **options: Any) -> Call:
     """A sequence of given logits at ratio 1, entropy bonus included."""
-    call = logits_ppo_call((1, len(tokens)), logits.shape[-1], device=device, mask=None,
-                           extras=("entropy",), kl_coef=0.0, temperature=1.0)  # fmt: skip
+    call = logits_ppo_call(
+        (1, len(tokens)),
+        logits.shape[-1],
+        device=device,
+        mask=None,
+        extras=("entropy",),
+        kl_coef=0.0,
+        temperature=1.0,
+    )
     given = {"logits": logits.to(device)[None], "tokens": torch.tensor([tokens], device=device)}
     return call.replace(old_logprobs=None, **given).option(old_logprobs=None, **options)
 
@@ -227,9 +239,12 @@ def test_forbidden_classes(backend: str, device: str) -> None:
     fine = _quiet(device, logits, [1, 2, 4])
     testing.assert_agrees(fine, backend)
     call = _quiet(device, logits, [1, 3, 4], entropy_coef=0.0)
-    out = run(call.replace(old_logprobs=torch.full((1, 3), -3.0, device=device))._replace(
-        options={k: v for k, v in call.options.items() if k != "old_logprobs"}
-    ), backend)  # fmt: skip
+    out = run(
+        call.replace(old_logprobs=torch.full((1, 3), -3.0, device=device))._replace(
+            options={k: v for k, v in call.options.items() if k != "old_logprobs"}
+        ),
+        backend,
+    )
     assert float(out["logprobs"][0, 1]) == -INF and bool(out["loss"].isfinite())
     assert not bool(out["grad_logits"][0, 1].any())
     assert bool(out["grad_logits"].isfinite().all()) and bool(out["grad_logits"].any())
@@ -251,8 +266,9 @@ def test_tokens_out_of_range_are_nan_rows(backend: str, device: str, token: int)
 
 def test_rows_without_a_slope_are_exact_zeros(kernel: str, device: str) -> None:
     call = logits_ppo_call((2, 4), device=device, mask=None, **BARE)
-    adv = torch.where(torch.arange(8, device=device).view(2, 4) % 2 == 0,
-                      call.tensors["advantages"], 0.0)  # fmt: skip
+    adv = torch.where(
+        torch.arange(8, device=device).view(2, 4) % 2 == 0, call.tensors["advantages"], 0.0
+    )
     grad = run(call.replace(advantages=adv), kernel)["grad_logits"]
     assert not bool(grad[adv == 0].any()) and bool(grad.any())
 

@@ -56,8 +56,11 @@ def test_rows_follow_each_other(device: str, dtype: torch.dtype, vocab: int) -> 
     args.weights[5] = 0.0
     whole = assert_same(args)
     order = torch.tensor([7, 1, 5, 0], device=device)
-    picked = {k: x[order] for k, x in args._asdict().items()
-              if isinstance(x, Tensor) and x.dim() and k != "moments"}  # fmt: skip
+    picked = {
+        k: x[order]
+        for k, x in args._asdict().items()
+        if isinstance(x, Tensor) and x.dim() and k != "moments"
+    }
     for x, y in zip(fused(args._replace(**picked)), whole, strict=True):
         assert same_bits(x, y[order])
 
@@ -99,8 +102,9 @@ def test_the_heads_middle_is_one_launch(
     short_chunks(monkeypatch)
     for name in ("logprobs_fwd", "logprobs_bwd_"):
         monkeypatch.delitem(HANDLES[name], "cuda")
-    call = linear_ppo_call((5, 7), device=device, dtype=dtype, variant=variant,
-                           log_ratio_clamp=3.0)  # fmt: skip
+    call = linear_ppo_call(
+        (5, 7), device=device, dtype=dtype, variant=variant, log_ratio_clamp=3.0
+    )
     testing.assert_agrees(call, "cuda")
 
 

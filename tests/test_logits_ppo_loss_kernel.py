@@ -41,9 +41,14 @@ def test_variants(device: str, variant: str, dtype: torch.dtype) -> None:
 def test_estimators(device: str, estimator: str, straight: bool) -> None:
     for variant in ("clip", "penalty"):
         assert_same(
-            make(device, variant=variant, estimator=estimator, straight=straight,
-                 kl_ratio_clip=1.05 if straight else INF)
-        )  # fmt: skip
+            make(
+                device,
+                variant=variant,
+                estimator=estimator,
+                straight=straight,
+                kl_ratio_clip=1.05 if straight else INF,
+            )
+        )
 
 
 @pytest.mark.parametrize("vocab", [1, 33, 1009, 2048, 2052, 9000])
@@ -60,12 +65,19 @@ def test_segments_merge_as_in_logprobs(device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "params",
-    [{"dual_clip": 3.0}, {"clip_low": 1.0, "clip_high": INF}, {"kl_clamp": 0.05},
-     {"kl_clamp": INF}, {"log_min": -0.1, "log_max": 0.05}, {"log_min": -INF, "log_max": INF},
-     {"temperature": 0.3}, {"entropy_coef": 0.0, "kl_coef": 0.0},
-     {"entropy_coef": -0.2, "kl_coef": -0.1}],
+    [
+        {"dual_clip": 3.0},
+        {"clip_low": 1.0, "clip_high": INF},
+        {"kl_clamp": 0.05},
+        {"kl_clamp": INF},
+        {"log_min": -0.1, "log_max": 0.05},
+        {"log_min": -INF, "log_max": INF},
+        {"temperature": 0.3},
+        {"entropy_coef": 0.0, "kl_coef": 0.0},
+        {"entropy_coef": -0.2, "kl_coef": -0.1},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_numbers(device: str, params: dict[str, float]) -> None:
     assert_same(make(device, without=("temperature",) * ("temperature" in params), **params))
 
@@ -81,8 +93,9 @@ def test_optional_arguments(device: str, name: str) -> None:
 def test_coefficients_on_the_device(device: str) -> None:
     """The tensors replace the numbers."""
     number = make(device, entropy_coef=0.3, kl_coef=0.2)
-    coefs = {k: torch.tensor(v, device=device) for k, v in
-             {"entropy_coef": 0.3, "kl_coef": 0.2}.items()}  # fmt: skip
+    coefs = {
+        k: torch.tensor(v, device=device) for k, v in {"entropy_coef": 0.3, "kl_coef": 0.2}.items()
+    }
     tensor = make(device, entropy_coef=7.0, kl_coef=7.0)._replace(**coefs)
     assert same_bits(assert_same(tensor)[2], assert_same(number)[2])
 
@@ -119,9 +132,11 @@ def test_any_strides(device: str) -> None:
     """Transposed rows, expanded values, three leading dimensions that do not merge."""
     args = make(device, (2, 3, 2))
     want = assert_same(args)
-    moved = {k: x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-             for k, x in args._asdict().items()
-             if isinstance(x, Tensor) and x.shape == args.tokens.shape}  # fmt: skip
+    moved = {
+        k: x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        for k, x in args._asdict().items()
+        if isinstance(x, Tensor) and x.shape == args.tokens.shape
+    }
     logits = args.logits.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
     for got, x in zip(fused(args._replace(logits=logits, **moved)), want, strict=True):
         assert same_bits(got, x)
@@ -138,8 +153,15 @@ def test_rows_that_do_not_count_are_never_read(device: str, ignore: int) -> None
     args = args._replace(tokens=tokens, mask=mask, codes=[ignore, *args.codes[1:]])
     clean = assert_same(args)
     garbage = torch.tensor([NAN, INF], device=device)
-    for name in ("logits", "old_logprobs", "advantages", "is_weights", "ref_logprobs", "weights",
-                 "temperature"):  # fmt: skip
+    for name in (
+        "logits",
+        "old_logprobs",
+        "advantages",
+        "is_weights",
+        "ref_logprobs",
+        "weights",
+        "temperature",
+    ):
         spoiled = getattr(args, name).clone()
         spoiled[1:3] = garbage.view(2, *[1] * (spoiled.dim() - 1))
         args = args._replace(**{name: spoiled})
@@ -184,8 +206,9 @@ def test_a_bad_row_is_nan_and_alone(device: str, variant: str, poison: str) -> N
 
 def test_nothing_to_learn_is_exactly_zero(device: str) -> None:
     """A clipped token, one without an advantage, one without a weight: rows of zeros."""
-    args = make(device, (4,), without=("mask", "moments", "is_weights"), entropy_coef=0.0,
-                kl_coef=0.0)  # fmt: skip
+    args = make(
+        device, (4,), without=("mask", "moments", "is_weights"), entropy_coef=0.0, kl_coef=0.0
+    )
     logprobs = fused(args)[0]
     args.old_logprobs.copy_(logprobs - torch.tensor([1.0, 0.0, 0.0, 0.0], device=device))
     args.advantages.copy_(torch.tensor([1.0, 0.0, 1.0, 1.0], device=device))
@@ -208,8 +231,11 @@ def test_rows_are_independent(device: str) -> None:
     args = make(device, (7,), 301)
     whole = fused(args)
     order = torch.tensor([5, 0, 3], device=device)
-    picked = {k: x[order] for k, x in args._asdict().items()
-              if isinstance(x, Tensor) and x.dim() and k != "moments"}  # fmt: skip
+    picked = {
+        k: x[order]
+        for k, x in args._asdict().items()
+        if isinstance(x, Tensor) and x.dim() and k != "moments"
+    }
     for x, y in zip(fused(args._replace(**picked)), whole, strict=True):
         assert same_bits(x, y[order])
 
@@ -234,8 +260,9 @@ def test_launches_are_registered(device: str, vocab: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("kernel", ["triton"], indirect=True)
 def test_both_passes_move_16_bytes(device: str) -> None:
     """bf16 rows on 16 bytes and a V of whole vectors: no narrower access of a row."""
-    ptx = ptx_of("logits_ppo_loss.logits_ppo_kernel", logits_ptr="*bf16:16", ALIGN=8, LANES=1024,
-                 V="i32:16")  # fmt: skip
+    ptx = ptx_of(
+        "logits_ppo_loss.logits_ppo_kernel", logits_ptr="*bf16:16", ALIGN=8, LANES=1024, V="i32:16"
+    )
     hinted = re.findall(r"(?:ld|st)\.global\S*evict_\w+\S*", ptx)
     assert {"ld", "st"} == {access[:2] for access in hinted}
     assert all(re.search(r"v4\.b32|b128|v2\.b64", access) for access in hinted)

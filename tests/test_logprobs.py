@@ -27,8 +27,9 @@ def test_within_budget(backend: str, device: str, dtype: torch.dtype, vocab: int
 def test_published_accuracy(backend: str, device: str, scale: float) -> None:
     """N10: 1e-5 from fp32, 2e-5 from bf16 logits, relative to max(1, |logprob|)."""
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-5)):
-        call = testing.logprobs_call((8,), 1021, dtype=dtype, device=device, scale=scale,
-                                     temperature=1.0, mask=None)  # fmt: skip
+        call = testing.logprobs_call(
+            (8,), 1021, dtype=dtype, device=device, scale=scale, temperature=1.0, mask=None
+        )
         got = testing.run(call, backend)["logprobs"]
         want = testing.run(testing.promoted(call), "reference")["logprobs"]
         assert bool(((got - want).abs() <= bound * want.abs().clamp(min=1)).all())
@@ -223,9 +224,11 @@ def test_inplace_backward(kernel: str, device: str) -> None:
     base = call.tensors["logits"].clone().requires_grad_()
     logits = base * 1.0
     out = ppo_fast.token_logprobs(
-        logits, **{k: v for k, v in call.tensors.items() if k != "logits"},
-        inplace_backward=True, backend=kernel,
-    )  # fmt: skip
+        logits,
+        **{k: v for k, v in call.tensors.items() if k != "logits"},
+        inplace_backward=True,
+        backend=kernel,
+    )
     before = logits._version
     total = sum((x * call.cotangents[k]).sum() for k, x in out._asdict().items())
     total.backward(retain_graph=True)

@@ -137,8 +137,9 @@ def test_a_resumed_run_ends_bitwise_equal(tmp_path: Path) -> None:
 def test_gradient_checkpointing_keeps_the_bits_and_the_saved_model(tmp_path: Path) -> None:
     found = []
     for recomputed in (False, True):
-        t = trainer(tmp_path / str(recomputed), lora_rank=4, gradient_checkpointing=recomputed,
-                    updates=2)  # fmt: skip
+        t = trainer(
+            tmp_path / str(recomputed), lora_rank=4, gradient_checkpointing=recomputed, updates=2
+        )
         t.run(QUIET)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / str(recomputed) / "model")
         found.append([*weights(t), *model.parameters()])
@@ -174,9 +175,12 @@ def with_adapters_on_the_head(*names: str, **options: Any) -> Any:
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
     lora = LoraConfig(
-        r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM",
-        init_lora_weights=False, **options,
-    )  # fmt: skip
+        r=4,
+        target_modules=["q_proj", "lm_head"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+        **options,
+    )
     adapted = get_peft_model(model, lora, adapter_name=names[0])
     for name in names[1:]:
         adapted.add_adapter(name, lora)
@@ -228,9 +232,17 @@ def test_merged_adapters_on_the_head_count_once() -> None:
 def test_another_adapter_on_the_head_is_refused(tmp_path: Path) -> None:
     model = with_adapters_on_the_head("a", use_dora=True)
     config = TrainConfig(
-        out=tmp_path, model="mine", device="cpu", batch=4, micro_batch=4, max_new_tokens=4,
-        train_layers=0, warmup=0, save_every=0, compare=0,
-    )  # fmt: skip
+        out=tmp_path,
+        model="mine",
+        device="cpu",
+        batch=4,
+        micro_batch=4,
+        max_new_tokens=4,
+        train_layers=0,
+        warmup=0,
+        save_every=0,
+        compare=0,
+    )
     message = r"adapter 'a' on the output head .*lm_head \(Linear\) of PeftModel.*--head logits"
     with pytest.raises(UnsupportedModelError, match=message):
         Trainer(config, model, tiny()[1], TEXTS, letters)
@@ -242,9 +254,17 @@ def test_a_run_trains_the_adapters_on_the_head(tmp_path: Path) -> None:
     model = with_adapters_on_the_head("a").float()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     config = TrainConfig(
-        out=tmp_path, model="mine", device="cpu", batch=4, micro_batch=4, max_new_tokens=4,
-        train_layers=0, warmup=0, save_every=0, compare=0,
-    )  # fmt: skip
+        out=tmp_path,
+        model="mine",
+        device="cpu",
+        batch=4,
+        micro_batch=4,
+        max_new_tokens=4,
+        train_layers=0,
+        warmup=0,
+        save_every=0,
+        compare=0,
+    )
     record = Trainer(config, model, tiny()[1], TEXTS, letters).step()
     assert record["rollout_gap_max"] < 1e-4
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}

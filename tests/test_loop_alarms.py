@@ -25,12 +25,20 @@ def log(n: int, **columns: Any) -> Log:
     noise = random.normal(scale=0.05, size=n)
     records = [
         {
-            "update": i, "reward": 0.1 + 0.6 * i / n + noise[i], "kl": 12 * i / n, "dropped": {},
-            "batch": 8, "n_tokens": 256.0, "n_seqs": 16.0, "clip_frac": 0.15,
-            "entropy": 3.8 - i / n, "explained_variance": 0.4 * i / n, "rollout_gap_mean": 1e-6,
+            "update": i,
+            "reward": 0.1 + 0.6 * i / n + noise[i],
+            "kl": 12 * i / n,
+            "dropped": {},
+            "batch": 8,
+            "n_tokens": 256.0,
+            "n_seqs": 16.0,
+            "clip_frac": 0.15,
+            "entropy": 3.8 - i / n,
+            "explained_variance": 0.4 * i / n,
+            "rollout_gap_mean": 1e-6,
         }
         for i in range(n)
-    ]  # fmt: skip
+    ]
     for name, value in columns.items():
         for i, record in enumerate(records):
             record[name] = value(i) if callable(value) else value
@@ -54,7 +62,9 @@ def test_none_on_a_run_that_goes_well() -> None:
         # 0.05 * 1.15^i: the mean of five from 0.1 at update 6 on, times 4 every ten
         (
             {"kl": lambda i: min(0.05 * 16 * 1.15**i, 30.0), "reward": 0.3},
-            17, "KL runs away", "0.41 nats a token from the reference, 0.10 ten updates ago, and",
+            17,
+            "KL runs away",
+            "0.41 nats a token from the reference, 0.10 ten updates ago, and",
         ),
         ({"clip_frac": lambda i: 0.8 if i >= 20 else 0.1}, 22, "ratios saturate", "52%"),
         ({"explained_variance": 0.0}, 39, "critic explains nothing", "+0.00 over 20"),
@@ -62,11 +72,12 @@ def test_none_on_a_run_that_goes_well() -> None:
         ({"rollout_gap_mean": lambda i: 0.1 if i >= 10 else 0.0}, 12, "rollout gap", "0.060"),
         (
             {"dropped": lambda i: {0: "a", 1: "b", 2: "boom"} if i >= 10 else {}},
-            13, "samples dropped", "30% of the samples have no reward. Mend the reward function;"
-            " the last fault: boom",
+            13,
+            "samples dropped",
+            "30% of the samples have no reward. Mend the reward function; the last fault: boom",
         ),
     ],
-)  # fmt: skip
+)
 def test_each_sets_in_once(columns: dict, onset: int, name: str, says: str) -> None:
     (alarm,) = alarms(History(log(44, **columns)))
     assert (alarm.update, alarm.name) == (onset, name)

@@ -51,9 +51,17 @@ def seeded(out: Path, **options: Any) -> Trainer:
     random.seed(0)
     np.random.seed(0)
     defaults = {
-        "updates": 4, "variant": "penalty", "kl_target": 0.5, "kl_horizon": 50.0, "warmup": 3,
-        "critic": "separate", "save_every": 1, "keep_checkpoints": 3, "batch": 6, "minibatches": 2,
-    }  # fmt: skip
+        "updates": 4,
+        "variant": "penalty",
+        "kl_target": 0.5,
+        "kl_horizon": 50.0,
+        "warmup": 3,
+        "critic": "separate",
+        "save_every": 1,
+        "keep_checkpoints": 3,
+        "batch": 6,
+        "minibatches": 2,
+    }
     return trainer(out, Learned(), **(defaults | options))
 
 
@@ -99,10 +107,17 @@ def values_of(
 
 # What a resumed trainer may differ in: times, its place on the disk, and what only reports read.
 ELSEWHERE = (
-    ".checkpoints", ".config.out", ".config.resume", ".config.updates", ".last_batch",
-    ".recorder.folder", ".recorder._", ".agent.config.out", ".agent.config.resume",
+    ".checkpoints",
+    ".config.out",
+    ".config.resume",
+    ".config.updates",
+    ".last_batch",
+    ".recorder.folder",
+    ".recorder._",
+    ".agent.config.out",
+    ".agent.config.resume",
     ".agent.config.updates",
-)  # fmt: skip
+)
 
 
 def everything(t: Trainer) -> dict[str, Any]:
@@ -157,9 +172,17 @@ def test_nothing_that_steps_change_is_forgotten(tmp_path: Path) -> None:
     after = everything(t)
     moved = {k.split(".")[1] for k in after if before.get(k) != after[k]}
     assert moved == {  # first_batch: what a resumed run checks again
-        "agent", "first_batch", "kl_coef", "loss_kl_coef", "prompts", "recorder", "reward",
-        "sampling", "shuffling", "updates",
-    }  # fmt: skip
+        "agent",
+        "first_batch",
+        "kl_coef",
+        "loss_kl_coef",
+        "prompts",
+        "recorder",
+        "reward",
+        "sampling",
+        "shuffling",
+        "updates",
+    }
 
 
 def test_steps_after_the_last_checkpoint_are_done_again(tmp_path: Path, whole: Any) -> None:
@@ -191,10 +214,12 @@ def damages() -> dict[str, Any]:
         (folder / name).symlink_to("elsewhere")
 
     return {
-        "flip": flip, "cut": cut, "link": link,
+        "flip": flip,
+        "cut": cut,
+        "link": link,
         "empty": lambda folder, name: (folder / name).write_bytes(b""),
         "absent": lambda folder, name: (folder / name).unlink(),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", [TENSORS, VALUES, "manifest.json"])
@@ -230,8 +255,10 @@ def test_resuming_nothing_starts_anew(tmp_path: Path, whole: Any) -> None:
     seeded(tmp_path, resume=True).run(QUIET)
     assert_same_end(whole[0], tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "update-000002", "update-000003", "update-000004",
-    ]  # fmt: skip
+        "update-000002",
+        "update-000003",
+        "update-000004",
+    ]
 
 
 def test_a_lost_log_is_told(tmp_path: Path) -> None:

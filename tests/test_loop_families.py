@@ -19,16 +19,33 @@ from ppo_fast.loop.layers import decoder_layers, freeze_below
 from ppo_fast.loop.rewards import letters
 from ppo_fast.loop.rounding import allowed_gap
 
-TRAINED = ["gpt2", "mamba", "cohere", "granite", "bloom", "gpt_neo", "falcon", "mpt", "bart",
-           "opt"]  # fmt: skip
+TRAINED = [
+    "gpt2",
+    "mamba",
+    "cohere",
+    "granite",
+    "bloom",
+    "gpt_neo",
+    "falcon",
+    "mpt",
+    "bart",
+    "opt",
+]
 
 
 def made(out: Path, model: Any, **options: Any) -> Trainer:
     defaults: dict[str, Any] = {"train_layers": 1, "updates": 2, "batch": 8, "micro_batch": 4}
     config = TrainConfig(
-        out=out, max_new_tokens=10, warmup=0, lr=1e-3, model="mine", device="cpu", save_every=0,
-        compare=0, **(defaults | options),
-    )  # fmt: skip
+        out=out,
+        max_new_tokens=10,
+        warmup=0,
+        lr=1e-3,
+        model="mine",
+        device="cpu",
+        save_every=0,
+        compare=0,
+        **(defaults | options),
+    )
     return Trainer(config, model, tiny()[1], TEXTS, letters)
 
 
@@ -128,11 +145,24 @@ def test_layers_that_share_weights_are_not_frozen_apart() -> None:
 
 
 def test_the_layers_of_text_are_chosen_beside_those_of_images() -> None:
-    text = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "sliding_window": 8}  # fmt: skip
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "image_size": 16, "patch_size": 8}  # fmt: skip
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 8,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 8,
+    }
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     model = Gemma3ForConditionalGeneration(config).eval()
     layers = decoder_layers(model)
@@ -146,10 +176,14 @@ def test_the_layers_of_text_are_chosen_beside_those_of_images() -> None:
 
 
 NORMS = [
-    ("llama", "model.norm"), ("gpt2", "transformer.ln_f"), ("mamba", "backbone.norm_f"),
-    ("opt", "model.decoder.final_layer_norm"), ("mpt", "transformer.norm_f"),
-    ("recurrent_gemma", "model.final_norm"), ("gpt_neox", "gpt_neox.final_layer_norm"),
-]  # fmt: skip
+    ("llama", "model.norm"),
+    ("gpt2", "transformer.ln_f"),
+    ("mamba", "backbone.norm_f"),
+    ("opt", "model.decoder.final_layer_norm"),
+    ("mpt", "transformer.norm_f"),
+    ("recurrent_gemma", "model.final_norm"),
+    ("gpt_neox", "gpt_neox.final_layer_norm"),
+]
 
 
 @pytest.mark.parametrize(("name", "norm"), NORMS)

@@ -202,9 +202,19 @@ def test_a_reward_that_changes_the_working_folder(
 
 
 @pytest.mark.parametrize(
-    "bad", ["[1]", '"x"', "{}", '{"update": "0"}', '{"update": null}', "[" * 100_000, "\0\0",
-            '{"update": 1, "reward": "high"}', '{"update": 1, "dropped": [1]}']
-)  # fmt: skip
+    "bad",
+    [
+        "[1]",
+        '"x"',
+        "{}",
+        '{"update": "0"}',
+        '{"update": null}',
+        "[" * 100_000,
+        "\0\0",
+        '{"update": 1, "reward": "high"}',
+        '{"update": 1, "dropped": [1]}',
+    ],
+)
 def test_lines_that_are_no_records_are_dropped_by_name(tmp_path: Path, bad: str) -> None:
     path = tmp_path / "log.jsonl"
     good = [json.dumps({"update": i, "reward": None}) + "\n" for i in range(4)]
@@ -224,8 +234,9 @@ def test_a_resumed_run_says_what_log_and_samples_lack(tmp_path: Path) -> None:
     t = trainer(tmp_path, updates=3, resume=True)
     t.checkpoints.resume(t, told.append)
     assert [text.partition(": line 1 dropped")[0] for text in told[1:]] == [
-        f"warning: {tmp_path}/samples.jsonl", f"warning: {tmp_path}/log.jsonl"
-    ]  # fmt: skip
+        f"warning: {tmp_path}/samples.jsonl",
+        f"warning: {tmp_path}/log.jsonl",
+    ]
     t.run(QUIET)
     log = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["update"] for line in log] == [0, 1, 2]

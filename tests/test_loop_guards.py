@@ -72,9 +72,15 @@ def test_stored_transitions_come_from_another_sampler(tmp_path: Path) -> None:
     )
     model, tokenizer = tiny()
     stream = open_transitions(
-        path, 8, 0, shuffle=False, keep_truncated=True, model=model, tokenizer=tokenizer,
+        path,
+        8,
+        0,
+        shuffle=False,
+        keep_truncated=True,
+        model=model,
+        tokenizer=tokenizer,
         report=lambda _: None,
-    )  # fmt: skip
+    )
     assert Trainer(config, model, tokenizer, stream, letters).step()["rollout_gap_max"] > 1.0
 
 
@@ -164,8 +170,10 @@ def test_a_tokenizer_of_more_tokens_than_the_model(
         trainer(tmp_path)
     model, tokenizer = grown()
     model.save_pretrained(tmp_path / "m"), tokenizer.save_pretrained(tmp_path / "m")
-    for load in (lambda: load_model(str(tmp_path / "m"), [], CPU),
-                 lambda: frozen.likelihood(str(tmp_path / "m"), CPU)):  # fmt: skip
+    for load in (
+        lambda: load_model(str(tmp_path / "m"), [], CPU),
+        lambda: frozen.likelihood(str(tmp_path / "m"), CPU),
+    ):
         with pytest.raises(UnsupportedModelError, match=message):
             load()
     model.resize_token_embeddings(310)  # more embeddings than tokens are fine
@@ -194,16 +202,26 @@ def test_placeholders_of_images_need_no_embedding() -> None:
     tokens = torch.tensor([[3, 300]])
     with pytest.raises(UnsupportedModelError, match="tokens below the 300 embeddings of Llama"):
         generate(
-            model, tokens, torch.ones_like(tokens), max_new_tokens=1, temperature=1.0, eos=[0],
-            generator=torch.Generator(), backend="reference",
-        )  # fmt: skip
+            model,
+            tokens,
+            torch.ones_like(tokens),
+            max_new_tokens=1,
+            temperature=1.0,
+            eos=[0],
+            generator=torch.Generator(),
+            backend="reference",
+        )
 
 
 def test_reward_models_of_fewer_embeddings(tmp_path: Path) -> None:
     config = BertConfig(
-        vocab_size=200, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_labels=1,
-    )  # fmt: skip
+        vocab_size=200,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+    )
     for kind, load in (
         (BertForSequenceClassification, lambda: frozen.classifier(str(tmp_path / "r"), CPU)),
         (BertModel, lambda: frozen.Encoder(str(tmp_path / "r"), CPU)),

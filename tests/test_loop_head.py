@@ -38,10 +38,15 @@ def both(tower: Tower, seqs: Sequences) -> tuple[Tensor, Tensor, Tensor]:
 
 # the type, its factor and its cap
 FAMILIES = [
-    ("llama", 1.0, None), ("cohere", 0.25, None), ("granite", 0.25, None),
-    ("hyperclovax", 0.5, None), ("falcon_h1", 0.5, None), ("gemma2", 1.0, 30.0),
-    ("recurrent_gemma", 1.0, 3.0), ("minicpm3", 1.0, None),
-]  # fmt: skip
+    ("llama", 1.0, None),
+    ("cohere", 0.25, None),
+    ("granite", 0.25, None),
+    ("hyperclovax", 0.5, None),
+    ("falcon_h1", 0.5, None),
+    ("gemma2", 1.0, 30.0),
+    ("recurrent_gemma", 1.0, 3.0),
+    ("minicpm3", 1.0, None),
+]
 
 
 @pytest.mark.parametrize(("name", "scale", "cap"), FAMILIES)
@@ -142,9 +147,19 @@ HEADS = [
 
 def made(out: Path, model: Any, **options: Any) -> Trainer:
     config = TrainConfig(
-        out=out, updates=2, batch=4, micro_batch=4, max_new_tokens=4, train_layers=0, warmup=0,
-        model="mine", device="cpu", save_every=0, compare=0, **options,
-    )  # fmt: skip
+        out=out,
+        updates=2,
+        batch=4,
+        micro_batch=4,
+        max_new_tokens=4,
+        train_layers=0,
+        warmup=0,
+        model="mine",
+        device="cpu",
+        save_every=0,
+        compare=0,
+        **options,
+    )
     return Trainer(config, model, tiny()[1], TEXTS, letters)
 
 

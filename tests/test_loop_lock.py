@@ -35,10 +35,12 @@ def holder(folder: Path) -> subprocess.Popen[str]:
     """Another process that has the folder's lock until it is killed."""
     root = Path(__file__).parents[1]
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-c", HOLD, str(folder)],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
 
@@ -121,9 +123,12 @@ def test_of_two_trainers_made_before_either_runs_one_is_refused(tmp_path: Path) 
 def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
     """It may outlive a run that was killed."""
     process = subprocess.run(
-        [sys.executable, "-c", FORKS, str(tmp_path)], text=True, capture_output=True, check=True,
+        [sys.executable, "-c", FORKS, str(tmp_path)],
+        text=True,
+        capture_output=True,
+        check=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-    )  # fmt: skip
+    )
     child = int(process.stdout)
     try:
         os.kill(child, 0)

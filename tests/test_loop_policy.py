@@ -111,9 +111,12 @@ def models() -> dict[str, Any]:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "vocab_size": 300}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     gemma = Gemma3TextConfig(
-        **sizes, **heads, sliding_window=4, final_logit_softcapping=5.0,
+        **sizes,
+        **heads,
+        sliding_window=4,
+        final_logit_softcapping=5.0,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    )  # fmt: skip
+    )
     return {
         "llama": tiny()[0],
         "gpt2": GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=300)),
@@ -140,8 +143,11 @@ def test_replayed_layers_change_no_bit(name: str) -> None:
     handle.remove()
     assert calls == [] and torch.equal(again, logits)
     assert logits.shape == (12, 300) and torch.equal(hidden, tower.hidden(seqs))
-    full = model(input_ids=tokens, attention_mask=attention,
-                 position_ids=(attention.cumsum(1) - 1).clamp(min=0)).logits[:, 4:8]  # fmt: skip
+    full = model(
+        input_ids=tokens,
+        attention_mask=attention,
+        position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+    ).logits[:, 4:8]
     torch.testing.assert_close(logits.view(3, 4, 300), full, rtol=1e-5, atol=1e-5)
 
 

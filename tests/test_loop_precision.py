@@ -29,9 +29,15 @@ SETTINGS: list[dict[str, Any]] = [
 def bf16(out: Path, **options: Any) -> Trainer:
     """A bf16 trainer of the tiny model."""
     defaults: dict[str, Any] = {
-        "batch": 8, "minibatches": 2, "micro_batch": 2, "max_new_tokens": 6, "lr": 1e-3,
-        "warmup": 0, "model": "tiny", "device": "cpu",
-    }  # fmt: skip
+        "batch": 8,
+        "minibatches": 2,
+        "micro_batch": 2,
+        "max_new_tokens": 6,
+        "lr": 1e-3,
+        "warmup": 0,
+        "model": "tiny",
+        "device": "cpu",
+    }
     if "lora_rank" in options:
         pytest.importorskip("peft")
     config = TrainConfig(out=out, dtype="bfloat16", **(defaults | options))
@@ -110,9 +116,18 @@ def test_heads_that_are_tied_or_not_train_and_save(tmp_path: Path, tied: bool) -
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     options = TrainConfig(
-        out=tmp_path, model="tiny", device="cpu", batch=8, minibatches=2, micro_batch=2,
-        max_new_tokens=6, train_layers=0, warmup=0, lr=1e-3, updates=2,
-    )  # fmt: skip
+        out=tmp_path,
+        model="tiny",
+        device="cpu",
+        batch=8,
+        minibatches=2,
+        micro_batch=2,
+        max_new_tokens=6,
+        train_layers=0,
+        warmup=0,
+        lr=1e-3,
+        updates=2,
+    )
     with torch.no_grad():
         start = model(TOKENS).logits
     t = Trainer(options, model, tokenizer, TEXTS, letters)

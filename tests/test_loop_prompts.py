@@ -21,9 +21,17 @@ CPU = torch.device("cpu")
 def run_one(out: Path, model: Any, tokenizer: Any, **options: Any) -> dict[str, Any]:
     """The record of one update on the eight texts."""
     config = TrainConfig(
-        out=out, model="tiny", device="cpu", batch=8, minibatches=2, micro_batch=2,
-        max_new_tokens=6, train_layers=1, warmup=0, **options,
-    )  # fmt: skip
+        out=out,
+        model="tiny",
+        device="cpu",
+        batch=8,
+        minibatches=2,
+        micro_batch=2,
+        max_new_tokens=6,
+        train_layers=1,
+        warmup=0,
+        **options,
+    )
     return Trainer(config, model, tokenizer, TEXTS, letters).step()
 
 
@@ -98,18 +106,35 @@ def test_a_prompt_that_leaves_no_room_is_named(tmp_path: Path) -> None:
 def test_a_model_whose_head_is_not_its_embedding(tmp_path: Path, head: Any) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=0,
-        pad_token_id=0, tie_word_embeddings=False, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+    )
     model = LlamaForCausalLM(config).eval()
     own, shared = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     before = own.detach().clone()
     assert own.data_ptr() != shared.data_ptr()
     config = TrainConfig(
-        out=tmp_path, model="tiny", device="cpu", batch=8, minibatches=2, micro_batch=2,
-        max_new_tokens=6, train_layers=0, warmup=0, lr=1e-3, head=head,
-    )  # fmt: skip
+        out=tmp_path,
+        model="tiny",
+        device="cpu",
+        batch=8,
+        minibatches=2,
+        micro_batch=2,
+        max_new_tokens=6,
+        train_layers=0,
+        warmup=0,
+        lr=1e-3,
+        head=head,
+    )
     record = Trainer(config, model, tiny()[1], TEXTS, letters).step()
     assert record["steps"] == 4 and record["grad_norm"] > 0
     assert not torch.equal(own, before)  # trained, though it is not the embedding

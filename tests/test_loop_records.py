@@ -101,8 +101,12 @@ def test_progress_prints_faults_alarms_and_a_line_a_tenth() -> None:
             faults = {3: "reward [b]returned[/b] nan"} if i == 7 else {}
             clipped = 0.9 if i > 10 else 0.1
             record = {
-                "update": i, "reward": 0.5, "kl": 1.0, "clip_frac": clipped, "dropped": faults
-            }  # fmt: skip
+                "update": i,
+                "reward": 0.5,
+                "kl": 1.0,
+                "clip_frac": clipped,
+                "dropped": faults,
+            }
             history.append(record)
             show(record, history)
     lines = [line for line in out.getvalue().splitlines() if line.startswith("update")]

@@ -72,11 +72,18 @@ def test_a_value_that_is_no_fp32_number_costs_its_sample(value: Any, reason: str
 @pytest.mark.parametrize(
     ("value", "number"),
     [
-        (True, 1.0), ("1.5", 1.5), (3, 3.0), (Decimal("0.25"), 0.25), (-LARGEST, -LARGEST),
-        (fractions.Fraction(1, 4), 0.25), (np.float16(0.5), 0.5), (np.array([0.5]), 0.5),
-        (np.array([[2]]), 2.0), (torch.tensor([[0.5]], requires_grad=True), 0.5),
+        (True, 1.0),
+        ("1.5", 1.5),
+        (3, 3.0),
+        (Decimal("0.25"), 0.25),
+        (-LARGEST, -LARGEST),
+        (fractions.Fraction(1, 4), 0.25),
+        (np.float16(0.5), 0.5),
+        (np.array([0.5]), 0.5),
+        (np.array([[2]]), 2.0),
+        (torch.tensor([[0.5]], requires_grad=True), 0.5),
     ],
-)  # fmt: skip
+)
 def test_what_counts_as_a_number(value: Any, number: float) -> None:
     assert score(lambda p, c: [value], ["p"], ["c"]) == Scores([number])
 
@@ -88,11 +95,16 @@ def generator(values: list[float]) -> Iterator[float]:
 @pytest.mark.parametrize(
     "rewards",
     [
-        (1.0, 2.0), generator([1.0, 2.0]), np.array([1.0, 2.0]), np.array([[1.0], [2.0]]),
-        torch.tensor([1.0, 2.0]), torch.tensor([[1.0], [2.0]]), {"a": 1.0, "b": 2.0}.values(),
+        (1.0, 2.0),
+        generator([1.0, 2.0]),
+        np.array([1.0, 2.0]),
+        np.array([[1.0], [2.0]]),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([[1.0], [2.0]]),
+        {"a": 1.0, "b": 2.0}.values(),
     ],
     ids=lambda x: type(x).__name__,
-)  # fmt: skip
+)
 def test_what_counts_as_a_list(rewards: Any) -> None:
     assert score(lambda p, c: rewards, ["p"] * 2, ["c"] * 2) == Scores([1.0, 2.0])
 
@@ -219,17 +231,24 @@ CHANGES: dict[str, Callable[[], Any]] = {
     "gradients": lambda: torch.set_grad_enabled(False),
     "inference": lambda: torch.inference_mode().__enter__(),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16).__enter__(),
-    "dtype": _default_dtype, "device": _device, "threads": _threads, "folder": _folder,
+    "dtype": _default_dtype,
+    "device": _device,
+    "threads": _threads,
+    "folder": _folder,
     "seeds": _seeds,
-}  # fmt: skip
+}
 
 
 def settings() -> list[Any]:
     return [
-        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
-        torch.get_default_device(), torch.get_num_threads(), torch.is_autocast_enabled("cpu"),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        torch.is_autocast_enabled("cpu"),
         Path.cwd(),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

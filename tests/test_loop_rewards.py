@@ -92,9 +92,15 @@ def save_bert(folder: Path, labels: int, task_name: str = "BertModel") -> str:
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "the", "cat"]
     config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, max_position_embeddings=32, num_labels=labels, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        num_labels=labels,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     getattr(transformers, task_name)(config).save_pretrained(folder)
     vocabulary = {word: i for i, word in enumerate(words)}
@@ -192,8 +198,10 @@ def test_clip_and_eos_penalty() -> None:
 def test_a_run_pays_for_the_missing_eos(tmp_path: Path) -> None:
     t = trainer(tmp_path, lambda p, c: [5.0] * len(p), score_clip=2.0, missing_eos_penalty=0.75)
     rollout = t.rollout(t.prompts.next(8), t.backend)
-    last = [row[kept][-1].item() for row, kept in zip(
-        rollout.seqs.response, rollout.seqs.mask, strict=True)]  # fmt: skip
+    last = [
+        row[kept][-1].item()
+        for row, kept in zip(rollout.seqs.response, rollout.seqs.mask, strict=True)
+    ]
     scores = t.scores(TEXTS, TEXTS, rollout.seqs)
     assert scores.values == [2.0 if token in t.eos else 1.25 for token in last]
     assert 1.25 in scores.values

@@ -75,9 +75,14 @@ def test_a_share_of_the_batch_draws_the_tokens_of_the_whole(shares: tuple[list[i
     for share in map(torch.tensor, shares):
         generator = _seeded(3)
         part = generate(
-            model, tokens[share], attention[share], generator=generator, rows=share, total=8,
+            model,
+            tokens[share],
+            attention[share],
+            generator=generator,
+            rows=share,
+            total=8,
             **options,
-        )  # fmt: skip
+        )
         assert torch.equal(generator.get_state(), after)  # every process is as far as the others
         assert torch.equal(part.seqs.response, whole.seqs.response[share])
         torch.testing.assert_close(part.logprobs, whole.logprobs[share], rtol=0, atol=1e-12)
@@ -92,10 +97,15 @@ def family(name: str) -> Any:
     """A random model of three layers in fp64. Windows are shorter than the prompts."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "vocab_size": 300,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "vocab_size": 300,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
         "initializer_range": 0.2,
-    }  # fmt: skip
+    }
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     makers: dict[str, Callable[[], Any]] = {
         "llama": lambda: tiny()[0],
@@ -135,9 +145,15 @@ def test_a_batch_is_its_rows_one_by_one(name: str) -> None:
     model, (_, tokenizer) = family(name), tiny()
     tokens, attention = encode(tokenizer, TEXTS * 2, torch.device("cpu"))
     rollout = generate(
-        model, tokens, attention, max_new_tokens=6, temperature=0.9, eos=EOS,
-        generator=_seeded(4), backend="reference",
-    )  # fmt: skip
+        model,
+        tokens,
+        attention,
+        max_new_tokens=6,
+        temperature=0.9,
+        eos=EOS,
+        generator=_seeded(4),
+        backend="reference",
+    )
     uniforms = torch.rand(6, 16, generator=_seeded(4), dtype=torch.float64)
     lengths = set()
     for i, (row, seen) in enumerate(zip(tokens, attention, strict=True)):
@@ -182,9 +198,15 @@ def test_ended_rows_leave_once_they_are_an_eighth() -> None:
 
     model.register_forward_pre_hook(count, with_kwargs=True)
     rollout = generate(
-        model, tokens, attention, max_new_tokens=12, temperature=1.0, eos=EOS,
-        generator=_seeded(5), backend="reference",
-    )  # fmt: skip
+        model,
+        tokens,
+        attention,
+        max_new_tokens=12,
+        temperature=1.0,
+        eos=EOS,
+        generator=_seeded(5),
+        backend="reference",
+    )
     alive = rollout.seqs.mask.sum(0).tolist()[1:]
     assert len(rows) == len(alive) and alive[-1] < 16
     assert all(a <= held < 8 / 7 * a for a, held in zip(alive, rows, strict=True))
@@ -205,9 +227,15 @@ def test_fp32_rollouts_have_the_training_forwards_logprobs() -> None:
     model, tokenizer = tiny()
     tokens, attention = encode(tokenizer, TEXTS, torch.device("cpu"))
     rollout = generate(
-        model, tokens, attention, max_new_tokens=9, temperature=1.0, eos=EOS,
-        generator=_seeded(6), backend="cpu",
-    )  # fmt: skip
+        model,
+        tokens,
+        attention,
+        max_new_tokens=9,
+        temperature=1.0,
+        eos=EOS,
+        generator=_seeded(6),
+        backend="cpu",
+    )
     seqs = rollout.seqs
     logits, _ = Tower(model, 0).logits(seqs)
     again = torch.log_softmax(logits, -1).gather(1, seqs.flat(seqs.response)[:, None])
@@ -222,9 +250,15 @@ def test_without_an_eos_every_row_goes_to_the_end() -> None:
     model, tokenizer = tiny()
     tokens, attention = encode(tokenizer, TEXTS, torch.device("cpu"))
     rollout = generate(
-        model, tokens, attention, max_new_tokens=3, temperature=1.0, eos=[],
-        generator=_seeded(7), backend="reference",
-    )  # fmt: skip
+        model,
+        tokens,
+        attention,
+        max_new_tokens=3,
+        temperature=1.0,
+        eos=[],
+        generator=_seeded(7),
+        backend="reference",
+    )
     assert rollout.seqs.mask.all() and rollout.seqs.mask.shape == (8, 3)
 
 
@@ -235,9 +269,15 @@ def test_logits_that_are_not_finite_are_named() -> None:
         model.model.norm.weight[0] = math.nan
     with pytest.raises(FloatingPointError, match=r"must be finite, got others for rows \[0, 1\]"):
         generate(
-            model, tokens, attention, max_new_tokens=2, temperature=1.0, eos=[0],
-            generator=_seeded(8), backend="reference",
-        )  # fmt: skip
+            model,
+            tokens,
+            attention,
+            max_new_tokens=2,
+            temperature=1.0,
+            eos=[0],
+            generator=_seeded(8),
+            backend="reference",
+        )
 
 
 def _seeded(seed: int) -> torch.Generator:

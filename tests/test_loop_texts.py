@@ -209,8 +209,23 @@ def test_a_console_that_cannot_encode_a_text_ends_no_run(
         "    return [1.0]\n",
         encoding="utf-8",
     )
-    options = ["--quick", "--updates", "1", "--batch", "4", "--minibatches", "2", "--compare", "0",
-               "--save-every", "0", "--device", "cpu", "--out", str(tmp_path / "out")]  # fmt: skip
+    options = [
+        "--quick",
+        "--updates",
+        "1",
+        "--batch",
+        "4",
+        "--minibatches",
+        "2",
+        "--compare",
+        "0",
+        "--save-every",
+        "0",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(["train", *options, "--reward", "picky:judge"]) == 0
     sys.stdout.flush()
     assert rb"ValueError: caf\xe9 \u2603 \ud83d" in written.getvalue()

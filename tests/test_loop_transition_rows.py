@@ -88,8 +88,10 @@ def test_files_from_which_nothing_can_be_learnt(tmp_path: Path) -> None:
         with pytest.raises(TransitionsError, match=message):
             read_transitions(path, encode, LIMITS)
 
-    refused(jsonl(tmp_path / "bad.jsonl", [{**GOOD, "tokens": []}] * 3),
-            r"all 3 rows are bad, the first: .*bad.jsonl:1: tokens must be")  # fmt: skip
+    refused(
+        jsonl(tmp_path / "bad.jsonl", [{**GOOD, "tokens": []}] * 3),
+        r"all 3 rows are bad, the first: .*bad.jsonl:1: tokens must be",
+    )
     refused(jsonl(tmp_path / "none.jsonl", []), "none.jsonl: no rows")
     refused(tmp_path / "absent.jsonl", "must be a file that exists, got .*absent.jsonl")
     refused(jsonl(tmp_path / "t.pkl", [GOOD]), "must be a .jsonl or .parquet file, got .*t.pkl")

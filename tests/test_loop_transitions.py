@@ -23,12 +23,27 @@ from ppo_fast.loop.transitions import Limits, Transition, read_transitions
 
 
 def stream(n: int, batch: int, seed: int = 0, shuffle: bool = True) -> TransitionStream:
-    rows = [Transition(str(i), [1] * (i % 3 + 1), [2] * (i % 2 + 1), [-1.0] * (i % 2 + 1),
-                       [float(i)] * (i % 2 + 1), False) for i in range(n)]  # fmt: skip
+    rows = [
+        Transition(
+            str(i),
+            [1] * (i % 3 + 1),
+            [2] * (i % 2 + 1),
+            [-1.0] * (i % 2 + 1),
+            [float(i)] * (i % 2 + 1),
+            False,
+        )
+        for i in range(n)
+    ]
     return TransitionStream(
-        rows, batch, seed, shuffle=shuffle, decode=str, pad=9, dtype=torch.float64,
+        rows,
+        batch,
+        seed,
+        shuffle=shuffle,
+        decode=str,
+        pad=9,
+        dtype=torch.float64,
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
 
 
 def test_a_batch_pads_prompts_left_and_responses_right() -> None:
@@ -84,9 +99,15 @@ def learner(
     model, tokenizer = tiny(dtype)
     told: list[str] = []
     source = open_transitions(
-        path, config.batch, config.seed, shuffle=config.shuffle, model=model, tokenizer=tokenizer,
-        keep_truncated=config.keep_truncated, report=told.append,
-    )  # fmt: skip
+        path,
+        config.batch,
+        config.seed,
+        shuffle=config.shuffle,
+        model=model,
+        tokenizer=tokenizer,
+        keep_truncated=config.keep_truncated,
+        report=told.append,
+    )
     return Trainer(config, model, tokenizer, source, letters), told
 
 
@@ -127,8 +148,10 @@ def test_weights_are_on_by_default_and_logged(tmp_path: Path) -> None:
     t, told = learner(tmp_path / "b", path, torch.float64)
     record = t.step()
     assert 0 < record["is_ess"] < 1 and record["is_max"] > 1.01 and record["steps"] == 4
-    assert told == [f"{path}: 8 transitions, 0 bad rows and 0 truncated ones left out;"
-                    " a pass takes 1 updates of 8"]  # fmt: skip
+    assert told == [
+        f"{path}: 8 transitions, 0 bad rows and 0 truncated ones left out;"
+        " a pass takes 1 updates of 8"
+    ]
     assert record["seconds"].keys() == {"scoring", "advantages", "update"}
 
 

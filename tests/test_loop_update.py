@@ -51,8 +51,14 @@ def test_first_minibatch_has_ratio_exactly_one(
 def test_both_heads_have_one_gradient(tmp_path: Path, variant: str) -> None:
     found = []
     for head in ("linear", "logits"):
-        t = trainer(tmp_path, dtype=torch.float64, head=head, variant=variant, train_layers=0,
-                    entropy_coef=0.01)  # fmt: skip
+        t = trainer(
+            tmp_path,
+            dtype=torch.float64,
+            head=head,
+            variant=variant,
+            train_layers=0,
+            entropy_coef=0.01,
+        )
         _, batch, plan = batch_of(t)
         found.append(gradient_of(t, batch, plan[0]))
     assert_near(*found, share=FP64)

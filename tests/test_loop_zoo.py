@@ -45,11 +45,18 @@ REFUSED = {
     # their one-step update leaves out the bound of the time step
     "zamba2": f"{_CACHE}|shares weights",
     **dict.fromkeys(
-        ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta",
-         "xlm-roberta-xl", "xmod"),
+        (
+            "camembert",
+            "data2vec-text",
+            "roberta",
+            "roberta-prelayernorm",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "xmod",
+        ),
         _POSITIONS,
     ),
-}  # fmt: skip
+}
 # What it refuses to train in part: layers that run twice, or hand on more than hidden states.
 WHOLE_ONLY = {
     "dory": "of its frozen layers",
@@ -64,9 +71,20 @@ OVERFLOWING = {"gemma3n_text"}
 
 def made(out: Path, model: Any, head: Any, layers: int) -> Trainer:
     config = TrainConfig(
-        out=out, updates=2, batch=8, micro_batch=4, max_new_tokens=12, lr=1e-3, warmup=0,
-        train_layers=layers, head=head, model="mine", device="cpu", save_every=0, compare=0,
-    )  # fmt: skip
+        out=out,
+        updates=2,
+        batch=8,
+        micro_batch=4,
+        max_new_tokens=12,
+        lr=1e-3,
+        warmup=0,
+        train_layers=layers,
+        head=head,
+        model="mine",
+        device="cpu",
+        save_every=0,
+        compare=0,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return Trainer(config, model, tiny()[1], TEXTS, letters)

@@ -19,9 +19,12 @@ CALLS = {"logits": logits_ppo_call, "linear": linear_ppo_call}
 @pytest.mark.parametrize("op", CALLS)
 def test_within_budget(backend: str, device: str, op: str, variant: str) -> None:
     call: Call = CALLS[op](
-        shape_for(backend, device), dtype=torch.float16, denom=SCALE, variant=variant,
+        shape_for(backend, device),
+        dtype=torch.float16,
+        denom=SCALE,
+        variant=variant,
         device=device,
-    )  # fmt: skip
+    )
     scaled = {"loss": torch.tensor(SCALE, device=device)}
     testing.assert_agrees(call._replace(cotangents=scaled), backend)
 

@@ -70,9 +70,11 @@ def test_ppo_loss(backend: str, device: str, variant: str, which: str) -> None:
     """
     logprobs = numbers(0, device)
     given = {
-        "logprobs": logprobs, "old_logprobs": logprobs - 0.1, "advantages": numbers(1, device),
+        "logprobs": logprobs,
+        "old_logprobs": logprobs - 0.1,
+        "advantages": numbers(1, device),
         "is_weights": numbers(2, device, 0.5),
-    }  # fmt: skip
+    }
     given[which] = spoilt(given[which])
     leaf = given["logprobs"].requires_grad_()
     loss = ppo_fast.ppo_loss(**given, variant=variant, backend=backend).loss
@@ -89,9 +91,14 @@ def test_ppo_loss(backend: str, device: str, variant: str, which: str) -> None:
 def test_reference_log_probability(backend: str, device: str, estimator: str) -> None:
     leaf = numbers(0, device).requires_grad_()
     loss = ppo_fast.ppo_loss(
-        leaf, None, numbers(1, device), ref_logprobs=spoilt(numbers(2, device)), kl_coef=0.1,
-        kl_estimator=estimator, backend=backend,
-    ).loss  # fmt: skip
+        leaf,
+        None,
+        numbers(1, device),
+        ref_logprobs=spoilt(numbers(2, device)),
+        kl_coef=0.1,
+        kl_estimator=estimator,
+        backend=backend,
+    ).loss
     loss.backward()
     assert loss.isnan() and only_here(leaf.grad)
 

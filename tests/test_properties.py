@@ -20,9 +20,15 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 MASKS = st.sampled_from(["all", "empty", "random", "row", "right", "left"])
 LAYOUTS = st.sampled_from(["contiguous", *testing.LAYOUTS])
 GAE_EXTRAS = st.sampled_from(
-    [(), ("bootstrap",), ("bootstrap", "terminated"), ("next_values", "terminated", "truncated"),
-     ("next_values", "rho", "c", "lam", "lam_returns"), ("bootstrap", "row_lam")]
-)  # fmt: skip
+    [
+        (),
+        ("bootstrap",),
+        ("bootstrap", "terminated"),
+        ("next_values", "terminated", "truncated"),
+        ("next_values", "rho", "c", "lam", "lam_returns"),
+        ("bootstrap", "row_lam"),
+    ]
+)
 PPO_EXTRAS = st.sets(
     st.sampled_from(["entropy", "ref_logprobs", "is_weights", "advantage_moments"])
 )
@@ -31,27 +37,43 @@ PPO_EXTRAS = st.sets(
 def options_of(op: str) -> st.SearchStrategy[dict[str, Any]]:
     """The options of one op."""
     return {
-        "token_logprobs": st.fixed_dictionaries({
-            "vocab": VOCABULARIES, "scale": st.sampled_from([0.0, 3.0, 30.0]),
-        }),
-        "ppo_loss": st.fixed_dictionaries({
-            "variant": st.sampled_from(VARIANTS), "reduction": st.sampled_from(REDUCTIONS),
-            "kl_estimator": st.sampled_from([e + p for e in ESTIMATORS for p in ("", "+")]),
-            "extras": PPO_EXTRAS.map(lambda x: tuple(sorted(x))),
-        }),
-        "value_loss": st.fixed_dictionaries({
-            "form": st.sampled_from(["max", "clipped"]), "reduction": st.sampled_from(REDUCTIONS),
-            "clip": st.sampled_from([None, 0.2]),
-        }),
+        "token_logprobs": st.fixed_dictionaries(
+            {
+                "vocab": VOCABULARIES,
+                "scale": st.sampled_from([0.0, 3.0, 30.0]),
+            }
+        ),
+        "ppo_loss": st.fixed_dictionaries(
+            {
+                "variant": st.sampled_from(VARIANTS),
+                "reduction": st.sampled_from(REDUCTIONS),
+                "kl_estimator": st.sampled_from([e + p for e in ESTIMATORS for p in ("", "+")]),
+                "extras": PPO_EXTRAS.map(lambda x: tuple(sorted(x))),
+            }
+        ),
+        "value_loss": st.fixed_dictionaries(
+            {
+                "form": st.sampled_from(["max", "clipped"]),
+                "reduction": st.sampled_from(REDUCTIONS),
+                "clip": st.sampled_from([None, 0.2]),
+            }
+        ),
         "gae": st.fixed_dictionaries({"masked": st.sampled_from(MASKED), "extras": GAE_EXTRAS}),
-        "rlhf_advantages": st.fixed_dictionaries({
-            "masked": st.sampled_from(MASKED), "score_at": st.sampled_from(SCORE_AT),
-            "kl_estimator": st.sampled_from(ESTIMATORS),
-        }),
-        "whiten": st.fixed_dictionaries({
-            "shift_mean": st.booleans(), "unbiased": st.booleans(), "eps": st.just(1e-3),
-        }),
-    }[op]  # fmt: skip
+        "rlhf_advantages": st.fixed_dictionaries(
+            {
+                "masked": st.sampled_from(MASKED),
+                "score_at": st.sampled_from(SCORE_AT),
+                "kl_estimator": st.sampled_from(ESTIMATORS),
+            }
+        ),
+        "whiten": st.fixed_dictionaries(
+            {
+                "shift_mean": st.booleans(),
+                "unbiased": st.booleans(),
+                "eps": st.just(1e-3),
+            }
+        ),
+    }[op]
 
 
 @st.composite
@@ -60,9 +82,13 @@ def calls(draw: st.DrawFn, op: str, device: str, small: bool) -> tuple[testing.C
     if small:
         shape = (min(shape[0], 2), min(shape[1], 7))
     call = testing.FACTORIES[op](
-        shape, dtype=draw(DTYPES), device=device, seed=draw(st.integers(0, 99)), mask=draw(MASKS),
+        shape,
+        dtype=draw(DTYPES),
+        device=device,
+        seed=draw(st.integers(0, 99)),
+        mask=draw(MASKS),
         **draw(options_of(op)),
-    )  # fmt: skip
+    )
     return call, draw(LAYOUTS)
 
 
@@ -110,8 +136,9 @@ def packed_calls(draw: st.DrawFn, op: str, device: str) -> testing.Call:
     )
     per_sequence = {
         k: torch.randn(len(lengths), generator=torch.Generator().manual_seed(seed)).to(device)
-        for k in ("scores", "bootstrap") if k in call.tensors
-    }  # fmt: skip
+        for k in ("scores", "bootstrap")
+        if k in call.tensors
+    }
     dtype = draw(st.sampled_from([torch.int32, torch.int64]))
     return call.replace(cu_seqlens=torch.tensor(ends, dtype=dtype, device=device), **per_sequence)
 

@@ -33,10 +33,16 @@ def scope() -> dict[str, Any]:
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1] / 0.7
     now = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     return {
-        "model": model, "ids": ids, "mask": mask, "response": response, "scores": random(4),
-        "old_logprobs": now + 2 * random(4, 8), "ref_logprobs": now + 0.1 * random(4, 8),
-        "values": random(4, 8).requires_grad_(), "old_values": random(4, 8),
-    }  # fmt: skip
+        "model": model,
+        "ids": ids,
+        "mask": mask,
+        "response": response,
+        "scores": random(4),
+        "old_logprobs": now + 2 * random(4, 8),
+        "ref_logprobs": now + 0.1 * random(4, 8),
+        "values": random(4, 8).requires_grad_(),
+        "old_values": random(4, 8),
+    }
 
 
 def test_both_snippets_give_one_loss_and_its_gradients() -> None:

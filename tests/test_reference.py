@@ -48,10 +48,16 @@ def test_logprob_gradient_is_onehot_minus_probabilities() -> None:
 @pytest.mark.parametrize("masked", ["carry", "zero"])
 @pytest.mark.parametrize(
     "extras",
-    [(), ("bootstrap",), ("bootstrap", "terminated"), ("next_values", "terminated", "truncated"),
-     ("bootstrap", "rho", "c"), ("next_values", "terminated", "truncated", "rho", "c")],
+    [
+        (),
+        ("bootstrap",),
+        ("bootstrap", "terminated"),
+        ("next_values", "terminated", "truncated"),
+        ("bootstrap", "rho", "c"),
+        ("next_values", "terminated", "truncated", "rho", "c"),
+    ],
     ids="+".join,
-)  # fmt: skip
+)
 def test_gae_is_the_explicit_sum(extras: tuple[str, ...], masked: str) -> None:
     call = testing.gae_call((5, 11), extras=extras, masked=masked, lam=0.9, **F64)
     out = testing.run(call, "reference")
@@ -79,8 +85,16 @@ def test_gae_with_lambda_one_is_monte_carlo() -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ppo_loss_is_the_scalar_loop(variant: str, reduction: str) -> None:
-    call = testing.ppo_call((5, 8), mask="row", variant=variant, reduction=reduction, extras=(),
-                            kl_coef=0.0, log_ratio_clamp=None, **F64)  # fmt: skip
+    call = testing.ppo_call(
+        (5, 8),
+        mask="row",
+        variant=variant,
+        reduction=reduction,
+        extras=(),
+        kl_coef=0.0,
+        log_ratio_clamp=None,
+        **F64,
+    )
     t = call.tensors
     want = spelled_out.ppo_rows(
         t["logprobs"], t["old_logprobs"], t["advantages"], t["mask"], variant, reduction, 0.2, 0.28
@@ -130,9 +144,14 @@ def test_whiten_is_the_standard_score() -> None:
         out = ppo_fast.whiten(x["x"], x["mask"], unbiased=unbiased, backend="reference")
         assert close(out[x["mask"]], [(v - mean) / math.sqrt(var + 1e-8) for v in kept])
         out = ppo_fast.whiten(
-            x["x"], x["mask"], unbiased=unbiased, eps_at="std", eps=1e-3, shift_mean=False,
+            x["x"],
+            x["mask"],
+            unbiased=unbiased,
+            eps_at="std",
+            eps=1e-3,
+            shift_mean=False,
             backend="reference",
-        )  # fmt: skip
+        )
         assert close(out[x["mask"]], [(v - mean) / (math.sqrt(var) + 1e-3) + mean for v in kept])
 
 

@@ -27,8 +27,9 @@ def test_mean_and_band_over_the_runs_of_a_configuration(tmp_path: Path) -> None:
     write(tmp_path / "other", [record(u) for u in range(2)], lr=0.1)
     groups = grouped(load_runs([tmp_path / n for n in ("0", "1", "2", "other")]))
     assert [(g.label, [r.name for r in g.runs]) for g in groups] == [
-        ("lr 0.01", ["0", "1", "2"]), ("lr 0.1", ["other"])
-    ]  # fmt: skip
+        ("lr 0.01", ["0", "1", "2"]),
+        ("lr 0.1", ["other"]),
+    ]
     reward = charts.charts(groups)[0]
     first, second = reward.curves
     assert reward.updates == [0, 1, 2]

@@ -54,7 +54,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
         ({"dropped": ["late"]}, "dropped must be an object, got ['late']"),
         ({"dropped": {"0": 7}}, "dropped['0'] must be a text, got 7"),
     ],
-)  # fmt: skip
+)
 def test_a_field_of_the_wrong_type_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict, says: str
 ) -> None:

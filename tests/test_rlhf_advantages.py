@@ -100,9 +100,16 @@ def test_first_pad_stays_in_its_segment(backend: str, device: str) -> None:
     mask = torch.tensor([1, 1, 1, 1, 1, 0], device=device)
     zero = torch.zeros(6, device=device)
     out = ppo_fast.rlhf_advantages(
-        torch.tensor([1.0, 2.0, 3.0], device=device), zero, zero, zero, mask, kl_coef=0.0,
-        score_at="first-pad", cu_seqlens=cu, backend=backend,
-    )  # fmt: skip
+        torch.tensor([1.0, 2.0, 3.0], device=device),
+        zero,
+        zero,
+        zero,
+        mask,
+        kl_coef=0.0,
+        score_at="first-pad",
+        cu_seqlens=cu,
+        backend=backend,
+    )
     assert out.rewards.tolist() == [0, 0, 1, 0, 0, 3]
 
 

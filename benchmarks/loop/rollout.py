@@ -67,16 +67,26 @@ class Workload:
 
     def _rollout(self, temperature: float) -> Any:
         return generate(
-            self.model, self.tokens, self.attention, max_new_tokens=self.steps,
-            temperature=temperature, eos=self.eos, generator=self.generator, backend=self.backend,
-        )  # fmt: skip
+            self.model,
+            self.tokens,
+            self.attention,
+            max_new_tokens=self.steps,
+            temperature=temperature,
+            eos=self.eos,
+            generator=self.generator,
+            backend=self.backend,
+        )
 
     def _generate(self, **options: Any) -> Tensor:
         # 0 pads: no EOS of ours, so that padding behind an EOS is not counted either way
         out = self.model.generate(
-            self.tokens, attention_mask=self.attention, max_new_tokens=self.steps,
-            eos_token_id=self.eos or None, pad_token_id=0, **options,
-        )  # fmt: skip
+            self.tokens,
+            attention_mask=self.attention,
+            max_new_tokens=self.steps,
+            eos_token_id=self.eos or None,
+            pad_token_id=0,
+            **options,
+        )
         return out[:, self.tokens.shape[1] :]
 
 
@@ -118,8 +128,10 @@ def main() -> None:
         trainer.agent.policy.model.generation_config.eos_token_id = None  # only what a case names
         stop = trainer.tokenizer(".")["input_ids"][-1]
         print(f"{chosen.threads} threads, medians of {chosen.repeats}", flush=True)
-        print("| model, rows × new tokens, EOS | ppo_fast tokens/s | generate | | "
-              "ppo_fast tokens per CPU second | generate | |\n|---|" + "---:|" * 6)  # fmt: skip
+        print(
+            "| model, rows × new tokens, EOS | ppo_fast tokens/s | generate | | "
+            "ppo_fast tokens per CPU second | generate | |\n|---|" + "---:|" * 6
+        )
         for shape in chosen.shapes:
             batch, steps = map(int, shape.split("x"))
             for name in chosen.eos:

@@ -67,11 +67,18 @@ def table(curves: Curves) -> str:
         kl = statistics.mean(fifths(seed["kl"])[1] for seed in seeds)
         took = max(seed["seconds"] for seed in seeds)
         cells = [
-            f"[{name}](tasks/{name}.png)", f"{entry['task']}, {entry['reward']}", str(len(seeds)),
-            str(len(seeds[0]["rewards"])), f"{first:+.3f}", f"{last:+.3f}", f"{gained:+.3f}",
-            f"{spread:.3f}" if len(seeds) > 1 else "-", f"{kl:.1f}", str(took),
+            f"[{name}](tasks/{name}.png)",
+            f"{entry['task']}, {entry['reward']}",
+            str(len(seeds)),
+            str(len(seeds[0]["rewards"])),
+            f"{first:+.3f}",
+            f"{last:+.3f}",
+            f"{gained:+.3f}",
+            f"{spread:.3f}" if len(seeds) > 1 else "-",
+            f"{kl:.1f}",
+            str(took),
             f"[report](tasks/{name}.html)",
-        ]  # fmt: skip
+        ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 

@@ -15,9 +15,13 @@ from ppo_fast.testing import Call
 
 # The settings RLHF trainers use; the same for every provider.
 PPO_OPTIONS: dict[str, Any] = {
-    "clip_low": 0.2, "clip_high": 0.2, "entropy_coef": 0.01, "kl_coef": 0.05, "kl_clamp": 10.0,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "entropy_coef": 0.01,
+    "kl_coef": 0.05,
+    "kl_clamp": 10.0,
     "reduction": "token-mean",
-}  # fmt: skip
+}
 GAE_OPTIONS: dict[str, Any] = {"gamma": 0.99, "lam": 0.95}
 
 # The standard deviation of logits.

@@ -10,10 +10,24 @@ from torch import Tensor
 
 # What a trainer logs, in the order of each loss's second result.
 PPO_STATS = (
-    "loss", "policy_loss", "entropy", "ref_kl", "kl_k1", "kl_k2", "kl_k3", "ratio_mean",
-    "ratio_min", "ratio_max", "ess", "clip_frac", "clip_frac_low", "clip_frac_high",
-    "clip_frac_eps", "n_tokens", "n_seqs",
-)  # fmt: skip
+    "loss",
+    "policy_loss",
+    "entropy",
+    "ref_kl",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "ess",
+    "clip_frac",
+    "clip_frac_low",
+    "clip_frac_high",
+    "clip_frac_eps",
+    "n_tokens",
+    "n_seqs",
+)
 VALUE_STATS = ("value_loss", "vf_clip_frac", "explained_variance", "n_tokens")
 
 
@@ -65,13 +79,24 @@ def ppo_loss(
         below, above = (ratio < 1 - clip_low).to(keep), (ratio > 1 + clip_high).to(keep)
         low, high = (active * below).sum() / n, (active * above).sum() / n
         stats = (
-            loss, policy_loss, entropy_mean, ref_kl,
-            mean(-d), mean(0.5 * d * d), mean(torch.expm1(d) - d), mean(ratio),
+            loss,
+            policy_loss,
+            entropy_mean,
+            ref_kl,
+            mean(-d),
+            mean(0.5 * d * d),
+            mean(torch.expm1(d) - d),
+            mean(ratio),
             ratio.masked_fill(~mask, torch.inf).amin(),
             ratio.masked_fill(~mask, -torch.inf).amax(),
             (ratio * keep).sum() ** 2 / (n * (ratio * ratio * keep).sum()),
-            low + high, low, high, mean(below + above), n, mask.any(-1).sum().to(n),
-        )  # fmt: skip
+            low + high,
+            low,
+            high,
+            mean(below + above),
+            n,
+            mask.any(-1).sum().to(n),
+        )
         return loss, torch.stack(stats)
 
 

@@ -35,11 +35,12 @@ def of(case: Case) -> Iterator[Provider]:
         return
     if case.op == "token_logprobs" and case.differentiates:
         yield Provider(
-            "liger", _cross_entropy,
+            "liger",
+            _cross_entropy,
             needs("liger_kernel.transformers.functional", _PACKAGE, gpu=True),
             computes="log-prob only; the forward forms the gradient, in place",
             roundings=rounded,  # to the logits' precision in the forward, and again scaled
-        )  # fmt: skip
+        )
     elif case.op == "token_logprobs":
         missing = needs("liger_kernel.ops.grpo_loss", _PACKAGE, gpu=True)
         yield Provider("liger", _selective, missing, computes="log-prob only, no entropy")

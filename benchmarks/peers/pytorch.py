@@ -42,9 +42,12 @@ def of(case: Case) -> Iterator[Provider]:
         yield _function(case, "compile", compiled=True)
     if case.op == "linear_token_logprobs":
         yield Provider(
-            "linear-ce", _linear_ce, _no_linear_ce, roundings=_rounded(case),
+            "linear-ce",
+            _linear_ce,
+            _no_linear_ce,
+            roundings=_rounded(case),
             computes="log-prob only, no entropy; in chunks, never whole logits",
-        )  # fmt: skip
+        )
         yield _ceiling("gemm", ceilings.product)
     elif case.op == "linear_ppo_loss":
         if case.differentiates and case.dtype == "fp32":

@@ -87,9 +87,12 @@ def _ppo_loss(case: Case, call: Call) -> Bound:
     t, inputs = leaves(case, call)
     mask, coef = t["mask"].to(t["logprobs"].dtype), call.options
     config = ActorConfig(
-        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True,
-        clip_ratio_low=coef["clip_low"], clip_ratio_high=coef["clip_high"],
-    )  # fmt: skip
+        strategy="fsdp",
+        rollout_n=1,
+        use_dynamic_bsz=True,
+        clip_ratio_low=coef["clip_low"],
+        clip_ratio_high=coef["clip_high"],
+    )
 
     def run() -> Any:
         policy, metrics = compute_policy_loss_vanilla(
@@ -105,10 +108,13 @@ def _ppo_loss(case: Case, call: Call) -> Bound:
     def named(out: Any) -> dict[str, Tensor]:
         loss, policy, entropy, kl, metrics = out
         return {
-            "loss": loss, "policy_loss": policy, "entropy": entropy, "ref_kl": kl,
+            "loss": loss,
+            "policy_loss": policy,
+            "entropy": entropy,
+            "ref_kl": kl,
             "clip_frac": loss.new_tensor(metrics["actor/pg_clipfrac"]),
             "kl_k1": loss.new_tensor(metrics["actor/ppo_kl"]),
-        }  # fmt: skip
+        }
 
     return timed(case, call, run, inputs, named)
 

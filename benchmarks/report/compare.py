@@ -30,8 +30,9 @@ def compare(before: Results, after: Results) -> list[str]:
         elif "median_ms" in row and "median_ms" in earlier:
             a, b = earlier["median_ms"], row["median_ms"]
             mark = "moved" if _apart(earlier, row) else ""
-            cells.append([name, tables.number(a, 4), tables.number(b, 4),
-                          tables.number(b / a), mark])  # fmt: skip
+            cells.append(
+                [name, tables.number(a, 4), tables.number(b, 4), tables.number(b / a), mark]
+            )
         elif earlier["status"] != row["status"]:
             rest.append(f"status: {name}: {earlier['status']} -> {row['status']}")
     gone = (key for key in old if key not in new)

@@ -91,12 +91,18 @@ def _lines(plot: Plot) -> Any:
     for name, ceiling, cases, rows in plot.lines:
         sizes = [case.shape.numel for case in cases]
         style: dict[str, Any] = {
-            "linestyle": ":" if ceiling else "-", "linewidth": 2 if fused(name) else 1,
-            "marker": "o", "markersize": 3, "label": name,
-        }  # fmt: skip
+            "linestyle": ":" if ceiling else "-",
+            "linewidth": 2 if fused(name) else 1,
+            "marker": "o",
+            "markersize": 3,
+            "label": name,
+        }
         time.plot(sizes, [row["median_ms"] for row in rows], **style)
-        known = [(x, row["peak_mb"]) for x, row in zip(sizes, rows, strict=True)
-                 if row["peak_mb"] is not None]  # fmt: skip
+        known = [
+            (x, row["peak_mb"])
+            for x, row in zip(sizes, rows, strict=True)
+            if row["peak_mb"] is not None
+        ]
         memory.plot([x for x, _ in known], [mb for _, mb in known], **style)
     shapes = {case.shape.numel: str(case.shape) for _, _, cases, _ in plot.lines for case in cases}
     for axes, what in ((time, "median ms"), (memory, "peak MB")):
@@ -122,8 +128,14 @@ def _bars(plot: Plot) -> Any:
         ticks.setdefault(case, -at)
         color = "tab:blue" if fused(name) else "lightgrey"
         axes.barh(-at, share * 100, color=color)
-        axes.annotate(f"{name} {share:.1%}", (share * 100, -at), (3, 0),
-                      textcoords="offset points", va="center", fontsize="small")  # fmt: skip
+        axes.annotate(
+            f"{name} {share:.1%}",
+            (share * 100, -at),
+            (3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+        )
     axes.set_yticks(list(ticks.values()), list(ticks), fontsize="small")
     axes.axvline(100, color="black", linewidth=0.8, zorder=0)
     shares = [100 * share for _, _, share in plot.bars]

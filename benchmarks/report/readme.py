@@ -19,11 +19,16 @@ def section(files: pages.Files) -> str:
         torch = facts["versions"]["torch"]
         lines += [
             f"**{pages.title(facts)}**, {facts['threads']} threads, torch {torch}, commit "
-            f"{commits} ([{path.name}](benchmarks/results/{path.name})):", "",
-            *tables.markdown(_figures(results.rows, found)), "",
-            *_calls(results.rows), *_updates(results.rows), "",
-            *pages.tally(found), "",
-        ]  # fmt: skip
+            f"{commits} ([{path.name}](benchmarks/results/{path.name})):",
+            "",
+            *tables.markdown(_figures(results.rows, found)),
+            "",
+            *_calls(results.rows),
+            *_updates(results.rows),
+            "",
+            *pages.tally(found),
+            "",
+        ]
     if not any("gpu" in run for results in files.values() for run in results.runs):
         lines.append("No figure measured on a GPU has been committed yet.")
     return "\n".join(lines).rstrip()
@@ -38,15 +43,24 @@ def _figures(rows: list[Row], found: Iterable[Verdict]) -> tables.Cells:
         row = pages.ours(block).get(provider)
         if row is None or case.direction in (CALL, CALL_GRAD):
             continue
-        times = {k: f"{tables.number(peer['median_ms'] / row['median_ms'])}×"
-                 for k, peer in pages.peers(block).items()}  # fmt: skip
+        times = {
+            k: f"{tables.number(peer['median_ms'] / row['median_ms'])}×"
+            for k, peer in pages.peers(block).items()
+        }
         known = [times.pop(name, "-") for name in ("eager", "compile")]
         others = ", ".join(f"{name} {ratio}" for name, ratio in times.items()) or "-"
         share = tables.ceiling_share(block, row)
         variant = provider.removeprefix("ppo_fast-")
         name = f"`{case.op}` {pages.label(case)} ({variant})"
-        lines.append([name, pages.duration(row["median_ms"]), *known, others,
-                      "-" if share is None else f"{share:.0%}"])  # fmt: skip
+        lines.append(
+            [
+                name,
+                pages.duration(row["median_ms"]),
+                *known,
+                others,
+                "-" if share is None else f"{share:.0%}",
+            ]
+        )
     return lines
 
 

@@ -41,17 +41,20 @@ def make_rows(case: Case, outcomes: dict[str, Outcome]) -> list[Row]:
     rows = []
     for name, outcome in outcomes.items():
         row: Row = case.to_json() | {
-            "provider": name, "ceiling": of[name].ceiling,
+            "provider": name,
+            "ceiling": of[name].ceiling,
             "computes": of[name].computes,
-            "status": outcome.status, "detail": outcome.detail,
-        }  # fmt: skip
+            "status": outcome.status,
+            "detail": outcome.detail,
+        }
         if outcome.samples:
             seconds, moved = median(outcome.samples), outcome.moved or least
             row |= timing_fields(outcome) | {
-                "bytes": moved, "flops": flops,
+                "bytes": moved,
+                "flops": flops,
                 "gb_per_s": _short(moved / seconds / 1e9),
                 "gflop_per_s": _short(flops / seconds / 1e9),
-            }  # fmt: skip
+            }
         rows.append(row)
     return rows
 

@@ -49,17 +49,31 @@ def timing_cells(case: Case, rows: list[Row]) -> Cells:
     found = timed(rows)
     base = next((name for name in _BASELINES if name in found), None)
     rate, key_of_rate = _rate(found)
-    heads = ["", f"median {unit}", "p20", "p80", f"× {base}" if base else "×", rate,
-             "of ceiling", "peak MB", "samples"]  # fmt: skip
+    heads = [
+        "",
+        f"median {unit}",
+        "p20",
+        "p80",
+        f"× {base}" if base else "×",
+        rate,
+        "of ceiling",
+        "peak MB",
+        "samples",
+    ]
     lines = []
     for name, row in found.items():
         share = ceiling_share(rows, row)
-        lines.append([
-            name, *(number(row[key] * scale, 4) for key in ("median_ms", "p20_ms", "p80_ms")),
-            number(found[base]["median_ms"] / row["median_ms"] if base else None),
-            number(row[key_of_rate]), "-" if share is None else f"{share:.0%}",
-            "-" if row["peak_mb"] is None else f"{row['peak_mb']:.1f}", str(row["samples"]),
-        ])  # fmt: skip
+        lines.append(
+            [
+                name,
+                *(number(row[key] * scale, 4) for key in ("median_ms", "p20_ms", "p80_ms")),
+                number(found[base]["median_ms"] / row["median_ms"] if base else None),
+                number(row[key_of_rate]),
+                "-" if share is None else f"{share:.0%}",
+                "-" if row["peak_mb"] is None else f"{row['peak_mb']:.1f}",
+                str(row["samples"]),
+            ]
+        )
     return [heads, *lines] if lines else []
 
 
@@ -91,9 +105,15 @@ def step_cells(rows: list[Row]) -> Cells:
         line = [part]
         for name in names:
             own = found.get(name)
-            line += ["-"] * len(units) if own is None else [
-                number(own["median_ms"], 4), f"{own['share']:.1%}", number(own["peak_mb"], 4),
-            ]  # fmt: skip
+            line += (
+                ["-"] * len(units)
+                if own is None
+                else [
+                    number(own["median_ms"], 4),
+                    f"{own['share']:.1%}",
+                    number(own["peak_mb"], 4),
+                ]
+            )
         lines.append(line)
     return lines
 
@@ -140,11 +160,16 @@ def goal_cells(found: list[Verdict]) -> Cells:
     lines = [["goal", "measured", "must reach", "", "aim", ""]]
     for verdict in found:
         goal = verdict.goal
-        lines.append([
-            goal_name(goal), figure(goal, verdict.value),
-            bound(goal, goal.must), _WORDS[verdict.must_met],
-            bound(goal, goal.aim), _WORDS[verdict.aim_met],
-        ])  # fmt: skip
+        lines.append(
+            [
+                goal_name(goal),
+                figure(goal, verdict.value),
+                bound(goal, goal.must),
+                _WORDS[verdict.must_met],
+                bound(goal, goal.aim),
+                _WORDS[verdict.aim_met],
+            ]
+        )
     return lines
 
 

@@ -312,9 +312,11 @@ def _place(holder: Any, key: Any) -> str:
             if value is holder
         ]
         return f"{min(names, default='a registry', key=len)}[{key!r}]"
-    owner = holder.__name__ if inspect.ismodule(holder) else (
-        f"{holder.__module__}.{holder.__qualname__}"
-    )  # fmt: skip
+    owner = (
+        holder.__name__
+        if inspect.ismodule(holder)
+        else (f"{holder.__module__}.{holder.__qualname__}")
+    )
     return f"{owner}.{key}"
 
 

@@ -56,11 +56,17 @@ def _policy_loss(
     if action_mask is None:
         raise Uncovered("no action_mask")
     loss, stats = ppo_fast.ppo_loss(
-        log_probs, old_log_probs, advantages, action_mask,
-        clip_low=self.clip_eps_low, clip_high=self.clip_eps_high, dual_clip=self.dual_clip,
-        **_divisor(action_mask, self.token_level_loss, dp_size, batch_num_tokens,
-                   global_batch_size),
-    )  # fmt: skip
+        log_probs,
+        old_log_probs,
+        advantages,
+        action_mask,
+        clip_low=self.clip_eps_low,
+        clip_high=self.clip_eps_high,
+        dual_clip=self.dual_clip,
+        **_divisor(
+            action_mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
+        ),
+    )
     tokens = stats.field("n_tokens")
     clipped = (stats.field("clip_low") + stats.field("clip_high")) / tokens
     # Without the clamp of the ratio that the loss is taken of.
@@ -82,11 +88,15 @@ def _value_loss(
     if action_mask is None:
         raise Uncovered("no action_mask")
     return ppo_fast.value_loss(
-        values, None if self.clip_eps is None else old_values, returns, action_mask,
+        values,
+        None if self.clip_eps is None else old_values,
+        returns,
+        action_mask,
         clip=self.clip_eps,
-        **_divisor(action_mask, self.token_level_loss, dp_size, batch_num_tokens,
-                   global_batch_size),
-    ).loss  # fmt: skip
+        **_divisor(
+            action_mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
+        ),
+    ).loss
 
 
 def _logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -125,7 +135,9 @@ integration = Integration(
         Swap("policy_loss", f"{_LOSS}:PolicyLoss.forward", _policy_loss),
         Swap("value_loss", f"{_LOSS}:ValueLoss.forward", _value_loss),
         Swap(
-            "logprobs", f"{_UTILS}:log_probs_from_logits", _logprobs,
+            "logprobs",
+            f"{_UTILS}:log_probs_from_logits",
+            _logprobs,
             sample=first_tokens("logits", "labels"),
         ),
         Swap("entropy", f"{_UTILS}:compute_entropy", _entropy, sample=first_tokens("logits")),
@@ -134,8 +146,9 @@ integration = Integration(
             "advantages",
             "openrlhf.trainer.ppo_utils.experience_maker:"
             "RemoteExperienceMaker.get_advantages_and_returns",
-            _advantages, view=_kept,
+            _advantages,
+            view=_kept,
         ),
     ),
-)  # fmt: skip
+)
 apply, revert, patched = integration.apply, integration.revert, integration.patched

@@ -31,9 +31,14 @@ def compute_returns_and_advantage(self: Any, last_values: Tensor, dones: Array) 
     ends = np.concatenate([self.episode_starts[1:], dones[None].astype(np.float32)])
     rewards, values, terminated = map(torch.from_numpy, (self.rewards, self.values, ends))
     out = ppo_fast.gae(
-        rewards, values, bootstrap=last_values.detach().cpu().flatten().float(),
-        terminated=terminated, gamma=self.gamma, lam=self.gae_lambda, time_major=True,
-    )  # fmt: skip
+        rewards,
+        values,
+        bootstrap=last_values.detach().cpu().flatten().float(),
+        terminated=terminated,
+        gamma=self.gamma,
+        lam=self.gae_lambda,
+        time_major=True,
+    )
     self.advantages, self.returns = out.advantages.numpy(), out.returns.numpy()
 
 

@@ -30,9 +30,14 @@ def _compute(
 ) -> tuple[Tensor, Tensor]:
     """Returns and whitened advantages `(T, B, 1)` fp32, `bootstrap` `(B, 1)`."""
     out = ppo_fast.gae(
-        rewards.squeeze(-1), values.squeeze(-1), bootstrap=bootstrap.flatten(),
-        terminated=ends.squeeze(-1), gamma=gamma, lam=lam, time_major=True,
-    )  # fmt: skip
+        rewards.squeeze(-1),
+        values.squeeze(-1),
+        bootstrap=bootstrap.flatten(),
+        terminated=ends.squeeze(-1),
+        gamma=gamma,
+        lam=lam,
+        time_major=True,
+    )
     advantages = ppo_fast.whiten(out.advantages, moments=out.moments, eps_at="std")
     return out.returns.unsqueeze(-1), advantages.unsqueeze(-1)
 

@@ -28,9 +28,13 @@ def _advantages(
         torch.from_numpy(np.ascontiguousarray(x, np.float64)) for x in (rew, v_s, v_s_)
     )
     advantages = ppo_fast.gae(
-        rewards, values, next_values=after, gamma=gamma, lam=gae_lambda,
+        rewards,
+        values,
+        next_values=after,
+        gamma=gamma,
+        lam=gae_lambda,
         cu_seqlens=torch.from_numpy(offsets),
-    ).advantages.numpy()  # fmt: skip
+    ).advantages.numpy()
     return {"advantage": advantages, "returns": advantages + v_s}
 
 

@@ -50,9 +50,13 @@ def estimate(
         lam = rows(lam.expand_as(reward)) if lam.numel() > 1 else float(lam)
     # `done` cuts the recursion and `terminated` the next value, whichever of them is set.
     out = ppo_fast.gae(
-        rows(reward), rows(state_value), gamma=float(gamma), lam=lam,
-        next_values=rows(next_state_value.masked_fill(terminated, 0.0)), truncated=rows(done),
-    )  # fmt: skip
+        rows(reward),
+        rows(state_value),
+        gamma=float(gamma),
+        lam=lam,
+        next_values=rows(next_state_value.masked_fill(terminated, 0.0)),
+        truncated=rows(done),
+    )
     return back(out.advantages), back(out.returns)
 
 

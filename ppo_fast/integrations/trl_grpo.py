@@ -46,9 +46,13 @@ def _linear_logprobs(
         raise Uncovered("a weight that DeepSpeed ZeRO-3 takes away between forward and backward")
     cap = final_logit_softcapping
     logprobs, entropy = ppo_fast.linear_token_logprobs(
-        hidden, weight, targets, bias=bias, temperature=temperature / logit_scale,
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature / logit_scale,
         softcap=None if cap is None else cap / logit_scale,
-    )  # fmt: skip
+    )
     return logprobs, entropy if "entropy" in outputs else None, None, None, None
 
 
@@ -66,8 +70,16 @@ def _loss(
     entropy_mask: Tensor | None,
 ) -> dict[str, Any]:
     by_sequence = self.importance_sampling_level == "sequence"
-    weights = _weights(self, inputs, per_token_logps, old_per_token_logps, advantages, mask,
-                       entropy_mask, by_sequence)  # fmt: skip
+    weights = _weights(
+        self,
+        inputs,
+        per_token_logps,
+        old_per_token_logps,
+        advantages,
+        mask,
+        entropy_mask,
+        by_sequence,
+    )
     options, denom, normalizer = _options(self, inputs, mask, by_sequence)
     if by_sequence and advantages.shape[1] != 1:
         raise Uncovered("advantages per token beside importance_sampling_level 'sequence'")
@@ -79,22 +91,26 @@ def _loss(
     kl = {}
     if self.beta != 0.0:
         # The gradient of ρ·k3 is ρ·d: the ratio times k2's, which is what "+" takes.
-        kl = {"ref_logprobs": inputs["ref_per_token_logps"], "kl_coef": self.beta,
-              "kl_estimator": "k3+" if corrected else "k3", "kl_clamp": None,
-              "kl_ratio_clip": _UNBOUNDED if corrected else None}  # fmt: skip
+        kl = {
+            "ref_logprobs": inputs["ref_per_token_logps"],
+            "kl_coef": self.beta,
+            "kl_estimator": "k3+" if corrected else "k3",
+            "kl_clamp": None,
+            "kl_ratio_clip": _UNBOUNDED if corrected else None,
+        }
     loss, _ = ppo_fast.ppo_loss(
-        per_token_logps, old_per_token_logps, advantages, mask, is_weights=weights,
-        **options, **kl,
-    )  # fmt: skip
+        per_token_logps, old_per_token_logps, advantages, mask, is_weights=weights, **options, **kl
+    )
     if corrected:
         k3, ratio = metrics["per_token_kl"], (per_token_logps - old_per_token_logps).detach().exp()
         metrics["per_token_kl"] = ratio * k3
         # Only the value is missing. Where the ratio is 1 the policy term is −A: the same sum.
         reduction = {k: options[k] for k in ("reduction", "denom") if k in options}
         missing = self.beta * (k3 - ratio * k3)
-        loss = loss + ppo_fast.ppo_loss(
-            per_token_logps.detach(), None, missing, mask, **reduction
-        ).loss  # fmt: skip
+        loss = (
+            loss
+            + ppo_fast.ppo_loss(per_token_logps.detach(), None, missing, mask, **reduction).loss
+        )
     mode = "train" if self.model.training else "eval"
     own = {"loss": loss / normalizer, "policy_loss": loss.detach(), "normalizer": normalizer}
     return {**own, "mode": mode, **metrics}
@@ -150,8 +166,9 @@ def _options(
     variant = "gspo" if by_sequence else "clip"
     if kind == "cispo":
         if by_sequence or self.epsilon_high < 1:
-            raise Uncovered(f"cispo with epsilon_high {self.epsilon_high} by"
-                            f" {self.importance_sampling_level}")  # fmt: skip
+            raise Uncovered(
+                f"cispo with epsilon_high {self.epsilon_high} by {self.importance_sampling_level}"
+            )
         variant, delta = "cispo", None
         clip = {"clip_low": 1.0, "clip_high": self.epsilon_high - 1}
     elif kind not in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"):
@@ -213,29 +230,39 @@ integration = Integration(
     on_request=("logprobs",),
     swaps=(
         Swap(
-            "linear_logprobs", "trl.kernels.chunked_logprob:ChunkedLogProbFunction.apply",
-            _linear_logprobs, sample=first_of_head("hidden", "weight", "targets", "bias"),
+            "linear_logprobs",
+            "trl.kernels.chunked_logprob:ChunkedLogProbFunction.apply",
+            _linear_logprobs,
+            sample=first_of_head("hidden", "weight", "targets", "bias"),
         ),
         Swap(
-            "loss", "trl.trainer.grpo_trainer:GRPOTrainer._compute_loss", _loss, view=_compared,
+            "loss",
+            "trl.trainer.grpo_trainer:GRPOTrainer._compute_loss",
+            _loss,
+            view=_compared,
             block=Block(
                 "if self.off_policy_mask_threshold is not None:\n    sampling_per_token_logps",
                 "if self.loss_type in ['grpo', 'sapo']:",
             ),
         ),
         Swap(
-            "logprobs", "trl.trainer.utils:selective_log_softmax", compat.selective_log_softmax,
+            "logprobs",
+            "trl.trainer.utils:selective_log_softmax",
+            compat.selective_log_softmax,
             sample=first_tokens("logits", "index", "row_mask"),
         ),
         Swap(
-            "logprobs", "trl.trainer.utils:selective_log_softmax_and_entropy",
+            "logprobs",
+            "trl.trainer.utils:selective_log_softmax_and_entropy",
             compat.selective_log_softmax_and_entropy,
             sample=first_tokens("logits", "index", "row_mask"),
         ),
         Swap(
-            "logprobs", "trl.trainer.utils:entropy_from_logits", _entropy,
+            "logprobs",
+            "trl.trainer.utils:entropy_from_logits",
+            _entropy,
             sample=first_tokens("logits"),
         ),
     ),
-)  # fmt: skip
+)
 apply, revert, patched = integration.apply, integration.revert, integration.patched

@@ -79,9 +79,14 @@ def _policy_loss(
 ) -> dict[str, Any]:
     """The metrics are means over all slots, as TRL's: a padded one has d = 0 and a ratio of 1."""
     loss, stats = ppo_fast.ppo_loss(
-        new_logprobs, mb_logprobs, mb_advantage, ~padding_mask[micro_batch_inds],
-        clip_low=args.cliprange, clip_high=args.cliprange, log_ratio_clamp=None,
-    )  # fmt: skip
+        new_logprobs,
+        mb_logprobs,
+        mb_advantage,
+        ~padding_mask[micro_batch_inds],
+        clip_low=args.cliprange,
+        clip_high=args.cliprange,
+        log_ratio_clamp=None,
+    )
     slots, tokens = new_logprobs.numel(), stats.field("n_tokens")
     return {
         "pg_loss": loss,
@@ -119,26 +124,38 @@ integration = Integration(
     extra="trl-ppo",
     swaps=(
         Swap(
-            "logprobs", "trl.trainer.utils:selective_log_softmax", _logprobs,
+            "logprobs",
+            "trl.trainer.utils:selective_log_softmax",
+            _logprobs,
             sample=first_tokens("logits", "index"),
         ),
         Swap("whiten", "trl.experimental.ppo.ppo_trainer:masked_whiten", _whiten, view=_kept),
         Swap(
-            "gae", _TRAIN, _gae, view=_used("gae"),
+            "gae",
+            _TRAIN,
+            _gae,
+            view=_used("gae"),
             block=Block("lastgaelam = 0", "returns = advantages + values"),
         ),
         Swap(
-            "value_loss", _TRAIN, _value_loss, view=_used("value_loss"),
+            "value_loss",
+            _TRAIN,
+            _value_loss,
+            view=_used("value_loss"),
             block=Block("vpredclipped = torch.clamp(", "vf_clipfrac = masked_mean("),
         ),
         Swap(
-            "policy_loss", _TRAIN, _policy_loss, view=_used("policy_loss"),
+            "policy_loss",
+            _TRAIN,
+            _policy_loss,
+            view=_used("policy_loss"),
             sample=first_rows(*_MICRO_BATCH),
             block=Block(
-                "logprobs_diff = new_logprobs", "pg_loss = masked_mean(",
+                "logprobs_diff = new_logprobs",
+                "pg_loss = masked_mean(",
                 metrics=("pg_clipfrac = masked_mean(", "approxkl = "),
             ),
         ),
     ),
-)  # fmt: skip
+)
 apply, revert, patched = integration.apply, integration.revert, integration.patched

@@ -66,10 +66,19 @@ def _policy(variant: str, clamp: float | None) -> Any:
             loss_agg_mode, response_mask, **config.global_batch_info
         )
         loss, stats = ppo_fast.ppo_loss(
-            log_prob, old_log_prob, advantages, response_mask, variant=variant,
-            clip_low=low, clip_high=high, dual_clip=dual, log_ratio_clamp=clamp,
-            is_weights=rollout_is_weights, reduction=reduction, denom=denom,
-        )  # fmt: skip
+            log_prob,
+            old_log_prob,
+            advantages,
+            response_mask,
+            variant=variant,
+            clip_low=low,
+            clip_high=high,
+            dual_clip=dual,
+            log_ratio_clamp=clamp,
+            is_weights=rollout_is_weights,
+            reduction=reduction,
+            denom=denom,
+        )
         found = stats.compute()
         metrics = {
             "actor/pg_clipfrac": found["clip_frac_eps" if variant == "cispo" else "clip_frac"],
@@ -95,13 +104,22 @@ def _value_loss(
     loss_scale_factor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     reduction, denom, factor = _divisor(
-        loss_agg_mode, response_mask, dp_size, batch_num_tokens, global_batch_size,
+        loss_agg_mode,
+        response_mask,
+        dp_size,
+        batch_num_tokens,
+        global_batch_size,
         loss_scale_factor,
-    )  # fmt: skip
+    )
     loss, stats = ppo_fast.value_loss(
-        vpreds, values, returns, response_mask, clip=cliprange_value, reduction=reduction,
+        vpreds,
+        values,
+        returns,
+        response_mask,
+        clip=cliprange_value,
+        reduction=reduction,
         denom=denom,
-    )  # fmt: skip
+    )
     clipped = stats.field("vf_clip") / stats.field("vf_n_tokens").clamp(min=1)
     return loss * factor, clipped.float()
 
@@ -160,13 +178,17 @@ integration = Integration(
         Swap("kl", f"{_CORE}:kl_penalty", compat.kl_penalty),
         Swap("gae", f"{_CORE}:compute_gae_advantage_return", _gae, view=_kept),
         Swap(
-            "logprobs", "verl.utils.torch_functional:logprobs_from_logits", _logprobs,
+            "logprobs",
+            "verl.utils.torch_functional:logprobs_from_logits",
+            _logprobs,
             sample=first_tokens("logits", "labels"),
         ),
         Swap(
-            "linear_logprobs", _FUSED, _linear,
+            "linear_logprobs",
+            _FUSED,
+            _linear,
             sample=first_of_head("hidden_states", "vocab_weights", "input_ids"),
         ),
     ),
-)  # fmt: skip
+)
 apply, revert, patched = integration.apply, integration.revert, integration.patched

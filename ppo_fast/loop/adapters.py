@@ -33,10 +33,13 @@ def add_adapters(model: Any, rank: int, train_layers: int) -> tuple[Any, int]:
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     }
     lora = LoraConfig(
-        r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", target_modules=sorted(linear),
+        r=rank,
+        lora_alpha=2 * rank,
+        task_type="CAUSAL_LM",
+        target_modules=sorted(linear),
         layers_to_transform=list(range(split, len(layers))),
         layers_pattern=path.rsplit(".", 1)[-1],
-    )  # fmt: skip
+    )
     adapted = get_peft_model(model, lora)
     check_frozen(model, layers, split)
     return adapted, split

@@ -157,9 +157,13 @@ class Agent:
         rows = self.ranks.share(torch.arange(len(tokens), device=tokens.device))
         with self.autocast(), self.whole(self.policy.model):
             mine = generate(
-                self.policy.model, tokens[rows], attention[rows],
-                rows=rows, total=len(tokens), **options,
-            )  # fmt: skip
+                self.policy.model,
+                tokens[rows],
+                attention[rows],
+                rows=rows,
+                total=len(tokens),
+                **options,
+            )
         # Without an EOS every completion has full length, and none is padded.
         gather, end = self.ranks.gather, next(iter(options["eos"]), 0)
         seqs = Sequences(*(gather(x, f) for x, f in zip(mine.seqs, (end, 0, 0), strict=True)))
@@ -196,9 +200,14 @@ class Agent:
         return head
 
     def policy_loss(
-        self, out: Forward, seqs: Sequences, old: Tensor, advantages: Tensor, backend: str,
+        self,
+        out: Forward,
+        seqs: Sequences,
+        old: Tensor,
+        advantages: Tensor,
+        backend: str,
         **options: Any,
-    ) -> ppo_fast.HeadLoss:  # fmt: skip
+    ) -> ppo_fast.HeadLoss:
         """The policy loss over the n kept tokens; `old` and `advantages` (n,)."""
         options |= {"backend": backend, "cu_seqlens": seqs.cu_seqlens()}
         tokens = seqs.flat(seqs.response)
@@ -206,9 +215,14 @@ class Agent:
             # The logits are this call's own: their gradient may overwrite them.
             own = backend != "reference"
             return ppo_fast.logits_ppo_loss(
-                out.logits, tokens, old, advantages,
-                temperature=self.config.temperature, inplace=own, **options,
-            )  # fmt: skip
+                out.logits,
+                tokens,
+                old,
+                advantages,
+                temperature=self.config.temperature,
+                inplace=own,
+                **options,
+            )
         head = self._head(self.policy)
         weight = head.pop("weight")
         with self.autocast():

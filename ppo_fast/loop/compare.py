@@ -96,9 +96,12 @@ def compare(trainer: Trainer, repeats: int) -> Comparison:
     (loss, gradients), (other, others) = (_gradients(trainer, batch, plan, b) for b in backends)
     pairs = list(zip(gradients, others, strict=True))
     return Comparison(
-        runs, other, abs(loss - other), largest([b for _, b in pairs]),
+        runs,
+        other,
+        abs(loss - other),
+        largest([b for _, b in pairs]),
         largest([a - b for a, b in pairs]),
-    )  # fmt: skip
+    )
 
 
 def largest(tensors: list[Tensor]) -> float:

@@ -20,9 +20,17 @@ __all__ = ["NUMBERS", "Array", "History", "Record", "mean"]
 
 Array = NDArray[np.float64]
 NUMBERS = (
-    "update", "reward", "kl", "batch", "n_tokens", "n_seqs", "clip_frac", "explained_variance",
-    "entropy", "rollout_gap_mean",
-)  # fmt: skip
+    "update",
+    "reward",
+    "kl",
+    "batch",
+    "n_tokens",
+    "n_seqs",
+    "clip_frac",
+    "explained_variance",
+    "entropy",
+    "rollout_gap_mean",
+)
 # Not finite in runs that go well, too: no sample of a batch has a reward; all returns are equal.
 _MAY_LACK = ("reward", "explained_variance")
 

@@ -63,11 +63,19 @@ def tiny_model(texts: list[str], vocab: int = 300, hidden: int = 32, layers: int
         tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>"
     )
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=0,
-        tie_word_embeddings=True, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
     return LlamaForCausalLM(config), tokenizer
 
 

@@ -133,8 +133,11 @@ def processes(config: TrainConfig) -> Iterator[Ranks]:
     store, rank, size = next(rendezvous("env://", timeout=wait))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore("ppo_fast", store), rank=rank, world_size=size, timeout=wait,
-    )  # fmt: skip
+        store=PrefixStore("ppo_fast", store),
+        rank=rank,
+        world_size=size,
+        timeout=wait,
+    )
     ranks = Ranks(rank, size, config.parallel == "fsdp2", config.timeout, device)
     try:
         yield ranks

@@ -13,8 +13,11 @@ from ppo_fast.loop.alarms import alarms
 from ppo_fast.loop.history import History, Record
 
 _FIELDS = {
-    "reward": "{:+.3f}", "kl": "{:.2f}", "clip_frac": "{:.2f}", "tokens_per_second": "{:.0f}"
-}  # fmt: skip
+    "reward": "{:+.3f}",
+    "kl": "{:.2f}",
+    "clip_frac": "{:.2f}",
+    "tokens_per_second": "{:.0f}",
+}
 _NAMED = 8  # samples with the same fault, in one line
 _LABELS = {"kl": "KL", "clip_frac": "clip", "tokens_per_second": "tokens/s"}
 
@@ -22,7 +25,7 @@ _LABELS = {"kl": "KL", "clip_frac": "clip", "tokens_per_second": "tokens/s"}
 @contextmanager
 def shown(
     console: Console, done: int, updates: int
-) -> Iterator[Callable[[Record, History], None]]:  # fmt: skip
+) -> Iterator[Callable[[Record, History], None]]:
     """Show a run of `updates` of which `done` are; yields what to call after each.
 
     It is given the update's record and the history up to it.

@@ -53,9 +53,17 @@ class TransitionStream:
     """
 
     def __init__(
-        self, rows: list[Transition], batch: int, seed: int, *, shuffle: bool, decode: Any,
-        pad: int, dtype: torch.dtype, device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        rows: list[Transition],
+        batch: int,
+        seed: int,
+        *,
+        shuffle: bool,
+        decode: Any,
+        pad: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         if not rows:
             raise TransitionsError("transitions must not be empty, got 0 rows")
         self._rows, self._decode, self._pad = rows, decode, pad
@@ -99,15 +107,17 @@ class TransitionStream:
         before = max(len(r.prompt_tokens) for r in rows)
         after = max(len(r.tokens) for r in rows)
         tokens = [
-            [self._pad] * (before - len(r.prompt_tokens)) + r.prompt_tokens
+            [self._pad] * (before - len(r.prompt_tokens))
+            + r.prompt_tokens
             + _padded(r.tokens, after, self._pad)
             for r in rows
-        ]  # fmt: skip
+        ]
         attention = [
-            [0] * (before - len(r.prompt_tokens)) + [1] * len(r.prompt_tokens)
+            [0] * (before - len(r.prompt_tokens))
+            + [1] * len(r.prompt_tokens)
             + _padded([1] * len(r.tokens), after, 0)
             for r in rows
-        ]  # fmt: skip
+        ]
         attended = torch.tensor(attention, device=self._device)
         seqs = Sequences(
             torch.tensor(tokens, device=self._device), attended, attended[:, before:].bool()
@@ -119,9 +129,12 @@ class TransitionStream:
         texts = [self._decode(r.tokens) for r in rows]
         prompts = [r.prompt or self._decode(r.prompt_tokens) for r in rows]
         return Experience(
-            prompts, texts, Rollout(seqs, logprobs.to(self._device)),
-            Scores([sum(r.rewards) for r in rows]), rewards.to(self._device),
-        )  # fmt: skip
+            prompts,
+            texts,
+            Rollout(seqs, logprobs.to(self._device)),
+            Scores([sum(r.rewards) for r in rows]),
+            rewards.to(self._device),
+        )
 
 
 class TransitionWriter:
@@ -156,11 +169,14 @@ class TransitionWriter:
                 continue
             response = tokens[width:][mask].tolist()
             yield {
-                "update": update, "prompt": sample.prompts[i],
-                "prompt_tokens": tokens[:width][attended[:width]].tolist(), "tokens": response,
-                "logprobs": logprobs[mask].tolist(), "reward": scores.values[i],
+                "update": update,
+                "prompt": sample.prompts[i],
+                "prompt_tokens": tokens[:width][attended[:width]].tolist(),
+                "tokens": response,
+                "logprobs": logprobs[mask].tolist(),
+                "reward": scores.values[i],
                 "truncated": response[-1] not in self._eos,
-            }  # fmt: skip
+            }
 
 
 def _lines_before(path: Path, update: int) -> list[str]:
@@ -183,9 +199,16 @@ def _update(path: Path, line: str) -> int:
 
 
 def open_transitions(
-    path: Path, batch: int, seed: int, *, shuffle: bool, keep_truncated: bool,
-    model: Any, tokenizer: Any, report: Callable[[str], None],
-) -> TransitionStream:  # fmt: skip
+    path: Path,
+    batch: int,
+    seed: int,
+    *,
+    shuffle: bool,
+    keep_truncated: bool,
+    model: Any,
+    tokenizer: Any,
+    report: Callable[[str], None],
+) -> TransitionStream:
     """The transitions in `path` for `model`; `report` is told what is dropped and what is left."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = Limits(model.get_input_embeddings().num_embeddings, context)
@@ -205,10 +228,15 @@ def open_transitions(
         f" left out; a pass takes {passes} updates of {batch}"
     )
     return TransitionStream(
-        rows, batch, seed, shuffle=shuffle, pad=tokenizer.pad_token_id or 0,
-        dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device,
+        rows,
+        batch,
+        seed,
+        shuffle=shuffle,
+        pad=tokenizer.pad_token_id or 0,
+        dtype=torch.promote_types(weight.dtype, torch.float32),
+        device=weight.device,
         decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
-    )  # fmt: skip
+    )
 
 
 def _padded(row: list[Any], width: int, value: float) -> list[Any]:

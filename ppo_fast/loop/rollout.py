@@ -58,10 +58,18 @@ def encode(
 
 @torch.no_grad()
 def generate(
-    model: Any, tokens: Tensor, attention: Tensor, *, max_new_tokens: int, temperature: float,
-    eos: list[int], generator: torch.Generator, backend: str,
-    rows: Tensor | None = None, total: int | None = None,
-) -> Rollout:  # fmt: skip
+    model: Any,
+    tokens: Tensor,
+    attention: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    eos: list[int],
+    generator: torch.Generator,
+    backend: str,
+    rows: Tensor | None = None,
+    total: int | None = None,
+) -> Rollout:
     """Sample one completion per left-padded prompt, tokens and attention (B, P).
 
     A completion ends with its first token among `eos`, which is its own, or with its

@@ -20,9 +20,17 @@ if TYPE_CHECKING:
 Tree = dict[str, Any]
 # Options that a resumed run may be given anew: they move no number of an update.
 FREE = {
-    "out", "quick", "updates", "compare", "save_every", "keep_checkpoints", "resume",
-    "tensorboard", "save_transitions", "transitions",  # their digest is among the prompts
-}  # fmt: skip
+    "out",
+    "quick",
+    "updates",
+    "compare",
+    "save_every",
+    "keep_checkpoints",
+    "resume",
+    "tensorboard",
+    "save_transitions",
+    "transitions",  # their digest is among the prompts
+}
 
 
 def trainable(agent: Agent) -> dict[str, Tensor]:

@@ -118,15 +118,25 @@ TASKS: dict[str, Callable[[TrainConfig], Task]] = {
 DEFAULTS: dict[str, dict[str, object]] = {
     "sentiment": {},
     "summarize": {
-        "updates": 16, "max_new_tokens": 16, "temperature": 0.8, "train_layers": 4, "lr": 2e-4,
-        "warmup": 4, "kl_coef": 0.01,
+        "updates": 16,
+        "max_new_tokens": 16,
+        "temperature": 0.8,
+        "train_layers": 4,
+        "lr": 2e-4,
+        "warmup": 4,
+        "kl_coef": 0.01,
     },
     "translate": {
-        "updates": 18, "max_new_tokens": 10, "temperature": 0.6, "train_layers": 4, "lr": 4e-4,
-        "warmup": 4, "kl_coef": 0.003,
+        "updates": 18,
+        "max_new_tokens": 10,
+        "temperature": 0.6,
+        "train_layers": 4,
+        "lr": 4e-4,
+        "warmup": 4,
+        "kl_coef": 0.003,
     },
     "qa": {"updates": 15, "max_new_tokens": 6, "train_layers": 4, "lr": 2e-4, "warmup": 4},
-}  # fmt: skip
+}
 
 
 def load_task(config: TrainConfig) -> Task:

@@ -62,10 +62,14 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, model: Any, tokenizer: Any,
-        prompts: list[str] | TransitionStream, reward: rewards.RewardFn,
+        self,
+        config: TrainConfig,
+        model: Any,
+        tokenizer: Any,
+        prompts: list[str] | TransitionStream,
+        reward: rewards.RewardFn,
         ranks: Ranks | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.ranks = ranks or Ranks()
         config = config.absolute()
         torch.manual_seed(config.seed)
@@ -84,9 +88,10 @@ class Trainer:
         self.backend = select("train", asked, self.agent.parameters[0])
         self.eos = models.eos_ids(model, tokenizer)
         self.prompts: data.PromptStream | TransitionStream = (
-            prompts if isinstance(prompts, TransitionStream)
+            prompts
+            if isinstance(prompts, TransitionStream)
             else data.PromptStream(prompts, config.seed)
-        )  # fmt: skip
+        )
         path = config.save_transitions if self.ranks.first else None
         self.writer = None if path is None else TransitionWriter(path, self.eos)
         self.sampling = torch.Generator(self.device).manual_seed(config.seed)
@@ -154,9 +159,12 @@ class Trainer:
         sample = self.collect(seconds)
         prompts, texts, rollout, scores, _ = sample
         record: Record = {
-            "update": self.updates, "reward": scores.mean, "dropped": scores.faults,
-            "batch": len(prompts), "seconds": seconds,
-        }  # fmt: skip
+            "update": self.updates,
+            "reward": scores.mean,
+            "dropped": scores.faults,
+            "batch": len(prompts),
+            "seconds": seconds,
+        }
         seqs = self.kept(rollout.seqs, scores)
         if seqs.mask.any():
             record |= self._learn(sample, seqs, seconds)
@@ -213,11 +221,17 @@ class Trainer:
         seconds["advantages"] = advantage_time.seconds
         seconds["update"] = update_time.seconds
         record: Record = {
-            "lr": lr, "kl": kl, "kl_coef": self.kl_coef, "loss_kl_coef": self.loss_kl_coef,
-            "rollout_gap_max": float(gap.max()), "rollout_gap_mean": float(gap.mean()),
-            "grad_norm": done.grad_norm, "steps": done.steps, "skipped": done.skipped,
+            "lr": lr,
+            "kl": kl,
+            "kl_coef": self.kl_coef,
+            "loss_kl_coef": self.loss_kl_coef,
+            "rollout_gap_max": float(gap.max()),
+            "rollout_gap_mean": float(gap.mean()),
+            "grad_norm": done.grad_norm,
+            "steps": done.steps,
+            "skipped": done.skipped,
             "stopped_by_kl": done.stopped_by_kl,
-        } | weighing  # fmt: skip
+        } | weighing
         if done.stats is not None:
             record |= done.stats.compute()
         self._control(kl, sum(sample.scores.kept), done)
@@ -243,10 +257,14 @@ class Trainer:
         limit = models.prompt_limit(self.agent.policy.model, self.config.max_new_tokens)
         tokens, attention = encode(self.tokenizer, prompts, self.device, limit)
         return self.agent.sample(
-            tokens, attention,
-            max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature,
-            eos=self.eos, generator=self.sampling, backend=backend,
-        )  # fmt: skip
+            tokens,
+            attention,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            eos=self.eos,
+            generator=self.sampling,
+            backend=backend,
+        )
 
     def scores(self, prompts: list[str], texts: list[str], seqs: Sequences) -> rewards.Scores:
         """The rewards of a rollout, clipped and less the penalty for a missing EOS."""
@@ -262,16 +280,27 @@ class Trainer:
         return seqs._replace(mask=seqs.mask & kept[:, None])
 
     def advantages(
-        self, seqs: Sequences, scored: Scored, scores: rewards.Scores, backend: str,
+        self,
+        seqs: Sequences,
+        scored: Scored,
+        scores: rewards.Scores,
+        backend: str,
         token_rewards: Tensor | None = None,
-    ) -> tuple[Batch, float]:  # fmt: skip
+    ) -> tuple[Batch, float]:
         """The batch an update reads, and its mean KL to the reference per sequence (nats)."""
         given = scored.old.new_tensor(scores.values) if token_rewards is None else token_rewards
         out = ppo_fast.rlhf_advantages(
-            given, scored.old, scored.ref, scored.values, seqs.mask, kl_coef=self.kl_coef,
+            given,
+            scored.old,
+            scored.ref,
+            scored.values,
+            seqs.mask,
+            kl_coef=self.kl_coef,
             score_at="last-token" if token_rewards is None else "per-token",
-            gamma=self.config.gamma, lam=self.config.lam, backend=backend,
-        )  # fmt: skip
+            gamma=self.config.gamma,
+            lam=self.config.lam,
+            backend=backend,
+        )
         kl = float(out.kl.sum()) / max(1, sum(scores.kept))
         return Batch(seqs, scored, out.advantages, out.returns, out.moments), kl
 
@@ -299,10 +328,20 @@ def load_trainer(
     model, tokenizer = models.load_model(config.model, task.texts[:200], device)
     task = task.as_chat(tokenizer) if config.chat else task
     reward = rewards.load_reward(config, task, device)
-    source = task.prompts if config.transitions is None else open_transitions(
-        config.transitions, config.batch, config.seed, shuffle=config.shuffle,
-        keep_truncated=config.keep_truncated, model=model, tokenizer=tokenizer, report=report,
-    )  # fmt: skip
+    source = (
+        task.prompts
+        if config.transitions is None
+        else open_transitions(
+            config.transitions,
+            config.batch,
+            config.seed,
+            shuffle=config.shuffle,
+            keep_truncated=config.keep_truncated,
+            model=model,
+            tokenizer=tokenizer,
+            report=report,
+        )
+    )
     return Trainer(config, model, tokenizer, source, reward, ranks)
 
 

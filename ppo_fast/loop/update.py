@@ -51,9 +51,13 @@ def make_plan(n: int, minibatches: int, micro_batch: int, generator: torch.Gener
 
 
 def update(
-    agent: Agent, batch: Batch, plan: Plan, loss_kl_coef: float,
-    generator: torch.Generator, backend: str,
-) -> Updated:  # fmt: skip
+    agent: Agent,
+    batch: Batch,
+    plan: Plan,
+    loss_kl_coef: float,
+    generator: torch.Generator,
+    backend: str,
+) -> Updated:
     """Run `epochs` passes over the batch; `plan` orders the first, each later one is drawn anew.
 
     A minibatch with no token left is skipped, as is one whose gradient is not finite. Before the
@@ -93,9 +97,13 @@ def update(
 
 
 def accumulate(
-    agent: Agent, batch: Batch, minibatch: list[Tensor], loss_kl_coef: float,
-    backend: str, unchanged: bool = False,
-) -> ppo_fast.Stats | None:  # fmt: skip
+    agent: Agent,
+    batch: Batch,
+    minibatch: list[Tensor],
+    loss_kl_coef: float,
+    backend: str,
+    unchanged: bool = False,
+) -> ppo_fast.Stats | None:
     """Add one minibatch's gradient to the parameters, and return its statistics.
 
     Every micro-batch divides by the tokens of the whole minibatch, so the gradient, once summed
@@ -124,16 +132,29 @@ def _loss(
     out = agent.forward(seqs, scored.trunk)
     weights = None if part.is_weights is None else seqs.flat(part.is_weights)
     policy = agent.policy_loss(
-        out, seqs, seqs.flat(scored.old), seqs.flat(part.advantages), backend,
-        variant=config.variant, clip_low=config.clip, clip_high=config.clip,
-        advantage_moments=part.moments, is_weights=weights, entropy_coef=config.entropy_coef,
+        out,
+        seqs,
+        seqs.flat(scored.old),
+        seqs.flat(part.advantages),
+        backend,
+        variant=config.variant,
+        clip_low=config.clip,
+        clip_high=config.clip,
+        advantage_moments=part.moments,
+        is_weights=weights,
+        entropy_coef=config.entropy_coef,
         ref_logprobs=None if config.variant == "penalty" else seqs.flat(scored.ref),
-        kl_coef=loss_kl_coef, denom=tokens,
-    )  # fmt: skip
+        kl_coef=loss_kl_coef,
+        denom=tokens,
+    )
     value = ppo_fast.value_loss(
-        out.values, seqs.flat(scored.values), seqs.flat(part.returns),
-        clip=config.vf_clip, denom=tokens, backend=backend,
-    )  # fmt: skip
+        out.values,
+        seqs.flat(scored.values),
+        seqs.flat(part.returns),
+        clip=config.vf_clip,
+        denom=tokens,
+        backend=backend,
+    )
     loss = policy.loss + config.vf_coef * value.loss
     return policy, loss, policy.stats + value.stats
 

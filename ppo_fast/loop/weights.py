@@ -20,9 +20,10 @@ def widen(model: Any) -> bool:
     weights = list(model.parameters())
     half = any(p.dtype == torch.float16 for p in weights)
     wide = [
-        p for p in weights
+        p
+        for p in weights
         if p.dtype == torch.float16 or (p.dtype == torch.bfloat16 and p.requires_grad)
-    ]  # fmt: skip
+    ]
     in_bf16 = any(p.dtype == torch.bfloat16 for p in weights)
     if wide:
         warnings.warn(

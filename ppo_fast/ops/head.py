@@ -142,9 +142,11 @@ class Head:
         rows, shard = self.rows, self.options.shard
         tokens = rows.tokens[at] if shard is None else shard.local(rows.tokens[at])
         keep, heat = (None if x is None else x[at] for x in (rows.keep, rows.heat))
-        part = Softmax(*HANDLES["logprobs_fwd"][self.options.backend](
-            z, tokens, keep, heat, NOTHING_IGNORED, [self.options.temperature]
-        ))  # fmt: skip
+        part = Softmax(
+            *HANDLES["logprobs_fwd"][self.options.backend](
+                z, tokens, keep, heat, NOTHING_IGNORED, [self.options.temperature]
+            )
+        )
         if shard is None:
             return part
         return shard.merge(part, z, self.heat(at), rows.tokens[at], keep)
@@ -159,9 +161,8 @@ class Head:
 
         def kernel(label: Tensor, g: Tensor) -> Tensor:
             HANDLES["logprobs_bwd_"][self.options.backend](
-                g, h, z, label, keep, heat, *part[1:], NOTHING_IGNORED,
-                [self.options.temperature],
-            )  # fmt: skip
+                g, h, z, label, keep, heat, *part[1:], NOTHING_IGNORED, [self.options.temperature]
+            )
             return z
 
         tokens = rows.tokens[at]

@@ -38,10 +38,15 @@ class HeadInputs(NamedTuple):
     def plain(self) -> dict[str, Any]:
         """As the reference takes them."""
         return {
-            "hidden": self.hidden, "weight": self.weight, "tokens": self.tokens,
-            "bias": self.bias, "temperature": self.temperature, "softcap": self.options.softcap,
-            "mask": self.keep, "row_index": self.row_index,
-        }  # fmt: skip
+            "hidden": self.hidden,
+            "weight": self.weight,
+            "tokens": self.tokens,
+            "bias": self.bias,
+            "temperature": self.temperature,
+            "softcap": self.options.softcap,
+            "mask": self.keep,
+            "row_index": self.row_index,
+        }
 
 
 def check_head(
@@ -154,6 +159,7 @@ def _rows(tokens: Tensor, keep: Tensor, heat: Tensor | None, row_index: Tensor |
         index = flat.nonzero()[:, 0]
     rows = Rows(index, tokens, None, None, tokens.numel())
     return rows._replace(
-        tokens=rows.pick(tokens), keep=None if on_host else rows.pick(flat),
+        tokens=rows.pick(tokens),
+        keep=None if on_host else rows.pick(flat),
         heat=rows.pick_some(heat),
-    )  # fmt: skip
+    )

@@ -113,10 +113,19 @@ def linear_token_logprobs(
         NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
     given = check_head(
-        _OP, hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap,
-        mask=mask, ignore_index=ignore_index, row_index=row_index, process_group=process_group,
+        _OP,
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        mask=mask,
+        ignore_index=ignore_index,
+        row_index=row_index,
+        process_group=process_group,
         backend=backend,
-    )  # fmt: skip
+    )
     shape = tokens.shape
     if given.options.backend == "reference":
         return reference.linear_token_logprobs(**given.plain())

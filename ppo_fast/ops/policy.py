@@ -31,9 +31,17 @@ class Policy(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(loss, stats, scale, grads) of `_schema.py`."""
         result: tuple[Tensor, Tensor, Tensor, Tensor] = HANDLES["ppo_loss"][backend](
-            logprobs, self.old_logprobs, self.advantages, mask, self.is_weights, self.moments,
-            entropy, self.ref_logprobs, self.cu_seqlens, *self.packed,
-        )  # fmt: skip
+            logprobs,
+            self.old_logprobs,
+            self.advantages,
+            mask,
+            self.is_weights,
+            self.moments,
+            entropy,
+            self.ref_logprobs,
+            self.cu_seqlens,
+            *self.packed,
+        )
         return result
 
     def replace(self, *, n_grads: int, denom: Tensor | None = None) -> Policy:
@@ -71,9 +79,11 @@ class Policy(NamedTuple):
         named = self.options._asdict()
         named["log_ratio_clamp"] = log_ratio_bounds(op, self.options.log_ratio_clamp)
         return named | {
-            "is_weights": self.is_weights, "advantage_moments": self.moments,
-            "ref_logprobs": self.ref_logprobs, "cu_seqlens": self.cu_seqlens,
-        }  # fmt: skip
+            "is_weights": self.is_weights,
+            "advantage_moments": self.moments,
+            "ref_logprobs": self.ref_logprobs,
+            "cu_seqlens": self.cu_seqlens,
+        }
 
 
 def _over(w: Tensor, denom: Tensor) -> Tensor:
@@ -102,18 +112,31 @@ def check_policy(
     if _checks.tensor(op, "advantages", advantages).shape == (*shape[:-1], 1) and main.dim() == 2:
         advantages = advantages.expand(shape)
     _checks.alike(
-        op, main, old_logprobs=old_logprobs, advantages=advantages, is_weights=is_weights,
+        op,
+        main,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        is_weights=is_weights,
         ref_logprobs=ref_logprobs,
-    )  # fmt: skip
+    )
     packed = options.pack(
-        op, main, cu_seqlens, has_ref=ref_logprobs is not None, has_entropy=has_entropy,
+        op,
+        main,
+        cu_seqlens,
+        has_ref=ref_logprobs is not None,
+        has_entropy=has_entropy,
         n_grads=n_grads,
-    )  # fmt: skip
+    )
     return Policy(
-        _constant(old_logprobs), advantages.detach(), _constant(is_weights),
-        _check_moments(op, advantage_moments, main), _constant(ref_logprobs), cu_seqlens,
-        options, packed,
-    )  # fmt: skip
+        _constant(old_logprobs),
+        advantages.detach(),
+        _constant(is_weights),
+        _check_moments(op, advantage_moments, main),
+        _constant(ref_logprobs),
+        cu_seqlens,
+        options,
+        packed,
+    )
 
 
 def _constant(x: Tensor | None) -> Tensor | None:

@@ -116,20 +116,41 @@ def ppo_loss(
     mask = _checks.flags(_OP, "mask", mask, logprobs.shape, logprobs.device)
     grads = n_grads(logprobs, entropy)
     policy = check_policy(
-        _OP, logprobs, old_logprobs, advantages, is_weights=is_weights,
-        advantage_moments=advantage_moments, ref_logprobs=ref_logprobs, cu_seqlens=cu_seqlens,
+        _OP,
+        logprobs,
+        old_logprobs,
+        advantages,
+        is_weights=is_weights,
+        advantage_moments=advantage_moments,
+        ref_logprobs=ref_logprobs,
+        cu_seqlens=cu_seqlens,
         options=PPOOptions(
-            variant, clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef,
-            kl_estimator, kl_clamp, kl_ratio_clip, reduction, denom,
+            variant,
+            clip_low,
+            clip_high,
+            dual_clip,
+            log_ratio_clamp,
+            entropy_coef,
+            kl_coef,
+            kl_estimator,
+            kl_clamp,
+            kl_ratio_clip,
+            reduction,
+            denom,
         ),
-        has_entropy=entropy is not None, n_grads=grads,
-    )  # fmt: skip
+        has_entropy=entropy is not None,
+        n_grads=grads,
+    )
     name = _backend.select(_OP, backend, logprobs)
     if name == "reference":
         return reference.ppo_loss(
-            logprobs, policy.old_logprobs, policy.advantages, mask, entropy=entropy,
+            logprobs,
+            policy.old_logprobs,
+            policy.advantages,
+            mask,
+            entropy=entropy,
             **policy.plain(_OP),
-        )  # fmt: skip
+        )
     loss, stats = loss_and_stats(logprobs, entropy, mask, policy, grads, name)
     return Loss(loss, Stats(stats))
 

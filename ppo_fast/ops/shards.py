@@ -49,12 +49,14 @@ class Shard:
         dead = z.amax(-1).isneginf()
         zero = torch.zeros_like(part.row_max)
         total = torch.where(dead, zero, part.log_sum.exp())
-        mine = torch.stack([
-            torch.where(dead, zero - float("inf"), part.row_max),
-            total,
-            torch.where(dead, zero, (part.log_sum - part.entropy) * total),
-            torch.where(self.here(tokens), own, zero),
-        ])  # fmt: skip
+        mine = torch.stack(
+            [
+                torch.where(dead, zero - float("inf"), part.row_max),
+                total,
+                torch.where(dead, zero, (part.log_sum - part.entropy) * total),
+                torch.where(self.here(tokens), own, zero),
+            ]
+        )
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, mine, group=self.group)
         whole = self._fold(parts, tokens)

@@ -92,9 +92,17 @@ def value_loss(
     name = _backend.select(_OP, backend, values)
     if name == "reference":
         return reference.value_loss(
-            values, detached(old_values), returns.detach(), mask, clip=clip, form=form,
-            scale=scale, reduction=reduction, denom=denom, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
+            values,
+            detached(old_values),
+            returns.detach(),
+            mask,
+            clip=clip,
+            form=form,
+            scale=scale,
+            reduction=reduction,
+            denom=denom,
+            cu_seqlens=cu_seqlens,
+        )
     args = (old_values, returns, mask, cu_seqlens, divisor_t, codes, params)
     if grads:
         loss, stats = _ValueLoss.apply(values, args, name)

@@ -15,6 +15,14 @@ from ppo_fast.reference.value_loss import value_loss
 from ppo_fast.reference.whiten import moments, whiten
 
 __all__ = [
-    "gae", "linear_ppo_loss", "linear_token_logprobs", "logits_ppo_loss", "moments", "ppo_loss",
-    "rlhf_advantages", "token_logprobs", "value_loss", "whiten",
-]  # fmt: skip
+    "gae",
+    "linear_ppo_loss",
+    "linear_token_logprobs",
+    "logits_ppo_loss",
+    "moments",
+    "ppo_loss",
+    "rlhf_advantages",
+    "token_logprobs",
+    "value_loss",
+    "whiten",
+]

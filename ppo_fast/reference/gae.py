@@ -37,9 +37,15 @@ def gae(
     """
     lam_returns = lam if lam_returns is None else lam_returns
     steps: dict[str, Any] = {
-        "reward": rewards, "value": values, "mask": mask, "next": next_values,
-        "terminated": terminated, "truncated": truncated, "rho": rho, "c": c,
-    }  # fmt: skip
+        "reward": rewards,
+        "value": values,
+        "mask": mask,
+        "next": next_values,
+        "terminated": terminated,
+        "truncated": truncated,
+        "rho": rho,
+        "c": c,
+    }
     lams = {"lam": lam, "lam_returns": lam_returns}
     per_row = {"bootstrap": bootstrap}
     for name, value in lams.items():

@@ -28,8 +28,14 @@ def linear_ppo_loss(
 ) -> HeadLoss:
     """`ppo_loss` of `linear_token_logprobs`; rows left out by `row_index` count in D alone."""
     scored = linear_token_logprobs(
-        hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap, mask=mask,
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        mask=mask,
         row_index=row_index,
-    )  # fmt: skip
+    )
     rows = rows_of(tokens, mask, row_index)
     return head_loss(scored, old_logprobs, advantages, rows, keep_of(tokens, mask), **options)

@@ -46,9 +46,15 @@ def rlhf_advantages(
     live = keep | slot
     rewards = select(keep, -kl_coef * kl) + select(slot, score)
     adv, returns, _ = gae(
-        rewards, values, gamma=gamma, lam=lam, mask=live, masked=masked,
-        bootstrap=bootstrap, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+        rewards,
+        values,
+        gamma=gamma,
+        lam=lam,
+        mask=live,
+        masked=masked,
+        bootstrap=bootstrap,
+        cu_seqlens=cu_seqlens,
+    )
     adv = select(keep, adv)
     return RLHFAdvantages(adv, returns, rewards, kl, moments_of(adv, keep))
 

@@ -107,11 +107,15 @@ def chart(groups: list[Group], key: str, title: str, unit: str, floor: float | N
     x = Scale(updates[0], max(updates[-1], updates[0] + 1), LEFT, WIDTH - RIGHT)
     x_ticks = [t for t in ticks(x.low, x.high) if t == int(t)]
     return Chart(
-        key, title, unit, updates, [x(u) for u in updates],
+        key,
+        title,
+        unit,
+        updates,
+        [x(u) for u in updates],
         [Tick(x(t), str(int(t))) for t in x_ticks],
         [Tick(y(t), text(t)) for t in ticks(low, high)],
         [curve(values, [x(u) for u in updates], y) for values in spreads],
-    )  # fmt: skip
+    )
 
 
 def spread(group: Group, key: str, updates: list[int]) -> tuple[float, float, float] | None:

@@ -57,9 +57,12 @@ def page(runs: list[Run]) -> str:
     from markupsafe import Markup
 
     env = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     env.filters |= {"number": number, "shown": shown, "duration": duration}
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     # The page's policy allows this script and no other, whatever a sample holds.
@@ -67,14 +70,20 @@ def page(runs: list[Run]) -> str:
     groups = grouped(runs)
     return env.get_template("page.html").render(
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script), digest=digest, runs=runs, groups=groups, charts=charts,
-        drawn=charts.charts(groups), phases=PHASES,
+        script=Markup(script),
+        digest=digest,
+        runs=runs,
+        groups=groups,
+        charts=charts,
+        drawn=charts.charts(groups),
+        phases=PHASES,
         rows=[(g, run, summary(run)) for g in groups for run in g.runs],
         alarms=[(run, alarm) for run in runs for alarm in alarms(History(run.records.values()))],
         seconds=[phase_seconds(g) for g in groups],
         sampled=[(g, examples(g)) for g in groups if g.runs[0].samples],
-        config=table([run.config for run in runs]), versions=table([run.versions for run in runs]),
-    )  # fmt: skip
+        config=table([run.config for run in runs]),
+        versions=table([run.versions for run in runs]),
+    )
 
 
 def summary(run: Run) -> Record:
@@ -85,12 +94,15 @@ def summary(run: Run) -> Record:
     speeds = [v for r in records if math.isfinite(v := _number(r.get("tokens_per_second")))]
     middle = [statistics.median_low(speeds), statistics.median_high(speeds)] if speeds else []
     return {
-        "updates": len(records), "first": first, "last": last, "gain": last - first,
+        "updates": len(records),
+        "first": first,
+        "last": last,
+        "gain": last - first,
         "kl": fifths([_number(r.get("kl")) for r in records])[1],
         "speed": mean(middle),
         "seconds": sum(s for r in records for s in r["seconds"].values()),
         "dropped": sum(len(r["dropped"]) for r in records),
-    }  # fmt: skip
+    }
 
 
 def phase_seconds(group: Group) -> dict[str, float]:

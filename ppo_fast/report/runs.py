@@ -19,15 +19,24 @@ from ppo_fast.loop.history import NUMBERS
 
 # The files of a run that are read: its log, and what else it may have.
 FILES = LOG, SAMPLES, CONFIG, VERSIONS = (
-    "log.jsonl", "samples.jsonl", "config.json", "versions.json"
-)  # fmt: skip
+    "log.jsonl",
+    "samples.jsonl",
+    "config.json",
+    "versions.json",
+)
 # What the report draws or writes, beside what the alarms look at.
 _DRAWN = ("value_loss", "ess", "grad_norm", "tokens_per_second")
 # What may differ between the runs of a group: the seed, and what does not touch what is learnt.
 _ASIDE = {
-    "seed", "out", "tensorboard", "compare", "save_every", "keep_checkpoints", "resume",
+    "seed",
+    "out",
+    "tensorboard",
+    "compare",
+    "save_every",
+    "keep_checkpoints",
+    "resume",
     "save_transitions",
-}  # fmt: skip
+}
 
 
 class RunError(ValueError):
@@ -103,9 +112,7 @@ def load_run(folder: Path, name: str) -> Run:
     if "updates" in config:
         with _named(str(folder / CONFIG)):
             fields.count(config, "updates")
-    return Run(
-        name, records, _samples(samples, notes), config, _object(folder / VERSIONS), notes
-    )  # fmt: skip
+    return Run(name, records, _samples(samples, notes), config, _object(folder / VERSIONS), notes)
 
 
 def grouped(runs: list[Run]) -> list[Group]:

@@ -91,9 +91,15 @@ def assert_agrees(call: Call, backend: str, actual: dict[str, Tensor] | None = N
         ops, condition, needs_eager = budgets[name]
         eager = run(call, "reference")[name] if needs_eager else None
         assert_within_budget(
-            actual[name], want, condition=condition, ops=ops, eager=eager, compute=compute,
-            store=_stores(call.op, name, interpreted), name=f"{call.op}.{name}",
-        )  # fmt: skip
+            actual[name],
+            want,
+            condition=condition,
+            ops=ops,
+            eager=eager,
+            compute=compute,
+            store=_stores(call.op, name, interpreted),
+            name=f"{call.op}.{name}",
+        )
 
 
 def _budgets(

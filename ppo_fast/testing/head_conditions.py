@@ -132,9 +132,11 @@ def head_loss_condition(
     out = ppo_condition(loss, result, eps, (2 * rows.logprobs, 2 * rows.entropy))
     if call.cotangents:
         up = Upstream(
-            result["grad_logprobs"], result["grad_entropy"],
-            out.pop("grad_logprobs")[1] / 2, out.pop("grad_entropy")[1] / 2,
-        )  # fmt: skip
+            result["grad_logprobs"],
+            result["grad_entropy"],
+            out.pop("grad_logprobs")[1] / 2,
+            out.pop("grad_entropy")[1] / 2,
+        )
         out |= _gradients(call, *_upward(rows, logits, heat, up), eps, narrow)
     return out | rows.outputs()
 

@@ -82,9 +82,15 @@ def linear_ppo_call(
     given = {k: options[k] for k in ("dtype", "device", "seed", "mask") if k in options}
     cap: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
     head = linear_call(
-        shape, vocab, width, temperature=temperature, ignored=ignored, extras=head_extras,
-        **given, **cap,
-    )  # fmt: skip
+        shape,
+        vocab,
+        width,
+        temperature=temperature,
+        ignored=ignored,
+        extras=head_extras,
+        **given,
+        **cap,
+    )
     return _with_loss("linear_ppo_loss", head, shape, options)
 
 

@@ -85,11 +85,15 @@ def rlhf_advantages(d: Draw) -> Call:
         "cu_seqlens": ends,
     }
     o = {
-        "kl_coef": d.number(0.0, 0.1, -0.5), "kl_estimator": d.name(KL), "score_at": place,
-        "kl_clamp": d.number(None, 0.0, 10.0), "gamma": d.number(0.0, 0.99, 1.0),
-        "lam": d.number(0.0, 0.95, 1.0), "masked": d.name(MASKED),
+        "kl_coef": d.number(0.0, 0.1, -0.5),
+        "kl_estimator": d.name(KL),
+        "score_at": place,
+        "kl_clamp": d.number(None, 0.0, 10.0),
+        "gamma": d.number(0.0, 0.99, 1.0),
+        "lam": d.number(0.0, 0.95, 1.0),
+        "masked": d.name(MASKED),
         "reward_clip": d.one_of((None, (-1.0, 1.0), (0.0, 0.0))),
-    }  # fmt: skip
+    }
     return _finish(d, "rlhf_advantages", t, o)
 
 
@@ -106,13 +110,17 @@ def _policy(d: Draw, shape: tuple[int, ...], ends: Any, dtype: torch.dtype) -> t
         "cu_seqlens": ends,
     }
     o = {
-        "variant": variant, "clip_low": d.number(0.2, 1.0), "clip_high": d.number(0.28, 1.0),
+        "variant": variant,
+        "clip_low": d.number(0.2, 1.0),
+        "clip_high": d.number(0.28, 1.0),
         "dual_clip": d.number(None, 3.0) if variant in ("clip", "gspo") else None,
         "log_ratio_clamp": d.number(20.0, 1.0, None, (-5.0, 2.0)),
         "kl_coef": d.number(0.1, 0.0) if t["ref_logprobs"] is not None else 0.0,
-        "kl_estimator": d.name(KL), "kl_clamp": d.number(10.0, None, 0.0),
-        "reduction": d.name(REDUCTIONS), "denom": d.number(None, None, 7.0),
-    }  # fmt: skip
+        "kl_estimator": d.name(KL),
+        "kl_clamp": d.number(10.0, None, 0.0),
+        "reduction": d.name(REDUCTIONS),
+        "denom": d.number(None, None, 7.0),
+    }
     if d.one_in(4):
         moments = torch.tensor([97.0, 0.4, 390.0], dtype=torch.float64)
         if not d.tame:
@@ -144,9 +152,12 @@ def value_loss(d: Draw) -> Call:
         "cu_seqlens": ends,
     }
     o = {
-        "clip": clip, "form": d.name(("max", "clipped")), "scale": d.number(0.5, 1.0),
-        "reduction": d.name(REDUCTIONS), "denom": d.number(None, None, 7.0),
-    }  # fmt: skip
+        "clip": clip,
+        "form": d.name(("max", "clipped")),
+        "scale": d.number(0.5, 1.0),
+        "reduction": d.name(REDUCTIONS),
+        "denom": d.number(None, None, 7.0),
+    }
     return _finish(d, "value_loss", t, o)
 
 
@@ -223,16 +234,25 @@ def whiten(d: Draw) -> Call:
     shape, _, _ = _layout(d)
     t = {"x": d.floats(shape, _dtype(d)), "mask": d.maybe(d.mask, shape)}
     o = {
-        "shift_mean": d.one_in(2), "unbiased": d.one_in(2), "eps": d.number(1e-8, 0.0, 1e-5),
+        "shift_mean": d.one_in(2),
+        "unbiased": d.one_in(2),
+        "eps": d.number(1e-8, 0.0, 1e-5),
         "eps_at": d.name(("var", "std")),
-    }  # fmt: skip
+    }
     return _finish(d, "whiten", t, o)
 
 
 CALLS: dict[str, Callable[[Draw], Call]] = {
     f.__name__: f
     for f in (
-        gae, rlhf_advantages, ppo_loss, value_loss, token_logprobs, logits_ppo_loss,
-        linear_token_logprobs, linear_ppo_loss, whiten,
+        gae,
+        rlhf_advantages,
+        ppo_loss,
+        value_loss,
+        token_logprobs,
+        logits_ppo_loss,
+        linear_token_logprobs,
+        linear_ppo_loss,
+        whiten,
     )
-}  # fmt: skip
+}

@@ -23,8 +23,13 @@ def stand_in(name: str, **names: Any) -> None:
 
 # flash-attn is built with nvcc, vLLM wants a device.
 stand_in("flash_attn")
-stand_in("flash_attn.bert_padding", index_first_axis=None, pad_input=None, rearrange=None,
-         unpad_input=None)  # fmt: skip
+stand_in(
+    "flash_attn.bert_padding",
+    index_first_axis=None,
+    pad_input=None,
+    rearrange=None,
+    unpad_input=None,
+)
 stand_in("flash_attn.utils")
 stand_in("flash_attn.utils.distributed", all_gather=None)
 stand_in("vllm")

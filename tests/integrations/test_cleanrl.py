@@ -20,9 +20,15 @@ from ppo_fast import testing
 
 STEPS, ENVS, BATCH = 24, 3, 40
 ARGS = SimpleNamespace(
-    gamma=31 / 32, gae_lambda=29 / 32, num_steps=STEPS, clip_coef=0.2, norm_adv=True,
-    clip_vloss=True, ent_coef=0.01, vf_coef=0.5,
-)  # fmt: skip
+    gamma=31 / 32,
+    gae_lambda=29 / 32,
+    num_steps=STEPS,
+    clip_coef=0.2,
+    norm_adv=True,
+    clip_vloss=True,
+    ent_coef=0.01,
+    vf_coef=0.5,
+)
 GAE, LOSS = "ends = torch.cat", "policy, stats ="
 
 
@@ -43,12 +49,15 @@ def rollout() -> dict[str, Any]:
 
     last = normal(ENVS, 1)
     return {
-        "rewards": normal(STEPS, ENVS), "values": normal(STEPS, ENVS),
+        "rewards": normal(STEPS, ENVS),
+        "values": normal(STEPS, ENVS),
         "dones": (torch.rand(STEPS, ENVS, generator=g) < 0.2).double(),
-        "next_done": torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), "next_obs": None,
-        "agent": SimpleNamespace(get_value=lambda _: last), "args": ARGS,
+        "next_done": torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64),
+        "next_obs": None,
+        "agent": SimpleNamespace(get_value=lambda _: last),
+        "args": ARGS,
         "device": "cpu",
-    }  # fmt: skip
+    }
 
 
 def minibatch() -> dict[str, Any]:
@@ -87,8 +96,12 @@ def test_advantages_beside_a_loop(backend: str) -> None:
     after = torch.cat([x["values"][1:], x["agent"].get_value(None).T]) * (1 - ends)
     size = installed.reach(x["rewards"], x["values"], ARGS.gamma, ARGS.gae_lambda)
     for env in range(ENVS):
-        columns = {"rewards": x["rewards"], "values": x["values"], "next_values": after,
-                   "done": ends}  # fmt: skip
+        columns = {
+            "rewards": x["rewards"],
+            "values": x["values"],
+            "next_values": after,
+            "done": ends,
+        }
         one = {name: column[:, env].tolist() for name, column in columns.items()}
         want = loop(**one, gamma=ARGS.gamma, lam=ARGS.gae_lambda)
         for name, exact in zip(("advantages", "returns"), want, strict=True):
@@ -108,16 +121,21 @@ def test_advantages_beside_its_own() -> None:
 def test_losses_beside_its_own() -> None:
     """Loss, what it logs and every gradient; sums of 40 terms, ratios of up to e."""
     runs = []
-    for run in (lambda x: installed.block(source(), "logratio", "loss", **x),
-                lambda x: ours(LOSS, x)):  # fmt: skip
+    for run in (
+        lambda x: installed.block(source(), "logratio", "loss", **x),
+        lambda x: ours(LOSS, x),
+    ):
         x = minibatch()
         out = run(x)
         out["loss"].backward()
         runs.append((out, {k: v.grad for k, v in x.items() if getattr(v, "requires_grad", 0)}))
     (theirs, want), (got, grads) = runs
     stats = got["stats"].compute()
-    for name, value in (("loss", got["loss"]), ("old_approx_kl", stats["kl_k1"]),
-                        ("approx_kl", stats["kl_k3"])):  # fmt: skip
+    for name, value in (
+        ("loss", got["loss"]),
+        ("old_approx_kl", stats["kl_k1"]),
+        ("approx_kl", stats["kl_k3"]),
+    ):
         exact = theirs[name].detach().double()
         value = torch.as_tensor(value, dtype=torch.float64).detach()
         testing.assert_within_budget(value, exact, condition=10.0, ops=BATCH, name=name)

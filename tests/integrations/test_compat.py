@@ -207,11 +207,15 @@ def test_beside_verl() -> None:
     logits, tokens = call.tensors["logits"], call.tensors["tokens"]
     assert_same_function(
         call,
-        {"logprobs": theirs.logprobs_from_logits_v2(logits, tokens),
-         "entropy": theirs.entropy_from_logits(logits)},
-        {"logprobs": compat.logprobs_from_logits(logits, tokens),
-         "entropy": compat.entropy_from_logits(logits)},
-    )  # fmt: skip
+        {
+            "logprobs": theirs.logprobs_from_logits_v2(logits, tokens),
+            "entropy": theirs.entropy_from_logits(logits),
+        },
+        {
+            "logprobs": compat.logprobs_from_logits(logits, tokens),
+            "entropy": compat.entropy_from_logits(logits),
+        },
+    )
     white = testing.whiten_call(dtype=torch.float64)
     x, mask = white.tensors.values()
     raw, size = x[mask], float(x.abs().max())

@@ -67,9 +67,10 @@ def test_gae(framework: Framework) -> None:
     arrays = [framework.make(x) for x in (rewards, values, ends)]
     out = compat.arrays(ppo_fast.gae)(*arrays[:2], terminated=arrays[2], gamma=0.9)
     want = ppo_fast.gae(
-        *(torch.from_numpy(x) for x in (rewards, values)), terminated=torch.from_numpy(ends),
+        *(torch.from_numpy(x) for x in (rewards, values)),
+        terminated=torch.from_numpy(ends),
         gamma=0.9,
-    )  # fmt: skip
+    )
     for name in ("advantages", "returns"):
         x = getattr(out, name)
         assert isinstance(x, framework.kind)

@@ -39,10 +39,20 @@ class Plain(transformers.Trainer):
 
 def model() -> Any:
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=16, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    ))  # fmt: skip
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=VOCAB,
+            n_positions=16,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
 
 
 def batches() -> list[dict[str, Tensor]]:
@@ -53,23 +63,33 @@ def batches() -> list[dict[str, Tensor]]:
         every = model()(ids).logits[:, :-1].log_softmax(-1)
     gap = 0.3 * torch.randn(ROWS, LENGTH - 1, generator=g)
     columns = {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
         "old_logprobs": every.gather(-1, ids[:, 1:, None])[..., 0] + gap,
         "advantages": torch.randn(ROWS, LENGTH - 1, generator=g),
         "response_mask": torch.arange(LENGTH - 1).expand(ROWS, -1) >= 3,
-    }  # fmt: skip
+    }
     return [{name: x[i] for name, x in columns.items()} for i in range(ROWS)]
 
 
 def train(kind: type, folder: Path) -> tuple[Weights, list[float]]:
     trainer = kind(
-        model=model(), train_dataset=batches(),
+        model=model(),
+        train_dataset=batches(),
         args=transformers.TrainingArguments(
-            output_dir=str(folder), per_device_train_batch_size=4, max_steps=STEPS, seed=0,
-            learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
-            remove_unused_columns=False, disable_tqdm=True,
+            output_dir=str(folder),
+            per_device_train_batch_size=4,
+            max_steps=STEPS,
+            seed=0,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            remove_unused_columns=False,
+            disable_tqdm=True,
         ),
-    )  # fmt: skip
+    )
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return weights(trainer.model), losses

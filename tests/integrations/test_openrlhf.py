@@ -24,9 +24,12 @@ B, T, V = 5, 11, 13
 BATCHES = {
     "alone": {},
     "ranks": {"dp_size": 2, "batch_num_tokens": 71.0, "global_batch_size": 9.0},
-    "tensors": {"dp_size": 4, "batch_num_tokens": torch.tensor(171.0),
-                "global_batch_size": torch.tensor(19.0)},
-}  # fmt: skip
+    "tensors": {
+        "dp_size": 4,
+        "batch_num_tokens": torch.tensor(171.0),
+        "global_batch_size": torch.tensor(19.0),
+    },
+}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -56,9 +59,12 @@ def both(op: str, call: Any, *leaves: Tensor, size: float, terms: int = B * T) -
         assert (ours is None) == (theirs is None)
         if theirs is not None:
             testing.assert_within_budget(
-                ours.detach().double(), theirs.detach().double(), condition=size, ops=8 + terms,
+                ours.detach().double(),
+                theirs.detach().double(),
+                condition=size,
+                ops=8 + terms,
                 compute=torch.float32,
-            )  # fmt: skip
+            )
 
 
 @pytest.mark.parametrize("by_token", [True, False])
@@ -71,8 +77,9 @@ def test_policy_loss(by_token: bool, batch: str, dual: float | None) -> None:
     both(
         "policy_loss",
         lambda: loss(new, old, advantages, action_mask=mask_of(), **BATCHES[batch]),
-        new, size=4e3,
-    )  # fmt: skip
+        new,
+        size=4e3,
+    )
 
 
 @pytest.mark.parametrize("by_token", [True, False])
@@ -85,8 +92,9 @@ def test_value_loss(by_token: bool, batch: str, clip: float | None) -> None:
     both(
         "value_loss",
         lambda: loss(values, old, returns, action_mask=mask_of(), **BATCHES[batch]),
-        values, size=40.0 * B * T,
-    )  # fmt: skip
+        values,
+        size=40.0 * B * T,
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,8 +122,9 @@ def test_logprobs(temperature: float) -> None:
     both(
         "logprobs",
         lambda: actor.log_probs_from_logits(logits.clone(), labels, temperature),
-        size=12.0, terms=V,
-    )  # fmt: skip
+        size=12.0,
+        terms=V,
+    )
 
 
 def test_logprobs_gradient() -> None:
@@ -139,11 +148,16 @@ def test_kl(kind: str, unbiased: bool, old: bool) -> None:
     both(
         "kl",
         lambda: experience_maker.compute_approx_kl(
-            new, ref, log_probs_old=normal(B, T, seed=2) if old else None, kl_estimator=kind,
+            new,
+            ref,
+            log_probs_old=normal(B, T, seed=2) if old else None,
+            kl_estimator=kind,
             unbiased_gradient=unbiased,
         ),
-        new, size=400.0, terms=8,
-    )  # fmt: skip
+        new,
+        size=400.0,
+        terms=8,
+    )
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
@@ -186,12 +200,18 @@ def test_micro_batches_add_up(by_token: bool, micro: int) -> None:
     exact = loss(new, old, advantages, action_mask=mask, **whole)[0]
     with openrlhf.patched(("policy_loss",)):
         parts = [
-            loss(*(x[i : i + micro] for x in (new, old, advantages)),
-                 action_mask=mask[i : i + micro], **whole)[0]
+            loss(
+                *(x[i : i + micro] for x in (new, old, advantages)),
+                action_mask=mask[i : i + micro],
+                **whole,
+            )[0]
             for i in range(0, B, micro)
-        ]  # fmt: skip
+        ]
     testing.assert_within_budget(
-        torch.stack(parts).sum().double(), exact, condition=4e3, ops=8 + B * T,
+        torch.stack(parts).sum().double(),
+        exact,
+        condition=4e3,
+        ops=8 + B * T,
         compute=torch.float32,
-    )  # fmt: skip
+    )
     assert torch.equal(aggregate_loss(mask, mask), torch.ones((), dtype=torch.float64))

@@ -13,9 +13,10 @@ needs("openrlhf", "0.11.2")
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = (
-    "test_loss_aggregation.py", "test_kl_estimator_gradient.py",
+    "test_loss_aggregation.py",
+    "test_kl_estimator_gradient.py",
     "test_actor_entropy_temperature.py",
-)  # fmt: skip
+)
 CODE = f"""
 import importlib.util, pathlib, sys
 import openrlhf_imports
@@ -48,9 +49,12 @@ def test_openrlhfs_own_tests_pass_on_ppo_fast(tmp_path: Path) -> None:
     here = str(Path(__file__).parent)
     search = os.pathsep.join([here, str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "-c", CODE],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": search},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     *_, summary, calls = done.stdout.strip().splitlines()
     assert " passed" in summary and "failed" not in summary

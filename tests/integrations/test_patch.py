@@ -97,8 +97,10 @@ def test_every_import_site_is_patched_and_put_back(toy: SimpleNamespace) -> None
     before, toys = state(toy.core), made()
     places = toys.apply()
     assert sorted(places) == [
-        "toytrainer.core.TABLE['double']", "toytrainer.core.double", "toytrainer.user.double"
-    ]  # fmt: skip
+        "toytrainer.core.TABLE['double']",
+        "toytrainer.core.double",
+        "toytrainer.user.double",
+    ]
     late = importlib.import_module("toytrainer.late")
     for use in (toy.core.use, toy.user.use, late.double, toy.core.TABLE["double"]):
         assert torch.equal(use(X), 2 * X)

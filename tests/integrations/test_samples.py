@@ -13,8 +13,10 @@ def test_samples_of_large_arguments() -> None:
     given = {"x": torch.ones(2, 100, 8), "w": torch.ones(20000, 8), "b": None, "t": tokens}
     found = _compare.first_of_head("x", "w", "t", "b")(given)
     assert {k: x.shape for k, x in found.items() if x is not None} == {
-        "x": (1, 64, 8), "w": (4096, 8), "t": (1, 64)
-    }  # fmt: skip
+        "x": (1, 64, 8),
+        "w": (4096, 8),
+        "t": (1, 64),
+    }
     assert torch.equal(found["t"], tokens[:1, :64] % 4096)
     flat = {"x": torch.ones(100, 8), "t": tokens[0], "more": 3}
     assert _compare.first_tokens("x", "t")(flat)["t"].shape == (64,)

@@ -137,18 +137,27 @@ def unshifted(self: Any, last_values: torch.Tensor, dones: np.ndarray) -> None:
         torch.from_numpy, (self.rewards, self.values, self.episode_starts)
     )
     out = ppo_fast.gae(
-        rewards, values, bootstrap=last_values.flatten(), terminated=starts, gamma=self.gamma,
-        lam=self.gae_lambda, time_major=True,
-    )  # fmt: skip
+        rewards,
+        values,
+        bootstrap=last_values.flatten(),
+        terminated=starts,
+        gamma=self.gamma,
+        lam=self.gae_lambda,
+        time_major=True,
+    )
     self.advantages, self.returns = out.advantages.numpy(), out.returns.numpy()
 
 
 def test_unshifted_flags_are_refused() -> None:
     """They end every episode one step late, and the first call is where that comes out."""
     (own,) = swap.integration.swaps
-    wrong = Integration("sb3", "stable_baselines3", "2.9", "sb3", (
-        Swap("gae", own.place, unshifted, view=own.view),
-    ))  # fmt: skip
+    wrong = Integration(
+        "sb3",
+        "stable_baselines3",
+        "2.9",
+        "sb3",
+        (Swap("gae", own.place, unshifted, view=own.view)),
+    )
     method = RolloutBuffer.compute_returns_and_advantage
     message = r"sb3: gae: .*advantages.*the original gives"
     with pytest.raises(MismatchError, match=message), wrong.patched():
@@ -176,8 +185,15 @@ def test_unshifted_flags_are_wrong_by_whole_rewards() -> None:
 def test_cartpole_is_solved() -> None:
     """475 of 500, the mean of 20 episodes of the policy as it acts when it is used."""
     trained = model(
-        swap.FastRolloutBuffer, envs=8, n_steps=32, batch_size=256, n_epochs=20, gae_lambda=0.8,
-        gamma=0.98, learning_rate=lambda left: 1e-3 * left, clip_range=lambda left: 0.2 * left,
-    ).learn(100_000)  # fmt: skip
+        swap.FastRolloutBuffer,
+        envs=8,
+        n_steps=32,
+        batch_size=256,
+        n_epochs=20,
+        gae_lambda=0.8,
+        gamma=0.98,
+        learning_rate=lambda left: 1e-3 * left,
+        clip_range=lambda left: 0.2 * left,
+    ).learn(100_000)
     mean, _ = evaluate_policy(trained, make_vec_env("CartPole-v1", 1, seed=7), n_eval_episodes=20)
     assert mean >= 475

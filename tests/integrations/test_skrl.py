@@ -29,8 +29,12 @@ STEPS, UPDATES, ENVS = 32, 6, 2
 
 class Policy(CategoricalMixin, Model):
     def __init__(self, env: Any) -> None:
-        Model.__init__(self, observation_space=env.observation_space,
-                       action_space=env.action_space, device="cpu")  # fmt: skip
+        Model.__init__(
+            self,
+            observation_space=env.observation_space,
+            action_space=env.action_space,
+            device="cpu",
+        )
         CategoricalMixin.__init__(self)
         self.net = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2))
 
@@ -40,8 +44,12 @@ class Policy(CategoricalMixin, Model):
 
 class Value(DeterministicMixin, Model):
     def __init__(self, env: Any) -> None:
-        Model.__init__(self, observation_space=env.observation_space,
-                       action_space=env.action_space, device="cpu")  # fmt: skip
+        Model.__init__(
+            self,
+            observation_space=env.observation_space,
+            action_space=env.action_space,
+            device="cpu",
+        )
         DeterministicMixin.__init__(self)
         self.net = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1))
 
@@ -58,20 +66,29 @@ def agent(time_limit_bootstrap: bool = False) -> tuple[Any, Any]:
     ppo = PPO(
         models={"policy": Policy(env), "value": Value(env)},
         memory=RandomMemory(memory_size=STEPS, num_envs=ENVS, device="cpu"),
-        observation_space=env.observation_space, action_space=env.action_space, device="cpu",
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        device="cpu",
         cfg={
-            "rollouts": STEPS, "learning_epochs": 2, "mini_batches": 2, "entropy_loss_scale": 0.01,
+            "rollouts": STEPS,
+            "learning_epochs": 2,
+            "mini_batches": 2,
+            "entropy_loss_scale": 0.01,
             "time_limit_bootstrap": time_limit_bootstrap,
             "experiment": {"write_interval": 0, "checkpoint_interval": 0},
         },
-    )  # fmt: skip
+    )
     return ppo, env
 
 
 def train(time_limit_bootstrap: bool) -> Weights:
     ppo, env = agent(time_limit_bootstrap)
-    cfg = {"timesteps": STEPS * UPDATES, "headless": True, "disable_progressbar": True,
-           "close_environment_at_exit": False}  # fmt: skip
+    cfg = {
+        "timesteps": STEPS * UPDATES,
+        "headless": True,
+        "disable_progressbar": True,
+        "close_environment_at_exit": False,
+    }
     SequentialTrainer(env=env, agents=ppo, cfg=cfg).train()
     env.close()
     return weights(ppo.policy, ppo.value)

@@ -39,9 +39,13 @@ def algorithm(kind: str = "ppo", **options: Any) -> Any:
     if kind == "reinforce":
         return Reinforce(policy=policy, optim=optim, gamma=0.97)
     return PPO(
-        policy=policy, critic=DiscreteCritic(preprocess_net=net), optim=optim, gamma=0.97,
-        gae_lambda=0.9, **options,
-    )  # fmt: skip
+        policy=policy,
+        critic=DiscreteCritic(preprocess_net=net),
+        optim=optim,
+        gamma=0.97,
+        gae_lambda=0.9,
+        **options,
+    )
 
 
 def train(agent: Any) -> Weights:
@@ -51,11 +55,16 @@ def train(agent: Any) -> Weights:
     collector = Collector(agent, envs, VectorReplayBuffer(512, 2))
     agent.run_training(
         OnPolicyTrainerParams(
-            training_collector=collector, max_epochs=1, epoch_num_steps=128 * UPDATES,
-            collection_step_num_env_steps=128, update_step_num_repetitions=2, batch_size=64,
-            show_progress=False, verbose=False,
+            training_collector=collector,
+            max_epochs=1,
+            epoch_num_steps=128 * UPDATES,
+            collection_step_num_env_steps=128,
+            update_step_num_repetitions=2,
+            batch_size=64,
+            show_progress=False,
+            verbose=False,
         )
-    )  # fmt: skip
+    )
     return networks(agent)
 
 

@@ -34,9 +34,10 @@ def networks() -> tuple[Any, Any]:
 
     actor = ProbabilisticActor(
         TensorDictModule(mlp(2), in_keys=["observation"], out_keys=["logits"]),
-        in_keys=["logits"], distribution_class=torch.distributions.Categorical,
+        in_keys=["logits"],
+        distribution_class=torch.distributions.Categorical,
         return_log_prob=True,
-    )  # fmt: skip
+    )
     return actor, ValueOperator(mlp(1), in_keys=["observation"])
 
 
@@ -89,9 +90,17 @@ def inputs(*shape: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "shape, time_dim", [((7, 1), -2), ((3, 7, 2), -2), ((2, 3, 7, 1), -2), ((3, 7, 1), 1),
-                        ((7, 3, 1), 0), ((7, 3, 1), -3), ((3, 7), -1)],
-)  # fmt: skip
+    "shape, time_dim",
+    [
+        ((7, 1), -2),
+        ((3, 7, 2), -2),
+        ((2, 3, 7, 1), -2),
+        ((3, 7, 1), 1),
+        ((7, 3, 1), 0),
+        ((7, 3, 1), -3),
+        ((3, 7), -1),
+    ],
+)
 @pytest.mark.parametrize("lam", ["number", "scalar", "tensor"])
 def test_layouts_and_lambdas(shape: tuple[int, ...], time_dim: int, lam: str) -> None:
     """Random flags, a termination that is not `done` too, in fp64, beside its own loop.

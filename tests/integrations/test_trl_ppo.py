@@ -33,8 +33,12 @@ def test_a_run_is_the_same(options: dict[str, Any]) -> None:
     tiny.assert_same_run(ours, theirs, 10, TIMES)
     # 10 updates of 2 roll-outs (2 log-probs each), 2 epochs, 4 micro-batches
     assert {op: n.fused for op, n in calls.items()} == {
-        "logprobs": 120, "whiten": 10, "gae": 10, "value_loss": 80, "policy_loss": 80
-    }  # fmt: skip
+        "logprobs": 120,
+        "whiten": 10,
+        "gae": 10,
+        "value_loss": 80,
+        "policy_loss": 80,
+    }
     assert not any(n.left for n in calls.values())
 
 

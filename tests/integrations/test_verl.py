@@ -24,24 +24,34 @@ from ppo_fast.integrations import verl
 
 B, T = 5, 11
 MODES = (
-    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
     "seq-mean-token-sum-norm",
-)  # fmt: skip
+)
 GLOBAL = {
     "alone": {},
     "scaled": {"loss_scale_factor": 40},
     "ranks": {"dp_size": 2, "batch_num_tokens": 71, "global_batch_size": 9},
-    "all": {"dp_size": 4, "batch_num_tokens": torch.tensor(171), "global_batch_size": 19,
-            "loss_scale_factor": 40},
-}  # fmt: skip
+    "all": {
+        "dp_size": 4,
+        "batch_num_tokens": torch.tensor(171),
+        "global_batch_size": 19,
+        "loss_scale_factor": 40,
+    },
+}
 KINDS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 
 
 def config(info: dict[str, Any], **options: Any) -> ActorConfig:
     return ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, global_batch_info=info,
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        global_batch_info=info,
         **options,
-    )  # fmt: skip
+    )
 
 
 def mask_of(kind: str) -> Tensor:
@@ -60,9 +70,12 @@ def near(ours: Any, theirs: Any, size: float, terms: int = B * T) -> None:
     assert type(ours) is type(theirs)
     if isinstance(ours, Tensor):
         testing.assert_within_budget(
-            ours.detach().double(), theirs.detach().double(), condition=size, ops=8 + terms,
+            ours.detach().double(),
+            theirs.detach().double(),
+            condition=size,
+            ops=8 + terms,
             compute=torch.float32,
-        )  # fmt: skip
+        )
     elif isinstance(ours, dict):
         assert ours.keys() == theirs.keys()
         for key in ours:
@@ -101,12 +114,17 @@ def test_policy_losses(name: str, mode: str, batch: str) -> None:
         both(
             "policy_loss",
             lambda weights=weights, mask=mask: core_algos.get_policy_loss_fn(name)(
-                old_log_prob=old, log_prob=new, advantages=advantages,
-                response_mask=mask_of(mask), loss_agg_mode=mode,
-                config=config(info, **options), rollout_is_weights=weights,
+                old_log_prob=old,
+                log_prob=new,
+                advantages=advantages,
+                response_mask=mask_of(mask),
+                loss_agg_mode=mode,
+                config=config(info, **options),
+                rollout_is_weights=weights,
             ),
-            new, size=4e4,  # A·ρ·weight, summed: 3·e^4·12
-        )  # fmt: skip
+            new,
+            size=4e4,  # A·ρ·weight, summed: 3·e^4·12
+        )
 
 
 def test_a_mean_over_nothing() -> None:
@@ -129,11 +147,17 @@ def test_value_loss(mode: str, batch: str) -> None:
     both(
         "value_loss",
         lambda: core_algos.compute_value_loss(
-            vpreds=values, values=old, returns=returns, response_mask=mask_of("bool"),
-            cliprange_value=0.4, loss_agg_mode=mode, **GLOBAL[batch],
+            vpreds=values,
+            values=old,
+            returns=returns,
+            response_mask=mask_of("bool"),
+            cliprange_value=0.4,
+            loss_agg_mode=mode,
+            **GLOBAL[batch],
         ),
-        values, size=40.0 * B * T,
-    )  # fmt: skip
+        values,
+        size=40.0 * B * T,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,9 +184,12 @@ def test_logprobs(shape: tuple[int, ...]) -> None:
     logits = normal(*shape).float().requires_grad_()
     labels = torch.randint(13, shape[:-1])
     both(
-        "logprobs", lambda: torch_functional.logprobs_from_logits(logits, labels), logits,
-        size=10.0, terms=13,
-    )  # fmt: skip
+        "logprobs",
+        lambda: torch_functional.logprobs_from_logits(logits, labels),
+        logits,
+        size=10.0,
+        terms=13,
+    )
 
 
 @pytest.mark.parametrize("shape", [(70, 16), (2, 5, 16)])
@@ -173,9 +200,13 @@ def test_the_fused_head(shape: tuple[int, ...], temperature: float) -> None:
     ids = torch.randint(101, shape[:-1])
     head = FusedLinearForPPO()
     both(
-        "linear_logprobs", lambda: head(hidden, weight, ids, temperature=temperature),
-        hidden, weight, size=100.0, terms=16 + 70,
-    )  # fmt: skip
+        "linear_logprobs",
+        lambda: head(hidden, weight, ids, temperature=temperature),
+        hidden,
+        weight,
+        size=100.0,
+        terms=16 + 70,
+    )
 
 
 def test_it_is_patched_at_every_import_site_and_put_back() -> None:

@@ -15,9 +15,10 @@ needs("verl", "0.9.1")
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = "ppo_fast.integrations.verl_plugin"
 OWN = (
-    "test_core_algos_on_cpu.py", "test_loss_aggregation_on_cpu.py",
+    "test_core_algos_on_cpu.py",
+    "test_loss_aggregation_on_cpu.py",
     "test_value_loss_normalization_on_cpu.py",
-)  # fmt: skip
+)
 ACTIVE = (
     "import verl; from ppo_fast.integrations import verl as v; print(sorted(v.integration.calls))"
 )
@@ -28,9 +29,12 @@ def python(code: str, *paths: Path, **env: str) -> subprocess.CompletedProcess[s
     """In a process of its own, without an installed ppo_fast's entry point."""
     search = os.pathsep.join([*map(str, paths), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests",
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "tests",
         env={**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none", "PYTHONPATH": search, **env},
-    )  # fmt: skip
+    )
 
 
 def entry_point(folder: Path, module: str) -> Path:

@@ -32,18 +32,29 @@ def tokenizer() -> Any:
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        tokenizer_object=made,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
         padding_side="left",
-    )  # fmt: skip
+    )
 
 
 def config(vocab: int, **more: Any) -> Any:
     from transformers import GPT2Config
 
     return GPT2Config(
-        vocab_size=vocab, n_positions=2 * LENGTH, n_embd=32, n_layer=2, n_head=2, pad_token_id=0,
-        eos_token_id=1, bos_token_id=1, initializer_range=0.2, **more,
-    )  # fmt: skip
+        vocab_size=vocab,
+        n_positions=2 * LENGTH,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+        initializer_range=0.2,
+        **more,
+    )
 
 
 def snapshot(model: Any) -> dict[str, Tensor]:
@@ -62,8 +73,10 @@ def assert_same_run(ours: Run, theirs: Run, steps: int, ignored: tuple[str, ...]
         )
         size = b[b.isfinite()].abs().max() if b.isfinite().any() else torch.tensor(0.0)
         assert torch.allclose(a, b, rtol=0.0, atol=1e-4 * float(size), equal_nan=True), (
-            name, a.tolist(), b.tolist()
-        )  # fmt: skip
+            name,
+            a.tolist(),
+            b.tolist(),
+        )
     moved = max(float((w - theirs.start[k]).abs().max()) for k, w in theirs.weights.items())
     assert moved > 1e-2, "the run must learn for its weights to say anything"
     off = {k: float((ours.weights[k] - w).abs().max()) for k, w in theirs.weights.items()}

@@ -26,19 +26,36 @@ def trainer(folder: str, vocab: int = tiny.WORDS, length: int = 12, **options: A
         return [sum(word[-1:] in "02468" for word in c.split()) / length for c in completions]
 
     chosen = {
-        "beta": 0.04, "num_iterations": 2, "max_steps": 12, "learning_rate": 3e-3,
-        "entropy_coef": 0.01, **options,
-    }  # fmt: skip
+        "beta": 0.04,
+        "num_iterations": 2,
+        "max_steps": 12,
+        "learning_rate": 3e-3,
+        "entropy_coef": 0.01,
+        **options,
+    }
     args = GRPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
-        logging_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        num_generations=4, max_completion_length=length, temperature=0.9, adam_epsilon=1e-5,
-        seed=1, **chosen,
-    )  # fmt: skip
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_generations=4,
+        max_completion_length=length,
+        temperature=0.9,
+        adam_epsilon=1e-5,
+        seed=1,
+        **chosen,
+    )
     return GRPOTrainer(
-        model=model, processing_class=words, reward_funcs=reward, args=args,
+        model=model,
+        processing_class=words,
+        reward_funcs=reward,
+        args=args,
         train_dataset=Dataset.from_list(prompts),
-    )  # fmt: skip
+    )
 
 
 def run(vocab: int = tiny.WORDS, length: int = 12, **options: Any) -> Run:

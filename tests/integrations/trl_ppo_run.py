@@ -25,17 +25,37 @@ def run(vocab: int = tiny.WORDS, updates: int = 10, response: int = 12, **option
     prompts = [{"input_ids": words(f"w{i} w{i + 1} w{2 * i}").input_ids} for i in range(16)]
     with tempfile.TemporaryDirectory() as folder:
         args = PPOConfig(
-            output_dir=folder, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
-            logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4,
-            num_mini_batches=2, num_ppo_epochs=2, total_episodes=8 * updates,
-            local_rollout_forward_batch_size=4, response_length=response, stop_token="eos",
-            missing_eos_penalty=1.0, learning_rate=1e-3, adam_epsilon=1e-5, kl_coef=0.05,
-            num_sample_generations=0, seed=1, **options,
-        )  # fmt: skip
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+            num_mini_batches=2,
+            num_ppo_epochs=2,
+            total_episodes=8 * updates,
+            local_rollout_forward_batch_size=4,
+            response_length=response,
+            stop_token="eos",
+            missing_eos_penalty=1.0,
+            learning_rate=1e-3,
+            adam_epsilon=1e-5,
+            kl_coef=0.05,
+            num_sample_generations=0,
+            seed=1,
+            **options,
+        )
         trainer = PPOTrainer(
-            args=args, processing_class=words, model=policy, ref_model=ref, reward_model=reward,
-            value_model=value, train_dataset=Dataset.from_list(prompts),
-        )  # fmt: skip
+            args=args,
+            processing_class=words,
+            model=policy,
+            ref_model=ref,
+            reward_model=reward,
+            value_model=value,
+            train_dataset=Dataset.from_list(prompts),
+        )
         start = tiny.snapshot(trainer.model)
         trainer.train()
         metrics = [m for m in trainer.state.log_history if "loss/policy_avg" in m]
