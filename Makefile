@@ -57,7 +57,7 @@ test-long: $(STAMP)
 
 # Plants mistakes in a copy of the sources and sees whether the tests notice: half an hour.
 mutants: $(STAMP)
-	$(RUN) tests/mutants.py $(ARGS)
+	$(RUN) tests/mutants $(ARGS)
 
 # Branches of the package's Python that the tests of one run reach; kernels run elsewhere.
 coverage: $(STAMP)
@@ -81,13 +81,13 @@ bench: $(BENCH_STAMP)
 
 # Both want clang, and sanitize g++, of Debian's packages or another's; CONTRIBUTING.md says what they look for.
 sanitize: $(STAMP)
-	$(RUN) tests/sanitizers.py address $(ARGS)
-	$(RUN) tests/sanitizers.py thread $(ARGS)
+	$(RUN) tests/scripts/sanitizers.py address $(ARGS)
+	$(RUN) tests/scripts/sanitizers.py thread $(ARGS)
 
 MINUTES ?= 60
 fuzz: $(STAMP)
 	$(RUN) -m pip install -q --no-compile atheris==3.0.0
-	$(RUN) tests/sanitizers.py fuzz $(MINUTES)
+	$(RUN) tests/scripts/sanitizers.py fuzz $(MINUTES)
 
 # torch first and alone: anything that depends on it would choose a multi-gigabyte build.
 $(VENV)/bin/python:
@@ -104,7 +104,7 @@ $(STAMP): $(VENV)/bin/python pyproject.toml $(EXTENSION)
 PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 $(VENV)/trainers/%/.installed: $(STAMP) Makefile
 	$(if $(KEEP),,rm -rf $(filter-out $(@D),$(wildcard $(VENV)/trainers/*)))
-	$(PYTHON) tests/free_space.py $(ROOM) $(@D) 1 $${TMPDIR:-/tmp}
+	$(PYTHON) tests/scripts/free_space.py $(ROOM) $(@D) 1 $${TMPDIR:-/tmp}
 	$(RUN) -m venv --clear --without-pip $(@D)
 	$(RUN) $(PURELIB) > $$($(@D)/bin/python $(PURELIB))/base.pth
 	echo "$(TORCH)" > $(@D)/constraints.txt

@@ -1,4 +1,4 @@
-"""The codes of ppo_fast/_schema.py as Triton constants; tests/test_aot.py compares the two.
+"""The codes of ppo_fast/_schema.py as Triton constants; test_aot.py compares the two.
 
 PREFIX_NAME is the index of "name" in the tuple that PREFIX stands for.
 """

@@ -58,7 +58,7 @@ def shape_of(op: str) -> tuple[int, int]:
 
 
 def usable(name: str) -> str:
-    """The name, or a skip with the reason; tests/test_backend.py fails where cpu should work."""
+    """The name, or a skip with the reason; test_backend.py fails where cpu should work."""
     reason = ppo_fast.backends()[name]
     if reason is not None:
         pytest.skip(f"backend {name!r}: {reason}")

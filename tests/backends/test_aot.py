@@ -1,0 +1,180 @@
+"""Every Triton kernel compiles for GPUs that are not there, and launches only what is compiled."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import aot
+import launches
+import pytest
+import torch
+
+from ppo_fast import _results, _schema
+
+KERNELS = aot.ROOT / "kernels"
+
+
+def compiled(*args: str) -> str:
+    """stdout of a Python process in which Triton is not interpreted."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(aot.ROOT), str(aot.ROOT / "tests/helpers")])
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env)
+    assert done.stdout or done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def compile_all(*args: str) -> None:
+    results = [json.loads(line) for line in compiled(aot.__file__, *args).splitlines()]
+    assert results
+    failed = [r for r in results if "error" in r]
+    assert not failed, f"{len(failed)} of {len(results)}: {json.dumps(failed[0], indent=1)}"
+    spilled = [r for r in results if r["spilled"]]
+    assert not spilled, f"{len(spilled)} of {len(results)} spill: {spilled[0]}"
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_every_pair_of_values_compiles(target: str) -> None:
+    compile_all("--target", target)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_every_combination_compiles(target: str) -> None:
+    compile_all("--target", target, "--long")
+
+
+def jit_functions(path: Path) -> set[str]:
+    return {
+        node.name
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+    }
+
+
+def test_every_kernel_is_registered() -> None:
+    """Kernels are what is launched, and what is named so; helpers are neither."""
+    source = "import aot, json; print(json.dumps(list(aot.registry())))"
+    names = set(json.loads(compiled("-c", source)))
+    for path in KERNELS.glob("*.py"):
+        jitted = jit_functions(path)
+        launched = set(re.findall(r"(\w+)\[\(", path.read_text()))
+        kernels = {name for name in jitted if name.endswith("_kernel")}
+        assert {f"{path.stem}.{k}" for k in kernels} == {
+            n for n in names if n.startswith(f"{path.stem}.")
+        }
+        assert not launched & (jitted - kernels), f"{path.name}: name it *_kernel and register it"
+
+
+def test_codes_are_the_schema_s() -> None:
+    from ppo_fast.kernels import options
+
+    tuples = {
+        "VARIANT": _schema.VARIANTS,
+        "ESTIMATOR": _schema.ESTIMATORS,
+        "REDUCTION": _schema.REDUCTIONS,
+        "FORM": _schema.FORMS,
+        "MASKED": _schema.MASKED,
+        "SCORE_AT": _schema.SCORE_AT,
+    }
+    want = {
+        f"{prefix}_{name.upper().replace('-', '_')}": code
+        for prefix, names in tuples.items()
+        for code, name in enumerate(names)
+    }
+    want |= {"N_STATS": _results.N_STATS, "N_SUMS": _results.N_SUMS}
+    got = {k: v.value for k, v in vars(options).items() if k.isupper()}
+    assert got == want
+
+
+def test_pairs_cover() -> None:
+    """The covering design, on a constructed table with a forbidden pair."""
+    table = [
+        {"a": a, "b": b, "c": c} for a in range(3) for b in range(3) for c in range(4) if a or b
+    ]
+    chosen = aot.pairs(table)
+    for x, y in (("a", "b"), ("a", "c"), ("b", "c")):
+        assert {(r[x], r[y]) for r in chosen} == {(r[x], r[y]) for r in table}
+    assert len(chosen) < len(table) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 16, 33, 2052, 40000])
+def test_launches_are_registered(vocab: int, dtype: torch.dtype) -> None:
+    """Interpreted launches of logprobs and whiten have the constants that were compiled."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter's launches are what is watched")
+    from ppo_fast.kernels import logprobs, logprobs_grad, whiten
+
+    logits = torch.randn(2, 3, vocab).to(dtype)
+    tokens = torch.randint(vocab, (2, 3))
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with launches.watch() as launched:
+        for keep, temperature in ((None, None), (mask, torch.ones(2, 3))):
+            args = (keep, temperature)
+            _, *saved = logprobs.logprobs_fwd(logits, tokens, *args, [-100], [1.0])
+            for grads in ((torch.ones(2, 3), None), (None, torch.ones(()).expand(2, 3))):
+                logprobs.logprobs_bwd(*grads, logits, tokens, *args, *saved, [-100], [1.0])
+            moments = whiten.moments(logits[..., 0], keep)
+            whiten.whiten(logits[..., 0], keep, moments, [1, 1, 0], [1e-8])
+    assert launched == {
+        e.kernel.__name__ for m in (logprobs, logprobs_grad, whiten) for e in m.AOT
+    } | {"merge_moments_kernel"}
+
+
+def main_loop(ptx: str) -> str:
+    """The body of the longest loop: from a label to the last branch back to it."""
+    lines = ptx.splitlines()
+    labels: dict[str, int] = {}
+    longest: list[str] = []
+    for i, line in enumerate(lines):
+        if label := re.match(r"(\$L__BB\w+):", line):
+            labels[label[1]] = i
+        branch = re.search(r"bra(?:\.uni)?\s+(\$L__BB\w+);", line)
+        if branch and branch[1] in labels:
+            longest = max(longest, lines[labels[branch[1]] : i], key=len)
+    return "\n".join(longest)
+
+
+def ptx_of(name: str, **wanted: Any) -> str:
+    return compiled("-c", f"import aot; print(aot.text_of({name!r}, 'sm_90', 'ptx', {wanted!r}))")
+
+
+@pytest.mark.parametrize("columns", ["i32:16", "i32"])
+def test_logprobs_reads_16_bytes_a_load(columns: str) -> None:
+    """bf16 rows that start on 16 bytes, whatever V: the loop has nothing but full loads."""
+    loop = main_loop(
+        ptx_of("logprobs.segments_kernel", logits_ptr="*bf16:16", ALIGN=8, LANES=1024, V=columns)
+    )
+    loads = re.findall(r"ld\.global\S*", loop)
+    assert loads
+    assert {load for load in loads if not re.search(r"v4\.b32|b128|v2\.b64", load)} == set()
+    assert "shfl" not in loop and "bar.sync" not in loop, "lanes stay apart until the segment ends"
+    assert len(re.findall(r"ex2\.", loop)) == 8 * (len(loads) + 1), "one exp an element"
+
+
+def test_logprobs_gradient_moves_16_bytes() -> None:
+    loop = main_loop(
+        ptx_of("logprobs_grad.dlogits_kernel", logits_ptr="*bf16:16", ALIGN=8, LANES=1024)
+    )
+    accesses = re.findall(r"(?:ld|st)\.global\S*", loop)
+    assert len(accesses) == 8
+    assert all(re.search(r"v4\.b32|b128|v2\.b64", access) for access in accesses)
+
+
+@pytest.mark.parametrize(("align", "width"), [(4, r"v2\.b32|b64"), (2, r"\.b32"), (1, r"\.b16")])
+def test_logprobs_width_follows_alignment(align: int, width: str) -> None:
+    """Rows of an odd V start anywhere: narrower loads of the same lanes, so the same bits."""
+    loop = main_loop(
+        ptx_of("logprobs.segments_kernel", logits_ptr="*bf16:16", ALIGN=align, LANES=1024, V="i32")
+    )
+    loads = re.findall(r"ld\.global\S*", loop)
+    assert len(loads) == 64 // align
+    assert all(re.search(width, load) for load in loads)

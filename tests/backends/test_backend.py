@@ -1,0 +1,218 @@
+"""Choosing a backend: by argument, context, environment, device; named ones never fall back."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import ppo_fast
+from ppo_fast import _backend, _dispatch, _ext, testing
+
+CHOICES = ("PPO_FAST_BACKEND", "TRITON_INTERPRET", "PPO_FAST_CUDA_EMULATE")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter."""
+    env = {k: v for k, v in os.environ.items() if k not in CHOICES}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=env | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_backends_are_named_with_reasons() -> None:
+    found = ppo_fast.backends()
+    assert list(found) == ["reference", "cpu", "triton", "cuda"]
+    assert found["reference"] is None
+    assert all(reason is None or len(reason) > 20 for reason in found.values())
+
+
+def test_the_extension_is_built_where_it_can_be() -> None:
+    """A machine with a compiler has the `cpu` backend: its tests must not be skipped there."""
+    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    reason = ppo_fast.backends()["cpu"]
+    assert reason is None or compiler is None, f"{compiler} is here, but: {reason}"
+
+
+def test_triton_is_usable_here() -> None:
+    """Compiled on a GPU, else interpreted: conftest.py set TRITON_INTERPRET."""
+    assert ppo_fast.backends()["triton"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to emulate CUDA with")
+def test_cuda_is_emulated_here() -> None:
+    """conftest.py set PPO_FAST_CUDA_EMULATE, so that its tests are not skipped."""
+    assert ppo_fast.backends()["cuda"] is None
+
+
+def test_the_result_of_backends_is_a_copy() -> None:
+    ppo_fast.backends()["reference"] = "broken"
+    assert ppo_fast.backends()["reference"] is None
+
+
+def test_the_argument_wins_over_the_context() -> None:
+    x = torch.zeros(2, 3)
+    with ppo_fast.use_backend("triton"):
+        assert _backend.select("op", None, x) == "triton"
+        assert _backend.select("op", "reference", x) == "reference"
+        with ppo_fast.use_backend("reference"):
+            assert _backend.select("op", None, x) == "reference"
+        assert _backend.select("op", None, x) == "triton"
+
+
+def test_the_context_ends_with_an_exception() -> None:
+    before = _backend._chosen.name
+    with pytest.raises(KeyError), ppo_fast.use_backend("reference"):
+        raise KeyError
+    assert _backend._chosen.name == before
+
+
+@pytest.mark.parametrize("name", ["fast", "", "CPU"])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(ValueError, match=f"use_backend: backend must be one of .*got '{name}'"):
+        ppo_fast.use_backend(name)
+
+
+def test_a_named_backend_that_is_unusable_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reason and its mend; the automatic choice says so once and runs the reference."""
+    monkeypatch.setitem(_backend._REASONS, "cpu", "it is not built; run make")
+    monkeypatch.setattr(_backend._chosen, "warned", False)
+    monkeypatch.setattr(_backend._chosen, "name", None)
+    call = testing.gae_call()
+    with pytest.raises(
+        ppo_fast.BackendUnavailableError,
+        match=r"gae: .*'cpu' is not usable: it is not built; run make",
+    ):
+        testing.run(call, "cpu")
+    with pytest.raises(ppo_fast.BackendUnavailableError, match=r"use_backend: .*run make"):
+        ppo_fast.use_backend("cpu")
+    with pytest.warns(
+        RuntimeWarning, match="slow PyTorch reference. cpu: it is not built; run make"
+    ):
+        out = testing.run(call, None)
+    want = testing.run(call, "reference")
+    assert all(testing.same_bits(out[k], want[k]) for k in want)
+    testing.run(call, None)  # a second warning would be an error here
+
+
+def test_the_automatic_choice_is_the_device_s() -> None:
+    reason = ppo_fast.backends()["cpu"]
+    if reason:
+        pytest.skip(f"backend 'cpu': {reason}")
+    assert _backend.select("op", None, torch.zeros(1)) == "cpu"
+    assert _backend.select("op", None, torch.zeros(1, dtype=torch.float64)) == "cpu"
+    assert _backend.select("op", None, torch.zeros(1, device="meta")) == "reference"
+
+
+def test_tensors_elsewhere_are_refused() -> None:
+    reason = ppo_fast.backends()["cpu"]
+    if reason:
+        pytest.skip(f"backend 'cpu': {reason}")
+    with pytest.raises(ValueError, match="op: backend 'cpu' needs CPU tensors, got meta"):
+        _backend.select("op", "cpu", torch.zeros(1, device="meta"))
+
+
+def test_a_gpu_s_backend_needs_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_ext, "EMULATED", False)
+    monkeypatch.setitem(_backend._REASONS, "cuda", None)
+    for name in ("triton", "cuda"):
+        with pytest.raises(ValueError, match=f"'{name}' needs CUDA tensors, got cpu"):
+            _backend.select("op", name, torch.zeros(1))
+
+
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], architectures: list[str]
+) -> None:
+    """A GPU of this capability, and a build for these architectures."""
+    build = types.SimpleNamespace(build_info=lambda: {"cuda": {"architectures": architectures}})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(_ext, "module", lambda: build)
+    monkeypatch.setattr(_ext, "wrong_gpu", _ext.wrong_gpu.__wrapped__)
+    monkeypatch.setattr(_ext, "EMULATED", False)
+    monkeypatch.setattr(_backend._chosen, "name", None)
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(_backend._REASONS, name, None)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that only says that it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3)])
+def test_a_build_runs_where_its_machine_code_does(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    x = torch.zeros(1).as_subclass(OnGpu)
+    pretend(monkeypatch, capability, ["80", "90a", "100"])
+    assert _backend.select("gae", "cuda", x) == "cuda" and ppo_fast.backends()["cuda"] is None
+
+
+def test_a_kernel_says_which_gpu_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1).as_subclass(OnGpu)
+    pretend(monkeypatch, (7, 5), ["80", "90a", "100"])
+    text = r"sm_80, sm_90a, sm_100, the GPU is sm_75; run `.*sm_8x, sm_90 or sm_10x"
+    with pytest.raises(ppo_fast.BackendUnavailableError, match=f"gae: .*{text}"):
+        _backend.select("gae", "cuda", x)
+    assert re.search(text, str(ppo_fast.backends()["cuda"]))
+
+
+def test_an_emulated_gpu_has_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (9, 0), ["90a"])
+    monkeypatch.setattr(_ext, "EMULATED", True)
+    with pytest.raises(ValueError, match=r"gae: backend 'cuda' is emulated .*got cuda:0"):
+        _backend.select("gae", "cuda", torch.zeros(1).as_subclass(OnGpu))
+
+
+def test_the_default_on_a_gpu_is_triton_but_where_cuda_was_measured_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.zeros(1, dtype=torch.bfloat16).as_subclass(OnGpu)
+    pretend(monkeypatch, (9, 0), ["90a"])
+    assert _backend.select("gae", None, x) == "triton"
+    case = _dispatch.Case("gae", (9, 0), torch.bfloat16)
+    monkeypatch.setitem(_dispatch.CUDA_IS_FASTER, case, "some-results.json")
+    assert _backend.select("gae", None, x) == "cuda"
+    assert _backend.select("whiten", None, x) == "triton"
+    monkeypatch.setitem(_backend._REASONS, "cuda", "not built")
+    assert _backend.select("gae", None, x) == "triton"
+
+
+def test_every_measurement_names_its_results() -> None:
+    results = Path(__file__).parents[2] / "benchmarks/results"
+    assert all((results / name).is_file() for name in _dispatch.CUDA_IS_FASTER.values())
+
+
+def test_the_environment_chooses() -> None:
+    code = (
+        "import torch; from ppo_fast._backend import select;"
+        "print(select('op', None, torch.zeros(1)))"
+    )
+    assert python(code, PPO_FAST_BACKEND="reference").stdout.strip() == "reference"
+    wrong = python(code, PPO_FAST_BACKEND="fast")
+    assert (
+        wrong.returncode != 0
+        and "backend must be one of" in wrong.stderr
+        and "'fast'" in wrong.stderr
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_backends_say_what_they_lack() -> None:
+    out = python("import ppo_fast; print(ppo_fast.backends())").stdout
+    assert "there is no GPU; set TRITON_INTERPRET=1" in out
+    assert "built without CUDA" in out and "set PPO_FAST_CUDA_EMULATE=1" in out

@@ -1,0 +1,154 @@
+"""The pages made from results: that the committed ones are, and what they say."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from bench_rows import FACTS, GPU_FACTS, lines_with, row
+
+from benchmarks.ops.case import Case, Shape
+from benchmarks.ops.gae import GAE
+from benchmarks.ops.registry import GOALS
+from benchmarks.ops.token_logprobs import GPU_LOGPROBS_FORWARD
+from benchmarks.report import __main__ as report
+from benchmarks.report import pages, plots, readme, results
+from benchmarks.report.results import Results
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The committed pages and results in a folder of their own."""
+    shutil.copytree(ROOT / "benchmarks/results", tmp_path / "benchmarks/results")
+    shutil.copytree(ROOT / "benchmarks/plots", tmp_path / "benchmarks/plots")
+    for name in ("README.md", "benchmarks/README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_the_committed_pages_are_made_from_committed_results() -> None:
+    assert report.stale(ROOT) == []
+    front = (ROOT / "README.md").read_text()
+    for path in report.newest(ROOT / "benchmarks/results"):
+        assert f"](benchmarks/results/{path.name})" in front
+
+
+def test_a_figure_that_changed_makes_both_pages_stale(copied: Path) -> None:
+    assert report.stale(copied) == []
+    path, held = next(iter(report.newest(copied / "benchmarks/results").items()))
+    for changed in held.rows:
+        if "median_ms" in changed:
+            changed["median_ms"] *= 2 if changed["provider"].startswith("ppo_fast-cpu") else 1
+    path.write_text(results.to_text(held))
+    assert report.stale(copied) == [copied / "benchmarks/README.md", copied / "README.md"]
+
+
+def test_a_plot_that_no_page_shows_is_stale(copied: Path) -> None:
+    (copied / "benchmarks/plots/left-over.svg").touch()
+    assert report.stale(copied) == [copied / "benchmarks/plots/left-over.svg"]
+
+
+def test_the_newest_file_of_each_machine_counts(tmp_path: Path) -> None:
+    for facts in (FACTS, FACTS | {"date": "2026-02-01"}, GPU_FACTS):
+        results.save(tmp_path, [row(GAE, "loop", 1.0)], facts)
+    names = [path.name for path in report.newest(tmp_path)]
+    assert names == ["nvidia-h200-2026-01-02.json", "some-cpu-avx2-2026-02-01.json"]
+
+
+def test_losses_and_failures_are_on_the_page() -> None:
+    held = Results(
+        [FACTS],
+        [
+            row(GAE, "ppo_fast-cpu", 2.0, run=0),
+            row(GAE, "tianshou", 0.5, run=0),
+            row(GAE, "copy", 0.1, run=0),
+            row(GAE, "torchrl", None, status="red", detail="returns:\n off by 3", run=0),
+        ],
+    )
+    files = {Path("some-cpu-avx2-2026-01-02.json"): held}
+    text = pages.page(files)
+    assert lines_with(text, "- `gae`", "tianshou", "0.500 ms against 2.00 ms")
+    assert not lines_with(text, "copy", " against 2.00 ms")
+    assert "- torchrl: `red: returns: off by 3`" in text
+    assert lines_with(text, "ppo_fast-cpu faster than tianshou", "0.250×", "≥ 3×", "SHORT")
+    assert lines_with(text, "ppo_fast-cpu faster than loop", "not measured")
+    assert lines_with(readme.section(files), "| `gae`", "tianshou 0.250×", "5%")
+
+
+def test_the_parts_of_a_training_step_make_one_table() -> None:
+    step = Case("ppo_update", "step", Shape("some-model", (8, 16)))
+    held = Results(
+        [FACTS],
+        [
+            row(replace(step, direction=part), f"ppo_fast-{backend}", ms, share=ms / whole, run=0)
+            for backend, whole in (("cpu", 1000.0), ("reference", 3000.0))
+            for part, ms in (("step", whole), ("gae", 6.0))
+        ],
+    )
+    files = {Path("some-cpu-avx2-2026-01-02.json"): held}
+    text = pages.page(files)
+    assert "### One PPO update: some-model 8x16 cpu" in text
+    assert lines_with(text, "| gae | 6.000 | 0.6% | 1.500 | 6.000 | 0.2% | 1.500 |")
+    assert plots.planned(held.rows, "some") == []
+    assert "some-model 8x16 cpu takes 1000 ms with `ppo_fast-cpu`" in readme.section(files)
+
+
+def test_a_gpu_file_makes_a_page_with_plots(copied: Path) -> None:
+    """Two sizes give a plot against size; the machine is the GPU, with its driver."""
+    pytest.importorskip("matplotlib", reason="the plots are drawn by matplotlib")
+    large = GPU_LOGPROBS_FORWARD
+    small = replace(large, shape=large.shape.part(128))
+    rows = [
+        made
+        for case, scale in ((small, 0.01), (large, 1.0))
+        for made in (
+            row(case, "ppo_fast-triton", 0.6 * scale),
+            row(case, "eager", 12.8 * scale),
+            row(case, "copy", 0.58 * scale),
+        )
+    ]
+    results.save(copied / "benchmarks/results", rows, GPU_FACTS)
+    report.write(copied)
+    assert report.stale(copied) == []
+    page, front = ((copied / n).read_text() for n in ("benchmarks/README.md", "README.md"))
+    assert "## NVIDIA H200" in page
+    assert lines_with(page, "gpu NVIDIA H200", "driver 580.65.06", "cuda 13.0", "commit aaaa")
+    assert lines_with(page, "| ppo_fast-triton |", "21.3", "97%")
+    assert lines_with(
+        page, "cuda ppo_fast-triton", "600 µs", "≤ 640 µs", "met", "≤ 580 µs", "SHORT"
+    )
+    assert "**NVIDIA H200**" in front
+    assert lines_with(
+        front, "| `token_logprobs` forward, qwen-r1 8192×151936, bf16, cuda", "21.3×"
+    )
+    assert "No figure measured on a GPU" not in front
+    drawn = sorted((copied / "benchmarks/plots").glob("nvidia-h200-*.svg"))
+    assert [path.name for path in drawn] == [
+        "nvidia-h200-ceiling.svg",
+        "nvidia-h200-token-logprobs-forward-batch-major-bf16-cuda.svg",
+    ]
+    for path in drawn:
+        assert f"](plots/{path.name})" in page
+        assert ElementTree.fromstring(path.read_text()).tag.endswith("svg")
+
+
+def test_the_same_rows_draw_the_same_bytes() -> None:
+    pytest.importorskip("matplotlib", reason="the plots are drawn by matplotlib")
+    rows = [row(GAE, "ppo_fast-cpu", 2.0), row(GAE, "copy", 1.0)]
+    plot = plots.of_ceilings(rows, "some")
+    assert plot is not None
+    first = plots.draw(plot)
+    assert first == plots.draw(plot)
+    assert "ppo_fast-cpu 50.0%" in first
+
+
+def test_every_goal_for_the_device_is_listed() -> None:
+    held = Results([FACTS], [row(GAE, "loop", 80.0, run=0)])
+    found = pages.goals_of(held)
+    assert [v.goal for v in found] == [goal for goal in GOALS if goal.case.device == "cpu"]
+    assert all(verdict.value is None for verdict in found)

@@ -1,0 +1,205 @@
+"""Compile the Triton kernels for GPUs that are not there: the engine of test_aot.py.
+
+    python tests/helpers/aot.py [--long] [--stem logprobs ...] [--target sm_90 ...] [--jobs 2]
+        [--report]
+
+Interpreted and compiled mode cannot share a process, so this runs without TRITON_INTERPRET, in
+`--jobs` processes. One JSON line per compilation on stdout; the exit status is 1 if any failed.
+See kernels/common.py for the registry it enumerates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+Case = dict[str, Any]
+
+
+def registry(stems: Iterable[str] = ()) -> dict[str, Any]:
+    """The registered kernels of the files named (of all): "stem.name" -> its Aot."""
+    entries = {}
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        if stems and path.stem not in stems:
+            continue
+        module = importlib.import_module(f"ppo_fast.kernels.{path.stem}")
+        for entry in getattr(module, "AOT", ()):
+            name = f"{path.stem}.{entry.kernel.__name__}"
+            if name in entries:
+                raise ValueError(f"{name} is registered twice")
+            entries[name] = entry
+    return entries
+
+
+def product(entry: Any) -> list[Case]:
+    """Every valid combination of the alternatives."""
+    axes = {k: v if isinstance(v, tuple) else (v,) for k, v in entry.axes.items()}
+    cases = []
+    for values in itertools.product(*axes.values()):
+        case: Case = {}
+        for name, value in zip(axes, values, strict=True):
+            case.update(value if isinstance(value, dict) else {name: value})
+        if entry.valid(case):
+            cases.append(case)
+    return cases
+
+
+def pairs(cases: list[Case]) -> list[Case]:
+    """A subset of the cases with every pair of values that occurs in them (greedy cover)."""
+    varying = [k for k in cases[0] if len({repr(c[k]) for c in cases}) > 1]
+    keys = list(itertools.combinations(varying, 2)) or [(k, k) for k in varying]
+    covers = [{(a, repr(c[a]), b, repr(c[b])) for a, b in keys} for c in cases]
+    missing = set().union(*covers)
+    chosen = [] if missing else [cases[0]]
+    while missing:
+        best = max(range(len(cases)), key=lambda i: len(covers[i] & missing))
+        chosen.append(cases[best])
+        missing -= covers[best]
+    return chosen
+
+
+def source_of(kernel: Any, case: Case) -> tuple[Any, dict[str, Any]]:
+    """The ASTSource of a case and the launch options beside it."""
+    from triton.compiler import ASTSource
+
+    from ppo_fast.kernels.common import LAUNCH
+
+    names = kernel.arg_names
+    missing = set(names) - set(case)
+    if missing:
+        raise ValueError(f"{kernel.__name__}: no alternatives for {sorted(missing)}")
+    signature, constants, attrs = {}, {}, {}
+    for i, name in enumerate(names):
+        value = case[name]
+        if kernel.params[i].is_constexpr or not isinstance(value, str):
+            signature[name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        signature[name], _, divisor = value.partition(":")
+        if divisor:
+            attrs[(i,)] = [["tt.divisibility", int(divisor)]]
+    options = LAUNCH | {
+        k: v for k, v in case.items() if k in ("num_warps", "num_stages", "maxnreg")
+    }
+    return ASTSource(kernel, signature, constants, attrs), options
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers, spilled bytes and shared memory, from the cubin or the AMD assembly."""
+    found = {"shared": compiled.metadata.shared}
+    if "cubin" in compiled.asm:
+        import triton
+
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            text = subprocess.run(
+                [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        found["registers"] = int(re.findall(r"REG:(\d+)", text)[-1])
+        found["spilled"] = int(re.findall(r"STACK:(\d+)", text)[-1])
+    else:
+        text = compiled.asm["amdgcn"]
+        found["registers"] = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[-1])
+        found["spilled"] = 4 * int(re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)[-1])
+    return found
+
+
+def compile_case(job: tuple[str, Case, str]) -> dict[str, Any]:
+    """Compile one case for one target; never raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    name, case, target = job
+    start = time.perf_counter()
+    result: dict[str, Any] = {"kernel": name, "target": target, "case": case}
+    try:
+        source, options = source_of(registry([name.split(".")[0]])[name].kernel, case)
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+        result |= resources(compiled)
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    return result | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def text_of(name: str, target: str, kind: str, wanted: Case) -> str:
+    """The "ptx", "ttgir" or "amdgcn" text of the first case with the values wanted."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    entry = registry([name.split(".")[0]])[name]
+    case = next(c for c in product(entry) if wanted.items() <= c.items())
+    source, options = source_of(entry.kernel, case)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options).asm[kind]
+
+
+def jobs_of(options: argparse.Namespace) -> list[tuple[str, Case, str]]:
+    """The compilations asked for, kernels and targets interleaved so that workers share evenly."""
+    jobs = []
+    for name, entry in registry(options.stem).items():
+        cases = product(entry)
+        for case in cases if options.long else pairs(cases):
+            jobs += [(name, case, target) for target in options.target]
+    return jobs
+
+
+def report(results: list[dict[str, Any]]) -> None:
+    """The worst of every kernel and target, on stderr."""
+    key = lambda r: (r["kernel"], r["target"])  # noqa: E731
+    for (name, target), group in itertools.groupby(sorted(results, key=key), key=key):
+        rows = list(group)
+        good = [r for r in rows if "error" not in r]
+        kinds = ("registers", "spilled", "shared")
+        worst = {k: max((r[k] for r in good), default=0) for k in kinds}
+        spent = sum(r["seconds"] for r in rows)
+        text = " ".join(f"{k} {v}" for k, v in worst.items())
+        print(
+            f"{name:36} {target:7} {len(good)}/{len(rows)} {text} {spent:.1f} s", file=sys.stderr
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--long", action="store_true", help="the whole product, not pairs")
+    parser.add_argument("--stem", nargs="*", default=[], help="files of kernels/; all by default")
+    parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="resources per kernel, to stderr")
+    options = parser.parse_args()
+    jobs = jobs_of(options)
+    context = multiprocessing.get_context("spawn")
+    results = []
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        for result in pool.map(compile_case, jobs, chunksize=1):
+            results.append(result)
+            print(json.dumps(result), flush=True)
+    if options.report:
+        report(results)
+    return int(any("error" in r for r in results))
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())

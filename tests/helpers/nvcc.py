@@ -1,0 +1,159 @@
+"""Compiling csrc/cuda/*.cu without a GPU, once for all tests and test workers, and reading what
+the compiler and the disassembler say of the kernels.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.utils import cpp_extension
+
+from ppo_fast import _cflags
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+SOURCES = [Path(path) for path in _cflags.cuda_sources(CSRC)]
+# Every warning is an error, the compiler's as the assembler's, and the assembler reports.
+STRICT = ("-Werror=all-warnings", "-Xcompiler=-Wall,-Werror,-Wno-unknown-pragmas", "-Xptxas=-v")
+
+
+class Kernel(NamedTuple):
+    """One kernel for one architecture, as ptxas reports it."""
+
+    name: str
+    architecture: str
+    stack: int
+    spilled: int
+    registers: int
+
+
+def nvcc() -> Path | None:
+    """nvcc, from the PATH or where CUDA is installed."""
+    found = shutil.which("nvcc") or str(Path(cpp_extension.CUDA_HOME or "/") / "bin/nvcc")
+    return Path(found) if Path(found).is_file() else None
+
+
+def disassembler() -> Path | None:
+    """cuobjdump, from the PATH or as Triton's package bundles it."""
+    if found := shutil.which("cuobjdump"):
+        return Path(found)
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return bundled if bundled.is_file() else None
+
+
+def command(source: Path, target: Path) -> list[str]:
+    """The whole build's flags, for every architecture that we have kernels for."""
+    includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
+    machine = [_cflags.gencode(name) for name in _cflags.ARCHITECTURES]
+    return [
+        str(nvcc()),
+        *_cflags.NVCC_FLAGS,
+        *STRICT,
+        *includes,
+        *machine,
+        "-c",
+        str(source),
+        "-o",
+        str(target),
+    ]
+
+
+def digest(source: Path) -> str:
+    """Of all that a compilation depends on: the source, every header, the command."""
+    state = hashlib.sha256(" ".join(command(source, Path("out"))).encode())
+    for path in (source, *sorted(p for e in ("*.h", "*.cuh") for p in CSRC.rglob(e))):
+        state.update(path.read_bytes())
+    return state.hexdigest()[:24]
+
+
+class Compiled(NamedTuple):
+    """An object file and what the compiler said."""
+
+    object: Path
+    log: str
+    status: int
+
+
+@cache
+def compiled(source: Path, folder: Path) -> Compiled:
+    """The source compiled into `folder`, by whichever test worker is first."""
+    base = folder / f"{source.stem}-{digest(source)}"
+    base.parent.mkdir(parents=True, exist_ok=True)
+    with open(base.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        log = base.with_suffix(".log")
+        if not log.exists():
+            done = subprocess.run(
+                command(source, base.with_suffix(".o")),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            log.write_text(f"{done.returncode}\n{done.stdout}{done.stderr}")
+    status, _, said = log.read_text().partition("\n")
+    return Compiled(base.with_suffix(".o"), said, int(status))
+
+
+def kernels(log: str) -> Iterator[Kernel]:
+    """What `-Xptxas -v` reports of each kernel."""
+    for part in log.split("Compiling entry function '")[1:]:
+        name, architecture = re.match(r"(\w+)' for '(\w+)'", part).groups()
+        stack, stores, loads = map(
+            int,
+            re.search(
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+            ).groups(),
+        )
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        yield Kernel(name, architecture, stack, stores + loads, registers)
+
+
+class Instruction(NamedTuple):
+    """One of a kernel's machine instructions."""
+
+    address: int
+    name: str
+    operands: str
+
+
+@cache
+def machine_code(path: Path, architecture: str) -> dict[str, list[Instruction]]:
+    """The instructions of every kernel of an object file, by mangled name."""
+    text = subprocess.run(
+        [str(disassembler()), "-sass", "-arch", architecture, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)([^;]*);")
+    return {
+        part.split("\n", 1)[0].strip(): [
+            Instruction(int(a, 16), name, rest) for a, name, rest in pattern.findall(part)
+        ]
+        for part in text.split("Function : ")[1:]
+    }
+
+
+def loops(code: list[Instruction]) -> Iterator[list[str]]:
+    """The names of the instructions of each loop that holds no other: from a target to the branch
+    back to it.
+    """
+    index = {x.address: i for i, x in enumerate(code)}
+    spans = []
+    for i, x in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", x.operands) if x.name == "BRA" else None
+        if target and int(target[1], 16) < x.address:
+            spans.append((index[int(target[1], 16)], i))
+    for start, end in spans:
+        if not any(start <= a and b < end for a, b in spans if (a, b) != (start, end)):
+            yield [x.name for x in code[start : end + 1]]

@@ -1,0 +1,178 @@
+"""What a wheel and an sdist hold, with torch at hand and without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("ppo_fast", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+NO_TORCH = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what is built, its symlinks kept, without build products."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in PARTS:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, symlinks=True, ignore=ignore)
+        else:
+            shutil.copy(source, tree / name)
+    return tree
+
+
+def setup(
+    tree: Path, *args: str, path: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`setup.py args` in a fresh interpreter that also sees the modules in `path`."""
+    env = {k: v for k, v in os.environ.items() if k != "PPO_FAST_BUILD"} | environment
+    env["PYTHONPATH"] = str(path or "")
+    return subprocess.run(
+        [sys.executable, "setup.py", *args],
+        cwd=tree,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def built(tree: Path, pattern: str) -> Path:
+    (found,) = (tree / "dist").glob(pattern)
+    return found
+
+
+def expected(suffixes: tuple[str, ...]) -> set[str]:
+    """Every source of the package, by the name it is imported by."""
+    names = set()
+    for folder, prefix in (
+        ("ppo_fast", "ppo_fast"),
+        ("kernels", "ppo_fast/kernels"),
+        ("csrc", "ppo_fast/csrc"),
+    ):
+        for path in (ROOT / folder).rglob("*"):
+            inside = path.relative_to(ROOT / folder).as_posix()
+            linked = folder == "ppo_fast" and inside.startswith(("kernels", "csrc"))
+            if path.suffix in suffixes and not linked and "__pycache__" not in inside:
+                names.add(f"{prefix}/{inside}")
+    return names
+
+
+def test_a_wheel_without_torch_is_pure(checkout: Path, tmp_path: Path) -> None:
+    """It builds, says so, and holds kernels, C++ sources and py.typed; no tests."""
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "torch.py").write_text(NO_TORCH)
+    done = setup(checkout, "bdist_wheel", path=blocked)
+    assert done.returncode == 0, done.stderr
+    assert "building without the C++ extension" in done.stdout
+    wheel = built(checkout, "*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    assert held == expected((".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".css", ".js")) | {
+        "ppo_fast/py.typed"
+    }
+
+
+def test_an_explicit_request_never_degrades(checkout: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "torch.py").write_text(NO_TORCH)
+    for mode in ("cpu", "cuda"):
+        done = setup(checkout, "bdist_wheel", path=blocked, PPO_FAST_BUILD=mode)
+        assert done.returncode != 0 and f"PPO_FAST_BUILD={mode} needs torch" in done.stderr
+    wrong = setup(checkout, "bdist_wheel", PPO_FAST_BUILD="gpu")
+    assert (
+        wrong.returncode != 0 and "must be one of auto, none, cpu, cuda, got 'gpu'" in wrong.stderr
+    )
+
+
+# A torch that says it is built for this CUDA, and where the toolkit is.
+TORCH = """
+import types
+__version__ = "2.11.0"
+version = types.SimpleNamespace(cuda={cuda!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("cuda", "release", "message"),
+    [
+        (None, None, "torch 2.11.0 has no CUDA; install a build of torch that has"),
+        ("13.0", None, "no nvcc was found; install the CUDA 13.0 toolkit, or set CUDA_HOME to it"),
+        ("13.0", "12.8", "is CUDA 12.8, torch is built for 13.0; install the CUDA 13.0 toolkit"),
+        ("12.4", "13.1", "is CUDA 13.1, torch is built for 12.4; install the CUDA 12.4 toolkit"),
+        ("12.8", "12.6", "is CUDA 12.6, torch is built for 12.8; install the CUDA 12.8 toolkit"),
+    ],
+)
+def test_cuda_asked_for_and_not_to_be_had(
+    checkout: Path, tmp_path: Path, cuda: str | None, release: str | None, message: str
+) -> None:
+    """One line with the mend."""
+    home, torch = tmp_path / "cuda", tmp_path / "modules/torch"
+    (torch / "utils").mkdir(parents=True)
+    (torch / "__init__.py").write_text(TORCH.format(cuda=cuda))
+    (torch / "utils/__init__.py").touch()
+    (torch / "utils/cpp_extension.py").write_text(f"CUDA_HOME = {str(home)!r}\n")
+    if release is not None:
+        (home / "bin").mkdir(parents=True)
+        (home / "bin/nvcc").write_text(f"#!/bin/sh\necho 'tools, release {release}, V{release}'\n")
+        (home / "bin/nvcc").chmod(0o755)
+    done = setup(checkout, "build_ext", path=torch.parent, PPO_FAST_BUILD="cuda")
+    assert done.returncode != 0
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("PPO_FAST_BUILD=cuda: ") and message in line
+
+
+def test_the_sdist_follows_both_symlinks(checkout: Path) -> None:
+    done = setup(checkout, "sdist", PPO_FAST_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(built(checkout, "*.tar.gz")) as archive:
+        names = archive.getnames()
+    held = {name.split("/", 1)[1] for name in names if "/" in name}
+    assert (
+        expected((".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".css", ".js"))
+        | {"ppo_fast/py.typed", "setup.py", "pyproject.toml"}
+        <= held
+    )
+
+
+def install(archive: Path, target: Path) -> None:
+    """By pip into a folder of its own, fetching nothing."""
+    options = ("-q", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(target))
+    command = [sys.executable, "-m", "pip", "install", *options, str(archive)]
+    env = os.environ | {"PPO_FAST_BUILD": "cpu"}
+    subprocess.run(command, env=env, check=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["bdist_wheel", "sdist"])
+def test_what_is_installed_runs(checkout: Path, tmp_path: Path, kind: str) -> None:
+    """From a wheel and from an sdist, outside the checkout: every op agrees with the reference."""
+    done = setup(checkout, kind, PPO_FAST_BUILD="cpu")
+    assert done.returncode == 0, done.stderr
+    target = tmp_path / "site"
+    install(built(checkout, "*.whl" if kind == "bdist_wheel" else "*.tar.gz"), target)
+    env = os.environ | {"PYTHONPATH": str(target)}
+    out = subprocess.run(
+        [sys.executable, ROOT / "tests/scripts/smoke.py", "reference", "cpu"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    assert f"in {target}/ppo_fast" in out.stdout
+    assert "9 ops agree with the reference on reference, cpu" in out.stdout
