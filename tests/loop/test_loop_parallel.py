@@ -91,7 +91,7 @@ def command(folder: Path, *options: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
