@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import ppo_fast
 
 ENVS, STEPS, UPDATES = 8, 64, 200  # 102,400 environment steps
-EPOCHS, MINIBATCH, LR, CLIP = 10, 128, 2e-3, 0.2
-GAMMA, LAM, ENTROPY_COEF, MAX_GRAD_NORM = 0.98, 0.9, 0.005, 0.5
+EPOCHS, MINIBATCH, LR, MAX_GRAD_NORM = 10, 128, 2e-3, 0.5
+GAMMA, LAM = 0.98, 0.9
+LOSS = {"clip_low": 0.2, "clip_high": 0.2, "entropy_coef": 0.005}
 
 
 class Rollout(NamedTuple):
@@ -90,16 +91,8 @@ class PPO:
 
     def update(self, r: Rollout) -> ppo_fast.Stats:
         """Epochs of clipped updates on one rollout; returns the statistics of them all."""
-        gae = ppo_fast.gae(
-            r.rewards,
-            r.values,
-            gamma=GAMMA,
-            lam=LAM,
-            next_values=r.next_values,
-            terminated=r.terminated,
-            truncated=r.truncated,
-            time_major=True,
-        )
+        ends = {name: getattr(r, name) for name in ("next_values", "terminated", "truncated")}
+        gae = ppo_fast.gae(r.rewards, r.values, gamma=GAMMA, lam=LAM, time_major=True, **ends)
         columns = (*r[:3], gae.advantages, gae.returns)
         flat = [x.flatten(0, 1) for x in columns]
         total: ppo_fast.Stats | None = None
@@ -108,13 +101,7 @@ class PPO:
             observations, actions, old, advantages, returns = (x[rows] for x in flat)
             new = ppo_fast.token_logprobs(self.policy(observations), actions)
             policy = ppo_fast.ppo_loss(
-                new.logprobs,
-                old,
-                ppo_fast.whiten(advantages),
-                clip_low=CLIP,
-                clip_high=CLIP,
-                entropy=new.entropy,
-                entropy_coef=ENTROPY_COEF,
+                new.logprobs, old, ppo_fast.whiten(advantages), entropy=new.entropy, **LOSS
             )
             values = self.critic(observations).squeeze(-1)
             critic = ppo_fast.value_loss(values, None, returns, clip=None)

@@ -2,8 +2,8 @@
 
 The AOT registry. Each kernel file ends with `AOT`, a tuple of `Aot(kernel, axes, valid)`, one per
 entry kernel (their names end in `_kernel`; other jit functions are helpers). test_aot.py compiles
-them for every target without a GPU, so no branch goes uncompiled. `axes` maps each parameter to the
-alternatives that the launcher can produce, a tuple or a single bare value:
+them for every target without a GPU, so no branch goes uncompiled. `axes` maps each parameter to
+the alternatives that the launcher can produce, a tuple or a single bare value:
 
 - a `tl.constexpr` parameter: its values (Python int, bool, float or str);
 - any other one: a Triton type, "*bf16", "i32", "fp32"; ":16" appended where the launch has it

@@ -15,12 +15,13 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "kill_resume.py"
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
 def test_killed_runs_end_bitwise_equal(kills: int) -> None:
     """In a process of its own: forks want one without threads."""
+    path = os.pathsep.join(str(x) for x in (SCRIPT.parents[2], SCRIPT.parents[1] / "helpers"))
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--kills", str(kills)],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{kills} of {kills} kills resumed and ended bitwise equal" in done.stdout

@@ -1,6 +1,6 @@
 """Kill a run with SIGKILL at random moments, resume it, and compare its end with an unbroken one.
 
-    python tests/scripts/kill_resume.py --kills 50 --seed 0
+    PYTHONPATH=tests/helpers python tests/scripts/kill_resume.py --kills 50 --seed 0
 
 Runs are forked from a process that has imported everything. Each is a tiny one that saves at
 every update, so that a good part of the kills hits a save. A killed run is resumed and killed
@@ -28,8 +28,8 @@ TIMES = ("seconds", "tokens_per_second")
 
 def child(out: Path, resume: bool) -> None:
     """One run in this process, to its end."""
+    from loop_seeded import seeded
     from rich.console import Console
-    from test_loop_checkpoint import seeded
 
     t = seeded(out, updates=UPDATES, save_every=1, keep_checkpoints=2, resume=resume)
     t.run(Console(quiet=True))
@@ -57,7 +57,7 @@ def fork(out: Path, resume: bool, kill_after: float | None) -> bool:
 def warm_up(folder: Path) -> None:
     """Import all that a run does, without a backward: autograd's threads do not survive a fork."""
     import matplotlib.figure  # noqa: F401
-    from test_loop_checkpoint import seeded
+    from loop_seeded import seeded
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
