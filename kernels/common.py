@@ -1,27 +1,10 @@
-"""What every kernel file shares: row geometry, flags, exact helpers, moments, the AOT registry.
-
-The AOT registry. Each kernel file ends with `AOT`, a tuple of `Aot(kernel, axes, valid)`, one per
-entry kernel (their names end in `_kernel`; other jit functions are helpers). test_aot.py compiles
-them for every target without a GPU, so no branch goes uncompiled. `axes` maps each parameter to
-the alternatives that the launcher can produce, a tuple or a single bare value:
-
-- a `tl.constexpr` parameter: its values (Python int, bool, float or str);
-- any other one: a Triton type, "*bf16", "i32", "fp32"; ":16" appended where the launch has it
-  divisible by 16 (pointers from the allocator, integers Triton specialises); None where the
-  launcher passes None;
-- "num_warps", "num_stages" and "maxnreg" where they are not the defaults (4, 3 and none); LAUNCH
-  is implied;
-- a made-up name whose alternatives are dicts: parameters that only vary together.
-
-`valid(case)` drops combinations that no launch makes. Keep the axes few: every value and every
-pair of values is compiled in `make test`, the whole product in `make test-long`.
-"""
+"""Row geometry, flags, exact helpers and moments: what every kernel file shares."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,14 +19,6 @@ LAUNCH = {"enable_fp_fusion": False}
 # For kernels with many operands: all the registers that a thread may have. Left alone, ptxas stops
 # at an occupancy of its own choosing and spills the rest. AMD's compiler has no such option.
 ROOMY = {} if torch.version.hip else {"maxnreg": 255}
-
-
-class Aot(NamedTuple):
-    """The specialisations of one kernel that its launcher can ask for."""
-
-    kernel: Any
-    axes: dict[str, Any]
-    valid: Callable[[dict[str, Any]], bool] = lambda case: True
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -205,16 +180,3 @@ def merge_moments(parts: Tensor) -> Tensor:
     out = parts.new_empty(3)
     merge_moments_kernel[(1,)](parts, out, parts.shape[1], BLOCK=MERGE_BLOCK, **LAUNCH)
     return out
-
-
-AOT = (
-    Aot(
-        merge_moments_kernel,
-        {
-            "parts_ptr": "*fp64:16",
-            "out_ptr": "*fp64:16",
-            "n_parts": "i32",
-            "BLOCK": MERGE_BLOCK,
-        },
-    ),
-)

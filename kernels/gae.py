@@ -11,14 +11,13 @@ from torch import Tensor
 
 from .arrival import counter, leave_moments
 from .common import (
-    Aot,
     block_moments,
     flag_bytes,
     load_f32,
     load_flag,
     on_device,
 )
-from .gae_grid import AXES, grid_of, lambda_axes, layout_axes, pointers, steps_of, strides
+from .gae_grid import grid_of, steps_of
 from .gae_scan import (
     NO_STEP,
     at,
@@ -224,36 +223,3 @@ def gae(
             **grid.options(),
         )  # fmt: skip
     return adv, ret, moments
-
-
-AOT = (
-    Aot(
-        gae_kernel,
-        AXES | {"gamma_low": "fp32", "decay_ret": "fp32"}
-        | strides("r", "v", "mask", "next", "term", "trunc", "rho", "c", "lam", "lam_ret")
-        | strides("out") | {"boot_seq": "i64"}
-        | {
-            "layout": (
-                layout_axes(None, True) | pointers("*fp32", "r", "v"),
-                layout_axes(None, False) | pointers("*bf16", "r", "v"),
-                layout_axes("*i32:16", True) | pointers("*bf16", "r", "v"),
-                layout_axes("*i64:16", False) | pointers("*fp32", "r", "v"),
-            ),
-            "masks": (
-                {"mask_ptr": None, "CARRY": True},
-                {"mask_ptr": "*u8:16", "CARRY": True},
-                {"mask_ptr": "*u8:16", "CARRY": False},
-            ),
-            "lambdas": lambda_axes(),
-            "next_ptr": (None, "*fp32"),
-            "boot_ptr": (None, "*fp32"),
-            "term_ptr": (None, "*u8"),
-            "trunc_ptr": (None, "*u8"),
-            "rho_ptr": (None, "*fp32"),
-            "c_ptr": (None, "*fp32"),
-        },
-        # next_values exclude a bootstrap, and a truncation needs them.
-        lambda case: not (case["next_ptr"] and case["boot_ptr"])
-        and not (case["trunc_ptr"] and not case["next_ptr"]),
-    ),
-)  # fmt: skip

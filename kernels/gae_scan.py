@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor, empty, int32
 
 from . import config
-from .common import LAUNCH, Aot
+from .common import LAUNCH
 
 NO_STEP = tl.constexpr(2147483647)  # no later step is live
 
@@ -200,18 +200,3 @@ def chan(n, mean, m2, n_new, mean_new, m2_new):
     share = n_new / tl.maximum(total, 1.0)
     delta = mean_new - mean
     return total, tl.fma(delta, share, mean), m2 + m2_new + delta * delta * n * share
-
-
-AOT = (
-    Aot(
-        offsets_kernel,
-        {
-            "cu_ptr": ("*i32:16", "*i64:16"),
-            "fails_ptr": "*i32:16",
-            "n_seqs": "i64",
-            "length": "i64",
-            "BLOCK": config.TOKENS.block,
-            "num_warps": config.TOKENS.warps,
-        },
-    ),
-)

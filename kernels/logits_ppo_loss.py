@@ -20,7 +20,6 @@ from . import config
 from .common import (
     LAUNCH,
     ROOMY,
-    Aot,
     flag_bytes,
     load_f32,
     on_device,
@@ -30,22 +29,16 @@ from .common import (
 )
 from .kl import coefficient
 from .logprobs_grad import row_terms
-from .reduce_loss import absent
-from .sequences import pointers
 from .softmax import (
     LOWEST,
-    ROW_AXES,
     RUNTIME,
-    STRIDES,
     aligned,
     alignment,
     grad_columns,
-    how_axis,
     label_rows,
     outcome,
     rescale,
     scan_columns,
-    valid_alignment,
     zero_columns,
 )  # fmt: skip
 from .token_loss import log_ratio, policy_loss, whitened
@@ -216,35 +209,3 @@ def logits_ppo_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def logits_ppo_loss_(*args: Any) -> tuple[Tensor, Tensor]:
     """The same, dlogits written over the logits."""
     return _run(args[0], *args)
-
-
-AOT = (
-    Aot(
-        logits_ppo_kernel,
-        {k: v for k, v in ROW_AXES.items() if k in STRIDES or k in ("inner", "n_rows")}
-        | dict.fromkeys([*TOKEN_STRIDES, "out_outer", "out_inner", "ignore_index"], "i64")
-        | dict.fromkeys(NUMBERS, "fp32") | dict.fromkeys((*CODES, "n_segments"), "i32")
-        | {"inv_temp": "fp32", "V": ("i32:16", "i32", 1), "ALIGN": (8, 4, 2, 1)}
-        | pointers("*fp32", "weight", "logprobs", "entropy")
-        | {
-            "logits": tuple({"logits_ptr": p, "out_ptr": p} for p in ROW_AXES["logits_ptr"]),
-            "how": tuple(how_axis(how)[0] | more for how, more in MORE.items()),
-            "tokens": (
-                pointers("*i64", "tokens") | absent("mask", "temp"),
-                pointers("*i64", "tokens") | pointers("*u8", "mask") | absent("temp"),
-                pointers("*i32", "tokens") | pointers("*u8", "mask") | pointers("*fp32", "temp"),
-            ),
-            "inputs": (
-                pointers("*fp32", "old", "adv"),
-                pointers("*bf16", "old", "adv"),
-                pointers("*fp32", "adv") | absent("old"),
-            ),
-            "optional": (absent("is", "ref"), pointers("*fp32", "is", "ref")),
-            "device": (
-                absent("moments", "ent_coef", "kl_coef"),
-                pointers("*fp64", "moments") | pointers("*fp32", "ent_coef", "kl_coef"),
-            ),
-        },
-        valid_alignment,
-    ),
-)  # fmt: skip

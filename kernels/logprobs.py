@@ -20,7 +20,6 @@ from torch import Tensor
 from . import config
 from .common import (
     LAUNCH,
-    Aot,
     flag_bytes,
     load_flag,
     on_device,
@@ -31,17 +30,14 @@ from .common import (
 from .logprobs_grad import logprobs_bwd, logprobs_bwd_
 from .softmax import (
     LOWEST,
-    ROW_AXES,
     RUNTIME,
     aligned,
     alignment,
-    how_axis,
     inverse_temperature,
     label_rows,
     outcome,
     rescale,
     scan_columns,
-    valid_alignment,
 )  # fmt: skip
 
 __all__ = ["logprobs_bwd", "logprobs_bwd_", "logprobs_fwd"]
@@ -178,21 +174,3 @@ def logprobs_fwd(
                 num_warps=config.ROW_SCALARS.warps, **LAUNCH,
             )  # fmt: skip
     return outs
-
-
-AOT = (
-    Aot(
-        segments_kernel,
-        ROW_AXES
-        | {"n_parts": "i64", "V": ("i32:16", "i32", 1), "ALIGN": (8, 4, 2, 1)}
-        | {"how": how_axis(config.WIDE, config.NARROW)},
-        valid_alignment,
-    ),
-    Aot(
-        merge_kernel,
-        ROW_AXES
-        | {f"{name}_ptr": "*fp32:16" for name in ("logprobs", "entropy", "row_max", "log_sum")}
-        | {"ROWS": config.ROW_SCALARS.block, "num_warps": config.ROW_SCALARS.warps}
-        | {"SEGMENTS": (1, 2, 4, 8, 16)},
-    ),
-)

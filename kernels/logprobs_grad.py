@@ -16,17 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .common import LAUNCH, Aot, flag_bytes, load_f32, on_device, row_blocks, row_offset
+from .common import LAUNCH, flag_bytes, load_f32, on_device, row_blocks, row_offset
 from .softmax import (
-    ROW_AXES,
     RUNTIME,
-    STRIDES,
     aligned,
     alignment,
     grad_columns,
-    how_axis,
     label_rows,
-    valid_alignment,
     zero_columns,
 )  # fmt: skip
 
@@ -186,32 +182,3 @@ def logprobs_bwd(*args: Any) -> Tensor:
 def logprobs_bwd_(*args: Any) -> None:
     """The same, written over the logits."""
     _write(args[2], *args)
-
-
-AOT = (
-    Aot(
-        terms_kernel,
-        ROW_AXES
-        | {"grad_logprobs_ptr": (None, "*fp32:16"), "grad_entropy_ptr": (None, "*fp32:16")}
-        | dict.fromkeys(STRIDES[8:12], "i64")
-        | {f"{x}_ptr": "*fp32:16" for x in ("entropy", "row_max", "log_sum", "terms")}
-        | {"labels_ptr": "*i32:16"}
-        | {"ROWS": config.ROW_SCALARS.block, "num_warps": config.ROW_SCALARS.warps},
-    ),
-    Aot(
-        dlogits_kernel,
-        {
-            "pointers": tuple({"logits_ptr": p, "out_ptr": p} for p in ROW_AXES["logits_ptr"]),
-            **dict.fromkeys(["logits_outer", "logits_inner", "out_outer", "out_inner"], "i64"),
-            "terms_ptr": "*fp32:16",
-            "labels_ptr": "*i32:16",
-            "inner": "i32",
-            "V": ("i32:16", "i32", 1),
-            "n_rows": "i64",
-            "n_segments": "i32",
-            "how": how_axis(config.WIDE_GRAD, config.NARROW_GRAD),
-            "ALIGN": (8, 4, 2, 1),
-        },
-        valid_alignment,
-    ),
-)

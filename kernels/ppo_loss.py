@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .arrival import counter, is_last
-from .common import Aot, flag_bytes, load_f32, load_flag, on_device
+from .common import flag_bytes, load_f32, load_flag, on_device
 from .kl import coefficient
 from .options import N_SUMS, REDUCTION_SEQ_MEAN_TOKEN_MEAN, VARIANT_GSPO
-from .reduce_loss import AXES, absent, empty_outputs, live_rows, merge_loss, plan, token_slots
-from .sequences import pointers, sequence_of, strided, strides
+from .reduce_loss import empty_outputs, live_rows, merge_loss, plan, token_slots
+from .sequences import sequence_of, strided
 from .token_loss import RATIO, log_ratio, policy_loss, sums_of, whitened
 
 # Of the 16 sums, in the order of STATS_FIELDS, two are formed elsewhere; a program's partial
@@ -156,43 +156,3 @@ def ppo_loss(
             1.0 - clip_low, 1.0 + clip_high, dual, log_min, log_max, *coefs, **how.options,
         )  # fmt: skip
     return outputs
-
-
-_OPTIONAL = ("is", "ent", "ref")
-_DEVICE = ("ent_coef", "kl_coef", "denom")
-AOT = (
-    Aot(
-        ppo_kernel,
-        AXES | strides("logp", "old", "adv", "mask", "is", "ent", "ref")
-        | dict.fromkeys(("variant", "estimator", "straight"), "i32")
-        | dict.fromkeys(("ratio_low", "ratio_high", "dual", "log_min", "log_max"), "fp32")
-        | dict.fromkeys(("ent_coef", "kl_coef", "kl_clamp", "ratio_clip"), "fp32")
-        | {
-            "sequences": (
-                absent("cu", "means") | {"PER_SEQUENCE": False, "LOOK_UP": False},
-                absent("cu") | pointers("*fp32", "means")
-                | {"PER_SEQUENCE": True, "LOOK_UP": True},
-                absent("cu", "means") | {"PER_SEQUENCE": True, "LOOK_UP": True},
-                absent("means") | pointers("*i32", "cu")
-                | {"PER_SEQUENCE": True, "LOOK_UP": False},
-                absent("means") | pointers("*i32", "cu") | {"PER_SEQUENCE": True, "LOOK_UP": True},
-                pointers("*i64", "cu") | pointers("*fp32", "means")
-                | {"PER_SEQUENCE": True, "LOOK_UP": True},
-            ),
-            "inputs": (
-                pointers("*fp32", "logp", "old", "adv"),
-                pointers("*bf16", "logp", "old", "adv"),
-                pointers("*fp32", "logp", "adv") | absent("old"),
-            ),
-            "grads": (
-                pointers("*fp32", "grad", "grad_ent"),
-                pointers("*fp32", "grad") | absent("grad_ent"),
-                absent("grad", "grad_ent"),
-            ),
-            "optional": (absent(*_OPTIONAL), pointers("*fp32", *_OPTIONAL)),
-            "mask_ptr": ("*u8:16", None),
-            "moments_ptr": ("*fp64:16", None),
-            "device": (absent(*_DEVICE), pointers("*fp32", *_DEVICE)),
-        },
-    ),
-)  # fmt: skip

@@ -18,7 +18,7 @@ from .options import (
     REDUCTION_TOKEN_MEAN,
     REDUCTION_TOKEN_SUM,
 )
-from .sequences import count_sequences, pointers
+from .sequences import count_sequences
 
 PARTS_STEP = tl.constexpr(128)  # parts and counts a step of the merge
 COUNTS_STEP = tl.constexpr(1024)
@@ -186,22 +186,3 @@ def plan(
     }  # fmt: skip
     sizes = (rows, cols, tiles, n_counts, pieces, n_seqs)
     return Plan(max(1, min(tiles, config.LOSS_PROGRAMS)), counts, means, sizes, options)
-
-
-def absent(*names: str) -> dict[str, None]:
-    """Their AOT types."""
-    return dict.fromkeys(f"{name}_ptr" for name in names)
-
-
-# What the AOT cases of the two losses have in common.
-AXES = (
-    pointers("*fp32", "loss", "scale") | pointers("*fp64", "stats", "parts")
-    | pointers("*i32", "counts") | {"counter_ptr": "*i32", "reduction": "i32", "denom": "fp32"}
-    | {f"n_{name}": "i64" for name in ("rows", "cols", "tiles", "counts", "pieces", "seqs")}
-    | {
-        "tile": tuple(
-            {"ROWS": t.rows, "COLS": t.cols, "num_warps": t.warps} | ROOMY
-            for t in map(config.token_tile, (16, 128, 1024))
-        )
-    }
-)  # fmt: skip

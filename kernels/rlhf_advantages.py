@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .arrival import counter, leave_moments
-from .common import Aot, block_moments, flag_bytes, load_f32, load_flag, on_device
-from .gae_grid import AXES, grid_of, layout_axes, pointers, steps_of, strides
+from .common import block_moments, flag_bytes, load_f32, load_flag, on_device
+from .gae_grid import grid_of, steps_of
 from .gae_scan import (
     NO_STEP,
     at,
@@ -167,28 +167,3 @@ def rlhf_advantages(
             grid.n_seqs, grid.length, *codes, gamma, gamma * lam, *numbers, **grid.options(),
         )  # fmt: skip
     return (*outs, moments)
-
-
-AOT = (
-    Aot(
-        rlhf_kernel,
-        AXES | pointers("*fp32", "reward", "kl") | {"mask_ptr": "*u8:16"}
-        | strides("score", "logp", "ref", "v", "mask", "out") | {"boot_seq": "i64"}
-        | dict.fromkeys(("masked", "estimator", "place"), "i32")
-        | dict.fromkeys(("kl_coef", "kl_clamp", "score_min", "score_max"), "fp32")
-        | {
-            "dtypes": (
-                pointers("*fp32", "score", "logp", "ref", "v"),
-                pointers("*bf16", "logp", "ref", "v") | pointers("*fp32", "score"),
-            ),
-            "layout": (
-                layout_axes(None, True),
-                layout_axes(None, False),
-                layout_axes("*i32:16", True),
-                layout_axes("*i64:16", False),
-            ),
-            "boot_ptr": (None, "*fp32:16"),
-            "kl_coef_ptr": (None, "*fp32"),
-        },
-    ),
-)  # fmt: skip

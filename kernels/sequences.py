@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .common import LAUNCH, Aot, flag_bytes, load_f32, load_flag, pair_sum
+from .common import LAUNCH, flag_bytes, load_f32, load_flag, pair_sum
 from .kl import clamp
 
 
@@ -91,35 +91,3 @@ def count_sequences(
             BLOCK=config.TOKENS.block, num_warps=config.TOKENS.warps, **LAUNCH,
         )  # fmt: skip
     return counts, means
-
-
-def pointers(kind: str, *names: str) -> dict[str, str]:
-    """Their AOT types."""
-    return {f"{name}_ptr": f"{kind}:16" for name in names}
-
-
-def strides(*names: str) -> dict[str, str]:
-    """Their AOT types."""
-    return {f"{name}_{dim}": "i64" for name in names for dim in ("row", "col")}
-
-
-AOT = (
-    Aot(
-        sequence_kernel,
-        strides("main", "old", "mask")
-        | {
-            "main_ptr": ("*fp32:16", "*bf16:16"),
-            "old_ptr": ("*fp32:16", "*bf16:16", None),
-            "mask_ptr": ("*u8:16", None),
-            "cu_ptr": (None, "*i32:16", "*i64:16"),
-            "counts_ptr": "*i32:16",
-            "means_ptr": ("*fp32:16", None),
-            "n_cols": "i64",
-            "log_min": "fp32",
-            "log_max": "fp32",
-            "BLOCK": config.TOKENS.block,
-            "num_warps": config.TOKENS.warps,
-        },
-        lambda case: case["old_ptr"] in (None, case["main_ptr"]),
-    ),
-)

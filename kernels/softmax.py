@@ -1,7 +1,6 @@
 """A row's softmax: one pass for its state, one for its gradient, and how rows are taken."""
 
 import math
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -17,21 +16,10 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: a state without a logit
 ZERO_EXP = tl.constexpr(-200.0)
 INTERPRETED = tl.constexpr(config.INTERPRETED)
 
-# The row arguments of the kernels, which share their names: those Triton shall not specialise
-# on, and the AOT alternatives of all of them.
+# The row arguments of the kernels, which share their names, that Triton shall not specialise on.
 TENSORS = ("logits", "tokens", "mask", "temp", "grad_logprobs", "grad_entropy", "out")
 STRIDES = [f"{x}_{level}" for x in TENSORS for level in ("outer", "inner")]
 RUNTIME = [*STRIDES, "inner", "n_rows", "n_parts", "n_segments", "inv_temp", "ignore_index"]
-ROW_AXES = {
-    "logits_ptr": ("*bf16:16", "*fp16:16", "*fp32:16", "*bf16"),
-    "tokens_ptr": ("*i64:16", "*i32:16"),
-    "mask_ptr": (None, "*u8:16"),
-    "temp_ptr": (None, "*fp32:16"),
-    **dict.fromkeys([*STRIDES[:8], "ignore_index"], "i64"),
-    **dict.fromkeys(["inner", "V", "n_rows", "n_segments"], "i32"),
-    "inv_temp": "fp32",
-    "parts_ptr": "*fp32:16",
-}
 
 
 @triton.jit
@@ -212,17 +200,3 @@ def alignment(base: Tensor, *strides: int) -> int:
     """Elements, at most 16 bytes of them, that the start of every row is a multiple of."""
     size = base.element_size()
     return math.gcd(16, *(s * size for s in strides)) // size if base.data_ptr() % 16 == 0 else 1
-
-
-def valid_alignment(case: dict[str, Any]) -> bool:
-    """Whether the launchers make this AOT case: see `alignment`, and one column is narrow."""
-    pointer = case["logits_ptr"]
-    widest = (4 if "32" in pointer else 8) if pointer.endswith(":16") else 1
-    narrow = config.NARROW.warps == case["num_warps"]
-    return case["ALIGN"] <= widest and (case["V"] != 1 or narrow)
-
-
-def how_axis(*hows: config.Rows) -> tuple[dict[str, int], ...]:
-    """The AOT alternatives of the constants that a `config.Rows` sets."""
-    names = ("LANES", "UNROLL", "SEGMENT", "num_warps", "STAGES")
-    return tuple(dict(zip(names, how, strict=True)) for how in hows)

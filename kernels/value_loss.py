@@ -7,12 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .arrival import counter, is_last
-from .common import Aot, flag_bytes, load_f32, load_flag, on_device
+from .common import flag_bytes, load_f32, load_flag, on_device
 from .kl import clamp
 from .options import FORM_CLIPPED, FORM_MAX, N_SUMS
 from .reduce_loss import (
-    AXES,
-    absent,
     empty_outputs,
     live_rows,
     merge_loss,
@@ -20,7 +18,7 @@ from .reduce_loss import (
     stack8,
     token_slots,
 )
-from .sequences import pointers, sequence_of, strided, strides
+from .sequences import sequence_of, strided
 
 # The sums are STATS_FIELDS[16:24]; the divisor is formed at the end.
 FIRST = tl.constexpr(16)
@@ -151,28 +149,3 @@ def value_loss(
             *how.sizes, *codes, *params, **how.options,
         )  # fmt: skip
     return outputs
-
-
-AOT = (
-    Aot(
-        value_kernel,
-        AXES | strides("v", "old", "ret", "mask")
-        | {"form": "i32", "clip": "fp32", "factor": "fp32"}
-        | {
-            "sequences": (
-                absent("cu") | {"PER_SEQUENCE": False, "LOOK_UP": False},
-                absent("cu") | {"PER_SEQUENCE": True, "LOOK_UP": True},
-                pointers("*i32", "cu") | {"PER_SEQUENCE": True, "LOOK_UP": False},
-                pointers("*i64", "cu") | {"PER_SEQUENCE": True, "LOOK_UP": True},
-            ),
-            "inputs": (
-                pointers("*fp32", "v", "old", "ret"),
-                pointers("*bf16", "v", "old", "ret"),
-                pointers("*fp32", "v", "ret") | absent("old"),
-            ),
-            "grad_ptr": ("*fp32", None),
-            "mask_ptr": ("*u8:16", None),
-            "denom_ptr": ("*fp32", None),
-        },
-    ),
-)  # fmt: skip

@@ -10,7 +10,6 @@ from torch import Tensor
 from . import config
 from .common import (
     LAUNCH,
-    Aot,
     RowBlock,
     block_moments,
     flag_bytes,
@@ -137,22 +136,3 @@ def whiten(
                 BLOCK=BLOCK, DENSE=_dense(block), num_warps=WARPS, **LAUNCH,
             )  # fmt: skip
     return out
-
-
-AXES = {
-    "x_ptr": ("*fp32:16", "*bf16:16", "*fp16:16", "*fp32"),
-    "mask_ptr": (None, "*u8:16", "*u8"),
-    **dict.fromkeys(GEOMETRY, "i64"),
-    "BLOCK": BLOCK,
-    "num_warps": WARPS,
-    "DENSE": (True, False),
-}
-AOT = (
-    Aot(moments_kernel, AXES | {"parts_ptr": "*fp64:16", "n_parts": "i64"}),
-    Aot(
-        whiten_kernel,
-        AXES
-        | {"moments_ptr": "*fp64:16", "out_ptr": "*fp32:16", "eps": "fp32"}
-        | dict.fromkeys(["shift_mean", "unbiased", "eps_at_std"], "i32"),
-    ),
-)

@@ -19,19 +19,20 @@ import torch
 from ppo_fast import _results, _schema
 
 KERNELS = aot.ROOT / "kernels"
+TABLES = aot.ROOT / "tests/aot"
 
 
 def compiled(*args: str) -> str:
     """stdout of a Python process in which Triton is not interpreted."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(aot.ROOT), str(aot.ROOT / "tests/helpers")])
+    env["PYTHONPATH"] = os.pathsep.join([str(aot.ROOT), str(aot.ROOT / "tests/aot")])
     done = subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env)
     assert done.stdout or done.returncode == 0, done.stderr
     return done.stdout
 
 
 def compile_all(*args: str) -> None:
-    results = [json.loads(line) for line in compiled(aot.__file__, *args).splitlines()]
+    results = [json.loads(line) for line in compiled(str(TABLES), *args).splitlines()]
     assert results
     failed = [r for r in results if "error" in r]
     assert not failed, f"{len(failed)} of {len(results)}: {json.dumps(failed[0], indent=1)}"
@@ -60,9 +61,11 @@ def jit_functions(path: Path) -> set[str]:
 
 
 def test_every_kernel_is_registered() -> None:
-    """Kernels are what is launched, and what is named so; helpers are neither."""
+    """Entry kernels are what is launched, named *_kernel and tabled; helpers are none of these."""
     source = "import aot, json; print(json.dumps(list(aot.registry())))"
     names = set(json.loads(compiled("-c", source)))
+    tables = {path.stem.removeprefix("aot_") for path in TABLES.glob("aot_*.py")} - {"axes"}
+    assert tables == {name.split(".")[0] for name in names}
     for path in KERNELS.glob("*.py"):
         jitted = jit_functions(path)
         launched = set(re.findall(r"(\w+)\[\(", path.read_text()))
@@ -111,7 +114,7 @@ def test_launches_are_registered(vocab: int, dtype: torch.dtype) -> None:
     """Interpreted launches of logprobs and whiten have the constants that were compiled."""
     if torch.cuda.is_available():
         pytest.skip("the interpreter's launches are what is watched")
-    from ppo_fast.kernels import logprobs, logprobs_grad, whiten
+    from ppo_fast.kernels import logprobs, whiten
 
     logits = torch.randn(2, 3, vocab).to(dtype)
     tokens = torch.randint(vocab, (2, 3))
@@ -125,8 +128,10 @@ def test_launches_are_registered(vocab: int, dtype: torch.dtype) -> None:
             moments = whiten.moments(logits[..., 0], keep)
             whiten.whiten(logits[..., 0], keep, moments, [1, 1, 0], [1e-8])
     assert launched == {
-        e.kernel.__name__ for m in (logprobs, logprobs_grad, whiten) for e in m.AOT
-    } | {"merge_moments_kernel"}
+        e.kernel.__name__
+        for stem in ("logprobs", "logprobs_grad", "whiten", "common")
+        for e in aot.table(stem)
+    }
 
 
 def main_loop(ptx: str) -> str:

@@ -1,30 +1,25 @@
-"""Compile the Triton kernels for GPUs that are not there: the engine of test_aot.py.
+"""Engine of the ahead-of-time checks: cases of the Triton kernels, compiled for absent GPUs.
 
-    python tests/helpers/aot.py [--long] [--stem logprobs ...] [--target sm_90 ...] [--jobs 2]
-        [--report]
-
-Interpreted and compiled mode cannot share a process, so this runs without TRITON_INTERPRET, in
-`--jobs` processes. One JSON line per compilation on stdout; the exit status is 1 if any failed.
-See kernels/common.py for the registry it enumerates.
+`aot_<stem>.py` holds `AOT`, the table of the entry kernels of `kernels/<stem>.py`, in the terms of
+`aot_axes.py`. Interpreted and compiled mode cannot share a process: compilations need one without
+TRITON_INTERPRET, which Triton reads when it is imported, so tables are imported late.
 """
 
 from __future__ import annotations
 
-import argparse
-import concurrent.futures
 import importlib
+import importlib.util
 import itertools
-import json
-import multiprocessing
-import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aot_axes import Aot
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {
@@ -36,14 +31,19 @@ TARGETS = {
 Case = dict[str, Any]
 
 
-def registry(stems: Iterable[str] = ()) -> dict[str, Any]:
-    """The registered kernels of the files named (of all): "stem.name" -> its Aot."""
+def table(stem: str) -> tuple[Aot, ...]:
+    """The table of `kernels/<stem>.py`; nothing for a file without one."""
+    name = f"aot_{stem}"
+    return importlib.import_module(name).AOT if importlib.util.find_spec(name) else ()
+
+
+def registry(stems: Iterable[str] = ()) -> dict[str, Aot]:
+    """The tables of the kernel files named (default: all): "stem.kernel" -> its Aot."""
     entries = {}
     for path in sorted((ROOT / "kernels").glob("*.py")):
         if stems and path.stem not in stems:
             continue
-        module = importlib.import_module(f"ppo_fast.kernels.{path.stem}")
-        for entry in getattr(module, "AOT", ()):
+        for entry in table(path.stem):
             name = f"{path.stem}.{entry.kernel.__name__}"
             if name in entries:
                 raise ValueError(f"{name} is registered twice")
@@ -51,7 +51,7 @@ def registry(stems: Iterable[str] = ()) -> dict[str, Any]:
     return entries
 
 
-def product(entry: Any) -> list[Case]:
+def product(entry: Aot) -> list[Case]:
     """Every valid combination of the alternatives."""
     axes = {k: v if isinstance(v, tuple) else (v,) for k, v in entry.axes.items()}
     cases = []
@@ -152,54 +152,3 @@ def text_of(name: str, target: str, kind: str, wanted: Case) -> str:
     case = next(c for c in product(entry) if wanted.items() <= c.items())
     source, options = source_of(entry.kernel, case)
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options).asm[kind]
-
-
-def jobs_of(options: argparse.Namespace) -> list[tuple[str, Case, str]]:
-    """The compilations asked for, kernels and targets interleaved so that workers share evenly."""
-    jobs = []
-    for name, entry in registry(options.stem).items():
-        cases = product(entry)
-        for case in cases if options.long else pairs(cases):
-            jobs += [(name, case, target) for target in options.target]
-    return jobs
-
-
-def report(results: list[dict[str, Any]]) -> None:
-    """The worst of every kernel and target, on stderr."""
-    key = lambda r: (r["kernel"], r["target"])  # noqa: E731
-    for (name, target), group in itertools.groupby(sorted(results, key=key), key=key):
-        rows = list(group)
-        good = [r for r in rows if "error" not in r]
-        kinds = ("registers", "spilled", "shared")
-        worst = {k: max((r[k] for r in good), default=0) for k in kinds}
-        spent = sum(r["seconds"] for r in rows)
-        text = " ".join(f"{k} {v}" for k, v in worst.items())
-        print(
-            f"{name:36} {target:7} {len(good)}/{len(rows)} {text} {spent:.1f} s", file=sys.stderr
-        )
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--long", action="store_true", help="the whole product, not pairs")
-    parser.add_argument("--stem", nargs="*", default=[], help="files of kernels/; all by default")
-    parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--report", action="store_true", help="resources per kernel, to stderr")
-    options = parser.parse_args()
-    jobs = jobs_of(options)
-    context = multiprocessing.get_context("spawn")
-    results = []
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for result in pool.map(compile_case, jobs, chunksize=1):
-            results.append(result)
-            print(json.dumps(result), flush=True)
-    if options.report:
-        report(results)
-    return int(any("error" in r for r in results))
-
-
-if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)
-    sys.path.insert(0, str(ROOT))
-    sys.exit(main())

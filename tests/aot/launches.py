@@ -1,20 +1,19 @@
-"""Every interpreted launch is one that test_aot.py compiles: same constants, pointers and Nones.
+"""Watch over interpreted launches: each must be one that the tables list and test_aot.py compiles.
 
-`watch()` makes the Triton interpreter check that while the block runs, so that a launcher cannot
-gain a specialisation that kernels/*.py `AOT` lacks.
+`watch()` makes the Triton interpreter compare constants, pointer types and Nones while its block
+runs, so that a launcher cannot gain a specialisation that its table `aot_<stem>.AOT` lacks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from aot import product
+from aot import product, table
 
 DTYPES = {
     torch.float32: "*fp32",
@@ -30,9 +29,9 @@ DTYPES = {
 @functools.cache
 def registered(module: str, name: str) -> tuple[tuple[str, ...], frozenset[Any]]:
     """The parameters that specialise a kernel, and the combinations registered for it."""
-    entries = [e for e in importlib.import_module(module).AOT if e.kernel.__name__ == name]
+    entries = [e for e in table(module.rpartition(".")[2]) if e.kernel.__name__ == name]
     if not entries:
-        raise AssertionError(f"{module}.{name} is launched and not in AOT")
+        raise AssertionError(f"{module}.{name} is launched and in no table")
     cases = product(entries[0])
     parameters = inspect.signature(entries[0].kernel.fn).parameters
     keys = tuple(
@@ -58,7 +57,7 @@ def check(fn: Any, args: Any, kwargs: dict[str, Any]) -> None:
     if found not in cases:
         raise AssertionError(
             f"{fn.__name__} is launched with {dict(zip(keys, found, strict=True))},"
-            f" which its AOT does not list"
+            f" which its table does not list"
         )
 
 

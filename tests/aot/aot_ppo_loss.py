@@ -1,0 +1,48 @@
+"""Ahead-of-time table of kernels/ppo_loss.py."""
+
+from aot_axes import LOSS_AXES, Aot, absent, pointers, token_strides
+
+from ppo_fast.kernels.ppo_loss import ppo_kernel
+
+_OPTIONAL = ("is", "ent", "ref")
+_DEVICE = ("ent_coef", "kl_coef", "denom")
+AOT = (
+    Aot(
+        ppo_kernel,
+        LOSS_AXES
+        | token_strides("logp", "old", "adv", "mask", "is", "ent", "ref")
+        | dict.fromkeys(("variant", "estimator", "straight"), "i32")
+        | dict.fromkeys(("ratio_low", "ratio_high", "dual", "log_min", "log_max"), "fp32")
+        | dict.fromkeys(("ent_coef", "kl_coef", "kl_clamp", "ratio_clip"), "fp32")
+        | {
+            "sequences": (
+                absent("cu", "means") | {"PER_SEQUENCE": False, "LOOK_UP": False},
+                absent("cu")
+                | pointers("*fp32", "means")
+                | {"PER_SEQUENCE": True, "LOOK_UP": True},
+                absent("cu", "means") | {"PER_SEQUENCE": True, "LOOK_UP": True},
+                absent("means")
+                | pointers("*i32", "cu")
+                | {"PER_SEQUENCE": True, "LOOK_UP": False},
+                absent("means") | pointers("*i32", "cu") | {"PER_SEQUENCE": True, "LOOK_UP": True},
+                pointers("*i64", "cu")
+                | pointers("*fp32", "means")
+                | {"PER_SEQUENCE": True, "LOOK_UP": True},
+            ),
+            "inputs": (
+                pointers("*fp32", "logp", "old", "adv"),
+                pointers("*bf16", "logp", "old", "adv"),
+                pointers("*fp32", "logp", "adv") | absent("old"),
+            ),
+            "grads": (
+                pointers("*fp32", "grad", "grad_ent"),
+                pointers("*fp32", "grad") | absent("grad_ent"),
+                absent("grad", "grad_ent"),
+            ),
+            "optional": (absent(*_OPTIONAL), pointers("*fp32", *_OPTIONAL)),
+            "mask_ptr": ("*u8:16", None),
+            "moments_ptr": ("*fp64:16", None),
+            "device": (absent(*_DEVICE), pointers("*fp32", *_DEVICE)),
+        },
+    ),
+)

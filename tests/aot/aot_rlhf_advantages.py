@@ -1,0 +1,32 @@
+"""Ahead-of-time table of kernels/rlhf_advantages.py."""
+
+from aot_axes import ADVANTAGE_AXES, Aot, layout_axes, pointers, step_strides
+
+from ppo_fast.kernels.rlhf_advantages import rlhf_kernel
+
+AOT = (
+    Aot(
+        rlhf_kernel,
+        ADVANTAGE_AXES
+        | pointers("*fp32", "reward", "kl")
+        | {"mask_ptr": "*u8:16"}
+        | step_strides("score", "logp", "ref", "v", "mask", "out")
+        | {"boot_seq": "i64"}
+        | dict.fromkeys(("masked", "estimator", "place"), "i32")
+        | dict.fromkeys(("kl_coef", "kl_clamp", "score_min", "score_max"), "fp32")
+        | {
+            "dtypes": (
+                pointers("*fp32", "score", "logp", "ref", "v"),
+                pointers("*bf16", "logp", "ref", "v") | pointers("*fp32", "score"),
+            ),
+            "layout": (
+                layout_axes(None, True),
+                layout_axes(None, False),
+                layout_axes("*i32:16", True),
+                layout_axes("*i64:16", False),
+            ),
+            "boot_ptr": (None, "*fp32:16"),
+            "kl_coef_ptr": (None, "*fp32"),
+        },
+    ),
+)

@@ -1,0 +1,27 @@
+"""Ahead-of-time table of kernels/sequences.py."""
+
+from aot_axes import Aot, token_strides
+
+from ppo_fast.kernels import config
+from ppo_fast.kernels.sequences import sequence_kernel
+
+AOT = (
+    Aot(
+        sequence_kernel,
+        token_strides("main", "old", "mask")
+        | {
+            "main_ptr": ("*fp32:16", "*bf16:16"),
+            "old_ptr": ("*fp32:16", "*bf16:16", None),
+            "mask_ptr": ("*u8:16", None),
+            "cu_ptr": (None, "*i32:16", "*i64:16"),
+            "counts_ptr": "*i32:16",
+            "means_ptr": ("*fp32:16", None),
+            "n_cols": "i64",
+            "log_min": "fp32",
+            "log_max": "fp32",
+            "BLOCK": config.TOKENS.block,
+            "num_warps": config.TOKENS.warps,
+        },
+        lambda case: case["old_ptr"] in (None, case["main_ptr"]),
+    ),
+)

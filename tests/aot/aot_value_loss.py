@@ -1,0 +1,30 @@
+"""Ahead-of-time table of kernels/value_loss.py."""
+
+from aot_axes import LOSS_AXES, Aot, absent, pointers, token_strides
+
+from ppo_fast.kernels.value_loss import value_kernel
+
+AOT = (
+    Aot(
+        value_kernel,
+        LOSS_AXES
+        | token_strides("v", "old", "ret", "mask")
+        | {"form": "i32", "clip": "fp32", "factor": "fp32"}
+        | {
+            "sequences": (
+                absent("cu") | {"PER_SEQUENCE": False, "LOOK_UP": False},
+                absent("cu") | {"PER_SEQUENCE": True, "LOOK_UP": True},
+                pointers("*i32", "cu") | {"PER_SEQUENCE": True, "LOOK_UP": False},
+                pointers("*i64", "cu") | {"PER_SEQUENCE": True, "LOOK_UP": True},
+            ),
+            "inputs": (
+                pointers("*fp32", "v", "old", "ret"),
+                pointers("*bf16", "v", "old", "ret"),
+                pointers("*fp32", "v", "ret") | absent("old"),
+            ),
+            "grad_ptr": ("*fp32", None),
+            "mask_ptr": ("*u8:16", None),
+            "denom_ptr": ("*fp32", None),
+        },
+    ),
+)
