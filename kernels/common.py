@@ -1,9 +1,11 @@
-"""Row geometry, flags, exact helpers and moments: what every kernel file shares."""
+"""Foundation of the kernel files: launches, strided tensors, helpers, moments, last block."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,17 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MERGE_BLOCK = 1024  # partial moments a step of the merge
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Every launch passes **LAUNCH. Contraction is written out (tl.fma) where it is wanted: the default
 # differs between Triton versions, and with it the bits would.
 LAUNCH = {"enable_fp_fusion": False}
 # For kernels with many operands: all the registers that a thread may have. Left alone, ptxas stops
 # at an occupancy of its own choosing and spills the rest. AMD's compiler has no such option.
-ROOMY = {} if torch.version.hip else {"maxnreg": 255}
+MAX_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+MERGE_BLOCK = 1024  # partial moments per step of their merge
+COUNTERS = 4096  # arrival counters per device: one per stream, and one per captured launch
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch on x's device; Triton takes that device's current stream."""
+    """Context that launches on x's device; Triton takes that device's current stream."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
@@ -33,10 +37,32 @@ def flag_bytes(flags: Tensor | None) -> Tensor | None:
     return None if flags is None else flags.view(torch.uint8)
 
 
+class Strided(NamedTuple):
+    """A tensor inside a kernel: its pointer, None where it is absent, and two strides.
+
+    Its dimensions are the (outer, inner) of a RowBlock, the (sequence, step) of the advantages or
+    the (row, column) of a loss. Launchers pass the three as arguments of their own, because Triton
+    would specialise the members of a tuple.
+    """
+
+    ptr: Any
+    outer: Any
+    inner: Any
+
+
+def strided(x: Tensor | None, time_major: bool = False) -> tuple[Tensor | None, int, int]:
+    """The arguments behind a `Strided` of two dimensions; a flat tensor is one row."""
+    if x is None:
+        return None, 0, 0
+    if x.dim() == 1:
+        return x, 0, x.stride(0)
+    return (x, x.stride(1), x.stride(0)) if time_major else (x, x.stride(0), x.stride(1))
+
+
 class RowBlock(NamedTuple):
     """Rows r in [0, outer * inner) of a view: row r is (r // inner, r % inner).
 
-    `args` holds (base, outer stride, inner stride) per tensor, flattened; (None, 0, 0) for None.
+    `args` holds the arguments behind each tensor's `Strided`, flattened; (None, 0, 0) for None.
     `start` is the first row's flat index, for contiguous outputs.
     """
 
@@ -75,15 +101,15 @@ def row_blocks(lead: tuple[int, ...], *tensors: Tensor | None) -> Iterator[RowBl
 
 
 @triton.jit
-def row_offset(row, inner, stride_outer, stride_inner):
-    """int64 offset of a row (scalar or tensor) of a RowBlock."""
+def row_offset(x, row, inner):
+    """int64 offset in `x` of a row (scalar or vector) of a RowBlock."""
     outer = row // inner
-    return outer.to(tl.int64) * stride_outer + (row - outer * inner).to(tl.int64) * stride_inner
+    return outer.to(tl.int64) * x.outer + (row - outer * inner).to(tl.int64) * x.inner
 
 
 @triton.jit
 def load_flag(ptr, offsets, inside):
-    """Whether the flag byte is set; `inside` where there are no flags, False outside."""
+    """True where the flag byte is set and `inside`; `inside` itself without flags."""
     if ptr is None:
         return inside
     else:
@@ -98,6 +124,21 @@ def load_f32(ptr, offsets, inside, default):
     else:
         x = tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         return tl.where(inside, x, default)
+
+
+@triton.jit
+def coefficient(ptr, number):
+    """A coefficient on the device; `number` where there is none."""
+    if ptr is None:
+        return number
+    else:
+        return tl.load(ptr).to(tl.float32)
+
+
+@triton.jit
+def clamp(x, low, high):
+    """torch.clamp: a NaN passes, so that it shows."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit
@@ -124,10 +165,10 @@ def expm1(x):
 
 @triton.jit
 def pair_sum(x, N: tl.constexpr):
-    """Sum of a (..., N) tensor over its last dimension, neighbours first.
+    """Sum of a (..., N) tensor over its last dimension, neighbours first; N is a power of two.
 
     Every step adds two numbers, so the bits do not depend on the layout the compiler chose, and
-    with it on alignment or on the number of warps, as those of `tl.sum` do. N is a power of two.
+    with it on alignment or on the number of warps, as those of `tl.sum` do.
     """
     if N > 1:
         halves = tl.sum(tl.reshape(x, x.shape[:-1] + [N // 2, 2]), axis=-1)
@@ -170,13 +211,65 @@ def merge_parts(parts_ptr, out_ptr, n_parts, BLOCK: tl.constexpr):
     tl.store(out_ptr + 2, tl.sum(m2))
 
 
-@triton.jit(do_not_specialize=["n_parts"])
-def merge_moments_kernel(parts_ptr, out_ptr, n_parts, BLOCK: tl.constexpr):
-    merge_parts(parts_ptr, out_ptr, n_parts, BLOCK)
+# Single-launch reduction (the "last block" pattern). Every program writes its partial results and
+# counts itself. The last one to do so finds them all, merges them in index order, so that the
+# result does not depend on which is last, and resets the counter. A counter belongs to one stream,
+# whose launches run one after the other. A launch under CUDA graph capture takes a counter of its
+# own, as graphs may be replayed on any stream.
+class _Counters:
+    """The zeroed counters of one device; they live as long as the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.free = list(torch.zeros(COUNTERS, dtype=torch.int32, device=device).split(1))
+        self.ready = torch.cuda.Event()
+        self.ready.record()
+        self.of_stream: dict[int, Tensor] = {}
 
 
-def merge_moments(parts: Tensor) -> Tensor:
-    """(3, P) float64 block moments, rows count, mean, M2 -> (3,). Launch inside `on_device`."""
-    out = parts.new_empty(3)
-    merge_moments_kernel[(1,)](parts, out, parts.shape[1], BLOCK=MERGE_BLOCK, **LAUNCH)
-    return out
+_LOCK = threading.Lock()
+_DEVICES: dict[int, _Counters] = {}
+
+
+def counter(like: Tensor) -> Tensor:
+    """A zero int32 for one launch on `like`'s device and current stream. Call it `on_device`."""
+    if not like.is_cuda:
+        return torch.zeros(1, dtype=torch.int32)
+    capturing = torch.cuda.is_current_stream_capturing()
+    with _LOCK:
+        counters = _DEVICES.get(like.device.index)
+        if counters is None and not capturing:
+            counters = _DEVICES[like.device.index] = _Counters(like.device)
+        if counters is not None:
+            stream = torch.cuda.current_stream()
+            found = None if capturing else counters.of_stream.get(stream.cuda_stream)
+            if found is None and counters.free:
+                found = counters.free.pop()
+                if not capturing:
+                    counters.of_stream[stream.cuda_stream] = found
+                    stream.wait_event(counters.ready)
+            if found is not None:
+                return found
+    # No counter left, or a capture before any call: a memset node more in the graph.
+    return torch.zeros(1, dtype=torch.int32, device=like.device)
+
+
+@triton.jit
+def is_last(counter_ptr):
+    """True in the last program to arrive here, to which all others' stores are visible."""
+    tl.debug_barrier()  # all threads' stores precede the count
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def reduce_moments(parts_ptr, out_ptr, counter_ptr, n, mean, m2, BLOCK: tl.constexpr):
+    """Last-block reduction of the programs' float64 moments, (3, programs) in `parts`, to (3,)."""
+    programs = tl.num_programs(0)
+    part = parts_ptr + tl.program_id(0)
+    tl.store(part, n)
+    tl.store(part + programs, mean)
+    tl.store(part + 2 * programs, m2)
+    if is_last(counter_ptr):
+        merge_parts(parts_ptr, out_ptr, programs, BLOCK)

@@ -1,9 +1,9 @@
 """Token log-probabilities and entropies from logits.
 
-`segments_kernel` reads each row once, a program per (row, segment) with the segments fixed by V,
-and keeps (m, s, t) = (max z, sum e^(z-m), sum (z-m) e^(z-m)) per lane; nothing crosses lanes
-until the segment ends. `merge_kernel` folds a row's segments in a fixed tree and takes the
-label's logit. The gradient is in logprobs_grad.py.
+`segments_kernel` reads each row once, a program per (row, segment) with the segments fixed by V.
+It keeps softmax.py's state (max, sum, dot) per lane; nothing crosses lanes until the segment ends.
+`merge_kernel` folds a row's segments in a fixed tree and reads the label's logit. The gradient is
+in logprobs_grad.py.
 
 Bits: arithmetic is elementwise or in pairs and contraction is written out, so a row's result
 depends on its logits and V alone: not on the other rows, nor on strides and alignment, which only
@@ -20,25 +20,26 @@ from torch import Tensor
 from . import config
 from .common import (
     LAUNCH,
+    Strided,
     flag_bytes,
     load_flag,
     on_device,
     pair_sum,
     row_blocks,
     row_offset,
-)  # fmt: skip
+)
 from .logprobs_grad import logprobs_bwd, logprobs_bwd_
 from .softmax import (
     LOWEST,
     RUNTIME,
-    aligned,
     alignment,
     inverse_temperature,
     label_rows,
-    outcome,
     rescale,
+    row_results,
+    row_start,
     scan_columns,
-)  # fmt: skip
+)
 
 __all__ = ["logprobs_bwd", "logprobs_bwd_", "logprobs_fwd"]
 
@@ -54,15 +55,15 @@ def segments_kernel(
     mask_ptr,
     mask_outer: tl.int64,
     mask_inner: tl.int64,
-    temp_ptr,
-    temp_outer: tl.int64,
-    temp_inner: tl.int64,
-    parts_ptr,  # (3, rows, segments) fp32: m, s, t; unwritten for rows that are not live
+    temperature_ptr,
+    temperature_outer: tl.int64,
+    temperature_inner: tl.int64,
+    parts_ptr,  # (3, rows, segments) fp32: max, sum, dot; unwritten for rows that are not live
     inner,
     V,
     n_parts: tl.int64,
     n_segments,
-    inv_temp,
+    inv_temperature,
     ignore_index: tl.int64,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -70,21 +71,26 @@ def segments_kernel(
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,  # every row starts at a multiple of this many elements
 ):
+    logits = Strided(logits_ptr, logits_outer, logits_inner)
+    tokens = Strided(tokens_ptr, tokens_outer, tokens_inner)
+    mask = Strided(mask_ptr, mask_outer, mask_inner)
+    temperature = Strided(temperature_ptr, temperature_outer, temperature_inner)
     part = tl.program_id(0)
     row = part // n_segments
-    token = tl.load(tokens_ptr + row_offset(row, inner, tokens_outer, tokens_inner))
-    live = token != ignore_index
-    live = load_flag(mask_ptr, row_offset(row, inner, mask_outer, mask_inner), live)
+    label = tl.load(tokens_ptr + row_offset(tokens, row, inner))
+    live = label != ignore_index
+    live = load_flag(mask_ptr, row_offset(mask, row, inner), live)
     if live:
-        offset = row_offset(row, inner, temp_outer, temp_inner)
-        inv_t = inverse_temperature(temp_ptr, offset, live, inv_temp)
-        row_ptr = logits_ptr + aligned(row_offset(row, inner, logits_outer, logits_inner), ALIGN)
+        inv_temp = inverse_temperature(temperature, row, inner, live, inv_temperature)
+        row_ptr = row_start(logits, row, inner, ALIGN)
         start = (part - row * n_segments) * SEGMENT
         end = tl.minimum(start + SEGMENT, V)
-        top, s, t = scan_columns(row_ptr, start, end, V, inv_t, LANES, UNROLL, STAGES, "")
-        tl.store(parts_ptr + part, top)
-        tl.store(parts_ptr + n_parts + part, s)
-        tl.store(parts_ptr + 2 * n_parts + part, t)
+        part_max, part_sum, part_dot = scan_columns(
+            row_ptr, start, end, V, inv_temp, LANES, UNROLL, STAGES, ""
+        )
+        tl.store(parts_ptr + part, part_max)
+        tl.store(parts_ptr + n_parts + part, part_sum)
+        tl.store(parts_ptr + 2 * n_parts + part, part_dot)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "V"])
@@ -98,9 +104,9 @@ def merge_kernel(
     mask_ptr,
     mask_outer: tl.int64,
     mask_inner: tl.int64,
-    temp_ptr,
-    temp_outer: tl.int64,
-    temp_inner: tl.int64,
+    temperature_ptr,
+    temperature_outer: tl.int64,
+    temperature_inner: tl.int64,
     parts_ptr,  # (3, rows, segments) fp32
     logprobs_ptr,  # (rows,) fp32 contiguous, as the next three
     entropy_ptr,
@@ -110,33 +116,37 @@ def merge_kernel(
     V,
     n_rows,
     n_segments,
-    inv_temp,
+    inv_temperature,
     ignore_index: tl.int64,
     ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,  # a power of two >= n_segments
 ):
+    logits = Strided(logits_ptr, logits_outer, logits_inner)
+    tokens = Strided(tokens_ptr, tokens_outer, tokens_inner)
+    mask = Strided(mask_ptr, mask_outer, mask_inner)
+    temperature = Strided(temperature_ptr, temperature_outer, temperature_inner)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n_rows
-    live, legal, _, x, inv_t = label_rows(
-        rows, inside, inner, V, logits_ptr, logits_outer, logits_inner,
-        tokens_ptr, tokens_outer, tokens_inner, mask_ptr, mask_outer, mask_inner,
-        temp_ptr, temp_outer, temp_inner, inv_temp, ignore_index,
-    )  # fmt: skip
+    live, legal, _, label_logit, inv_temp = label_rows(
+        rows, inside, inner, V, logits, tokens, mask, temperature, inv_temperature, ignore_index
+    )
     segment = tl.arange(0, SEGMENTS)[None, :]
     part = parts_ptr + rows[:, None].to(tl.int64) * n_segments + segment
     n_parts = n_rows.to(tl.int64) * n_segments
     here = live[:, None] & (segment < n_segments)
-    m = tl.load(part, mask=here, other=LOWEST)
-    s = tl.load(part + n_parts, mask=here, other=0.0)
-    t = tl.load(part + 2 * n_parts, mask=here, other=0.0)
-    top = tl.max(m, axis=1)
-    s, t = rescale(m, top[:, None], s, t)
-    s = pair_sum(s, SEGMENTS)
-    t = pair_sum(t, SEGMENTS)
-    _, top, log_sum, logprob, entropy = outcome(top, s, t, x, inv_t, legal)
+    part_max = tl.load(part, mask=here, other=LOWEST)
+    part_sum = tl.load(part + n_parts, mask=here, other=0.0)
+    part_dot = tl.load(part + 2 * n_parts, mask=here, other=0.0)
+    row_max = tl.max(part_max, axis=1)
+    part_sum, part_dot = rescale(part_max, row_max[:, None], part_sum, part_dot)
+    row_sum = pair_sum(part_sum, SEGMENTS)
+    row_dot = pair_sum(part_dot, SEGMENTS)
+    _, row_max, log_sum, logprob, entropy = row_results(
+        row_max, row_sum, row_dot, label_logit, inv_temp, legal
+    )
     tl.store(logprobs_ptr + rows, tl.where(live, logprob, 0.0), mask=inside)
     tl.store(entropy_ptr + rows, tl.where(live, entropy, 0.0), mask=inside)
-    tl.store(row_max_ptr + rows, tl.where(live, top, 0.0), mask=inside)
+    tl.store(row_max_ptr + rows, tl.where(live, row_max, 0.0), mask=inside)
     tl.store(log_sum_ptr + rows, tl.where(live, log_sum, 0.0), mask=inside)
 
 
@@ -153,24 +163,30 @@ def logprobs_fwd(
         torch.empty(tokens.shape, dtype=torch.float32, device=logits.device) for _ in range(4)
     )
     vocab = logits.shape[-1]
-    how = config.scan(vocab)
-    segments = max(1, triton.cdiv(vocab, how.segment))
+    tiling = config.forward_tiling(vocab)
+    segments = max(1, triton.cdiv(vocab, tiling.segment))
+    scalars = (1.0 / params[0], codes[0])
+    merge = {
+        "ROWS": config.ROW_SCALARS.block,
+        "SEGMENTS": triton.next_power_of_2(segments),
+        "num_warps": config.ROW_SCALARS.warps,
+    }
     with on_device(logits):
         for block in row_blocks(tokens.shape, logits, tokens, flag_bytes(mask), temperature):
             n_rows = block.outer * block.inner
             if n_rows == 0:
                 break
             parts = logits.new_empty(3, n_rows, segments, dtype=torch.float32)
-            scalars = (1.0 / params[0], codes[0])
             segments_kernel[(n_rows * segments,)](
-                *block.args, parts, block.inner, vocab, n_rows * segments, segments, *scalars,
-                LANES=how.lanes, UNROLL=how.unroll, SEGMENT=how.segment, STAGES=how.stages,
-                ALIGN=alignment(*block.args[:3]), num_warps=how.warps, **LAUNCH,
-            )  # fmt: skip
+                *(*block.args, parts, block.inner, vocab, n_rows * segments, segments, *scalars),
+                ALIGN=alignment(*block.args[:3]),
+                **tiling.constants(),
+                **LAUNCH,
+            )
             merge_kernel[(triton.cdiv(n_rows, config.ROW_SCALARS.block),)](
-                *block.args, parts, *(x.view(-1)[block.start :] for x in outs),
-                block.inner, vocab, n_rows, segments, *scalars,
-                ROWS=config.ROW_SCALARS.block, SEGMENTS=triton.next_power_of_2(segments),
-                num_warps=config.ROW_SCALARS.warps, **LAUNCH,
-            )  # fmt: skip
+                *(*block.args, parts, *(x.view(-1)[block.start :] for x in outs)),
+                *(block.inner, vocab, n_rows, segments, *scalars),
+                **merge,
+                **LAUNCH,
+            )
     return outs

@@ -10,20 +10,87 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arrival import counter, is_last
-from .common import flag_bytes, load_f32, load_flag, on_device
-from .kl import coefficient
+from .common import (
+    Strided,
+    coefficient,
+    counter,
+    expm1_minus,
+    flag_bytes,
+    is_last,
+    on_device,
+    strided,
+)
+from .loss_tiles import (
+    Counts,
+    Divisor,
+    empty_outputs,
+    live_rows,
+    load_token,
+    load_token_flag,
+    merge_loss,
+    plan,
+    sequence_of,
+    stack8,
+    token_offset,
+    token_slots,
+)
 from .options import N_SUMS, REDUCTION_SEQ_MEAN_TOKEN_MEAN, VARIANT_GSPO
-from .reduce_loss import empty_outputs, live_rows, merge_loss, plan, token_slots
-from .sequences import sequence_of, strided
-from .token_loss import RATIO, log_ratio, policy_loss, sums_of, whitened
+from .token_loss import At, PolicyOptions, clamped_log_ratio, policy_loss, whitened
 
-# Of the 16 sums, in the order of STATS_FIELDS, two are formed elsewhere; a program's partial
-# results hold the ratio's extremes in their place.
-LOSS = tl.constexpr(2)
+# Positions in STATS_FIELDS. Of its first 16 sums, N_SEQS and LOSS_DENOM are formed at the end; a
+# program's partial results hold the ratio's extremes in their place.
 N_SEQS = tl.constexpr(1)
+LOSS = tl.constexpr(2)
 LOSS_DENOM = tl.constexpr(3)
+RATIO = tl.constexpr(10)
+RATIO_SQ = tl.constexpr(11)
 WIDTH = tl.constexpr(16)
+
+
+@triton.jit
+def tile_sums(
+    keep,
+    loss,
+    policy,
+    entropy,
+    kl,
+    log_ratio,
+    ratio,
+    clips,
+    dual_clips,
+    options,
+    N: tl.constexpr,
+):
+    """The first 16 of STATS_FIELDS over a tile of N tokens, (16,) float64."""
+    below = ratio < options.ratio_low
+    above = ratio > options.ratio_high
+    zero = tl.zeros_like(ratio)
+    even = stack8(
+        tl.where(keep, 1.0, 0.0),
+        tl.where(keep, loss, 0.0),
+        tl.where(keep, policy, 0.0),
+        tl.where(keep, kl, 0.0),
+        tl.where(keep, 0.5 * log_ratio * log_ratio, 0.0),
+        tl.where(keep, ratio, 0.0),
+        tl.where(keep & clips & below, 1.0, 0.0),
+        tl.where(keep & dual_clips, 1.0, 0.0),
+    )
+    odd = stack8(
+        zero,
+        zero,
+        tl.where(keep, entropy, 0.0),
+        tl.where(keep, -log_ratio, 0.0),
+        tl.where(keep, expm1_minus(log_ratio), 0.0),
+        zero,
+        tl.where(keep & clips & above, 1.0, 0.0),
+        tl.where(keep & (below | above), 1.0, 0.0),
+    )
+    even = tl.sum(tl.reshape(even, [N, 8]), axis=0)
+    odd = tl.sum(tl.reshape(odd, [N, 8]), axis=0)
+    sums = tl.reshape(tl.join(even, odd), [16]).to(tl.float64)
+    wide = tl.where(keep, ratio.to(tl.float64), 0.0)  # fp32 overflows at a log-ratio of 44
+    squares = tl.sum(tl.ravel(wide * wide))
+    return tl.where(tl.arange(0, 16) == RATIO_SQ, squares, sums)
 
 
 @triton.jit
@@ -52,7 +119,7 @@ def ppo_kernel(
     ref_ptr, ref_row: tl.int64, ref_col: tl.int64,
     moments_ptr,  # (3,) float64
     cu_ptr,  # (S + 1,)
-    counts_ptr,  # int32, see live_sequences
+    counts_ptr,  # int32, see Counts
     means_ptr,  # (S,) fp32, gspo only
     ent_coef_ptr, kl_coef_ptr, denom_ptr,
     grad_ptr, grad_ent_ptr, loss_ptr, scale_ptr, stats_ptr,
@@ -61,28 +128,49 @@ def ppo_kernel(
     n_rows: tl.int64, n_cols: tl.int64, n_tiles: tl.int64, n_counts: tl.int64, n_pieces: tl.int64,
     n_seqs: tl.int64,
     variant: tl.int32, estimator: tl.int32, straight: tl.int32, reduction: tl.int32,
-    ratio_low, ratio_high, dual, log_min, log_max,
-    ent_coef, kl_coef, kl_clamp, ratio_clip, denom,
+    ratio_low, ratio_high, dual_clip, log_min, log_max,
+    ent_coef, kl_coef, kl_clamp, kl_ratio_clip, denom,
     PER_SEQUENCE: tl.constexpr,  # counts holds the tokens of each sequence
     LOOK_UP: tl.constexpr,  # and tokens need them
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):
     # fmt: on
+    logprobs = Strided(logp_ptr, logp_row, logp_col)
+    old_logprobs = Strided(old_ptr, old_row, old_col)
+    advantages = Strided(adv_ptr, adv_row, adv_col)
+    mask = Strided(mask_ptr, mask_row, mask_col)
+    is_weights = Strided(is_ptr, is_row, is_col)
+    entropies = Strided(ent_ptr, ent_row, ent_col)
+    ref_logprobs = Strided(ref_ptr, ref_row, ref_col)
     kl_coef = coefficient(kl_coef_ptr, kl_coef)
     ent_coef = coefficient(ent_coef_ptr, ent_coef)
+    options = PolicyOptions(
+        variant,
+        estimator,
+        straight,
+        ratio_low,
+        ratio_high,
+        dual_clip,
+        log_min,
+        log_max,
+        kl_coef,
+        kl_clamp,
+        kl_ratio_clip,
+    )
+
     acc = tl.zeros([WIDTH], tl.float64)
     low = tl.full([], float("inf"), tl.float32)
     high = tl.full([], float("-inf"), tl.float32)
     i = tl.arange(0, WIDTH)
     for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
         row, col, inside = token_slots(tile, n_rows, n_cols, ROWS, COLS)
-        keep = load_flag(mask_ptr, row * mask_row + col * mask_col, inside)
-        logp = load_f32(logp_ptr, row * logp_row + col * logp_col, keep, 0.0)
-        adv = load_f32(adv_ptr, row * adv_row + col * adv_col, keep, 0.0)
+        keep = load_token_flag(mask, row, col, inside)
+        logp = load_token(logprobs, row, col, keep, 0.0)
+        adv = load_token(advantages, row, col, keep, 0.0)
         adv = whitened(adv, moments_ptr)
-        offset = row * old_row + col * old_col
-        d, free = log_ratio(logp, old_ptr, offset, keep, log_min, log_max)
-        ratio = tl.exp(d)
+        old = At(old_ptr, token_offset(old_logprobs, row, col))
+        log_ratio, unclamped = clamped_log_ratio(logp, old, keep, log_min, log_max)
+        ratio = tl.exp(log_ratio)
         weight = 1.0
         if LOOK_UP:
             seq = sequence_of(cu_ptr, n_seqs, row, col)
@@ -91,22 +179,35 @@ def ppo_kernel(
             weight = tl.where(means, tl.div_rn(1.0, count), 1.0)
             if means_ptr is not None:
                 ratio = tl.exp(tl.load(means_ptr + seq, mask=keep, other=0.0))
-        loss, term, kl, slope, clips, capped = policy_loss(
-            variant, estimator, straight, logp, keep, adv, d, free, ratio, old_ptr, offset,
-            is_ptr, row * is_row + col * is_col, ref_ptr, row * ref_row + col * ref_col,
-            ratio_low, ratio_high, dual, log_min, log_max, kl_coef, kl_clamp, ratio_clip,
-        )  # fmt: skip
-        entropy = load_f32(ent_ptr, row * ent_row + col * ent_col, keep, 0.0)
+        is_weight = At(is_ptr, token_offset(is_weights, row, col))
+        ref = At(ref_ptr, token_offset(ref_logprobs, row, col))
+        loss, term, kl, slope, clips, dual_clips = policy_loss(
+            logp, keep, adv, log_ratio, unclamped, ratio, old, is_weight, ref, options
+        )
+        entropy = load_token(entropies, row, col, keep, 0.0)
         if ent_ptr is not None:
             loss = tl.fma(-ent_coef, entropy, loss)
+        at = row * n_cols + col
         if grad_ent_ptr is not None:
-            tl.store(grad_ent_ptr + row * n_cols + col,
-                     tl.where(keep, -(weight * ent_coef), 0.0), mask=inside)  # fmt: skip
+            grad = tl.where(keep, -(weight * ent_coef), 0.0)
+            tl.store(grad_ent_ptr + at, grad, mask=inside)
         if grad_ptr is not None:
-            tl.store(grad_ptr + row * n_cols + col,
-                     tl.where(keep, weight * slope, 0.0), mask=inside)  # fmt: skip
-        acc += sums_of(keep, weight * loss, weight * term, entropy, kl, d, ratio, clips, capped,
-                       ratio_low, ratio_high, ROWS * COLS)  # fmt: skip
+            grad = tl.where(keep, weight * slope, 0.0)
+            tl.store(grad_ptr + at, grad, mask=inside)
+        loss, term = weight * loss, weight * term
+        acc += tile_sums(
+            keep,
+            loss,
+            term,
+            entropy,
+            kl,
+            log_ratio,
+            ratio,
+            clips,
+            dual_clips,
+            options,
+            ROWS * COLS,
+        )
         low = tl.minimum(low, tl.min(tl.where(keep, ratio, float("inf"))))
         high = tl.maximum(high, tl.max(tl.where(keep, ratio, float("-inf"))))
         if not PER_SEQUENCE:
@@ -114,10 +215,11 @@ def ppo_kernel(
     acc = tl.where(i == N_SEQS, low, tl.where(i == LOSS_DENOM, high, acc))
     tl.store(parts_ptr + tl.program_id(0) * WIDTH + i, acc)
     if is_last(counter_ptr):
+        counts = Counts(counts_ptr, n_counts, n_pieces)
+        divisor = Divisor(reduction, denom_ptr, denom)
         sums, lows, highs, n_live, own = merge_loss(
-            parts_ptr, counts_ptr, n_counts, n_pieces, n_cols, reduction, denom_ptr, denom,
-            loss_ptr, scale_ptr, LOSS, WIDTH, PER_SEQUENCE,
-        )  # fmt: skip
+            parts_ptr, counts, divisor, n_cols, loss_ptr, scale_ptr, LOSS, WIDTH, PER_SEQUENCE
+        )
         store_stats(stats_ptr, sums, lows, highs, n_live, own)
 
 
@@ -138,21 +240,21 @@ def ppo_loss(
     params: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ppo_fast/_schema.py; (loss, stats, scale, grads)."""
-    clip_low, clip_high, dual, log_min, log_max, *coefs = params
+    clip_low, clip_high, dual_clip, log_min, log_max, *coefs = params
     bounds = (log_min, log_max) if codes[0] == VARIANT_GSPO.value else None
     *codes, n_grads = codes
     loss, stats, scale, grads = outputs = empty_outputs(logprobs, n_grads)
-    tensors = (
-        logprobs, old_logprobs, advantages, flag_bytes(mask), is_weights, entropy, ref_logprobs
-    )  # fmt: skip
+    mask = flag_bytes(mask)
+    tensors = (logprobs, old_logprobs, advantages, mask, is_weights, entropy, ref_logprobs)
     with on_device(logprobs):
-        how = plan(logprobs, old_logprobs, mask, cu_seqlens, codes[3], bounds)
-        parts = stats.new_empty(how.programs, WIDTH.value)
-        ppo_kernel[(how.programs,)](
+        tiles = plan(logprobs, old_logprobs, mask, cu_seqlens, codes[3], bounds)
+        parts = stats.new_empty(tiles.programs, WIDTH.value)
+        ppo_kernel[(tiles.programs,)](
             *(arg for x in tensors for arg in strided(x)),
-            moments, cu_seqlens, how.counts, how.means, entropy_coef, kl_coef, denom,
-            *grads, *[None] * (2 - n_grads), loss, scale, stats, parts, counter(logprobs),
-            *how.sizes, *codes,
-            1.0 - clip_low, 1.0 + clip_high, dual, log_min, log_max, *coefs, **how.options,
-        )  # fmt: skip
+            *(moments, cu_seqlens, tiles.counts, tiles.means, entropy_coef, kl_coef, denom),
+            *(*grads, *[None] * (2 - n_grads), loss, scale, stats, parts, counter(logprobs)),
+            *(*tiles.sizes, *codes, 1.0 - clip_low, 1.0 + clip_high, dual_clip),
+            *(log_min, log_max, *coefs),
+            **tiles.constants,
+        )
     return outputs

@@ -7,36 +7,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arrival import counter, leave_moments
-from .common import block_moments, flag_bytes, load_f32, load_flag, on_device
-from .gae_grid import grid_of, steps_of
-from .gae_scan import (
+from .common import (
+    Strided,
+    block_moments,
+    clamp,
+    coefficient,
+    counter,
+    flag_bytes,
+    load_f32,
+    on_device,
+    reduce_moments,
+    strided,
+)
+from .options import MASKED_CARRY, SCORE_AT_FIRST_PAD, SCORE_AT_PER_TOKEN
+from .scan import (
     NO_STEP,
-    at,
-    chan,
     check_offsets,
+    grid_of,
+    load_step,
+    load_step_flag,
+    merged_moments,
     next_live,
     poisoned,
     recur,
-    sequences,
+    step_offset,
     tile_count,
+    tile_span,
     tile_steps,
 )
-from .kl import clamp, coefficient, kl_value
-from .options import MASKED_CARRY, SCORE_AT_FIRST_PAD, SCORE_AT_PER_TOKEN
+from .token_loss import kl_value
 
 
 @triton.jit
-def score_slots(live, later, t, steps, mask_ptr, seq, first, mask_seq, mask_step, place):
-    """Where the score stands; whether it makes a masked slot live; and whether that is t + 1.
+def score_slots(live, later, mask, span, step, place):
+    """Slots that take the score; the masked one it makes live; and that this one is step + 1.
 
     A live step that no live one follows is the last; first-pad is the slot after it.
     """
     first_pad = place == SCORE_AT_FIRST_PAD
-    room = t + 1 < steps
+    room = step + 1 < span.n_steps
     last = live & (later == NO_STEP)
-    before = (t > 0) & (t < steps)
-    before = load_flag(mask_ptr, at(seq, first, t - 1, mask_seq, mask_step), before)
+    before = (step > 0) & (step < span.n_steps)
+    before = load_step_flag(mask, span, step - 1, before)
     # Selected rather than and-ed: the interpreter turns a boolean tensor & scalar into integers.
     none = live & (live == 0)
     pad = tl.where(first_pad, before & (live == 0) & (later == NO_STEP), none)
@@ -46,16 +58,15 @@ def score_slots(live, later, t, steps, mask_ptr, seq, first, mask_seq, mask_step
 
 
 @triton.jit
-def next_value(
-    v_ptr, v_seq, v_step, boot, live_next, pad_next, later, t, seq, first, steps, masked
-):  # fmt: skip
+def next_value(values, bootstrap, live_next, pad_next, later, span, step, masked):
     """V of the next step ("zero"), or of the next live one ("carry"), the pad slot included."""
-    follows = tl.where(masked == MASKED_CARRY, tl.where(pad_next, t + 1, later), t + 1)
-    near = follows == t + 1
-    live = tl.where(near, live_next | pad_next, follows < NO_STEP)
-    end = tl.where(near, t + 1 == steps, follows == NO_STEP)
-    after = load_f32(v_ptr, at(seq, first, follows, v_seq, v_step), live, 0.0)
-    return tl.where(end, boot, after)
+    live_step = tl.where(pad_next, step + 1, later)
+    following = tl.where(masked == MASKED_CARRY, live_step, step + 1)
+    near = following == step + 1
+    live = tl.where(near, live_next | pad_next, following < NO_STEP)
+    end = tl.where(near, step + 1 == span.n_steps, following == NO_STEP)
+    after = load_step(values, span, following, live, 0.0)
+    return tl.where(end, bootstrap, after)
 
 
 # fmt: off
@@ -64,7 +75,7 @@ def rlhf_kernel(
     score_ptr, score_seq: tl.int64, score_step: tl.int64,
     logp_ptr, logp_seq: tl.int64, logp_step: tl.int64,
     ref_ptr, ref_seq: tl.int64, ref_step: tl.int64,
-    v_ptr, v_seq: tl.int64, v_step: tl.int64,
+    values_ptr, values_seq: tl.int64, values_step: tl.int64,
     mask_ptr, mask_seq: tl.int64, mask_step: tl.int64,
     boot_ptr, boot_seq: tl.int64,
     cu_ptr, fails_ptr,  # (S + 1,), and check_offsets'
@@ -78,58 +89,59 @@ def rlhf_kernel(
     ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, MERGE: tl.constexpr,
 ):
     # fmt: on
+    scores = Strided(score_ptr, score_seq, score_step)
+    logprobs = Strided(logp_ptr, logp_seq, logp_step)
+    ref_logprobs = Strided(ref_ptr, ref_seq, ref_step)
+    values = Strided(values_ptr, values_seq, values_step)
+    mask = Strided(mask_ptr, mask_seq, mask_step)
+
     fails = None
     if cu_ptr is not None:
         fails = tl.load(fails_ptr) != 0
-    seq, first, steps = sequences(cu_ptr, fails, n_seqs, length, ROWS, CHUNK, WIDE)
-    boot = load_f32(boot_ptr, seq * boot_seq, seq < n_seqs, 0.0)
-    coef = coefficient(kl_coef_ptr, kl_coef)
+    span = tile_span(cu_ptr, fails, n_seqs, length, ROWS, CHUNK, WIDE)
+    bootstrap = load_f32(boot_ptr, span.seq * boot_seq, span.seq < n_seqs, 0.0)
+    kl_coef = coefficient(kl_coef_ptr, kl_coef)
     state = tl.zeros([ROWS], tl.float32)
     later_state = tl.full([ROWS], NO_STEP, tl.int32)
     n = tl.full([], 0.0, tl.float64)
     mean = tl.full([], 0.0, tl.float64)
     m2 = tl.full([], 0.0, tl.float64)
-    n_tiles = tile_count(steps, ROWS, CHUNK, WIDE)
+    n_tiles = tile_count(span.n_steps, ROWS, CHUNK, WIDE)
     for done_tiles in range(n_tiles):
-        t = tile_steps(n_tiles - 1 - done_tiles, ROWS, CHUNK, WIDE)
-        inside = t < steps
-        live = load_flag(mask_ptr, at(seq, first, t, mask_seq, mask_step), inside)
-        live_next = t + 1 < steps
-        live_next = load_flag(mask_ptr, at(seq, first, t + 1, mask_seq, mask_step), live_next)
-        later, later_state = next_live(live_next, t, later_state, ROWS, CHUNK, WIDE)
-        slot, pad, pad_next = score_slots(
-            live, later, t, steps, mask_ptr, seq, first, mask_seq, mask_step, place
-        )
+        step = tile_steps(n_tiles - 1 - done_tiles, ROWS, CHUNK, WIDE)
+        inside = step < span.n_steps
+        live = load_step_flag(mask, span, step, inside)
+        live_next = step + 1 < span.n_steps
+        live_next = load_step_flag(mask, span, step + 1, live_next)
+        later, later_state = next_live(live_next, step, later_state, ROWS, CHUNK, WIDE)
+        slot, pad, pad_next = score_slots(live, later, mask, span, step, place)
 
-        x = load_f32(logp_ptr, at(seq, first, t, logp_seq, logp_step), live, 0.0)
-        x -= load_f32(ref_ptr, at(seq, first, t, ref_seq, ref_step), live, 0.0)
-        kl = tl.where(live, clamp(kl_value(x, estimator), -kl_clamp, kl_clamp), 0.0)
-        score = load_f32(score_ptr, at(seq, first, t, score_seq, score_step), slot, 0.0)
+        log_ratio = load_step(logprobs, span, step, live, 0.0)
+        log_ratio -= load_step(ref_logprobs, span, step, live, 0.0)
+        kl = clamp(kl_value(log_ratio, estimator), -kl_clamp, kl_clamp)
+        kl = tl.where(live, kl, 0.0)
+        score = load_step(scores, span, step, slot, 0.0)
         score = tl.where(slot, clamp(score, score_min, score_max), 0.0)
-        reward = tl.where(live, -(coef * kl), 0.0) + score
+        reward = tl.where(live, -(kl_coef * kl), 0.0) + score
 
-        v = load_f32(v_ptr, at(seq, first, t, v_seq, v_step), live | pad, 0.0)
-        after = next_value(
-            v_ptr, v_seq, v_step, boot, live_next, pad_next, later, t, seq, first, steps, masked
-        )
-        delta = tl.fma(after, gamma, reward) - v
+        value = load_step(values, span, step, live | pad, 0.0)
+        after = next_value(values, bootstrap, live_next, pad_next, later, span, step, masked)
+        delta = tl.fma(after, gamma, reward) - value
         moves = tl.where(masked == MASKED_CARRY, live | pad, inside)
         a = tl.where(moves, decay, 1.0)
         adv, state = recur(None, a, tl.where(moves, delta, 0.0), state, ROWS, CHUNK, WIDE)
 
-        out = at(seq, first, t, out_seq, out_step)
-        ret = tl.where(live | pad, adv + v, 0.0)
+        out = step_offset(Strided(adv_ptr, out_seq, out_step), span, step)
+        ret = tl.where(live | pad, adv + value, 0.0)
         adv = tl.where(live, adv, 0.0)
         tl.store(adv_ptr + out, poisoned(adv, fails), mask=inside)
         tl.store(ret_ptr + out, poisoned(ret, fails), mask=inside)
         tl.store(reward_ptr + out, poisoned(reward, fails), mask=inside)
         tl.store(kl_ptr + out, poisoned(kl, fails), mask=inside)
         n_tile, mean_tile, m2_tile = block_moments(adv, live)
-        n, mean, m2 = chan(n, mean, m2, n_tile, mean_tile, m2_tile)
-    leave_moments(
-        parts_ptr, moments_ptr, counter_ptr, poisoned(n, fails), poisoned(mean, fails),
-        poisoned(m2, fails), MERGE,
-    )  # fmt: skip
+        n, mean, m2 = merged_moments(n, mean, m2, n_tile, mean_tile, m2_tile)
+    n, mean, m2 = poisoned(n, fails), poisoned(mean, fails), poisoned(m2, fails)
+    reduce_moments(parts_ptr, moments_ptr, counter_ptr, n, mean, m2, MERGE)
 
 
 def rlhf_advantages(
@@ -152,18 +164,21 @@ def rlhf_advantages(
     if logprobs.numel() == 0 or grid.n_seqs == 0:
         return (*outs, torch.zeros(3, dtype=torch.float64, device=device))
     if place == SCORE_AT_PER_TOKEN.value:
-        score = steps_of(scores)
+        score = strided(scores)
     else:
         score = (scores, scores.stride(0), 0)
     tensors = (logprobs, ref_logprobs, values, flag_bytes(mask))
-    strided = [arg for x in tensors for arg in steps_of(x)]
+    arguments = [arg for x in tensors for arg in strided(x)]
     parts = torch.empty(3, grid.programs, dtype=torch.float64, device=device)
     moments = torch.empty(3, dtype=torch.float64, device=device)
     with on_device(logprobs):
         rlhf_kernel[(grid.programs,)](
-            *score, *strided, bootstrap, 0 if bootstrap is None else bootstrap.stride(0),
-            cu_seqlens, check_offsets(cu_seqlens, grid.length), kl_coef,
-            *outs, *steps_of(outs[0])[1:], parts, moments, counter(logprobs),
-            grid.n_seqs, grid.length, *codes, gamma, gamma * lam, *numbers, **grid.options(),
-        )  # fmt: skip
+            *score,
+            *arguments,
+            *(bootstrap, 0 if bootstrap is None else bootstrap.stride(0)),
+            *(cu_seqlens, check_offsets(cu_seqlens, grid.length), kl_coef),
+            *(*outs, *strided(outs[0])[1:], parts, moments, counter(logprobs)),
+            *(grid.n_seqs, grid.length, *codes, gamma, gamma * lam, *numbers),
+            **grid.constants(),
+        )
     return (*outs, moments)

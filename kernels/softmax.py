@@ -1,49 +1,80 @@
-"""A row's softmax: one pass for its state, one for its gradient, and how rows are taken."""
+"""The softmax of a row of logits: a pass for its state, a pass for its gradient.
+
+The state is (max, sum, dot) = (max z, sum e^(z-max), sum (z-max) e^(z-max)) of z = logit /
+temperature. With p = e^(z - max - log_sum), the gradient is dz_j = p_j (slope ln p_j + offset) +
+[j = label] label_term.
+"""
+
+from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
+from . import common
 from .common import load_flag, pair_sum, row_offset
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: a state without a logit has m - m = 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: a state without a logit has max - max = 0
 # exp(-200) is 0 in fp32, so clamping there changes nothing but 0 * -inf. It drops a NaN
 # (max(NaN, x) = x), which is why the factor beside it comes from the unclamped argument.
 ZERO_EXP = tl.constexpr(-200.0)
-INTERPRETED = tl.constexpr(config.INTERPRETED)
+INTERPRETED = tl.constexpr(common.INTERPRETED)
 
-# The row arguments of the kernels, which share their names, that Triton shall not specialise on.
-TENSORS = ("logits", "tokens", "mask", "temp", "grad_logprobs", "grad_entropy", "out")
+# Arguments of the row kernels, which share their names, that Triton shall not specialise on.
+TENSORS = ("logits", "tokens", "mask", "temperature", "grad_logprobs", "grad_entropy", "out")
 STRIDES = [f"{x}_{level}" for x in TENSORS for level in ("outer", "inner")]
-RUNTIME = [*STRIDES, "inner", "n_rows", "n_parts", "n_segments", "inv_temp", "ignore_index"]
+RUNTIME = [*STRIDES, "inner", "n_rows", "n_parts", "n_segments", "inv_temperature", "ignore_index"]
+
+
+class Gradient(NamedTuple):
+    """A row's gradient inside a kernel: the softmax it is of, and the terms of dz_j."""
+
+    label: Any  # int32 column
+    row_max: Any
+    log_sum: Any
+    inv_temperature: Any
+    offset: Any
+    slope: Any
+    label_term: Any
 
 
 @triton.jit
-def inverse_temperature(temp_ptr, offset, inside, inv_temp):
+def inverse_temperature(temperature, row, inner, inside, number):
     """1 / temperature of the row or rows: the tensor's, or the number given."""
-    if temp_ptr is None:
-        return inv_temp
+    offset = row_offset(temperature, row, inner)
+    if temperature.ptr is None:
+        return number
     else:
-        return tl.div_rn(1.0, tl.load(temp_ptr + offset, mask=inside, other=1.0).to(tl.float32))
+        value = tl.load(temperature.ptr + offset, mask=inside, other=1.0).to(tl.float32)
+        return tl.div_rn(1.0, value)
 
 
 @triton.jit
-def rescale(m, top, s, t):
-    """The sums (s, t) of a state with maximum m, restated for the maximum top >= m."""
-    shift = tl.maximum(m - top, ZERO_EXP)
-    r = tl.exp2(shift * LOG2E)
-    return s * r, tl.fma(shift, s, t) * r
+def rescale(old_max, new_max, total, dot):
+    """The (sum, dot) of a state with maximum old_max, restated for the maximum new_max >= it."""
+    shift = tl.maximum(old_max - new_max, ZERO_EXP)
+    factor = tl.exp2(shift * LOG2E)
+    return total * factor, tl.fma(shift, total, dot) * factor
 
 
 @triton.jit
 def scan_step(
-    row_ptr, col, end, m, s, t, inv_t,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr, EVICT: tl.constexpr,
-):  # fmt: skip
+    row_ptr,
+    col,
+    end,
+    lane_max,
+    lane_sum,
+    lane_dot,
+    inv_temperature,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVICT: tl.constexpr,
+):
     """Take UNROLL logits per lane from column `col` on into the lanewise state."""
     lanes = tl.arange(0, LANES)
     xs = ()
@@ -55,70 +86,79 @@ def scan_step(
         else:
             x = tl.load(at, eviction_policy=EVICT)
         xs = xs + (x.to(tl.float32),)
-    top = xs[0]
+    new_max = xs[0]
     for u in tl.static_range(1, UNROLL):
-        top = tl.maximum(top, xs[u])
-    top = tl.maximum(m, top * inv_t)
-    s, t = rescale(m, top, s, t)
+        new_max = tl.maximum(new_max, xs[u])
+    new_max = tl.maximum(lane_max, new_max * inv_temperature)
+    lane_sum, lane_dot = rescale(lane_max, new_max, lane_sum, lane_dot)
     for u in tl.static_range(UNROLL):
-        d = tl.fma(xs[u], inv_t, -top)
+        d = tl.fma(xs[u], inv_temperature, -new_max)
         e = tl.exp2(d * LOG2E)
-        s += e
-        t = tl.fma(e, tl.maximum(d, ZERO_EXP), t)
-    return top, s, t
+        lane_sum += e
+        lane_dot = tl.fma(e, tl.maximum(d, ZERO_EXP), lane_dot)
+    return new_max, lane_sum, lane_dot
 
 
 @triton.jit
 def scan_columns(
-    row_ptr, start, end, V, inv_t,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr,
-):  # fmt: skip
-    """(max z, sum e^(z-max), sum (z-max) e^(z-max)) of a row's columns [start, end).
+    row_ptr,
+    start,
+    end,
+    V,
+    inv_temperature,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """The state (max, sum, dot) of a row's columns [start, end).
 
     `end` is V, or start plus a multiple of the step. Nothing crosses lanes before the end.
     """
-    m = tl.full([LANES], LOWEST, tl.float32)
-    s = tl.zeros([LANES], tl.float32)
-    t = tl.zeros([LANES], tl.float32)
+    top = tl.full([LANES], LOWEST, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    dot = tl.zeros([LANES], tl.float32)
     STEP: tl.constexpr = LANES * UNROLL
     full_end = start + (end - start) // STEP * STEP
     for col in tl.range(start, full_end, STEP, num_stages=STAGES):
-        m, s, t = scan_step(row_ptr, col, V, m, s, t, inv_t, LANES, UNROLL, False, EVICT)
+        top, total, dot = scan_step(
+            row_ptr, col, V, top, total, dot, inv_temperature, LANES, UNROLL, False, EVICT
+        )
     if full_end < end:
-        m, s, t = scan_step(row_ptr, full_end, V, m, s, t, inv_t, LANES, UNROLL, True, EVICT)
-    top = tl.max(m, axis=0)
-    s, t = rescale(m, top, s, t)
-    return top, pair_sum(s, LANES), pair_sum(t, LANES)
+        top, total, dot = scan_step(
+            row_ptr, full_end, V, top, total, dot, inv_temperature, LANES, UNROLL, True, EVICT
+        )
+    all_max = tl.max(top, axis=0)
+    total, dot = rescale(top, all_max, total, dot)
+    return all_max, pair_sum(total, LANES), pair_sum(dot, LANES)
 
 
 @triton.jit
-def outcome(top, s, t, x, inv_t, legal):
-    """Of whole rows' states and labels' logits: sound, m, log_sum, log-probability, entropy."""
-    sound = s > 0  # a finite logit, and neither NaN nor +inf
-    s = tl.where(sound, s, 1.0)
-    log_sum = tl.log(s)
-    top = tl.where(sound, top, float("nan"))
-    logprob = tl.where(legal, tl.fma(x, inv_t, -top) - log_sum, float("nan"))
-    entropy = tl.where(legal & sound, log_sum - tl.div_rn(t, s), float("nan"))
-    return sound, top, log_sum, logprob, entropy
+def row_results(row_max, row_sum, row_dot, label_logit, inv_temperature, legal):
+    """Whole rows' validity, maximum, log_sum, log-probability of the label, and entropy."""
+    valid = row_sum > 0  # a finite logit, and neither NaN nor +inf
+    row_sum = tl.where(valid, row_sum, 1.0)
+    log_sum = tl.log(row_sum)
+    row_max = tl.where(valid, row_max, float("nan"))
+    logprob = tl.fma(label_logit, inv_temperature, -row_max) - log_sum
+    logprob = tl.where(legal, logprob, float("nan"))
+    entropy = tl.where(legal & valid, log_sum - tl.div_rn(row_dot, row_sum), float("nan"))
+    return valid, row_max, log_sum, logprob, entropy
 
 
 @triton.jit
 def label_rows(
-    rows, inside, inner, V,
-    logits_ptr, logits_outer, logits_inner, tokens_ptr, tokens_outer, tokens_inner,
-    mask_ptr, mask_outer, mask_inner, temp_ptr, temp_outer, temp_inner, inv_temp, ignore_index,
-):  # fmt: skip
-    """Of a vector of rows: live, the label is legal, the label, its logit, 1 / temperature."""
-    offset = row_offset(rows, inner, tokens_outer, tokens_inner)
-    token = tl.load(tokens_ptr + offset, mask=inside, other=0)
-    live = inside & (token != ignore_index)
-    live = load_flag(mask_ptr, row_offset(rows, inner, mask_outer, mask_inner), live)
-    legal = live & (token >= 0) & (token < V)
-    offset = row_offset(rows, inner, logits_outer, logits_inner)
-    x = tl.load(logits_ptr + offset + token, mask=legal, other=0.0).to(tl.float32)
-    offset = row_offset(rows, inner, temp_outer, temp_inner)
-    return live, legal, token, x, inverse_temperature(temp_ptr, offset, live, inv_temp)
+    rows, inside, inner, V, logits, tokens, mask, temperature, inv_temperature, ignore_index
+):
+    """Rows' flags "live" and "label legal", then label, its logit and 1 / temperature."""
+    label = tl.load(tokens.ptr + row_offset(tokens, rows, inner), mask=inside, other=0)
+    live = inside & (label != ignore_index)
+    live = load_flag(mask.ptr, row_offset(mask, rows, inner), live)
+    legal = live & (label >= 0) & (label < V)
+    offset = row_offset(logits, rows, inner)
+    label_logit = tl.load(logits.ptr + offset + label, mask=legal, other=0.0).to(tl.float32)
+    row_inv_temperature = inverse_temperature(temperature, rows, inner, live, inv_temperature)
+    return live, legal, label, label_logit, row_inv_temperature
 
 
 @triton.jit
@@ -128,6 +168,12 @@ def aligned(offset, ALIGN: tl.constexpr):
     Triton 3.6 drops `tl.multiple_of` from a scalar, and with it 16-byte loads.
     """
     return offset // ALIGN * ALIGN
+
+
+@triton.jit
+def row_start(x, row, inner, ALIGN: tl.constexpr):
+    """Pointer to a row, whose offset is a multiple of ALIGN."""
+    return x.ptr + aligned(row_offset(x, row, inner), ALIGN)
 
 
 @triton.jit
@@ -142,11 +188,30 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def row_terms(grad_logprob, grad_entropy, label_logit, inv_temperature, row_max, entropy, legal):
+    """A row's offset, slope and label_term, after whether all its gradient is 0."""
+    # A label at -inf stays impossible: no gradient through its log-probability.
+    impossible = tl.fma(label_logit, inv_temperature, -row_max) == float("-inf")
+    grad_logprob = tl.where(legal & impossible, 0.0, grad_logprob)
+    zero = (grad_logprob == 0.0) & (grad_entropy == 0.0)
+    offset = -tl.fma(grad_entropy, entropy, grad_logprob) * inv_temperature
+    offset = tl.where(legal, offset, float("nan"))
+    return zero, offset, -grad_entropy * inv_temperature, grad_logprob * inv_temperature
+
+
+@triton.jit
 def grad_step(
-    row_ptr, to_ptr, col, end, label, m, log_sum, inv_t, a, b, c,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr, EVICT: tl.constexpr,
-):  # fmt: skip
-    """Read UNROLL * LANES logits from column `col` on, write their gradient."""
+    row_ptr,
+    to_ptr,
+    col,
+    end,
+    row,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Read UNROLL * LANES logits from column `col` on, write their gradient; `row`: a Gradient."""
     lanes = tl.arange(0, LANES)
     xs = ()
     for u in tl.static_range(UNROLL):
@@ -156,10 +221,10 @@ def grad_step(
         xs = xs + (x.to(tl.float32),)
     for u in tl.static_range(UNROLL):
         at = col + u * LANES
-        log_p = tl.fma(xs[u], inv_t, -m) - log_sum
+        log_p = tl.fma(xs[u], row.inv_temperature, -row.row_max) - row.log_sum
         p = tl.exp2(log_p * LOG2E)
-        dz = p * tl.fma(b, tl.maximum(log_p, ZERO_EXP), a)
-        dz = tl.where(lanes == label - at, dz + c, dz)
+        dz = p * tl.fma(row.slope, tl.maximum(log_p, ZERO_EXP), row.offset)
+        dz = tl.where(lanes == row.label - at, dz + row.label_term, dz)
         inside = at + lanes < end if MASKED else None
         dz = rounded(dz, to_ptr.dtype.element_ty)
         tl.store(to_ptr + at + lanes, dz, mask=inside, eviction_policy=EVICT)
@@ -167,21 +232,24 @@ def grad_step(
 
 @triton.jit
 def grad_columns(
-    row_ptr, to_ptr, start, end, V, label, m, log_sum, inv_t, a, b, c,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr,
-):  # fmt: skip
+    row_ptr,
+    to_ptr,
+    start,
+    end,
+    V,
+    row,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVICT: tl.constexpr,
+):
     """Read a row's columns [start, end) and write their gradient; `end` as in scan_columns."""
     STEP: tl.constexpr = LANES * UNROLL
     full_end = start + (end - start) // STEP * STEP
     for col in tl.range(start, full_end, STEP, num_stages=STAGES):
-        grad_step(
-            row_ptr, to_ptr, col, V, label, m, log_sum, inv_t, a, b, c,
-            LANES, UNROLL, False, EVICT,
-        )  # fmt: skip
+        grad_step(row_ptr, to_ptr, col, V, row, LANES, UNROLL, False, EVICT)
     for col in tl.range(full_end, end, 2 * LANES):  # 2: more would spill where ALIGN is 1
-        grad_step(
-            row_ptr, to_ptr, col, V, label, m, log_sum, inv_t, a, b, c, LANES, 2, True, EVICT
-        )  # fmt: skip
+        grad_step(row_ptr, to_ptr, col, V, row, LANES, 2, True, EVICT)
 
 
 @triton.jit

@@ -1,15 +1,48 @@
-"""The policy loss of one token and its derivative; variants and estimators chosen at run time."""
+"""The policy loss of one token and its derivative; variants and estimators chosen at run time.
+
+The KL estimates are Schulman's (2020) of KL(π‖π_ref), from x = log π − log π_ref.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .common import expm1_minus, load_f32
-from .kl import clamp, kl_slope, kl_value
-from .options import VARIANT_CISPO, VARIANT_GSPO, VARIANT_LINEAR, VARIANT_PENALTY
-from .reduce_loss import stack8
+from .common import clamp, expm1, expm1_minus, load_f32
+from .options import (
+    ESTIMATOR_ABS,
+    ESTIMATOR_K1,
+    ESTIMATOR_K2,
+    VARIANT_CISPO,
+    VARIANT_GSPO,
+    VARIANT_LINEAR,
+    VARIANT_PENALTY,
+)
 
-RATIO = tl.constexpr(10)  # in STATS_FIELDS
-RATIO_SQ = tl.constexpr(11)
+
+class PolicyOptions(NamedTuple):
+    """A policy loss's options inside a kernel, scalars all."""
+
+    variant: Any
+    estimator: Any
+    straight: Any  # straight-through gradient of the KL estimate
+    ratio_low: Any  # bounds of the clipped ratio
+    ratio_high: Any
+    dual_clip: Any
+    log_min: Any  # bounds of the log-ratio
+    log_max: Any
+    kl_coef: Any
+    kl_clamp: Any
+    kl_ratio_clip: Any
+
+
+class At(NamedTuple):
+    """Optional per-token values at offsets; `ptr` is None where they are absent."""
+
+    ptr: Any
+    offset: Any
 
 
 @triton.jit
@@ -28,41 +61,74 @@ def whitened(adv, moments_ptr):
 
 
 @triton.jit
-def log_ratio(logp, old_ptr, offset, keep, log_min, log_max):
-    """The clamped log π − log π_old and whether the clamp left it alone, as it does a NaN.
+def clamped_log_ratio(logp, old, keep, log_min, log_max):
+    """The clamped log π − log π_old, and whether the clamp left it alone, as it does a NaN.
 
     0 without π_old.
     """
-    if old_ptr is None:
+    if old.ptr is None:
         return tl.zeros_like(logp), keep
     else:
-        raw = logp - load_f32(old_ptr, offset, keep, 0.0)
+        raw = logp - load_f32(old.ptr, old.offset, keep, 0.0)
         return clamp(raw, log_min, log_max), ((raw < log_min) | (raw > log_max)) == 0
 
 
 @triton.jit
-def surrogate(
-    variant, logp, inside, ratio, adv, low, high, dual, kl_coef, excess
-):  # fmt: skip
-    """The policy term, its derivative, where the clip is active and where the dual clip is.
+def kl_value(x, estimator):
+    """k1, k2, k3 or abs of x, not clamped yet."""
+    value = tl.where(estimator == ESTIMATOR_K2, 0.5 * x * x, expm1_minus(-x))
+    value = tl.where(estimator == ESTIMATOR_K1, x, value)
+    return tl.where(estimator == ESTIMATOR_ABS, tl.abs(x), value)
 
-    `inside`: the token's log-ratio is not clamped. `low`, `high`: the bounds of the ratio.
-    `excess`: ρ − ρ' of the linear variant. An advantage of 0 gives 0 beside a ratio that
-    overflows, as the exact product would.
+
+@triton.jit
+def kl_slope(x, estimator):
+    """The derivative of `kl_value`."""
+    sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))  # 0, or NaN
+    slope = tl.where(estimator == ESTIMATOR_K2, x, -expm1(-x))
+    slope = tl.where(estimator == ESTIMATOR_K1, 1.0, slope)
+    return tl.where(estimator == ESTIMATOR_ABS, sign, slope)
+
+
+@triton.jit
+def kl_term(x, ratio, unclamped, options):
+    """The clamped estimate at x, and its derivative by the token's log-probability.
+
+    Selected, not multiplied: outside the clamp the slope may be infinite.
     """
+    kl_clamp, ratio_clip = options.kl_clamp, options.kl_ratio_clip
+    value = kl_value(x, options.estimator)
+    slope = tl.where(tl.abs(value) > kl_clamp, 0.0, kl_slope(x, options.estimator))
+    limit = tl.where(ratio > ratio_clip, ratio_clip, ratio)  # a NaN passes
+    limit = tl.where(ratio_clip < float("inf"), limit, 1.0)
+    slope = tl.where(options.straight != 0, x * limit, slope)
+    # x = −log_ratio in the penalty variant, where the log-ratio may be clamped.
+    backwards = tl.where(unclamped, -slope, 0.0)
+    slope = tl.where(options.variant == VARIANT_PENALTY, backwards, slope)
+    return clamp(value, -kl_clamp, kl_clamp), slope
+
+
+@triton.jit
+def surrogate(logp, unclamped, ratio, adv, excess, options):
+    """The policy term, its derivative, and whether the clip and the dual clip are active.
+
+    `unclamped`: the token's log-ratio is not clamped. `excess`: ρ − ρ' of the linear variant. An
+    advantage of 0 gives 0 beside a ratio that overflows, as the exact product would.
+    """
+    variant, kl_coef = options.variant, options.kl_coef
     plain = -adv * ratio
-    clipped = -adv * clamp(ratio, low, high)
+    clipped = -adv * clamp(ratio, options.ratio_low, options.ratio_high)
     # At a tie the whole gradient passes, which is what maximum and clamp give together.
     larger = clipped > plain
     term = tl.where(larger, clipped, plain)
-    slope = tl.where(larger, 0.0, tl.where(inside, plain, 0.0))
-    cap = -adv * dual
+    slope = tl.where(larger, 0.0, tl.where(unclamped, plain, 0.0))
+    cap = -adv * options.dual_clip
     capped = (adv < 0) & (term > cap)
-    clips = tl.where(variant <= VARIANT_GSPO, capped, capped & (capped == 0))
+    dual_clips = tl.where(variant <= VARIANT_GSPO, capped, capped & (capped == 0))
     term = tl.where(capped, cap, term)
     slope = tl.where(capped, 0.0, slope)
 
-    straight = tl.where(inside, plain, 0.0)
+    straight = tl.where(unclamped, plain, 0.0)
     linear = variant == VARIANT_LINEAR
     other = tl.where(linear, tl.fma(kl_coef * adv, excess, plain), plain)
     other_slope = tl.where(linear, (1.0 - kl_coef) * straight, straight)
@@ -75,92 +141,32 @@ def surrogate(
         tl.where(idle, 0.0, tl.where(ppo, term, other)),
         tl.where(idle, 0.0, tl.where(ppo, slope, other_slope)),
         larger,
-        clips,
+        dual_clips,
     )
 
 
 @triton.jit
-def kl_term(variant, estimator, straight, x, ratio, inside, kl_clamp, ratio_clip):
-    """The clamped estimate at x, and its derivative by the token's log-probability.
+def policy_loss(logp, keep, adv, log_ratio, unclamped, ratio, old, is_weights, ref, options):
+    """A token's loss without its entropy, policy term, KL, slope, and the two clips' activity.
 
-    Selected, not multiplied: outside the clamp the slope may be infinite.
+    `log_ratio`, `unclamped`: see `clamped_log_ratio`; `ratio` is e^log_ratio, or the sequence's.
+    `old`, `is_weights`, `ref`: each an At.
     """
-    value = kl_value(x, estimator)
-    slope = tl.where(tl.abs(value) > kl_clamp, 0.0, kl_slope(x, estimator))
-    limit = tl.where(ratio > ratio_clip, ratio_clip, ratio)  # a NaN passes
-    limit = tl.where(ratio_clip < float("inf"), limit, 1.0)
-    slope = tl.where(straight != 0, x * limit, slope)
-    # x = −d in the penalty variant, where d may be clamped.
-    backwards = tl.where(inside, -slope, 0.0)
-    slope = tl.where(variant == VARIANT_PENALTY, backwards, slope)
-    return clamp(value, -kl_clamp, kl_clamp), slope
-
-
-# fmt: off
-@triton.jit
-def policy_loss(
-    variant, estimator, straight, logp, keep, adv, d, free, ratio,
-    old_ptr, old_offset, is_ptr, is_offset, ref_ptr, ref_offset,
-    low, high, dual, log_min, log_max, kl_coef, kl_clamp, ratio_clip,
-):
-    """A token's loss but its entropy, the policy term, KL, the slope, and the active clips.
-
-    `d`, `free` are `log_ratio`'s; `ratio` is e^d, or the sequence's.
-    """
-    # fmt: on
     excess = tl.zeros_like(ratio)
-    x = tl.where(variant == VARIANT_PENALTY, -d, 0.0)
-    if ref_ptr is not None:
-        ref = load_f32(ref_ptr, ref_offset, keep, 0.0)
-        x = logp - ref
-        old = logp if old_ptr is None else load_f32(old_ptr, old_offset, keep, 0.0)
-        ref_ratio = tl.exp(clamp(ref - old, log_min, log_max))
+    x = tl.where(options.variant == VARIANT_PENALTY, -log_ratio, 0.0)
+    if ref.ptr is not None:
+        ref_logp = load_f32(ref.ptr, ref.offset, keep, 0.0)
+        x = logp - ref_logp
+        old_logp = logp if old.ptr is None else load_f32(old.ptr, old.offset, keep, 0.0)
+        ref_ratio = tl.exp(clamp(ref_logp - old_logp, options.log_min, options.log_max))
         both = (ratio >= 0) & (ref_ratio >= 0)
         excess = tl.where((adv == 0) & both, 0.0, ratio - ref_ratio)
-    term, slope, clips, capped = surrogate(
-        variant, logp, free, ratio, adv, low, high, dual, kl_coef, excess
-    )
-    is_weight = load_f32(is_ptr, is_offset, keep, 1.0)
+    term, slope, clips, dual_clips = surrogate(logp, unclamped, ratio, adv, excess, options)
+    is_weight = load_f32(is_weights.ptr, is_weights.offset, keep, 1.0)
     term *= is_weight
     slope *= is_weight
-    kl, kl_slope = kl_term(variant, estimator, straight, x, ratio, free, kl_clamp, ratio_clip)
-    linear = variant == VARIANT_LINEAR  # its KL is in the policy term
-    loss = tl.where(linear, term, tl.fma(kl_coef, kl, term))
-    slope = tl.where(linear, slope, tl.fma(kl_coef, kl_slope, slope))
-    return loss, term, kl, slope, clips, capped
-
-
-@triton.jit
-def sums_of(
-    keep, loss, policy, entropy, kl, d, ratio, clips, capped, low, high, N: tl.constexpr
-):  # fmt: skip
-    """The first 16 of STATS_FIELDS over a tile of N tokens, (16,) float64."""
-    below = ratio < low
-    above = ratio > high
-    zero = tl.zeros_like(ratio)
-    even = stack8(
-        tl.where(keep, 1.0, 0.0),
-        tl.where(keep, loss, 0.0),
-        tl.where(keep, policy, 0.0),
-        tl.where(keep, kl, 0.0),
-        tl.where(keep, 0.5 * d * d, 0.0),
-        tl.where(keep, ratio, 0.0),
-        tl.where(keep & clips & below, 1.0, 0.0),
-        tl.where(keep & capped, 1.0, 0.0),
-    )
-    odd = stack8(
-        zero,
-        zero,
-        tl.where(keep, entropy, 0.0),
-        tl.where(keep, -d, 0.0),
-        tl.where(keep, expm1_minus(d), 0.0),
-        zero,
-        tl.where(keep & clips & above, 1.0, 0.0),
-        tl.where(keep & (below | above), 1.0, 0.0),
-    )
-    even = tl.sum(tl.reshape(even, [N, 8]), axis=0)
-    odd = tl.sum(tl.reshape(odd, [N, 8]), axis=0)
-    sums = tl.reshape(tl.join(even, odd), [16]).to(tl.float64)
-    wide = tl.where(keep, ratio.to(tl.float64), 0.0)  # fp32 overflows at a log-ratio of 44
-    squares = tl.sum(tl.ravel(wide * wide))
-    return tl.where(tl.arange(0, 16) == RATIO_SQ, squares, sums)
+    kl, kl_derivative = kl_term(x, ratio, unclamped, options)
+    linear = options.variant == VARIANT_LINEAR  # its KL is in the policy term
+    loss = tl.where(linear, term, tl.fma(options.kl_coef, kl, term))
+    slope = tl.where(linear, slope, tl.fma(options.kl_coef, kl_derivative, slope))
+    return loss, term, kl, slope, clips, dual_clips

@@ -6,19 +6,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arrival import counter, is_last
-from .common import flag_bytes, load_f32, load_flag, on_device
-from .kl import clamp
-from .options import FORM_CLIPPED, FORM_MAX, N_SUMS
-from .reduce_loss import (
+from .common import Strided, clamp, counter, flag_bytes, is_last, on_device, strided
+from .loss_tiles import (
+    Counts,
+    Divisor,
     empty_outputs,
     live_rows,
+    load_token,
+    load_token_flag,
     merge_loss,
     plan,
+    sequence_of,
     stack8,
     token_slots,
 )
-from .sequences import sequence_of, strided
+from .options import FORM_CLIPPED, FORM_MAX, N_SUMS
 
 # The sums are STATS_FIELDS[16:24]; the divisor is formed at the end.
 FIRST = tl.constexpr(16)
@@ -28,17 +30,17 @@ LOSS_DENOM = tl.constexpr(2)
 
 
 @triton.jit
-def squared_error(v, target, old, clip, scale, form):
+def squared_error(value, target, old, clip, scale, form):
     """The token's loss, its derivative, and whether the clip is active.
 
     Comparisons and minima pass over a NaN, so one in the old value is put where it shows.
     """
-    error = v - target
+    error = value - target
     plain = error * error
-    bounded = clamp(v, old - clip, old + clip)
+    bounded = clamp(value, old - clip, old + clip)
     bounded_error = bounded - target
     clipped = bounded_error * bounded_error
-    outside = (v < old - clip) | (v > old + clip)
+    outside = (value < old - clip) | (value > old + clip)
     by_max = form == FORM_MAX
     by_clip = form == FORM_CLIPPED
     larger = clipped > plain
@@ -66,12 +68,12 @@ def store_stats(stats_ptr, sums, own):
 # fmt: off
 @triton.jit
 def value_kernel(
-    v_ptr, v_row: tl.int64, v_col: tl.int64,
+    values_ptr, values_row: tl.int64, values_col: tl.int64,
     old_ptr, old_row: tl.int64, old_col: tl.int64,
     ret_ptr, ret_row: tl.int64, ret_col: tl.int64,
     mask_ptr, mask_row: tl.int64, mask_col: tl.int64,
     cu_ptr,  # (S + 1,)
-    counts_ptr,  # int32, see live_sequences
+    counts_ptr,  # int32, see Counts
     denom_ptr, grad_ptr, loss_ptr, scale_ptr, stats_ptr,
     parts_ptr,  # (programs, 8) float64
     counter_ptr,
@@ -84,24 +86,28 @@ def value_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):
     # fmt: on
+    values = Strided(values_ptr, values_row, values_col)
+    old_values = Strided(old_ptr, old_row, old_col)
+    returns = Strided(ret_ptr, ret_row, ret_col)
+    mask = Strided(mask_ptr, mask_row, mask_col)
     acc = tl.zeros([WIDTH], tl.float64)
     for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
         row, col, inside = token_slots(tile, n_rows, n_cols, ROWS, COLS)
-        keep = load_flag(mask_ptr, row * mask_row + col * mask_col, inside)
-        v = load_f32(v_ptr, row * v_row + col * v_col, keep, 0.0)
-        target = load_f32(ret_ptr, row * ret_row + col * ret_col, keep, 0.0)
-        old = v
+        keep = load_token_flag(mask, row, col, inside)
+        value = load_token(values, row, col, keep, 0.0)
+        target = load_token(returns, row, col, keep, 0.0)
+        old = value
         if old_ptr is not None:
-            old = load_f32(old_ptr, row * old_row + col * old_col, keep, 0.0)
-        term, slope, active = squared_error(v, target, old, clip, factor, form)
+            old = load_token(old_values, row, col, keep, 0.0)
+        term, slope, active = squared_error(value, target, old, clip, factor, form)
         weight = 1.0
         if LOOK_UP:
             seq = sequence_of(cu_ptr, n_seqs, row, col)
             count = tl.load(counts_ptr + seq, mask=keep, other=1).to(tl.float32)
             weight = tl.div_rn(1.0, count)
         if grad_ptr is not None:
-            tl.store(grad_ptr + row * n_cols + col,
-                     tl.where(keep, weight * slope, 0.0), mask=inside)  # fmt: skip
+            grad = tl.where(keep, weight * slope, 0.0)
+            tl.store(grad_ptr + row * n_cols + col, grad, mask=inside)
         wide = tl.where(keep, target, 0.0).to(tl.float64)
         error = tl.where(keep, wide - old, 0.0)
         sums = stack8(
@@ -119,10 +125,11 @@ def value_kernel(
             tl.store(counts_ptr + tile, live_rows(keep, ROWS, COLS))
     tl.store(parts_ptr + tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), acc)
     if is_last(counter_ptr):
+        counts = Counts(counts_ptr, n_counts, n_pieces)
+        divisor = Divisor(reduction, denom_ptr, denom)
         sums, _, _, _, own = merge_loss(
-            parts_ptr, counts_ptr, n_counts, n_pieces, n_cols, reduction, denom_ptr, denom,
-            loss_ptr, scale_ptr, LOSS, WIDTH, PER_SEQUENCE,
-        )  # fmt: skip
+            parts_ptr, counts, divisor, n_cols, loss_ptr, scale_ptr, LOSS, WIDTH, PER_SEQUENCE
+        )
         store_stats(stats_ptr, sums, own)
 
 
@@ -141,11 +148,13 @@ def value_loss(
     loss, stats, scale, grads = outputs = empty_outputs(values, n_grads)
     tensors = (values, old_values, returns, flag_bytes(mask))
     with on_device(values):
-        how = plan(values, None, mask, cu_seqlens, codes[1])
-        parts = stats.new_empty(how.programs, WIDTH.value)
-        value_kernel[(how.programs,)](
-            *(arg for x in tensors for arg in strided(x)), cu_seqlens, how.counts, denom,
-            *grads, *[None] * (1 - n_grads), loss, scale, stats, parts, counter(values),
-            *how.sizes, *codes, *params, **how.options,
-        )  # fmt: skip
+        tiles = plan(values, None, mask, cu_seqlens, codes[1])
+        parts = stats.new_empty(tiles.programs, WIDTH.value)
+        value_kernel[(tiles.programs,)](
+            *(arg for x in tensors for arg in strided(x)),
+            *(cu_seqlens, tiles.counts, denom),
+            *(*grads, *[None] * (1 - n_grads), loss, scale, stats, parts, counter(values)),
+            *(*tiles.sizes, *codes, *params),
+            **tiles.constants,
+        )
     return outputs

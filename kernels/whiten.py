@@ -10,31 +10,31 @@ from torch import Tensor
 from . import config
 from .common import (
     LAUNCH,
+    MERGE_BLOCK,
     RowBlock,
+    Strided,
     block_moments,
     flag_bytes,
     load_flag,
-    merge_moments,
+    merge_parts,
     on_device,
     row_blocks,
     row_offset,
-)  # fmt: skip
+)
 
 GEOMETRY = ["x_outer", "x_inner", "mask_outer", "mask_inner", "inner", "n"]
 BLOCK, WARPS = config.TOKENS
+CONSTANTS = {"BLOCK": BLOCK, "num_warps": WARPS} | LAUNCH
 
 
 @triton.jit
-def kept_elements(
-    x_ptr, x_outer, x_inner, mask_ptr, mask_outer, mask_inner, inner, n,
-    BLOCK: tl.constexpr, DENSE: tl.constexpr,
-):  # fmt: skip
-    """This program's elements: their index, value as loaded, and whether the mask keeps them."""
+def kept_elements(x, mask, inner, n, BLOCK: tl.constexpr, DENSE: tl.constexpr):
+    """This program's elements: index, value as loaded, and whether the mask keeps each."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x_at = i if DENSE else row_offset(i, inner, x_outer, x_inner)
-    mask_at = i if DENSE else row_offset(i, inner, mask_outer, mask_inner)
-    live = load_flag(mask_ptr, mask_at, i < n)
-    return i, tl.load(x_ptr + x_at, mask=live, other=0.0), live
+    x_at = i if DENSE else row_offset(x, i, inner)
+    mask_at = i if DENSE else row_offset(mask, i, inner)
+    live = load_flag(mask.ptr, mask_at, i < n)
+    return i, tl.load(x.ptr + x_at, mask=live, other=0.0), live
 
 
 @triton.jit(do_not_specialize=[*GEOMETRY, "n_parts"])
@@ -52,14 +52,19 @@ def moments_kernel(
     BLOCK: tl.constexpr,
     DENSE: tl.constexpr,  # x and the mask are contiguous
 ):
-    _, x, live = kept_elements(
-        x_ptr, x_outer, x_inner, mask_ptr, mask_outer, mask_inner, inner, n, BLOCK, DENSE
-    )
+    xs = Strided(x_ptr, x_outer, x_inner)
+    mask = Strided(mask_ptr, mask_outer, mask_inner)
+    _, x, live = kept_elements(xs, mask, inner, n, BLOCK, DENSE)
     count, mean, m2 = block_moments(x, live)
     part = parts_ptr + tl.program_id(0)
     tl.store(part, count)
     tl.store(part + n_parts, mean)
     tl.store(part + 2 * n_parts, m2)
+
+
+@triton.jit(do_not_specialize=["n_parts"])
+def merge_moments_kernel(parts_ptr, out_ptr, n_parts, BLOCK: tl.constexpr):
+    merge_parts(parts_ptr, out_ptr, n_parts, BLOCK)
 
 
 @triton.jit(do_not_specialize=[*GEOMETRY, "shift_mean", "unbiased", "eps_at_std", "eps"])
@@ -81,9 +86,9 @@ def whiten_kernel(
     BLOCK: tl.constexpr,
     DENSE: tl.constexpr,  # x and the mask are contiguous
 ):
-    i, x, live = kept_elements(
-        x_ptr, x_outer, x_inner, mask_ptr, mask_outer, mask_inner, inner, n, BLOCK, DENSE
-    )
+    xs = Strided(x_ptr, x_outer, x_inner)
+    mask = Strided(mask_ptr, mask_outer, mask_inner)
+    i, x, live = kept_elements(xs, mask, inner, n, BLOCK, DENSE)
     mean = tl.load(moments_ptr + 1)
     free = tl.load(moments_ptr) - tl.where(unbiased != 0, 1.0, 0.0)
     var = tl.where(free > 0, tl.load(moments_ptr + 2) / tl.maximum(free, 1.0), 0.0)
@@ -101,7 +106,7 @@ def whiten_kernel(
 
 
 def _dense(block: RowBlock) -> bool:
-    """Whether the block's tensors are contiguous: unit inner strides in one row."""
+    """True if the block's tensors are contiguous: unit inner strides in one row."""
     x_inner, mask, mask_inner = block.args[2], block.args[3], block.args[5]
     return block.outer == 1 and x_inner == 1 and (mask is None or mask_inner == 1)
 
@@ -114,11 +119,14 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
         parts = x.new_empty(3, sum(counts), dtype=torch.float64)
         for k, block in enumerate(blocks):
             moments_kernel[(counts[k],)](
-                *block.args, parts.view(-1)[sum(counts[:k]) :], block.inner,
-                block.outer * block.inner, parts.shape[1],
-                BLOCK=BLOCK, DENSE=_dense(block), num_warps=WARPS, **LAUNCH,
-            )  # fmt: skip
-        return merge_moments(parts)
+                *(*block.args, parts.view(-1)[sum(counts[:k]) :]),
+                *(block.inner, block.outer * block.inner, parts.shape[1]),
+                DENSE=_dense(block),
+                **CONSTANTS,
+            )
+        out = parts.new_empty(3)
+        merge_moments_kernel[(1,)](parts, out, parts.shape[1], BLOCK=MERGE_BLOCK, **LAUNCH)
+        return out
 
 
 def whiten(
@@ -132,7 +140,9 @@ def whiten(
             if n == 0:
                 break
             whiten_kernel[(triton.cdiv(n, BLOCK),)](
-                *block.args, moments, out.view(-1)[block.start :], block.inner, n, *codes, *params,
-                BLOCK=BLOCK, DENSE=_dense(block), num_warps=WARPS, **LAUNCH,
-            )  # fmt: skip
+                *(*block.args, moments, out.view(-1)[block.start :], block.inner, n),
+                *(*codes, *params),
+                DENSE=_dense(block),
+                **CONSTANTS,
+            )
     return out

@@ -22,8 +22,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ppo_fast.kernels import config
-from ppo_fast.kernels.common import MERGE_BLOCK, ROOMY
-from ppo_fast.kernels.gae_grid import tile_axes
+from ppo_fast.kernels.common import MAX_REGISTERS, MERGE_BLOCK
+from ppo_fast.kernels.scan import tile_constants
 from ppo_fast.kernels.softmax import STRIDES
 
 
@@ -54,7 +54,7 @@ def step_strides(*names: str) -> dict[str, str]:
 def layout_axes(offsets: str | None, wide: bool) -> dict[str, Any]:
     """A tile's constants, and the types of packed sequences' offsets."""
     fails = None if offsets is None else "*i32:16"
-    return {"cu_ptr": offsets, "fails_ptr": fails} | tile_axes(wide)
+    return {"cu_ptr": offsets, "fails_ptr": fails} | tile_constants(wide)
 
 
 def lambda_axes() -> tuple[dict[str, Any], ...]:
@@ -66,7 +66,7 @@ def lambda_axes() -> tuple[dict[str, Any], ...]:
             "lam_ret_ptr": None if two is None else "*fp32",
             "LAM_STEPS": bool(one),
             "LAM_RET_STEPS": bool(two),
-            "TWO": apart,
+            "OWN_LAMBDA": apart,
         }
         for one in kinds
         for two in kinds
@@ -103,7 +103,7 @@ LOSS_AXES = (
     | {f"n_{name}": "i64" for name in ("rows", "cols", "tiles", "counts", "pieces", "seqs")}
     | {
         "tile": tuple(
-            {"ROWS": t.rows, "COLS": t.cols, "num_warps": t.warps} | ROOMY
+            {"ROWS": t.rows, "COLS": t.cols, "num_warps": t.warps} | MAX_REGISTERS
             for t in map(config.token_tile, (16, 128, 1024))
         )
     }
@@ -115,18 +115,17 @@ ROW_AXES = {
     "logits_ptr": ("*bf16:16", "*fp16:16", "*fp32:16", "*bf16"),
     "tokens_ptr": ("*i64:16", "*i32:16"),
     "mask_ptr": (None, "*u8:16"),
-    "temp_ptr": (None, "*fp32:16"),
+    "temperature_ptr": (None, "*fp32:16"),
     **dict.fromkeys([*STRIDES[:8], "ignore_index"], "i64"),
     **dict.fromkeys(["inner", "V", "n_rows", "n_segments"], "i32"),
-    "inv_temp": "fp32",
+    "inv_temperature": "fp32",
     "parts_ptr": "*fp32:16",
 }
 
 
-def tiling_axis(*tilings: config.Rows) -> tuple[dict[str, int], ...]:
+def tiling_axis(*tilings: config.RowTiling) -> tuple[dict[str, int], ...]:
     """The constants that a row tiling sets."""
-    names = ("LANES", "UNROLL", "SEGMENT", "num_warps", "STAGES")
-    return tuple(dict(zip(names, tiling, strict=True)) for tiling in tilings)
+    return tuple(tiling.constants() for tiling in tilings)
 
 
 def valid_alignment(case: dict[str, Any]) -> bool:

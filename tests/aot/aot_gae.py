@@ -9,15 +9,17 @@ AOT = (
         gae_kernel,
         ADVANTAGE_AXES
         | {"gamma_low": "fp32", "decay_ret": "fp32"}
-        | step_strides("r", "v", "mask", "next", "term", "trunc", "rho", "c", "lam", "lam_ret")
+        | step_strides(
+            "rewards", "values", "mask", "next", "term", "trunc", "rho", "c", "lam", "lam_ret"
+        )
         | step_strides("out")
         | {"boot_seq": "i64"}
         | {
             "layout": (
-                layout_axes(None, True) | pointers("*fp32", "r", "v"),
-                layout_axes(None, False) | pointers("*bf16", "r", "v"),
-                layout_axes("*i32:16", True) | pointers("*bf16", "r", "v"),
-                layout_axes("*i64:16", False) | pointers("*fp32", "r", "v"),
+                layout_axes(None, True) | pointers("*fp32", "rewards", "values"),
+                layout_axes(None, False) | pointers("*bf16", "rewards", "values"),
+                layout_axes("*i32:16", True) | pointers("*bf16", "rewards", "values"),
+                layout_axes("*i64:16", False) | pointers("*fp32", "rewards", "values"),
             ),
             "masks": (
                 {"mask_ptr": None, "CARRY": True},

@@ -2,7 +2,13 @@
 
 from aot_axes import ROW_AXES, Aot, absent, pointers, tiling_axis, valid_alignment
 
-from ppo_fast.kernels.logits_ppo_loss import CODES, MORE, NUMBERS, TOKEN_STRIDES, logits_ppo_kernel
+from ppo_fast.kernels.logits_ppo_loss import (
+    CODES,
+    NUMBERS,
+    TILING_CONSTANTS,
+    TOKEN_STRIDES,
+    logits_ppo_kernel,
+)
 from ppo_fast.kernels.softmax import STRIDES
 
 AOT = (
@@ -12,15 +18,19 @@ AOT = (
         | dict.fromkeys([*TOKEN_STRIDES, "out_outer", "out_inner", "ignore_index"], "i64")
         | dict.fromkeys(NUMBERS, "fp32")
         | dict.fromkeys((*CODES, "n_segments"), "i32")
-        | {"inv_temp": "fp32", "V": ("i32:16", "i32", 1), "ALIGN": (8, 4, 2, 1)}
+        | {"inv_temperature": "fp32", "V": ("i32:16", "i32", 1), "ALIGN": (8, 4, 2, 1)}
         | pointers("*fp32", "weight", "logprobs", "entropy")
         | {
             "logits": tuple({"logits_ptr": p, "out_ptr": p} for p in ROW_AXES["logits_ptr"]),
-            "tiling": tuple(tiling_axis(tiling)[0] | more for tiling, more in MORE.items()),
+            "tiling": tuple(
+                tiling_axis(tiling)[0] | more for tiling, more in TILING_CONSTANTS.items()
+            ),
             "tokens": (
-                pointers("*i64", "tokens") | absent("mask", "temp"),
-                pointers("*i64", "tokens") | pointers("*u8", "mask") | absent("temp"),
-                pointers("*i32", "tokens") | pointers("*u8", "mask") | pointers("*fp32", "temp"),
+                pointers("*i64", "tokens") | absent("mask", "temperature"),
+                pointers("*i64", "tokens") | pointers("*u8", "mask") | absent("temperature"),
+                pointers("*i32", "tokens")
+                | pointers("*u8", "mask")
+                | pointers("*fp32", "temperature"),
             ),
             "inputs": (
                 pointers("*fp32", "old", "adv"),

@@ -12,8 +12,8 @@ AOT = (
         LOSS_AXES
         | token_strides("logp", "old", "adv", "mask", "is", "ent", "ref")
         | dict.fromkeys(("variant", "estimator", "straight"), "i32")
-        | dict.fromkeys(("ratio_low", "ratio_high", "dual", "log_min", "log_max"), "fp32")
-        | dict.fromkeys(("ent_coef", "kl_coef", "kl_clamp", "ratio_clip"), "fp32")
+        | dict.fromkeys(("ratio_low", "ratio_high", "dual_clip", "log_min", "log_max"), "fp32")
+        | dict.fromkeys(("ent_coef", "kl_coef", "kl_clamp", "kl_ratio_clip"), "fp32")
         | {
             "sequences": (
                 absent("cu", "means") | {"PER_SEQUENCE": False, "LOOK_UP": False},

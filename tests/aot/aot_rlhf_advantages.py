@@ -10,14 +10,14 @@ AOT = (
         ADVANTAGE_AXES
         | pointers("*fp32", "reward", "kl")
         | {"mask_ptr": "*u8:16"}
-        | step_strides("score", "logp", "ref", "v", "mask", "out")
+        | step_strides("score", "logp", "ref", "values", "mask", "out")
         | {"boot_seq": "i64"}
         | dict.fromkeys(("masked", "estimator", "place"), "i32")
         | dict.fromkeys(("kl_coef", "kl_clamp", "score_min", "score_max"), "fp32")
         | {
             "dtypes": (
-                pointers("*fp32", "score", "logp", "ref", "v"),
-                pointers("*bf16", "logp", "ref", "v") | pointers("*fp32", "score"),
+                pointers("*fp32", "score", "logp", "ref", "values"),
+                pointers("*bf16", "logp", "ref", "values") | pointers("*fp32", "score"),
             ),
             "layout": (
                 layout_axes(None, True),

@@ -8,7 +8,7 @@ AOT = (
     Aot(
         value_kernel,
         LOSS_AXES
-        | token_strides("v", "old", "ret", "mask")
+        | token_strides("values", "old", "ret", "mask")
         | {"form": "i32", "clip": "fp32", "factor": "fp32"}
         | {
             "sequences": (
@@ -18,9 +18,9 @@ AOT = (
                 pointers("*i64", "cu") | {"PER_SEQUENCE": True, "LOOK_UP": True},
             ),
             "inputs": (
-                pointers("*fp32", "v", "old", "ret"),
-                pointers("*bf16", "v", "old", "ret"),
-                pointers("*fp32", "v", "ret") | absent("old"),
+                pointers("*fp32", "values", "old", "ret"),
+                pointers("*bf16", "values", "old", "ret"),
+                pointers("*fp32", "values", "ret") | absent("old"),
             ),
             "grad_ptr": ("*fp32", None),
             "mask_ptr": ("*u8:16", None),

@@ -2,7 +2,15 @@
 
 from aot_axes import Aot
 
-from ppo_fast.kernels.whiten import BLOCK, GEOMETRY, WARPS, moments_kernel, whiten_kernel
+from ppo_fast.kernels.common import MERGE_BLOCK
+from ppo_fast.kernels.whiten import (
+    BLOCK,
+    GEOMETRY,
+    WARPS,
+    merge_moments_kernel,
+    moments_kernel,
+    whiten_kernel,
+)
 
 AXES = {
     "x_ptr": ("*fp32:16", "*bf16:16", "*fp16:16", "*fp32"),
@@ -19,5 +27,14 @@ AOT = (
         AXES
         | {"moments_ptr": "*fp64:16", "out_ptr": "*fp32:16", "eps": "fp32"}
         | dict.fromkeys(["shift_mean", "unbiased", "eps_at_std"], "i32"),
+    ),
+    Aot(
+        merge_moments_kernel,
+        {
+            "parts_ptr": "*fp64:16",
+            "out_ptr": "*fp64:16",
+            "n_parts": "i32",
+            "BLOCK": MERGE_BLOCK,
+        },
     ),
 )

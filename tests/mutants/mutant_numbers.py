@@ -75,9 +75,9 @@ NUMBERS = (
     ),
     Mutant(
         "a NaN divisor taken for an empty batch",
-        "kernels/reduce_loss.py",
-        "nothing = divisor <= 0",
-        "nothing = (divisor > 0) == 0",
+        "kernels/loss_tiles.py",
+        "nothing = denom <= 0",
+        "nothing = (denom > 0) == 0",
         "nan",
         "divisor and triton",
     ),

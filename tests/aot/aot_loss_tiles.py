@@ -1,9 +1,9 @@
-"""Ahead-of-time table of kernels/sequences.py."""
+"""Ahead-of-time table of kernels/loss_tiles.py."""
 
 from aot_axes import Aot, token_strides
 
 from ppo_fast.kernels import config
-from ppo_fast.kernels.sequences import sequence_kernel
+from ppo_fast.kernels.loss_tiles import sequence_kernel
 
 AOT = (
     Aot(

@@ -1,9 +1,8 @@
-"""Ahead-of-time table of kernels/gae_scan.py."""
+"""Ahead-of-time table of kernels/scan.py."""
 
 from aot_axes import Aot
 
-from ppo_fast.kernels import config
-from ppo_fast.kernels.gae_scan import offsets_kernel
+from ppo_fast.kernels.scan import OFFSETS_BLOCK, OFFSETS_WARPS, offsets_kernel
 
 AOT = (
     Aot(
@@ -13,8 +12,8 @@ AOT = (
             "fails_ptr": "*i32:16",
             "n_seqs": "i64",
             "length": "i64",
-            "BLOCK": config.TOKENS.block,
-            "num_warps": config.TOKENS.warps,
+            "BLOCK": OFFSETS_BLOCK,
+            "num_warps": OFFSETS_WARPS,
         },
     ),
 )
