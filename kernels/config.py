@@ -65,7 +65,7 @@ def forward_tiling(vocab: int) -> RowTiling:
 
 
 def gradient_tiling(vocab: int) -> RowTiling:
-    """Tiling with which `logprobs_bwd` reads and writes it."""
+    """Tiling with which `logprobs_bwd` reads and writes such a row."""
     return NARROW_GRAD if vocab <= NARROW_GRAD.segment else WIDE_GRAD
 
 

@@ -1,4 +1,4 @@
-"""From logits to a policy loss's gradient by the logits, in one launch.
+"""The gradient of a policy loss by the logits, from the logits, in one launch.
 
 A program takes whole rows, one after the other. A first pass forms the softmax's state, in the
 segments and the tree of logprobs.py and so with its bits; then comes the token's slope; a second
@@ -54,7 +54,7 @@ TILING_CONSTANTS = {
 }
 # Programs per multiprocessor: as many as its registers hold.
 PROGRAMS = {config.WIDE: 2, config.NARROW: 20}
-# Rows in flight, in sizes of the L2: a row is on average half read or half written.
+# Bytes of rows in flight, in sizes of the L2: a row is on average half read or half written.
 L2_ROWS = 2
 # Arguments that Triton shall not specialise on: per-token values' strides, options, numbers.
 TOKENS = ("old", "adv", "is", "ref", "weight")
@@ -211,7 +211,7 @@ def tiling_constants(tiling: config.RowTiling, segments: int) -> dict[str, Any]:
 
 
 def _run(out: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Fill `out`, of the logits' shape and dtype or they themselves; `args` are the schema's."""
+    """The launch. Fills `out`: the logits themselves, or like them; `args` are the schema's."""
     logits, tokens, mask, temperatures, old, adv, is_weights, moments, ref, weights, *rest = args
     ent_coef, kl_coef, (ignore_index, *codes), params = rest
     temperature, clip_low, clip_high, *numbers = params

@@ -142,7 +142,7 @@ def dlogits_kernel(
 
 
 def _write(out: Tensor, *args: Any) -> None:
-    """Fill `out`, of the logits' shape and dtype or they themselves; `args` are the schema's."""
+    """The launches. Fill `out`: the logits themselves, or like them; `args` are the schema's."""
     grad_logprobs, grad_entropy, logits, tokens, mask, temperature, *saved, codes, params = args
     vocab = logits.shape[-1]
     tiling = config.gradient_tiling(vocab)

@@ -47,7 +47,7 @@ class Counts(NamedTuple):
 
 
 class Divisor(NamedTuple):
-    """What a loss is divided by: the reduction's own D, or the caller's where there is one."""
+    """Divisor of a loss: the reduction's own D, or the caller's number where there is one."""
 
     reduction: Any
     denom_ptr: Any  # None: the number
@@ -249,9 +249,10 @@ def merge_loss(
     WIDTH: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
 ):
-    """By the last program: stores loss and 1 / D; sums, minima, maxima, sequences, own D.
+    """Merge of the programs' partial results by the last one, which stores loss and 1 / D.
 
-    The first of the WIDTH sums is the number of tokens, number TOTAL the sum of weighted losses.
+    Gives sums, minima, maxima, the number of sequences and the reduction's own D. The first of the
+    WIDTH sums is the number of tokens, sum TOTAL that of the weighted losses.
     """
     sums, low, high = sum_parts(parts_ptr, tl.num_programs(0), WIDTH, PARTS_STEP)
     i = tl.arange(0, WIDTH)

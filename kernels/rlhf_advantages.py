@@ -40,7 +40,7 @@ from .token_loss import kl_value
 
 @triton.jit
 def score_slots(live, later, mask, span, step, place):
-    """Slots that take the score; the masked one it makes live; and that this one is step + 1.
+    """Slots that take the score, the masked slot it makes live, and the step before that slot.
 
     A live step that no live one follows is the last; first-pad is the slot after it.
     """

@@ -20,7 +20,7 @@ from .common import load_flag, pair_sum, row_offset
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: a state without a logit has max - max = 0
 # exp(-200) is 0 in fp32, so clamping there changes nothing but 0 * -inf. It drops a NaN
-# (max(NaN, x) = x), which is why the factor beside it comes from the unclamped argument.
+# (max(NaN, x) = x), which is why its factor comes from the unclamped argument.
 ZERO_EXP = tl.constexpr(-200.0)
 INTERPRETED = tl.constexpr(common.INTERPRETED)
 
@@ -31,7 +31,7 @@ RUNTIME = [*STRIDES, "inner", "n_rows", "n_parts", "n_segments", "inv_temperatur
 
 
 class Gradient(NamedTuple):
-    """A row's gradient inside a kernel: the softmax it is of, and the terms of dz_j."""
+    """A row's gradient inside a kernel: its softmax, and the terms of dz_j."""
 
     label: Any  # int32 column
     row_max: Any
@@ -75,7 +75,7 @@ def scan_step(
     MASKED: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """Take UNROLL logits per lane from column `col` on into the lanewise state."""
+    """A step of the scan: UNROLL logits per lane, from column `col` on, into the lanes' state."""
     lanes = tl.arange(0, LANES)
     xs = ()
     for u in tl.static_range(UNROLL):
@@ -135,7 +135,7 @@ def scan_columns(
 
 @triton.jit
 def row_results(row_max, row_sum, row_dot, label_logit, inv_temperature, legal):
-    """Whole rows' validity, maximum, log_sum, log-probability of the label, and entropy."""
+    """Results of whole rows: validity, maximum, log_sum, log-probability of the label, entropy."""
     valid = row_sum > 0  # a finite logit, and neither NaN nor +inf
     row_sum = tl.where(valid, row_sum, 1.0)
     log_sum = tl.log(row_sum)
@@ -150,7 +150,7 @@ def row_results(row_max, row_sum, row_dot, label_logit, inv_temperature, legal):
 def label_rows(
     rows, inside, inner, V, logits, tokens, mask, temperature, inv_temperature, ignore_index
 ):
-    """Rows' flags "live" and "label legal", then label, its logit and 1 / temperature."""
+    """Rows' flags "live" and "label legal", their label, its logit, and 1 / temperature."""
     label = tl.load(tokens.ptr + row_offset(tokens, rows, inner), mask=inside, other=0)
     live = inside & (label != ignore_index)
     live = load_flag(mask.ptr, row_offset(mask, rows, inner), live)
@@ -189,7 +189,7 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def row_terms(grad_logprob, grad_entropy, label_logit, inv_temperature, row_max, entropy, legal):
-    """A row's offset, slope and label_term, after whether all its gradient is 0."""
+    """Terms of rows' gradients: whether all of it is 0, offset, slope, label_term."""
     # A label at -inf stays impossible: no gradient through its log-probability.
     impossible = tl.fma(label_logit, inv_temperature, -row_max) == float("-inf")
     grad_logprob = tl.where(legal & impossible, 0.0, grad_logprob)
@@ -211,7 +211,7 @@ def grad_step(
     MASKED: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """Read UNROLL * LANES logits from column `col` on, write their gradient; `row`: a Gradient."""
+    """A step of the gradient: UNROLL * LANES columns from `col` on; `row` is a Gradient."""
     lanes = tl.arange(0, LANES)
     xs = ()
     for u in tl.static_range(UNROLL):
@@ -243,7 +243,7 @@ def grad_columns(
     STAGES: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """Read a row's columns [start, end) and write their gradient; `end` as in scan_columns."""
+    """The gradient of a row's columns [start, end); `end` as in scan_columns."""
     STEP: tl.constexpr = LANES * UNROLL
     full_end = start + (end - start) // STEP * STEP
     for col in tl.range(start, full_end, STEP, num_stages=STAGES):
@@ -254,7 +254,7 @@ def grad_columns(
 
 @triton.jit
 def zero_columns(to_ptr, start, end, V, STEP: tl.constexpr):
-    """Write zeros to a row's columns [start, end)."""
+    """Zeros in a row's columns [start, end)."""
     full_end = start + (end - start) // STEP * STEP
     cols = tl.arange(0, STEP)
     none = tl.zeros([STEP], to_ptr.dtype.element_ty)
@@ -265,6 +265,6 @@ def zero_columns(to_ptr, start, end, V, STEP: tl.constexpr):
 
 
 def alignment(base: Tensor, *strides: int) -> int:
-    """Elements, at most 16 bytes of them, that the start of every row is a multiple of."""
+    """Alignment of every row's start in elements, at most 16 bytes of them."""
     size = base.element_size()
     return math.gcd(16, *(s * size for s in strides)) // size if base.data_ptr() % 16 == 0 else 1

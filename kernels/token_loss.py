@@ -113,7 +113,7 @@ def surrogate(logp, unclamped, ratio, adv, excess, options):
     """The policy term, its derivative, and whether the clip and the dual clip are active.
 
     `unclamped`: the token's log-ratio is not clamped. `excess`: ρ − ρ' of the linear variant. An
-    advantage of 0 gives 0 beside a ratio that overflows, as the exact product would.
+    advantage of 0 gives 0 even if the ratio overflows, as the exact product would.
     """
     variant, kl_coef = options.variant, options.kl_coef
     plain = -adv * ratio

@@ -79,7 +79,7 @@ def pairs(cases: list[Case]) -> list[Case]:
 
 
 def source_of(kernel: Any, case: Case) -> tuple[Any, dict[str, Any]]:
-    """The ASTSource of a case and the launch options beside it."""
+    """The ASTSource and the launch options of a case."""
     from triton.compiler import ASTSource
 
     from ppo_fast.kernels.common import LAUNCH

@@ -129,7 +129,7 @@ def tiling_axis(*tilings: config.RowTiling) -> tuple[dict[str, int], ...]:
 
 
 def valid_alignment(case: dict[str, Any]) -> bool:
-    """Whether the launchers make this case: see `softmax.alignment`, and one column is narrow."""
+    """True if the launchers make this case: see `softmax.alignment`; one column is narrow."""
     pointer = case["logits_ptr"]
     widest = (4 if "32" in pointer else 8) if pointer.endswith(":16") else 1
     narrow = config.NARROW.warps == case["num_warps"]
