@@ -1,4 +1,5 @@
-// Mirrors the enumerations of ppo_fast/_schema.py: an option's code is its index there.
+// Codes of the options, and slots of the statistics.
+// Written by `python -m ppo_fast._boundary.emit`.
 #pragma once
 
 namespace ppo {
@@ -16,7 +17,6 @@ enum class Form : int { unclipped, max, clipped };
 enum class Masked : int { carry, zero };
 enum class ScoreAt : int { last_token, first_pad, per_token };
 
-// Slots of the stats tensor: STATS_FIELDS of ppo_fast/_results.py.
 enum Stat : int {
   kNTokens,
   kNSeqs,

@@ -1,7 +1,4 @@
-"""The codes of ppo_fast/_schema.py as Triton constants; test_aot.py compares the two.
-
-PREFIX_NAME is the index of "name" in the tuple that PREFIX stands for.
-"""
+"""Codes of the options as Triton constants. Written by `python -m ppo_fast._boundary.emit`."""
 
 import triton.language as tl
 
@@ -33,6 +30,6 @@ SCORE_AT_LAST_TOKEN = tl.constexpr(0)
 SCORE_AT_FIRST_PAD = tl.constexpr(1)
 SCORE_AT_PER_TOKEN = tl.constexpr(2)
 
-# ppo_fast._results.STATS_FIELDS: N_SUMS sums, then ratio_min and ratio_max.
+# The statistics: N_SUMS sums, then the smallest and the largest ratio.
 N_STATS = tl.constexpr(26)
 N_SUMS = tl.constexpr(24)

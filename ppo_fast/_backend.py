@@ -1,4 +1,4 @@
-"""Choosing a backend: `backend=`, then `use_backend`, then `PPO_FAST_BACKEND`, then the device.
+"""Choice of a backend: `backend=`, then `use_backend`, then `PPO_FAST_BACKEND`, then the device.
 
 A backend asked for by name is used or raises; only the automatic choice may fall to the
 reference, and says why once.
@@ -101,22 +101,22 @@ def asked(backend: str | None) -> str | None:
 
 def select(op: str, backend: str | None, x: Tensor) -> str:
     """The backend of this call, for a main tensor `x`."""
-    named = asked(backend)
-    name = _automatic(op, x) if named is None else _named(op, named)
-    if name == "cpu" and x.device.type != "cpu":
+    named, kind = asked(backend), x.device.type
+    name = _automatic(op, x, kind) if named is None else _named(op, named)
+    if name == "cpu" and kind != "cpu":
         raise ValueError(f"{op}: backend 'cpu' needs CPU tensors, got {x.device}")
     if name in ("triton", "cuda"):
         if x.dtype == torch.float64:
             raise TypeError(f"{op}: backend {name!r} has no float64; use 'reference' or 'cpu'")
-        if x.device.type == "cpu" and not _on_cpu(name):
+        if kind == "cpu" and not _on_cpu(name):
             raise ValueError(f"{op}: backend {name!r} needs CUDA tensors, got {x.device}")
-    if name == "cuda" and x.device.type == "cuda":
+    if name == "cuda" and kind == "cuda":
         _check_gpu(op, x)
     return name
 
 
 def _on_cpu(name: str) -> bool:
-    """Whether a GPU's backend runs on CPU tensors here."""
+    """True if a GPU's backend runs on CPU tensors here."""
     return _ext.EMULATED if name == "cuda" else os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -128,8 +128,9 @@ def _check_gpu(op: str, x: Tensor) -> None:
         raise BackendUnavailableError(f"{op}: backend 'cuda' is not usable: {reason}")
 
 
-def _automatic(op: str, x: Tensor) -> str:
-    name = _AUTOMATIC.get(x.device.type)
+def _automatic(op: str, x: Tensor, kind: str) -> str:
+    """The default backend of a device of this kind."""
+    name = _AUTOMATIC.get(kind)
     if name is None:
         return "reference"
     if _REASONS[name] is None:

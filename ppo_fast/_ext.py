@@ -1,6 +1,6 @@
-"""Loading the C++ extension `ppo_fast._C`, or saying why it cannot be used.
+"""Loader of the C++ extension `ppo_fast._C`, with the reason where it cannot be used.
 
-Loading it adds the implementations of the `cpu` overloads that `_schema` defines, and of the
+Loading it adds the implementations of the `cpu` overloads that `_boundary` defines, and of the
 `cuda` ones where it was built with them. `PPO_FAST_CUDA_EMULATE=1` adds those for CPU tensors:
 every CUDA thread a fiber, which is for tests and slow.
 """
@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-import ppo_fast._schema  # noqa: F401  (the library implements schemas that must exist first)
+import ppo_fast._boundary.schema  # noqa: F401  (the library implements schemas that must exist first)
 from ppo_fast import _cflags
 
 _MEND = "PPO_FAST_BUILD={} pip install --no-build-isolation --force-reinstall --no-deps ppo_fast"
@@ -28,7 +28,7 @@ EMULATED = os.environ.get("PPO_FAST_CUDA_EMULATE", "0") not in ("", "0")
 
 @functools.cache
 def load() -> str | None:
-    """None if the extension is usable, else the reason it is not and the command that mends it."""
+    """None if the extension is usable, else the reason it is not, with the command to run."""
     mend = _MEND.format("cpu")
     try:
         module().build_info()
@@ -50,7 +50,7 @@ def load() -> str | None:
 
 @functools.cache
 def load_cuda() -> str | None:
-    """None if the `cuda` overloads are usable here, else the reason and what mends it."""
+    """None if the `cuda` overloads are usable here, else the reason, with the remedy."""
     if EMULATED:
         return _load_emulated()
     reason = load()
@@ -69,7 +69,7 @@ def load_cuda() -> str | None:
 
 @functools.cache
 def wrong_gpu(device: int | None = None) -> str | None:
-    """Why the `cuda` overloads do not run on this GPU, and what mends it; None if they do.
+    """Reason why the `cuda` overloads do not run on this GPU, with the remedy; None if they do.
 
     Not part of `load_cuda`: asking a GPU initialises CUDA, which importing must not.
     """
@@ -119,7 +119,7 @@ def _load_emulated() -> str | None:
 
 
 def _cache_folder() -> Path:
-    """Where the emulated build of these sources, these flags and this torch is kept."""
+    """Folder of the emulated build of these sources, these flags and this torch."""
     digest = hashlib.sha256(f"{torch.__version__} {_cflags.EMULATE_FLAGS}".encode())
     for path in sorted(_CSRC.rglob("*.*")):
         digest.update(path.read_bytes())

@@ -1,1 +1,1 @@
-"""One file per op: check, select a backend, call it; the autograd.Function where one is needed."""
+"""Public ops, a file each: checks, choice of a backend, the call, autograd where it is needed."""

@@ -1,19 +1,21 @@
-"""What the backwards share: they cannot be differentiated again, and may have nothing to scale."""
+"""Helpers of the ops' autograd: constants, gradients that are asked for, one backward alone."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 _TWICE = b"ppo_fast: trying to differentiate twice through an op that is once_differentiable"
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As PyTorch's decorator of that name, whatever gradient comes in.
+    """PyTorch's decorator of that name, for any incoming gradient.
 
     PyTorch's sees the first backward's inputs only: where they are constants, as a loss's own
     gradient is, a second derivative would be taken for zero.
@@ -33,6 +35,11 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def detached(x: T) -> T:
+    """A constant: no gradient flows to it."""
+    return x.detach() if x is not None and x.requires_grad else x
+
+
 def saveable(*constants: Tensor | None) -> tuple[Tensor | None, ...]:
     """Constants as autograd can save them: those that inference mode made are copied."""
     if torch.compiler.is_compiling():  # it knows no inference mode
@@ -41,15 +48,18 @@ def saveable(*constants: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def n_grads(*inputs: Tensor | None) -> int:
-    """How many of the inputs, from the first, need a gradient: up to the last that requires it."""
+    """Number of leading inputs to form gradients for: one more than the last that requires it."""
     if not torch.is_grad_enabled():
         return 0
-    wanted = [i for i, x in enumerate(inputs, 1) if x is not None and x.requires_grad]
-    return max(wanted, default=0)
+    count = 0
+    for i, x in enumerate(inputs, 1):
+        if x is not None and x.requires_grad:
+            count = i
+    return count
 
 
 def _is_one(factor: Tensor) -> bool:
-    """Known without asking a device."""
+    """Exactly 1, as far as the host knows without a synchronisation."""
     on_host = factor.device.type == "cpu" and not torch.compiler.is_compiling()
     return on_host and factor.item() == 1.0
 

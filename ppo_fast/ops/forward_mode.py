@@ -1,4 +1,4 @@
-"""Forward-mode derivatives: the reference gives them, and nothing else loses them silently.
+"""Forward-mode derivatives, which the reference alone has; no kernel loses one silently.
 
 The kernels have gradients alone. PyTorch hands a tensor with a tangent (`torch.func.jvp`,
 `torch.autograd.forward_ad`) to them as if it were a constant, and the result's tangent would be 0.

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
+from ppo_fast._boundary import calls
+from ppo_fast._boundary.options import Lambda
+from ppo_fast._boundary.schema import MASKED
 from ppo_fast._results import Advantages, Moments
-from ppo_fast._schema import HANDLES, MASKED
 from ppo_fast.ops.forward_mode import derivatives
 
 _OP = "gae"
-
-
-class _Lambda(NamedTuple):
-    """One λ: a number, or a tensor laid out for the op boundary."""
-
-    number: float
-    tensor: Tensor | None
-    per_step: int
 
 
 @derivatives()
@@ -59,8 +53,8 @@ def gae(
             `bootstrap`.
         bootstrap: `(B,)` or `(S,)`, the value after the last (valid) step; absent it is 0.
         terminated, truncated: end-of-step flags; both cut the recursion, `terminated` also V'.
-        cu_seqlens: `(S + 1,)` int32 or int64 offsets of packed sequences. Ones on a GPU that
-            do not rise from 0 to N make every output NaN.
+        cu_seqlens: `(S + 1,)` int32 or int64 offsets of packed sequences. On a GPU they are not
+            validated: if they do not rise from 0 to N, every output is NaN.
 
     Returns:
         `Advantages(advantages, returns, moments)`, fp32 (fp64 for fp64) in the rewards' shape;
@@ -75,34 +69,51 @@ def gae(
     _checks.alike(
         _OP, rewards, time_major=time_major, values=values, next_values=next_values, rho=rho, c=c
     )
-    shape, device = rewards.shape, rewards.device
-    mask = _checks.flags(_OP, "mask", mask, shape, device)
-    terminated = _checks.flags(_OP, "terminated", terminated, shape, device)
-    truncated = _checks.flags(_OP, "truncated", truncated, shape, device)
+    mask, terminated, truncated = _check_flags(rewards, mask, terminated, truncated)
     count = n_sequences(rewards, cu_seqlens, time_major)
     if bootstrap is not None:
         _checks.sized(_OP, "bootstrap", bootstrap, rewards, (count,), "(B,)")
     _checks.number(_OP, "gamma", gamma, 0.0, 1.0)
-    main = _pack_lam("lam", lam, rewards, count, time_major)
-    other = main if lam_returns is None else _pack_lam(
-        "lam_returns", lam_returns, rewards, count, time_major
-    )  # fmt: skip
-    codes = [
-        _checks.choice(_OP, "masked", masked, MASKED),
-        int(time_major), main.per_step, other.per_step,
-    ]  # fmt: skip
+    lam_adv, lam_ret = _check_lambdas(rewards, lam, lam_returns, count, time_major)
+    masked_code = _checks.choice(_OP, "masked", masked, MASKED)
     name = _backend.select(_OP, backend, rewards)
     if name == "reference":
         return reference.gae(
-            rewards, values, gamma=gamma, lam=lam, lam_returns=lam_returns, mask=mask,
-            masked=masked, next_values=next_values, bootstrap=bootstrap, terminated=terminated,
-            truncated=truncated, cu_seqlens=cu_seqlens, time_major=time_major, rho=rho, c=c,
-        )  # fmt: skip
-    adv, returns, moments = HANDLES["gae"][name](
-        rewards, values, mask, next_values, bootstrap, terminated, truncated, cu_seqlens, rho, c,
-        main.tensor, other.tensor, codes, [gamma, main.number, other.number],
-    )  # fmt: skip
-    return Advantages(adv, returns, Moments(moments))
+            rewards,
+            values,
+            gamma=gamma,
+            lam=lam,
+            lam_returns=lam_returns,
+            mask=mask,
+            masked=masked,
+            next_values=next_values,
+            bootstrap=bootstrap,
+            terminated=terminated,
+            truncated=truncated,
+            cu_seqlens=cu_seqlens,
+            time_major=time_major,
+            rho=rho,
+            c=c,
+        )
+    advantages, returns, moments = calls.gae(
+        name,
+        rewards,
+        values,
+        gamma=gamma,
+        lam_adv=lam_adv,
+        lam_ret=lam_ret,
+        mask=mask,
+        masked=masked_code,
+        next_values=next_values,
+        bootstrap=bootstrap,
+        terminated=terminated,
+        truncated=truncated,
+        cu_seqlens=cu_seqlens,
+        time_major=time_major,
+        rho=rho,
+        c=c,
+    )
+    return Advantages(advantages, returns, Moments(moments))
 
 
 def n_sequences(main: Tensor, cu_seqlens: Tensor | None, time_major: bool = False) -> int:
@@ -126,13 +137,34 @@ def _check_layout(
         raise ValueError(f"{_OP}: next_values must be given with truncated, got None")
 
 
-def _pack_lam(name: str, lam: Any, rewards: Tensor, count: int, time_major: bool) -> _Lambda:
+def _check_flags(
+    rewards: Tensor, mask: Any, terminated: Any, truncated: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    shape, device = rewards.shape, rewards.device
+    return (
+        _checks.flags(_OP, "mask", mask, shape, device),
+        _checks.flags(_OP, "terminated", terminated, shape, device),
+        _checks.flags(_OP, "truncated", truncated, shape, device),
+    )
+
+
+def _check_lambdas(
+    rewards: Tensor, lam: Any, lam_returns: Any, count: int, time_major: bool
+) -> tuple[Lambda, Lambda]:
+    """λ of the advantages and of the returns, which is the same one unless it is given."""
+    lam_adv = _check_lambda("lam", lam, rewards, count, time_major)
+    if lam_returns is None:
+        return lam_adv, lam_adv
+    return lam_adv, _check_lambda("lam_returns", lam_returns, rewards, count, time_major)
+
+
+def _check_lambda(name: str, lam: Any, rewards: Tensor, count: int, time_major: bool) -> Lambda:
     if not isinstance(lam, Tensor):
-        return _Lambda(_checks.number(_OP, name, lam, 0.0, 1.0), None, 0)
+        return Lambda(_checks.number(_OP, name, lam, 0.0, 1.0), None, 0)
     if lam.shape == rewards.shape:
         _checks.alike(_OP, rewards, time_major=time_major, **{name: lam})
-        return _Lambda(0.0, lam.detach(), 1)
+        return Lambda(0.0, lam.detach(), 1)
     _checks.sized(_OP, name, lam, rewards, (count,), "(B,)")
     if rewards.dim() == 2:
         lam = (lam if time_major else lam[:, None]).expand(rewards.shape)
-    return _Lambda(0.0, lam.detach(), 0)
+    return Lambda(0.0, lam.detach(), 0)

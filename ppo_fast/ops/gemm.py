@@ -1,4 +1,4 @@
-"""The head's matrix products: fp32-grade results whatever the inputs' precision.
+"""Matrix products of the head, with fp32-grade results for inputs of any precision.
 
 `z` and its gradient are fp32 (fp64 for fp64 inputs); a gradient that a kernel has rounded has the
 inputs' dtype. On CUDA the GEMM takes 16-bit operands and gives fp32; on a CPU, where such a GEMM

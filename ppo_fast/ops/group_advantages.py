@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast import _checks
-from ppo_fast._schema import compute_dtype
+from ppo_fast._boundary.schema import compute_dtype
 from ppo_fast.ops.forward_mode import derivatives
 
 _OP = "group_advantages"
@@ -67,7 +67,7 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, baseline: str = "grpo
 
 
 class _Groups:
-    """Sums within groups, each in the order of its members, whatever stands between them."""
+    """Sums within groups, each in the order of its members, wherever they are in the batch."""
 
     def __init__(self, ids: Tensor) -> None:
         n = ids.numel()
@@ -86,7 +86,7 @@ class _Groups:
         return self._reduce(x, "sum")
 
     def all_equal(self, x: Tensor) -> Tensor:
-        """Whether each member's group holds one value only."""
+        """True for members whose group holds one value only."""
         return self._reduce(x, "max") == self._reduce(x, "min")
 
     def _reduce(self, x: Tensor, how: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the linear ops share: the rows that count, and the head in chunks of a fixed height.
+"""Linear head in chunks of a fixed height: logits, softmax and gradients of the rows that count.
 
 The (N, V) logits never exist: a chunk of rows goes through the GEMM into one workspace, through
 the one-pass kernels of `token_logprobs` in place, and through the two GEMMs of the backward.
@@ -13,23 +13,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppo_fast._schema import HANDLES
+from ppo_fast._boundary import calls
+from ppo_fast._boundary.options import Scoring, Softmax
 from ppo_fast.ops import gemm
-from ppo_fast.ops.shards import Shard, Softmax
+from ppo_fast.ops.shards import Shard
 
-# Of a GEMM library the rows of a block keep their bits when its height is a multiple of this.
+# GEMM libraries give a row the same bits in any batch only if the row count is padded to a
+# multiple of this.
 _TILE = {"cpu": 16, "cuda": 256}
 # Logits in the workspace: 128 MB of fp32 on a CPU, 1 GB on a GPU.
 _LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
 _TALLEST = {"cpu": 512, "cuda": 4096}
 
 
-# Ignored tokens are masked by now: no token has this code.
-NOTHING_IGNORED = [-(1 << 62)]
+# Ignored tokens are masked by now: no token has this id.
+NOTHING_IGNORED = -(1 << 62)
 
 
 def chunk_height(vocab: int, kind: str) -> int:
-    """Rows of a chunk: of the vocabulary alone, never of how many rows there are."""
+    """Rows of a chunk, from the vocabulary alone, never from the number of rows."""
     tile = _TILE[kind]
     return max(tile, min(_TALLEST[kind], _LOGITS[kind] // vocab // tile * tile))
 
@@ -38,13 +40,13 @@ def _up(count: int, tile: int) -> int:
     return -(-count // tile) * tile
 
 
-class Rows(NamedTuple):
-    """Per-token arguments of the rows that are computed, each (R,), and where they stand."""
+class HeadRows(NamedTuple):
+    """The rows that are computed: their places among the tokens, and per-token arguments, (R,)."""
 
     places: Tensor | None  # (R,) int64 into the N tokens, ascending; None: all of them
     tokens: Tensor
     keep: Tensor | None  # bool; None keeps all
-    heat: Tensor | None  # temperature per token
+    temperature: Tensor | None  # replaces the number
     n: int  # tokens in all
 
     def pick(self, x: Tensor) -> Tensor:
@@ -63,8 +65,8 @@ class Rows(NamedTuple):
         return x.new_zeros(self.n, *x.shape[1:]).index_copy_(0, self.places, x)
 
 
-class Options(NamedTuple):
-    """What is not a per-token tensor."""
+class HeadOptions(NamedTuple):
+    """Arguments of the head that are not per-token tensors."""
 
     temperature: float
     softcap: float | None
@@ -76,7 +78,12 @@ class Head:
     """One call's chunks: logits, softmax, and the gradients that are accumulated."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, options: Options
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: HeadRows,
+        options: HeadOptions,
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.rows, self.options = rows, options
@@ -88,8 +95,8 @@ class Head:
         self.db: Tensor | None = None
         self._z: Tensor | None = None
 
-    def want(self, hidden: bool, weight: bool, bias: bool) -> None:
-        """Allocate the gradients that are asked for: dX in the rows' order, dW and db wide."""
+    def allocate(self, hidden: bool, weight: bool, bias: bool) -> None:
+        """Make the gradients that are asked for: dX in the rows' order, dW and db wide."""
         r, (v, h) = self.rows.tokens.shape[0], self.weight.shape
         if hidden:
             self.dx = self.hidden.new_zeros(r, h)
@@ -133,43 +140,35 @@ class Head:
             z.div_(self.options.softcap).tanh_().mul_(self.options.softcap)
         return z
 
-    def heat(self, at: Tensor | slice) -> Tensor | float:
-        """The temperature of a chunk's rows."""
-        return self.options.temperature if self.rows.heat is None else self.rows.heat[at]
+    def scoring(self, at: Tensor | slice) -> Scoring:
+        """The tokens of a chunk, by their global ids."""
+        rows = self.rows
+        keep, temperature = (None if x is None else x[at] for x in (rows.keep, rows.temperature))
+        number = self.options.temperature
+        return Scoring(rows.tokens[at], keep, temperature, number, NOTHING_IGNORED)
 
     def softmax(self, z: Tensor, at: Tensor | slice) -> Softmax:
-        """Log-probability, entropy and what the gradient needs of a chunk."""
-        rows, shard = self.rows, self.options.shard
-        tokens = rows.tokens[at] if shard is None else shard.local(rows.tokens[at])
-        keep, heat = (None if x is None else x[at] for x in (rows.keep, rows.heat))
-        part = Softmax(
-            *HANDLES["logprobs_fwd"][self.options.backend](
-                z, tokens, keep, heat, NOTHING_IGNORED, [self.options.temperature]
-            )
-        )
+        """Softmax numbers of a chunk."""
+        s, shard, backend = self.scoring(at), self.options.shard, self.options.backend
         if shard is None:
-            return part
-        return shard.merge(part, z, self.heat(at), rows.tokens[at], keep)
+            return calls.logprobs_fwd(backend, z, s)
+        return shard.merge(calls.logprobs_fwd(backend, z, shard.of_share(s)), z, s)
 
     def backward(
-        self, z: Tensor, x: Tensor, at: Tensor | slice, part: Softmax, g: Tensor, h: Tensor
+        self, z: Tensor, x: Tensor, at: Tensor | slice, softmax: Softmax, g: Tensor, h: Tensor
     ) -> None:
         """Accumulate the gradients of Σ g·logprobs + h·entropy over a chunk; overwrites z."""
-        rows, cap, shard = self.rows, self.options.softcap, self.options.shard
-        keep, heat = (None if y is None else y[at] for y in (rows.keep, rows.heat))
+        s, cap, shard = self.scoring(at), self.options.softcap, self.options.shard
         inside = None if cap is None else 1.0 - (z / cap).square_()
 
-        def kernel(label: Tensor, g: Tensor) -> Tensor:
-            HANDLES["logprobs_bwd_"][self.options.backend](
-                g, h, z, label, keep, heat, *part[1:], NOTHING_IGNORED, [self.options.temperature]
-            )
+        def kernel(s: Scoring, g: Tensor) -> Tensor:
+            calls.logprobs_bwd_(self.options.backend, z, s, softmax, g, h)
             return z
 
-        tokens = rows.tokens[at]
         if shard is None:
-            kernel(tokens, g)
+            kernel(s, g)
         else:
-            shard.gradient(kernel, z, self.heat(at), part, tokens, keep, g, h)
+            shard.gradient(kernel, z, s, softmax, g, h)
         if inside is not None:
             z *= inside
         self.accumulate(z, x, at)
@@ -207,7 +206,7 @@ class Head:
 
 
 def live_rows(g: Tensor, h: Tensor) -> Tensor | None:
-    """Rows with a gradient, where the host knows them and they are not all; else None."""
+    """Indices of the rows with a gradient; None on a GPU and where all have one."""
     if g.device.type != "cpu":
         return None
     live = (g != 0) | (h != 0)

@@ -1,4 +1,4 @@
-"""The checked arguments of the linear ops: which rows are computed, and with which options."""
+"""Validated arguments of the linear ops, and the rows that are computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast import _backend, _checks
-from ppo_fast.ops.head import Options, Rows
+from ppo_fast.ops.head import HeadOptions, HeadRows
 from ppo_fast.ops.logprobs import check_ignore_index, check_temperature
 from ppo_fast.ops.shards import shard_of
 
@@ -25,8 +25,8 @@ class HeadInputs(NamedTuple):
     keep: Tensor | None
     row_index: Tensor | None
     temperature: float | Tensor
-    rows: Rows
-    options: Options
+    rows: HeadRows
+    options: HeadOptions
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
         """No autocast inside: the precision is the op's own."""
@@ -35,8 +35,8 @@ class HeadInputs(NamedTuple):
             return contextlib.nullcontext()
         return torch.autocast(kind, enabled=False)
 
-    def plain(self) -> dict[str, Any]:
-        """As the reference takes them."""
+    def for_reference(self) -> dict[str, Any]:
+        """Keyword arguments of the reference."""
         return {
             "hidden": self.hidden,
             "weight": self.weight,
@@ -64,7 +64,7 @@ def check_head(
     process_group: dist.ProcessGroup | None,
     backend: str | None,
 ) -> HeadInputs:
-    """Raises ValueError, TypeError or IndexError, as api says; else what the chunks need."""
+    """The arguments of the chunks, or ValueError, TypeError or IndexError."""
     weight = _plain_tensor(weight, process_group)
     bias = None if bias is None else _plain_tensor(bias, process_group)
     hidden, weight, bias = _cast(op, hidden, weight, bias)
@@ -84,9 +84,9 @@ def check_head(
     if row_index is not None:
         row_index = _check_rows(op, row_index, tokens)
     rows = _rows(tokens, keep, per_token, row_index)
-    heat = scalar if per_token is None else per_token
-    options = Options(scalar, cap, shard, name)
-    return HeadInputs(hidden, weight, bias, tokens, keep, row_index, heat, rows, options)
+    given = scalar if per_token is None else per_token
+    options = HeadOptions(scalar, cap, shard, name)
+    return HeadInputs(hidden, weight, bias, tokens, keep, row_index, given, rows, options)
 
 
 def _plain_tensor(x: Any, group: dist.ProcessGroup | None) -> Any:
@@ -149,7 +149,9 @@ def _check_rows(op: str, index: Any, tokens: Tensor) -> Tensor:
     return index.clamp(0, max(0, n - 1))
 
 
-def _rows(tokens: Tensor, keep: Tensor, heat: Tensor | None, row_index: Tensor | None) -> Rows:
+def _rows(
+    tokens: Tensor, keep: Tensor, temperature: Tensor | None, row_index: Tensor | None
+) -> HeadRows:
     """The rows that are computed: on a CPU the unmasked ones, else `row_index` or all."""
     index, flat = row_index, keep.reshape(-1)
     on_host = tokens.device.type == "cpu"
@@ -157,9 +159,9 @@ def _rows(tokens: Tensor, keep: Tensor, heat: Tensor | None, row_index: Tensor |
         index = index[flat[index]]
     elif on_host and not bool(flat.all()):
         index = flat.nonzero()[:, 0]
-    rows = Rows(index, tokens, None, None, tokens.numel())
+    rows = HeadRows(index, tokens, None, None, tokens.numel())
     return rows._replace(
         tokens=rows.pick(tokens),
         keep=None if on_host else rows.pick(flat),
-        heat=rows.pick_some(heat),
+        temperature=rows.pick_some(temperature),
     )

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast import reference
+from ppo_fast._boundary.options import Softmax
 from ppo_fast._results import TokenLogProbs
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.head import Head, Rows, live_rows
+from ppo_fast.ops.head import Head, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, check_head
-from ppo_fast.ops.shards import Softmax
 
 _OP = "linear_token_logprobs"
 
@@ -50,25 +50,27 @@ class _LinearLogProbs(torch.autograd.Function):
             head = Head(hidden, weight, bias, given.rows, given.options)
             part = all_rows(head)
         # The rows too: one that is changed in place before the backward raises there.
-        ctx.save_for_backward(*part, *saveable(hidden, weight, bias, *given.rows[:4]))
+        rows = given.rows
+        tensors = (hidden, weight, bias, rows.places, rows.tokens, rows.keep, rows.temperature)
+        ctx.save_for_backward(*part, *saveable(*tensors))
         ctx.given = given
         ctx.set_materialize_grads(False)
-        return given.rows.spread(part.logprobs), given.rows.spread(part.entropy)
+        return rows.spread(part.logprobs), rows.spread(part.entropy)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None
-        *part, hidden, weight, bias, places, tokens, keep, heat = ctx.saved_tensors
+        *part, hidden, weight, bias, places, tokens, keep, temperature = ctx.saved_tensors
         given: HeadInputs = ctx.given
-        numbers, rows = Softmax(*part), Rows(places, tokens, keep, heat, given.rows.n)
+        numbers, rows = Softmax(*part), HeadRows(places, tokens, keep, temperature, given.rows.n)
         zero = torch.zeros_like(numbers.logprobs)
         g = zero if grad_logprobs is None else rows.pick(grad_logprobs)
         h = zero if grad_entropy is None else rows.pick(grad_entropy)
         with given.exact():
             head = Head(hidden, weight, bias, rows, given.options)
-            head.want(*ctx.needs_input_grad[:3])
+            head.allocate(*ctx.needs_input_grad[:3])
             accumulate(head, numbers, g, h)
         return *head.gradients(), None
 
@@ -128,7 +130,7 @@ def linear_token_logprobs(
     )
     shape = tokens.shape
     if given.options.backend == "reference":
-        return reference.linear_token_logprobs(**given.plain())
+        return reference.linear_token_logprobs(**given.for_reference())
     logprobs, entropy = score(given)
     return TokenLogProbs(logprobs.view(shape), entropy.view(shape))
 

@@ -9,23 +9,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast import _checks, reference
+from ppo_fast._boundary import calls
+from ppo_fast._boundary.options import Softmax, TokenTensors
 from ppo_fast._results import HeadLoss, Moments, Stats
-from ppo_fast._schema import HANDLES
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.head import NOTHING_IGNORED, Head, live_rows
+from ppo_fast.ops.head import Head, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, check_head
 from ppo_fast.ops.linear_logprobs import score
-from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions
-from ppo_fast.ops.policy import Policy, check_policy
+from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions
+from ppo_fast.ops.policy import PolicyInputs, check_policy
 from ppo_fast.ops.ppo_loss import loss_and_stats
-from ppo_fast.ops.shards import Softmax
 
 _OP = "linear_ppo_loss"
 
 
 class _Tokens(NamedTuple):
-    """The tokens of a loss, and those that count in its D: also what `row_index` leaves out."""
+    """The tokens of a loss, and those that count in its D, which `row_index` does not change."""
 
     mask: Tensor
     counted: Tensor
@@ -37,44 +37,31 @@ class _Tokens(NamedTuple):
         rows = reference.linear_logprobs.rows_of(given.tokens, counted, given.row_index)
         return cls(rows, counted)
 
-    def divided(self, given: HeadInputs, policy: Policy, n_grads: int) -> Policy:
+    def divided(self, given: HeadInputs, policy: PolicyInputs) -> PolicyInputs:
         """The loss with its D, where the mask alone would give another."""
-        denom = None if given.row_index is None else policy.denom(self.counted)
-        return policy.replace(n_grads=n_grads, denom=denom)
+        if given.row_index is None:
+            return policy
+        return policy.divided_by(policy.denom(self.counted))
 
 
 class _Loss:
     """One call: the loss over the computed rows, and the slopes of its tokens."""
 
-    def __init__(self, head: Head, given: HeadInputs, policy: Policy) -> None:
+    def __init__(self, head: Head, given: HeadInputs, policy: PolicyInputs) -> None:
         self.head, self.given = head, given
         tokens = _Tokens.of(given)
-        self.mask, self.policy = tokens.mask, tokens.divided(given, policy, 0)
+        self.mask, self.policy = tokens.mask, tokens.divided(given, policy)
         self.weights = given.rows.pick(policy.weights(*tokens))
-        flat, rows = policy.per_token(), given.rows
-        self.tokens = flat._replace(
-            old_logprobs=rows.pick_some(flat.old_logprobs),
-            advantages=rows.pick(flat.advantages),
-            is_weights=rows.pick_some(flat.is_weights),
-            ref_logprobs=rows.pick_some(flat.ref_logprobs),
-        )  # fmt: skip
+        self.slopes = policy.options.per_token()
+        self.tokens = _picked(policy.per_token, given.rows)
 
-    def total(self, *scores: Tensor) -> tuple[Tensor, ...]:
+    def total(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:
         """(loss, stats, logprobs, entropy) over all tokens, from the rows' two."""
         shape, rows = self.given.tokens.shape, self.given.rows
-        logprobs, entropy = (rows.spread(x).view(shape) for x in scores)
-        loss, stats, *_ = self.policy.call(
-            self.given.options.backend, logprobs, self.mask, entropy
-        )
+        logprobs, entropy = (rows.spread(x).view(shape) for x in (logprobs, entropy))
+        backend = self.given.options.backend
+        loss, stats, *_ = self.policy.loss(backend, logprobs, self.mask, entropy, 0)
         return loss, stats, logprobs, entropy
-
-    def chunk(self, at: slice) -> Policy:
-        """The loss of a chunk's tokens."""
-        t = self.tokens
-        return t._replace(
-            old_logprobs=_at(t.old_logprobs, at), advantages=t.advantages[at],
-            is_weights=_at(t.is_weights, at), ref_logprobs=_at(t.ref_logprobs, at),
-        )  # fmt: skip
 
     def _fuses(self) -> bool:
         options = self.given.options
@@ -84,32 +71,41 @@ class _Loss:
 
     def fused(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         """A chunk's (logprobs, entropy) and gradients: the logits' by one kernel, over z."""
-        rows, p, options = self.given.rows, self.chunk(at), self.given.options
         dtype = self.head.weight.dtype
-        name = "logits_ppo_loss_bf16_" if dtype == torch.bfloat16 else "logits_ppo_loss_"
-        scores: tuple[Tensor, Tensor] = HANDLES[name][options.backend](
-            z, rows.tokens[at], _at(rows.keep, at), _at(rows.heat, at), p.old_logprobs,
-            p.advantages, p.is_weights, p.moments, p.ref_logprobs, self.weights[at],
-            p.packed.entropy_coef, p.packed.kl_coef, [*NOTHING_IGNORED, *p.packed.codes[:3]],
-            [options.temperature, *p.packed.params[:-1]],
-        )  # fmt: skip
+        narrow = dtype == torch.bfloat16
+        kernel = calls.logits_ppo_loss_bf16_ if narrow else calls.logits_ppo_loss_
+        scores = kernel(
+            self.given.options.backend,
+            z,
+            self.head.scoring(at),
+            _chunk(self.tokens, at),
+            self.weights[at],
+            self.slopes,
+        )
         self.head.accumulate(z.view(dtype)[:, : z.shape[1]], x, at)
         return scores
 
     def composed(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         """The same by the kernels of softmax, loss and gradient."""
-        head, part, keep = self.head, self.head.softmax(z, at), _at(self.given.rows.keep, at)
-        *_, grads = self.chunk(at).call(
-            self.given.options.backend, part.logprobs, keep, part.entropy
+        head, softmax = self.head, self.head.softmax(z, at)
+        *_, grads = calls.ppo_loss(
+            self.given.options.backend,
+            softmax.logprobs,
+            _chunk(self.tokens, at),
+            self.slopes,
+            2,
+            mask=_at(self.given.rows.keep, at),
+            entropy=softmax.entropy,
+            cu_seqlens=None,
         )
         g, h = grads * self.weights[at]
         live = live_rows(g, h)
         if live is None:
-            head.backward(z, x, at, part, g, h)
+            head.backward(z, x, at, softmax, g, h)
         elif live.numel():
-            chosen = Softmax(*(number[live] for number in part))
+            chosen = Softmax(*(number[live] for number in softmax))
             head.backward(z[live], x[live], live + at.start, chosen, g[live], h[live])
-        return part.logprobs, part.entropy
+        return softmax.logprobs, softmax.entropy
 
     def one_pass(self) -> tuple[Tensor, Tensor]:
         """Three products: logits, and both gradients while the chunk's softmax is at hand."""
@@ -122,19 +118,17 @@ class _Loss:
         return logprobs, entropy
 
 
-def two_passes(given: HeadInputs, policy: Policy, grads: int) -> tuple[Tensor, ...]:
+def two_passes(given: HeadInputs, policy: PolicyInputs, grads: int) -> tuple[Tensor, ...]:
     """(loss, stats, logprobs, entropy) by both ops in turn: a backward forms the logits again.
 
     For gspo, where a token's slope needs its whole sequence first, and for fp16, whose gradients
     must not be rounded before they are multiplied by the incoming one, a loss scale mostly.
     Without gradients (`grads` 0) there is one pass.
     """
-    tokens = _Tokens.of(given)
+    tokens, backend = _Tokens.of(given), given.options.backend
     logprobs, entropy = (x.view(given.tokens.shape) for x in score(given))
-    loss, stats = loss_and_stats(
-        logprobs, entropy, tokens.mask, tokens.divided(given, policy, grads), grads,
-        given.options.backend,
-    )  # fmt: skip
+    divided = tokens.divided(given, policy)
+    loss, stats = loss_and_stats(logprobs, entropy, tokens.mask, divided, grads, backend)
     return loss, stats, logprobs.detach(), entropy.detach()
 
 
@@ -144,6 +138,28 @@ def _all_true(tokens: Tensor) -> Tensor:
 
 def _at(x: Tensor | None, at: slice) -> Tensor | None:
     return None if x is None else x[at]
+
+
+def _picked(x: TokenTensors, rows: HeadRows) -> TokenTensors:
+    """The constants of the computed rows, (R,) each."""
+    return TokenTensors(
+        old_logprobs=rows.pick_some(x.old_logprobs),
+        advantages=rows.pick(x.advantages),
+        is_weights=rows.pick_some(x.is_weights),
+        ref_logprobs=rows.pick_some(x.ref_logprobs),
+        moments=x.moments,
+    )
+
+
+def _chunk(x: TokenTensors, at: slice) -> TokenTensors:
+    """The constants of a chunk's rows."""
+    return TokenTensors(
+        old_logprobs=_at(x.old_logprobs, at),
+        advantages=x.advantages[at],
+        is_weights=_at(x.is_weights, at),
+        ref_logprobs=_at(x.ref_logprobs, at),
+        moments=x.moments,
+    )
 
 
 class _LinearPPOLoss(torch.autograd.Function):
@@ -156,11 +172,11 @@ class _LinearPPOLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         given: HeadInputs,
-        policy: Policy,
+        policy: PolicyInputs,
     ) -> Any:
         with given.exact():
             head = Head(hidden, weight, bias, given.rows, given.options)
-            head.want(*ctx.needs_input_grad[:3])
+            head.allocate(*ctx.needs_input_grad[:3])
             call = _Loss(head, given, policy)
             loss, stats, logprobs, entropy = call.total(*call.one_pass())
         ctx.save_for_backward(*head.gradients())
@@ -234,29 +250,55 @@ def linear_ppo_loss(
         NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
     given = check_head(
-        _OP, hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap,
-        mask=mask, ignore_index=ignore_index, row_index=row_index, process_group=process_group,
+        _OP,
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        mask=mask,
+        ignore_index=ignore_index,
+        row_index=row_index,
+        process_group=process_group,
         backend=backend,
-    )  # fmt: skip
-    args = (given.hidden, given.weight, given.bias)
-    # A slice of the hidden states stands for a tensor of the tokens' shape.
+    )
+    # A slice of the hidden states has the tokens' shape, and their device and precision class.
     main = _checks.main(_OP, "hidden[..., 0]", given.hidden.detach()[..., 0], cu_seqlens)
     policy = check_policy(
-        _OP, main, old_logprobs, advantages, is_weights=is_weights,
-        advantage_moments=advantage_moments, ref_logprobs=ref_logprobs, cu_seqlens=cu_seqlens,
-        options=PPOOptions(
-            variant, clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef,
-            kl_estimator, kl_clamp, kl_ratio_clip, reduction, denom,
+        _OP,
+        main,
+        old_logprobs,
+        advantages,
+        is_weights=is_weights,
+        advantage_moments=advantage_moments,
+        ref_logprobs=ref_logprobs,
+        cu_seqlens=cu_seqlens,
+        options=LossOptions(
+            variant=variant,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            log_ratio_clamp=log_ratio_clamp,
+            entropy_coef=entropy_coef,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            kl_clamp=kl_clamp,
+            kl_ratio_clip=kl_ratio_clip,
+            reduction=reduction,
+            denom=denom,
         ),
-        has_entropy=True, n_grads=0,
-    )  # fmt: skip
+        has_entropy=True,
+    )
     if given.options.backend == "reference":
-        return reference.linear_ppo_loss(
-            old_logprobs=policy.old_logprobs, advantages=policy.advantages, **given.plain(),
-            **policy.plain(_OP),
-        )  # fmt: skip
+        return reference.linear_ppo_loss(**given.for_reference(), **policy.for_reference(_OP))
+    return _head_loss(given, policy)
+
+
+def _head_loss(given: HeadInputs, policy: PolicyInputs) -> HeadLoss:
+    args = (given.hidden, given.weight, given.bias)
     grads = 2 if n_grads(*args) else 0
-    if grads and variant != "gspo" and given.weight.dtype != torch.float16:
+    if grads and policy.given.variant != "gspo" and given.weight.dtype != torch.float16:
         loss, stats, logprobs, entropy = _LinearPPOLoss.apply(*args, given, policy)
     else:
         loss, stats, logprobs, entropy = two_passes(given, policy, grads)

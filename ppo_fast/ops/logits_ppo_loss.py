@@ -8,49 +8,42 @@ import torch
 from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
+from ppo_fast._boundary import calls
+from ppo_fast._boundary.options import Scoring
 from ppo_fast._results import HeadLoss, Moments, Stats
-from ppo_fast._schema import HANDLES
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled, scaled_
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.logprobs import (
-    Scoring,
-    check_ignore_index,
-    check_logits,
-    check_temperature,
-    score,
-)
-from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions
-from ppo_fast.ops.policy import Policy, check_policy
+from ppo_fast.ops.logprobs import check_scoring, kept, score
+from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions
+from ppo_fast.ops.policy import PolicyInputs, check_policy
 from ppo_fast.ops.ppo_loss import loss_and_stats
 
 _OP = "logits_ppo_loss"
 
 
 def one_pass(
-    logits: Tensor, scoring: Scoring, policy: Policy, inplace: bool
+    logits: Tensor, s: Scoring, policy: PolicyInputs, backend: str, inplace: bool
 ) -> tuple[Tensor, ...]:
     """(loss, stats, logprobs, entropy, gradient): the kernel reads each row from memory once."""
-    variant, estimator, straight, *_ = policy.packed.codes
-    backend = scoring.backend
-    keep: Any = scoring.mask  # never None here: ignored tokens are left out
-    results = HANDLES["logits_ppo_loss_" if inplace else "logits_ppo_loss"][backend](
-        logits, scoring.tokens, keep, scoring.heat, policy.old_logprobs,
-        policy.advantages, policy.is_weights, policy.moments, policy.ref_logprobs,
-        policy.weights(keep, keep), policy.packed.entropy_coef,
-        policy.packed.kl_coef, [*scoring.codes, variant, estimator, straight],
-        [*scoring.params, *policy.packed.params[:-1]],
-    )  # fmt: skip
-    logprobs, entropy = results[:2]
-    loss, stats, *_ = policy.call(backend, logprobs, keep, entropy)
-    return loss, stats, logprobs, entropy, logits if inplace else results[2]
+    keep: Any = s.mask  # never None here: ignored tokens are left out
+    args = (backend, logits, s, policy.per_token, policy.weights(keep, keep), policy.options)
+    if inplace:
+        logprobs, entropy = calls.logits_ppo_loss_(*args)
+        dlogits = logits
+    else:
+        logprobs, entropy, dlogits = calls.logits_ppo_loss(*args)
+    loss, stats, *_ = policy.loss(backend, logprobs, keep, entropy, 0)
+    return loss, stats, logprobs, entropy, dlogits
 
 
 class _LogitsPPOLoss(torch.autograd.Function):
     """Saves the logits' gradient; where it lies over the logits, a second backward raises."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, scoring: Scoring, policy: Policy, inplace: bool) -> Any:
-        loss, stats, logprobs, entropy, dlogits = one_pass(logits, scoring, policy, inplace)
+    def forward(
+        ctx: Any, logits: Tensor, s: Scoring, policy: PolicyInputs, backend: str, inplace: bool
+    ) -> Any:
+        loss, stats, logprobs, entropy, dlogits = one_pass(logits, s, policy, backend, inplace)
         if inplace:
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(dlogits)
@@ -63,17 +56,17 @@ class _LogitsPPOLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
-            return None, None, None, None
+            return None, None, None, None, None
         (dlogits,) = ctx.saved_tensors
         if not ctx.inplace:
-            return scaled(dlogits, grad), None, None, None
+            return scaled(dlogits, grad), None, None, None, None
         # A second backward would scale what is scaled already: the version's bump makes it raise.
         torch.autograd.graph.increment_version(dlogits)
-        return scaled_(dlogits.detach(), grad), None, None, None
+        return scaled_(dlogits.detach(), grad), None, None, None, None
 
 
 def two_passes(
-    logits: Tensor, scoring: Scoring, policy: Policy, grads: int, inplace: bool
+    logits: Tensor, s: Scoring, policy: PolicyInputs, backend: str, grads: int, inplace: bool
 ) -> tuple[Tensor, ...]:
     """(loss, stats, logprobs, entropy) by both ops in turn: a backward reads the logits again.
 
@@ -81,10 +74,8 @@ def two_passes(
     must not be rounded before it is multiplied by the incoming one, a loss scale mostly.
     Without a gradient (`grads` 0) there is one pass.
     """
-    logprobs, entropy = score(logits, scoring, inplace)
-    loss, stats = loss_and_stats(
-        logprobs, entropy, scoring.mask, policy.replace(n_grads=grads), grads, scoring.backend
-    )
+    logprobs, entropy = score(logits, s, None, backend, inplace)
+    loss, stats = loss_and_stats(logprobs, entropy, s.mask, policy, grads, backend)
     return loss, stats, logprobs.detach(), entropy.detach()
 
 
@@ -136,38 +127,46 @@ def logits_ppo_loss(
         ValueError: shape, device or range. TypeError: dtype. IndexError: see `token_logprobs`.
         NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
-    check_logits(_OP, logits)
-    shape = logits.shape[:-1]
-    _checks.indices(_OP, "tokens", tokens, shape, logits.device)
-    mask = _checks.flags(_OP, "mask", mask, shape, logits.device)
-    scalar, per_token = check_temperature(_OP, temperature, logits)
-    check_ignore_index(_OP, ignore_index)
+    scoring = check_scoring(_OP, logits, tokens, mask, temperature, ignore_index)
     main = _checks.main(_OP, "logits[..., 0]", logits.detach()[..., 0], cu_seqlens)
     policy = check_policy(
-        _OP, main, old_logprobs, advantages, is_weights=is_weights,
-        advantage_moments=advantage_moments, ref_logprobs=ref_logprobs, cu_seqlens=cu_seqlens,
-        options=PPOOptions(
-            variant, clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef,
-            kl_estimator, kl_clamp, kl_ratio_clip, reduction, denom,
+        _OP,
+        main,
+        old_logprobs,
+        advantages,
+        is_weights=is_weights,
+        advantage_moments=advantage_moments,
+        ref_logprobs=ref_logprobs,
+        cu_seqlens=cu_seqlens,
+        options=LossOptions(
+            variant=variant,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            log_ratio_clamp=log_ratio_clamp,
+            entropy_coef=entropy_coef,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            kl_clamp=kl_clamp,
+            kl_ratio_clip=kl_ratio_clip,
+            reduction=reduction,
+            denom=denom,
         ),
-        has_entropy=True, n_grads=0,
-    )  # fmt: skip
-    keep = tokens != ignore_index
-    keep = keep if mask is None else keep & (mask != 0)
+        has_entropy=True,
+    )
+    s = scoring._replace(mask=kept(scoring))
     if _checks.DEBUG:
-        _checks.tokens_in_range(_OP, tokens, keep, logits.shape[-1])
+        _checks.tokens_in_range(_OP, tokens, kept(s), logits.shape[-1])
     name = _backend.select(_OP, backend, logits)
     if name == "reference":
         if inplace:
             raise ValueError(f"{_OP}: inplace must be False on 'reference', got True")
         return reference.logits_ppo_loss(
-            logits, tokens, policy.old_logprobs, policy.advantages, keep,
-            temperature=scalar if per_token is None else per_token, **policy.plain(_OP),
-        )  # fmt: skip
-    scoring = Scoring(tokens, keep, per_token, [ignore_index], [scalar], None, name)
+            logits, tokens, mask=s.mask, temperature=s.divisor(), **policy.for_reference(_OP)
+        )
     grads = 2 if n_grads(logits) else 0
     if grads and variant != "gspo" and logits.dtype != torch.float16:
-        loss, stats, logprobs, entropy = _LogitsPPOLoss.apply(logits, scoring, policy, inplace)
+        loss, stats, logprobs, entropy = _LogitsPPOLoss.apply(logits, s, policy, name, inplace)
     else:
-        loss, stats, logprobs, entropy = two_passes(logits, scoring, policy, grads, inplace)
+        loss, stats, logprobs, entropy = two_passes(logits, s, policy, name, grads, inplace)
     return HeadLoss(loss, Stats(stats), logprobs, entropy)

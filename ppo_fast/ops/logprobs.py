@@ -2,84 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
+from ppo_fast._boundary import calls
+from ppo_fast._boundary.options import Scoring, Softmax
+from ppo_fast._boundary.schema import compute_dtype
 from ppo_fast._results import TokenLogProbs
-from ppo_fast._schema import HANDLES, compute_dtype
 from ppo_fast.ops.backward import once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.shards import Shard, Softmax, shard_of
+from ppo_fast.ops.shards import Shard, shard_of
 
 _OP = "token_logprobs"
 
 
-class Scoring(NamedTuple):
-    """The checked arguments but the logits; with a shard, `mask` leaves ignored tokens out."""
-
-    tokens: Tensor
-    mask: Tensor | None
-    heat: Tensor | None
-    codes: list[int]
-    params: list[float]
-    shard: Shard | None
-    backend: str
-
-
-def _softmax(logits: Tensor, s: Scoring) -> Softmax:
-    tokens = s.tokens if s.shard is None else s.shard.local(s.tokens)
-    part = Softmax(*HANDLES["logprobs_fwd"][s.backend](logits, tokens, *s[1:5]))
-    if s.shard is None:
-        return part
-    return s.shard.merge(part, logits, _heat(s), s.tokens, s.mask)
-
-
-def _heat(s: Scoring) -> Tensor | float:
-    return s.params[0] if s.heat is None else s.heat
+def _softmax(logits: Tensor, s: Scoring, shard: Shard | None, backend: str) -> Softmax:
+    if shard is None:
+        return calls.logprobs_fwd(backend, logits, s)
+    return shard.merge(calls.logprobs_fwd(backend, logits, shard.of_share(s)), logits, s)
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """Saves three numbers per row; the backward reads the logits once more."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, scoring: Scoring, inplace: bool) -> Any:
-        part = _softmax(logits, scoring)
-        ctx.save_for_backward(logits, *saveable(*scoring[:3]), *part)
-        ctx.scoring, ctx.inplace = scoring, inplace
+    def forward(
+        ctx: Any, logits: Tensor, s: Scoring, shard: Shard | None, backend: str, inplace: bool
+    ) -> Any:
+        softmax = _softmax(logits, s, shard, backend)
+        constants = saveable(s.tokens, s.mask, s.temperature_tensor)
+        ctx.save_for_backward(logits, *constants, *softmax)
+        ctx.scoring, ctx.shard, ctx.backend, ctx.inplace = s, shard, backend, inplace
         ctx.set_materialize_grads(False)
-        return part.logprobs, part.entropy
+        return softmax.logprobs, softmax.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None
-        logits, tokens, mask, heat, *numbers = ctx.saved_tensors
-        s: Scoring = ctx.scoring._replace(tokens=tokens, mask=mask, heat=heat)
-        part = Softmax(*numbers)
+            return None, None, None, None, None
+        logits, tokens, mask, temperature, *numbers = ctx.saved_tensors
+        s: Scoring = ctx.scoring._replace(tokens=tokens, mask=mask, temperature_tensor=temperature)
+        softmax, shard = Softmax(*numbers), ctx.shard
 
-        def kernel(label: Tensor, g: Tensor | None) -> Tensor:
-            args = (g, grad_entropy, logits, label, s.mask, s.heat, *part[1:], *s[3:5])
+        def kernel(s: Scoring, grad_logprobs: Tensor | None) -> Tensor:
+            args = (ctx.backend, logits, s, softmax, grad_logprobs, grad_entropy)
             if not ctx.inplace:
-                return HANDLES["logprobs_bwd"][s.backend](*args)
-            HANDLES["logprobs_bwd_"][s.backend](*args)
+                return calls.logprobs_bwd(*args)
+            calls.logprobs_bwd_(*args)
             return logits.detach()
 
-        if s.shard is None:
-            dlogits = kernel(s.tokens, grad_logprobs)
+        if shard is None:
+            dlogits = kernel(s, grad_logprobs)
         else:
-            zero = torch.zeros_like(part.logprobs)
-            arrived = [zero if x is None else x for x in (grad_logprobs, grad_entropy)]
-            dlogits = s.shard.gradient(
-                kernel, logits.detach(), _heat(s), part, s.tokens, s.mask, *arrived
-            )
+            zero = torch.zeros_like(softmax.logprobs)
+            grads = [zero if x is None else x for x in (grad_logprobs, grad_entropy)]
+            dlogits = shard.gradient(kernel, logits.detach(), s, softmax, *grads)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
-        return dlogits, None, None
+        return dlogits, None, None, None, None
 
 
 @derivatives("logits")
@@ -122,38 +107,56 @@ def token_logprobs(
         ValueError: shape, device or range. TypeError: dtype. IndexError: see `tokens`.
         NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
-    check_logits(_OP, logits)
-    shape = logits.shape[:-1]
-    _checks.indices(_OP, "tokens", tokens, shape, logits.device)
-    mask = _checks.flags(_OP, "mask", mask, shape, logits.device)
-    scalar, per_token = check_temperature(_OP, temperature, logits)
-    check_ignore_index(_OP, ignore_index)
+    s = check_scoring(_OP, logits, tokens, mask, temperature, ignore_index)
     name = _backend.select(_OP, backend, logits)
     shard = shard_of(_OP, "logits", process_group, logits, -1, name)
-    if _checks.DEBUG or shard is not None:
-        keep = tokens != ignore_index
-        keep = keep if mask is None else keep & (mask != 0)
-        mask = mask if shard is None else keep
+    if shard is not None:  # every rank masks what is ignored, whoever holds its label
+        s = s._replace(mask=kept(s))
     if _checks.DEBUG:
         vocab = logits.shape[-1] if shard is None else shard.vocab
-        _checks.tokens_in_range(_OP, tokens, keep, vocab)
+        _checks.tokens_in_range(_OP, tokens, kept(s), vocab)
     if name == "reference":
         if inplace_backward:
             raise ValueError(f"{_OP}: inplace_backward must be False on 'reference', got True")
-        heat = scalar if per_token is None else per_token
         return reference.token_logprobs(
-            logits, tokens, temperature=heat, mask=mask, ignore_index=ignore_index
+            logits,
+            tokens,
+            temperature=s.divisor(),
+            mask=s.mask,
+            ignore_index=ignore_index,
         )
-    scoring = Scoring(tokens, mask, per_token, [ignore_index], [scalar], shard, name)
-    return TokenLogProbs(*score(logits, scoring, inplace_backward))
+    return TokenLogProbs(*score(logits, s, shard, name, inplace_backward))
 
 
-def score(logits: Tensor, scoring: Scoring, inplace_backward: bool) -> tuple[Tensor, Tensor]:
+def score(
+    logits: Tensor, s: Scoring, shard: Shard | None, backend: str, inplace_backward: bool
+) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of checked arguments, differentiable where the logits are."""
     if torch.is_grad_enabled() and logits.requires_grad:
-        out: tuple[Tensor, Tensor] = _TokenLogProbs.apply(logits, scoring, inplace_backward)
+        args = (logits, s, shard, backend, inplace_backward)
+        out: tuple[Tensor, Tensor] = _TokenLogProbs.apply(*args)
         return out
-    return _softmax(logits, scoring)[:2]
+    softmax = _softmax(logits, s, shard, backend)
+    return softmax.logprobs, softmax.entropy
+
+
+def kept(s: Scoring) -> Tensor:
+    """The tokens that are neither masked nor ignored, bool."""
+    keep = s.tokens != s.ignore_index
+    return keep if s.mask is None else keep & (s.mask != 0)
+
+
+def check_scoring(
+    op: str, logits: Tensor, tokens: Tensor, mask: Any, temperature: Any, ignore_index: Any
+) -> Scoring:
+    """The arguments other than the logits, or ValueError or TypeError."""
+    check_logits(op, logits)
+    shape = logits.shape[:-1]
+    _checks.indices(op, "tokens", tokens, shape, logits.device)
+    mask = _checks.flags(op, "mask", mask, shape, logits.device)
+    number, tensor = check_temperature(op, temperature, logits)
+    check_ignore_index(op, ignore_index)
+    return Scoring(tokens, mask, tensor, number, ignore_index)
 
 
 def check_logits(op: str, logits: Tensor) -> None:
@@ -185,10 +188,10 @@ def check_temperature(op: str, temperature: Any, main: Tensor) -> tuple[float, T
     if temperature.device != main.device:
         raise ValueError(f"{op}: temperature must be on {main.device}, got {temperature.device}")
     try:
-        heat = temperature.detach().expand(shape)
+        expanded = temperature.detach().expand(shape)
     except RuntimeError as error:
         raise ValueError(
             f"{op}: temperature must broadcast to {_checks.label(shape)},"
             f" got {tuple(temperature.shape)}"
         ) from error
-    return 1.0, heat.to(compute_dtype(main))
+    return 1.0, expanded.to(compute_dtype(main))

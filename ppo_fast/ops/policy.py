@@ -1,4 +1,4 @@
-"""What the policy losses share: their per-token arguments, checked once, and the op's call."""
+"""Validated arguments of a policy loss, and the call into its kernel."""
 
 from __future__ import annotations
 
@@ -8,80 +8,71 @@ import torch
 from torch import Tensor
 
 from ppo_fast import _checks
+from ppo_fast._boundary import calls
+from ppo_fast._boundary.options import PolicyOptions, TokenTensors
 from ppo_fast._results import Moments
-from ppo_fast._schema import HANDLES, REDUCTIONS
-from ppo_fast.ops.options import Packed, PPOOptions, log_ratio_bounds
-from ppo_fast.reference.common import Sequences, own_denom, token_weights
+from ppo_fast.ops.backward import detached
+from ppo_fast.ops.loss_options import LossOptions, log_ratio_bounds
+from ppo_fast.reference.common import SequenceMap, own_denom, token_weights
 
 
-class Policy(NamedTuple):
-    """A loss's per-token arguments but log-probabilities, mask and entropy; constants all."""
+class PolicyInputs(NamedTuple):
+    """A loss's arguments but log-probabilities, mask and entropy; constants all."""
 
-    old_logprobs: Tensor | None
-    advantages: Tensor
-    is_weights: Tensor | None
-    moments: Tensor | None
-    ref_logprobs: Tensor | None
+    per_token: TokenTensors
     cu_seqlens: Tensor | None
-    options: PPOOptions
-    packed: Packed
+    options: PolicyOptions
+    given: LossOptions
 
-    def call(
-        self, backend: str, logprobs: Tensor, mask: Tensor | None, entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(loss, stats, scale, grads) of `_schema.py`."""
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = HANDLES["ppo_loss"][backend](
+    def loss(
+        self,
+        backend: str,
+        logprobs: Tensor,
+        mask: Tensor | None,
+        entropy: Tensor | None,
+        n_grads: int,
+    ) -> calls.RawLoss:
+        """(loss, stats, scale, grads) of `n_grads` gradients."""
+        return calls.ppo_loss(
+            backend,
             logprobs,
-            self.old_logprobs,
-            self.advantages,
-            mask,
-            self.is_weights,
-            self.moments,
-            entropy,
-            self.ref_logprobs,
-            self.cu_seqlens,
-            *self.packed,
+            self.per_token,
+            self.options,
+            n_grads,
+            mask=mask,
+            entropy=entropy,
+            cu_seqlens=self.cu_seqlens,
         )
-        return result
 
-    def replace(self, *, n_grads: int, denom: Tensor | None = None) -> Policy:
-        """The same loss with other gradients and, where given, another divisor."""
-        packed = self.packed._replace(codes=[*self.packed.codes[:-1], n_grads])
-        if denom is not None:
-            packed = packed._replace(denom=denom)
-        return self._replace(packed=packed)
-
-    def per_token(self) -> Policy:
-        """The loss of flat tokens, each for itself: what its slopes are taken from."""
-        variant, estimator, straight, *_ = self.packed.codes
-        codes = [variant, estimator, straight, REDUCTIONS.index("token-sum"), 2]
-        params = [*self.packed.params[:-1], 0.0]
-        packed = self.packed._replace(denom=None, codes=codes, params=params)
-        return self._replace(packed=packed, cu_seqlens=None)
+    def divided_by(self, denom: Tensor) -> PolicyInputs:
+        """The same loss with another divisor, 0-d on the device."""
+        return self._replace(options=self.options._replace(denom_tensor=denom))
 
     def weights(self, rows: Tensor, counted: Tensor) -> Tensor:
         """w / D of every slot: w over the `rows` of the loss, D over those that are `counted`."""
-        reduction = self.options.reduction
-        wide = torch.float64 if self.advantages.dtype == torch.float64 else torch.float32
-        w = token_weights(Sequences(rows, self.cu_seqlens), reduction, wide)
+        reduction, dtype = self.given.reduction, self.per_token.advantages.dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        w = token_weights(SequenceMap(rows, self.cu_seqlens), reduction, wide)
         return _over(w, self.denom(counted))
 
     def denom(self, counted: Tensor) -> Tensor:
         """D, 0-d on the device; 1 for "token-sum"."""
-        given = self.options.denom
+        given, reduction = self.given.denom, self.given.reduction
         if given is not None:
             return torch.as_tensor(given, device=counted.device).detach()
-        own = own_denom(Sequences(counted, self.cu_seqlens), self.options.reduction)
-        return torch.ones_like(own) if self.options.reduction == "token-sum" else own
+        own = own_denom(SequenceMap(counted, self.cu_seqlens), reduction)
+        return torch.ones_like(own) if reduction == "token-sum" else own
 
-    def plain(self, op: str) -> dict[str, Any]:
-        """As the reference takes them, `advantages` and `old_logprobs` apart."""
-        named = self.options._asdict()
-        named["log_ratio_clamp"] = log_ratio_bounds(op, self.options.log_ratio_clamp)
-        return named | {
-            "is_weights": self.is_weights,
-            "advantage_moments": self.moments,
-            "ref_logprobs": self.ref_logprobs,
+    def for_reference(self, op: str) -> dict[str, Any]:
+        """Keyword arguments of the reference."""
+        x = self.per_token
+        return self.given._asdict() | {
+            "log_ratio_clamp": log_ratio_bounds(op, self.given.log_ratio_clamp),
+            "old_logprobs": x.old_logprobs,
+            "advantages": x.advantages,
+            "is_weights": x.is_weights,
+            "advantage_moments": x.moments,
+            "ref_logprobs": x.ref_logprobs,
             "cu_seqlens": self.cu_seqlens,
         }
 
@@ -103,13 +94,16 @@ def check_policy(
     advantage_moments: Any,
     ref_logprobs: Tensor | None,
     cu_seqlens: Tensor | None,
-    options: PPOOptions,
+    options: LossOptions,
     has_entropy: bool,
-    n_grads: int,
-) -> Policy:
+) -> PolicyInputs:
     """`main` sets shape, device and precision; raises ValueError or TypeError."""
     shape = main.shape
-    if _checks.tensor(op, "advantages", advantages).shape == (*shape[:-1], 1) and main.dim() == 2:
+    if (
+        _checks.tensor(op, "advantages", advantages).shape != shape
+        and main.dim() == 2
+        and advantages.shape == (shape[0], 1)
+    ):
         advantages = advantages.expand(shape)
     _checks.alike(
         op,
@@ -119,28 +113,21 @@ def check_policy(
         is_weights=is_weights,
         ref_logprobs=ref_logprobs,
     )
-    packed = options.pack(
+    checked = options.checked(
         op,
         main,
         cu_seqlens,
         has_ref=ref_logprobs is not None,
         has_entropy=has_entropy,
-        n_grads=n_grads,
     )
-    return Policy(
-        _constant(old_logprobs),
-        advantages.detach(),
-        _constant(is_weights),
-        _check_moments(op, advantage_moments, main),
-        _constant(ref_logprobs),
-        cu_seqlens,
-        options,
-        packed,
+    tensors = TokenTensors(
+        old_logprobs=detached(old_logprobs),
+        advantages=detached(advantages),
+        is_weights=detached(is_weights),
+        ref_logprobs=detached(ref_logprobs),
+        moments=_check_moments(op, advantage_moments, main),
     )
-
-
-def _constant(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
+    return PolicyInputs(tensors, cu_seqlens, checked, options)
 
 
 def _check_moments(op: str, moments: Any, main: Tensor) -> Tensor | None:

@@ -11,8 +11,8 @@ from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Loss, Moments, Stats
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.options import Bounds, Coefficient, PPOOptions
-from ppo_fast.ops.policy import Policy, check_policy
+from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions
+from ppo_fast.ops.policy import PolicyInputs, check_policy
 
 _OP = "ppo_loss"
 
@@ -26,10 +26,11 @@ class _PPOLoss(torch.autograd.Function):
         logprobs: Tensor,
         entropy: Tensor | None,
         mask: Tensor | None,
-        policy: Policy,
+        policy: PolicyInputs,
+        grads: int,
         backend: str,
     ) -> Any:
-        loss, stats, *saved = policy.call(backend, logprobs, mask, entropy)
+        loss, stats, *saved = policy.loss(backend, logprobs, mask, entropy, grads)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -39,12 +40,12 @@ class _PPOLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         scale, grads = ctx.saved_tensors
         by_logprobs, by_entropy, *_ = ctx.needs_input_grad
         grads = scaled(grads, grad * scale)
         by = grads[0] if by_logprobs else None, grads[1] if by_entropy else None
-        return *by, None, None, None
+        return *by, None, None, None, None
 
 
 @derivatives("logprobs", "entropy")
@@ -114,7 +115,6 @@ def ppo_loss(
     logprobs = _checks.main(_OP, "logprobs", logprobs, cu_seqlens)
     _checks.alike(_OP, logprobs, entropy=entropy)
     mask = _checks.flags(_OP, "mask", mask, logprobs.shape, logprobs.device)
-    grads = n_grads(logprobs, entropy)
     policy = check_policy(
         _OP,
         logprobs,
@@ -124,33 +124,28 @@ def ppo_loss(
         advantage_moments=advantage_moments,
         ref_logprobs=ref_logprobs,
         cu_seqlens=cu_seqlens,
-        options=PPOOptions(
-            variant,
-            clip_low,
-            clip_high,
-            dual_clip,
-            log_ratio_clamp,
-            entropy_coef,
-            kl_coef,
-            kl_estimator,
-            kl_clamp,
-            kl_ratio_clip,
-            reduction,
-            denom,
+        options=LossOptions(
+            variant=variant,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            log_ratio_clamp=log_ratio_clamp,
+            entropy_coef=entropy_coef,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            kl_clamp=kl_clamp,
+            kl_ratio_clip=kl_ratio_clip,
+            reduction=reduction,
+            denom=denom,
         ),
         has_entropy=entropy is not None,
-        n_grads=grads,
     )
     name = _backend.select(_OP, backend, logprobs)
     if name == "reference":
         return reference.ppo_loss(
-            logprobs,
-            policy.old_logprobs,
-            policy.advantages,
-            mask,
-            entropy=entropy,
-            **policy.plain(_OP),
+            logprobs, mask=mask, entropy=entropy, **policy.for_reference(_OP)
         )
+    grads = n_grads(logprobs, entropy)
     loss, stats = loss_and_stats(logprobs, entropy, mask, policy, grads, name)
     return Loss(loss, Stats(stats))
 
@@ -159,13 +154,14 @@ def loss_and_stats(
     logprobs: Tensor,
     entropy: Tensor | None,
     mask: Tensor | None,
-    policy: Policy,
+    policy: PolicyInputs,
     grads: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of checked arguments, with the `grads` gradients that `policy` was packed for."""
+    """The loss of checked arguments, differentiable by the first `grads` of its inputs."""
     if grads:
-        out: tuple[Tensor, Tensor] = _PPOLoss.apply(logprobs, entropy, mask, policy, backend)
+        args = (logprobs, entropy, mask, policy, grads, backend)
+        out: tuple[Tensor, Tensor] = _PPOLoss.apply(*args)
         return out
-    loss, stats, *_ = policy.call(backend, logprobs, mask, entropy)
+    loss, stats, *_ = policy.loss(backend, logprobs, mask, entropy, 0)
     return loss, stats

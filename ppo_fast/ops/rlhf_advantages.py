@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
+from ppo_fast._boundary import calls
+from ppo_fast._boundary.schema import MASKED, SCORE_AT
 from ppo_fast._results import Moments, RLHFAdvantages
-from ppo_fast._schema import HANDLES, MASKED, SCORE_AT
+from ppo_fast.ops.backward import detached
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.gae import n_sequences
-from ppo_fast.ops.options import Coefficient, detached, pack_estimator
+from ppo_fast.ops.loss_options import Coefficient, check_estimator, check_kl_clamp
 
 _OP = "rlhf_advantages"
 
@@ -62,49 +64,89 @@ def rlhf_advantages(
         NotImplementedError: a forward-mode tangent, as the op has no derivative.
     """
     logprobs = _checks.main(_OP, "logprobs", logprobs, cu_seqlens)
+    keep = _check_tokens(logprobs, ref_logprobs, values, mask, cu_seqlens)
+    place = _check_scores(logprobs, scores, score_at, bootstrap, cu_seqlens)
+    coef, coef_tensor = _checks.coefficient(_OP, "kl_coef", kl_coef, logprobs.device)
+    masked_code = _checks.choice(_OP, "masked", masked, MASKED)
+    estimator, _ = check_estimator(_OP, kl_estimator)
+    gamma = _checks.number(_OP, "gamma", gamma, 0.0, 1.0)
+    lam = _checks.number(_OP, "lam", lam, 0.0, 1.0)
+    clamp = check_kl_clamp(_OP, kl_clamp)
+    reward_min, reward_max = _reward_bounds(reward_clip)
+    name = _backend.select(_OP, backend, logprobs)
+    if name == "reference":
+        return reference.rlhf_advantages(
+            scores,
+            logprobs,
+            ref_logprobs,
+            values,
+            mask,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            kl_clamp=kl_clamp,
+            gamma=gamma,
+            lam=lam,
+            score_at=score_at,
+            masked=masked,
+            bootstrap=detached(bootstrap),
+            reward_clip=reward_clip,
+            cu_seqlens=cu_seqlens,
+        )
+    advantages, returns, rewards, kl, moments = calls.rlhf_advantages(
+        name,
+        scores,
+        logprobs,
+        ref_logprobs,
+        values,
+        keep,
+        kl_coef=coef,
+        kl_coef_tensor=coef_tensor,
+        estimator=estimator,
+        kl_clamp=clamp,
+        gamma=gamma,
+        lam=lam,
+        score_at=place,
+        masked=masked_code,
+        bootstrap=bootstrap,
+        reward_min=reward_min,
+        reward_max=reward_max,
+        cu_seqlens=cu_seqlens,
+    )
+    return RLHFAdvantages(advantages, returns, rewards, kl, Moments(moments))
+
+
+def _check_tokens(
+    logprobs: Tensor, ref_logprobs: Any, values: Any, mask: Any, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The mask, as bytes."""
     if logprobs.dim() == 1 and cu_seqlens is None:
         raise ValueError(
             f"{_OP}: cu_seqlens must be given for flat logprobs {tuple(logprobs.shape)}"
         )
-    for given, x in (("ref_logprobs", ref_logprobs), ("values", values), ("mask", mask)):
-        _checks.tensor(_OP, given, x)
+    for name, x in (("ref_logprobs", ref_logprobs), ("values", values), ("mask", mask)):
+        _checks.tensor(_OP, name, x)
     _checks.alike(_OP, logprobs, ref_logprobs=ref_logprobs, values=values)
-    keep = _checks.flags(_OP, "mask", mask, logprobs.shape, logprobs.device)
-    count = n_sequences(logprobs, cu_seqlens)
+    keep: Any = _checks.flags(_OP, "mask", mask, logprobs.shape, logprobs.device)
+    return keep
+
+
+def _check_scores(
+    logprobs: Tensor, scores: Any, score_at: str, bootstrap: Any, cu_seqlens: Tensor | None
+) -> int:
+    """The code of `score_at`."""
     place = _checks.choice(_OP, "score_at", score_at, SCORE_AT)
+    count = n_sequences(logprobs, cu_seqlens)
     if score_at == "per-token":
         _checks.alike(_OP, logprobs, scores=_checks.tensor(_OP, "scores", scores))
     else:
         _checks.sized(_OP, "scores", scores, logprobs, (count,), "(B,)")
     if bootstrap is not None:
         _checks.sized(_OP, "bootstrap", bootstrap, logprobs, (count,), "(B,)")
-    kl, kl_t = _checks.coefficient(_OP, "kl_coef", kl_coef, logprobs.device)
-    codes = [
-        _checks.choice(_OP, "masked", masked, MASKED),
-        pack_estimator(_OP, kl_estimator)[0],
-        place,
-    ]
-    params = [
-        _checks.number(_OP, "gamma", gamma, 0.0, 1.0),
-        _checks.number(_OP, "lam", lam, 0.0, 1.0),
-        kl,
-        math.inf if kl_clamp is None else _checks.number(_OP, "kl_clamp", kl_clamp, 0.0),
-        *_reward_bounds(reward_clip),
-    ]
-    name = _backend.select(_OP, backend, logprobs)
-    if name == "reference":
-        return reference.rlhf_advantages(
-            scores, logprobs, ref_logprobs, values, mask, kl_coef=kl_coef, kl_clamp=kl_clamp,
-            kl_estimator=kl_estimator, gamma=gamma, lam=lam, score_at=score_at, masked=masked,
-            bootstrap=detached(bootstrap), reward_clip=reward_clip, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
-    adv, returns, rewards, kl_out, moments = HANDLES["rlhf_advantages"][name](
-        scores, logprobs, ref_logprobs, values, keep, bootstrap, cu_seqlens, kl_t, codes, params
-    )
-    return RLHFAdvantages(adv, returns, rewards, kl_out, Moments(moments))
+    return place
 
 
 def _reward_bounds(clip: Any) -> tuple[float, float]:
+    """(low, high) of the scores, infinite where absent."""
     if clip is None:
         return -math.inf, math.inf
     if not isinstance(clip, tuple) or len(clip) != 2:

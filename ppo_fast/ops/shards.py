@@ -1,4 +1,4 @@
-"""A vocabulary split over ranks: merging what each rank knows of a row's softmax.
+"""A vocabulary split over ranks: the merge of each rank's share of a row's softmax.
 
 Every rank holds an equal share of the weight's rows, in rank order, and all tokens. Per token four
 numbers travel: the share's maximum m, Σ e^(z−m), Σ (z−m) e^(z−m), and the token's own logit on
@@ -8,20 +8,12 @@ the rank that holds it. They are merged in rank order, so every rank has the sam
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-class Softmax(NamedTuple):
-    """What a row's log-probability, entropy and gradient are made of, each (R,)."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    row_max: Tensor
-    log_sum: Tensor
+from ppo_fast._boundary.options import Scoring, Softmax
 
 
 class Shard:
@@ -32,19 +24,22 @@ class Shard:
         self.first = dist.get_rank(group) * size
         self.vocab = dist.get_world_size(group) * size
 
-    def here(self, tokens: Tensor) -> Tensor:
-        """Whether each token's logit is on this rank."""
+    def holds(self, tokens: Tensor) -> Tensor:
+        """True for tokens whose logit is on this rank."""
         return (tokens >= self.first) & (tokens < self.first + self.size)
 
     def local(self, tokens: Tensor) -> Tensor:
         """Each token's row here, 0 where it is elsewhere."""
-        return torch.where(self.here(tokens), tokens - self.first, torch.zeros_like(tokens))
+        return torch.where(self.holds(tokens), tokens - self.first, torch.zeros_like(tokens))
 
-    def merge(
-        self, part: Softmax, z: Tensor, heat: Tensor | float, tokens: Tensor, keep: Tensor | None
-    ) -> Softmax:
+    def of_share(self, s: Scoring) -> Scoring:
+        """The same tokens by their rows here."""
+        return s._replace(tokens=self.local(s.tokens))
+
+    def merge(self, part: Softmax, z: Tensor, s: Scoring) -> Softmax:
         """The whole vocabulary's softmax, from this share's and its logits z (..., V)."""
-        own = _at(z, self.local(tokens)) / heat
+        tokens, keep = s.tokens, s.mask
+        own = _at(z, self.local(tokens)) / s.divisor()
         # A share of −inf alone has no weight; alone it is no distribution, hence its NaN.
         dead = z.amax(-1).isneginf()
         zero = torch.zeros_like(part.row_max)
@@ -54,7 +49,7 @@ class Shard:
                 torch.where(dead, zero - float("inf"), part.row_max),
                 total,
                 torch.where(dead, zero, (part.log_sum - part.entropy) * total),
-                torch.where(self.here(tokens), own, zero),
+                torch.where(self.holds(tokens), own, zero),
             ]
         )
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
@@ -82,28 +77,27 @@ class Shard:
 
     def gradient(
         self,
-        kernel: Callable[[Tensor, Tensor], Tensor],
+        kernel: Callable[[Scoring, Tensor], Tensor],
         z: Tensor,
-        heat: Tensor | float,
+        s: Scoring,
         part: Softmax,
-        tokens: Tensor,
-        keep: Tensor | None,
         g: Tensor,
         h: Tensor,
     ) -> Tensor:
-        """dz from `kernel(label, grad_logprobs)`, which may write it over z.
+        """dz of Σ g·logprobs + h·entropy, from `kernel(s, g)`, which may write it over z.
 
         A kernel wants a label in every row. Where the token is elsewhere it gets the likeliest
         column of this share, whose gradient, that of any other column, is then put in its place.
         """
+        tokens, keep, temperature = s.tokens, s.mask, s.divisor()
         # A label of probability 0 passes no gradient, on whatever rank it is.
         g = torch.where(part.logprobs.isneginf(), torch.zeros_like(g), g)
-        stays = self.here(tokens) if keep is None else self.here(tokens) | ~keep
-        label = torch.where(self.here(tokens), self.local(tokens), z.argmax(-1).to(tokens.dtype))
-        ln_p = _at(z, label) / heat - part.row_max - part.log_sum
+        stays = self.holds(tokens) if keep is None else self.holds(tokens) | ~keep
+        label = torch.where(self.holds(tokens), self.local(tokens), z.argmax(-1).to(tokens.dtype))
+        ln_p = _at(z, label) / temperature - part.row_max - part.log_sum
         p = ln_p.exp()
-        slope = torch.where(p == 0, p, -p * (g + h * (ln_p + part.entropy)) / heat)
-        dz = kernel(label, g)
+        slope = torch.where(p == 0, p, -p * (g + h * (ln_p + part.entropy)) / temperature)
+        dz = kernel(s._replace(tokens=label), g)
         there = torch.where(stays, _at(dz, label), slope.to(dz.dtype))
         return dz.scatter_(-1, label.long()[..., None], there[..., None])
 

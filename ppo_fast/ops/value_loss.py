@@ -8,21 +8,27 @@ import torch
 from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
+from ppo_fast._boundary import calls
+from ppo_fast._boundary.options import ValueOptions
+from ppo_fast._boundary.schema import FORMS
 from ppo_fast._results import Loss, Stats
-from ppo_fast._schema import FORMS, HANDLES
-from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
+from ppo_fast.ops.backward import detached, n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.options import Coefficient, detached, pack_denom, pack_reduction
+from ppo_fast.ops.loss_options import Coefficient, check_denom, check_reduction
 
 _OP = "value_loss"
+
+
+# A value loss's validated arguments after the values, in the order of `calls.value_loss`.
+_Inputs = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, ValueOptions]
 
 
 class _ValueLoss(torch.autograd.Function):
     """The gradient is formed in the forward; the backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, args: tuple[Any, ...], backend: str) -> Any:
-        loss, stats, *saved = HANDLES["value_loss"][backend](values, *args)
+    def forward(ctx: Any, values: Tensor, given: _Inputs, backend: str) -> Any:
+        loss, stats, *saved = calls.value_loss(backend, values, *given, n_grads=1)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -80,15 +86,15 @@ def value_loss(
     if (old_values is None) != (clip is None):
         got = "None" if old_values is None else "a tensor"
         raise ValueError(f"{_OP}: old_values must be None if and only if clip is, got {got}")
-    divisor, divisor_t = pack_denom(_OP, denom, values)
-    grads = n_grads(values)
-    codes = [
-        0 if clip is None else form_code,
-        pack_reduction(_OP, reduction, denom, values, cu_seqlens),
-        grads,
-    ]
-    width = 0.0 if clip is None else _checks.number(_OP, "clip", clip, 0.0)
-    params = [width, _checks.number(_OP, "scale", scale, 0.0), divisor]
+    divisor, divisor_tensor = check_denom(_OP, denom, values)
+    options = ValueOptions(
+        form=0 if clip is None else form_code,
+        reduction=check_reduction(_OP, reduction, denom, values, cu_seqlens),
+        clip=0.0 if clip is None else _checks.number(_OP, "clip", clip, 0.0),
+        scale=_checks.number(_OP, "scale", scale, 0.0),
+        denom=divisor,
+        denom_tensor=divisor_tensor,
+    )
     name = _backend.select(_OP, backend, values)
     if name == "reference":
         return reference.value_loss(
@@ -103,9 +109,9 @@ def value_loss(
             denom=denom,
             cu_seqlens=cu_seqlens,
         )
-    args = (old_values, returns, mask, cu_seqlens, divisor_t, codes, params)
-    if grads:
-        loss, stats = _ValueLoss.apply(values, args, name)
+    given: _Inputs = (old_values, returns, mask, cu_seqlens, options)
+    if n_grads(values):
+        loss, stats = _ValueLoss.apply(values, given, name)
     else:
-        loss, stats, *_ = HANDLES["value_loss"][name](values, *args)
+        loss, stats, *_ = calls.value_loss(name, values, *given, n_grads=0)
     return Loss(loss, Stats(stats))

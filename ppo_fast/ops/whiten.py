@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
+from ppo_fast._boundary import calls
 from ppo_fast._results import Moments
-from ppo_fast._schema import HANDLES
 from ppo_fast.ops.forward_mode import derivatives
 
 _OP = "whiten"
@@ -48,14 +48,14 @@ def whiten(
     """
     x = _checks.main(_OP, "x", x).detach()
     mask = _checks.flags(_OP, "mask", mask, x.shape, x.device)
-    code = _checks.choice(_OP, "eps_at", eps_at, _EPS_AT)
+    eps_at_std = _checks.choice(_OP, "eps_at", eps_at, _EPS_AT)
     eps = _checks.number(_OP, "eps", eps, 0.0)
     name = _backend.select(_OP, backend, x)
     if moments is None:
         if name == "reference":
             moments = reference.moments(x, mask)
         else:
-            moments = Moments(HANDLES["moments"][name](x, mask))
+            moments = Moments(calls.moments(name, x, mask))
     elif not isinstance(moments, Moments):
         raise TypeError(f"{_OP}: moments must be Moments, got {type(moments).__name__}")
     if process_group is not None:
@@ -64,5 +64,13 @@ def whiten(
         return reference.whiten(
             x, mask, moments, shift_mean=shift_mean, unbiased=unbiased, eps=eps, eps_at=eps_at
         )
-    codes = [int(shift_mean), int(unbiased), code]
-    return HANDLES["whiten"][name](x, mask, moments.values, codes, [eps])
+    return calls.whiten(
+        name,
+        x,
+        mask,
+        moments.values,
+        shift_mean=shift_mean,
+        unbiased=unbiased,
+        eps=eps,
+        eps_at_std=eps_at_std,
+    )

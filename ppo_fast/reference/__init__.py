@@ -1,4 +1,4 @@
-"""The law: every op in pure PyTorch, short, differentiable by autograd, exact in fp64.
+"""Reference of every op in pure PyTorch: short, differentiable by autograd, exact in fp64.
 
 A kernel that disagrees with these functions is wrong. They take what `ops/` has checked and
 return the public result tuples; they favour clarity over memory and speed.

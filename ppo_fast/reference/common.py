@@ -1,4 +1,4 @@
-"""What the reference ops share: precision, masks, sequences and reductions."""
+"""Parts that the reference ops share: precision, masks, sequences and reductions."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def select(keep: Tensor, x: Tensor, other: float = 0.0) -> Tensor:
     )
 
 
-class Sequences:
-    """Which sequence each slot belongs to: the rows of `(B, T)`, or the segments of `(N,)`."""
+class SequenceMap:
+    """Each slot's sequence: its row of `(B, T)`, or its segment of `(N,)`."""
 
     def __init__(self, keep: Tensor, cu_seqlens: Tensor | None) -> None:
         if keep.dim() == 2:
@@ -54,7 +54,7 @@ class Sequences:
         return per_sequence[self.index]
 
 
-def token_weights(seqs: Sequences, reduction: str, dtype: torch.dtype) -> Tensor:
+def token_weights(seqs: SequenceMap, reduction: str, dtype: torch.dtype) -> Tensor:
     """w of every slot; 0 where masked."""
     weights = seqs.keep.to(dtype)
     if reduction == "seq-mean-token-mean":
@@ -62,7 +62,7 @@ def token_weights(seqs: Sequences, reduction: str, dtype: torch.dtype) -> Tensor
     return weights
 
 
-def own_denom(seqs: Sequences, reduction: str) -> Tensor:
+def own_denom(seqs: SequenceMap, reduction: str) -> Tensor:
     """The reduction's own D; 0 for "token-sum"."""
     live = (seqs.tokens > 0).sum()
     return {
@@ -73,7 +73,7 @@ def own_denom(seqs: Sequences, reduction: str) -> Tensor:
 
 
 def reduce_loss(
-    terms: Tensor, seqs: Sequences, reduction: str, denom: float | Tensor | None
+    terms: Tensor, seqs: SequenceMap, reduction: str, denom: float | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ w·l / D: the 0-d loss, the weights w, and the reduction's own D (0 for "token-sum").
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppo_fast._results import Loss
 from ppo_fast.reference.common import (
-    Sequences,
+    SequenceMap,
     clamp,
     compute,
     keep_of,
@@ -55,7 +55,7 @@ def ppo_loss(
 ) -> Loss:
     """Σ w·(policy + kl_coef·kl − entropy_coef·entropy) / D over the unmasked tokens."""
     keep = keep_of(logprobs, mask)
-    seqs = Sequences(keep, cu_seqlens)
+    seqs = SequenceMap(keep, cu_seqlens)
     new = select(keep, logprobs)
     old = new.detach() if old_logprobs is None else select(keep, old_logprobs)
     ref = None if ref_logprobs is None else select(keep, ref_logprobs)
@@ -115,7 +115,7 @@ def _surrogate(
     adv: Tensor,
     clip: tuple[float, float],
     dual_clip: float | None,
-    seqs: Sequences,
+    seqs: SequenceMap,
     kl_coef: float | Tensor,
     linear: Tensor | None,
 ) -> Surrogate:

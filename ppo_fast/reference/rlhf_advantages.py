@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast._results import RLHFAdvantages
-from ppo_fast.reference.common import Sequences, keep_of, kl_terms, select
+from ppo_fast.reference.common import SequenceMap, keep_of, kl_terms, select
 from ppo_fast.reference.gae import gae
 from ppo_fast.reference.whiten import moments as moments_of
 
@@ -62,11 +62,11 @@ def rlhf_advantages(
 def _score_slots(
     keep: Tensor, scores: Tensor, cu_seqlens: Tensor | None, score_at: str
 ) -> tuple[Tensor, Tensor]:
-    """Where each sequence's score stands, and the score spread over its slots.
+    """Slot of each sequence's score, and the score spread over the sequence's slots.
 
     "first-pad" is TRL's placement: one slot after the last kept one, if the sequence has it.
     """
-    seqs = Sequences(keep, cu_seqlens)
+    seqs = SequenceMap(keep, cu_seqlens)
     size = keep.shape[-1]
     position = torch.arange(size, device=keep.device).expand(keep.shape)
     index = seqs.index.reshape(-1)

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: input factories, fp64 error budgets, poisoned allocations.
+"""Equipment of tests and benchmarks: input factories, fp64 error budgets, poisoned allocations.
 
 An op call is data (`Call`), so one test can run every op: promote it to fp64, put its tensors in
 another layout, fill its masked slots with garbage, take some of its rows.

@@ -1,4 +1,4 @@
-"""How far a kernel may be from the fp64 reference on the same rounded inputs: derived, not tuned.
+"""Error budget of a kernel against fp64 on the same rounded inputs: derived, not tuned.
 
     |actual − exact| ≤ 2·max|eager − exact| + ops·eps·condition + store·eps_out·|exact|
 

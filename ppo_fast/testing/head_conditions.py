@@ -11,10 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.reference.common import Sequences, keep_of, own_denom
+from ppo_fast.reference.common import SequenceMap, keep_of, own_denom
 from ppo_fast.reference.linear_logprobs import rows_of
 from ppo_fast.testing.calls import Call, run
-from ppo_fast.testing.loss_conditions import Conditions, Softmax, finite, heat_of, ppo_condition
+from ppo_fast.testing.loss_conditions import (
+    Conditions,
+    Softmax,
+    finite,
+    ppo_condition,
+    temperature_of,
+)
 
 
 class Logits(NamedTuple):
@@ -67,20 +73,22 @@ def _logits(call: Call, keep: Tensor) -> Logits:
     return Logits(cap * u, cap * off, bend, 2 * u.abs() * off + 1)
 
 
-def _upward(rows: Softmax, logits: Logits, heat: Tensor, up: Upstream) -> tuple[Tensor, Tensor]:
+def _upward(
+    rows: Softmax, logits: Logits, temperature: Tensor, up: Upstream
+) -> tuple[Tensor, Tensor]:
     """The gradient by the uncapped logits, and what rounds it."""
     # No gradient flows through a label of probability 0.
     g = torch.where(((rows.hit > 0) & logits.z.isneginf()).any(-1), 0.0, up.g)
     gh = (up.g_error + torch.zeros_like(g), up.h_error + torch.zeros_like(g))
     direct, of_entropy = rows.hit - rows.p, rows.p * rows.slope
-    dz = (g[..., None] * direct - up.h[..., None] * of_entropy) / heat
+    dz = (g[..., None] * direct - up.h[..., None] * of_entropy) / temperature
     error = rows.gradient(g, up.h)
     error = error + gh[0][..., None] * direct.abs() + gh[1][..., None] * of_entropy.abs()
     # A probability below the smallest normal number may be 0, whatever it is multiplied by later.
     info = torch.finfo(torch.float32)
     flushed = info.smallest_normal / info.eps
     error = error + flushed * (g.abs()[..., None] + (up.h[..., None] * rows.slope).abs())
-    return dz * logits.bend, error / heat * logits.bend + dz.abs() * logits.bend_error
+    return dz * logits.bend, error / temperature * logits.bend + dz.abs() * logits.bend_error
 
 
 def _gradients(
@@ -110,13 +118,13 @@ def linear_logprobs_condition(
     call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
 ) -> Conditions:
     """Of the product, the softcap and the softmax, and of the two products of the backward."""
-    logits, heat = _logits(call, _kept(call)), heat_of(call)
-    rows = Softmax(logits.z / heat, call.tensors["tokens"], logits.error / heat)
+    logits, temperature = _logits(call, _kept(call)), temperature_of(call)
+    rows = Softmax(logits.z / temperature, call.tensors["tokens"], logits.error / temperature)
     out = rows.outputs()
     if call.cotangents:
         live = rows_of(call.tensors["tokens"], _kept(call), call.tensors.get("row_index"))
         g, h = (torch.where(live, call.cotangents[k], 0.0) for k in ("logprobs", "entropy"))
-        out |= _gradients(call, *_upward(rows, logits, heat, Upstream(g, h)), eps, narrow)
+        out |= _gradients(call, *_upward(rows, logits, temperature, Upstream(g, h)), eps, narrow)
     return out
 
 
@@ -124,8 +132,8 @@ def head_loss_condition(
     call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
 ) -> Conditions:
     """Of the softmax, of the loss of what comes out of it, and back."""
-    logits, heat = _logits(call, _kept(call)), heat_of(call)
-    rows = Softmax(logits.z / heat, call.tensors["tokens"], logits.error / heat)
+    logits, temperature = _logits(call, _kept(call)), temperature_of(call)
+    rows = Softmax(logits.z / temperature, call.tensors["tokens"], logits.error / temperature)
     loss = _loss_of(call, exact)
     result = run(loss, "reference")
     # Their 8·eps in units of the loss's 4·eps.
@@ -137,7 +145,7 @@ def head_loss_condition(
             out.pop("grad_logprobs")[1] / 2,
             out.pop("grad_entropy")[1] / 2,
         )
-        out |= _gradients(call, *_upward(rows, logits, heat, up), eps, narrow)
+        out |= _gradients(call, *_upward(rows, logits, temperature, up), eps, narrow)
     return out | rows.outputs()
 
 
@@ -151,6 +159,6 @@ def _loss_of(call: Call, exact: dict[str, Tensor]) -> Call:
     tensors = {k: t[k] for k in taken if k in t} | {k: exact[k] for k in ("logprobs", "entropy")}
     tensors["mask"] = rows_of(t["tokens"], counted, index)
     if index is not None and options.get("denom") is None and options["reduction"] != "token-sum":
-        seqs = Sequences(counted, t.get("cu_seqlens"))
+        seqs = SequenceMap(counted, t.get("cu_seqlens"))
         options["denom"] = own_denom(seqs, options["reduction"]).double()
     return Call("ppo_loss", tensors, options, call.cotangents)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast._results import STATS_FIELDS
-from ppo_fast.reference.common import Sequences, keep_of, whitening
+from ppo_fast.reference.common import SequenceMap, keep_of, whitening
 from ppo_fast.testing.calls import Call
 
 EPS64 = torch.finfo(torch.float64).eps
@@ -25,7 +25,7 @@ def finite(x: Tensor) -> Tensor:
 
 
 class Softmax:
-    """Rows z (..., V), heat included, whose own roundings are `given`, and what those reach.
+    """Rows z (..., V), divided by the temperature, whose own roundings are `given`.
 
     κ_j: what rounds z_j and z_j − max; it reaches ln Σ weighted by p_j.
     """
@@ -64,23 +64,23 @@ class Softmax:
         return finite(grad + h * self.p * bent)
 
 
-def heat_of(call: Call) -> Tensor:
+def temperature_of(call: Call) -> Tensor:
     """The temperature of every token, (..., 1)."""
-    heat = call.tensors.get(
+    temperature = call.tensors.get(
         "temperature",
         torch.tensor(call.options.get("temperature", 1.0), device=call.tensors["tokens"].device),
     )
-    return heat.double().expand(call.tensors["tokens"].shape)[..., None]
+    return temperature.double().expand(call.tensors["tokens"].shape)[..., None]
 
 
 def logprobs_condition(call: Call, exact: dict[str, Tensor], eps: float) -> Conditions:
     """Those of the softmax; the gradient is divided by the temperature."""
-    heat = heat_of(call)
-    rows = Softmax(call.tensors["logits"] / heat, call.tensors["tokens"])
+    temperature = temperature_of(call)
+    rows = Softmax(call.tensors["logits"] / temperature, call.tensors["tokens"])
     out = rows.outputs()
     if "grad_logits" in exact:
         grad = rows.gradient(call.cotangents["logprobs"], call.cotangents["entropy"])
-        out["grad_logits"] = (8, grad / heat, False)
+        out["grad_logits"] = (8, grad / temperature, False)
     return out
 
 
@@ -106,7 +106,7 @@ def kl_term(
 
 
 def _policy(
-    call: Call, adv: Tensor, seqs: Sequences, relative: Tensor, ratio: Tensor, wobble: Tensor
+    call: Call, adv: Tensor, seqs: SequenceMap, relative: Tensor, ratio: Tensor, wobble: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Conditions of the policy term and of its derivative."""
     t, o = call.tensors, call.options
@@ -123,7 +123,7 @@ def _policy(
     return slope + adv.abs() * (o.get("dual_clip") or 0.0), slope
 
 
-def seqs_value(x: Tensor, seqs: Sequences) -> Tensor:
+def seqs_value(x: Tensor, seqs: SequenceMap) -> Tensor:
     """x where kept, 0 elsewhere."""
     return torch.where(seqs.keep, x, torch.zeros_like(x))
 
@@ -140,7 +140,7 @@ def ppo_condition(
     """
     t, o = call.tensors, call.options
     new = t["logprobs"]
-    seqs = Sequences(keep_of(new, t.get("mask")), t.get("cu_seqlens"))
+    seqs = SequenceMap(keep_of(new, t.get("mask")), t.get("cu_seqlens"))
     off, off_entropy = (seqs_value(x + torch.zeros_like(new), seqs) for x in wobble)
     d, ratio, relative = _ratio(call, seqs, off)
     adv = seqs_value(t["advantages"].expand_as(new), seqs)
@@ -177,7 +177,7 @@ def ppo_condition(
     }
 
 
-def _ratio(call: Call, seqs: Sequences, wobble: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _ratio(call: Call, seqs: SequenceMap, wobble: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The clamped log-ratio, the variant's ratio, and the roundings of that ratio."""
     new, bounds = call.tensors["logprobs"], call.options.get("log_ratio_clamp", 20.0)
     if not isinstance(bounds, tuple):
@@ -193,7 +193,7 @@ def _ratio(call: Call, seqs: Sequences, wobble: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _kl_of(
-    call: Call, d: Tensor, seqs: Sequences, ratio: Tensor, wobble: Tensor
+    call: Call, d: Tensor, seqs: SequenceMap, ratio: Tensor, wobble: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Conditions of the call's KL term; zeros without one."""
     t, o = call.tensors, call.options
@@ -226,7 +226,7 @@ def value_condition(call: Call, exact: dict[str, Tensor], eps: float) -> Conditi
     """e = v − R squared; the clipped value rounds by the size of its bound."""
     t, o = call.tensors, call.options
     values = t["values"]
-    seqs = Sequences(keep_of(values, t.get("mask")), t.get("cu_seqlens"))
+    seqs = SequenceMap(keep_of(values, t.get("mask")), t.get("cu_seqlens"))
     err, scale = (values - t["returns"]).abs(), o.get("scale", 0.5)
     size, slope = 3 * err**2, 2 * err
     old = t.get("old_values", values)

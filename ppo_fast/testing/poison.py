@@ -1,4 +1,4 @@
-"""Fresh memory that shows: an output that a kernel leaves unwritten is NaN."""
+"""Poisoned allocations: an output that a kernel leaves unwritten is NaN."""
 
 from __future__ import annotations
 

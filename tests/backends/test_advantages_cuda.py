@@ -14,7 +14,8 @@ from conftest import usable
 from torch import Tensor
 
 from ppo_fast import testing
-from ppo_fast._schema import HANDLES
+from ppo_fast._boundary import calls
+from ppo_fast._boundary.options import Lambda
 from ppo_fast.testing import Call, gae_call, rlhf_call, run, same_bits
 
 LENGTH = 9000  # nine chunks: alone, each has a block of its own
@@ -146,34 +147,40 @@ def of_offsets(op: str, n: int, ends: list[int], device: str) -> tuple[Tensor, .
         (n,), mask="random", packed=True, device=device
     )
     t, cu = call.tensors, torch.tensor(ends, device=device)
-    kernel = HANDLES[op]["cuda"]
     if op == "gae":
-        absent = [None] * 4
-        return kernel(
+        lam = Lambda(0.95, None, 0)
+        return calls.gae(
+            "cuda",
             t["rewards"],
             t["values"],
-            t["mask"],
-            None,
-            None,
-            None,
-            None,
-            cu,
-            *absent,
-            [0, 0, 0, 0],
-            [0.99, 0.95, 0.95],
+            gamma=0.99,
+            lam_adv=lam,
+            lam_ret=lam,
+            mask=t["mask"],
+            masked=0,
+            cu_seqlens=cu,
+            time_major=False,
+            **dict.fromkeys(("next_values", "bootstrap", "terminated", "truncated", "rho", "c")),
         )
-    scores = torch.ones(len(ends) - 1, device=device)
-    return kernel(
-        scores,
+    return calls.rlhf_advantages(
+        "cuda",
+        torch.ones(len(ends) - 1, device=device),
         t["logprobs"],
         t["ref_logprobs"],
         t["values"],
         t["mask"],
-        None,
-        cu,
-        None,
-        [0, 0, 0],
-        [0.99, 0.95, 0.2, math.inf, -math.inf, math.inf],
+        kl_coef=0.2,
+        kl_coef_tensor=None,
+        estimator=0,
+        kl_clamp=math.inf,
+        gamma=0.99,
+        lam=0.95,
+        score_at=0,
+        masked=0,
+        bootstrap=None,
+        reward_min=-math.inf,
+        reward_max=math.inf,
+        cu_seqlens=cu,
     )
 
 

@@ -16,7 +16,8 @@ import launches
 import pytest
 import torch
 
-from ppo_fast import _results, _schema
+from ppo_fast import _results
+from ppo_fast._boundary import schema
 
 KERNELS = aot.ROOT / "kernels"
 TABLES = aot.ROOT / "tests/aot"
@@ -80,12 +81,12 @@ def test_codes_are_the_schema_s() -> None:
     from ppo_fast.kernels import options
 
     tuples = {
-        "VARIANT": _schema.VARIANTS,
-        "ESTIMATOR": _schema.ESTIMATORS,
-        "REDUCTION": _schema.REDUCTIONS,
-        "FORM": _schema.FORMS,
-        "MASKED": _schema.MASKED,
-        "SCORE_AT": _schema.SCORE_AT,
+        "VARIANT": schema.VARIANTS,
+        "ESTIMATOR": schema.ESTIMATORS,
+        "REDUCTION": schema.REDUCTIONS,
+        "FORM": schema.FORMS,
+        "MASKED": schema.MASKED,
+        "SCORE_AT": schema.SCORE_AT,
     }
     want = {
         f"{prefix}_{name.upper().replace('-', '_')}": code

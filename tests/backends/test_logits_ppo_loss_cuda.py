@@ -18,7 +18,7 @@ from one_pass_helpers import Args, assert_same, fused, make, op
 from torch import Tensor
 
 from ppo_fast import testing
-from ppo_fast._schema import HANDLES
+from ppo_fast._boundary.schema import HANDLES
 from ppo_fast.testing import linear_ppo_call, same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

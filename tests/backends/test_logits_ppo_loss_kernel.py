@@ -10,11 +10,11 @@ import one_pass_helpers
 import pytest
 import torch
 from conftest import usable
-from one_pass_helpers import PARAMS, assert_same, composed, fused, make, op
+from one_pass_helpers import assert_same, composed, fused, make, op
 from test_aot import ptx_of
 from torch import Tensor
 
-from ppo_fast._schema import ESTIMATORS, VARIANTS
+from ppo_fast._boundary.schema import ESTIMATORS, VARIANTS
 from ppo_fast.testing import same_bits
 
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -64,22 +64,22 @@ def test_segments_merge_as_in_logprobs(device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "params",
+    "options",
     [
         {"dual_clip": 3.0},
         {"clip_low": 1.0, "clip_high": INF},
         {"kl_clamp": 0.05},
         {"kl_clamp": INF},
-        {"log_min": -0.1, "log_max": 0.05},
-        {"log_min": -INF, "log_max": INF},
+        {"log_ratio_min": -0.1, "log_ratio_max": 0.05},
+        {"log_ratio_min": -INF, "log_ratio_max": INF},
         {"temperature": 0.3},
         {"entropy_coef": 0.0, "kl_coef": 0.0},
         {"entropy_coef": -0.2, "kl_coef": -0.1},
     ],
     ids=str,
 )
-def test_numbers(device: str, params: dict[str, float]) -> None:
-    assert_same(make(device, without=("temperature",) * ("temperature" in params), **params))
+def test_numbers(device: str, options: dict[str, float]) -> None:
+    assert_same(make(device, without=("temperature",) * ("temperature" in options), **options))
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
@@ -150,7 +150,7 @@ def test_rows_that_do_not_count_are_never_read(device: str, ignore: int) -> None
     tokens = torch.where(args.tokens == ignore, 4, args.tokens)
     tokens[1] = ignore
     mask = torch.tensor([1, 1, 0, 1], dtype=torch.uint8, device=device)
-    args = args._replace(tokens=tokens, mask=mask, codes=[ignore, *args.codes[1:]])
+    args = args._replace(tokens=tokens, mask=mask, ignore_index=ignore)
     clean = assert_same(args)
     garbage = torch.tensor([NAN, INF], device=device)
     for name in (
@@ -180,8 +180,8 @@ def test_minus_infinity(device: str) -> None:
     assert logprobs[0] == -INF and bool(logprobs[1:].isfinite().all())
     assert bool(entropy.isfinite().all()) and bool(grad.isfinite().all())
     assert bool((grad[:, ::3] == 0).all()) and bool(grad[0].any())
-    params = list((PARAMS | {"entropy_coef": 0.0}).values())
-    assert not bool(fused(args._replace(params=params))[2][0].any())
+    silent = args._replace(options=args.options._replace(entropy_coef=0.0))
+    assert not bool(fused(silent)[2][0].any())
 
 
 @pytest.mark.parametrize("variant", PER_TOKEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from head_helpers import short_chunks
 
 import ppo_fast
-from ppo_fast import _schema, testing
+from ppo_fast import testing
+from ppo_fast._boundary import emit, schema
 
+ROOT = Path(__file__).parents[2]
 DOUBLE = torch.float64
-OVERLOADS = [(op, backend) for op in _schema.OPS for backend in _schema.backends_of(op)]
+OVERLOADS = [(op, backend) for op in schema.OPS for backend in schema.backends_of(op)]
 PPO = [1, 2, 1, 2, 2], [0.2, 0.3, 3.0, -20.0, 20.0, 0.01, 0.1, 10.0, 2.0, 0.0]
 
 
@@ -25,7 +28,7 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
 
     mask = torch.tensor([[1, 1, 0, 1, 0]] * 3, dtype=torch.uint8, device=device)
     tokens = torch.arange(15, device=device).view(3, 5) % 11
-    heat = x(3, 5).abs() + 0.5
+    temperature = x(3, 5).abs() + 0.5
     logits, logs, entropy, row_max = x(3, 5, 11), x(3, 5), x(3, 5).abs(), x(3, 5) + 5
     moments = torch.tensor([9.0, 0.1, 8.0], dtype=DOUBLE, device=device)
     back = (
@@ -34,7 +37,7 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
         logits,
         tokens,
         mask,
-        heat,
+        temperature,
         entropy,
         row_max,
         entropy + 1,
@@ -43,9 +46,9 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
     )
     none = None
     token = (logs - 3, x(3, 5), x(3, 5).abs(), moments, logs - 3.2, x(3, 5).abs(), none, none)
-    one_pass = (tokens, mask, heat, *token, [-100, 0, 2, 1], [1.0, *PPO[1][:-1]])
+    one_pass = (tokens, mask, temperature, *token, [-100, 0, 2, 1], [1.0, *PPO[1][:-1]])
     return {
-        "logprobs_fwd": (logits, tokens, mask, heat, [-100], [1.0]),
+        "logprobs_fwd": (logits, tokens, mask, temperature, [-100], [1.0]),
         "logprobs_bwd": back,
         "logprobs_bwd_": (*back[:2], logits.clone(), *back[3:]),
         "ppo_loss": (logs, logs + 0.1, x(3, 5), mask, x(3, 5).abs(), moments, entropy, logs - 0.2,
@@ -63,10 +66,25 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
     }  # fmt: skip
 
 
+def test_the_generated_codes_are_up_to_date() -> None:
+    assert emit.stale(ROOT) == [] and emit.main(["--check"]) == 0
+
+
+def test_codes_that_are_out_of_date_are_named_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, text in emit.emitted().items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text + "\n")
+    assert emit.main(["--check"], tmp_path) == 1
+    assert "csrc/options.h, kernels/options.py" in capsys.readouterr().err
+    assert emit.main([], tmp_path) == 0 and emit.stale(tmp_path) == []
+
+
 @pytest.mark.parametrize("op, kernel", OVERLOADS, indirect=["kernel"])
 def test_opcheck(kernel: str, device: str, op: str) -> None:
     """I1: the schema, autograd registration, fake tensors and dynamic shapes of every overload."""
-    results = torch.library.opcheck(_schema.HANDLES[op][kernel], boundary(device)[op])
+    results = torch.library.opcheck(schema.HANDLES[op][kernel], boundary(device)[op])
     assert set(results.values()) == {"SUCCESS"}, results
 
 
@@ -75,15 +93,16 @@ def test_opcheck(kernel: str, device: str, op: str) -> None:
 def test_outputs_are_contiguous_and_as_the_fake_says(
     kernel: str, device: str, op: str, rows: int
 ) -> None:
-    args = [
-        a[:rows] if isinstance(a, torch.Tensor) and a.dim() and a.shape[0] == 3 and op != "moments"
-        and a.dtype != DOUBLE else a
-        for a in boundary(device)[op]
-    ]  # fmt: skip
-    real = _schema.HANDLES[op][kernel](*args)
+    def cut(a: Any) -> Any:
+        """The first rows of a tensor that has a row per sequence."""
+        whole = not isinstance(a, torch.Tensor) or a.dtype == DOUBLE or op == "moments"
+        return a if whole or a.shape[:1] != (3,) else a[:rows]
+
+    args = [cut(a) for a in boundary(device)[op]]
+    real = schema.HANDLES[op][kernel](*args)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
-        fake = _schema.HANDLES[op][kernel](*fakes)
+        fake = schema.HANDLES[op][kernel](*fakes)
     if real is None:
         assert fake is None
         return
@@ -94,7 +113,7 @@ def test_outputs_are_contiguous_and_as_the_fake_says(
 
 @pytest.mark.parametrize("op", ["ppo_loss", "value_loss"])
 def test_gradients_that_nobody_wants_change_no_bit(kernel: str, device: str, op: str) -> None:
-    handle = _schema.HANDLES[op][kernel]
+    handle = schema.HANDLES[op][kernel]
     *args, codes, params = boundary(device)[op]
     *full, every = handle(*args, codes, params)
     assert bool((every != 0).any())
@@ -129,15 +148,20 @@ class TestGradcheck:
             call = testing.logprobs_call((2, 3), 13, dtype=DOUBLE, temperature=temperature)
             assert self.check(call, ["logits"], ["logprobs", "entropy"])
 
-    @pytest.mark.parametrize("estimator", _schema.ESTIMATORS)
+    @pytest.mark.parametrize("estimator", schema.ESTIMATORS)
     @pytest.mark.parametrize("variant", ["clip", "penalty", "linear"])
     def test_ppo(self, variant: str, estimator: str) -> None:
         """gspo, cispo and "+" stop gradients by definition: test_ppo_loss.py has them by hand."""
-        for reduction in _schema.REDUCTIONS[1:4]:
+        for reduction in schema.REDUCTIONS[1:4]:
             call = testing.ppo_call(
-                (3, 6), dtype=DOUBLE, variant=variant, kl_estimator=estimator, reduction=reduction,
-                dual_clip=3.0 if variant == "clip" else None, log_ratio_clamp=5.0,
-            )  # fmt: skip
+                (3, 6),
+                dtype=DOUBLE,
+                variant=variant,
+                kl_estimator=estimator,
+                reduction=reduction,
+                dual_clip=3.0 if variant == "clip" else None,
+                log_ratio_clamp=5.0,
+            )
             assert self.check(call, ["logprobs", "entropy"], ["loss"])
 
     @pytest.mark.parametrize("options", [{}, {"form": "clipped"}, {"clip": None}], ids=str)
@@ -151,7 +175,7 @@ class TestGradcheck:
             leaves = [k for k in ("hidden", "weight", "bias") if k in call.tensors]
             assert self.check(call, leaves, ["logprobs", "entropy"])
 
-    @pytest.mark.parametrize("reduction", _schema.REDUCTIONS)
+    @pytest.mark.parametrize("reduction", schema.REDUCTIONS)
     @pytest.mark.parametrize("variant", ["clip", "penalty", "linear"])
     def test_heads(self, monkeypatch: pytest.MonkeyPatch, variant: str, reduction: str) -> None:
         """gspo and cispo: test_l*_ppo_loss.py compare them with autograd of the reference."""

@@ -9,7 +9,7 @@ import torch
 from conftest import shape_of
 
 from ppo_fast import testing
-from ppo_fast._schema import REDUCTIONS, VARIANTS
+from ppo_fast._boundary.schema import REDUCTIONS, VARIANTS
 from ppo_fast.testing import Call, make_mask, run, same_bits
 
 GARBAGE = (math.nan, math.inf, -math.inf)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast._schema import ESTIMATORS, VARIANTS
+from ppo_fast._boundary.schema import ESTIMATORS, VARIANTS
 from ppo_fast.ops.group_advantages import group_advantages
 
 NAN = math.nan

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ppo_fast import testing
-from ppo_fast._schema import ESTIMATORS, MASKED, REDUCTIONS, SCORE_AT, VARIANTS
+from ppo_fast._boundary.schema import ESTIMATORS, MASKED, REDUCTIONS, SCORE_AT, VARIANTS
 
 ROWS = st.sampled_from([0, 1, 2, 5, 9])
 STEPS = st.sampled_from([0, 1, 2, 7, 31, 32, 33])

@@ -9,7 +9,7 @@ import torch
 from draw import HALVES, Draw
 
 from ppo_fast import Moments
-from ppo_fast._schema import ESTIMATORS, MASKED, REDUCTIONS, SCORE_AT, VARIANTS
+from ppo_fast._boundary.schema import ESTIMATORS, MASKED, REDUCTIONS, SCORE_AT, VARIANTS
 from ppo_fast.testing import Call
 from ppo_fast.testing.calls import DIFFERENTIABLE
 

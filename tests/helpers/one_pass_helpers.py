@@ -8,26 +8,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast._schema import ESTIMATORS, HANDLES, VARIANTS
+from ppo_fast._boundary import calls
+from ppo_fast._boundary.options import PolicyOptions, Scoring, TokenTensors
+from ppo_fast._boundary.schema import ESTIMATORS, REDUCTIONS, VARIANTS
 from ppo_fast.testing import same_bits
 
 INF = math.inf
-PARAMS = {
-    "temperature": 1.0,
-    "clip_low": 0.2,
-    "clip_high": 0.28,
-    "dual_clip": INF,
-    "log_min": -20.0,
-    "log_max": 20.0,
-    "entropy_coef": 0.01,
-    "kl_coef": 0.1,
-    "kl_clamp": 10.0,
-    "kl_ratio_clip": INF,
-}
+OPTIONS = PolicyOptions(
+    variant=VARIANTS.index("clip"),
+    estimator=ESTIMATORS.index("k3"),
+    straight_through=0,
+    reduction=REDUCTIONS.index("token-sum"),
+    clip_low=0.2,
+    clip_high=0.28,
+    dual_clip=INF,
+    log_ratio_min=-20.0,
+    log_ratio_max=20.0,
+    entropy_coef=0.01,
+    kl_coef=0.1,
+    kl_clamp=10.0,
+    kl_ratio_clip=INF,
+    denom=0.0,
+    entropy_coef_tensor=None,
+    kl_coef_tensor=None,
+    denom_tensor=None,
+)
 
 
 class Args(NamedTuple):
-    """The op's arguments, in the order of the schema."""
+    """The op's arguments; the tensors among coefficients and temperature replace the numbers."""
 
     logits: Tensor
     tokens: Tensor
@@ -41,8 +50,26 @@ class Args(NamedTuple):
     weights: Tensor
     entropy_coef: Tensor | None
     kl_coef: Tensor | None
-    codes: list[int]
-    params: list[float]
+    ignore_index: int
+    number: float  # temperature
+    options: PolicyOptions
+
+    def scoring(self) -> Scoring:
+        return Scoring(self.tokens, self.mask, self.temperature, self.number, self.ignore_index)
+
+    def per_token(self) -> TokenTensors:
+        return TokenTensors(
+            old_logprobs=self.old_logprobs,
+            advantages=self.advantages,
+            is_weights=self.is_weights,
+            ref_logprobs=self.ref_logprobs,
+            moments=self.moments,
+        )
+
+    def coefficients(self) -> PolicyOptions:
+        return self.options._replace(
+            entropy_coef_tensor=self.entropy_coef, kl_coef_tensor=self.kl_coef
+        )
 
 
 # The backend under test; a fixture sets it.
@@ -50,7 +77,14 @@ BACKEND = "triton"
 
 
 def op(name: str) -> Any:
-    return HANDLES[name][BACKEND]
+    """One of the three one-pass ops, on the fields of `Args`."""
+
+    def call(*fields: Any) -> Any:
+        a = Args(*fields)
+        inputs = (a.logits, a.scoring(), a.per_token(), a.weights, a.coefficients())
+        return getattr(calls, name)(BACKEND, *inputs)
+
+    return call
 
 
 def make(
@@ -64,7 +98,8 @@ def make(
     straight: bool = False,
     without: tuple[str, ...] = (),
     seed: int = 0,
-    **params: float,
+    temperature: float = 1.0,
+    **options: float,
 ) -> Args:
     """All arguments but those in `without`; the second token is masked."""
     source = torch.Generator().manual_seed(seed)
@@ -90,37 +125,38 @@ def make(
         normal().abs(),
         None,
         None,
-        [-100, VARIANTS.index(variant), ESTIMATORS.index(estimator), int(straight)],
-        list((PARAMS | params).values()),
+        -100,
+        temperature,
+        OPTIONS._replace(
+            variant=VARIANTS.index(variant),
+            estimator=ESTIMATORS.index(estimator),
+            straight_through=int(straight),
+            **options,
+        ),
     )
     return args._replace(**dict.fromkeys(without))
 
 
 def composed(args: Args) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, entropy, dlogits) by the three ops and a product with the weights."""
-    a, (ignore, *codes), (heat, *params) = args, args.codes, args.params
-    scoring = (a.logits, a.tokens, a.mask, a.temperature)
-    logprobs, entropy, *rest = op("logprobs_fwd")(*scoring, [ignore], [heat])
-    keep = a.tokens != ignore if a.mask is None else (a.tokens != ignore) & (a.mask != 0)
-    flat = [
-        None if x is None else x.reshape(-1)
-        for x in (
-            logprobs,
-            a.old_logprobs,
-            a.advantages,
-            keep,
-            a.is_weights,
-            a.moments,
-            entropy,
-            a.ref_logprobs,
-        )
-    ]
-    *_, grads = op("ppo_loss")(
-        *flat, None, a.entropy_coef, a.kl_coef, None, [*codes, 1, 2], [*params, 0.0]
+    s, x = args.scoring(), args.per_token()
+    softmax = calls.logprobs_fwd(BACKEND, args.logits, s)
+    keep = s.tokens != s.ignore_index
+    keep = keep if s.mask is None else keep & (s.mask != 0)
+    flat = {k: None if v is None else v.reshape(-1) for k, v in x._asdict().items()}
+    *_, grads = calls.ppo_loss(
+        BACKEND,
+        softmax.logprobs.reshape(-1),
+        TokenTensors(**flat),
+        args.coefficients(),
+        2,
+        mask=keep.reshape(-1),
+        entropy=softmax.entropy.reshape(-1),
+        cu_seqlens=None,
     )
-    slopes = grads.view(2, *a.tokens.shape) * a.weights
-    grad = op("logprobs_bwd")(*slopes, *scoring, entropy, *rest, [ignore], [heat])
-    return logprobs, entropy, grad
+    slopes = grads.view(2, *s.tokens.shape) * args.weights
+    grad = calls.logprobs_bwd(BACKEND, args.logits, s, softmax, *slopes)
+    return softmax.logprobs, softmax.entropy, grad
 
 
 def fused(args: Args) -> tuple[Tensor, Tensor, Tensor]:

@@ -268,8 +268,8 @@ PYTHON = (
     Mutant(
         "a divisor that forgets rows left out",
         "ppo_fast/ops/linear_ppo_loss.py",
-        "denom = None if given.row_index is None else policy.denom(self.counted)",
-        "denom = None",
+        "return policy.divided_by(policy.denom(self.counted))",
+        "return policy",
         "linear_ppo_loss",
     ),
     Mutant(

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import ppo_fast
 from ppo_fast import _checks, testing
-from ppo_fast._schema import VARIANTS
+from ppo_fast._boundary.schema import VARIANTS
 from ppo_fast.testing import Call, linear_call, linear_ppo_call, logprobs_call, same_bits
 
 WORLD, VOCAB, SHARE = 2, 38, 19

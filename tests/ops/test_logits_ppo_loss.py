@@ -11,7 +11,7 @@ from head_helpers import shape_for
 
 import ppo_fast
 from ppo_fast import Stats, testing
-from ppo_fast._schema import REDUCTIONS, VARIANTS
+from ppo_fast._boundary.schema import REDUCTIONS, VARIANTS
 from ppo_fast.testing import Call, logits_ppo_call, run, same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

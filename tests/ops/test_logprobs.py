@@ -177,20 +177,22 @@ def test_ignored_tokens(backend: str, device: str, ignore: int) -> None:
 @pytest.mark.parametrize("shape", [(1,), (3, 1), (4,), (3, 4)], ids=str)
 def test_temperature_broadcasts(backend: str, device: str, shape: tuple[int, ...]) -> None:
     call = testing.logprobs_call((3, 4), 23, device=device, temperature=1.0)
-    heat = torch.rand(shape, device=device) + 0.5
+    temperature = torch.rand(shape, device=device) + 0.5
     options = {k: v for k, v in call.options.items() if k != "temperature"}
     spread = call._replace(options=options)
-    a = testing.run(spread.replace(temperature=heat), backend)
-    b = testing.run(spread.replace(temperature=heat.expand(3, 4).contiguous()), backend)
+    a = testing.run(spread.replace(temperature=temperature), backend)
+    b = testing.run(spread.replace(temperature=temperature.expand(3, 4).contiguous()), backend)
     assert all(testing.same_bits(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("heat", [0.3, 1.0, 1.7])
-def test_a_number_and_a_tensor_of_it_agree(backend: str, device: str, heat: float) -> None:
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+def test_a_number_and_a_tensor_of_it_agree(backend: str, device: str, temperature: float) -> None:
     """A temperature that fp32 does not hold exactly: both round it once, before dividing."""
-    call = testing.logprobs_call((3, 4), 23, device=device, temperature=heat)
+    call = testing.logprobs_call((3, 4), 23, device=device, temperature=temperature)
     testing.assert_agrees(call, "reference")
-    filled = call._replace(options={}).replace(temperature=torch.full((3, 4), heat, device=device))
+    filled = call._replace(options={}).replace(
+        temperature=torch.full((3, 4), temperature, device=device)
+    )
     a, b = testing.run(call, backend), testing.run(filled, backend)
     for name, x in a.items():
         assert torch.allclose(x, b[name], rtol=2e-6, atol=2e-6), name

@@ -9,7 +9,7 @@ import torch
 
 import ppo_fast
 from ppo_fast import Moments, testing
-from ppo_fast._schema import ESTIMATORS, REDUCTIONS, VARIANTS
+from ppo_fast._boundary.schema import ESTIMATORS, REDUCTIONS, VARIANTS
 from ppo_fast.testing import ppo_call, run
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

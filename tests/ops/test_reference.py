@@ -11,7 +11,7 @@ import torch
 
 import ppo_fast
 from ppo_fast import testing
-from ppo_fast._schema import REDUCTIONS, VARIANTS
+from ppo_fast._boundary.schema import REDUCTIONS, VARIANTS
 
 F64 = {"dtype": torch.float64}
 EXACT = 1e-12  # fp64 spellings of at most some thousand roundings of numbers near 1

@@ -7,7 +7,7 @@ import torch
 
 import ppo_fast
 from ppo_fast import testing
-from ppo_fast._schema import ESTIMATORS, SCORE_AT
+from ppo_fast._boundary.schema import ESTIMATORS, SCORE_AT
 from ppo_fast.testing import rlhf_call, run
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,8 +10,8 @@ import torch
 
 import ppo_fast
 from ppo_fast import Moments, Stats, testing
+from ppo_fast._boundary.schema import REDUCTIONS, VARIANTS
 from ppo_fast._results import STATS_FIELDS
-from ppo_fast._schema import REDUCTIONS, VARIANTS
 from ppo_fast.testing import ppo_call, run, value_call
 
 

@@ -9,7 +9,7 @@ import torch
 
 import ppo_fast
 from ppo_fast import testing
-from ppo_fast._schema import REDUCTIONS
+from ppo_fast._boundary.schema import REDUCTIONS
 from ppo_fast.testing import run, value_call
 
 FORMS: list[dict[str, object]] = [{"form": "max"}, {"form": "clipped"}, {"clip": None}]

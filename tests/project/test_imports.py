@@ -26,18 +26,18 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
             "ppo_fast.ops",
             "ppo_fast._checks",
             "ppo_fast._backend",
-            "ppo_fast._schema",
+            "ppo_fast._boundary",
             "ppo_fast._results",
             "ppo_fast.reference",
         ),
         ("torch",),
     ),
     ("ppo_fast/compat.py", ("ppo_fast.ops", "ppo_fast.reference"), ("torch",)),
-    ("ppo_fast/_schema.py", ("ppo_fast._results",), ("torch",)),
+    ("ppo_fast/_boundary/", ("ppo_fast._boundary", "ppo_fast._results"), ("torch",)),
     ("ppo_fast/_results.py", (), ("torch",)),
     ("ppo_fast/_checks.py", (), ("torch",)),
     ("ppo_fast/_cflags.py", (), ()),
-    ("ppo_fast/_ext.py", ("ppo_fast._cflags", "ppo_fast._schema"), ("torch",)),
+    ("ppo_fast/_ext.py", ("ppo_fast._cflags", "ppo_fast._boundary"), ("torch",)),
     ("ppo_fast/_dispatch.py", (), ("torch",)),
     ("ppo_fast/_backend.py", ("ppo_fast._ext", "ppo_fast._dispatch"), ("torch",)),
     ("ppo_fast/__init__.py", ("ppo_fast._backend", "ppo_fast._results", "ppo_fast.ops"), ()),
@@ -180,7 +180,7 @@ def test_the_benchmarks_import_no_circle() -> None:
 
 
 def test_no_backend_is_imported_by_another() -> None:
-    """Nothing but the lazy loader of _schema.py names `kernels`; tests/aot compiles them."""
+    """The lazy loader of the op boundary alone names `kernels`; tests/aot compiles them."""
     naming = {
         relative(path)
         for path in sources()

@@ -1,11 +1,10 @@
-"""The op boundary: one `torch.library` schema and one fake per op, an overload per backend.
+"""Schemas of the kernel ops for `torch.library`: one and a fake per op, an overload per backend.
 
-`torch.ops.ppo_fast.<op>.<backend>` is what `ops/` calls. The C++ extension adds the
-implementations of the `cpu` overloads when it is loaded, and those of the `cuda` ones where it
-was built with them; the `triton` ones import `kernels/` on their first call. Options that are
-numbers travel in `codes` (integers) and `params` (floats), because every further argument costs
-call time. Their order is written beside each schema and mirrored in `csrc/options.h` and
-`kernels/options.py`.
+`calls.py` has a function for each; it calls `torch.ops.ppo_fast.<op>.<backend>`. The C++ extension
+adds the implementations of the `cpu` overloads when it is loaded, and those of the `cuda` ones
+where it was built with them; the `triton` ones import `kernels/` on their first call. Options that
+are numbers travel in `codes` (integers) and `params` (floats), because every further argument
+costs call time. Their order is written beside each schema.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ppo_fast._results import N_STATS
 
 BACKENDS = ("cpu", "triton", "cuda")
 
-# Enumerations: an option's code is its index. Mirrored in csrc/options.h and kernels/options.py.
+# Enumerations: an option's code is its index. `emit.py` writes them for C++ and Triton.
 VARIANTS = ("clip", "gspo", "cispo", "penalty", "linear")
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 REDUCTIONS = (
@@ -34,6 +33,14 @@ REDUCTIONS = (
 FORMS = ("unclipped", "max", "clipped")
 MASKED = ("carry", "zero")
 SCORE_AT = ("last-token", "first-pad", "per-token")
+ENUM_CODES = {
+    "Variant": VARIANTS,
+    "Estimator": ESTIMATORS,
+    "Reduction": REDUCTIONS,
+    "Form": FORMS,
+    "Masked": MASKED,
+    "ScoreAt": SCORE_AT,
+}
 
 # codes: [ignore_index]; params: [temperature]. `temperature` the tensor replaces the number.
 _LOGPROBS_FWD = (

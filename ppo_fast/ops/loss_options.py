@@ -1,4 +1,4 @@
-"""The options of the losses: checked once, packed into what the op boundary takes."""
+"""Options of the losses as callers give them, and their checks."""
 
 from __future__ import annotations
 
@@ -8,24 +8,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ppo_fast import _checks
-from ppo_fast._schema import ESTIMATORS, REDUCTIONS, VARIANTS
+from ppo_fast._boundary.options import PolicyOptions
+from ppo_fast._boundary.schema import ESTIMATORS, REDUCTIONS, VARIANTS
 
 Coefficient = float | Tensor
 Bounds = float | tuple[float, float] | None
 
 
-class Packed(NamedTuple):
-    """Coefficients that live on the device, and the `codes` and `params` of `_schema.py`."""
-
-    entropy_coef: Tensor | None
-    kl_coef: Tensor | None
-    denom: Tensor | None
-    codes: list[int]
-    params: list[float]
-
-
-class PPOOptions(NamedTuple):
-    """Everything of a policy loss that is not a per-token tensor."""
+class LossOptions(NamedTuple):
+    """Arguments of a policy loss that are not per-token tensors, as given."""
 
     variant: str
     clip_low: float
@@ -40,7 +31,7 @@ class PPOOptions(NamedTuple):
     reduction: str
     denom: Coefficient | None
 
-    def pack(
+    def checked(
         self,
         op: str,
         main: Tensor,
@@ -48,36 +39,43 @@ class PPOOptions(NamedTuple):
         *,
         has_ref: bool,
         has_entropy: bool,
-        n_grads: int,
-    ) -> Packed:
-        """Check every option against the others; raises ValueError or TypeError."""
+    ) -> PolicyOptions:
+        """The options that the kernels take; raises ValueError or TypeError."""
         number, device = _checks.number, main.device
         entropy, entropy_t = _checks.coefficient(op, "entropy_coef", self.entropy_coef, device)
         kl, kl_t = _checks.coefficient(op, "kl_coef", self.kl_coef, device)
-        denom, denom_t = pack_denom(op, self.denom, main)
-        codes = [
-            _checks.choice(op, "variant", self.variant, VARIANTS),
-            *pack_estimator(op, self.kl_estimator),
-            pack_reduction(op, self.reduction, self.denom, main, cu_seqlens),
-            n_grads,
-        ]
+        denom, denom_t = check_denom(op, self.denom, main)
+        variant = _checks.choice(op, "variant", self.variant, VARIANTS)
+        estimator, straight_through = check_estimator(op, self.kl_estimator)
+        reduction = check_reduction(op, self.reduction, self.denom, main, cu_seqlens)
         if self.variant == "gspo":
             need_sequences(op, "variant 'gspo'", main, cu_seqlens)
         if not has_entropy and (entropy_t is not None or entropy != 0.0):
             raise ValueError(f"{op}: entropy must be given with entropy_coef, got None")
         self._check_reference(op, has_ref, kl_t is not None or kl != 0.0, kl)
-        params = [
-            number(op, "clip_low", self.clip_low, 0.0, 1.0),
-            number(op, "clip_high", self.clip_high, 0.0),
-            self._dual(op),
-            *log_ratio_bounds(op, self.log_ratio_clamp),
-            entropy,
-            kl,
-            math.inf if self.kl_clamp is None else number(op, "kl_clamp", self.kl_clamp, 0.0),
-            self._ratio_clip(op),
-            denom,
-        ]
-        return Packed(entropy_t, kl_t, denom_t, codes, params)
+        clip_low = number(op, "clip_low", self.clip_low, 0.0, 1.0)
+        clip_high = number(op, "clip_high", self.clip_high, 0.0)
+        dual_clip = self._dual(op)
+        log_ratio_min, log_ratio_max = log_ratio_bounds(op, self.log_ratio_clamp)
+        return PolicyOptions(
+            variant=variant,
+            estimator=estimator,
+            straight_through=straight_through,
+            reduction=reduction,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            log_ratio_min=log_ratio_min,
+            log_ratio_max=log_ratio_max,
+            entropy_coef=entropy,
+            kl_coef=kl,
+            kl_clamp=check_kl_clamp(op, self.kl_clamp),
+            kl_ratio_clip=self._ratio_clip(op),
+            denom=denom,
+            entropy_coef_tensor=entropy_t,
+            kl_coef_tensor=kl_t,
+            denom_tensor=denom_t,
+        )
 
     def _check_reference(self, op: str, has_ref: bool, used: bool, kl: float) -> None:
         if self.variant == "penalty":
@@ -108,8 +106,13 @@ class PPOOptions(NamedTuple):
         return _checks.number(op, "kl_ratio_clip", self.kl_ratio_clip, 0.0)
 
 
+def check_kl_clamp(op: str, clamp: float | None) -> float:
+    """The bound on the estimate of KL, inf where absent."""
+    return math.inf if clamp is None else _checks.number(op, "kl_clamp", clamp, 0.0)
+
+
 def log_ratio_bounds(op: str, clamp: Bounds) -> tuple[float, float]:
-    """(low, high) of the clamp on the log-ratio: a number c means (−c, c), None no clamp."""
+    """(low, high) of the clamp on the log-ratio; a number c is (−c, c), None no clamp."""
     if clamp is None:
         return -math.inf, math.inf
     if not isinstance(clamp, tuple):
@@ -121,7 +124,7 @@ def log_ratio_bounds(op: str, clamp: Bounds) -> tuple[float, float]:
     return low, _checks.number(op, "log_ratio_clamp", clamp[1], low=0.0)
 
 
-def pack_estimator(op: str, estimator: Any) -> tuple[int, int]:
+def check_estimator(op: str, estimator: Any) -> tuple[int, int]:
     """The estimator's code, and 1 for a trailing "+" (k2's gradient)."""
     name = estimator.removesuffix("+") if isinstance(estimator, str) else estimator
     if name not in ESTIMATORS:
@@ -132,25 +135,23 @@ def pack_estimator(op: str, estimator: Any) -> tuple[int, int]:
     return ESTIMATORS.index(name), int(name != estimator)
 
 
-def pack_denom(op: str, denom: Coefficient | None, main: Tensor) -> tuple[float, Tensor | None]:
-    """The divisor that replaces D: a positive number or a 0-d tensor; 0 stands for absent."""
+def check_denom(op: str, denom: Coefficient | None, main: Tensor) -> tuple[float, Tensor | None]:
+    """Divisor in place of D: (positive number or 0, tensor or None); 0 where absent."""
     if denom is None:
         return 0.0, None
-    value, on_device = _checks.coefficient(op, "denom", denom, main.device)
-    return (
-        (value, on_device)
-        if on_device is not None
-        else (_checks.positive(op, "denom", value, main), None)
-    )
+    number, tensor = _checks.coefficient(op, "denom", denom, main.device)
+    if tensor is not None:
+        return number, tensor
+    return _checks.positive(op, "denom", number, main), None
 
 
 def need_sequences(op: str, what: str, main: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Refuse flat inputs where sequences matter."""
+    """ValueError for flat inputs without sequences, which `what` needs."""
     if main.dim() == 1 and cu_seqlens is None:
         raise ValueError(f"{op}: cu_seqlens must be given for flat inputs with {what}, got None")
 
 
-def pack_reduction(
+def check_reduction(
     op: str, reduction: str, denom: Any, main: Tensor, cu_seqlens: Tensor | None
 ) -> int:
     """The reduction's code."""
@@ -160,8 +161,3 @@ def pack_reduction(
         if reduction == "seq-mean-token-sum-norm" and cu_seqlens is not None and denom is None:
             raise ValueError(f"{op}: denom must be given with reduction {reduction!r} when packed")
     return code
-
-
-def detached(x: Tensor | None) -> Tensor | None:
-    """A constant: no gradient flows to it."""
-    return None if x is None else x.detach()

@@ -1,0 +1,1 @@
+"""The op boundary: what `ops/` calls, and every backend's kernels answer."""

@@ -1,0 +1,328 @@
+"""The kernel ops: a typed function for each schema of `schema.py`, on the backend that is named.
+
+Arguments are checked and constants detached by `ops/`; the results carry no gradient. An op whose
+name ends in `_` writes over its logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ppo_fast._boundary.options import (
+    Lambda,
+    PolicyOptions,
+    Scoring,
+    Softmax,
+    TokenTensors,
+    ValueOptions,
+)
+from ppo_fast._boundary.schema import HANDLES
+
+# (loss, stats, scale, grads) of the losses.
+RawLoss = tuple[Tensor, Tensor, Tensor, Tensor]
+
+# Backend -> overload; a name for each, so that a call looks up one dictionary alone.
+_LOGPROBS_FWD = HANDLES["logprobs_fwd"]
+_LOGPROBS_BWD = HANDLES["logprobs_bwd"]
+_LOGPROBS_BWD_ = HANDLES["logprobs_bwd_"]
+_PPO_LOSS = HANDLES["ppo_loss"]
+_LOGITS_PPO_LOSS = HANDLES["logits_ppo_loss"]
+_LOGITS_PPO_LOSS_ = HANDLES["logits_ppo_loss_"]
+_LOGITS_PPO_LOSS_BF16_ = HANDLES["logits_ppo_loss_bf16_"]
+_VALUE_LOSS = HANDLES["value_loss"]
+_GAE = HANDLES["gae"]
+_RLHF_ADVANTAGES = HANDLES["rlhf_advantages"]
+_MOMENTS = HANDLES["moments"]
+_WHITEN = HANDLES["whiten"]
+
+
+def logprobs_fwd(backend: str, logits: Tensor, s: Scoring) -> Softmax:
+    """Softmax numbers of every row of `logits` (..., V), fp32 (fp64 for fp64)."""
+    return Softmax(
+        *_LOGPROBS_FWD[backend](
+            logits, s.tokens, s.mask, s.temperature_tensor, [s.ignore_index], [s.temperature]
+        )
+    )
+
+
+def logprobs_bwd(
+    backend: str,
+    logits: Tensor,
+    s: Scoring,
+    softmax: Softmax,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """The logits' gradient, in their dtype."""
+    out: Tensor = _LOGPROBS_BWD[backend](
+        *_backward(logits, s, softmax, grad_logprobs, grad_entropy)
+    )
+    return out
+
+
+def logprobs_bwd_(
+    backend: str,
+    logits: Tensor,
+    s: Scoring,
+    softmax: Softmax,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    """The same over the logits."""
+    _LOGPROBS_BWD_[backend](*_backward(logits, s, softmax, grad_logprobs, grad_entropy))
+
+
+def _backward(
+    logits: Tensor,
+    s: Scoring,
+    softmax: Softmax,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> tuple[Any, ...]:
+    return (
+        grad_logprobs,
+        grad_entropy,
+        logits,
+        s.tokens,
+        s.mask,
+        s.temperature_tensor,
+        softmax.entropy,
+        softmax.row_max,
+        softmax.log_sum,
+        [s.ignore_index],
+        [s.temperature],
+    )
+
+
+def ppo_loss(
+    backend: str,
+    logprobs: Tensor,
+    x: TokenTensors,
+    options: PolicyOptions,
+    n_grads: int,
+    *,
+    mask: Tensor | None,
+    entropy: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> RawLoss:
+    """Loss, statistics and `grads` (n_grads, ...): by logprobs, by entropy, to be times `scale`.
+
+    `scale` is 1/D, or 1 from a backend that knew D beforehand.
+    """
+    out: RawLoss = _PPO_LOSS[backend](
+        logprobs,
+        x.old_logprobs,
+        x.advantages,
+        mask,
+        x.is_weights,
+        x.moments,
+        entropy,
+        x.ref_logprobs,
+        cu_seqlens,
+        options.entropy_coef_tensor,
+        options.kl_coef_tensor,
+        options.denom_tensor,
+        options.codes(n_grads),
+        options.params(),
+    )
+    return out
+
+
+def logits_ppo_loss(
+    backend: str,
+    logits: Tensor,
+    s: Scoring,
+    x: TokenTensors,
+    weights: Tensor,
+    options: PolicyOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies and the logits' gradient, with one read of the logits.
+
+    `weights` is w/D of every token, or 0-d for all; the loss itself and gspo, whose slopes need
+    whole sequences first, are `ppo_loss`'s.
+    """
+    out: tuple[Tensor, Tensor, Tensor] = _LOGITS_PPO_LOSS[backend](
+        *_one_pass(logits, s, x, weights, options)
+    )
+    return out
+
+
+def logits_ppo_loss_(
+    backend: str,
+    logits: Tensor,
+    s: Scoring,
+    x: TokenTensors,
+    weights: Tensor,
+    options: PolicyOptions,
+) -> tuple[Tensor, Tensor]:
+    """The same, the gradient over the logits."""
+    out: tuple[Tensor, Tensor] = _LOGITS_PPO_LOSS_[backend](
+        *_one_pass(logits, s, x, weights, options)
+    )
+    return out
+
+
+def logits_ppo_loss_bf16_(
+    backend: str,
+    logits: Tensor,
+    s: Scoring,
+    x: TokenTensors,
+    weights: Tensor,
+    options: PolicyOptions,
+) -> tuple[Tensor, Tensor]:
+    """The same over fp32 logits, the gradient rounded to bfloat16.
+
+    A row's gradient starts where the row does: it is `logits.view(bfloat16)[..., :V]`.
+    """
+    out: tuple[Tensor, Tensor] = _LOGITS_PPO_LOSS_BF16_[backend](
+        *_one_pass(logits, s, x, weights, options)
+    )
+    return out
+
+
+def _one_pass(
+    logits: Tensor, s: Scoring, x: TokenTensors, weights: Tensor, options: PolicyOptions
+) -> tuple[Any, ...]:
+    return (
+        logits,
+        s.tokens,
+        s.mask,
+        s.temperature_tensor,
+        x.old_logprobs,
+        x.advantages,
+        x.is_weights,
+        x.moments,
+        x.ref_logprobs,
+        weights,
+        options.entropy_coef_tensor,
+        options.kl_coef_tensor,
+        options.logits_codes(s.ignore_index),
+        options.logits_params(s.temperature),
+    )
+
+
+def value_loss(
+    backend: str,
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: ValueOptions,
+    *,
+    n_grads: int,
+) -> RawLoss:
+    """Loss, statistics and `grads` (n_grads, ...) by the values, as of `ppo_loss`."""
+    out: RawLoss = _VALUE_LOSS[backend](
+        values,
+        old_values,
+        returns,
+        mask,
+        cu_seqlens,
+        options.denom_tensor,
+        options.codes(n_grads),
+        options.params(),
+    )
+    return out
+
+
+def gae(
+    backend: str,
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float,
+    lam_adv: Lambda,
+    lam_ret: Lambda,
+    mask: Tensor | None,
+    masked: int,
+    next_values: Tensor | None,
+    bootstrap: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    cu_seqlens: Tensor | None,
+    time_major: bool,
+    rho: Tensor | None,
+    c: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages and returns in the rewards' shape, and the advantages' moments (3,)."""
+    out: tuple[Tensor, Tensor, Tensor] = _GAE[backend](
+        rewards,
+        values,
+        mask,
+        next_values,
+        bootstrap,
+        terminated,
+        truncated,
+        cu_seqlens,
+        rho,
+        c,
+        lam_adv.tensor,
+        lam_ret.tensor,
+        [masked, int(time_major), lam_adv.per_step, lam_ret.per_step],
+        [gamma, lam_adv.number, lam_ret.number],
+    )
+    return out
+
+
+def rlhf_advantages(
+    backend: str,
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    kl_coef_tensor: Tensor | None,
+    estimator: int,
+    kl_clamp: float,
+    gamma: float,
+    lam: float,
+    score_at: int,
+    masked: int,
+    bootstrap: Tensor | None,
+    reward_min: float,
+    reward_max: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Advantages, returns, rewards and KL in the log-probabilities' shape, and moments (3,)."""
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _RLHF_ADVANTAGES[backend](
+        scores,
+        logprobs,
+        ref_logprobs,
+        values,
+        mask,
+        bootstrap,
+        cu_seqlens,
+        kl_coef_tensor,
+        [masked, estimator, score_at],
+        [gamma, lam, kl_coef, kl_clamp, reward_min, reward_max],
+    )
+    return out
+
+
+def moments(backend: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Count, mean and sum of squared deviations of the unmasked slots, (3,) float64."""
+    out: Tensor = _MOMENTS[backend](x, mask)
+    return out
+
+
+def whiten(
+    backend: str,
+    x: Tensor,
+    mask: Tensor | None,
+    moments: Tensor,
+    *,
+    shift_mean: bool,
+    unbiased: bool,
+    eps: float,
+    eps_at_std: int,
+) -> Tensor:
+    """The standardised tensor, in x's shape; masked slots are 0."""
+    out: Tensor = _WHITEN[backend](
+        x, mask, moments, [int(shift_mean), int(unbiased), eps_at_std], [eps]
+    )
+    return out

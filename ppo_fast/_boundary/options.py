@@ -1,0 +1,136 @@
+"""Arguments of the kernel ops that travel together, with a name for each.
+
+A number that may live on the device has two fields: `<name>`, and `<name>_tensor`, which replaces
+it where given and is never read by the host.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ppo_fast._boundary.schema import REDUCTIONS
+
+_TOKEN_SUM = REDUCTIONS.index("token-sum")
+
+
+class PolicyOptions(NamedTuple):
+    """Options of a policy loss: codes of `schema.py`, bounds that are inf where absent.
+
+    `log_ratio_min` is -inf where absent; `denom` 0 stands for the reduction's own.
+    """
+
+    variant: int
+    estimator: int
+    straight_through: int  # 1: the KL term keeps its value and takes k2's gradient
+    reduction: int
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    log_ratio_min: float
+    log_ratio_max: float
+    entropy_coef: float
+    kl_coef: float
+    kl_clamp: float
+    kl_ratio_clip: float
+    denom: float
+    entropy_coef_tensor: Tensor | None
+    kl_coef_tensor: Tensor | None
+    denom_tensor: Tensor | None
+
+    def per_token(self) -> PolicyOptions:
+        """The loss of every token for itself, undivided: what its slopes are taken from."""
+        return self._replace(reduction=_TOKEN_SUM, denom=0.0, denom_tensor=None)
+
+    def codes(self, n_grads: int) -> list[int]:
+        """The integers of `ppo_loss`."""
+        return [self.variant, self.estimator, self.straight_through, self.reduction, n_grads]
+
+    def params(self) -> list[float]:
+        """The floats of `ppo_loss`."""
+        return [*self._token_params(), self.denom]
+
+    def logits_codes(self, ignore_index: int) -> list[int]:
+        """The integers of `logits_ppo_loss`."""
+        return [ignore_index, self.variant, self.estimator, self.straight_through]
+
+    def logits_params(self, temperature: float) -> list[float]:
+        """The floats of `logits_ppo_loss`."""
+        return [temperature, *self._token_params()]
+
+    def _token_params(self) -> tuple[float, ...]:
+        return (
+            self.clip_low,
+            self.clip_high,
+            self.dual_clip,
+            self.log_ratio_min,
+            self.log_ratio_max,
+            self.entropy_coef,
+            self.kl_coef,
+            self.kl_clamp,
+            self.kl_ratio_clip,
+        )
+
+
+class ValueOptions(NamedTuple):
+    """Options of the value loss; `denom` 0 stands for the reduction's own."""
+
+    form: int
+    reduction: int
+    clip: float
+    scale: float
+    denom: float
+    denom_tensor: Tensor | None
+
+    def codes(self, n_grads: int) -> list[int]:
+        """The integers of `value_loss`."""
+        return [self.form, self.reduction, n_grads]
+
+    def params(self) -> list[float]:
+        """The floats of `value_loss`."""
+        return [self.clip, self.scale, self.denom]
+
+
+class TokenTensors(NamedTuple):
+    """Per-token constants of a policy loss, each in the log-probabilities' shape.
+
+    `moments`, (3,) float64, whiten the advantages.
+    """
+
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    is_weights: Tensor | None
+    ref_logprobs: Tensor | None
+    moments: Tensor | None
+
+
+class Scoring(NamedTuple):
+    """Tokens to score with the softmax of their rows of logits; masked and ignored rows give 0."""
+
+    tokens: Tensor
+    mask: Tensor | None
+    temperature_tensor: Tensor | None  # per token
+    temperature: float
+    ignore_index: int
+
+    def divisor(self) -> float | Tensor:
+        """The temperature: the tensor where given, else the number."""
+        return self.temperature if self.temperature_tensor is None else self.temperature_tensor
+
+
+class Softmax(NamedTuple):
+    """Log-probability, entropy and softmax state of every row, in the tokens' shape."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+
+
+class Lambda(NamedTuple):
+    """One λ: a number, or a tensor of the rewards' shape ((S,) when packed and per sequence)."""
+
+    number: float
+    tensor: Tensor | None
+    per_step: int
