@@ -1,4 +1,4 @@
-"""The only raiser of input errors: what the caller gave, against what the op needs.
+"""Input errors of the ops: checks of the caller's arguments, and their messages.
 
 Every message reads `op: argument must be X, got Y`. Nothing here looks at a tensor's content,
 so nothing synchronises with the device, unless `PPO_FAST_DEBUG=1`.
@@ -39,7 +39,7 @@ def floating(op: str, name: str, x: Any) -> Tensor:
 
 
 def label(shape: Sequence[int], time_major: bool = False) -> str:
-    """How messages write a main tensor's shape."""
+    """A main tensor's shape, as messages write it."""
     dims = {1: "(N,)", 2: "(T, B)" if time_major else "(B, T)"}.get(len(shape), "(...)")
     return f"{dims} = {tuple(shape)}"
 

@@ -1,4 +1,4 @@
-"""Which kernels an automatic choice takes on a GPU: measurements, kept as data.
+"""Measurements that decide the automatic choice of kernels on a GPU, as data.
 
 Triton is the default. An entry says that the op's CUDA C++ kernels were faster at every measured
 shape on that architecture and dtype, and names the committed results that show it.
@@ -12,7 +12,7 @@ import torch
 
 
 class Case(NamedTuple):
-    """What an entry speaks of; `capability` is the GPU's, as torch gives it."""
+    """Op, GPU and dtype of an entry; `capability` is the GPU's, as torch gives it."""
 
     op: str
     capability: tuple[int, int]

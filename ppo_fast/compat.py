@@ -1,4 +1,4 @@
-"""The ops under the names and signatures that people know, and on other frameworks' arrays.
+"""Ops under the names and signatures of other libraries, and on other frameworks' arrays.
 
 The functions take and return what TRL's, verl's and OpenRLHF's of the same names do, so that a
 Hugging Face Trainer's `compute_loss` or a plain loop changes one import. `arrays` gives any op of
