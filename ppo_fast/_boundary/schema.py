@@ -56,8 +56,8 @@ _LOGPROBS_BWD_ARGS = (
 # params: [clip_low, clip_high, dual_clip, log_ratio_min, log_ratio_max, entropy_coef, kl_coef,
 #          kl_clamp, kl_ratio_clip, denom]; an absent bound is inf (-inf for log_ratio_min), an
 # absent denom is 0. The tensors entropy_coef, kl_coef and denom replace the numbers.
-# grads is (n_grads, *shape): by logprobs, by entropy. It still wants multiplying by scale: 1/D,
-# or 1 from a backend that knew D beforehand.
+# grads is (n_grads, *shape): by logprobs, by entropy; the gradients are scale times it. scale is
+# 1/D, or 1 from a backend that knew D beforehand.
 _PPO_LOSS = (
     "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, Tensor? is_weights,"
     " Tensor? moments, Tensor? entropy, Tensor? ref_logprobs, Tensor? cu_seqlens,"
@@ -65,7 +65,7 @@ _PPO_LOSS = (
     " -> (Tensor loss, Tensor stats, Tensor scale, Tensor grads)"
 )
 # One read of the logits for log-probability, loss slope and gradient. `weights` is w/D of every
-# token, or 0-d for all; gspo, whose slopes need whole sequences first, has no such op.
+# token, or 0-d for all; gspo, whose slopes need whole sequences first, has no one-pass op.
 # codes: [ignore_index, variant, estimator, straight_through]
 # params: [temperature], then ppo_loss's without denom.
 _LOGITS_PPO_LOSS_ARGS = (
@@ -198,8 +198,8 @@ def _lazy_triton(stem: str, op: str) -> Callable[..., Any]:
     return call
 
 
-# Gradients belong to the autograd.Functions of ops/: what comes out of the boundary is a
-# constant, whatever requires grad among the arguments.
+# Gradients belong to the autograd.Functions of ops/: results of the boundary are constants, even
+# where an argument requires grad.
 _LIBRARY = torch.library.Library("ppo_fast", "FRAGMENT")
 
 

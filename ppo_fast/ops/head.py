@@ -16,7 +16,7 @@ from torch import Tensor
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Scoring, Softmax
 from ppo_fast.ops import gemm
-from ppo_fast.ops.shards import Shard
+from ppo_fast.ops.shards import Shard, softmax_of
 
 # GEMM libraries give a row the same bits in any batch only if the row count is padded to a
 # multiple of this.
@@ -149,10 +149,7 @@ class Head:
 
     def softmax(self, z: Tensor, at: Tensor | slice) -> Softmax:
         """Softmax numbers of a chunk."""
-        s, shard, backend = self.scoring(at), self.options.shard, self.options.backend
-        if shard is None:
-            return calls.logprobs_fwd(backend, z, s)
-        return shard.merge(calls.logprobs_fwd(backend, z, shard.of_share(s)), z, s)
+        return softmax_of(self.options.backend, z, self.scoring(at), self.options.shard)
 
     def backward(
         self, z: Tensor, x: Tensor, at: Tensor | slice, softmax: Softmax, g: Tensor, h: Tensor

@@ -15,15 +15,9 @@ from ppo_fast._boundary.schema import compute_dtype
 from ppo_fast._results import TokenLogProbs
 from ppo_fast.ops.backward import once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.shards import Shard, shard_of
+from ppo_fast.ops.shards import Shard, shard_of, softmax_of
 
 _OP = "token_logprobs"
-
-
-def _softmax(logits: Tensor, s: Scoring, shard: Shard | None, backend: str) -> Softmax:
-    if shard is None:
-        return calls.logprobs_fwd(backend, logits, s)
-    return shard.merge(calls.logprobs_fwd(backend, logits, shard.of_share(s)), logits, s)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -33,7 +27,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, s: Scoring, shard: Shard | None, backend: str, inplace: bool
     ) -> Any:
-        softmax = _softmax(logits, s, shard, backend)
+        softmax = softmax_of(backend, logits, s, shard)
         constants = saveable(s.tokens, s.mask, s.temperature_tensor)
         ctx.save_for_backward(logits, *constants, *softmax)
         ctx.scoring, ctx.shard, ctx.backend, ctx.inplace = s, shard, backend, inplace
@@ -136,7 +130,7 @@ def score(
         args = (logits, s, shard, backend, inplace_backward)
         out: tuple[Tensor, Tensor] = _TokenLogProbs.apply(*args)
         return out
-    softmax = _softmax(logits, s, shard, backend)
+    softmax = softmax_of(backend, logits, s, shard)
     return softmax.logprobs, softmax.entropy
 
 

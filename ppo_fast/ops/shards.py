@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Scoring, Softmax
 
 
@@ -31,10 +32,6 @@ class Shard:
     def local(self, tokens: Tensor) -> Tensor:
         """Each token's row here, 0 where it is elsewhere."""
         return torch.where(self.holds(tokens), tokens - self.first, torch.zeros_like(tokens))
-
-    def of_share(self, s: Scoring) -> Scoring:
-        """The same tokens by their rows here."""
-        return s._replace(tokens=self.local(s.tokens))
 
     def merge(self, part: Softmax, z: Tensor, s: Scoring) -> Softmax:
         """The whole vocabulary's softmax, from this share's and its logits z (..., V)."""
@@ -62,11 +59,12 @@ class Shard:
     def _fold(self, parts: list[Tensor], tokens: Tensor) -> Softmax:
         row_max = torch.stack([part[0] for part in parts]).amax(0)
         total, dot, label = (torch.zeros_like(row_max) for _ in range(3))
-        for m, s, t, own in parts:
-            delta = m - row_max
+        for part_max, part_sum, part_dot, own in parts:
+            delta = part_max - row_max
             scale = delta.exp()
-            total = total + s * scale
-            dot = dot + torch.where(s == 0, s, (t + delta * s) * scale)
+            total = total + part_sum * scale
+            moved = (part_dot + delta * part_sum) * scale
+            dot = dot + torch.where(part_sum == 0, part_sum, moved)
             label = label + own
         log_sum = total.log()
         outside = (tokens < 0) | (tokens >= self.vocab)
@@ -100,6 +98,14 @@ class Shard:
         dz = kernel(s._replace(tokens=label), g)
         there = torch.where(stays, _at(dz, label), slope.to(dz.dtype))
         return dz.scatter_(-1, label.long()[..., None], there[..., None])
+
+
+def softmax_of(backend: str, z: Tensor, s: Scoring, shard: Shard | None) -> Softmax:
+    """Softmax numbers over the whole vocabulary, of which z (..., V) holds all or this share."""
+    if shard is None:
+        return calls.logprobs_fwd(backend, z, s)
+    part = calls.logprobs_fwd(backend, z, s._replace(tokens=shard.local(s.tokens)))
+    return shard.merge(part, z, s)
 
 
 def _at(x: Tensor, column: Tensor) -> Tensor:
