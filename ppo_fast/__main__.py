@@ -52,7 +52,7 @@ def _train(args: list[str]) -> int:
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 
-        from ppo_fast.loop.options import ConfigError, parse
+        from ppo_fast.loop.cli import ConfigError, parse
     except ModuleNotFoundError as error:
         print(f"{error}; `ppo-fast train` needs: pip install 'ppo_fast[train]'", file=sys.stderr)
         return 1
@@ -96,7 +96,7 @@ def _stopped(error: Exception, config: TrainConfig) -> str | None:
     from safetensors import SafetensorError
 
     from ppo_fast import loop
-    from ppo_fast.loop.data import TaskError
+    from ppo_fast.loop.data.packages import TaskError
     from ppo_fast.loop.values import traceback_of
 
     if isinstance(error, loop.RankFailedError):

@@ -18,9 +18,9 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast.loop import TrainConfig
-from ppo_fast.loop.agent import Agent, Scored
-from ppo_fast.loop.meter import Measurement, measured
-from ppo_fast.loop.policy import Sequences
+from ppo_fast.loop.data.sequences import Sequences
+from ppo_fast.loop.log.meter import Measurement, measured
+from ppo_fast.loop.model.agent import Agent, Scored
 from ppo_fast.loop.trainer import load_trainer
 from ppo_fast.loop.update import Batch, accumulate
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ppo_fast.loop import TrainConfig
-from ppo_fast.loop.policy import Sequences, Tower
-from ppo_fast.loop.rollout import encode, generate
+from ppo_fast.loop.data.sequences import Sequences
+from ppo_fast.loop.model.tower import Tower
+from ppo_fast.loop.sampling.generate import encode, generate
 from ppo_fast.loop.trainer import Trainer, load_trainer
 
 # fp32 sums in another order than the training forward's: 2**-24 times a condition below 1e4.

@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.loop.records import fifths
+from ppo_fast.loop.log.history import fifths
 from ppo_fast.report import write_report
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

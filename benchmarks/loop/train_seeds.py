@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.loop.records import fifths
+from ppo_fast.loop.log.history import fifths
 
 Log = list[dict[str, Any]]
 

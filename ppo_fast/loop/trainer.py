@@ -15,25 +15,27 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast._backend import select
-from ppo_fast.loop import data, models, rewards, tasks
-from ppo_fast.loop.agent import Agent, Scored
-from ppo_fast.loop.checkpoint import Checkpoints
+from ppo_fast.loop import rewards, tasks
+from ppo_fast.loop.checkpoint.checkpoints import Checkpoints
 from ppo_fast.loop.config import TrainConfig
-from ppo_fast.loop.experience import Experience, importance
-from ppo_fast.loop.export import export
-from ppo_fast.loop.first_batch import FirstBatch
-from ppo_fast.loop.history import Record
+from ppo_fast.loop.data.experience import Experience, importance
+from ppo_fast.loop.data.prompts import PromptStream
+from ppo_fast.loop.data.replay import TransitionStream, TransitionWriter, open_transitions
+from ppo_fast.loop.data.sequences import Rollout, Sequences
 from ppo_fast.loop.interrupt import patient_interrupt
 from ppo_fast.loop.kl import adapt_penalty, adapt_reward_kl
-from ppo_fast.loop.lock import RunLock
-from ppo_fast.loop.meter import timed
-from ppo_fast.loop.parallel import RankFailedError, Ranks, device_of
-from ppo_fast.loop.policy import Sequences
-from ppo_fast.loop.progress import shown
-from ppo_fast.loop.records import Muted, Recorder, fifths
-from ppo_fast.loop.replay import TransitionStream, TransitionWriter, open_transitions
-from ppo_fast.loop.rollout import Rollout, completions, encode
-from ppo_fast.loop.trial import check_is_causal_lm
+from ppo_fast.loop.log.history import Record, fifths
+from ppo_fast.loop.log.lock import RunLock
+from ppo_fast.loop.log.meter import timed
+from ppo_fast.loop.log.progress import shown
+from ppo_fast.loop.log.recorder import Muted, Recorder
+from ppo_fast.loop.model import load
+from ppo_fast.loop.model.agent import Agent, Scored
+from ppo_fast.loop.model.export import export
+from ppo_fast.loop.model.first_batch import FirstBatch
+from ppo_fast.loop.model.trial import check_is_causal_lm
+from ppo_fast.loop.ranks.ranks import RankFailedError, Ranks, device_of
+from ppo_fast.loop.sampling.generate import completions, encode
 from ppo_fast.loop.update import Batch, Plan, Updated, make_plan, update
 
 _STORED_CAP = 2.0  # of the importance weights of stored transitions, where none is given
@@ -77,7 +79,7 @@ class Trainer:
         self.stored = isinstance(prompts, TransitionStream)
         # A model that cannot be trained is refused before anything of a former run is cleared.
         check_is_causal_lm(model)
-        models.check_vocabulary(model, tokenizer)
+        load.check_vocabulary(model, tokenizer)
         self.agent = Agent(model, config, self.ranks, sampled=not self.stored)
         self.first_batch = FirstBatch(self.agent)
         lock = RunLock(config.out)
@@ -86,11 +88,11 @@ class Trainer:
         self.device = self.agent.parameters[0].device
         asked = None if config.backend == "auto" else config.backend
         self.backend = select("train", asked, self.agent.parameters[0])
-        self.eos = models.eos_ids(model, tokenizer)
-        self.prompts: data.PromptStream | TransitionStream = (
+        self.eos = load.eos_ids(model, tokenizer)
+        self.prompts: PromptStream | TransitionStream = (
             prompts
             if isinstance(prompts, TransitionStream)
-            else data.PromptStream(prompts, config.seed)
+            else PromptStream(prompts, config.seed)
         )
         path = config.save_transitions if self.ranks.first else None
         self.writer = None if path is None else TransitionWriter(path, self.eos)
@@ -254,7 +256,7 @@ class Trainer:
 
     def rollout(self, prompts: list[str], backend: str) -> Rollout:
         """Sample one completion per prompt, each rank those of its share."""
-        limit = models.prompt_limit(self.agent.policy.model, self.config.max_new_tokens)
+        limit = load.prompt_limit(self.agent.policy.model, self.config.max_new_tokens)
         tokens, attention = encode(self.tokenizer, prompts, self.device, limit)
         return self.agent.sample(
             tokens,
@@ -325,7 +327,7 @@ def load_trainer(
     device = device_of(config)
     task = tasks.load_task(config)
     torch.manual_seed(config.seed)
-    model, tokenizer = models.load_model(config.model, task.texts[:200], device)
+    model, tokenizer = load.load_model(config.model, task.texts[:200], device)
     task = task.as_chat(tokenizer) if config.chat else task
     reward = rewards.load_reward(config, task, device)
     source = (

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.loop.agent import Agent, Scored
-from ppo_fast.loop.memory import with_room
-from ppo_fast.loop.policy import Sequences
+from ppo_fast.loop.data.sequences import Sequences
+from ppo_fast.loop.model.agent import Agent, Scored
+from ppo_fast.loop.model.memory import with_room
 
 Plan = list[list[Tensor]]
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ppo_fast.loop.history import mean
+from ppo_fast.loop.log.history import mean
 from ppo_fast.report.runs import Group
 
 WIDTH, HEIGHT = 420.0, 230.0

@@ -10,10 +10,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.loop.alarms import alarms
-from ppo_fast.loop.fields import Record
-from ppo_fast.loop.history import History, mean
-from ppo_fast.loop.records import fifths
+from ppo_fast.loop.log.alarms import alarms
+from ppo_fast.loop.log.fields import Record
+from ppo_fast.loop.log.history import History, fifths, mean
 from ppo_fast.report import charts
 from ppo_fast.report.runs import FILES, Group, Run, RunError, differing, grouped, load_runs
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.loop import fields
-from ppo_fast.loop.fields import FieldError, Record
-from ppo_fast.loop.history import NUMBERS
+from ppo_fast.loop.log import fields
+from ppo_fast.loop.log.fields import FieldError, Record
+from ppo_fast.loop.log.history import NUMBERS
 
 # The files of a run that are read: its log, and what else it may have.
 FILES = LOG, SAMPLES, CONFIG, VERSIONS = (

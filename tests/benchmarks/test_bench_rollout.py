@@ -9,7 +9,7 @@ import torch
 from loop_helpers import trainer
 
 from benchmarks.loop.rollout import Workload
-from ppo_fast.loop.rollout import Rollout
+from ppo_fast.loop.data.sequences import Rollout
 
 
 def test_both_providers_pass_the_gate_and_are_counted_alike(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ppo_fast.loop import TrainConfig, Trainer
-from ppo_fast.loop.models import tiny_model
-from ppo_fast.loop.parallel import Ranks
-from ppo_fast.loop.rewards import RewardFn, Scores, letters
-from ppo_fast.loop.rollout import Rollout
+from ppo_fast.loop.data.sequences import Rollout, Scores
+from ppo_fast.loop.model.load import tiny_model
+from ppo_fast.loop.ranks.ranks import Ranks
+from ppo_fast.loop.rewards import RewardFn, letters
 from ppo_fast.loop.update import Batch, Plan
 
 TEXTS = [

@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from loop_helpers import batch_of, trainer, weights
 
 from ppo_fast.loop import Trainer, processes
-from ppo_fast.loop.parallel import Ranks
-from ppo_fast.loop.rewards import Scores
+from ppo_fast.loop.data.sequences import Scores
+from ppo_fast.loop.ranks.ranks import Ranks
 from ppo_fast.loop.update import accumulate, update
 
 WORLD = 2

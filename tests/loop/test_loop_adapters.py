@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import ppo_fast
 from ppo_fast.loop import TrainConfig, Trainer, UnsupportedModelError
-from ppo_fast.loop.adapters import add_adapters
-from ppo_fast.loop.parallel import processes
-from ppo_fast.loop.policy import Sequences, Tower
+from ppo_fast.loop.checkpoint.state import trainable
+from ppo_fast.loop.data.sequences import Sequences
+from ppo_fast.loop.model.adapters import add_adapters
+from ppo_fast.loop.model.tower import Tower
+from ppo_fast.loop.ranks.ranks import processes
 from ppo_fast.loop.rewards import letters
-from ppo_fast.loop.state import trainable
 
 QUIET = Console(quiet=True)
 # layers, head, critic

@@ -13,8 +13,8 @@ from loop_helpers import trainer
 from rich.console import Console
 
 from ppo_fast.loop import TrainConfig
-from ppo_fast.loop.alarms import alarms, rolling
-from ppo_fast.loop.history import History
+from ppo_fast.loop.log.alarms import alarms, rolling
+from ppo_fast.loop.log.history import History
 
 Log = list[dict[str, Any]]
 

@@ -19,8 +19,8 @@ from loop_seeded import Learned, seeded
 from rich.console import Console
 
 from ppo_fast.loop import CheckpointError, TrainConfig, Trainer
-from ppo_fast.loop.checkpoint import TENSORS, VALUES, read
-from ppo_fast.loop.state import FREE
+from ppo_fast.loop.checkpoint.folder import TENSORS, VALUES, read
+from ppo_fast.loop.checkpoint.state import FREE
 
 QUIET = Console(quiet=True)
 ENDED = "update-000004"

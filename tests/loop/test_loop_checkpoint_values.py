@@ -15,7 +15,7 @@ from rich.console import Console
 from test_loop_checkpoint import seeded
 
 from ppo_fast.loop import CheckpointError
-from ppo_fast.loop.checkpoint import TENSORS, VALUES
+from ppo_fast.loop.checkpoint.folder import TENSORS, VALUES
 
 QUIET = Console(quiet=True)
 ENDED = "update-000002"

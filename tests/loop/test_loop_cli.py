@@ -15,10 +15,11 @@ import ppo_fast
 from ppo_fast.__main__ import main
 from ppo_fast.loop import TrainConfig
 from ppo_fast.loop.compare import PHASES, compare, largest
-from ppo_fast.loop.data import PromptStream, opening_words
+from ppo_fast.loop.data.packages import opening_words
+from ppo_fast.loop.data.prompts import PromptStream
 from ppo_fast.loop.kl import adapt_penalty, adapt_reward_kl
-from ppo_fast.loop.meter import measured
-from ppo_fast.loop.records import fifths
+from ppo_fast.loop.log.history import fifths
+from ppo_fast.loop.log.meter import measured
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaForCausalLM
 
 from ppo_fast.loop import TrainConfig, Trainer, UnsupportedModelError
-from ppo_fast.loop.decoder import Decoder
-from ppo_fast.loop.layers import decoder_layers, freeze_below
+from ppo_fast.loop.model.decoder import Decoder
+from ppo_fast.loop.model.layers import decoder_layers, freeze_below
+from ppo_fast.loop.model.rounding import allowed_gap
 from ppo_fast.loop.rewards import letters
-from ppo_fast.loop.rounding import allowed_gap
 
 TRAINED = [
     "gpt2",

@@ -15,8 +15,8 @@ from test_loop_save_fails import small_files
 
 from ppo_fast.__main__ import main
 from ppo_fast.loop import CheckpointError, Trainer
-from ppo_fast.loop.models import save_model
-from ppo_fast.loop.records import cut_back
+from ppo_fast.loop.log.recorder import cut_back
+from ppo_fast.loop.model.export import save_model
 from ppo_fast.loop.rewards import letters
 
 QUIET = Console(quiet=True)
@@ -101,7 +101,7 @@ def test_a_file_that_the_disk_refuses_stays_as_it_was(tmp_path: Path, name: str)
     else:
         big = "versions" if name == "versions.json" else "dataclasses.asdict"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(f"ppo_fast.loop.records.{big}", lambda *x: {"long": "x" * 5_000})
+            patch.setattr(f"ppo_fast.loop.log.recorder.{big}", lambda *x: {"long": "x" * 5_000})
             with small_files(4_000), pytest.raises(OSError, match=f"{name}: .*File too large"):
                 t.recorder._begin(None)
     assert files(tmp_path)[name] == before[name] and files(tmp_path).keys() == before.keys()

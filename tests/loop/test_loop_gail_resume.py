@@ -8,9 +8,9 @@ import torch
 from loop_helpers import TEXTS, trainer, weights
 
 from ppo_fast.loop import Trainer
-from ppo_fast.loop.checkpoint import read, write
+from ppo_fast.loop.checkpoint.folder import read, write
+from ppo_fast.loop.checkpoint.state import capture, restore
 from ppo_fast.loop.rewards.gail import Discriminator
-from ppo_fast.loop.state import capture, restore
 
 
 class Lengths:

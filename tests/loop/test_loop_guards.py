@@ -14,11 +14,12 @@ from rich.console import Console
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from ppo_fast.loop import Trainer, UnsupportedModelError
-from ppo_fast.loop.models import check_vocabulary, load_model
-from ppo_fast.loop.replay import open_transitions
+from ppo_fast.loop.data.replay import open_transitions
+from ppo_fast.loop.data.sequences import Rollout
+from ppo_fast.loop.model.load import check_vocabulary, load_model
+from ppo_fast.loop.model.rounding import allowed_gap, excess_gap
 from ppo_fast.loop.rewards import frozen, letters
-from ppo_fast.loop.rollout import Rollout, generate
-from ppo_fast.loop.rounding import allowed_gap, excess_gap
+from ppo_fast.loop.sampling.generate import generate
 
 CPU = torch.device("cpu")
 

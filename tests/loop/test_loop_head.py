@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 
 import ppo_fast
 from ppo_fast.loop import TrainConfig, Trainer, UnsupportedModelError
-from ppo_fast.loop.policy import Sequences, Tower
+from ppo_fast.loop.data.sequences import Sequences
+from ppo_fast.loop.model.rounding import product
+from ppo_fast.loop.model.tower import Tower
 from ppo_fast.loop.rewards import letters
-from ppo_fast.loop.rounding import product
 
 FP64 = 1e-12  # products of the same fp64 numbers in another order
 

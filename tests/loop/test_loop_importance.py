@@ -11,7 +11,7 @@ from loop_helpers import batch_of, trainer
 
 import ppo_fast
 from ppo_fast.loop import TrainConfig
-from ppo_fast.loop.experience import importance
+from ppo_fast.loop.data.experience import importance
 from ppo_fast.loop.update import accumulate
 
 

@@ -16,14 +16,14 @@ from loop_helpers import trainer
 from rich.console import Console
 
 from ppo_fast.loop import CheckpointError, RunLockedError
-from ppo_fast.loop.lock import NAME, RunLock
+from ppo_fast.loop.log.lock import NAME, RunLock
 from ppo_fast.loop.rewards import letters
 
 QUIET = Console(quiet=True)
 HOLD = """
 import sys
 from pathlib import Path
-from ppo_fast.loop.lock import RunLock
+from ppo_fast.loop.log.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.claim()
 print("held", flush=True)
@@ -142,7 +142,7 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
 FORKS = """
 import os, signal, sys
 from pathlib import Path
-from ppo_fast.loop.lock import RunLock
+from ppo_fast.loop.log.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.claim()
 ready, done = os.pipe()
@@ -167,6 +167,6 @@ def test_a_system_without_flock_is_told_and_the_run_goes_on(
         patch.setattr(fcntl, "flock", none)
         trainer(tmp_path / "run", updates=1).run(QUIET)
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="has no flock"):
-        patch.setattr("ppo_fast.loop.lock.fcntl", None)
+        patch.setattr("ppo_fast.loop.log.lock.fcntl", None)
         trainer(tmp_path / "other", updates=1).run(QUIET)
     assert (tmp_path / "other" / "model" / "model.safetensors").exists()

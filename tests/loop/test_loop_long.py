@@ -12,7 +12,8 @@ import pytest
 import torch
 from loop_helpers import batch_of, trainer, weights
 
-from ppo_fast.loop.rewards import Scores, letters
+from ppo_fast.loop.data.sequences import Scores
+from ppo_fast.loop.rewards import letters
 
 
 def run_of(

@@ -14,8 +14,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.loop import Trainer
-from ppo_fast.loop.agent import NonFiniteGradientError
-from ppo_fast.loop.memory import OutOfMemoryStopError, halves, with_room
+from ppo_fast.loop.model.agent import NonFiniteGradientError
+from ppo_fast.loop.model.memory import OutOfMemoryStopError, halves, with_room
 from ppo_fast.loop.update import accumulate
 
 QUIET = Console(quiet=True)

@@ -10,7 +10,7 @@ import torch
 from loop_helpers import tiny
 from safetensors.torch import load_file
 
-from ppo_fast.loop.models import load_model
+from ppo_fast.loop.model.load import load_model
 
 CPU = torch.device("cpu")
 

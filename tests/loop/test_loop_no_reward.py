@@ -16,7 +16,8 @@ from rich.console import Console
 
 from ppo_fast.__main__ import main
 from ppo_fast.loop import NoRewardError, RewardError, RewardLengthError
-from ppo_fast.loop.rewards import Scores, Watch, letters
+from ppo_fast.loop.data.sequences import Scores
+from ppo_fast.loop.rewards import Watch, letters
 
 QUIET = Console(quiet=True)
 

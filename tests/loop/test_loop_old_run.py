@@ -1,7 +1,8 @@
 """A run folder that an older version wrote: it resumes, and ends where that version ended.
 
-`old_run/run` is the folder of a run after 2 of 4 updates, `old_run/base` its model, and `end.*` the
-log, samples and trained weights with which the version that wrote it resumed and ended it.
+`old_run/run` is the folder of a run after 2 of 4 updates, `old_run/base` its model, and `end.*`
+hold log, samples and trained weights of the same run, resumed and ended by the version that wrote
+it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from safetensors.torch import load_file
 from test_loop_checkpoint import Learned
 
 from ppo_fast.loop import TrainConfig, Trainer
-from ppo_fast.loop.checkpoint import TENSORS, read
-from ppo_fast.loop.models import load_model
+from ppo_fast.loop.checkpoint.folder import TENSORS, read
+from ppo_fast.loop.model.load import load_model
 
 OLD = Path(__file__).parent / "old_run"
 OPTIONS: dict[str, Any] = {

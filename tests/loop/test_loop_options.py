@@ -15,7 +15,7 @@ from loop_helpers import trainer
 
 from ppo_fast.__main__ import main
 from ppo_fast.loop import TrainConfig
-from ppo_fast.loop.options import ConfigError, parse
+from ppo_fast.loop.cli import ConfigError, parse
 
 
 def saved(folder: Path, text: str) -> str:

@@ -16,7 +16,7 @@ from loop_ranks import RUNS, WORLD, free_port, one_process, two_ranks
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.loop import RankFailedError, TrainConfig
-from ppo_fast.loop.parallel import Ranks, processes
+from ppo_fast.loop.ranks.ranks import Ranks, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGED = ("reward", "kl", "loss", "value_loss", "entropy", "grad_norm", "ratio_max", "n_tokens")

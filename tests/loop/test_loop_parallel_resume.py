@@ -17,7 +17,7 @@ from loop_ranks import WORLD, free_port, whole
 from rich.console import Console
 
 from ppo_fast.loop import CheckpointError, processes
-from ppo_fast.loop.checkpoint import read
+from ppo_fast.loop.checkpoint.folder import read
 
 QUIET = Console(quiet=True)
 UPDATES, LEFT = 4, 2

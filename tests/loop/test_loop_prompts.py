@@ -11,9 +11,9 @@ from loop_helpers import TEXTS, tiny, trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ppo_fast.loop import TrainConfig, Trainer
-from ppo_fast.loop.models import eos_ids, prompt_limit
+from ppo_fast.loop.model.load import eos_ids, prompt_limit
 from ppo_fast.loop.rewards import letters
-from ppo_fast.loop.rollout import encode
+from ppo_fast.loop.sampling.generate import encode
 
 CPU = torch.device("cpu")
 

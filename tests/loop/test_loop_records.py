@@ -16,11 +16,11 @@ from loop_helpers import trainer
 from rich.console import Console
 
 import ppo_fast
-from ppo_fast.loop.fields import FieldError
-from ppo_fast.loop.history import NUMBERS, History
-from ppo_fast.loop.progress import shown, summary
-from ppo_fast.loop.tensorboard import TAGS
-from ppo_fast.loop.versions import versions
+from ppo_fast.loop.log.fields import FieldError
+from ppo_fast.loop.log.history import NUMBERS, History
+from ppo_fast.loop.log.progress import shown, summary
+from ppo_fast.loop.log.tensorboard import TAGS
+from ppo_fast.loop.log.versions import versions
 
 QUIET = Console(quiet=True)
 

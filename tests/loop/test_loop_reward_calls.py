@@ -20,7 +20,8 @@ from loop_helpers import trainer, weights
 from rich.console import Console
 
 from ppo_fast.loop import RewardLengthError
-from ppo_fast.loop.rewards import Scores, letters, score, shaped
+from ppo_fast.loop.data.sequences import Scores
+from ppo_fast.loop.rewards import letters, score, shaped
 
 LARGEST = float(torch.finfo(torch.float32).max)
 

@@ -16,8 +16,9 @@ import torch
 from loop_helpers import TEXTS, tiny, trainer
 
 from ppo_fast.loop import RewardLengthError, TrainConfig
-from ppo_fast.loop.data import TaskError
-from ppo_fast.loop.rewards import Scores, letters, load_reward, score, shaped
+from ppo_fast.loop.data.packages import TaskError
+from ppo_fast.loop.data.sequences import Scores
+from ppo_fast.loop.rewards import letters, load_reward, score, shaped
 from ppo_fast.loop.rewards.text import chrf, rouge
 from ppo_fast.loop.tasks import Task
 

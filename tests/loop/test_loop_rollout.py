@@ -25,10 +25,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from ppo_fast.loop.decoder import Decoder, buckets
-from ppo_fast.loop.policy import Tower
-from ppo_fast.loop.rollout import encode, generate
-from ppo_fast.loop.sampling import draw
+from ppo_fast.loop.model.decoder import Decoder, buckets
+from ppo_fast.loop.model.tower import Tower
+from ppo_fast.loop.sampling.generate import draw, encode, generate
 
 
 def test_draws_follow_the_softmax() -> None:

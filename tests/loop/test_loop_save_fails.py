@@ -16,8 +16,9 @@ from loop_helpers import trainer
 from rich.console import Console
 
 from ppo_fast.__main__ import main
-from ppo_fast.loop import CheckpointError, checkpoint
-from ppo_fast.loop.checkpoint import TENSORS, read
+from ppo_fast.loop import CheckpointError
+from ppo_fast.loop.checkpoint import folder as checkpoint_folder
+from ppo_fast.loop.checkpoint.folder import TENSORS, read
 from ppo_fast.loop.interrupt import patient_interrupt
 from ppo_fast.loop.rewards import letters
 
@@ -69,7 +70,7 @@ def test_each_step_of_a_save_may_fail(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    owner: Any = {"save_file": checkpoint, "fsync": os}.get(failing, Path)
+    owner: Any = {"save_file": checkpoint_folder, "fsync": os}.get(failing, Path)
     with monkeypatch.context() as patch:
         patch.setattr(owner, failing, full)
         with pytest.raises(CheckpointError, match=r"update-000002 failed: .*No space left"):
@@ -98,7 +99,7 @@ def test_the_last_save_fails_the_run_after_model_and_log(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint_folder, "save_file", full)
     with pytest.raises(CheckpointError, match=r"update-000003 failed: .*No space left"):
         t.run(QUIET)
     assert (tmp_path / "model" / "model.safetensors").stat().st_size > 100_000

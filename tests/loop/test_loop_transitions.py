@@ -16,10 +16,10 @@ from transition_rows import GOOD, jsonl, parquet
 
 from ppo_fast.__main__ import main
 from ppo_fast.loop import TrainConfig, Trainer, TransitionsError
-from ppo_fast.loop.replay import TransitionStream, open_transitions
+from ppo_fast.loop.checkpoint.state import capture, identity, restore
+from ppo_fast.loop.data.replay import TransitionStream, open_transitions
+from ppo_fast.loop.data.transitions import Limits, Transition, read_transitions
 from ppo_fast.loop.rewards import letters
-from ppo_fast.loop.state import capture, identity, restore
-from ppo_fast.loop.transitions import Limits, Transition, read_transitions
 
 
 def stream(n: int, batch: int, seed: int = 0, shuffle: bool = True) -> TransitionStream:

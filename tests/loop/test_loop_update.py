@@ -8,7 +8,7 @@ import pytest
 import torch
 from loop_helpers import batch_of, gradients, trainer, weights
 
-from ppo_fast.loop.rewards import Scores
+from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.trainer import Trainer
 from ppo_fast.loop.update import Batch, accumulate, make_plan, update
 

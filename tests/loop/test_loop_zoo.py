@@ -12,8 +12,8 @@ from loop_helpers import TEXTS, tiny
 from model_zoo import SPECIAL, TYPES, build
 
 from ppo_fast.loop import NonFiniteGradientError, TrainConfig, Trainer, UnsupportedModelError
+from ppo_fast.loop.model.rounding import excess_gap, has_routed_experts
 from ppo_fast.loop.rewards import letters
-from ppo_fast.loop.rounding import excess_gap, has_routed_experts
 
 # What cannot be made small here, and the error that says so.
 UNBUILT = {

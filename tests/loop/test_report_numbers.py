@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from report_helpers import HOSTILE, bare, record, write
 
-from ppo_fast.loop.history import mean
+from ppo_fast.loop.log.history import mean
 from ppo_fast.report import charts
 from ppo_fast.report.page import number, page, phase_seconds, summary
 from ppo_fast.report.runs import differing, grouped, load_run, load_runs

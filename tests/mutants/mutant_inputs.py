@@ -23,7 +23,7 @@ INPUTS = (
     ),
     Mutant(
         "token rewards add up to infinity",
-        "ppo_fast/loop/transitions.py",
+        "ppo_fast/loop/data/transitions.py",
         "sum(map(abs, rewards))",
         "max(map(abs, rewards))",
         "loop_texts",
@@ -63,7 +63,7 @@ INPUTS = (
     ),
     Mutant(
         "one text is a list of letters",
-        "ppo_fast/loop/data.py",
+        "ppo_fast/loop/data/prompts.py",
         "if isinstance(prompts, (str, bytes, Mapping)):",
         "if isinstance(prompts, Mapping):",
         "loop_texts",

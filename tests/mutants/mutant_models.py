@@ -7,7 +7,7 @@ from mutant import Mutant
 MODELS = (
     Mutant(
         "a model's factor is lost",
-        "ppo_fast/loop/head.py",
+        "ppo_fast/loop/model/head.py",
         '({} if self.scale == 1 else {"temperature": 1 / self.scale})',
         "{}",
         "loop_head",
@@ -15,7 +15,7 @@ MODELS = (
     ),
     Mutant(
         "a cap behind a factor is not widened",
-        "ppo_fast/loop/head.py",
+        "ppo_fast/loop/model/head.py",
         "else self.softcap / self.scale",
         "else self.softcap",
         "loop_head",
@@ -23,7 +23,7 @@ MODELS = (
     ),
     Mutant(
         "logits that are changed in place look unchanged",
-        "ppo_fast/loop/head.py",
+        "ppo_fast/loop/model/head.py",
         "return sent.clone()",
         "return sent",
         "loop_head",
@@ -31,7 +31,7 @@ MODELS = (
     ),
     Mutant(
         "a factor gives way to the run's temperature",
-        "ppo_fast/loop/agent.py",
+        "ppo_fast/loop/model/agent.py",
         'self.config.temperature * head.get("temperature", 1.0)',
         "self.config.temperature",
         "loop_families",
@@ -39,7 +39,7 @@ MODELS = (
     ),
     Mutant(
         "the reference's head is not compared",
-        "ppo_fast/loop/first_batch.py",
+        "ppo_fast/loop/model/first_batch.py",
         "in (self.agent.policy, self.agent.reference)",
         "in (self.agent.policy,)",
         "loop_head",
@@ -47,7 +47,7 @@ MODELS = (
     ),
     Mutant(
         "distributions are compared in vain",
-        "ppo_fast/loop/head.py",
+        "ppo_fast/loop/model/head.py",
         "if bool((worst > 0).any()):",
         "if bool((worst > 1e9).any()):",
         "loop_head",
@@ -55,7 +55,7 @@ MODELS = (
     ),
     Mutant(
         "a state's mask covers what was read",
-        "ppo_fast/loop/decoder.py",
+        "ppo_fast/loop/model/decoder.py",
         "seen[:, -new:] if self._stateful else seen",
         "seen",
         "loop_families",
@@ -63,7 +63,7 @@ MODELS = (
     ),
     Mutant(
         "padding is cut where positions count it",
-        "ppo_fast/loop/decoder.py",
+        "ppo_fast/loop/model/decoder.py",
         "spare if self._cuts else tokens.numel()",
         "spare",
         "loop_families",
@@ -71,7 +71,7 @@ MODELS = (
     ),
     Mutant(
         "a sampler's gap stops no run",
-        "ppo_fast/loop/first_batch.py",
+        "ppo_fast/loop/model/first_batch.py",
         "if found is not None:",
         "if found == 0:",
         "loop_guards",
@@ -79,7 +79,7 @@ MODELS = (
     ),
     Mutant(
         "the layers of images are taken for text's",
-        "ppo_fast/loop/layers.py",
+        "ppo_fast/loop/model/layers.py",
         "return len(list(shared)), len(layers) == wanted, -len(path), len(layers)",
         "return 0, len(layers) == wanted, 0, 0",
         "loop_families",
@@ -87,7 +87,7 @@ MODELS = (
     ),
     Mutant(
         "the final norm stays frozen",
-        "ppo_fast/loop/layers.py",
+        "ppo_fast/loop/model/layers.py",
         "found.extend(ran)",
         "found.extend(ran[:0])",
         "loop_families",
@@ -95,7 +95,7 @@ MODELS = (
     ),
     Mutant(
         "a frozen layer trains with the one above",
-        "ppo_fast/loop/layers.py",
+        "ppo_fast/loop/model/layers.py",
         "    check_frozen(model, layers, split)\n    return split",
         "    return split",
         "loop_families",
@@ -103,7 +103,7 @@ MODELS = (
     ),
     Mutant(
         "bf16 weights swallow their steps",
-        "ppo_fast/loop/weights.py",
+        "ppo_fast/loop/model/weights.py",
         "(p.dtype == torch.bfloat16 and p.requires_grad)",
         "False",
         "loop_guards",
@@ -111,7 +111,7 @@ MODELS = (
     ),
     Mutant(
         "a policy that is all frozen",
-        "ppo_fast/loop/weights.py",
+        "ppo_fast/loop/model/weights.py",
         "if len(frozen) == len(weights):",
         "if not weights:",
         "loop_guards",

@@ -7,14 +7,14 @@ from mutant import Mutant
 REPORT = (
     Mutant(
         "a mean that overflows is infinite",
-        "ppo_fast/loop/history.py",
+        "ppo_fast/loop/log/history.py",
         "if math.isfinite(total):",
         "if True:",
         "report_numbers",
     ),
     Mutant(
         "a rolling mean that overflows",
-        "ppo_fast/loop/alarms.py",
+        "ppo_fast/loop/log/alarms.py",
         "_SCALE = 2.0**-40",
         "_SCALE = 1.0",
         "loop_alarms",
@@ -22,7 +22,7 @@ REPORT = (
     ),
     Mutant(
         "a start without entropy silences its alarm",
-        "ppo_fast/loop/alarms.py",
+        "ppo_fast/loop/log/alarms.py",
         "start = _first(entropy)",
         "start = entropy[4] if len(entropy) > 4 else np.nan",
         "loop_alarms",
@@ -30,7 +30,7 @@ REPORT = (
     ),
     Mutant(
         "noise across updates without a reward is none",
-        "ppo_fast/loop/alarms.py",
+        "ppo_fast/loop/log/alarms.py",
         "steps[at[1:]] = np.diff(rewards[at] * _SCALE)",
         "steps[1:] = np.nan_to_num(np.diff(rewards * _SCALE))",
         "loop_alarms",
@@ -38,7 +38,7 @@ REPORT = (
     ),
     Mutant(
         "a count of zero halves the KL",
-        "ppo_fast/loop/alarms.py",
+        "ppo_fast/loop/log/alarms.py",
         "np.where(below > 0, below, np.nan)",
         "below",
         "loop_alarms",
@@ -46,7 +46,7 @@ REPORT = (
     ),
     Mutant(
         "a number that is not finite is no alarm",
-        "ppo_fast/loop/alarms.py",
+        "ppo_fast/loop/log/alarms.py",
         "holds[list(lost)] = True",
         "holds[list(lost)] = False",
         "loop_alarms",
@@ -54,7 +54,7 @@ REPORT = (
     ),
     Mutant(
         "a text counts as the number in it",
-        "ppo_fast/loop/fields.py",
+        "ppo_fast/loop/log/fields.py",
         "isinstance(value, bool) or not isinstance(value, Real)",
         "not isinstance(value, (Real, str))",
         "report_faults",

@@ -31,7 +31,7 @@ RUNS = (
     ),
     Mutant(
         "two runs share a folder's lock",
-        "ppo_fast/loop/lock.py",
+        "ppo_fast/loop/log/lock.py",
         "fcntl.flock(file, fcntl.LOCK_EX |",
         "fcntl.flock(file, fcntl.LOCK_SH |",
         "loop_lock",
@@ -39,7 +39,7 @@ RUNS = (
     ),
     Mutant(
         "a run does not look whose folder it is",
-        "ppo_fast/loop/lock.py",
+        "ppo_fast/loop/log/lock.py",
         "if last != self._claim:",
         "if not last:",
         "loop_lock",
@@ -47,7 +47,7 @@ RUNS = (
     ),
     Mutant(
         "a refused resume writes its options down",
-        "ppo_fast/loop/records.py",
+        "ppo_fast/loop/log/recorder.py",
         "if not config.resume:",
         "if config is not None:",
         "loop_folder",
@@ -63,7 +63,7 @@ RUNS = (
     ),
     Mutant(
         "a former model is dropped between two renames",
-        "ppo_fast/loop/models.py",
+        "ppo_fast/loop/model/export.py",
         "if not folder.exists() and former.exists():  # a kill",
         "if False:  # a kill",
         "loop_folder",

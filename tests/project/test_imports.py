@@ -128,7 +128,7 @@ def test_the_loop_uses_the_public_api(folder: str) -> None:
     own = folder.replace("/", ".")
     bad = {
         f"{relative(path)}: {name}"
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
         for name in names_of(path)
         if name.startswith(PRIVATE)
         and not name.startswith(own)

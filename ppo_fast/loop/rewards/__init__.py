@@ -1,8 +1,9 @@
 """Reward functions fn(prompts, completions) -> list[float], and calling them safely."""
 
+from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.rewards.calls import RewardError, RewardFn, RewardLengthError
 from ppo_fast.loop.rewards.load import REWARDS, load_reward
-from ppo_fast.loop.rewards.scoring import Scores, score, shaped
+from ppo_fast.loop.rewards.scoring import score, shaped
 from ppo_fast.loop.rewards.text import letters
 from ppo_fast.loop.rewards.watch import NoRewardError, Watch
 

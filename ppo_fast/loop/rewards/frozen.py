@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.loop.data import References, TaskError, package_folder
-from ppo_fast.loop.models import NO_CODE, SAFE, check_vocabulary, load_model
+from ppo_fast.loop.data.packages import References, TaskError, package_folder
+from ppo_fast.loop.model.load import NO_CODE, SAFE, check_vocabulary, load_model
 from ppo_fast.loop.rewards.calls import RewardFn
 
 _ROWS = 8  # texts per forward: at 50 thousand words, longer texts' logits would not fit

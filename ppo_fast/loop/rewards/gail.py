@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from ppo_fast.loop.data import References
+from ppo_fast.loop.data.packages import References
 from ppo_fast.loop.rewards.frozen import Encoder
 
 

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ppo_fast.loop.data import TaskError, failing_as
+from ppo_fast.loop.data.packages import TaskError, failing_as
 from ppo_fast.loop.rewards import text
 from ppo_fast.loop.rewards.calls import RewardFn
 from ppo_fast.loop.values import shown

@@ -7,8 +7,8 @@ import math
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
 
+from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.rewards.calls import Raised, RewardFn, as_number, ask
 from ppo_fast.loop.rewards.settings import settings_kept
 from ppo_fast.loop.values import described, is_fp32, shown
@@ -16,31 +16,6 @@ from ppo_fast.loop.values import described, is_fp32, shown
 _SHOWN = 120  # characters of a value that is no reward
 # The last call that ran out of time, by the id of its reward: the thread keeps that object alive.
 _late: dict[int, threading.Thread] = {}
-
-
-@dataclass
-class Scores:
-    """One reward per sample, 0 for a dropped one, and why each dropped one was dropped.
-
-    `errors` are the exceptions behind the faults, one of each place that raised. `late` says that
-    the call ran out of time.
-    """
-
-    values: list[float]
-    faults: dict[int, str] = field(default_factory=dict)
-    errors: list[BaseException] = field(default_factory=list, compare=False, repr=False)
-    late: bool = field(default=False, repr=False)
-
-    @property
-    def kept(self) -> list[bool]:
-        """Which samples have a reward."""
-        return [i not in self.faults for i in range(len(self.values))]
-
-    @property
-    def mean(self) -> float:
-        """Mean reward of the kept samples, NaN without any."""
-        kept = [v for i, v in enumerate(self.values) if i not in self.faults]
-        return sum(kept) / len(kept) if kept else math.nan
 
 
 def score(

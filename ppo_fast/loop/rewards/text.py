@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppo_fast.loop.data import References, require
+from ppo_fast.loop.data.packages import References, require
 from ppo_fast.loop.rewards.calls import RewardFn
 
 

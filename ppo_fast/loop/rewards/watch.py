@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.rewards.calls import RewardError
-from ppo_fast.loop.rewards.scoring import Scores, place
+from ppo_fast.loop.rewards.scoring import place
 from ppo_fast.loop.values import traceback_of
 
 _IN_A_ROW = 3

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ppo_fast.loop.layers import UnsupportedModelError
-from ppo_fast.loop.rounding import product, spacing
+from ppo_fast.loop.model.layers import UnsupportedModelError
+from ppo_fast.loop.model.rounding import product, spacing
 
 # Parts of the names by which configs call a factor or a soft cap of the logits.
 _NAMES = ("logit", "multiplier", "scal", "cap")

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.loop.rewards import Scores
-from ppo_fast.loop.rollout import Rollout
+from ppo_fast.loop.data.sequences import Rollout, Scores
 
 
 class Experience(NamedTuple):

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from ppo_fast.loop import fields
-from ppo_fast.loop.fields import Record
+from ppo_fast.loop.log import fields
+from ppo_fast.loop.log.fields import Record
 
 __all__ = ["NUMBERS", "Array", "History", "Record", "mean"]
 
@@ -92,3 +92,9 @@ def mean(values: Iterable[float]) -> float:
     # A power of two, which rounds nothing that matters beside numbers this large.
     found = math.fsum(math.ldexp(value, -64) for value in kept) / len(kept)
     return min(max(math.ldexp(found, 64), min(kept)), max(kept))
+
+
+def fifths(rewards: list[float]) -> tuple[float, float]:
+    """Mean reward of the first and of the last fifth of the updates, skipped ones left out."""
+    n = max(1, len(rewards) // 5)
+    return mean(rewards[:n]), mean(rewards[-n:])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ppo_fast.loop.history import Array, History
+from ppo_fast.loop.log.history import Array, History
 
 _WINDOW, _QUIET = 5, 10
 # What counts as wrong. The bundled model's default runs reach a KL of 1 nat a token, clip 0.2 of

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ppo_fast.loop.data import package_folder
-from ppo_fast.loop.files import naming, require_folder
-from ppo_fast.loop.layers import UnsupportedModelError, vocabulary
+from ppo_fast.loop.data.packages import package_folder
+from ppo_fast.loop.model.layers import UnsupportedModelError, vocabulary
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # A model from a path or a hub runs no code of its own: none that comes with it, and no pickle.
@@ -90,47 +86,6 @@ def prompt_limit(model: Any, max_new_tokens: int) -> int | None:
     """The longest prompt, in tokens, that leaves room in the context; None: it has no bound."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if context is None else context - max_new_tokens
-
-
-def save_model(
-    model: Any, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None = None
-) -> None:
-    """Write a folder that `from_pretrained` loads; a run cut short leaves the former one whole.
-
-    `state` stands in for the model's own weights where those are sharded. Raises OSError, which
-    names the folder, where the disk does not take it; nothing half written stays.
-    """
-    fresh, former = require_model_folder(folder)
-    if not folder.exists() and former.exists():  # a kill came between the two renames
-        former.rename(folder)
-    for leftover in (fresh, former):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    try:
-        with naming(folder):
-            model.save_pretrained(fresh, state_dict=state)
-            tokenizer.save_pretrained(fresh)
-        if folder.exists():
-            folder.rename(former)
-        fresh.rename(folder)
-    except BaseException:
-        if not folder.exists() and former.exists():
-            former.rename(folder)
-        shutil.rmtree(fresh, ignore_errors=True)  # the failure at hand is the one to tell
-        raise
-    if former.exists():
-        shutil.rmtree(former)
-
-
-def require_model_folder(folder: Path) -> tuple[Path, Path]:
-    """Where a new model is written and the former one waits, beside `folder`.
-
-    Raises OSError where one of the three is there and no folder.
-    """
-    places = [folder.with_name(folder.name + end) for end in ("", ".partial", ".former")]
-    for place in places:
-        require_folder(place)
-    return places[1], places[2]
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:

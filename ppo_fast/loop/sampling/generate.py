@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.loop.layers import UnsupportedModelError, vocabulary
-from ppo_fast.loop.policy import Sequences
-from ppo_fast.loop.sampling import draw, draw_uniforms
+from ppo_fast.loop.data.sequences import Rollout, Sequences
+from ppo_fast.loop.model.layers import UnsupportedModelError, vocabulary
 from ppo_fast.loop.values import require_text, tokens_within
 
 # Ended rows leave once they are an eighth of the batch: what that copies of the cache, over all
 # times together, is then at most eight times what is held at the beginning.
 _CROWDED = 7 / 8
-
-
-class Rollout(NamedTuple):
-    """Sampled sequences and the sampler's own log-probability of every token, (B, R) fp32."""
-
-    seqs: Sequences
-    logprobs: Tensor
 
 
 def encode(
@@ -83,7 +75,7 @@ def generate(
     Raises FloatingPointError if the logits of a token are not finite, UnsupportedModelError for a
     token without an embedding or a model without a cache.
     """
-    from ppo_fast.loop.decoder import Decoder
+    from ppo_fast.loop.model.decoder import Decoder
 
     n, known = len(tokens), vocabulary(model)
     if (highest := int(tokens.max())) >= known:
@@ -91,7 +83,13 @@ def generate(
             f"prompts must have tokens below the {known} embeddings of {type(model).__name__}, got"
             f" {highest}"
         )
-    uniforms = draw_uniforms(generator, max_new_tokens, n if total is None else total)
+    uniforms = torch.rand(
+        max_new_tokens,
+        n if total is None else total,
+        generator=generator,
+        device=generator.device,
+        dtype=torch.float64,
+    )
     uniforms = (uniforms if rows is None else uniforms[:, rows]).to(tokens.device)
     stops = tokens.new_tensor(eos)
     response = tokens.new_full((n, max_new_tokens), eos[0] if eos else 0)
@@ -139,3 +137,16 @@ def completions(tokenizer: Any, seqs: Sequences) -> list[str]:
         tokenizer.decode(row[kept], skip_special_tokens=True)
         for row, kept in zip(seqs.response.cpu(), seqs.mask.cpu(), strict=True)
     ]
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """Tokens (B,) of softmax(logits / temperature), logits (B, V), by inversion of the cdf.
+
+    `uniforms` (B,) fp64 lie in [0, 1). The first token whose cdf exceeds a uniform's share of the
+    whole sum has a width of its own, so one of probability 0 is never drawn, and the last step of
+    the cdf need not be 1. fp64 keeps the widths of rare tokens far out in a large vocabulary.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    cdf = torch.softmax(wide / temperature, dim=-1).cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
+    return token.squeeze(1).clamp(max=logits.shape[-1] - 1)  # NaN logits: nothing exceeds

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ppo_fast.loop.layers import check_frozen, decoder_layers
+from ppo_fast.loop.model.layers import check_frozen, decoder_layers
 
 
 def add_adapters(model: Any, rank: int, train_layers: int) -> tuple[Any, int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from ppo_fast.loop.agent import Agent
+    from ppo_fast.loop.model.agent import Agent
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ppo_fast.loop.layers import UnsupportedModelError
-from ppo_fast.loop.policy import position_ids
+from ppo_fast.loop.data.sequences import position_ids
+from ppo_fast.loop.model.layers import UnsupportedModelError
 
 # Tokens of padding that cost as much as one more forward, which reads every weight once. SmolLM2
 # on two cores: 70 ms, and 3 ms a token. A GPU reads a weight in the time of some 200 products.

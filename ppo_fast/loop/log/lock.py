@@ -16,7 +16,7 @@ except ModuleNotFoundError:  # not a POSIX system: there is no lock to take
     fcntl = None  # type: ignore[assignment]
 
 from ppo_fast.loop.files import naming, require_file
-from ppo_fast.loop.models import require_model_folder
+from ppo_fast.loop.model.export import require_model_folder
 
 NAME = ".lock"
 # What a run writes beside its checkpoints: looked at before it begins, not when it is done.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import os
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.files import naming, replace, require_file, require_folder
-from ppo_fast.loop.history import NUMBERS, History, Record, mean
-from ppo_fast.loop.lock import RunLock
-from ppo_fast.loop.rewards import Scores
-from ppo_fast.loop.tensorboard import Board
-from ppo_fast.loop.versions import versions
+from ppo_fast.loop.log.history import NUMBERS, History, Record
+from ppo_fast.loop.log.lock import RunLock
+from ppo_fast.loop.log.plot import plot
+from ppo_fast.loop.log.tensorboard import Board
+from ppo_fast.loop.log.versions import versions
 
 SAMPLES = 4  # of every update are kept
 
@@ -205,34 +205,6 @@ def _record(line: bytes) -> Record | None:
     numbers = [entry[name] for name in NUMBERS if entry.get(name) is not None]
     sound = all(isinstance(x, int | float) for x in numbers) and type(entry.get("update")) is int
     return entry if sound and isinstance(entry.get("dropped", {}), dict) else None
-
-
-def fifths(rewards: list[float]) -> tuple[float, float]:
-    """Mean reward of the first and of the last fifth of the updates, skipped ones left out."""
-    n = max(1, len(rewards) // 5)
-    return mean(rewards[:n]), mean(rewards[-n:])
-
-
-def plot(history: History, path: Path) -> None:
-    """Reward and KL per sequence against updates."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    updates, rewards = history.column("update"), history.column("reward").tolist()
-    smooth = [mean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
-    top.plot(updates, rewards, ".", alpha=0.5, label="mean of the batch")
-    top.plot(updates, smooth, label="mean of the last five")
-    top.set_ylabel("reward")
-    top.legend(loc="lower right")
-    bottom.plot(updates, history.column("kl"))
-    bottom.set_ylabel("KL to the reference\n(nats per sequence)")
-    bottom.set_xlabel("update")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120, format="png")
-    replace(path, drawn.getvalue())
 
 
 def _finite(value: Any) -> Any:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import importlib
 import importlib.util
-import json
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.loop.values import described, require_text, shown
+from ppo_fast.loop.values import described
 
 References = dict[str, str]
 """The reference text of each prompt."""
@@ -82,39 +79,3 @@ def catalogue(language: str) -> list[tuple[str, str]]:
             if plain and entry.msgstr and 2 <= len(entry.msgid.split()) <= 8:
                 found[entry.msgid] = entry.msgstr
     return list(found.items())
-
-
-class PromptStream:
-    """Endless batches of prompts in an order drawn from `seed`, each prompt once per pass."""
-
-    def __init__(self, prompts: list[str], seed: int) -> None:
-        if isinstance(prompts, (str, bytes, Mapping)):  # it would be read letter by letter
-            raise ValueError(f"prompts must be a list of texts, got {shown(prompts)}")
-        self._prompts = [require_text(f"prompts[{i}]", text) for i, text in enumerate(prompts)]
-        if not self._prompts:
-            raise ValueError("prompts must not be empty, got 0 prompts")
-        self._random = random.Random(seed)
-        self._order: list[int] = []
-
-    def next(self, n: int) -> list[str]:
-        """The next `n` prompts."""
-        while len(self._order) < n:
-            again = list(range(len(self._prompts)))
-            self._random.shuffle(again)
-            self._order += again
-        taken, self._order = self._order[:n], self._order[n:]
-        return [self._prompts[i] for i in taken]
-
-    def digest(self) -> str:
-        """The sha256 of all prompts."""
-        return hashlib.sha256(json.dumps(self._prompts).encode()).hexdigest()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What comes next: the prompts left of this pass, and the order of those to come."""
-        return {"order": self._order, "random": self._random.getstate()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, of the same prompts."""
-        version, internal, gauss = state["random"]
-        self._order = state["order"]
-        self._random.setstate((version, tuple(internal), gauss))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_fast.loop.memory import out_of_memory
+from ppo_fast.loop.model.memory import out_of_memory
 
 
 class UnsupportedModelError(ValueError):

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from ppo_fast.loop.alarms import alarms
-from ppo_fast.loop.history import History, Record
+from ppo_fast.loop.log.alarms import alarms
+from ppo_fast.loop.log.history import History, Record
 
 _FIELDS = {
     "reward": "{:+.3f}",

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from ppo_fast.loop.experience import Experience
+from ppo_fast.loop.data.experience import Experience
+from ppo_fast.loop.data.sequences import Rollout, Scores, Sequences
+from ppo_fast.loop.data.transitions import Limits, Transition, TransitionsError, read_transitions
 from ppo_fast.loop.files import naming, replace
-from ppo_fast.loop.policy import Sequences
-from ppo_fast.loop.rewards import Scores
-from ppo_fast.loop.rollout import Rollout
-from ppo_fast.loop.transitions import Limits, Transition, TransitionsError, read_transitions
 
 
 class Passes(Sampler[int]):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppo_fast.loop.agent import Agent
+from ppo_fast.loop.model.agent import Agent
 
 if TYPE_CHECKING:
     from ppo_fast.loop.trainer import Trainer
@@ -133,7 +133,7 @@ def _full(agent: Agent) -> Callable[[Tensor], Tensor]:
     """What makes a tensor of the agent whole."""
     if not agent.ranks.sharded:
         return lambda x: x
-    from ppo_fast.loop.sharding import full
+    from ppo_fast.loop.ranks.sharding import full
 
     return full
 
@@ -142,7 +142,7 @@ def _split_like(agent: Agent) -> Callable[[Tensor, Tensor], Tensor]:
     """What makes of a whole tensor one that is sharded as another."""
     if not agent.ranks.sharded:
         return lambda x, like: x
-    from ppo_fast.loop.sharding import split_like
+    from ppo_fast.loop.ranks.sharding import split_like
 
     return split_like
 

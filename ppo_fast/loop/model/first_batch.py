@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_fast.loop.agent import Agent
-from ppo_fast.loop.head import check_distributions
-from ppo_fast.loop.layers import UnsupportedModelError
-from ppo_fast.loop.memory import with_room
-from ppo_fast.loop.policy import Sequences
-from ppo_fast.loop.rounding import excess_gap, has_routed_experts
+from ppo_fast.loop.data.sequences import Sequences
+from ppo_fast.loop.model.agent import Agent
+from ppo_fast.loop.model.head import check_distributions
+from ppo_fast.loop.model.layers import UnsupportedModelError
+from ppo_fast.loop.model.memory import with_room
+from ppo_fast.loop.model.rounding import excess_gap, has_routed_experts
 
 _ROWS = 8  # whose logits are formed beside a linear head
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ppo_fast.loop.layers import UnsupportedModelError
+from ppo_fast.loop.model.layers import UnsupportedModelError
 
 
 def widen(model: Any) -> bool:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.loop.layers import UnsupportedModelError, plain_tokens, refusing, vocabulary
-from ppo_fast.loop.policy import Sequences, Tower
-from ppo_fast.loop.rounding import excess_gap, has_routed_experts
+from ppo_fast.loop.data.sequences import Sequences
+from ppo_fast.loop.model.layers import UnsupportedModelError, plain_tokens, refusing, vocabulary
+from ppo_fast.loop.model.rounding import excess_gap, has_routed_experts
+from ppo_fast.loop.model.tower import Tower
 
 _PROMPT, _STEPS, _PADDING = 6, 8, 2
 _OWN = "{} computes other log-probabilities with the loop's positions and mask than without any"
@@ -93,7 +94,7 @@ def _replayed(tower: Tower, seqs: Sequences) -> Tensor:
 
 
 def _decoded(tower: Tower, seqs: Sequences) -> Tensor:
-    from ppo_fast.loop.decoder import Decoder
+    from ppo_fast.loop.model.decoder import Decoder
 
     with tower.inside():
         decoder = Decoder(

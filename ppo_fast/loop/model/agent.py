@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.loop.adapters import add_adapters
 from ppo_fast.loop.config import TrainConfig
-from ppo_fast.loop.layers import freeze_below
-from ppo_fast.loop.memory import halves, recompute, with_room
-from ppo_fast.loop.parallel import Ranks
-from ppo_fast.loop.policy import Critic, Sequences, Tower
-from ppo_fast.loop.rollout import Rollout, generate
-from ppo_fast.loop.trial import try_model
-from ppo_fast.loop.weights import check_trainable, widen
+from ppo_fast.loop.data.sequences import Rollout, Sequences
+from ppo_fast.loop.model.adapters import add_adapters
+from ppo_fast.loop.model.layers import freeze_below
+from ppo_fast.loop.model.memory import halves, recompute, with_room
+from ppo_fast.loop.model.tower import Critic, Tower
+from ppo_fast.loop.model.trial import try_model
+from ppo_fast.loop.model.weights import check_trainable, widen
+from ppo_fast.loop.ranks.ranks import Ranks
+from ppo_fast.loop.sampling.generate import generate
 
 _SKIPS = 3
 
@@ -79,7 +80,7 @@ class Agent:
                 recompute(tower.layers, tower.split)
         self.whole: Callable[[Any], AbstractContextManager[object]] = nullcontext
         if self.ranks.sharded:
-            from ppo_fast.loop.sharding import shard, whole
+            from ppo_fast.loop.ranks.sharding import shard, whole
 
             self.whole = whole
             for tower in (*trained, self.reference):

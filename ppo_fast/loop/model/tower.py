@@ -5,62 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ppo_fast.loop.head import Product, hooked, measured, weight_and_bias
-from ppo_fast.loop.layers import decoder_layers, plain_tokens, refusing
+from ppo_fast.loop.data.sequences import Sequences, position_ids
+from ppo_fast.loop.model.head import Product, hooked, measured, weight_and_bias
+from ppo_fast.loop.model.layers import decoder_layers, plain_tokens, refusing
 
 T = TypeVar("T")
-
-
-class Sequences(NamedTuple):
-    """Left-padded prompts followed by right-padded responses.
-
-    tokens and attention (B, P + R) int64; mask (B, R) bool, True up to and including the EOS.
-    A dropped sample has an all-False mask.
-    """
-
-    tokens: Tensor
-    attention: Tensor
-    mask: Tensor
-
-    @property
-    def response(self) -> Tensor:
-        """The response tokens, (B, R)."""
-        return self.tokens[:, -self.mask.shape[1] :]
-
-    def rows(self, index: Tensor) -> Sequences:
-        """The sequences at `index`."""
-        return Sequences(*(x[index] for x in self))
-
-    def flat(self, x: Tensor) -> Tensor:
-        """Of a (B, R) tensor, the values at the n kept tokens, (n,)."""
-        return x[self.mask]
-
-    def cu_seqlens(self) -> Tensor:
-        """Where each sequence's kept tokens begin among the n, (B + 1,) int64."""
-        ends = self.mask.sum(1).cumsum(0)
-        return torch.cat([ends.new_zeros(1), ends])
-
-    def scored_positions(self) -> Tensor:
-        """Flat indices into (B, P + R), ascending, of the positions that predict a kept token."""
-        keep = torch.zeros_like(self.attention, dtype=torch.bool)
-        keep[:, -self.mask.shape[1] - 1 : -1] = self.mask
-        return keep.flatten().nonzero().squeeze(1)
-
-    def unflatten(self, values: Tensor) -> Tensor:
-        """Spread one value per kept token, (n,), over (B, R) with zeros elsewhere."""
-        index = self.mask.flatten().nonzero().squeeze(1)
-        flat = values.new_zeros(self.mask.numel()).index_copy(0, index, values)
-        return flat.view(self.mask.shape)
-
-
-def position_ids(attention: Tensor) -> Tensor:
-    """Positions that count attended tokens only, so that left padding moves nothing."""
-    return (attention.cumsum(-1) - 1).clamp(min=0)
 
 
 class Tower:

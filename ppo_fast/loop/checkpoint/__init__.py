@@ -1,0 +1,1 @@
+"""Checkpoints: their folders, when they are written, and the state in them."""

@@ -1,0 +1,1 @@
+"""Sequences, prompts and stored transitions."""

@@ -1,0 +1,1 @@
+"""Log of a run: records, alarms, progress and the folder's lock."""

@@ -1,0 +1,1 @@
+"""The model: loading, towers, head, adapters, memory and export."""
