@@ -49,12 +49,12 @@ def measure(config: TrainConfig) -> tuple[Case, Parts]:
     The parts are the whole "step", its phases, and the ops with their backward.
     """
     from ppo_fast.loop.compare import PHASES, State, compare, replay
-    from ppo_fast.loop.trainer import load_trainer
+    from ppo_fast.loop.run import load_trainer
 
     torch.set_num_threads(THREADS)
     trainer = load_trainer(config)
     trainer.step()
-    trainer.recorder.close()
+    trainer.close()
     result = compare(trainer, REPEATS)
     state, parts = State(trainer), collections.defaultdict(dict)
     for backend, phases in result.runs.items():

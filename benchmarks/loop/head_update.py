@@ -18,11 +18,12 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast.loop import TrainConfig
+from ppo_fast.loop.data.experience import Batch, Scored
 from ppo_fast.loop.data.sequences import Sequences
 from ppo_fast.loop.log.meter import Measurement, measured
-from ppo_fast.loop.model.agent import Agent, Scored
-from ppo_fast.loop.trainer import load_trainer
-from ppo_fast.loop.update import Batch, accumulate
+from ppo_fast.loop.model.agent import Agent
+from ppo_fast.loop.run import load_trainer
+from ppo_fast.loop.update import accumulate
 
 _PROMPT = 16
 
@@ -71,7 +72,6 @@ def main() -> None:
                     accumulate(agent, batch, rows, 0.05, backend)
                 if turn:  # the first only warms up
                     took[backend, head].append(result)
-        trainer.recorder.close()
     print("| backend | head | s | peak MB |\n|---|---|---:|---:|")
     for (backend, head), runs in took.items():
         seconds = statistics.median(m.seconds for m in runs)

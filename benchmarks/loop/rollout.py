@@ -23,8 +23,9 @@ from torch import Tensor
 from ppo_fast.loop import TrainConfig
 from ppo_fast.loop.data.sequences import Sequences
 from ppo_fast.loop.model.tower import Tower
-from ppo_fast.loop.sampling.generate import encode, generate
-from ppo_fast.loop.trainer import Trainer, load_trainer
+from ppo_fast.loop.run import Trainer, load_trainer
+from ppo_fast.loop.sampling.generate import generate
+from ppo_fast.loop.sampling.sampler import encode
 
 # fp32 sums in another order than the training forward's: 2**-24 times a condition below 1e4.
 _GAP = 2**-24 * 1e4
@@ -141,7 +142,6 @@ def main() -> None:
                 work = Workload(trainer, batch, steps, eos)
                 rates = measure(work, chosen.repeats)
                 print(line(f"{chosen.model} {batch} × {steps}, {name}", rates), flush=True)
-        trainer.recorder.close()
 
 
 if __name__ == "__main__":

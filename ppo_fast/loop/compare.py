@@ -1,4 +1,4 @@
-"""The same batch on two backends: seconds and peak memory per phase, loss and gradients."""
+"""Comparison of two backends on one batch: seconds and memory per phase, loss and gradients."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ppo_fast.loop.data.experience import Batch, Plan, advantages, weighted
 from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.log.meter import Measurement, measured
-from ppo_fast.loop.trainer import Trainer
-from ppo_fast.loop.update import Batch, Plan, accumulate
+from ppo_fast.loop.ppo import PPO
+from ppo_fast.loop.score import score
+from ppo_fast.loop.update import accumulate, update
 
 PHASES = ("rollout", "scoring", "advantages", "update")
 Phases = dict[str, list[Measurement]]
@@ -51,14 +53,14 @@ class Comparison:
 class State:
     """A copy of everything that a step changes, put back before each repeat."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: PPO) -> None:
         self.trainer = trainer
         optimizer = trainer.agent.optimizer
         self.weights = [p.detach().clone() for p in trainer.agent.parameters]
         self.moments = [
             {k: v.clone() for k, v in optimizer.state[p].items()} for p in trainer.agent.parameters
         ]
-        self.random = (trainer.sampling.get_state(), trainer.shuffling.get_state())
+        self.random = (trainer.sampler.generator.get_state(), trainer.shuffling.get_state())
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -67,11 +69,11 @@ class State:
             p.copy_(weight)
             for name, value in moments.items():
                 agent.optimizer.state[p][name].copy_(value)
-        self.trainer.sampling.set_state(self.random[0])
+        self.trainer.sampler.generator.set_state(self.random[0])
         self.trainer.shuffling.set_state(self.random[1])
 
 
-def compare(trainer: Trainer, repeats: int) -> Comparison:
+def compare(trainer: PPO, repeats: int) -> Comparison:
     """Replay the last batch of a trained run on its backend and on the reference, in turn.
 
     Every repeat starts from the same weights, optimiser state and random numbers. The first turn
@@ -110,26 +112,24 @@ def largest(tensors: list[Tensor]) -> float:
 
 
 def replay(
-    trainer: Trainer, prompts: list[str], scores: Scores, backend: str
+    trainer: PPO, prompts: list[str], scores: Scores, backend: str
 ) -> tuple[Batch, Plan, dict[str, Measurement]]:
     """One whole step with the last batch's prompts and rewards."""
     took: dict[str, Measurement] = {}
     with measured(trainer.device) as took["rollout"]:
-        rollout = trainer.rollout(prompts, backend)
-    seqs, plan = trainer.kept(rollout.seqs, scores), trainer.plan()
+        rollout = trainer.sampler.rollout(prompts, backend)
+    seqs, plan = rollout.seqs.kept(scores), trainer.plan()
     with measured(trainer.device) as took["scoring"]:
-        scored = trainer.agent.score(seqs, [rows for part in plan for rows in part], backend)
+        scored = score(trainer.agent, seqs, [rows for part in plan for rows in part], backend)
     with measured(trainer.device) as took["advantages"]:
-        batch, _ = trainer.advantages(seqs, scored, scores, backend)
-        batch, _ = trainer.weighted(batch, rollout)
+        batch, _ = advantages(trainer.config, trainer.kl_coef, seqs, scored, scores, backend)
+        batch, _ = weighted(batch, rollout, trainer.is_cap)
     with measured(trainer.device) as took["update"]:
-        trainer.update(batch, plan, backend)
+        update(trainer.agent, batch, plan, trainer.loss_kl_coef, trainer.shuffling, backend)
     return batch, plan, took
 
 
-def _gradients(
-    trainer: Trainer, batch: Batch, plan: Plan, backend: str
-) -> tuple[float, list[Tensor]]:
+def _gradients(trainer: PPO, batch: Batch, plan: Plan, backend: str) -> tuple[float, list[Tensor]]:
     """Loss and gradient of the batch's first minibatch with a token in it, nothing changed."""
     agent = trainer.agent
     agent.optimizer.zero_grad(set_to_none=True)

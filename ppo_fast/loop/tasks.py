@@ -1,19 +1,17 @@
-"""What a run trains on: prompts, the reference text of each, and a reward that suits them."""
+"""Tasks: prompts, a reference text for each, and a reward that suits them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.data import packages
 from ppo_fast.loop.data.packages import References, TaskError
 from ppo_fast.loop.rewards import text
 from ppo_fast.loop.rewards.calls import RewardFn
-
-if TYPE_CHECKING:
-    from ppo_fast.loop.config import TrainConfig
 
 _CONTINUATION = 12  # words of the review after the prompt: about as many as 16 tokens hold
 _LANGUAGE, _LANGUAGE_NAME = "es", "Spanish"

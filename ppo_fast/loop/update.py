@@ -1,35 +1,23 @@
-"""PPO's optimisation phase: epochs of minibatches, each accumulated over micro-batches."""
+"""PPO's optimisation phase: epochs of minibatches, and the objective of a micro-batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast.loop.data.experience import Batch, Plan, make_plan
 from ppo_fast.loop.data.sequences import Sequences
-from ppo_fast.loop.model.agent import Agent, Scored
-from ppo_fast.loop.model.memory import with_room
-
-Plan = list[list[Tensor]]
-
-
-class Batch(NamedTuple):
-    """Everything an update reads. Per-token tensors are (B, R) fp32 and constant."""
-
-    seqs: Sequences
-    scored: Scored
-    advantages: Tensor
-    returns: Tensor
-    moments: ppo_fast.Moments
-    is_weights: Tensor | None = None
+from ppo_fast.loop.model.agent import Agent
+from ppo_fast.loop.model.tower import Tower
 
 
 @dataclass
 class Updated:
-    """What an update did: merged statistics, the last minibatch's own, and the norms."""
+    """Outcome of an update: merged statistics, those of the last minibatch, and its norm."""
 
     stats: ppo_fast.Stats | None = None
     last: ppo_fast.Stats | None = None
@@ -38,16 +26,19 @@ class Updated:
     skipped: int = 0
     stopped_by_kl: bool = False
 
+    def record(self) -> dict[str, float]:
+        """The numbers of the optimiser steps, for the log."""
+        return {
+            "grad_norm": self.grad_norm,
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "stopped_by_kl": self.stopped_by_kl,
+        }
+
     def add(self, stats: ppo_fast.Stats) -> None:
         """Merge one more minibatch's statistics."""
         self.last = stats
         self.stats = stats if self.stats is None else self.stats + stats
-
-
-def make_plan(n: int, minibatches: int, micro_batch: int, generator: torch.Generator) -> Plan:
-    """A fresh permutation of `n` sequences, cut into minibatches of micro-batches (rows)."""
-    order = torch.randperm(n, generator=generator)
-    return [list(part.split(micro_batch)) for part in order.tensor_split(minibatches)]
 
 
 def update(
@@ -64,7 +55,7 @@ def update(
     first optimiser step every ratio must be exactly 1. An update ends early once a minibatch's
     KL(old, new) exceeds 1.5 times `kl_stop`; its gradient is thrown away.
     """
-    config, done, halved = agent.config, Updated(), agent.halved
+    config, done, halved = agent.config, Updated(), agent.memory.halved
     forward = config.micro_batch * agent.ranks.size
     for epoch in range(config.epochs):
         if epoch:
@@ -74,10 +65,10 @@ def update(
 
             def run(minibatch: list[Tensor] = minibatch) -> ppo_fast.Stats | None:
                 # Rows that memory has cut anew round differently from those that were scored.
-                unchanged = done.steps == 0 and agent.halved == halved
+                unchanged = done.steps == 0 and agent.memory.halved == halved
                 return accumulate(agent, batch, minibatch, loss_kl_coef, backend, unchanged)
 
-            stats = with_room(agent, run)
+            stats = agent.memory.run(run)
             if stats is None:
                 continue
             stats = agent.ranks.merge(stats)
@@ -115,66 +106,105 @@ def accumulate(
         return None
     total: ppo_fast.Stats | None = None
     for rows in agent.pieces(minibatch):
-        part = _rows(batch, rows)
+        part = batch.rows(rows)
         policy, loss, stats = _loss(agent, part, tokens, loss_kl_coef, backend)
         if unchanged:
-            _require_ratio_one(policy.logprobs, part)
+            part.require_ratio_one(policy.logprobs)
         loss.backward()
         total = stats if total is None else total + stats
     return total
 
 
 def _loss(
-    agent: Agent, part: Batch, tokens: Tensor, loss_kl_coef: float, backend: str
+    agent: Agent, part: Batch, divisor: Tensor, loss_kl_coef: float, backend: str
 ) -> tuple[ppo_fast.HeadLoss, Tensor, ppo_fast.Stats]:
-    """Policy loss, plus `vf_coef` times value loss, of one micro-batch, over `tokens`."""
+    """Policy loss, plus `vf_coef` times value loss, of one micro-batch, sums over `divisor`."""
     config, seqs, scored = agent.config, part.seqs, part.scored
-    out = agent.forward(seqs, scored.trunk)
-    weights = None if part.is_weights is None else seqs.flat(part.is_weights)
-    policy = agent.policy_loss(
-        out,
-        seqs,
-        seqs.flat(scored.old),
-        seqs.flat(part.advantages),
-        backend,
-        variant=config.variant,
-        clip_low=config.clip,
-        clip_high=config.clip,
-        advantage_moments=part.moments,
-        is_weights=weights,
-        entropy_coef=config.entropy_coef,
-        ref_logprobs=None if config.variant == "penalty" else seqs.flat(scored.ref),
-        kl_coef=loss_kl_coef,
-        denom=tokens,
-    )
+    out = forward(agent, seqs, scored.trunk)
+    tokens, old, advantages = (seqs.flat(x) for x in (seqs.response, scored.old, part.advantages))
+    options: dict[str, Any] = {
+        "variant": config.variant,
+        "clip_low": config.clip,
+        "clip_high": config.clip,
+        "advantage_moments": part.moments,
+        "is_weights": None if part.is_weights is None else seqs.flat(part.is_weights),
+        "entropy_coef": config.entropy_coef,
+        "ref_logprobs": None if config.variant == "penalty" else seqs.flat(scored.ref),
+        "kl_coef": loss_kl_coef,
+        "denom": divisor,
+        "cu_seqlens": seqs.cu_seqlens(),
+        "backend": backend,
+    }
+    if out.logits is None:
+        head = _head(agent, agent.policy)
+        weight = head.pop("weight")
+        with agent.autocast():
+            policy = ppo_fast.linear_ppo_loss(
+                out.hidden, weight, tokens, old, advantages, **head, **options
+            )
+    else:
+        # The logits are this call's own: their gradient may overwrite them.
+        policy = ppo_fast.logits_ppo_loss(
+            out.logits,
+            tokens,
+            old,
+            advantages,
+            temperature=config.temperature,
+            inplace=backend != "reference",
+            **options,
+        )
     value = ppo_fast.value_loss(
         out.values,
         seqs.flat(scored.values),
         seqs.flat(part.returns),
         clip=config.vf_clip,
-        denom=tokens,
+        denom=divisor,
         backend=backend,
     )
     loss = policy.loss + config.vf_coef * value.loss
     return policy, loss, policy.stats + value.stats
 
 
-def _rows(batch: Batch, index: Tensor) -> Batch:
-    """The batch at row indices `index`; the moments stay those of the whole."""
-    old, ref, values, trunk = batch.scored
-    trunk = None if trunk is None else trunk[index]
-    scored = Scored(old[index], ref[index], values[index], trunk)
-    advantages, returns = batch.advantages[index], batch.returns[index]
-    weights = None if batch.is_weights is None else batch.is_weights[index]
-    return Batch(batch.seqs.rows(index), scored, advantages, returns, batch.moments, weights)
+class Forward(NamedTuple):
+    """Last hidden states (n, H), logits (n, V) where they are formed, and values (n,)."""
+
+    hidden: Tensor
+    logits: Tensor | None
+    values: Tensor
 
 
-def _require_ratio_one(logprobs: Tensor, part: Batch) -> None:
-    old = part.seqs.flat(part.scored.old)
-    if not torch.equal(logprobs, old):
-        gap = (logprobs - old).abs().max().item()
-        raise RuntimeError(
-            "the policy's log-probs must equal the old ones before the first optimiser step,"
-            f" got a difference of {gap}: the model's forward is not deterministic"
-            " (dropout, or kernels that differ between runs)"
-        )
+def forward(agent: Agent, seqs: Sequences, trunk: Tensor | None) -> Forward:
+    """The training forward over the n kept tokens."""
+    logits: Tensor | None = None
+    if agent.config.head == "logits":
+        logits, hidden = agent.policy.logits(seqs, trunk)
+    else:
+        hidden = agent.policy.hidden(seqs, trunk)
+    return Forward(hidden, logits, agent.critic(hidden, seqs, trunk))
+
+
+def logprobs(
+    agent: Agent,
+    tower: Tower,
+    hidden: Tensor,
+    logits: Tensor | None,
+    seqs: Sequences,
+    backend: str,
+) -> Tensor:
+    """Log-probability of each kept token, (n,), from the logits or else the hidden states."""
+    tokens = seqs.flat(seqs.response)
+    if logits is not None:
+        return ppo_fast.token_logprobs(
+            logits, tokens, temperature=agent.config.temperature, backend=backend
+        ).logprobs
+    with agent.autocast():
+        return ppo_fast.linear_token_logprobs(
+            hidden, tokens=tokens, backend=backend, **_head(agent, tower)
+        ).logprobs
+
+
+def _head(agent: Agent, tower: Tower) -> dict[str, Any]:
+    """The output head as the linear ops take it, at the temperature of the run."""
+    head = tower.head()
+    head["temperature"] = agent.config.temperature * head.get("temperature", 1.0)
+    return head

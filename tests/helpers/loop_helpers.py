@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from ppo_fast.loop import TrainConfig, Trainer
+from ppo_fast.loop.data.experience import Batch, Plan, advantages
 from ppo_fast.loop.data.sequences import Rollout, Scores
 from ppo_fast.loop.model.load import tiny_model
 from ppo_fast.loop.ranks.ranks import Ranks
 from ppo_fast.loop.rewards import RewardFn, letters
-from ppo_fast.loop.update import Batch, Plan
+from ppo_fast.loop.score import score
 
 TEXTS = [
     "a film of great warmth and wit",
@@ -61,11 +62,12 @@ def trainer(
 def batch_of(t: Trainer, scores: Scores | None = None) -> tuple[Rollout, Batch, Plan]:
     """A rollout, the batch made of it and the plan its old log-probs were scored in."""
     prompts = t.prompts.next(t.config.batch)
-    rollout = t.rollout(prompts, t.backend)
+    rollout = t.sampler.rollout(prompts, t.backend)
     scores = scores or Scores([0.1 * i for i in range(t.config.batch)])
-    seqs, plan = t.kept(rollout.seqs, scores), t.plan()
-    scored = t.agent.score(seqs, [rows for part in plan for rows in part], t.backend)
-    return rollout, t.advantages(seqs, scored, scores, t.backend)[0], plan
+    seqs, plan = rollout.seqs.kept(scores), t.plan()
+    scored = score(t.agent, seqs, [rows for part in plan for rows in part], t.backend)
+    batch, _ = advantages(t.config, t.kl_coef, seqs, scored, scores, t.backend)
+    return rollout, batch, plan
 
 
 def weights(t: Trainer) -> list[torch.Tensor]:

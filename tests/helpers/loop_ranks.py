@@ -53,7 +53,7 @@ def one_side_masked(t: Trainer) -> dict[str, Any]:
     """
     _, _, plan = batch_of(t)
     t.shuffling.manual_seed(t.config.seed)
-    t.sampling.manual_seed(t.config.seed)
+    t.sampler.generator.manual_seed(t.config.seed)
     second = torch.cat([rows.tensor_split(WORLD)[1] for part in plan for rows in part]).tolist()
     scores = Scores([0.1 * i for i in range(t.config.batch)], dict.fromkeys(second, "masked"))
     _, batch, again = batch_of(t, scores)

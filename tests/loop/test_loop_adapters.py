@@ -23,6 +23,7 @@ from ppo_fast.loop.model.adapters import add_adapters
 from ppo_fast.loop.model.tower import Tower
 from ppo_fast.loop.ranks.ranks import processes
 from ppo_fast.loop.rewards import letters
+from ppo_fast.loop.score import score
 
 QUIET = Console(quiet=True)
 # layers, head, critic
@@ -56,7 +57,7 @@ def test_the_reference_is_the_base_model(
     parts = [rows for part in plan for rows in part]
     assert t.step()["kl"] == 0.0
     t.step(), t.step()
-    again = t.agent.score(batch.seqs, parts, t.backend)
+    again = score(t.agent, batch.seqs, parts, t.backend)
     assert torch.equal(again.ref, want.scored.ref)
     assert (again.old - again.ref).abs().max() > 1e-3
 

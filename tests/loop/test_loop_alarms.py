@@ -211,11 +211,11 @@ def test_a_default_quick_run_alarms_nobody(tmp_path: Path) -> None:
     names = ("updates", "batch", "micro_batch", "max_new_tokens", "train_layers", "lr", "warmup")
     t = trainer(tmp_path, **{name: getattr(config, name) for name in names})
     t.run(Console(quiet=True))
-    assert len(t.recorder.history) == 30 and alarms(t.recorder.history) == []
+    assert len(t.history) == 30 and alarms(t.history) == []
 
 
 def test_a_learning_rate_far_too_large_is_seen(tmp_path: Path) -> None:
     t = trainer(tmp_path, updates=12, lr=1.0, train_layers=0)
     t.run(Console(quiet=True))
-    names = {alarm.name for alarm in alarms(t.recorder.history)}
+    names = {alarm.name for alarm in alarms(t.history)}
     assert "KL runs away" in names

@@ -73,8 +73,8 @@ ELSEWHERE = (
     ".config.resume",
     ".config.updates",
     ".last_batch",
-    ".recorder.folder",
-    ".recorder._",
+    ".recorder.",
+    ".lock.",
     ".agent.config.out",
     ".agent.config.resume",
     ".agent.config.updates",
@@ -120,7 +120,7 @@ def test_resumed_run_ends_bitwise_equal(tmp_path: Path, whole: Any, done: int) -
     out, uninterrupted = whole
     seeded(tmp_path, updates=done).run(QUIET)
     t = resumed(tmp_path)
-    assert t.recorder.history.column("update").tolist() == [0, 1, 2, 3]
+    assert t.history.column("update").tolist() == [0, 1, 2, 3]
     assert_same_end(out, tmp_path)
     assert everything(t) == everything(uninterrupted)
 
@@ -134,13 +134,14 @@ def test_nothing_that_steps_change_is_forgotten(tmp_path: Path) -> None:
     moved = {k.split(".")[1] for k in after if before.get(k) != after[k]}
     assert moved == {  # first_batch: what a resumed run checks again
         "agent",
+        "begun",
         "first_batch",
+        "history",
         "kl_coef",
         "loss_kl_coef",
         "prompts",
-        "recorder",
         "reward",
-        "sampling",
+        "sampler",
         "shuffling",
         "updates",
     }
@@ -152,7 +153,7 @@ def test_steps_after_the_last_checkpoint_are_done_again(tmp_path: Path, whole: A
     for _ in range(3):
         t.step()
         t.checkpoints.after_step(t, pytest.fail)
-    t.recorder.close()
+    t.close()
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"update": 3, "rew')
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["update-000002"]
@@ -194,7 +195,7 @@ def test_a_damaged_checkpoint_is_skipped(
     damages()[damage](newest, name)
     told: list[str] = []
     fresh = seeded(out, resume=True)
-    fresh.checkpoints.resume(fresh, told.append)
+    fresh.begin(told.append)
     assert told[0].startswith(f"checkpoint {newest} skipped: ") and "update 3" in told[1]
     assert fresh.updates == 3 and log_of(out)[-1]["update"] == 2
 
@@ -227,7 +228,7 @@ def test_a_lost_log_is_told(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").unlink()
     told: list[str] = []
     fresh = seeded(tmp_path, resume=True)
-    fresh.checkpoints.resume(fresh, told.append)
+    fresh.begin(told.append)
     assert fresh.updates == 2
     assert told[-1] == "warning: the log lacks some of the first 2 updates"
 
@@ -237,14 +238,15 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path: Path) -> None:
     t.step()
     t.checkpoints.save(t)
     log = (tmp_path / "log.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match="unfinished run: --resume goes on with it"):
-        seeded(tmp_path)
+    for start in (lambda fresh: fresh.step(), lambda fresh: fresh.run(QUIET)):
+        with pytest.raises(CheckpointError, match="unfinished run: --resume goes on with it"):
+            start(seeded(tmp_path))
     assert (tmp_path / "log.jsonl").read_bytes() == log
     seeded(tmp_path, updates=2, resume=True).run(QUIET)
     t = seeded(tmp_path, updates=5)
     t.step()
     t.checkpoints.save(t)
-    assert t.checkpoints.numbers() == [1] and t.recorder.history.column("update")[0] == 0
+    assert t.checkpoints.numbers() == [1] and t.history.column("update")[0] == 0
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -306,9 +308,9 @@ def test_a_checkpoint_has_no_pickle(tmp_path: Path) -> None:
 def test_skipped_steps_and_halved_micro_batches_are_remembered(tmp_path: Path) -> None:
     t = seeded(tmp_path)
     t.step()
-    t.agent.skips, t.agent.halved = 2, True
+    t.agent.skips, t.agent.memory.halved = 2, True
     t.checkpoints.save(t)
     fresh = seeded(tmp_path, resume=True)
-    assert (fresh.agent.skips, fresh.agent.halved) == (0, False)
-    fresh.checkpoints.resume(fresh, lambda text: None)
-    assert (fresh.agent.skips, fresh.agent.halved) == (2, True)
+    assert (fresh.agent.skips, fresh.agent.memory.halved) == (0, False)
+    fresh.begin(lambda text: None)
+    assert (fresh.agent.skips, fresh.agent.memory.halved) == (2, True)

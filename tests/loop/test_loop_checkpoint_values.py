@@ -52,7 +52,7 @@ def test_what_is_no_file_of_a_checkpoint_is_skipped(
     said = put(out / "checkpoints" / ENDED / name, thing)
     told: list[str] = []
     fresh = seeded(out, resume=True)
-    fresh.checkpoints.resume(fresh, told.append)
+    fresh.begin(told.append)
     assert said in told[0] and "skipped: " in told[0] and fresh.updates == 1
 
 
@@ -82,7 +82,7 @@ def test_a_checkpoint_of_something_else_is_skipped(
     forged(out / "checkpoints" / ENDED, change)
     told: list[str] = []
     fresh = seeded(out, resume=True)
-    fresh.checkpoints.resume(fresh, told.append)
+    fresh.begin(told.append)
     assert told[0].partition(" skipped: ")[2].startswith(reason) and fresh.updates == 1
 
 

@@ -17,9 +17,9 @@ from ppo_fast.loop import TrainConfig
 from ppo_fast.loop.compare import PHASES, compare, largest
 from ppo_fast.loop.data.packages import opening_words
 from ppo_fast.loop.data.prompts import PromptStream
-from ppo_fast.loop.kl import adapt_penalty, adapt_reward_kl
 from ppo_fast.loop.log.history import fifths
 from ppo_fast.loop.log.meter import measured
+from ppo_fast.loop.ppo import adapt_penalty, adapt_reward_kl
 
 
 @pytest.mark.parametrize(

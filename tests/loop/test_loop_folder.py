@@ -81,6 +81,7 @@ def test_a_line_that_the_disk_refuses_is_named(tmp_path: Path, name: str, limit:
         return [0.5] * len(prompts)
 
     t = trainer(out, reward, **extra)
+    t.begin()
     if name == "samples.jsonl":
         t.recorder.update = lambda record: None  # type: ignore[method-assign]  # it is longer
         t.prompts.next = lambda n: ["a long prompt " * 20] * n  # type: ignore[method-assign]
@@ -95,15 +96,15 @@ def test_a_file_that_the_disk_refuses_stays_as_it_was(tmp_path: Path, name: str)
     before = files(tmp_path)
     if name == "reward.png":
         t = trainer(tmp_path, updates=1, resume=True)
-        t.checkpoints.resume(t, print)
+        t.begin(print)
         with small_files(8_000), pytest.raises(OSError, match=f"{name}: .*File too large"):
-            t.recorder.close()
+            t.close()
     else:
         big = "versions" if name == "versions.json" else "dataclasses.asdict"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(f"ppo_fast.loop.log.recorder.{big}", lambda *x: {"long": "x" * 5_000})
             with small_files(4_000), pytest.raises(OSError, match=f"{name}: .*File too large"):
-                t.recorder._begin(None)
+                t.recorder._describe(None)
     assert files(tmp_path)[name] == before[name] and files(tmp_path).keys() == before.keys()
 
 
@@ -111,6 +112,7 @@ def test_a_file_that_the_disk_refuses_stays_as_it_was(tmp_path: Path, name: str)
 def test_tensorboard_that_the_disk_refuses_is_named(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     t = trainer(tmp_path, tensorboard=True)
+    t.begin()
     record = {"update": 0, "seconds": {}, "dropped": {}, "reward": 0.5}
     with small_files(500), pytest.raises(OSError, match=r"/tensorboard: .*File too large"):
         for update in range(100):
@@ -145,11 +147,11 @@ def test_what_stands_in_a_models_place_is_found_first(
 ) -> None:
     t = trainer(tmp_path, updates=1)
     t.step()
-    t.recorder.close()
+    t.close()
     log = (tmp_path / "log.jsonl").read_bytes()
     OBSTACLES[kind](tmp_path / name)
     with pytest.raises(OSError, match=f"{tmp_path}/{name} must be a folder, got {kind}"):
-        trainer(tmp_path)
+        trainer(tmp_path).step()
     assert (tmp_path / "log.jsonl").read_bytes() == log
     with pytest.raises(OSError, match=f"must be a folder, got {kind}"):
         save_model(*tiny(), tmp_path / name.partition(".")[0])
@@ -161,14 +163,14 @@ def test_what_stands_in_a_files_place_is_found_first(tmp_path: Path, name: str, 
     OBSTACLES[kind](tmp_path / name)
     for resume in (False, True):
         with pytest.raises(OSError, match=f"{tmp_path}/{name} must be a file, got {kind}"):
-            trainer(tmp_path, resume=resume)
+            trainer(tmp_path, resume=resume).run(QUIET)
 
 
 def test_a_file_in_the_checkpoints_place_is_found_first(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("mine")
     with pytest.raises(OSError, match="checkpoints must be a folder, got a file"):
         trainer(tmp_path).run(QUIET)
-    assert not (tmp_path / "log.jsonl").read_text()
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_a_refused_resume_changes_nothing(tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ def test_a_resumed_run_says_what_log_and_samples_lack(tmp_path: Path) -> None:
         path.write_text("[1]\n" + path.read_text())
     told: list[str] = []
     t = trainer(tmp_path, updates=3, resume=True)
-    t.checkpoints.resume(t, told.append)
+    t.begin(told.append)
     assert [text.partition(": line 1 dropped")[0] for text in told[1:]] == [
         f"warning: {tmp_path}/samples.jsonl",
         f"warning: {tmp_path}/log.jsonl",

@@ -9,7 +9,6 @@ from loop_helpers import TEXTS, trainer, weights
 
 from ppo_fast.loop import Trainer
 from ppo_fast.loop.checkpoint.folder import read, write
-from ppo_fast.loop.checkpoint.state import capture, restore
 from ppo_fast.loop.rewards.gail import Discriminator
 
 
@@ -36,8 +35,8 @@ def test_a_discriminator_is_part_of_the_checkpoint(tmp_path: Path) -> None:
     for _ in range(2):
         stopped.step()
     (tmp_path / "kept").mkdir()
-    write(tmp_path / "kept", {"identity": {}, "state": capture(stopped)}, 2)
-    restore(resumed, read(tmp_path / "kept")["state"])
+    write(tmp_path / "kept", {"identity": {}, "state": stopped.state_dict()}, 2)
+    resumed.load_state_dict(read(tmp_path / "kept")["state"])
     assert [resumed.step()["reward"] for _ in range(2)] == rewards[2:]
     assert all(map(torch.equal, weights(resumed), weights(through)))
     a, b = through.reward.state_dict(), resumed.reward.state_dict()  # type: ignore[attr-defined]

@@ -26,14 +26,14 @@ CPU = torch.device("cpu")
 
 def shifted(t: Trainer, by: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the sampler report another log-prob for each first token."""
-    sample = t.agent.sample
+    sample = t.sampler.rollout
 
     def off(*args: Any, **options: Any) -> Rollout:
         rollout = sample(*args, **options)
         rollout.logprobs[:, 0] += by
         return rollout
 
-    monkeypatch.setattr(t.agent, "sample", off)
+    monkeypatch.setattr(t.sampler, "rollout", off)
 
 
 def test_a_gap_beyond_rounding_stops_before_the_first_optimiser_step(

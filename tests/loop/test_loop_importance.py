@@ -11,7 +11,7 @@ from loop_helpers import batch_of, trainer
 
 import ppo_fast
 from ppo_fast.loop import TrainConfig
-from ppo_fast.loop.data.experience import importance
+from ppo_fast.loop.data.experience import importance, weighted
 from ppo_fast.loop.update import accumulate
 
 
@@ -46,7 +46,7 @@ def test_weights_multiply_the_policy_term_only(tmp_path: Path, head: str, backen
     t = trainer(tmp_path, dtype=torch.float64, **options)
     rollout, batch, plan = batch_of(t)
     behaviour = batch.scored.old + 0.3 * torch.randn_like(batch.scored.old)
-    batch, stats = t.weighted(batch, rollout._replace(logprobs=behaviour))
+    batch, stats = weighted(batch, rollout._replace(logprobs=behaviour), t.is_cap)
     assert 0 < stats["is_truncated"] < 1 and 0.5 < stats["is_ess"] < 1
     rows = torch.cat(plan[0])
     done = accumulate(t.agent, batch, plan[0], 0.0, t.backend, unchanged=True)

@@ -55,8 +55,9 @@ def test_another_process_is_refused_until_the_first_is_killed(tmp_path: Path) ->
     try:
         before = contents(tmp_path)
         for options in ({}, {"resume": True}, {"resume": True, "lr": 0.5}):
+            fresh = trainer(tmp_path, updates=2, **options)
             with pytest.raises(RunLockedError) as refused:
-                trainer(tmp_path, updates=2, **options)
+                fresh.run(QUIET) if options else fresh.step()
             said = str(refused.value)
             assert said.startswith(f"{tmp_path} is in use by another run (process {process.pid} ")
         assert contents(tmp_path) == before
@@ -67,12 +68,50 @@ def test_another_process_is_refused_until_the_first_is_killed(tmp_path: Path) ->
     assert len(outcome.rewards) == 2
 
 
+def everything_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """When each file and folder was changed last, and its content."""
+    return {
+        str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"")
+        for p in [folder, *folder.rglob("*")]
+    }
+
+
+@pytest.mark.parametrize("left", ["nothing", "finished", "unfinished", "a FIFO"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_making_a_trainer_touches_no_file(tmp_path: Path, left: str, resume: bool) -> None:
+    """Whatever is in its folder: a run begins with its first step."""
+    out = tmp_path / "run"
+    if left.endswith("finished"):
+        done = trainer(out, updates=2, save_every=1)
+        done.step()
+        done.checkpoints.save(done)
+        if left == "finished":
+            done.run(QUIET)
+    if left == "a FIFO":
+        out.mkdir()
+        os.mkfifo(out / "log.jsonl")
+    kept = tmp_path / "kept.jsonl"
+    before = everything_of(tmp_path)
+    opened: list[str] = []
+    watching = [True]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        name = str(arguments[0]) if arguments else ""
+        if watching and event.startswith(("open", "os.", "shutil.")) and str(tmp_path) in name:
+            opened.append(f"{event} {name}")
+
+    sys.addaudithook(watch)
+    trainer(out, resume=resume, save_transitions=kept, tensorboard=True)
+    watching.clear()
+    assert everything_of(tmp_path) == before and not opened
+
+
 def test_a_run_in_the_same_process_is_refused_while_it_goes_on(tmp_path: Path) -> None:
     refusals: list[str] = []
 
     def reward(prompts: list[str], texts: list[str]) -> list[float]:
         with pytest.raises(RunLockedError) as refused:
-            trainer(tmp_path / "link" / ".." / "run")
+            trainer(tmp_path / "link" / ".." / "run").run(QUIET)
         refusals.append(str(refused.value))
         return letters(prompts, texts)
 
@@ -99,7 +138,7 @@ def test_the_lock_lasts_from_the_begin_of_a_run_to_its_end(tmp_path: Path) -> No
         return [0.0]
 
     t = trainer(tmp_path, failing, save_every=0)
-    assert free()
+    assert not (tmp_path / NAME).exists()
     with pytest.raises(ValueError, match="reward must return 8 numbers"):
         t.run(QUIET)
     assert found == [False] and free()
@@ -109,9 +148,10 @@ def test_the_lock_lasts_from_the_begin_of_a_run_to_its_end(tmp_path: Path) -> No
     assert free()
 
 
-def test_of_two_trainers_made_before_either_runs_one_is_refused(tmp_path: Path) -> None:
+def test_of_two_trainers_that_began_before_either_runs_one_is_refused(tmp_path: Path) -> None:
     """The later one emptied the log."""
     first, second = trainer(tmp_path, updates=2), trainer(tmp_path, updates=2, seed=1)
+    first.step(), second.step()
     with pytest.raises(RunLockedError, match=f"is in use by another run .process {os.getpid()} "):
         first.run(QUIET)
     second.run(QUIET)

@@ -12,8 +12,11 @@ import pytest
 import torch
 from loop_helpers import batch_of, trainer, weights
 
+from ppo_fast.loop.data.experience import advantages
 from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.rewards import letters
+from ppo_fast.loop.score import score
+from ppo_fast.loop.update import update
 
 
 def run_of(
@@ -69,10 +72,10 @@ def test_a_minibatch_of_one_token(tmp_path: Path) -> None:
     assert int(mask.sum()) == 1
     seqs = batch.seqs._replace(mask=mask)
     scores = Scores([1.0, 0.0])
-    scored = t.agent.score(seqs, [rows for part in plan for rows in part], t.backend)
-    lone, _ = t.advantages(seqs, scored, scores, t.backend)
+    scored = score(t.agent, seqs, [rows for part in plan for rows in part], t.backend)
+    lone, _ = advantages(t.config, t.kl_coef, seqs, scored, scores, t.backend)
     assert float(lone.moments.values[0]) == 1.0
-    done = t.update(lone, plan, t.backend)
+    done = update(t.agent, lone, plan, t.loss_kl_coef, t.shuffling, t.backend)
     assert done.steps == t.config.epochs and math.isfinite(done.grad_norm)
     assert all(bool(w.isfinite().all()) for w in weights(t))
     assert math.isfinite(done.stats.compute()["loss"])

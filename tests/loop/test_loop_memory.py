@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ppo_fast.loop import Trainer
 from ppo_fast.loop.model.agent import NonFiniteGradientError
-from ppo_fast.loop.model.memory import OutOfMemoryStopError, halves, with_room
+from ppo_fast.loop.model.memory import OutOfMemoryStopError, halves
 from ppo_fast.loop.update import accumulate
 
 QUIET = Console(quiet=True)
@@ -33,19 +32,19 @@ def refused_by_cuda() -> None:
 
 def failing(t: Trainer, calls: set[int], fail: Any = refused, backward: bool = False) -> list[int]:
     """Let the training forward (or its backward) fail at `calls`, counted from 0; rows of each."""
-    original, rows = t.agent.forward, []
+    original, rows = t.agent.policy.hidden, []
 
-    def forward(seqs: Any, trunk: Any) -> Any:
+    def hidden(seqs: Any, trunk: Any) -> torch.Tensor:
         rows.append(len(seqs.tokens))
         fails = len(rows) - 1 in calls
         if fails and not backward:
             fail()
         out = original(seqs, trunk)
         if fails:
-            out.hidden.register_hook(lambda grad: fail())
+            out.register_hook(lambda grad: fail())
         return out
 
-    t.agent.forward = forward  # type: ignore[method-assign]
+    t.agent.policy.hidden = hidden  # type: ignore[method-assign]
     return rows
 
 
@@ -55,7 +54,7 @@ def test_out_of_memory_in_scoring_gives_the_halved_run(tmp_path: Path, fail: Any
     rows = failing(t, {1}, fail)
     want = trainer(tmp_path / "small", dtype=torch.float64, micro_batch=1)
     ours, theirs = t.step(), want.step()
-    assert t.agent.halved and not want.agent.halved
+    assert t.agent.memory.halved and not want.agent.memory.halved
     assert rows == [2, 2] + 8 * [1] + 16 * [1]  # two epochs
     assert all(map(torch.equal, weights(t), weights(want)))
     assert ours["loss"] == theirs["loss"] and ours["steps"] == theirs["steps"] == 4
@@ -71,7 +70,7 @@ def test_out_of_memory_in_a_minibatch_repeats_it_from_no_gradient(
     rows = failing(t, {FORWARDS + 1}, fail, backward)
     want = trainer(tmp_path / "small", dtype=torch.float64, micro_batch=1)
     ours, theirs = t.step(), want.step()
-    assert t.agent.halved and rows == FORWARDS * [2] + [2, 2] + 16 * [1]
+    assert t.agent.memory.halved and rows == FORWARDS * [2] + [2, 2] + 16 * [1]
     for a, b in zip(weights(t), weights(want), strict=True):
         # Adam's 4 steps of lr 1e-3 divide a rounding of 2**-53 by |g| + 1e-5.
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -87,7 +86,7 @@ def test_a_repeated_minibatch_has_the_halved_gradient(tmp_path: Path) -> None:
     want = gradients(t)
     t.agent.discard()
     failing(t, {1})
-    with_room(t.agent, lambda: accumulate(t.agent, batch, plan[0], 0.0, t.backend))
+    t.agent.memory.run(lambda: accumulate(t.agent, batch, plan[0], 0.0, t.backend))
     assert all(map(torch.equal, gradients(t), want))
 
 
@@ -109,11 +108,11 @@ def test_out_of_memory_again_stops_the_run(tmp_path: Path) -> None:
 
 def test_out_of_memory_of_a_sharded_rank_stops_at_once(tmp_path: Path) -> None:
     t = trainer(tmp_path)
-    t.agent.ranks = dataclasses.replace(t.agent.ranks, sharded=True)
+    t.agent.memory.sharded = True
     rows = failing(t, {0})
     with pytest.raises(OutOfMemoryStopError, match=r"under fsdp2: lower micro_batch \("):
         t.step()
-    assert len(rows) == 1 and not t.agent.halved
+    assert len(rows) == 1 and not t.agent.memory.halved
 
 
 def test_another_error_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -124,7 +123,7 @@ def test_another_error_is_not_taken_for_it(tmp_path: Path) -> None:
     rows = failing(t, {1}, fail)
     with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied$"):
         t.step()
-    assert len(rows) == 2 and not t.agent.halved
+    assert len(rows) == 2 and not t.agent.memory.halved
 
 
 def poisoned(t: Trainer, steps: set[int], value: float) -> None:

@@ -56,10 +56,9 @@ def ended(t: Any) -> dict[str, Any]:
 
 def refused(t: Any) -> str:
     """What a save says where a file is in the folder's place."""
-    if t.ranks.first:
-        t.config.out.mkdir(parents=True, exist_ok=True)
-        (t.config.out / "checkpoints").write_text("")
     t.step()
+    if t.ranks.first:
+        (t.config.out / "checkpoints").write_text("")
     try:
         t.checkpoints.save(t)
     except CheckpointError as error:

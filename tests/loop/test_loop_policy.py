@@ -22,7 +22,8 @@ from ppo_fast.loop.data.sequences import Rollout, Sequences
 from ppo_fast.loop.model.layers import freeze_below
 from ppo_fast.loop.model.load import eos_ids
 from ppo_fast.loop.model.tower import Tower
-from ppo_fast.loop.sampling.generate import completions, encode, generate
+from ppo_fast.loop.sampling.generate import generate
+from ppo_fast.loop.sampling.sampler import completions, encode
 
 # fp64 forwards of the same sums in another order: 2**-53 times a condition number below 1e4.
 FP64 = 1e-12

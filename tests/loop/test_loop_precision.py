@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ppo_fast.loop import TrainConfig, Trainer
 from ppo_fast.loop.rewards import letters
+from ppo_fast.loop.score import score
 from ppo_fast.loop.update import accumulate
 
 QUIET = Console(quiet=True)
@@ -70,7 +71,7 @@ def test_bf16_computes_near_fp32(tmp_path: Path) -> None:
     _, half, _ = batch_of(bf16(tmp_path / "bf16", train_layers=1))
     t = trainer(tmp_path / "fp32")
     parts = [torch.arange(8)]
-    whole = t.agent.score(half.seqs, parts, t.backend)
+    whole = score(t.agent, half.seqs, parts, t.backend)
     gap = (half.scored.ref - whole.ref)[half.seqs.mask].abs()
     assert 1e-4 < gap.mean() < 0.05
 

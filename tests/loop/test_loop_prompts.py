@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ppo_fast.loop import TrainConfig, Trainer
 from ppo_fast.loop.model.load import eos_ids, prompt_limit
 from ppo_fast.loop.rewards import letters
-from ppo_fast.loop.sampling.generate import encode
+from ppo_fast.loop.sampling.sampler import encode
 
 CPU = torch.device("cpu")
 
@@ -99,7 +99,7 @@ def test_a_prompt_that_leaves_no_room_is_named(tmp_path: Path) -> None:
     t = trainer(tmp_path)
     t.agent.policy.model.config.max_position_embeddings = 30
     with pytest.raises(ValueError, match="must have at most 24 tokens"):
-        t.rollout([long], t.backend)
+        t.sampler.rollout([long], t.backend)
 
 
 @pytest.mark.parametrize("head", ["linear", "logits"])

@@ -18,7 +18,7 @@ from rich.console import Console
 import ppo_fast
 from ppo_fast.loop.log.fields import FieldError
 from ppo_fast.loop.log.history import NUMBERS, History
-from ppo_fast.loop.log.progress import shown, summary
+from ppo_fast.loop.log.progress import progress_bar, summary
 from ppo_fast.loop.log.tensorboard import TAGS
 from ppo_fast.loop.log.versions import versions
 
@@ -55,6 +55,7 @@ def test_samples_are_lines_of_json(tmp_path: Path) -> None:
 
 def test_versions(tmp_path: Path) -> None:
     t = trainer(tmp_path)
+    t.begin()
     found = json.loads((tmp_path / "versions.json").read_text())
     assert found == versions(t.backend)
     assert found["ppo_fast"] == ppo_fast.__version__ and found["torch"] == torch.__version__
@@ -83,7 +84,7 @@ def test_tensorboard_that_is_missing_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
-        trainer(tmp_path, tensorboard=True)
+        trainer(tmp_path, tensorboard=True).step()
 
 
 def test_summary_says_what_there_is() -> None:
@@ -96,7 +97,7 @@ def test_progress_prints_faults_alarms_and_a_line_a_tenth() -> None:
     out = io.StringIO()
     console = Console(file=out, width=200)
     history = History()
-    with shown(console, 0, 20) as show:
+    with progress_bar(console, 0, 20) as show:
         for i in range(20):
             faults = {3: "reward [b]returned[/b] nan"} if i == 7 else {}
             clipped = 0.9 if i > 10 else 0.1

@@ -18,7 +18,7 @@ from loop_helpers import TEXTS, tiny, trainer
 from ppo_fast.loop import RewardLengthError, TrainConfig
 from ppo_fast.loop.data.packages import TaskError
 from ppo_fast.loop.data.sequences import Scores
-from ppo_fast.loop.rewards import letters, load_reward, score, shaped
+from ppo_fast.loop.rewards import letters, load_reward, rewarded, score, shaped
 from ppo_fast.loop.rewards.text import chrf, rouge
 from ppo_fast.loop.tasks import Task
 
@@ -30,9 +30,14 @@ def task() -> Task:
     return Task("t", list(REFERENCES), REFERENCES, letters, [])
 
 
+def loaded(config: TrainConfig) -> Any:
+    own = task()
+    return load_reward(config, own.reward, own.references, CPU)
+
+
 def test_rewards_by_name() -> None:
     def load(name: str) -> Any:
-        return load_reward(TrainConfig(reward=name), task(), CPU)
+        return loaded(TrainConfig(reward=name))
 
     assert load("task") is letters and load("math:fsum") is math.fsum
     assert load("letters")(["p", "p"], ["ab1 ", ""]) == [0.5, 0.0]
@@ -154,12 +159,12 @@ def test_a_classifier_gives_a_logit_or_log_odds(tmp_path: Path, labels: int) -> 
 
 def test_a_classifier_needs_a_path() -> None:
     with pytest.raises(TaskError, match="needs the path of its model, got reward_model None"):
-        load_reward(TrainConfig(reward="classifier"), task(), CPU)
+        loaded(TrainConfig(reward="classifier"))
 
 
 def discriminator(tmp_path: Path) -> Any:
     config = TrainConfig(reward="gail", reward_model=save_bert(tmp_path, 2))
-    return load_reward(config, task(), CPU)
+    return loaded(config)
 
 
 def test_the_discriminator_learns_to_separate_two_texts(tmp_path: Path) -> None:
@@ -185,7 +190,7 @@ def test_the_discriminators_state_round_trips(tmp_path: Path) -> None:
 def test_making_a_discriminator_draws_no_number_of_the_runs(tmp_path: Path) -> None:
     discriminator(tmp_path)
     before = torch.get_rng_state()
-    load_reward(TrainConfig(reward="gail", reward_model=str(tmp_path)), task(), CPU)
+    loaded(TrainConfig(reward="gail", reward_model=str(tmp_path)))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -198,12 +203,12 @@ def test_clip_and_eos_penalty() -> None:
 
 def test_a_run_pays_for_the_missing_eos(tmp_path: Path) -> None:
     t = trainer(tmp_path, lambda p, c: [5.0] * len(p), score_clip=2.0, missing_eos_penalty=0.75)
-    rollout = t.rollout(t.prompts.next(8), t.backend)
+    rollout = t.sampler.rollout(t.prompts.next(8), t.backend)
     last = [
         row[kept][-1].item()
         for row, kept in zip(rollout.seqs.response, rollout.seqs.mask, strict=True)
     ]
-    scores = t.scores(TEXTS, TEXTS, rollout.seqs)
+    scores = rewarded(t.reward, t.config, TEXTS, TEXTS, rollout.seqs.ended(t.eos))
     assert scores.values == [2.0 if token in t.eos else 1.25 for token in last]
     assert 1.25 in scores.values
 
@@ -222,7 +227,7 @@ def test_a_reward_that_hangs_costs_its_batch_only(tmp_path: Path) -> None:
     records = [t.step() for _ in range(2)]
     release.set()
     records.append(t.step())
-    t.recorder.close()
+    t.close()
     assert [len(r["dropped"]) for r in records] == [0, 8, 0]
     assert set(records[1]["dropped"].values()) == {"reward took longer than 0.5 s"}
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -27,7 +27,8 @@ from transformers import (
 
 from ppo_fast.loop.model.decoder import Decoder, buckets
 from ppo_fast.loop.model.tower import Tower
-from ppo_fast.loop.sampling.generate import draw, encode, generate
+from ppo_fast.loop.sampling.generate import draw, generate
+from ppo_fast.loop.sampling.sampler import encode
 
 
 def test_draws_follow_the_softmax() -> None:

@@ -19,8 +19,8 @@ from ppo_fast.__main__ import main
 from ppo_fast.loop import CheckpointError
 from ppo_fast.loop.checkpoint import folder as checkpoint_folder
 from ppo_fast.loop.checkpoint.folder import TENSORS, read
-from ppo_fast.loop.interrupt import patient_interrupt
 from ppo_fast.loop.rewards import letters
+from ppo_fast.loop.run import deferred_signals
 
 QUIET = Console(quiet=True)
 
@@ -82,6 +82,7 @@ def test_each_step_of_a_save_may_fail(
 
 def test_leftovers_of_a_killed_save_are_cleaned(tmp_path: Path) -> None:
     t = trainer(tmp_path, save_every=1, keep_checkpoints=1)
+    t.begin()
     torn = [tmp_path / "checkpoints" / name for name in ("partial", "update-000007")]
     for folder in torn:
         folder.mkdir(parents=True)
@@ -154,7 +155,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 
 def test_patience_says_so_once() -> None:
     told: list[str] = []
-    with pytest.raises(KeyboardInterrupt), patient_interrupt(told.append) as stop:
+    with pytest.raises(KeyboardInterrupt), deferred_signals(told.append) as stop:
         assert not stop.asked
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked and told == ["stops after this update; Ctrl-C again stops at once"]
@@ -165,7 +166,7 @@ def test_sigterm_waits_for_a_run_that_is_ending() -> None:
     """With `hold`, also until a rank has said why it stops, which is after the block."""
     before = signal.getsignal(signal.SIGTERM)
     for hold in (False, True):
-        with pytest.raises(KeyError, match="why"), patient_interrupt(print, hold) as stop:
+        with pytest.raises(KeyError, match="why"), deferred_signals(print, hold) as stop:
             stop.ending = True
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -173,7 +174,7 @@ def test_sigterm_waits_for_a_run_that_is_ending() -> None:
             raise KeyError("why")
         left = signal.signal(signal.SIGTERM, before)
         assert left == (signal.SIG_IGN if hold else before)
-    with pytest.raises(KeyboardInterrupt), patient_interrupt(print) as stop:
+    with pytest.raises(KeyboardInterrupt), deferred_signals(print) as stop:
         stop.ending = True
         os.kill(os.getpid(), signal.SIGINT)
 

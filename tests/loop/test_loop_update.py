@@ -8,9 +8,10 @@ import pytest
 import torch
 from loop_helpers import batch_of, gradients, trainer, weights
 
+from ppo_fast.loop.data.experience import Batch, make_plan
 from ppo_fast.loop.data.sequences import Scores
-from ppo_fast.loop.trainer import Trainer
-from ppo_fast.loop.update import Batch, accumulate, make_plan, update
+from ppo_fast.loop.run import Trainer
+from ppo_fast.loop.update import accumulate, update
 
 # fp64 sums in another order: 2**-53 times terms and condition number below 1e4, per unit.
 FP64 = 1e-12
@@ -89,9 +90,9 @@ def test_gradient_does_not_depend_on_the_micro_batch_split(tmp_path: Path, varia
 def test_a_dropped_sample_leaves_the_others_as_if_it_had_not_been(tmp_path: Path) -> None:
     t = trainer(tmp_path, dtype=torch.float64)
     values = [0.1 * i for i in range(8)]
-    state = t.sampling.get_state()
+    state = t.sampler.generator.get_state()
     _, dropped, _ = batch_of(t, Scores([*values[:3], 0.0, *values[4:]], {3: "no reward"}))
-    t.sampling.set_state(state)
+    t.sampler.generator.set_state(state)
     others = torch.tensor([0, 1, 2, 4, 5, 6, 7])
     batch = dropped._replace(
         seqs=dropped.seqs.rows(others),

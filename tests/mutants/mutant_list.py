@@ -299,15 +299,15 @@ LOOP = (
     Mutant(
         "a stale divisor",
         "ppo_fast/loop/update.py",
-        "kl_coef=loss_kl_coef,\n        denom=tokens,",
-        "kl_coef=loss_kl_coef,\n        denom=seqs.mask.sum(),",
+        '"denom": divisor,',
+        '"denom": seqs.mask.sum(),',
         "loop_update",
     ),
     Mutant(
         "dropped samples keep their mask",
-        "ppo_fast/loop/trainer.py",
-        "mask=seqs.mask & kept[:, None]",
-        "mask=seqs.mask",
+        "ppo_fast/loop/data/sequences.py",
+        "mask=self.mask & kept[:, None]",
+        "mask=self.mask",
         "loop_faults",
     ),
     Mutant(
@@ -333,7 +333,7 @@ LOOP = (
     ),
     Mutant(
         "the KL coefficient runs away",
-        "ppo_fast/loop/kl.py",
+        "ppo_fast/loop/ppo.py",
         "coef * (1.0 + error * n",
         "coef * (1.0 - error * n",
         "loop_cli",

@@ -31,9 +31,9 @@ MODELS = (
     ),
     Mutant(
         "a factor gives way to the run's temperature",
-        "ppo_fast/loop/model/agent.py",
-        'self.config.temperature * head.get("temperature", 1.0)',
-        "self.config.temperature",
+        "ppo_fast/loop/update.py",
+        'agent.config.temperature * head.get("temperature", 1.0)',
+        "agent.config.temperature",
         "loop_families",
         "granite",
     ),

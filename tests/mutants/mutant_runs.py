@@ -47,9 +47,9 @@ RUNS = (
     ),
     Mutant(
         "a refused resume writes its options down",
-        "ppo_fast/loop/log/recorder.py",
-        "if not config.resume:",
-        "if config is not None:",
+        "ppo_fast/loop/run.py",
+        "        try:\n            if self.config.resume:\n",
+        "        try:\n            self.recorder._describe(None)\n            if self.config.resume:\n",
         "loop_folder",
         "refused_resume",
     ),

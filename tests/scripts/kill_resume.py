@@ -61,7 +61,7 @@ def warm_up(folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    seeded(folder / "warm-up").recorder.close()
+    seeded(folder / "warm-up")
 
 
 def where(out: Path) -> str:

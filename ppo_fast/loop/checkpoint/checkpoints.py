@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: the folder format, and when one is written or read."""
+"""Checkpoints of a run: when one is written, which one is resumed from, and which are kept."""
 
 from __future__ import annotations
 
@@ -6,18 +6,34 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from safetensors import SafetensorError
 
 from ppo_fast.loop.checkpoint.folder import DAMAGED, finished, read, sync, write
-from ppo_fast.loop.checkpoint.state import Tree, capture, identity, restore
+from ppo_fast.loop.checkpoint.state import Tree
 from ppo_fast.loop.config import TrainConfig
-
-if TYPE_CHECKING:
-    from ppo_fast.loop.trainer import Trainer
+from ppo_fast.loop.ranks.ranks import Ranks
 
 Say = Callable[[str], None]
+
+
+class Stateful(Protocol):
+    """A run after some `updates`, whose state can be taken and put back.
+
+    `identity` holds the JSON values in which two runs must agree to share a checkpoint.
+    """
+
+    updates: int
+
+    def state_dict(self) -> Tree:
+        """Everything that updates change, as tensors and JSON values."""
+
+    def load_state_dict(self, saved: Tree) -> None:
+        """Continue where `state_dict` was taken."""
+
+    def identity(self) -> Tree:
+        """The values that may not change on resume."""
 
 
 class CheckpointError(RuntimeError):
@@ -27,17 +43,16 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of a run, `out/checkpoints/update-000010` and so on.
 
-    A run that does not resume clears those of a finished run before it, and refuses to start over
-    those of an unfinished one.
+    `sync` puts log and samples on the disk, before a checkpoint says how far they are.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(
+        self, config: TrainConfig, ranks: Ranks, sync: Callable[[], None] = lambda: None
+    ) -> None:
+        self.config, self._ranks, self._sync = config, ranks, sync
         self.folder = config.out / "checkpoints"
         self._identity: Tree | None = None
         self._newest = -1  # update of the newest checkpoint known to be whole
-        if not config.resume and self.numbers():
-            self._clear()
 
     def numbers(self) -> list[int]:
         """The updates that have a checkpoint's folder, whole or not, ascending."""
@@ -49,8 +64,21 @@ class Checkpoints:
         """The folder of the checkpoint after that many updates."""
         return self.folder / f"update-{updates:06d}"
 
-    def resume(self, trainer: Trainer, say: Say) -> None:
-        """Put the trainer where the newest whole checkpoint left it; without any it starts anew.
+    def clear(self) -> None:
+        """Remove the checkpoints of a finished run; CheckpointError for those of another one."""
+        numbers = self.numbers()
+        if not numbers:
+            return
+        newest = self.path(numbers[-1])
+        if not finished(newest):
+            raise CheckpointError(
+                f"{newest} belongs to an unfinished run: --resume goes on with it;"
+                f" remove {self.folder} to start anew, or give another --out"
+            )
+        shutil.rmtree(self.folder)
+
+    def resume(self, run: Stateful, say: Say) -> None:
+        """Put the run where the newest whole checkpoint left it; without any it starts anew.
 
         Raises `CheckpointError` where there are checkpoints but none is whole, or where the run
         differs from the saved one in more than `state.FREE`.
@@ -62,9 +90,9 @@ class Checkpoints:
             except DAMAGED as error:
                 say(f"checkpoint {self.path(number)} skipped: {error}")
                 continue
-            self._require_same(trainer, tree)
+            self._require_same(run, tree)
             try:
-                restore(trainer, tree["state"])
+                run.load_state_dict(tree["state"])
             except (LookupError, TypeError, AttributeError, RuntimeError) as error:
                 raise CheckpointError(
                     f"resume: {self.path(number)} has a state that is not this run's:"
@@ -77,44 +105,42 @@ class Checkpoints:
                 f"resume: none of the {len(numbers)} checkpoints in {self.folder} is whole;"
                 " remove them to start anew"
             )
-        where = f"resumed at update {trainer.updates}" if numbers else "no checkpoint: starts anew"
+        where = f"resumed at update {run.updates}" if numbers else "no checkpoint: starts anew"
         say(f"{self.folder}: {where}")
-        for lacking in trainer.recorder.rewind(trainer.updates):
-            say(f"warning: {lacking}")
 
-    def after_step(self, trainer: Trainer, say: Say) -> None:
+    def after_step(self, run: Stateful, say: Say) -> None:
         """Save every `save_every` updates; a failure is told and the run goes on."""
         every = self.config.save_every
-        if every and trainer.updates % every == 0:
+        if every and run.updates % every == 0:
             try:
-                self.save(trainer)
+                self.save(run)
             except CheckpointError as error:
                 say(f"warning: {error}; the run goes on, and the former checkpoints stay")
 
-    def finish(self, trainer: Trainer) -> None:
+    def finish(self, run: Stateful) -> None:
         """Save the run's end, where it saves at all."""
         if self.config.save_every:
-            self.save(trainer)
+            self.save(run)
 
-    def save(self, trainer: Trainer) -> None:
+    def save(self, run: Stateful) -> None:
         """Have the first rank write the state, and drop all but the newest `keep_checkpoints`.
 
         Every rank must ask, as shards are gathered. Raises `CheckpointError`, on all of them,
         where the disk does not take it; the former ones stay.
         """
-        from_first = trainer.ranks.from_first
-        if from_first(lambda: trainer.updates == self._newest):
+        from_first = self._ranks.from_first
+        if from_first(lambda: run.updates == self._newest):
             return
-        tree = {"identity": self._own_identity(trainer), "state": capture(trainer)}
-        failed = from_first(lambda: self._replace(trainer, tree))
+        tree = {"identity": self._own_identity(run), "state": run.state_dict()}
+        failed = from_first(lambda: self._replace(run, tree))
         if failed is not None:
             raise failed
 
-    def _replace(self, trainer: Trainer, tree: Tree) -> CheckpointError | None:
-        number = trainer.updates
+    def _replace(self, run: Stateful, tree: Tree) -> CheckpointError | None:
+        number = run.updates
         partial, target = self.folder / "partial", self.path(number)
         try:
-            trainer.recorder.sync()
+            self._sync()
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             write(partial, tree, self.config.updates)
@@ -139,22 +165,13 @@ class Checkpoints:
         for number in set(numbers) - set(kept):
             shutil.rmtree(self.path(number))
 
-    def _clear(self) -> None:
-        newest = self.path(self.numbers()[-1])
-        if not finished(newest):
-            raise CheckpointError(
-                f"{newest} belongs to an unfinished run: --resume goes on with it;"
-                f" remove {self.folder} to start anew, or give another --out"
-            )
-        shutil.rmtree(self.folder)
-
-    def _own_identity(self, trainer: Trainer) -> Tree:
+    def _own_identity(self, run: Stateful) -> Tree:
         if self._identity is None:  # through JSON, as the saved one went
-            self._identity = json.loads(json.dumps(identity(trainer), default=str))
+            self._identity = json.loads(json.dumps(run.identity(), default=str))
         return self._identity
 
-    def _require_same(self, trainer: Trainer, tree: Tree) -> None:
-        ours, theirs = self._own_identity(trainer), tree["identity"]
+    def _require_same(self, run: Stateful, tree: Tree) -> None:
+        ours, theirs = self._own_identity(run), tree["identity"]
         for key in theirs.keys() | ours.keys():
             if ours.get(key) != theirs.get(key):
                 raise CheckpointError(

@@ -1,24 +1,20 @@
-"""What a step of the trainer changes, in one tree, and what must not change between two runs."""
+"""Training state as trees of tensors and JSON values: the agent's and the random streams'."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ppo_fast.loop.model.agent import Agent
 
-if TYPE_CHECKING:
-    from ppo_fast.loop.trainer import Trainer
-
 Tree = dict[str, Any]
-# Options that a resumed run may be given anew: they move no number of an update.
+# Options that may differ on resume, because they do not affect training.
 FREE = {
     "out",
     "quick",
@@ -45,35 +41,24 @@ def trainable(agent: Agent) -> dict[str, Tensor]:
     return dict(zip(names, agent.parameters, strict=True))
 
 
-def capture(trainer: Trainer) -> Tree:
-    """Everything that steps change, as tensors and JSON values; tensors are the live ones.
+def agent_state(agent: Agent) -> Tree:
+    """Weights, optimiser, skipped steps and halved micro-batches.
 
-    Shards are gathered, so every rank must ask. The optimiser's state is by parameter name. The
-    learning rate's schedule is a function of `updates`; log and samples are cut back to that
-    number by whoever restores.
+    Shards are gathered, so every rank must ask. The optimiser's state is by parameter name.
     """
-    optimizer, named = trainer.agent.optimizer, trainable(trainer.agent)
-    full = _full(trainer.agent)
+    optimizer, named, full = agent.optimizer, trainable(agent), _full(agent)
     moments = {name: optimizer.state.get(p, {}) for name, p in named.items()}
-    reward: Any = trainer.reward
     return {
-        "updates": trainer.updates,
-        "kl_coef": trainer.kl_coef,
-        "loss_kl_coef": trainer.loss_kl_coef,
-        "halved": trainer.agent.halved,
-        "skips": trainer.agent.skips,
+        "halved": agent.memory.halved,
+        "skips": agent.skips,
         "weights": {name: full(p.detach()) for name, p in named.items()},
         "optimizer": {name: {k: full(x) for k, x in s.items()} for name, s in moments.items()},
         "lr": [group["lr"] for group in optimizer.param_groups],
-        "prompts": trainer.prompts.state_dict(),
-        "random": _random_state(trainer),
-        "reward": reward.state_dict() if hasattr(reward, "state_dict") else None,
     }
 
 
-def restore(trainer: Trainer, state: Tree) -> None:
-    """Put the trainer where `capture` found it; the trainer takes the tensors of `state` over."""
-    agent = trainer.agent
+def load_agent_state(agent: Agent, state: Tree) -> None:
+    """Put the agent where `agent_state` found it; it takes the tensors of `state` over."""
     named = trainable(agent)
     _require_same_tensors(named, state["weights"])
     split = _split_like(agent)
@@ -90,32 +75,11 @@ def restore(trainer: Trainer, state: Tree) -> None:
     agent.optimizer.load_state_dict(
         {"state": {i: s for i, s in moments.items() if s}, "param_groups": groups}
     )
-    agent.halved, agent.skips = state["halved"], state["skips"]
-    trainer.updates = state["updates"]
-    trainer.kl_coef, trainer.loss_kl_coef = state["kl_coef"], state["loss_kl_coef"]
-    trainer.prompts.load_state_dict(state["prompts"])
-    if state["reward"] is not None:
-        reward: Any = trainer.reward
-        reward.load_state_dict(state["reward"])
-    _set_random_state(trainer, state["random"])
+    agent.memory.halved, agent.skips = state["halved"], state["skips"]
 
 
-def identity(trainer: Trainer) -> Tree:
-    """What a checkpoint and the run that resumes from it must have in common, JSON values.
-
-    The options that move the mathematics, the prompts, and a sha256 over every frozen weight: the
-    base model under the trained weights, and the reference.
-    """
-    options = dataclasses.asdict(trainer.config)
-    used = {"device": trainer.device.type, "backend": trainer.backend}
-    kept = {k: v for k, v in (options | used).items() if k not in FREE}
-    return kept | {
-        "the prompts' sha256": trainer.prompts.digest(),
-        "the frozen weights' sha256": _digest_of_frozen(trainer.agent),
-    }
-
-
-def _digest_of_frozen(agent: Agent) -> str:
+def digest_of_frozen(agent: Agent) -> str:
+    """The sha256 of every frozen weight: the base under the trained ones, and the reference."""
     digest, seen, full = hashlib.sha256(), set(), _full(agent)
     for module in (agent.policy.model, agent.reference.model, agent.critic):
         for name, p in module.named_parameters():
@@ -157,25 +121,28 @@ def _require_same_tensors(named: dict[str, Tensor], saved: dict[str, Tensor]) ->
         )
 
 
-def _random_state(trainer: Trainer) -> Tree:
+def random_state(device: torch.device, sampling: Generator, shuffling: Generator) -> Tree:
+    """The random streams of the run, torch, CUDA, NumPy and Python."""
     kind, keys, *rest = np.random.get_state()
-    cuda = trainer.device.type == "cuda"
     return {
-        "sampling": trainer.sampling.get_state(),
-        "shuffling": trainer.shuffling.get_state(),
+        "sampling": sampling.get_state(),
+        "shuffling": shuffling.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(trainer.device) if cuda else None,
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "python": random.getstate(),
     }
 
 
-def _set_random_state(trainer: Trainer, state: Tree) -> None:
-    trainer.sampling.set_state(state["sampling"])
-    trainer.shuffling.set_state(state["shuffling"])
+def set_random_state(
+    device: torch.device, sampling: Generator, shuffling: Generator, state: Tree
+) -> None:
+    """Put every stream where `random_state` found it."""
+    sampling.set_state(state["sampling"])
+    shuffling.set_state(state["shuffling"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], trainer.device)
+        torch.cuda.set_rng_state(state["cuda"], device)
     np.random.set_state(tuple(state["numpy"]))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -1,4 +1,4 @@
-"""What an update learns from, and the weights that correct for who sampled it."""
+"""One update's samples, its minibatches, advantages and importance weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.loop.data.sequences import Rollout, Scores
+import ppo_fast
+from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.data.sequences import Rollout, Scores, Sequences
+
+Plan = list[list[Tensor]]
 
 
 class Experience(NamedTuple):
@@ -23,8 +27,84 @@ class Experience(NamedTuple):
     token_rewards: Tensor | None = None
 
 
+class Scored(NamedTuple):
+    """Constants of one batch: old policy, reference and value of each response token, (B, R).
+
+    `trunk` (B, P + R, H) is the frozen layers' output, None when nothing is frozen.
+    """
+
+    old: Tensor
+    ref: Tensor
+    values: Tensor
+    trunk: Tensor | None
+
+
+class Batch(NamedTuple):
+    """Everything an update reads. Per-token tensors are (B, R) fp32 and constant."""
+
+    seqs: Sequences
+    scored: Scored
+    advantages: Tensor
+    returns: Tensor
+    moments: ppo_fast.Moments
+    is_weights: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Batch:
+        """The batch at row indices `index`; the moments stay those of the whole."""
+        old, ref, values, trunk = self.scored
+        trunk = None if trunk is None else trunk[index]
+        scored = Scored(old[index], ref[index], values[index], trunk)
+        advantages, returns = self.advantages[index], self.returns[index]
+        weights = None if self.is_weights is None else self.is_weights[index]
+        return Batch(self.seqs.rows(index), scored, advantages, returns, self.moments, weights)
+
+    def require_ratio_one(self, logprobs: Tensor) -> None:
+        """Raise RuntimeError unless `logprobs` (n,) are the old ones, to the last bit."""
+        old = self.seqs.flat(self.scored.old)
+        if not torch.equal(logprobs, old):
+            gap = (logprobs - old).abs().max().item()
+            raise RuntimeError(
+                "the policy's log-probs must equal the old ones before the first optimiser step,"
+                f" got a difference of {gap}: the model's forward is not deterministic"
+                " (dropout, or kernels that differ between runs)"
+            )
+
+
+def make_plan(n: int, minibatches: int, micro_batch: int, generator: torch.Generator) -> Plan:
+    """A fresh permutation of `n` sequences, cut into minibatches of micro-batches (rows)."""
+    order = torch.randperm(n, generator=generator)
+    return [list(part.split(micro_batch)) for part in order.tensor_split(minibatches)]
+
+
+def advantages(
+    config: TrainConfig,
+    kl_coef: float,
+    seqs: Sequences,
+    scored: Scored,
+    scores: Scores,
+    backend: str,
+    token_rewards: Tensor | None = None,
+) -> tuple[Batch, float]:
+    """The batch an update reads, and its mean KL to the reference per sequence (nats)."""
+    given = scored.old.new_tensor(scores.values) if token_rewards is None else token_rewards
+    out = ppo_fast.rlhf_advantages(
+        given,
+        scored.old,
+        scored.ref,
+        scored.values,
+        seqs.mask,
+        kl_coef=kl_coef,
+        score_at="last-token" if token_rewards is None else "per-token",
+        gamma=config.gamma,
+        lam=config.lam,
+        backend=backend,
+    )
+    kl = float(out.kl.sum()) / max(1, sum(scores.kept))
+    return Batch(seqs, scored, out.advantages, out.returns, out.moments), kl
+
+
 class Importance(NamedTuple):
-    """Truncated weights (B, R), 1 outside the mask, and what a log says of them."""
+    """Truncated weights (B, R), 1 outside the mask, and their statistics for the log."""
 
     weights: Tensor
     statistics: dict[str, float]
@@ -54,3 +134,11 @@ def importance(old: Tensor, behaviour: Tensor, mask: Tensor, cap: float) -> Impo
         "is_ess": float(kept.sum() ** 2 / (kept.square().sum() * len(kept))),
     }
     return Importance(weights, statistics)
+
+
+def weighted(batch: Batch, rollout: Rollout, cap: float | None) -> tuple[Batch, dict[str, float]]:
+    """The batch with importance weights up to `cap`, and their statistics; None weighs nothing."""
+    if cap is None:
+        return batch, {}
+    out = importance(batch.scored.old, rollout.logprobs, batch.seqs.mask, cap)
+    return batch._replace(is_weights=out.weights), out.statistics

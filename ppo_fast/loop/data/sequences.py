@@ -30,6 +30,16 @@ class Sequences(NamedTuple):
         """The sequences at `index`."""
         return Sequences(*(x[index] for x in self))
 
+    def kept(self, scores: Scores) -> Sequences:
+        """The same sequences with those without a reward masked out."""
+        kept = torch.tensor(scores.kept, device=self.mask.device)
+        return self._replace(mask=self.mask & kept[:, None])
+
+    def ended(self, eos: list[int]) -> list[bool]:
+        """Whether each response reached one of the tokens `eos`."""
+        stops = torch.tensor(eos, device=self.tokens.device)
+        return (torch.isin(self.response, stops) & self.mask).any(1).tolist()
+
     def flat(self, x: Tensor) -> Tensor:
         """Of a (B, R) tensor, the values at the n kept tokens, (n,)."""
         return x[self.mask]

@@ -1,4 +1,4 @@
-"""The lock on a run's folder: of two runs in one folder one is refused."""
+"""Lock on a run's folder: of two runs in one folder one is refused."""
 
 from __future__ import annotations
 
@@ -16,12 +16,8 @@ except ModuleNotFoundError:  # not a POSIX system: there is no lock to take
     fcntl = None  # type: ignore[assignment]
 
 from ppo_fast.loop.files import naming, require_file
-from ppo_fast.loop.model.export import require_model_folder
 
 NAME = ".lock"
-# What a run writes beside its checkpoints: looked at before it begins, not when it is done.
-FILES = ("config.json", "versions.json", "log.jsonl", "samples.jsonl", "reward.png")
-MODELS = ("model", "adapter")
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
@@ -32,8 +28,8 @@ class RunLockedError(RuntimeError):
 class RunLock:
     """An exclusive `flock` on a file in a run's folder, which the system drops with the process.
 
-    A trainer has it while it is made, and from the begin to the end of its run. The file says who
-    was the last to be made, so that a run notices if another trainer has emptied its log since.
+    A trainer has it from the begin to the end of its run, and while steps by hand begin. The file
+    names the last trainer that began, so that a run notices if another has emptied its log since.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,16 +40,12 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def claim(self) -> None:
-        """Take the folder for a trainer that is being made; a warning where there are no locks.
+        """Take the folder for a trainer; a warning where there are no locks.
 
-        Raises `RunLockedError` where a run goes on in it, and OSError where something stands in
-        the place of what a run writes.
+        Raises `RunLockedError` where a run goes on in it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (NAME, *FILES):
-            require_file(self.folder / name)
-        for name in MODELS:
-            require_model_folder(self.folder / name)
+        require_file(self._path)
         if (reason := self._acquire()) is not None:
             warnings.warn(
                 f"no lock on {self.folder}, so a second run there goes unnoticed: {reason}",
@@ -64,7 +56,8 @@ class RunLock:
 
     def hold(self) -> None:
         """Take the lock for a run, which must still be the folder's."""
-        self._acquire()
+        if self._file is None:
+            self._acquire()
         last = self._path.read_text(encoding="utf-8")
         if last != self._claim:
             self.release()

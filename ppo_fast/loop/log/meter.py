@@ -1,4 +1,4 @@
-"""Seconds and peak memory of a phase."""
+"""Clocks and peak memory of a block."""
 
 from __future__ import annotations
 
@@ -33,6 +33,21 @@ def timed(device: torch.device) -> Iterator[Measurement]:
     yield result
     _synchronize(device)
     result.seconds = time.perf_counter() - start
+
+
+class Phases:
+    """Seconds of the named phases of an update."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Time a block as the phase `name`."""
+        with timed(self.device) as result:
+            yield
+        self.seconds[name] = result.seconds
 
 
 @contextmanager

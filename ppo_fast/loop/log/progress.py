@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a bar, faults and alarms as they come."""
+"""Progress of a run on the console: a bar, faults and alarms as they come."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _LABELS = {"kl": "KL", "clip_frac": "clip", "tokens_per_second": "tokens/s"}
 
 
 @contextmanager
-def shown(
+def progress_bar(
     console: Console, done: int, updates: int
 ) -> Iterator[Callable[[Record, History], None]]:
-    """Show a run of `updates` of which `done` are; yields what to call after each.
+    """Progress bar for `updates` updates, `done` of them finished.
 
-    It is given the update's record and the history up to it.
+    Yields the callback to run after each, with the update's record and the history up to it.
     """
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     every = max(1, updates // 10)

@@ -13,6 +13,8 @@ from torch import Tensor
 from ppo_fast.loop.files import naming, require_folder
 from ppo_fast.loop.model.agent import Agent
 
+FOLDERS = ("model", "adapter")
+
 
 def export(agent: Agent, tokenizer: Any, folder: Path) -> Path:
     """Write `folder`/model, on the first rank; returns the folder written.

@@ -1,4 +1,4 @@
-"""What a run's first batch must show before anything is trained on it."""
+"""Checks of a run's first batch, before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from ppo_fast.loop.data.sequences import Sequences
 from ppo_fast.loop.model.agent import Agent
 from ppo_fast.loop.model.head import check_distributions
 from ppo_fast.loop.model.layers import UnsupportedModelError
-from ppo_fast.loop.model.memory import with_room
 from ppo_fast.loop.model.rounding import excess_gap, has_routed_experts
 
 _ROWS = 8  # whose logits are formed beside a linear head
@@ -26,13 +25,13 @@ class FirstBatch:
     def check_head(self, seqs: Sequences, parts: list[Tensor]) -> None:
         """Compare the linear head with the model's own logits on a few rows.
 
-        `parts` are micro-batches, as in `Agent.score`. Raises UnsupportedModelError, which names
+        `parts` are micro-batches, as in `score`. Raises UnsupportedModelError, which names
         the output head.
         """
         if self._head:
             self._head = False
             agent = self.agent
-            with_room(agent, lambda: self._compare(seqs, agent.pieces(parts)))
+            agent.memory.run(lambda: self._compare(seqs, agent.pieces(parts)))
 
     @torch.no_grad()
     def _compare(self, seqs: Sequences, parts: list[Tensor]) -> None:

@@ -1,17 +1,14 @@
-"""Doing with less memory: layers recomputed in the backward, micro-batches halved once."""
+"""Memory savings: layers recomputed in the backward, and micro-batches halved on exhaustion."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-if TYPE_CHECKING:
-    from ppo_fast.loop.model.agent import Agent
 
 T = TypeVar("T")
 
@@ -41,29 +38,44 @@ def halves(rows: Tensor) -> tuple[Tensor, ...]:
     return rows.split((len(rows) + 1) // 2)
 
 
-def with_room(agent: Agent, run: Callable[[], T]) -> T:
-    """What `run` gives; if memory runs out, once more from no gradient with halved micro-batches.
+class MemoryGuard:
+    """One retry, with micro-batches of half the rows, when memory runs out.
 
-    Raises `OutOfMemoryStopError` when it runs out again, here or later in the run, and at once
-    where weights are sharded: the other ranks wait inside the forward that failed.
+    `discard` drops the gradient of a pass that failed. `halved` stays for the rest of the run.
     """
-    try:
-        return run()
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0]
-    # Here the failed pass's graph is gone: the exception held its frames.
-    agent.discard()
-    if agent.halved or agent.ranks.sharded:
-        why = "although micro-batches were halved" if agent.halved else "under fsdp2"
-        raise OutOfMemoryStopError(f"out of memory {why}: lower micro_batch ({reason})")
-    agent.halved = True
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return with_room(agent, run)
+
+    def __init__(self, discard: Callable[[], None], sharded: bool) -> None:
+        self.discard, self.sharded = discard, sharded
+        self.halved = False
+
+    def pieces(self, parts: list[Tensor]) -> list[Tensor]:
+        """Micro-batches (rows), each in two once memory has run out."""
+        return [half for rows in parts for half in halves(rows)] if self.halved else parts
+
+    def run(self, fn: Callable[[], T]) -> T:
+        """The result of `fn`; if memory runs out, of a second call without a gradient left.
+
+        `fn` takes its micro-batches through `pieces`. Raises `OutOfMemoryStopError` when memory
+        runs out again, here or later in the run, and at once where weights are sharded: the other
+        ranks wait inside the forward that failed.
+        """
+        try:
+            return fn()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # Here the failed pass's graph is gone: the exception held its frames.
+        self.discard()
+        if self.halved or self.sharded:
+            why = "although micro-batches were halved" if self.halved else "under fsdp2"
+            raise OutOfMemoryStopError(f"out of memory {why}: lower micro_batch ({reason})")
+        self.halved = True
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return self.run(fn)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator refused: CUDA's, or the CPU's, which has no error type of its own."""
+    """Whether an allocator refused, CUDA's or the CPU's, which has no error type of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,10 +99,6 @@ class Ranks:
         count = torch.tensor(int(flag), device=self.device)
         self._send(dist.all_reduce, count)
         return bool(count)
-
-    def saving(self, config: TrainConfig) -> TrainConfig:
-        """`config` with the clearing of former checkpoints left to the first rank."""
-        return config if self.first else dataclasses.replace(config, resume=True)
 
     def _send(self, collective: Callable[..., T], *args: Any) -> T:
         try:

@@ -1,9 +1,8 @@
 """Reward functions fn(prompts, completions) -> list[float], and calling them safely."""
 
-from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.rewards.calls import RewardError, RewardFn, RewardLengthError
 from ppo_fast.loop.rewards.load import REWARDS, load_reward
-from ppo_fast.loop.rewards.scoring import score, shaped
+from ppo_fast.loop.rewards.scoring import rewarded, score, shaped
 from ppo_fast.loop.rewards.text import letters
 from ppo_fast.loop.rewards.watch import NoRewardError, Watch
 
@@ -13,10 +12,10 @@ __all__ = [
     "RewardError",
     "RewardFn",
     "RewardLengthError",
-    "Scores",
     "Watch",
     "letters",
     "load_reward",
+    "rewarded",
     "score",
     "shaped",
 ]

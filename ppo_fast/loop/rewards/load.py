@@ -1,63 +1,82 @@
-"""The names behind `--reward`."""
+"""Rewards by name, as `--reward` takes them."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
-from ppo_fast.loop.data.packages import TaskError, failing_as
+import torch
+
+from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.data.packages import References, TaskError, failing_as
 from ppo_fast.loop.rewards import text
 from ppo_fast.loop.rewards.calls import RewardFn
 from ppo_fast.loop.values import shown
 
-if TYPE_CHECKING:
-    import torch
 
-    from ppo_fast.loop.config import TrainConfig
-    from ppo_fast.loop.tasks import Task
+class Source(NamedTuple):
+    """Options, device, and a task's own reward and reference texts, of which rewards are made."""
 
-_Maker = Callable[["TrainConfig", "Task", "torch.device"], RewardFn]
+    config: TrainConfig
+    own: RewardFn
+    references: References
+    device: torch.device
 
 
-def _frozen(name: str, *fields: str) -> _Maker:
+_Maker = Callable[[Source], RewardFn]
+
+
+def _frozen(name: str, with_references: bool = False) -> _Maker:
     """A reward of `frozen.py`, imported when it is asked for: it loads transformers."""
 
-    def make(config: TrainConfig, task: Task, device: torch.device) -> RewardFn:
+    def make(source: Source) -> RewardFn:
         module = importlib.import_module("ppo_fast.loop.rewards.frozen")
-        arguments = [getattr(task, field) for field in fields]
-        made: RewardFn = getattr(module, name)(config.reward_model, device, *arguments)
+        references = [source.references] if with_references else []
+        made: RewardFn = getattr(module, name)(
+            source.config.reward_model, source.device, *references
+        )
         return made
 
     return make
 
 
-def _gail(config: TrainConfig, task: Task, device: torch.device) -> RewardFn:
+def _gail(source: Source) -> RewardFn:
     from ppo_fast.loop.rewards.frozen import Encoder
     from ppo_fast.loop.rewards.gail import Discriminator
 
-    return Discriminator(Encoder(config.reward_model, device), task.references, config.seed)
+    encoder = Encoder(source.config.reward_model, source.device)
+    return Discriminator(encoder, source.references, source.config.seed)
 
 
 REWARDS: dict[str, _Maker] = {
-    "task": lambda config, task, device: task.reward,
-    "vader": lambda config, task, device: text.vader(),
-    "letters": lambda config, task, device: text.letters,
-    "rouge": lambda config, task, device: text.rouge(task.references),
-    "chrf": lambda config, task, device: text.chrf(task.references),
+    "task": lambda source: source.own,
+    "vader": lambda source: text.vader(),
+    "letters": lambda source: text.letters,
+    "rouge": lambda source: text.rouge(source.references),
+    "chrf": lambda source: text.chrf(source.references),
     "likelihood": _frozen("likelihood"),
-    "cross_entropy": _frozen("cross_entropy", "references"),
-    "similarity": _frozen("similarity", "references"),
+    "cross_entropy": _frozen("cross_entropy", with_references=True),
+    "similarity": _frozen("similarity", with_references=True),
     "classifier": _frozen("classifier"),
     "gail": _gail,
 }
 
 
-def load_reward(config: TrainConfig, task: Task, device: Any) -> RewardFn:
-    """The function that `config.reward` names: one of `REWARDS`, or "module:function"."""
+def load_reward(
+    config: TrainConfig, own: RewardFn, references: References, device: torch.device
+) -> RewardFn:
+    """The function that `config.reward` names: one of `REWARDS`, or "module:function".
+
+    `own` is the task's reward, `references` has a text for each prompt.
+    """
     name = config.reward
     with failing_as(f"reward {name!r}"):
-        return REWARDS[name](config, task, device) if name in REWARDS else _imported(name)
+        return (
+            REWARDS[name](Source(config, own, references, device))
+            if name in REWARDS
+            else _imported(name)
+        )
 
 
 def _imported(name: str) -> RewardFn:

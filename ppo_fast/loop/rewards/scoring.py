@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 
+from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.rewards.calls import Raised, RewardFn, as_number, ask
 from ppo_fast.loop.rewards.settings import settings_kept
@@ -87,6 +88,18 @@ def shaped(scores: Scores, ended: list[bool], clip: float | None, eos_penalty: f
             out.values[i] = 0.0
             out.faults[i] = f"reward {value:g} became {number:g} by clip and EOS penalty"
     return out
+
+
+def rewarded(
+    reward: RewardFn,
+    config: TrainConfig,
+    prompts: list[str],
+    completions: list[str],
+    ended: list[bool],
+) -> Scores:
+    """`score` and then `shaped`, as a run's options ask."""
+    raw = score(reward, prompts, completions, config.reward_timeout)
+    return shaped(raw, ended, config.score_clip, config.missing_eos_penalty)
 
 
 def _dropped(n: int, reason: str) -> Scores:

@@ -10,42 +10,10 @@ from torch import Tensor
 import ppo_fast
 from ppo_fast.loop.data.sequences import Rollout, Sequences
 from ppo_fast.loop.model.layers import UnsupportedModelError, vocabulary
-from ppo_fast.loop.values import require_text, tokens_within
 
 # Ended rows leave once they are an eighth of the batch: what that copies of the cache, over all
 # times together, is then at most eight times what is held at the beginning.
 _CROWDED = 7 / 8
-
-
-def encode(
-    tokenizer: Any, prompts: list[str], device: torch.device, limit: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Left-padded tokens and attention mask, each (B, P) int64; an empty prompt becomes an EOS.
-
-    The mask alone tells padding from text: a tokenizer may have no pad token, or use its EOS.
-    Raises ValueError, naming it, for a prompt that is no text, has half a character (a lone
-    surrogate) or more than `limit` tokens, and for an empty one that cannot become an EOS.
-    """
-    rows = []
-    for i, prompt in enumerate(prompts):
-        row, whole = tokens_within(
-            lambda text: tokenizer(text)["input_ids"], require_text(f"prompts[{i}]", prompt), limit
-        )
-        row = row or [tokenizer.eos_token_id]
-        if row == [None]:
-            raise ValueError(f"prompts[{i}] must not be empty: the tokenizer has no EOS, got ''")
-        if limit is not None and len(row) > limit:
-            raise ValueError(
-                f"prompts[{i}] must have at most {limit} tokens, which is what max_new_tokens"
-                f" leaves of the model's context, got {'' if whole else 'more than '}{len(row)}:"
-                f" {prompt[:50]!r}"
-            )
-        rows.append(row)
-    width = max(len(row) for row in rows)
-    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return tokens.to(device), attention.to(device)
 
 
 @torch.no_grad()
@@ -129,14 +97,6 @@ def _rollout(
     tokens = torch.cat([tokens, response], dim=1)
     attention = torch.cat([attention, mask.to(attention.dtype)], dim=1)
     return Rollout(Sequences(tokens, attention, mask), logprobs)
-
-
-def completions(tokenizer: Any, seqs: Sequences) -> list[str]:
-    """The text of each response, without its EOS and padding."""
-    return [
-        tokenizer.decode(row[kept], skip_special_tokens=True)
-        for row, kept in zip(seqs.response.cpu(), seqs.mask.cpu(), strict=True)
-    ]
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:

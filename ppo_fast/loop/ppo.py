@@ -1,0 +1,244 @@
+"""PPO on one model: an update's seven steps in order, and the state that they change."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from ppo_fast._backend import select
+from ppo_fast.loop import rewards
+from ppo_fast.loop.checkpoint import state
+from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.data.experience import Experience, Plan, advantages, make_plan, weighted
+from ppo_fast.loop.data.prompts import PromptStream
+from ppo_fast.loop.data.replay import TransitionStream
+from ppo_fast.loop.data.sequences import Scores, Sequences
+from ppo_fast.loop.log.history import History, Record
+from ppo_fast.loop.log.meter import Phases
+from ppo_fast.loop.model.agent import Agent
+from ppo_fast.loop.model.first_batch import FirstBatch
+from ppo_fast.loop.model.load import check_vocabulary
+from ppo_fast.loop.model.trial import check_is_causal_lm
+from ppo_fast.loop.ranks.ranks import Ranks
+from ppo_fast.loop.sampling.sampler import Sampler, completions
+from ppo_fast.loop.score import score
+from ppo_fast.loop.update import update
+
+_STORED_CAP = 2.0  # of the importance weights of stored transitions, where none is given
+_LOSS_KL = {"linear": 0.05, "penalty": 1.0}
+
+
+class PPO:
+    """The algorithm on one model, without a run's files: `iteration` does one update.
+
+    `model` is any transformers causal LM and is trained in place, `reward` a function
+    fn(prompts, completions) -> list[float]. Stored transitions in the place of prompts come with
+    their rewards: nothing is sampled, and `reward` is not called.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Any,
+        tokenizer: Any,
+        prompts: list[str] | TransitionStream,
+        reward: rewards.RewardFn,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
+        config = config.absolute()
+        torch.manual_seed(config.seed)
+        self.config, self.tokenizer, self.reward = config, tokenizer, reward
+        self.stored = isinstance(prompts, TransitionStream)
+        check_is_causal_lm(model)
+        check_vocabulary(model, tokenizer)
+        self.agent = Agent(model, config, self.ranks, sampled=not self.stored)
+        self.first_batch = FirstBatch(self.agent)
+        self.device = self.agent.parameters[0].device
+        asked = None if config.backend == "auto" else config.backend
+        self.backend = select("train", asked, self.agent.parameters[0])
+        self.prompts: PromptStream | TransitionStream = (
+            prompts
+            if isinstance(prompts, TransitionStream)
+            else PromptStream(prompts, config.seed)
+        )
+        self.sampler = Sampler(self.agent, tokenizer, config, self.device)
+        self.shuffling = torch.Generator().manual_seed(config.seed)
+        self.is_cap = config.is_truncation or (_STORED_CAP if self.stored else None)
+        self.kl_coef = config.kl_coef
+        coef = config.loss_kl_coef
+        self.loss_kl_coef = _LOSS_KL.get(config.variant, 0.0) if coef is None else coef
+        self.watch = rewards.Watch()
+        self.history = History()
+        self.updates = 0
+        self.last_batch: tuple[list[str], Scores] | None = None
+
+    def iteration(self) -> tuple[Record, Experience]:
+        """One update: its record for the log, and the samples that it learnt from."""
+        phases = Phases(self.device)
+        sample = self._collect(phases)
+        seqs, scores = sample.rollout.seqs.kept(sample.scores), sample.scores
+        record: Record = {
+            "update": self.updates,
+            "reward": scores.mean,
+            "dropped": scores.faults,
+            "batch": len(sample.prompts),
+            "seconds": phases.seconds,
+        }
+        if seqs.mask.any():
+            record |= self._learn(sample, seqs, phases)
+            self.last_batch = None if self.stored else (sample.prompts, scores)
+        took = sum(phases.seconds.values())
+        tokens = int(sample.rollout.seqs.mask.sum())
+        record["tokens_per_second"] = tokens / took if took else math.nan
+        self.updates += 1
+        self.history.append(record)
+        return record, sample
+
+    def _collect(self, phases: Phases) -> Experience:
+        """The samples of one update: stored ones, or sampled and rewarded now."""
+        prompts = self.prompts.next(self.config.batch)
+        if isinstance(prompts, Experience):
+            return prompts
+
+        # 1. Sample a completion of each prompt.
+        with phases.timed("rollout"):
+            rollout = self.sampler.rollout(prompts, self.backend)
+        texts, ended = completions(self.tokenizer, rollout.seqs), rollout.seqs.ended(self.eos)
+
+        # 2. Reward them, on the first rank.
+        def rewarded() -> Scores:
+            scores = rewards.rewarded(self.reward, self.config, prompts, texts, ended)
+            return self.watch.checked(scores, self.history.column("reward").tolist())
+
+        with phases.timed("reward"):
+            scores = self.ranks.from_first(rewarded)
+        return Experience(prompts, texts, rollout, scores)
+
+    def _learn(self, sample: Experience, seqs: Sequences, phases: Phases) -> Record:
+        """Learn from the rewarded sequences `seqs`; the rest of the record."""
+        c, rollout, scores = self.config, sample.rollout, sample.scores
+        plan = self.plan()
+        parts = [rows for part in plan for rows in part]
+        self.first_batch.check_head(seqs, parts)
+
+        # 3. Score every token with policy, reference and critic.
+        with phases.timed("scoring"):
+            scored = score(self.agent, seqs, parts, self.backend)
+        gap = (rollout.logprobs - scored.old)[seqs.mask].abs()
+        if not self.stored:
+            self.first_batch.check_gap(gap)
+
+        with phases.timed("advantages"):
+            # 4. Estimate advantages and returns from rewards, KL and values.
+            batch, kl = advantages(
+                c, self.kl_coef, seqs, scored, scores, self.backend, sample.token_rewards
+            )
+            # 5. Weigh tokens that another policy sampled.
+            batch, weighing = weighted(batch, rollout, self.is_cap)
+
+        # 6. Update policy and critic.
+        lr = c.lr * min(1.0, (self.updates + 1) / max(1, c.warmup))
+        self.agent.set_lr(lr)
+        with phases.timed("update"):
+            done = update(self.agent, batch, plan, self.loss_kl_coef, self.shuffling, self.backend)
+        record: Record = {
+            "lr": lr,
+            "kl": kl,
+            "kl_coef": self.kl_coef,
+            "loss_kl_coef": self.loss_kl_coef,
+            "rollout_gap_max": float(gap.max()),
+            "rollout_gap_mean": float(gap.mean()),
+            **done.record(),
+            **weighing,
+        }
+        if done.stats is not None:
+            record |= done.stats.compute()
+
+        # 7. Move the KL coefficients towards their targets.
+        if c.kl_target is not None:
+            n = sum(scores.kept)
+            self.kl_coef = adapt_reward_kl(self.kl_coef, kl, c.kl_target, n, c.kl_horizon)
+        if c.variant == "penalty" and done.last is not None:
+            reached = done.last.compute()["kl_k3"]
+            self.loss_kl_coef = adapt_penalty(self.loss_kl_coef, reached, c.penalty_target)
+        return record
+
+    @property
+    def eos(self) -> list[int]:
+        """The tokens that end a completion."""
+        return self.sampler.eos
+
+    def plan(self) -> Plan:
+        """The minibatches of a first epoch."""
+        c = self.config
+        forward = c.micro_batch * self.ranks.size
+        return make_plan(c.batch, c.minibatches, forward, self.shuffling)
+
+    def state_dict(self) -> state.Tree:
+        """Everything that updates change, as tensors and JSON values; tensors are the live ones.
+
+        Shards are gathered, so every rank must ask. The learning rate's schedule is a function of
+        `updates`; log and samples are cut back to that number by whoever restores.
+        """
+        reward: Any = self.reward
+        return {
+            "updates": self.updates,
+            "kl_coef": self.kl_coef,
+            "loss_kl_coef": self.loss_kl_coef,
+            **state.agent_state(self.agent),
+            "prompts": self.prompts.state_dict(),
+            "random": state.random_state(self.device, self.sampler.generator, self.shuffling),
+            "reward": reward.state_dict() if hasattr(reward, "state_dict") else None,
+        }
+
+    def load_state_dict(self, saved: state.Tree) -> None:
+        """Continue where `state_dict` was taken; the agent takes over the tensors of `saved`."""
+        state.load_agent_state(self.agent, saved)
+        self.updates = saved["updates"]
+        self.kl_coef, self.loss_kl_coef = saved["kl_coef"], saved["loss_kl_coef"]
+        self.prompts.load_state_dict(saved["prompts"])
+        if saved["reward"] is not None:
+            reward: Any = self.reward
+            reward.load_state_dict(saved["reward"])
+        state.set_random_state(
+            self.device, self.sampler.generator, self.shuffling, saved["random"]
+        )
+
+    def identity(self) -> state.Tree:
+        """JSON values in which a checkpoint and the run that resumes from it must agree.
+
+        The options that move the mathematics, the prompts, and a sha256 over every frozen weight:
+        the base model under the trained weights, and the reference.
+        """
+        options = dataclasses.asdict(self.config)
+        used = {"device": self.device.type, "backend": self.backend}
+        kept = {k: v for k, v in (options | used).items() if k not in state.FREE}
+        return kept | {
+            "the prompts' sha256": self.prompts.digest(),
+            "the frozen weights' sha256": state.digest_of_frozen(self.agent),
+        }
+
+
+def adapt_reward_kl(coef: float, kl: float, target: float, n: int, horizon: float) -> float:
+    """The next coefficient of the KL in the reward, after `n` sequences of mean KL `kl` (nats).
+
+    Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2: it
+    grows by the factor 1 + clip(kl / target - 1, ±0.2) * n / horizon.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return coef * (1.0 + error * n / horizon)
+
+
+def adapt_penalty(coef: float, kl: float, target: float) -> float:
+    """The next coefficient of KL(old, new) in `variant="penalty"`, `kl` in nats per token.
+
+    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", section 4: halved when the
+    KL that an update ended with is below target / 1.5, doubled when above target * 1.5.
+    """
+    if kl < target / 1.5:
+        return coef / 2.0
+    return coef * 2.0 if kl > target * 1.5 else coef

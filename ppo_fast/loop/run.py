@@ -1,0 +1,274 @@
+"""Run around the algorithm: its folder, checkpoints, progress, Ctrl-C and export.
+
+Every file that the loop writes or removes is one of a run, and `Trainer.begin` is the first to
+touch any.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ppo_fast.loop import rewards, tasks
+from ppo_fast.loop.checkpoint.checkpoints import Checkpoints
+from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.data.replay import TransitionStream, TransitionWriter, open_transitions
+from ppo_fast.loop.files import require_file, require_folder
+from ppo_fast.loop.log import recorder
+from ppo_fast.loop.log.history import History, Record, fifths
+from ppo_fast.loop.log.lock import RunLock
+from ppo_fast.loop.log.progress import progress_bar
+from ppo_fast.loop.model import export
+from ppo_fast.loop.model.load import load_model
+from ppo_fast.loop.ppo import PPO
+from ppo_fast.loop.ranks.ranks import RankFailedError, Ranks, device_of
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Outcome:
+    """End of a run. `first` and `last` are the mean rewards of its outer fifths."""
+
+    rewards: list[float]
+    first: float
+    last: float
+    kl: float
+    interrupted: bool
+    plot: Path | None
+    model: Path
+
+
+class Trainer(PPO):
+    """PPO on one model, with a folder for its log, checkpoints and model.
+
+    `model` is any transformers causal LM and is trained in place, `reward` a function
+    fn(prompts, completions) -> list[float]. Stored transitions in the place of prompts come with
+    their rewards: nothing is sampled, and `reward` is not called.
+
+    `run` does all updates, `step` one. Making a trainer touches no file: the first of the two
+    takes the folder `config.out`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Any,
+        tokenizer: Any,
+        prompts: list[str] | TransitionStream,
+        reward: rewards.RewardFn,
+        ranks: Ranks | None = None,
+    ) -> None:
+        super().__init__(config, model, tokenizer, prompts, reward, ranks)
+        self.begun = False
+        self.lock = RunLock(self.config.out)
+        self.recorder = recorder.Recorder(self.config, self.backend)
+        self.checkpoints = Checkpoints(self.config, self.ranks, self.recorder.sync)
+        path = self.config.save_transitions
+        self.writer = None if path is None else TransitionWriter(path, self.eos)
+
+    def begin(self, say: Say = print) -> None:
+        """Take the folder, and resume or start with an empty log; `say` is told of a resume.
+
+        Raises `RunLockedError` where another run goes on in the folder, `CheckpointError` over the
+        checkpoints of an unfinished run that is not to be resumed, or where the one to resume
+        differs, and OSError where something stands in a file's place. Then nothing is changed.
+        The lock is held on return; `close` releases it.
+        """
+        self.ranks.from_first(self._take_folder)
+        try:
+            if self.config.resume:
+                self.checkpoints.resume(self, say)
+            if self.ranks.first:
+                self._open_log(say)
+        except BaseException:
+            self.lock.release()
+            raise
+        self.begun = True
+
+    def step(self) -> Record:
+        """One update, logged when it is finished.
+
+        By hand, the folder is locked while the first step takes it, and not after.
+        """
+        if not self.begun:
+            self.begin()
+            self.lock.release()
+        record, sample = self.iteration()
+        if self.ranks.first:
+            update = record["update"]
+            if self.writer is not None:
+                self.writer.write(update, sample)
+            self.recorder.update(record)
+            self.recorder.samples(update, sample.prompts, sample.texts, sample.scores)
+        return record
+
+    def run(self, console: Console) -> Outcome:
+        """Train to the end, or to Ctrl-C. However it ends, log, plot and model are written.
+
+        Only a model that learnt nothing, because nothing was rewarded, is not.
+        """
+        interrupted, learnt, plot = False, True, None
+        folder, say = self.config.out, functools.partial(console.print, markup=False)
+        if self.begun:
+            self.ranks.from_first(self.lock.hold)
+        else:
+            self.begin(say)
+        with deferred_signals(say, hold=self.ranks.size > 1) as stop:
+            try:
+                with progress_bar(console, self.updates, self.config.updates) as show:
+                    while self.updates < self.config.updates and not self.ranks.any(stop.asked):
+                        record = self.step()
+                        self.watch.tell(say)
+                        show(record, self.history)
+                        self.checkpoints.after_step(self, say)
+                interrupted = self.updates < self.config.updates
+                self.checkpoints.finish(self)
+            except KeyboardInterrupt:
+                interrupted = True
+            except rewards.NoRewardError:
+                learnt = bool(self.agent.optimizer.state)
+                raise
+            except RankFailedError as error:
+                say(f"{error}; what there is will be written")
+                raise
+            finally:
+                stop.ending = True
+                try:
+                    if learnt:
+                        folder = export.export(self.agent, self.tokenizer, folder)
+                finally:
+                    plot = self.close()
+        means = self.history.column("reward").tolist()
+        kl = fifths(self.history.column("kl").tolist())[1]
+        return Outcome(means, *fifths(means), kl, interrupted, plot, folder)
+
+    def close(self) -> Path | None:
+        """Close the log, draw the reward curve and give the folder back.
+
+        Returns the curve's path if there is any update.
+        """
+        try:
+            return self.recorder.close(self.history) if self.ranks.first and self.begun else None
+        finally:
+            self.lock.release()
+
+    def _take_folder(self) -> None:
+        """Lock the folder and clear what a finished run left of checkpoints."""
+        require_places(self.config.out)
+        self.lock.claim()
+        try:
+            if not self.config.resume:
+                self.checkpoints.clear()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _open_log(self, say: Say) -> None:
+        if not self.config.resume:
+            self.recorder.begin()
+            return
+        lines, lacking = self.recorder.resume(self.updates)
+        self.history = History(lines)
+        for text in lacking:
+            say(f"warning: {text}")
+
+
+def require_places(folder: Path) -> None:
+    """Raise OSError where something else stands in the place of a file or folder of a run."""
+    for name in recorder.FILES:
+        require_file(folder / name)
+    for name in export.FOLDERS:
+        export.require_model_folder(folder / name)
+    for name in ("checkpoints", "tensorboard"):
+        require_folder(folder / name, link=True)
+
+
+class Stop:
+    """State of a stop: `asked` for by a signal, and `ending` the run."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.ending = False
+
+
+@contextmanager
+def deferred_signals(say: Callable[[str], None], hold: bool = False) -> Iterator[Stop]:
+    """Within the block, the first Ctrl-C or SIGTERM sets `asked`; a second one interrupts.
+
+    Once `ending` is set, Ctrl-C interrupts at once, and SIGTERM waits for what is being written.
+    `hold` keeps it waiting after an exception has left the block: torchrun sends it to every rank
+    as soon as one has died, and the others still have to say why they stop. Outside the main
+    thread, where Python delivers no signals, nothing changes.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.ending and number == signal.SIGTERM:
+            return
+        if stop.asked or stop.ending:
+            raise KeyboardInterrupt
+        stop.asked = True
+        say("stops after this update; Ctrl-C again stops at once")
+
+    former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    except BaseException:
+        if hold:
+            former[signal.SIGTERM] = signal.SIG_IGN
+        raise
+    finally:
+        for number, handler in former.items():
+            if handler is not None:  # None: one that is not Python's, which it cannot put back
+                signal.signal(number, handler)
+
+
+def load_trainer(
+    config: TrainConfig, report: Callable[[str], None] = print, ranks: Ranks | None = None
+) -> Trainer:
+    """A trainer of what `config` names: model, prompts or transitions, and reward."""
+    config = config.resolved().absolute()
+    device = device_of(config)
+    task = tasks.load_task(config)
+    torch.manual_seed(config.seed)
+    model, tokenizer = load_model(config.model, task.texts[:200], device)
+    task = task.as_chat(tokenizer) if config.chat else task
+    reward = rewards.load_reward(config, task.reward, task.references, device)
+    source = (
+        task.prompts
+        if config.transitions is None
+        else open_transitions(
+            config.transitions,
+            config.batch,
+            config.seed,
+            shuffle=config.shuffle,
+            keep_truncated=config.keep_truncated,
+            model=model,
+            tokenizer=tokenizer,
+            report=report,
+        )
+    )
+    return Trainer(config, model, tokenizer, source, reward, ranks)
+
+
+def train(
+    config: TrainConfig, console: Console, ranks: Ranks | None = None
+) -> tuple[Trainer, Outcome]:
+    """Load what `config` names, train, and return the trainer with the outcome."""
+    console.print(f"loading {config.resolved().model}")
+    trainer = load_trainer(config, lambda line: console.print(line, markup=False), ranks)
+    return trainer, trainer.run(console)

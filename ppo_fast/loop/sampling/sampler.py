@@ -1,0 +1,89 @@
+"""Sampler of a run: prompts to tokens, completions across ranks, and their text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.data.sequences import Rollout, Sequences
+from ppo_fast.loop.model.agent import Agent
+from ppo_fast.loop.model.load import eos_ids, prompt_limit
+from ppo_fast.loop.sampling.generate import generate
+from ppo_fast.loop.values import require_text, tokens_within
+
+
+class Sampler:
+    """Completions of a run's prompts, drawn from `generator`; each ends with one of `eos`."""
+
+    def __init__(
+        self, agent: Agent, tokenizer: Any, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.agent, self.tokenizer, self.config, self.device = agent, tokenizer, config, device
+        self.eos = eos_ids(agent.policy.model, tokenizer)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+
+    def rollout(self, prompts: list[str], backend: str) -> Rollout:
+        """One completion per prompt: each rank samples those of its share, for every rank."""
+        agent, model, config = self.agent, self.agent.policy.model, self.config
+        limit = prompt_limit(model, config.max_new_tokens)
+        tokens, attention = encode(self.tokenizer, prompts, self.device, limit)
+        rows = agent.ranks.share(torch.arange(len(tokens), device=tokens.device))
+        with agent.autocast(), agent.whole(model):
+            mine = generate(
+                model,
+                tokens[rows],
+                attention[rows],
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                eos=self.eos,
+                generator=self.generator,
+                backend=backend,
+                rows=rows,
+                total=len(tokens),
+            )
+        # Without an EOS every completion has full length, and none is padded.
+        gather, end = agent.ranks.gather, next(iter(self.eos), 0)
+        seqs = Sequences(*(gather(x, f) for x, f in zip(mine.seqs, (end, 0, 0), strict=True)))
+        return Rollout(seqs, gather(mine.logprobs, 0))
+
+
+def encode(
+    tokenizer: Any, prompts: list[str], device: torch.device, limit: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Left-padded tokens and attention mask, each (B, P) int64; an empty prompt becomes an EOS.
+
+    The mask alone tells padding from text: a tokenizer may have no pad token, or use its EOS.
+    Raises ValueError, naming it, for a prompt that is no text, has half a character (a lone
+    surrogate) or more than `limit` tokens, and for an empty one that cannot become an EOS.
+    """
+    rows = []
+    for i, prompt in enumerate(prompts):
+        row, whole = tokens_within(
+            lambda text: tokenizer(text)["input_ids"], require_text(f"prompts[{i}]", prompt), limit
+        )
+        row = row or [tokenizer.eos_token_id]
+        if row == [None]:
+            raise ValueError(f"prompts[{i}] must not be empty: the tokenizer has no EOS, got ''")
+        if limit is not None and len(row) > limit:
+            raise ValueError(
+                f"prompts[{i}] must have at most {limit} tokens, which is what max_new_tokens"
+                f" leaves of the model's context, got {'' if whole else 'more than '}{len(row)}:"
+                f" {prompt[:50]!r}"
+            )
+        rows.append(row)
+    width = max(len(row) for row in rows)
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return tokens.to(device), attention.to(device)
+
+
+def completions(tokenizer: Any, seqs: Sequences) -> list[str]:
+    """The text of each response, without its EOS and padding."""
+    return [
+        tokenizer.decode(row[kept], skip_special_tokens=True)
+        for row, kept in zip(seqs.response.cpu(), seqs.mask.cpu(), strict=True)
+    ]
