@@ -48,8 +48,8 @@ RUNS = (
     Mutant(
         "a refused resume writes its options down",
         "ppo_fast/loop/run.py",
-        "        try:\n            if self.config.resume:\n",
-        "        try:\n            self.recorder._describe(None)\n            if self.config.resume:\n",
+        "self.ranks.from_first(self._take_folder)\n",
+        "self.ranks.from_first(self._take_folder); self.recorder._describe(None)\n",
         "loop_folder",
         "refused_resume",
     ),

@@ -161,8 +161,46 @@ def test_the_benchmarks_rooms_point_down(room: str) -> None:
     assert len(paths) > 1 and not bad
 
 
-def test_the_benchmarks_import_no_circle() -> None:
-    paths = [path for path in sources() if relative(path).startswith("benchmarks/")]
+# Wing of the loop -> what of the loop it may import besides itself.
+WINGS = {
+    "data": ("config", "files", "values"),
+    "ranks": ("config",),
+    "log": ("config", "files", "data"),
+    "model": ("config", "files", "data", "ranks"),
+    "sampling": ("config", "values", "data", "model"),
+    "rewards": ("config", "values", "data", "model"),
+    "checkpoint": ("config", "files", "model", "ranks"),
+}
+
+
+def every_import(path: Path) -> set[str]:
+    """Dotted names, those for the type checker and those within functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_the_loops_wings_point_down(wing: str) -> None:
+    allowed = tuple(f"ppo_fast.loop.{name}" for name in (wing, *WINGS[wing]))
+    paths = [path for path in sources() if relative(path).startswith(f"ppo_fast/loop/{wing}/")]
+    bad = {
+        f"{relative(path)}: {name}"
+        for path in paths
+        for name in every_import(path)
+        if name.startswith("ppo_fast.loop") and not is_under(name, allowed)
+    }
+    assert len(paths) > 1 and not bad
+
+
+@pytest.mark.parametrize("package", ["ppo_fast", "benchmarks"])
+def test_a_package_imports_no_circle(package: str) -> None:
+    """Imports for the type checker and those within functions count."""
+    paths = [path for path in sources() if relative(path).startswith(f"{package}/")]
     modules = {
         relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): path
         for path in paths
@@ -170,10 +208,12 @@ def test_the_benchmarks_import_no_circle() -> None:
 
     def module_of(name: str) -> str:
         """The module that a dotted name is, or is in."""
-        return name if name in modules else name.rpartition(".")[0]
+        while name not in modules and "." in name:
+            name = name.rpartition(".")[0]
+        return name
 
     graph = {
-        module: {module_of(n) for n in names_of(path) if n.startswith("benchmarks")}
+        module: {module_of(n) for n in every_import(path) if is_under(n, (package,))} - {module}
         for module, path in modules.items()
     }
     assert set(graphlib.TopologicalSorter(graph).static_order()) >= modules.keys()
