@@ -78,7 +78,7 @@ def _train(args: list[str]) -> int:
 
 
 def _run(config: TrainConfig, console: Console) -> int:
-    """Train, print what came of it, and compare the backends; returns the exit status."""
+    """Train, print the outcome, and compare the backends; returns the exit status."""
     from ppo_fast import loop
 
     with loop.processes(config) as ranks:
@@ -92,7 +92,7 @@ def _run(config: TrainConfig, console: Console) -> int:
 
 
 def _stopped(error: Exception, config: TrainConfig) -> str | None:
-    """What to say of an error that ends a run; None of one that nobody foresaw."""
+    """Message for an error that ends a run; None for an unforeseen one."""
     from safetensors import SafetensorError
 
     from ppo_fast import loop
@@ -130,7 +130,7 @@ def _write_any_text() -> None:
 
 
 def _reasons(error: BaseException | None) -> str:
-    """What ended a run, and what then failed while it was ending, in that order."""
+    """Reason that ended a run, and the failures while it was ending, in that order."""
     found = [str(error)]
     while error is not None:
         if isinstance(error, OSError) or type(error).__module__.startswith("ppo_fast"):

@@ -1,4 +1,4 @@
-"""The options of `ppo-fast train`, from the command line and from a file of a former run."""
+"""Command line of `ppo-fast train`, and option files of former runs."""
 
 from __future__ import annotations
 

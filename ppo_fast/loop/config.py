@@ -1,4 +1,4 @@
-"""The options of `ppo-fast train`, one dataclass, checked when it is made."""
+"""Options of a run, one dataclass, checked when it is made."""
 
 from __future__ import annotations
 

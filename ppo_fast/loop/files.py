@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Within the block, an error of the disk names `path` where it names no file itself.
+    """Context that adds `path` to an error of the disk that names no file.
 
-    The libraries that write models say what the system told them in errors of their own, and the
-    tokenizers' one is a bare Exception.
+    The libraries that write models wrap the system's error in one of their own; that of the
+    tokenizers is a bare Exception.
     """
     try:
         yield

@@ -78,11 +78,11 @@ class Trainer(PPO):
         self.writer = None if path is None else TransitionWriter(path, self.eos)
 
     def begin(self, say: Say = print) -> None:
-        """Take the folder, and resume or start with an empty log; `say` is told of a resume.
+        """Take the folder, and resume or start with an empty log; a resume is reported to `say`.
 
         Raises `RunLockedError` where another run goes on in the folder, `CheckpointError` over the
         checkpoints of an unfinished run that is not to be resumed, or where the one to resume
-        differs, and OSError where something stands in a file's place. Then nothing is changed.
+        differs, and OSError where something else is in a file's place. Then nothing is changed.
         The lock is held on return; `close` releases it.
         """
         self.ranks.from_first(self._take_folder)
@@ -204,7 +204,7 @@ class Stop:
 
 @contextmanager
 def deferred_signals(say: Callable[[str], None], hold: bool = False) -> Iterator[Stop]:
-    """Within the block, the first Ctrl-C or SIGTERM sets `asked`; a second one interrupts.
+    """Context in which the first Ctrl-C or SIGTERM sets `asked`, and a second one interrupts.
 
     Once `ending` is set, Ctrl-C interrupts at once, and SIGTERM waits for what is being written.
     `hold` keeps it waiting after an exception has left the block: torchrun sends it to every rank

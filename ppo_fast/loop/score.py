@@ -20,7 +20,7 @@ def score(agent: Agent, seqs: Sequences, parts: list[Tensor], backend: str) -> S
     """
     scored = agent.memory.run(lambda: _score(agent, seqs, agent.pieces(parts), backend))
     agent.ranks.sum_([scored.old, scored.ref, scored.values])
-    agent.ranks.sum_([] if scored.trunk is None else [scored.trunk])
+    agent.ranks.sum_([] if scored.frozen_out is None else [scored.frozen_out])
     return scored
 
 
@@ -28,27 +28,27 @@ def score(agent: Agent, seqs: Sequences, parts: list[Tensor], backend: str) -> S
 def _score(agent: Agent, seqs: Sequences, parts: list[Tensor], backend: str) -> Scored:
     zeros = torch.zeros(seqs.mask.shape, dtype=agent.dtype, device=seqs.mask.device)
     old, ref, values = zeros, zeros.clone(), zeros.clone()
-    trunk: Tensor | None = None
+    frozen_out: Tensor | None = None
     for part in parts:
         rows = seqs.rows(part)
-        scored, bottom = _reference(agent, rows, backend)
+        scored, output = _reference(agent, rows, backend)
         ref[part] = rows.unflatten(scored)
-        if bottom is not None:
-            if trunk is None:
-                trunk = bottom.new_zeros(len(seqs.tokens), *bottom.shape[1:])
-            trunk[part] = bottom
+        if output is not None:
+            if frozen_out is None:
+                frozen_out = output.new_zeros(len(seqs.tokens), *output.shape[1:])
+            frozen_out[part] = output
         with torch.enable_grad():
-            out = forward(agent, rows, bottom)
+            out = forward(agent, rows, output)
         own = logprobs(agent, agent.policy, out.hidden, out.logits, rows, backend)
         old[part], values[part] = rows.unflatten(own), rows.unflatten(out.values.detach())
-    return Scored(old, ref, values, trunk)
+    return Scored(old, ref, values, frozen_out)
 
 
 def _reference(agent: Agent, rows: Sequences, backend: str) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the frozen reference, (n,), and the output of its frozen layers."""
     tower = agent.reference
     if agent.config.head == "logits":
-        (logits, hidden), bottom = tower.with_trunk(lambda: tower.logits(rows))
-        return logprobs(agent, tower, hidden, logits, rows, backend), bottom
-    hidden, bottom = tower.with_trunk(lambda: tower.hidden(rows))
-    return logprobs(agent, tower, hidden, None, rows, backend), bottom
+        (logits, hidden), output = tower.with_frozen_out(lambda: tower.logits(rows))
+        return logprobs(agent, tower, hidden, logits, rows, backend), output
+    hidden, output = tower.with_frozen_out(lambda: tower.hidden(rows))
+    return logprobs(agent, tower, hidden, None, rows, backend), output

@@ -120,7 +120,7 @@ def _loss(
 ) -> tuple[ppo_fast.HeadLoss, Tensor, ppo_fast.Stats]:
     """Policy loss, plus `vf_coef` times value loss, of one micro-batch, sums over `divisor`."""
     config, seqs, scored = agent.config, part.seqs, part.scored
-    out = forward(agent, seqs, scored.trunk)
+    out = forward(agent, seqs, scored.frozen_out)
     tokens, old, advantages = (seqs.flat(x) for x in (seqs.response, scored.old, part.advantages))
     options: dict[str, Any] = {
         "variant": config.variant,
@@ -173,14 +173,14 @@ class Forward(NamedTuple):
     values: Tensor
 
 
-def forward(agent: Agent, seqs: Sequences, trunk: Tensor | None) -> Forward:
+def forward(agent: Agent, seqs: Sequences, frozen_out: Tensor | None) -> Forward:
     """The training forward over the n kept tokens."""
     logits: Tensor | None = None
     if agent.config.head == "logits":
-        logits, hidden = agent.policy.logits(seqs, trunk)
+        logits, hidden = agent.policy.logits(seqs, frozen_out)
     else:
-        hidden = agent.policy.hidden(seqs, trunk)
-    return Forward(hidden, logits, agent.critic(hidden, seqs, trunk))
+        hidden = agent.policy.hidden(seqs, frozen_out)
+    return Forward(hidden, logits, agent.critic(hidden, seqs, frozen_out))
 
 
 def logprobs(

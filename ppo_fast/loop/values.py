@@ -1,4 +1,4 @@
-"""Checks of values from outside, and the short text that a message shows of any value."""
+"""Checks of values from outside, and short texts of any value for messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SLACK = 64  # tokens that a cut within a word may add
 
 
 def is_fp32(number: float) -> bool:
-    """Whether `number` is finite, in fp32 too."""
+    """True if `number` is finite in fp32."""
     return abs(number) <= LARGEST_FP32
 
 

@@ -65,7 +65,7 @@ class Chart:
     curves: list[Curve]
 
     def data(self) -> dict[str, Any]:
-        """What the page's script reads: updates, their places, and every curve's numbers."""
+        """Data of the page's script: updates, their places, and every curve's numbers."""
         curves = [{"mean": c.mean, "low": c.low, "high": c.high} for c in self.curves]
         return {"updates": self.updates, "at": self.at, "curves": curves}
 
@@ -86,7 +86,7 @@ class Scale(NamedTuple):
 
 
 def charts(groups: list[Group]) -> list[Chart]:
-    """All of them, each with a curve per group."""
+    """All charts, each with a curve per group."""
     return [chart(groups, *curve) for curve in CURVES]
 
 

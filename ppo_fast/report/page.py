@@ -39,7 +39,7 @@ def write_report(folders: list[Path], out: Path | None = None) -> Path:
 
 
 def _spare(folders: list[Path], out: Path) -> None:
-    """Refuse to write over what a run left."""
+    """Refuse to write over a run's own files."""
     for read in (folder / name for folder in folders for name in FILES):
         if out.exists() and read.exists() and out.samefile(read):
             raise RunError(f"the page cannot be written to {out}: it is {read}, which a run left")
@@ -86,7 +86,7 @@ def page(runs: list[Run]) -> str:
 
 
 def summary(run: Run) -> Record:
-    """What the page says of a run in its table; NaN where the log has no number."""
+    """A run's row of the page's table; NaN where the log has no number."""
     records = list(run.records.values())
     rewards = [_number(r.get("reward")) for r in records]
     first, last = fifths(rewards)

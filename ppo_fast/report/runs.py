@@ -24,7 +24,7 @@ FILES = LOG, SAMPLES, CONFIG, VERSIONS = (
     "config.json",
     "versions.json",
 )
-# What the report draws or writes, beside what the alarms look at.
+# Numbers that the report needs besides those of the alarms.
 _DRAWN = ("value_loss", "ess", "grad_norm", "tokens_per_second")
 # What may differ between the runs of a group: the seed, and what does not touch what is learnt.
 _ASIDE = {
@@ -45,7 +45,7 @@ class RunError(ValueError):
 
 @dataclass
 class Run:
-    """What a run left in its folder; `records` has at least one update, by number.
+    """A run read from its folder; `records` has at least one update, by number.
 
     Their numbers are floats, None where they are not finite. `notes` say what was left out.
     """
@@ -217,7 +217,7 @@ def _object(path: Path) -> Record:
 
 
 def _content(path: Path) -> bytes | None:
-    """What a file holds, None if there is none.
+    """Content of a file, None if there is none.
 
     Only regular files are opened: a pipe is waited for, and a device may have no end.
     """

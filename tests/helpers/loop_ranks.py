@@ -1,4 +1,4 @@
-"""What two ranks do in the tests of the loop, and what one process does instead."""
+"""Two ranks for the tests of the loop, and one process that does the same."""
 
 from __future__ import annotations
 

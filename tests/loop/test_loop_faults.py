@@ -1,4 +1,4 @@
-"""What goes wrong in a run costs what it must, and no more."""
+"""Faults in a run cost what they must, and no more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is checked of a model before and at a run's first update: gaps, precision, vocabulary."""
+"""Checks of a model before and at a run's first update: gaps, precision, vocabulary."""
 
 from __future__ import annotations
 

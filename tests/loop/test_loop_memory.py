@@ -34,12 +34,12 @@ def failing(t: Trainer, calls: set[int], fail: Any = refused, backward: bool = F
     """Let the training forward (or its backward) fail at `calls`, counted from 0; rows of each."""
     original, rows = t.agent.policy.hidden, []
 
-    def hidden(seqs: Any, trunk: Any) -> torch.Tensor:
+    def hidden(seqs: Any, frozen_out: Any) -> torch.Tensor:
         rows.append(len(seqs.tokens))
         fails = len(rows) - 1 in calls
         if fails and not backward:
             fail()
-        out = original(seqs, trunk)
+        out = original(seqs, frozen_out)
         if fails:
             out.register_hook(lambda grad: fail())
         return out

@@ -1,4 +1,4 @@
-"""What a model's folder may make the loop do: read tensors, and no more."""
+"""Model folders: the loop reads tensors from them, and runs nothing."""
 
 from __future__ import annotations
 

@@ -137,11 +137,11 @@ def test_replayed_layers_change_no_bit(name: str) -> None:
     attention[0, :3] = 0
     seqs = Sequences(tokens, attention, torch.ones(3, 4, dtype=torch.bool))
     tower = Tower(model, split)
-    (logits, _), trunk = tower.with_trunk(lambda: tower.logits(seqs))
-    assert trunk is not None and trunk.shape[:2] == tokens.shape
+    (logits, _), frozen_out = tower.with_frozen_out(lambda: tower.logits(seqs))
+    assert frozen_out is not None and frozen_out.shape[:2] == tokens.shape
     calls: list[int] = []
     handle = tower.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    again, hidden = tower.logits(seqs, trunk)
+    again, hidden = tower.logits(seqs, frozen_out)
     handle.remove()
     assert calls == [] and torch.equal(again, logits)
     assert logits.shape == (12, 300) and torch.equal(hidden, tower.hidden(seqs))

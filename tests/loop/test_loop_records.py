@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes on: log, samples, versions, TensorBoard, progress."""
+"""Records of a run as it goes on: log, samples, versions, TensorBoard, progress."""
 
 from __future__ import annotations
 

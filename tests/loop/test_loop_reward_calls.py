@@ -1,4 +1,4 @@
-"""What a reward function may return, raise and change, and what each of these costs."""
+"""Reward functions: return values, exceptions and side effects, and what each costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run trains on: data of installed packages, chat templates, defaults and errors."""
+"""Tasks: data of installed packages, chat templates, defaults and errors."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class Checkpoints:
         say(f"{self.folder}: {where}")
 
     def after_step(self, run: Stateful, say: Say) -> None:
-        """Save every `save_every` updates; a failure is told and the run goes on."""
+        """Save every `save_every` updates; a failure is reported, and the run goes on."""
         every = self.config.save_every
         if every and run.updates % every == 0:
             try:

@@ -72,7 +72,7 @@ def _manifest(folder: Path) -> Tree:
 
 
 def finished(folder: Path) -> bool:
-    """Whether a checkpoint is its run's last one."""
+    """True for the last checkpoint of its run."""
     try:
         updates: int = _manifest(folder)["updates"]
     except DAMAGED:

@@ -94,7 +94,7 @@ def digest_of_frozen(agent: Agent) -> str:
 
 
 def _full(agent: Agent) -> Callable[[Tensor], Tensor]:
-    """What makes a tensor of the agent whole."""
+    """Function that gathers a tensor's shards."""
     if not agent.ranks.sharded:
         return lambda x: x
     from ppo_fast.loop.ranks.sharding import full
@@ -103,7 +103,7 @@ def _full(agent: Agent) -> Callable[[Tensor], Tensor]:
 
 
 def _split_like(agent: Agent) -> Callable[[Tensor, Tensor], Tensor]:
-    """What makes of a whole tensor one that is sharded as another."""
+    """Function that shards a whole tensor like another one."""
     if not agent.ranks.sharded:
         return lambda x, like: x
     from ppo_fast.loop.ranks.sharding import split_like

@@ -30,13 +30,13 @@ class Experience(NamedTuple):
 class Scored(NamedTuple):
     """Constants of one batch: old policy, reference and value of each response token, (B, R).
 
-    `trunk` (B, P + R, H) is the frozen layers' output, None when nothing is frozen.
+    `frozen_out` (B, P + R, H) is the frozen layers' output, None when nothing is frozen.
     """
 
     old: Tensor
     ref: Tensor
     values: Tensor
-    trunk: Tensor | None
+    frozen_out: Tensor | None
 
 
 class Batch(NamedTuple):
@@ -51,9 +51,9 @@ class Batch(NamedTuple):
 
     def rows(self, index: Tensor) -> Batch:
         """The batch at row indices `index`; the moments stay those of the whole."""
-        old, ref, values, trunk = self.scored
-        trunk = None if trunk is None else trunk[index]
-        scored = Scored(old[index], ref[index], values[index], trunk)
+        old, ref, values, frozen_out = self.scored
+        frozen_out = None if frozen_out is None else frozen_out[index]
+        scored = Scored(old[index], ref[index], values[index], frozen_out)
         advantages, returns = self.advantages[index], self.returns[index]
         weights = None if self.is_weights is None else self.is_weights[index]
         return Batch(self.seqs.rows(index), scored, advantages, returns, self.moments, weights)
@@ -115,7 +115,7 @@ def importance(old: Tensor, behaviour: Tensor, mask: Tensor, cap: float) -> Impo
     """min(exp(old − behaviour), cap) per token: how much likelier the trainer finds a token.
 
     `old` and `behaviour` (B, R) are log-probabilities of the trainer's policy before the update
-    and of the policy that sampled. The weight multiplies the policy term only, beside the ratio
+    and of the policy that sampled. The weight multiplies the policy term only, next to the ratio
     that PPO clips, so that this ratio stays 1 at the start (decoupled objective, Hilton et al.
     2022). Truncation bounds the variance for a bias (Ionides 2008; Espeholt et al. 2018,
     section 4.1).

@@ -1,4 +1,4 @@
-"""Texts that ship in installed packages, and batches of prompts in a seeded order."""
+"""Texts that ship in installed packages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TaskError(ValueError):
 
 @contextmanager
 def failing_as(name: str) -> Iterator[None]:
-    """Raise what the block raises as a TaskError that names whose it is, from the original.
+    """Context that turns any exception into a TaskError with `name`, raised from the original.
 
     A TaskError, a missing package and Ctrl-C say enough themselves.
     """

@@ -37,7 +37,7 @@ class PromptStream:
         return hashlib.sha256(json.dumps(self._prompts).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """What comes next: the prompts left of this pass, and the order of those to come."""
+        """Position in the stream: prompts left of this pass, and the generator of later ones."""
         return {"order": self._order, "random": self._random.getstate()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

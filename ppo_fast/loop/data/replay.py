@@ -1,4 +1,4 @@
-"""Learning from stored transitions: their order, their batches, and writing own ones down."""
+"""Stored transitions as batches, in a seeded order, and a writer of own samples."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class TransitionStream:
         return hashlib.sha256(json.dumps(self._rows).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch begins: passes done, and rows taken of this one."""
+        """Position of the next batch: passes done, and rows taken of this one."""
         return {"done": self._passes.done, "taken": self._passes.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ class TransitionStream:
         return iter(loader)
 
     def collate(self, rows: list[Transition]) -> Experience:
-        """Left-padded prompts and right-padded responses of `rows`, with what belongs to them."""
+        """Left-padded prompts and right-padded responses of `rows`, with log-probs and rewards."""
         before = max(len(r.prompt_tokens) for r in rows)
         after = max(len(r.tokens) for r in rows)
         tokens = [
@@ -207,7 +207,7 @@ def open_transitions(
     tokenizer: Any,
     report: Callable[[str], None],
 ) -> TransitionStream:
-    """The transitions in `path` for `model`; `report` is told what is dropped and what is left."""
+    """The transitions in `path` for `model`; `report` gets lines on dropped and kept rows."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = Limits(model.get_input_embeddings().num_embeddings, context)
     found = read_transitions(

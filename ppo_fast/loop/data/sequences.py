@@ -36,16 +36,16 @@ class Sequences(NamedTuple):
         return self._replace(mask=self.mask & kept[:, None])
 
     def ended(self, eos: list[int]) -> list[bool]:
-        """Whether each response reached one of the tokens `eos`."""
+        """True for each response that reached one of the tokens `eos`."""
         stops = torch.tensor(eos, device=self.tokens.device)
         return (torch.isin(self.response, stops) & self.mask).any(1).tolist()
 
     def flat(self, x: Tensor) -> Tensor:
-        """Of a (B, R) tensor, the values at the n kept tokens, (n,)."""
+        """Values of a (B, R) tensor at the n kept tokens, (n,)."""
         return x[self.mask]
 
     def cu_seqlens(self) -> Tensor:
-        """Where each sequence's kept tokens begin among the n, (B + 1,) int64."""
+        """Offsets of each sequence's kept tokens among the n, (B + 1,) int64."""
         ends = self.mask.sum(1).cumsum(0)
         return torch.cat([ends.new_zeros(1), ends])
 
@@ -76,7 +76,7 @@ class Rollout(NamedTuple):
 
 @dataclass
 class Scores:
-    """One reward per sample, 0 for a dropped one, and why each dropped one was dropped.
+    """One reward per sample, 0 for a dropped one, and the reason for each drop.
 
     `errors` are the exceptions behind the faults, one of each place that raised. `late` says that
     the call ran out of time.
@@ -89,7 +89,7 @@ class Scores:
 
     @property
     def kept(self) -> list[bool]:
-        """Which samples have a reward."""
+        """True for each sample with a reward."""
         return [i not in self.faults for i in range(len(self.values))]
 
     @property

@@ -16,7 +16,7 @@ Encode = Callable[[str], list[int]]
 
 
 class Transition(NamedTuple):
-    """One prompt and response, and what the response earned.
+    """One prompt and response, with rewards.
 
     `logprobs`, of the policy that sampled, and `rewards` have one number per response token.
     """
@@ -30,7 +30,7 @@ class Transition(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the model can take: tokens lie in [0, vocabulary), prompt and response in `context`."""
+    """Bounds of the model: tokens lie in [0, vocabulary), prompt and response in `context`."""
 
     vocabulary: int
     context: int | None = None
@@ -38,7 +38,7 @@ class Limits(NamedTuple):
 
 @dataclass
 class Transitions:
-    """The good rows of a file, and what was wrong with each of the others."""
+    """The good rows of a file, and the fault of each of the others."""
 
     rows: list[Transition] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -81,7 +81,7 @@ def read_transitions(path: Path, encode: Encode, limits: Limits) -> Transitions:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, what it holds or why it could not be read) of every line that is not blank."""
+    """(line number, value or the error of reading it) of every line that is not blank."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():

@@ -1,4 +1,4 @@
-"""What looks wrong in a run's log, in words, with what to try.
+"""Alarms: signs of trouble in a run's log, in words, with what to try.
 
 Pure functions of the history: a run says an alarm when it sets in, the report finds the same ones
 in the log. Each rule looks at rolling means, so that one bad batch is none, and at nothing later
@@ -31,7 +31,7 @@ _MAX = np.finfo(np.float64).max
 
 
 class Alarm(NamedTuple):
-    """What set in at which update, the number that was seen and what to try."""
+    """An alarm: the update it set in at, its name, and a text with the number and advice."""
 
     update: int
     name: str
@@ -39,7 +39,7 @@ class Alarm(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """Where a rule holds, (updates,) bool, and what it says of update i."""
+    """A rule's result: `holds` (updates,) bool, and `says`, the text for update i."""
 
     holds: NDArray[np.bool_]
     says: Callable[[int], str]
@@ -70,7 +70,7 @@ def rolling(values: Array, n: int) -> Array:
 
 
 def _bounded(formula: Callable[[], Array]) -> Array:
-    """What a formula of finite numbers and NaN gives, the largest float where it overflows."""
+    """Result of a formula of finite numbers and NaN, clipped to the largest float."""
     with np.errstate(over="ignore"):
         return np.clip(formula(), -_MAX, _MAX)
 

@@ -1,7 +1,6 @@
-"""What alarms, plot and outcome need of every update, in eight bytes a number.
+"""History of a run: the numbers of every update that alarms, plot and outcome need.
 
-A whole record is some two thousand bytes; it is in the log on the disk, and memory does not grow
-by it.
+Eight bytes a number: a whole record, of some two thousand bytes, stays in the log on the disk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine and backend."""
+"""Versions, machine and backend of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def versions(backend: str) -> dict[str, str | int]:
-    """Versions of ppo_fast and what it stands on, the machine's make, and the backend in use."""
+    """Versions of ppo_fast and its dependencies, the machine, and the backend in use."""
     found: dict[str, str | int] = {"ppo_fast": ppo_fast.__version__}
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
     found |= {name: installed[name] for name in _PACKAGES if name in installed}

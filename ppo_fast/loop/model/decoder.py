@@ -141,7 +141,7 @@ class StaticLayer(DynamicLayer):
 
 
 def cache_argument(model: Any) -> str:
-    """What a model's forward calls its cache: `cache` from transformers 5.24 on.
+    """Name of the cache argument of a model's forward: `cache` from transformers 5.24 on.
 
     Raises UnsupportedModelError for a model that has none.
     """
@@ -155,7 +155,7 @@ def cache_argument(model: Any) -> str:
 
 
 def takes(model: Any, name: str) -> bool:
-    """Whether a model's forward, or one that it may hand its arguments to, names an argument."""
+    """True if a model's forward, or one that it may hand its arguments to, names an argument."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     forwards = [
         base.forward,

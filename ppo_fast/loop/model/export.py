@@ -1,4 +1,4 @@
-"""Writing what was trained as folders that `from_pretrained` loads."""
+"""Export of the trained model, as folders that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def save_model(
 
 
 def require_model_folder(folder: Path) -> tuple[Path, Path]:
-    """Where a new model is written and the former one waits, beside `folder`.
+    """Places next to `folder` for a new model being written and for the former one.
 
     Raises OSError where one of the three is there and no folder.
     """

@@ -1,4 +1,4 @@
-"""The output head as one product: its weight, its bias, and what a model makes of the product."""
+"""Output head of a model as one product, with the factor and soft cap behind it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Product(NamedTuple):
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
     def options(self) -> dict[str, Any]:
-        """As the head's ops take it: cap(s·z) = s · c·tanh(z / c) with c = cap / s."""
+        """Options for the head's ops: cap(s·z) = s · c·tanh(z / c) with c = cap / s."""
         cap = None if self.softcap is None else self.softcap / self.scale
         return {"softcap": cap} | ({} if self.scale == 1 else {"temperature": 1 / self.scale})
 
@@ -73,7 +73,7 @@ def weight_and_bias(model: Any) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def measured(model: Any, tokens: Tensor) -> Product:
-    """The product that stands between hidden states and logits, from one forward.
+    """The product between hidden states and logits, measured in one forward.
 
     In a forward over `tokens` (1, T) the head gets random hidden states,
     and in the place of the head's answer the rest of the model gets numbers of all magnitudes.
@@ -190,7 +190,7 @@ def check_distributions(model: Any, head: Product, hidden: Tensor, logits: Tenso
 
 @contextmanager
 def hooked(register: Callable[..., Any], hook: Callable[..., Any]) -> Iterator[None]:
-    """A hook for the time of a block."""
+    """Context that keeps a hook registered."""
     handle = register(hook)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A model's stack of decoder layers: finding it, and leaving its top alone trainable."""
+"""Decoder layers of a model: finding the stack, and freezing all but its top."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refusing(model: Any) -> Iterator[None]:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The model's stack of decoder layers: the module list beside the embeddings of its tokens.
+    """The model's stack of decoder layers: the module list next to its token embeddings.
 
     Of several, as where a model also sees images, the one whose path begins most like that of
     the embeddings; then one of `num_hidden_layers` entries, the nearest and longest.

@@ -1,4 +1,4 @@
-"""Loading or making the policy and its tokenizer."""
+"""Loading of a model and its tokenizer, and the tiny random model."""
 
 from __future__ import annotations
 

@@ -77,5 +77,5 @@ class MemoryGuard:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator refused, CUDA's or the CPU's, which has no error type of its own."""
+    """True if an allocator refused: CUDA's, or the CPU's, which has no error type of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

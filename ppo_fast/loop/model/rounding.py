@@ -1,4 +1,4 @@
-"""Rounding error of forwards: how far two of them, of one model, may be apart."""
+"""Rounding error of forwards: the distance allowed between two of one model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def allowed_gap(dtype: torch.dtype) -> float:
 
 
 def excess_gap(gaps: Tensor, dtype: torch.dtype, routed: bool) -> str | None:
-    """What of `gaps` (n,) nats is beyond `allowed_gap`, in words; None where nothing is.
+    """Description of `gaps` (n,), in nats, beyond `allowed_gap`; None if there are none.
 
     In fp32 the largest counts. With `routed` experts a near tie may be broken otherwise, which
     moves a token and those behind it: there nine tenths of the tokens must be near. In half
@@ -54,7 +54,7 @@ def excess_gap(gaps: Tensor, dtype: torch.dtype, routed: bool) -> str | None:
 
 
 def has_routed_experts(model: Any) -> bool:
-    """Whether a router sends tokens to some of several experts."""
+    """True if a router sends tokens to some of several experts."""
     config = model.config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return any((getattr(config, name, None) or 0) > 1 for name in names)

@@ -1,4 +1,4 @@
-"""Forward passes over whole sequences: what policy, reference and critic compute per token."""
+"""Tower (backbone and output head) of policy, reference and critic: forwards over sequences."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ T = TypeVar("T")
 class Tower:
     """A causal LM whose frozen bottom, the first `split` layers, can be computed once and re-used.
 
-    Towers copied from one model share every frozen weight, so a batch's bottom activations
-    (`trunk`, (B, P + R, H)) serve policy, reference and critic, in every epoch. Every forward goes
-    through the whole model, so that what wraps it (shards, adapters) sees it, and runs inside
+    Towers copied from one model share every frozen weight, so the output of the frozen layers
+    (`frozen_out`, (B, P + R, H)) serves policy, reference and critic, in every epoch. Every forward
+    goes through the whole model, so that its wrappers (shards, adapters) see it, and runs inside
     `contexts`.
     """
 
@@ -32,41 +32,41 @@ class Tower:
         self.model, self.split, self.contexts = model, split, contexts
         self.layers = decoder_layers(model)
         self._product: Product | None = None
-        self._beside = 0  # what a layer returns beside its hidden states; 0: no tuple
+        self._outputs = 0  # entries of the tuple that a layer returns; 0: no tuple
 
     def copy(self) -> Tower:
         """A tower with weights of its own where they are trainable and shared ones elsewhere."""
         shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
         tower = Tower(copy.deepcopy(self.model, shared), self.split, *self.contexts)
-        tower._product, tower._beside = self._product, self._beside
+        tower._product, tower._outputs = self._product, self._outputs
         return tower
 
-    def logits(self, seqs: Sequences, trunk: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def logits(self, seqs: Sequences, frozen_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (n, V) and last hidden states (n, H) that predict the n kept tokens.
 
         The output head sees these n rows alone: prompt and padding never get a logit.
         """
-        return self._forward(seqs, trunk, lambda hidden: hidden)
+        return self._forward(seqs, frozen_out, lambda hidden: hidden)
 
-    def hidden(self, seqs: Sequences, trunk: Tensor | None = None) -> Tensor:
+    def hidden(self, seqs: Sequences, frozen_out: Tensor | None = None) -> Tensor:
         """Last hidden states (n, H) that predict the n kept tokens; the head sees no row."""
-        return self._forward(seqs, trunk, lambda hidden: hidden[:0])[1]
+        return self._forward(seqs, frozen_out, lambda hidden: hidden[:0])[1]
 
-    def with_trunk(self, forward: Callable[[], T]) -> tuple[T, Tensor | None]:
-        """What `forward` gives, and the bottom activations on its way (None: none are frozen)."""
+    def with_frozen_out(self, forward: Callable[[], T]) -> tuple[T, Tensor | None]:
+        """Result of `forward`, and the frozen layers' output in it (None: none are frozen)."""
         if self.split == 0:
             return forward(), None
         seen: list[Tensor] = []
 
         def keep(_: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            self._beside = len(output) if isinstance(output, tuple) else 0
+            self._outputs = len(output) if isinstance(output, tuple) else 0
             seen.append(output[0] if isinstance(output, tuple) else output)
 
         with hooked(self.layers[self.split - 1].register_forward_hook, keep):
             return forward(), seen[0]
 
     def product(self) -> Product:
-        """What stands between hidden states and logits, measured at the first call.
+        """The product between hidden states and logits, measured at the first call.
 
         Raises UnsupportedModelError, which names the output head, where that is more than a
         weight, a bias, a factor and a soft cap.
@@ -100,7 +100,7 @@ class Tower:
             yield
 
     def _forward(
-        self, seqs: Sequences, trunk: Tensor | None, to_head: Callable[[Tensor], Tensor]
+        self, seqs: Sequences, frozen_out: Tensor | None, to_head: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Logits of the rows that `to_head` leaves, and hidden states (n, H) of all kept ones."""
         index = seqs.scored_positions()
@@ -112,7 +112,7 @@ class Tower:
 
         output_head = self.model.get_output_embeddings()
         with (
-            _replayed(self.layers, self.split, trunk, self._beside),
+            _replayed(self.layers, self.split, frozen_out, self._outputs),
             hooked(output_head.register_forward_pre_hook, select),
         ):
             out = self.run(
@@ -136,44 +136,44 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, hidden: Tensor, seqs: Sequences, trunk: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, seqs: Sequences, frozen_out: Tensor | None) -> Tensor:
         """Values (n,) of the n kept tokens; `hidden` (n, H) is the policy's."""
         if self.tower is not None:
-            hidden = self.tower.hidden(seqs, trunk)
+            hidden = self.tower.hidden(seqs, frozen_out)
         values: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
         return values
 
 
 class _Replay(nn.Module):
-    """Stands in for a frozen layer, giving the recorded output of the last of them.
+    """Replacement of a frozen layer, which returns the recorded output of the last of them.
 
-    Where layers return tuples, of `beside` entries, the others are absent: no forward without a
-    cache reads them. What a model asks of its layers beside that, the layer itself answers.
+    Where layers return tuples, of `outputs` entries, the others are absent: no forward without a
+    cache reads them. Other attributes are those of the layer itself.
     """
 
-    def __init__(self, layer: nn.Module, trunk: Tensor, beside: int) -> None:
+    def __init__(self, layer: nn.Module, frozen_out: Tensor, outputs: int) -> None:
         super().__init__()
-        self.trunk, self.beside = trunk, beside
+        self._frozen_out, self._size = frozen_out, outputs
         self.__dict__["layer"] = layer  # not as a module: its weights are listed elsewhere
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)
 
     def forward(self, *args: object, **kwargs: object) -> Any:
-        return (self.trunk, *[None] * (self.beside - 1)) if self.beside else self.trunk
+        return (self._frozen_out, *[None] * (self._size - 1)) if self._size else self._frozen_out
 
 
 @contextmanager
 def _replayed(
-    layers: nn.ModuleList, split: int, trunk: Tensor | None, beside: int
+    layers: nn.ModuleList, split: int, frozen_out: Tensor | None, outputs: int
 ) -> Iterator[None]:
-    """Skip the first `split` layers, whose output is `trunk`; with none, skip nothing."""
-    if trunk is None:
+    """Skip the first `split` layers, whose output is `frozen_out`; with none, skip nothing."""
+    if frozen_out is None:
         yield
         return
     kept = list(layers[:split])
     for i, layer in enumerate(kept):
-        layers[i] = _Replay(layer, trunk, beside)
+        layers[i] = _Replay(layer, frozen_out, outputs)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A trial of a model before a run: what the loop takes for granted, on a few made-up tokens.
+"""Trial of a model before a run: the loop's assumptions, on a few made-up tokens.
 
 A model's own forward over one row without padding says what is right. The training forward must
 say the same of left-padded rows, so must the sampler with its cache, and frozen layers that are
@@ -85,11 +85,11 @@ def _alone(tower: Tower) -> tuple[Sequences, Tensor]:
 
 def _replayed(tower: Tower, seqs: Sequences) -> Tensor:
     """The logits where the rows' frozen output is re-used in another order of the rows."""
-    trunk = tower.with_trunk(lambda: tower.logits(seqs))[1]
-    if trunk is None or trunk.shape[:2] != seqs.tokens.shape:
+    frozen_out = tower.with_frozen_out(lambda: tower.logits(seqs))[1]
+    if frozen_out is None or frozen_out.shape[:2] != seqs.tokens.shape:
         raise UnsupportedModelError(_FROZEN.format(type(tower.model).__name__))
-    turned = torch.arange(len(trunk) - 1, -1, -1, device=trunk.device)
-    logits = tower.logits(seqs.rows(turned), trunk[turned])[0]
+    turned = torch.arange(len(frozen_out) - 1, -1, -1, device=frozen_out.device)
+    logits = tower.logits(seqs.rows(turned), frozen_out[turned])[0]
     return logits.view(*seqs.mask.shape, -1)[turned]
 
 
@@ -108,7 +108,7 @@ def _decoded(tower: Tower, seqs: Sequences) -> Tensor:
 
 
 def _difference(tower: Tower, got: Tensor, want: Tensor) -> str | None:
-    """How distributions, (rows, steps, V), differ beyond rounding at tokens that are likely."""
+    """Difference of distributions, (rows, steps, V), beyond rounding at likely tokens."""
     if got.shape != want.shape:
         return f"logits are {tuple(got.shape)}, not {tuple(want.shape)}"
     wide, near = want.double().log_softmax(-1), got.double().log_softmax(-1)

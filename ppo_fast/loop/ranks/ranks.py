@@ -1,4 +1,4 @@
-"""Several processes on one batch: each rank computes its share, and all hold the same results."""
+"""Ranks: processes that share a batch and hold the same results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank is the one that rewards, writes and prints."""
+        """True for the rank that rewards, writes and prints."""
         return self.rank == 0
 
     def share(self, rows: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Ranks:
         return stats if self.size == 1 else self._send(stats.all_reduce)
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first rank, where alone it runs; if it raises, all stop."""
+        """Result of `make`, called on the first rank alone; if it raises, all stop."""
         if self.size == 1:
             return make()
         box: list[Any] = [None, "rank 0 was interrupted"]
@@ -93,7 +93,7 @@ class Ranks:
         return box[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank: one answer, so that all stop together."""
+        """True if `flag` is set on any rank: one answer, so that all stop together."""
         if self.size == 1:
             return flag
         count = torch.tensor(int(flag), device=self.device)

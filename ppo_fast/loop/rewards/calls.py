@@ -1,4 +1,4 @@
-"""Calls of a reward function: what it may return, and what is made of all else."""
+"""Calls of a reward function, and checks of the values that it returns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RewardLengthError(RewardError):
 
 
 class Raised(NamedTuple):
-    """What the reward function raised in the place of a value."""
+    """An exception of the reward function in the place of a value."""
 
     error: BaseException
 
@@ -84,7 +84,7 @@ def _call_one(reward: RewardFn, prompt: str, completion: str) -> object:
 
 
 def _rows(rewards: object, n: int) -> Iterable[object]:
-    """What `rewards` holds, in the samples' order; RewardLengthError where it says no order."""
+    """The entries of `rewards` in the samples' order; RewardLengthError for a type without one."""
     got = shown(rewards)
     if inspect.iscoroutine(rewards):
         rewards.close()  # else Python warns that nobody awaited it
@@ -105,5 +105,5 @@ def _is_iterable(rewards: object) -> TypeGuard[Iterable[object]]:
 
 
 def _is_table(rewards: object) -> bool:
-    """Whether iteration gives the columns' names: a data frame."""
+    """True for a data frame, whose iteration gives the columns' names."""
     return hasattr(rewards, "columns")

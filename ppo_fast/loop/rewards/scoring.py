@@ -1,4 +1,4 @@
-"""Calling a reward function safely: a faulty sample is named and dropped, the rest goes on."""
+"""Scores of a batch: a sample with a faulty reward is named and dropped, the rest stays."""
 
 from __future__ import annotations
 

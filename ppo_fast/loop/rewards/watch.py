@@ -1,4 +1,4 @@
-"""A run's view of its reward function: new exceptions told once, and an end without any reward."""
+"""Watch over a reward function: new exceptions shown once, and an end without any reward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling completions with a key-value cache, keeping each token's log-probability."""
+"""Sampling of completions with a key-value cache, and of each token's log-probability."""
 
 from __future__ import annotations
 
