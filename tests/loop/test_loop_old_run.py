@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from loop_helpers import TEXTS
+from loop_seeded import Learned
 from rich.console import Console
 from safetensors.torch import load_file
-from test_loop_checkpoint import Learned
 
 from ppo_fast.loop import TrainConfig, Trainer
 from ppo_fast.loop.checkpoint.folder import TENSORS, read

@@ -21,7 +21,7 @@ class Tower:
     """A causal LM whose frozen bottom, the first `split` layers, can be computed once and re-used.
 
     Towers copied from one model share every frozen weight, so the output of the frozen layers
-    (`frozen_out`, (B, P + R, H)) serves policy, reference and critic, in every epoch. Every forward
+    (`frozen_out`, (B, P + R, H)) serves policy, reference and critic in every epoch. Every forward
     goes through the whole model, so that its wrappers (shards, adapters) see it, and runs inside
     `contexts`.
     """
