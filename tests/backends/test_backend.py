@@ -85,6 +85,7 @@ def test_unknown_names(name: str) -> None:
         ppo_fast.use_backend(name)
 
 
+@pytest.mark.case("I12")
 def test_a_named_backend_that_is_unusable_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reason and its mend; the automatic choice says so once and runs the reference."""
     monkeypatch.setitem(_backend._REASONS, "cpu", "it is not built; run make")
@@ -211,6 +212,7 @@ def test_the_environment_chooses() -> None:
     )
 
 
+@pytest.mark.case("I12")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_backends_say_what_they_lack() -> None:
     out = python("import ppo_fast; print(ppo_fast.backends())").stdout

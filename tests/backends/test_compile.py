@@ -51,13 +51,15 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
         assert same_bits(got[name], x), name
 
 
+@pytest.mark.case("I2")
 @pytest.mark.parametrize("op", testing.FACTORIES)
 def test_fullgraph(kernel: str, device: str, op: str) -> None:
-    """I2: no graph break, a NamedTuple out, the same bits."""
+    """No graph break, a NamedTuple out, the same bits."""
     call = testing.FACTORIES[op](shape_of(op), device=device)
     assert_same(compiled_run(call, kernel, "aot_eager"), run(call, kernel))
 
 
+@pytest.mark.case("I2")
 @pytest.mark.parametrize("op", ["token_logprobs", "ppo_loss", "gae"])
 def test_dynamic_shapes(kernel: str, device: str, op: str) -> None:
     """Several shapes through one compiled function: at most one more graph than the first."""
@@ -76,6 +78,7 @@ def test_dynamic_shapes(kernel: str, device: str, op: str) -> None:
     assert len(graphs) <= 2
 
 
+@pytest.mark.case("I2")
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["token_logprobs", "ppo_loss"])
 def test_inductor(op: str) -> None:

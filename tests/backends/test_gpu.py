@@ -38,6 +38,7 @@ def other_values(call: Call) -> Call:
     )
 
 
+@pytest.mark.case("D1")
 @pytest.mark.parametrize("op", OPS)
 def test_250_runs_give_the_same_bits(op: str, backend_name: str) -> None:
     call = OPS[op]((33, 65), device="cuda")
@@ -46,6 +47,7 @@ def test_250_runs_give_the_same_bits(op: str, backend_name: str) -> None:
         assert not same(want, testing.run(call, backend_name))
 
 
+@pytest.mark.case("I3")
 @pytest.mark.parametrize("op", OURS)
 def test_a_captured_graph_replays(op: str, backend_name: str) -> None:
     """Forward and backward in one graph; replayed on other numbers, also after launches outside of
@@ -64,6 +66,7 @@ def test_a_captured_graph_replays(op: str, backend_name: str) -> None:
         assert not same(want, out)
 
 
+@pytest.mark.case("I4")
 @pytest.mark.parametrize("op", OURS)
 def test_streams_do_not_meet(op: str, backend_name: str) -> None:
     """Two streams at once: each has counters and workspace of its own."""
@@ -80,6 +83,7 @@ def test_streams_do_not_meet(op: str, backend_name: str) -> None:
         assert not [name for a, b in zip(wanted, found, strict=True) for name in same(a, b)]
 
 
+@pytest.mark.case("L1")
 @pytest.mark.parametrize("op", ["token_logprobs", "logits_ppo_loss"])
 def test_more_than_2_31_logits(op: str, backend_name: str) -> None:
     """The first and the last rows are those of a call on them alone, gradients in place too."""

@@ -132,6 +132,7 @@ def save(path: str) -> None:
     torch.save(results(), path)
 
 
+@pytest.mark.case("D8")
 def test_older_gpus_give_the_same_bits(device: str, tmp_path: Path) -> None:
     """Emulated at sm_80: rows are read twice there, which must not show."""
     if device != "cpu":

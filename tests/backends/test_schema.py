@@ -81,9 +81,10 @@ def test_codes_that_are_out_of_date_are_named_and_written(
     assert emit.main([], tmp_path) == 0 and emit.stale(tmp_path) == []
 
 
+@pytest.mark.case("I1")
 @pytest.mark.parametrize("op, kernel", OVERLOADS, indirect=["kernel"])
 def test_opcheck(kernel: str, device: str, op: str) -> None:
-    """I1: the schema, autograd registration, fake tensors and dynamic shapes of every overload."""
+    """Schema, autograd registration, fake tensors and dynamic shapes of every overload."""
     results = torch.library.opcheck(schema.HANDLES[op][kernel], boundary(device)[op])
     assert set(results.values()) == {"SUCCESS"}, results
 
@@ -143,11 +144,13 @@ class TestGradcheck:
 
         self.name = usable(name)
 
+    @pytest.mark.case("N14")
     def test_logprobs(self) -> None:
         for temperature in (0.7, "token"):
             call = testing.logprobs_call((2, 3), 13, dtype=DOUBLE, temperature=temperature)
             assert self.check(call, ["logits"], ["logprobs", "entropy"])
 
+    @pytest.mark.case("N14")
     @pytest.mark.parametrize("estimator", schema.ESTIMATORS)
     @pytest.mark.parametrize("variant", ["clip", "penalty", "linear"])
     def test_ppo(self, variant: str, estimator: str) -> None:
@@ -164,6 +167,7 @@ class TestGradcheck:
             )
             assert self.check(call, ["logprobs", "entropy"], ["loss"])
 
+    @pytest.mark.case("N14")
     @pytest.mark.parametrize("options", [{}, {"form": "clipped"}, {"clip": None}], ids=str)
     def test_value(self, options: dict[str, Any]) -> None:
         call = testing.value_call((3, 6), dtype=DOUBLE, **options)

@@ -15,9 +15,10 @@ SHAPES = {"token_logprobs": (40, 30), "logits_ppo_loss": (40, 30)}
 EVERY = testing.FACTORIES | testing.HEADS
 
 
+@pytest.mark.case("I5")
 @pytest.mark.parametrize("op", EVERY)
 def test_calls_at_once(op: str) -> None:
-    """I5: four threads share one call's tensors."""
+    """Four threads share one call's tensors."""
     call = EVERY[op](SHAPES.get(op, (40, 900)))
     alone = run(call, "cpu")
     with ThreadPoolExecutor(4) as pool:

@@ -137,6 +137,7 @@ def test_the_gpu_page_s_dry_run(tmp_path: Path) -> None:
     assert "tests collected" in done.stdout and "0 providers failed" in done.stdout
 
 
+@pytest.mark.case("I13")
 @pytest.mark.parametrize("made", sanitize.calls("cpu"), ids=lambda call: call.op)
 def test_what_the_sanitizers_look_over_runs(made: Call) -> None:
     """Each of the calls, on the emulated device."""

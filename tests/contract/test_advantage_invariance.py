@@ -33,6 +33,7 @@ def long_rows(backend: str, device: str, **options: Any) -> Call:
     return gae_call((6, 37 if short else 300), mask="random", device=device, **options)
 
 
+@pytest.mark.case("D2")
 @PRESETS
 def test_batching(backend: str, device: str, options: dict[str, Any]) -> None:
     call = long_rows(backend, device, **options)
@@ -56,6 +57,7 @@ def padded(call: Call, more: int) -> Call:
     return call._replace(tensors=tensors)
 
 
+@pytest.mark.case("D3")
 @PRESETS
 def test_padding(backend: str, device: str, options: dict[str, Any]) -> None:
     call = long_rows(backend, device, **options)
@@ -67,6 +69,7 @@ def test_padding(backend: str, device: str, options: dict[str, Any]) -> None:
             assert not bool(got[name][:, width:].any()), (more, name)
 
 
+@pytest.mark.case("D4")
 @PRESETS
 def test_packing(backend: str, device: str, options: dict[str, Any]) -> None:
     """Multi-turn rows of uneven length, their holes packed with them, in another order."""
@@ -86,9 +89,10 @@ def test_packing(backend: str, device: str, options: dict[str, Any]) -> None:
     assert float(got["moments"][0]) == float(want["moments"][0]) and rows == len(order)
 
 
+@pytest.mark.case("D5")
 @PRESETS
 def test_time_major(backend: str, device: str, options: dict[str, Any]) -> None:
-    """D5: at most 2 ulp from batch-major, as a view and as dense memory."""
+    """At most 2 ulp from batch-major, as a view and as dense memory."""
     call = long_rows(backend, device, **options)
     view = {k: v.T if v.dim() == 2 else v for k, v in call.tensors.items()}
     turned = call._replace(tensors=view).option(time_major=True)

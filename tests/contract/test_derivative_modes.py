@@ -33,6 +33,7 @@ def with_tangent(call: Call, name: str, op: Any) -> Any:
         return forward_ad.unpack_dual(out).tangent, direction
 
 
+@pytest.mark.case("X22")
 @pytest.mark.parametrize(
     "op, name", [(o, n) for o, (names, _) in DIFFERENTIABLE.items() for n in names]
 )
@@ -53,6 +54,7 @@ def test_the_tangent_is_the_gradient_along_the_direction(op: str, name: str) -> 
     assert slope.any()
 
 
+@pytest.mark.case("X22")
 @pytest.mark.parametrize("op, name", [(o, n[0]) for o, (n, _) in DIFFERENTIABLE.items()])
 def test_a_kernel_refuses_a_tangent(kernel: str, device: str, op: str, name: str) -> None:
     def ask(dual: Call) -> Any:
@@ -140,6 +142,7 @@ def _copied(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) else x
 
 
+@pytest.mark.case("X23")
 @pytest.mark.parametrize("op", KERNEL_OPS)
 def test_constants_of_inference_mode(backend: str, device: str, op: str) -> None:
     call = call_of(op, device)

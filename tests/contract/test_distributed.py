@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -35,6 +36,7 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.case("I9")
 def test_ranks_merge_in_order(tmp_path: Path) -> None:
     mp.start_processes(worker, args=(str(tmp_path),), nprocs=WORLD, start_method="spawn")
     got = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]

@@ -148,11 +148,13 @@ ROWS = [
 ]  # fmt: skip
 
 
+@pytest.mark.case("X13")
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.op}: {row.text[:50]}")
 def test_bad_input(row: Row) -> None:
     assert_refused(row)
 
 
+@pytest.mark.case("X7")
 @pytest.mark.parametrize("token", [-1, 37, 2**40])
 def test_debug_finds_tokens_out_of_range(
     backend: str, device: str, monkeypatch: pytest.MonkeyPatch, token: int
@@ -178,9 +180,10 @@ def test_debug_looks_into_cu_seqlens(monkeypatch: pytest.MonkeyPatch, offsets: l
         testing.run(call, "reference")
 
 
+@pytest.mark.case("X13")
 @pytest.mark.parametrize("op", ["ppo_loss", "value_loss", "gae", "rlhf_advantages"])
 def test_mixed_half_types_are_accepted(backend: str, device: str, op: str) -> None:
-    """X13: fp32, bf16 and fp16 beside each other; outputs fp32, gradients in their input's type."""
+    """fp32, bf16 and fp16 in one call; outputs are fp32, gradients of their input's type."""
     call = testing.FACTORIES[op]((3, 7), device=device)
     floats = [k for k, v in call.tensors.items() if v.is_floating_point()]
     types = (torch.float32, torch.bfloat16, torch.float16)
@@ -194,6 +197,7 @@ def test_mixed_half_types_are_accepted(backend: str, device: str, op: str) -> No
             assert testing.same_bits(out[name], want), name
 
 
+@pytest.mark.case("X13")
 @pytest.mark.parametrize("backend_name", ON_GPU)
 @pytest.mark.parametrize("op", EVERY)
 def test_no_float64_on_a_gpu(op: str, backend_name: str) -> None:

@@ -43,9 +43,10 @@ def far_apart(folder: Path, x: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.case("L1", "L2")
 @pytest.mark.parametrize("op", OPS)
 def test_rows_far_apart(tmp_path: Path, kernel: str, op: str) -> None:
-    """L1, L2: the same bits as rows side by side, gradients too."""
+    """The same bits as rows side by side, gradients too."""
     shape = (3, 2) if op == "token_logprobs" else (3, 9)
     call = testing.FACTORIES[op](shape, **OPS[op])
     spread = {k: far_apart(tmp_path, v) for k, v in call.tensors.items()}
@@ -54,8 +55,9 @@ def test_rows_far_apart(tmp_path: Path, kernel: str, op: str) -> None:
         assert same_bits(far[name], x), name
 
 
+@pytest.mark.case("L1")
 def test_more_than_int32_logits(tmp_path: Path) -> None:
-    """L1: 16,800 rows of 128,256 logits; those that the mask drops are never read."""
+    """16,800 rows of 128,256 logits, of which those that the mask drops are never read."""
     rows, vocab = 16_800, 128_256
     logits = sparse(tmp_path, rows * vocab, torch.bfloat16).view(rows, vocab)
     live = [0, rows // 2, rows - 1]
@@ -73,9 +75,10 @@ def test_more_than_int32_logits(tmp_path: Path) -> None:
     assert touched < 4 * vocab * 2, "masked rows were written"
 
 
+@pytest.mark.case("L2")
 @pytest.mark.long
 def test_more_than_int32_elements() -> None:
-    """L3: one value 2^31 + 9 times over: counts and sums are exact."""
+    """One value 2^31 + 9 times over: counts and sums are exact."""
     n = 2**31 + 9
     x = torch.full((1,), 0.5).expand(n)
     count, mean, spread = torch.ops.ppo_fast.moments.cpu(x, None).tolist()

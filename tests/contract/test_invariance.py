@@ -36,9 +36,10 @@ def make(op: str, device: str, shape: tuple[int, ...], **options: object) -> Cal
     return testing.FACTORIES[op](shape, mask="right", device=device, **options)
 
 
+@pytest.mark.case("D2")
 @PER_ROW
 def test_batch(kernel: str, device: str, op: str, options: dict[str, object]) -> None:
-    """D2: a row alone, in a batch, and in a shuffled larger batch."""
+    """A row alone, in a batch, and in a shuffled larger batch has the same bits."""
     call = make(op, device, (9, 14), **options)
     whole = rowwise(run(call, kernel))
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).to(device)
@@ -67,9 +68,10 @@ def padded(call: Call, more: int) -> Call:
     )
 
 
+@pytest.mark.case("D3")
 @PER_ROW
 def test_padding(kernel: str, device: str, op: str, options: dict[str, object]) -> None:
-    """D3: more masked slots to the right."""
+    """More masked slots to the right change no bit."""
     call = make(op, device, (3, 30), **options)
     if options.get("score_at") == "first-pad":  # a full row has no slot to pad into
         call.tensors["mask"][:, -1] = False
@@ -101,13 +103,14 @@ def packed(call: Call, order: list[int]) -> tuple[Call, list[torch.Tensor]]:
     return call._replace(tensors=tensors), slots
 
 
+@pytest.mark.case("D4")
 @pytest.mark.parametrize(
     "op, options",
     [v for k, v in ROWWISE.items() if not k.startswith("logprobs") and k != "rlhf pad"],
     ids=[k for k in ROWWISE if not k.startswith("logprobs") and k != "rlhf pad"],
 )
 def test_packing(kernel: str, device: str, op: str, options: dict[str, object]) -> None:
-    """D4: padded against packed, in any order."""
+    """Padded and packed sequences have the same bits, in any order."""
     call = make(op, device, (5, 33), **options)
     whole = rowwise(run(call, kernel))
     for order in ([0, 1, 2, 3, 4], [3, 0, 4, 2, 1]):
@@ -117,8 +120,9 @@ def test_packing(kernel: str, device: str, op: str, options: dict[str, object]) 
             assert same_bits(got[name], x.flatten()[torch.cat(slots)]), (order, name)
 
 
+@pytest.mark.case("D5")
 def test_time_major(kernel: str, device: str) -> None:
-    """D5: at most 2 ulp from batch-major."""
+    """At most 2 ulp from batch-major."""
     extras = ("bootstrap", "terminated", "rho", "c")
     call = testing.gae_call((6, 40), extras=extras, device=device)
     turned = call._replace(
@@ -132,9 +136,10 @@ def test_time_major(kernel: str, device: str) -> None:
         assert bool(((a[name] - b[name].T).abs() <= 2 * ulp).all()), name
 
 
+@pytest.mark.case("D1")
 @pytest.mark.parametrize("op", testing.FACTORIES)
 def test_run_to_run(kernel: str, device: str, op: str) -> None:
-    """D1: the same bits every time, sums over rows too."""
+    """The same bits every time, sums over rows too."""
     slow = kernel == "triton" and device == "cpu"
     shape = shape_of(op) if slow else (40, 60)
     call = testing.FACTORIES[op](shape, device=device)
@@ -181,6 +186,7 @@ def of_the_head(call: Call, rows: torch.Tensor) -> Call:
     return testing.with_rows(call._replace(tensors=rest), rows).replace(**fixed)
 
 
+@pytest.mark.case("D2")
 @pytest.mark.parametrize("vocab, width", [(37, 24), (331, 130)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", testing.HEADS)
@@ -212,6 +218,7 @@ def test_few_rows_of_the_head(op: str, vocab: int, width: int) -> None:
             assert same_bits(got[name], whole[name][rows]), (count, name)
 
 
+@pytest.mark.case("D1")
 @pytest.mark.parametrize("op", testing.HEADS)
 def test_the_head_run_to_run(kernel: str, device: str, op: str) -> None:
     slow = kernel == "triton" and device == "cpu"

@@ -53,11 +53,12 @@ def live(call: Call) -> torch.Tensor:
     return out
 
 
+@pytest.mark.case("X2")
 @pytest.mark.parametrize("op, options", CALLS.values(), ids=CALLS.keys())
 def test_garbage_is_as_good_as_zeros(
     backend: str, device: str, op: str, options: dict[str, object]
 ) -> None:
-    """X2: NaN and ±inf in every masked slot of every input: the same bits."""
+    """NaN and ±inf in every masked slot of every input give the same bits."""
     for mask in MASKS:
         call = testing.FACTORIES[op](shape_of(op), mask=mask, device=device, **options)
         read = live(call)
@@ -92,6 +93,7 @@ def test_packed_garbage(backend: str, device: str, op: str) -> None:
     assert all(same_bits(dirty[k], clean[k]) for k in clean)
 
 
+@pytest.mark.case("X13")
 @pytest.mark.parametrize("op", testing.FACTORIES)
 @pytest.mark.parametrize(
     "dtype",
@@ -119,9 +121,10 @@ def test_no_mask_is_a_mask_of_ones(backend: str, device: str, op: str) -> None:
     assert all(same_bits(a[k], b[k]) for k in a)
 
 
+@pytest.mark.case("X11")
 @pytest.mark.parametrize("op", [op for op in testing.FACTORIES if op != "whiten"])
 def test_an_empty_row_leaves_the_others(backend: str, device: str, op: str) -> None:
-    """X11: per-row outputs of the other rows are those of a batch without it."""
+    """Per-row outputs of the other rows are those of a batch without the empty one."""
     options = {"reduction": "token-sum"} if op in ("ppo_loss", "value_loss") else {}
     call = testing.FACTORIES[op](shape_of(op), mask="row", device=device, **options)
     rest = testing.with_rows(call, torch.arange(1, 4, device=device))
@@ -141,6 +144,7 @@ HEADS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
+@pytest.mark.case("X2")
 @pytest.mark.parametrize("op, options", HEADS.values(), ids=HEADS.keys())
 def test_garbage_reaches_nothing_of_the_head(
     backend: str, device: str, op: str, options: dict[str, object]

@@ -36,6 +36,7 @@ def only_here(x: Tensor) -> bool:
     return torch.equal(x.isnan().cpu(), here)
 
 
+@pytest.mark.case("X18")
 @pytest.mark.parametrize("form", ["max", "clipped"])
 @pytest.mark.parametrize("which", ["values", "old_values", "returns"])
 def test_value_loss(backend: str, device: str, form: str, which: str) -> None:
@@ -61,6 +62,7 @@ def test_value_loss_of_an_infinite_old_value(backend: str, device: str, form: st
     assert values.grad.isfinite().all()
 
 
+@pytest.mark.case("X18")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("which", ["logprobs", "old_logprobs", "advantages", "is_weights"])
 def test_ppo_loss(backend: str, device: str, variant: str, which: str) -> None:
@@ -87,6 +89,7 @@ def test_ppo_loss(backend: str, device: str, variant: str, which: str) -> None:
         assert only_here(leaf.grad)
 
 
+@pytest.mark.case("X18")
 @pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if e != "k1"])  # k1's slope is 1
 def test_reference_log_probability(backend: str, device: str, estimator: str) -> None:
     leaf = numbers(0, device).requires_grad_()
@@ -103,6 +106,7 @@ def test_reference_log_probability(backend: str, device: str, estimator: str) ->
     assert loss.isnan() and only_here(leaf.grad)
 
 
+@pytest.mark.case("X20")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_ratio_that_overflows_beside_an_advantage_of_0(
     backend: str, device: str, variant: str
@@ -129,6 +133,7 @@ def test_a_ratio_that_overflows_beside_an_advantage_of_0(
     assert grad[ROW, COL] == 0.0 and want_grad[ROW, COL] == 0.0 and grad.isfinite().all()
 
 
+@pytest.mark.case("X18")
 def test_a_divisor_on_the_device(backend: str, device: str) -> None:
     """A comparison with NaN is false, which would stand for a batch without a token."""
     nan = torch.tensor(NAN, device=device)
@@ -154,6 +159,7 @@ def test_a_divisor_on_the_device(backend: str, device: str) -> None:
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 2])
 
 
+@pytest.mark.case("X19")
 @pytest.mark.parametrize("score", [NAN, math.inf, -math.inf])
 @pytest.mark.parametrize("baseline", ["grpo", "rloo", "dr_grpo", "reinforce++"])
 def test_group_advantages(baseline: str, score: float) -> None:
@@ -169,6 +175,7 @@ def test_group_advantages(baseline: str, score: float) -> None:
         assert torch.equal(got[3:], want[3:])
 
 
+@pytest.mark.case("X19")
 @pytest.mark.parametrize("baseline", ["grpo", "rloo", "dr_grpo"])
 def test_a_score_alone_in_its_group(baseline: str) -> None:
     """It has nothing to be compared with, but is no 0; nor are equal infinities."""

@@ -103,6 +103,7 @@ def check(drawn: tuple[testing.Call, str], backend: str) -> None:
         testing.assert_agrees(call, backend)
 
 
+@pytest.mark.case("D7")
 @pytest.mark.parametrize("op", testing.FACTORIES)
 @pytest.mark.parametrize("backend_name, examples", [("cpu", 60), ("triton", 8), ("cuda", 16)])
 def test_any_input(op: str, backend_name: str, examples: int) -> None:
@@ -143,6 +144,7 @@ def packed_calls(draw: st.DrawFn, op: str, device: str) -> testing.Call:
     return call.replace(cu_seqlens=torch.tensor(ends, dtype=dtype, device=device), **per_sequence)
 
 
+@pytest.mark.case("D7")
 @pytest.mark.parametrize("op", ["ppo_loss", "value_loss", "gae", "rlhf_advantages"])
 @pytest.mark.parametrize("backend_name, examples", [("cpu", 40), ("triton", 6), ("cuda", 12)])
 def test_any_packing(op: str, backend_name: str, examples: int) -> None:

@@ -30,12 +30,13 @@ SUMS = ("loss", "stats", "moments")
 EVERY = pytest.mark.parametrize("op, options", CALLS.values(), ids=CALLS.keys())
 
 
+@pytest.mark.case("X15")
 @EVERY
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts(
     backend: str, device: str, layout: str, op: str, options: dict[str, object]
 ) -> None:
-    """X15: transposed, every second element, one element off, stride 0: equal to contiguous."""
+    """Transposed, every second element, one element off, stride 0: equal to contiguous."""
     for dtype in FLOATS[:2]:
         call = testing.FACTORIES[op](shape_of(op), dtype=dtype, device=device, **options)
         view, dense = testing.with_layout(call, layout)
@@ -94,11 +95,12 @@ def test_misaligned_rows_of_an_odd_vocabulary(kernel: str, device: str) -> None:
             assert same_bits(x, x[:1].expand_as(x).contiguous()), (dtype, name)
 
 
+@pytest.mark.case("X16")
 @EVERY
 def test_inputs_are_not_written(
     backend: str, device: str, op: str, options: dict[str, object]
 ) -> None:
-    """X16: bytes and versions of every input, forward and backward."""
+    """Bytes and versions of every input are unchanged, forward and backward."""
     call = testing.FACTORIES[op](shape_of(op), device=device, **options)
     tensors = {**call.tensors, **{f"grad {k}": v for k, v in call.cotangents.items()}}
     before = {k: (v.clone(), v._version) for k, v in tensors.items()}
@@ -107,6 +109,7 @@ def test_inputs_are_not_written(
         assert same_bits(x, before[name][0]) and x._version == before[name][1], name
 
 
+@pytest.mark.case("X16")
 @pytest.mark.parametrize("op", ["token_logprobs", "ppo_loss", "value_loss"])
 def test_a_second_backward_gives_the_same(backend: str, device: str, op: str) -> None:
     call = testing.FACTORIES[op](shape_of(op), device=device)
@@ -121,9 +124,10 @@ def test_a_second_backward_gives_the_same(backend: str, device: str, op: str) ->
     assert same_bits(first[0], second[0])
 
 
+@pytest.mark.case("X17")
 @pytest.mark.parametrize("op", ["token_logprobs", "ppo_loss", "value_loss"])
 def test_double_backward_raises(kernel: str, device: str, op: str) -> None:
-    """X17: once differentiable, never silent zeros."""
+    """Gradients are once differentiable, never silent zeros."""
     call = testing.FACTORIES[op]((2, 5), device=device)
     leaf = {"token_logprobs": "logits", "ppo_loss": "logprobs", "value_loss": "values"}[op]
     x = call.tensors[leaf].clone().requires_grad_()
@@ -136,9 +140,10 @@ def test_double_backward_raises(kernel: str, device: str, op: str) -> None:
         (grad.sum() + x.sum()).backward()  # alone it would miss a gradient taken for constant
 
 
+@pytest.mark.case("X14")
 @pytest.mark.parametrize("op", ["ppo_loss", "value_loss"])
 def test_constants_get_no_gradient(backend: str, device: str, op: str) -> None:
-    """X14: gradients flow to logprobs, entropy and values only."""
+    """Gradients flow to logprobs, entropy and values only."""
     call = testing.FACTORIES[op]((3, 5), device=device)
     leaves = {
         k: v.clone().requires_grad_()
@@ -152,6 +157,7 @@ def test_constants_get_no_gradient(backend: str, device: str, op: str) -> None:
     assert not out.stats.values.requires_grad
 
 
+@pytest.mark.case("X14")
 @pytest.mark.parametrize("op", ["ppo_loss", "value_loss", "gae", "rlhf_advantages", "whiten"])
 def test_constants_alone_give_a_constant(backend: str, device: str, op: str) -> None:
     """Nothing differentiable requires grad, everything else does: the outputs do not."""

@@ -35,9 +35,10 @@ def digest(backend: str) -> str:
     return out.hexdigest()
 
 
+@pytest.mark.case("D6")
 @pytest.mark.parametrize("backend_name", ["cpu", "cuda"])
 def test_another_process_computes_the_same_bits(backend_name: str, tmp_path: Path) -> None:
-    """D6: two new processes at once, without anything that an earlier one has compiled."""
+    """Two new processes at once, with no code compiled before."""
     backend = usable(backend_name)
     if backend == "cuda" and torch.cuda.is_available():
         pytest.skip("the digest is of CPU tensors; the emulated GPU stands for the kernels' maths")
@@ -56,9 +57,10 @@ def test_another_process_computes_the_same_bits(backend_name: str, tmp_path: Pat
     assert said == [digest(backend)] * 2
 
 
+@pytest.mark.case("I5")
 @pytest.mark.parametrize("op", OPS)
 def test_threads_do_not_meet(op: str) -> None:
-    """I5: eight threads, each with numbers of its own, a hundred times each."""
+    """Eight threads with tensors of their own, a hundred calls each."""
     backend = usable("cpu")
     calls = [OPS[op]((3, 5), seed=seed) for seed in range(8)]
     wanted = [run(call, backend) for call in calls]
@@ -83,10 +85,11 @@ def total_of(call: Call, leaf: torch.Tensor, name: str, backend: str) -> torch.T
     return sum((out[k] * v).sum() for k, v in call.cotangents.items())
 
 
+@pytest.mark.case("I10")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_checkpointed_activations(kernel: str, device: str, op: str, reentrant: bool) -> None:
-    """I10: the forward done again in the backward gives the gradient of the forward done once."""
+    """A forward repeated in the backward gives the gradient of a forward done once."""
     if op in testing.HEADS and kernel == "triton" and device == "cpu":
         pytest.skip("a head takes minutes interpreted; its kernels are those of the other ops")
     call = OPS[op]((2, 3), device=device)
@@ -107,9 +110,10 @@ def backward(total: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
     return leaf.grad
 
 
+@pytest.mark.case("I11")
 @pytest.mark.parametrize("op", OPS)
 def test_results_survive_pickle_and_copies(op: str) -> None:
-    """I11: every result tuple, its type and its bits."""
+    """Every result tuple keeps its type and its bits."""
     call = OPS[op]((2, 3))
     result = getattr(ppo_fast, op)(**call.tensors, **call.options, backend=usable("cpu"))
     want = testing.output(result)
@@ -132,10 +136,11 @@ class Op(torch.nn.Module):
         return testing.output(result)
 
 
+@pytest.mark.case("I11")
 @pytest.mark.own_memory
 @pytest.mark.parametrize("op", testing.FACTORIES)
 def test_export(op: str) -> None:
-    """I11: an exported graph holds the op and gives its bits."""
+    """An exported graph holds the op and gives its bits."""
     usable("cpu")
     call = testing.FACTORIES[op]((2, 5))._replace(cotangents={})
     args = tuple(call.tensors.values())
@@ -157,9 +162,10 @@ class Scores(torch.utils.data.Dataset[torch.Tensor]):
         ]
 
 
+@pytest.mark.case("I11")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_loader(start: str) -> None:
-    """I11: forked after the ops have run here, and spawned."""
+    """Workers forked after the ops have run here, and spawned ones."""
     usable("cpu")
     scores = Scores()
     here = torch.stack([scores[i] for i in range(4)])
@@ -169,8 +175,9 @@ def test_workers_of_a_loader(start: str) -> None:
     assert torch.equal(next(iter(loader)), here)
 
 
+@pytest.mark.case("I11")
 def test_importing_asks_no_gpu() -> None:
-    """I11: what initialises CUDA at import cannot be forked."""
+    """A process that initialises CUDA at import cannot be forked."""
     code = "import torch, ppo_fast; ppo_fast.backends(); print(torch.cuda.is_initialized())"
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

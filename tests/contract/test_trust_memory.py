@@ -39,19 +39,21 @@ def on_the_host(kernel: str, device: str) -> None:
         )
 
 
+@pytest.mark.case("X15")
 @pytest.mark.parametrize("op", testing.FACTORIES)
 @pytest.mark.parametrize("kind", testing.LAYOUTS)
 def test_no_layout_is_copied(kernel: str, device: str, op: str, kind: str) -> None:
-    """X15: byte for byte what contiguous tensors of the same numbers cost."""
+    """A view allocates byte for byte as much as contiguous tensors of the same numbers."""
     on_the_host(kernel, device)
     view, dense = testing.with_layout(OPS[op](shape_of(op)), kind)
     run(view, kernel), run(dense, kernel)  # what lives as long as the process is made here
     assert allocated(lambda: run(view, kernel)) == allocated(lambda: run(dense, kernel)) > 0
 
 
+@pytest.mark.case("X15")
 @pytest.mark.parametrize("kind", testing.LAYOUTS)
 def test_no_layout_of_logits_is_copied(kernel: str, device: str, kind: str) -> None:
-    """X15: two fp64 numbers a token of the weights may be laid out anew, the logits are not."""
+    """The weights may be laid out anew, two fp64 numbers a token; the logits are not."""
     on_the_host(kernel, device)
     view, dense = testing.with_layout(testing.logits_ppo_call((2, 3), 130), kind)
     run(view, kernel), run(dense, kernel)
@@ -75,18 +77,20 @@ def workspace(call: Call, out: dict[str, torch.Tensor]) -> int:
     return 0
 
 
+@pytest.mark.case("I7")
 @pytest.mark.parametrize("op", testing.FACTORIES)
 def test_outputs_and_declared_workspace(op: str) -> None:
-    """I7: forward and backward on the CPU, to the byte."""
+    """Forward and backward on the CPU allocate these to the byte."""
     kernel = usable("cpu")
     call = testing.FACTORIES[op]((16, 24))
     out = run(call, kernel)
     assert allocated(lambda: run(call, kernel)) == bytes_of(out) + workspace(call, out)
 
 
+@pytest.mark.case("I7")
 @EVERY
 def test_calls_keep_nothing(op: str) -> None:
-    """I7: twice the calls leave no byte more behind, once their outputs are dropped."""
+    """Twice the calls leave no byte more behind, once their outputs are dropped."""
     kernel = usable("cpu")  # Triton's interpreter leaves cycles to the collector
     call = OPS[op]((2, 3))
     for _ in range(10):
@@ -104,12 +108,13 @@ def test_calls_keep_nothing(op: str) -> None:
     assert kept(50) == kept(25)
 
 
+@pytest.mark.case("I14")
 @pytest.mark.parametrize("vocab", [5, 37, 130])
 @pytest.mark.parametrize("op", ["token_logprobs", "logits_ppo_loss"])
 def test_a_gradient_in_place_stays_in_its_rows(
     kernel: str, device: str, op: str, vocab: int
 ) -> None:
-    """I14: canaries before, between and behind the rows are as they were."""
+    """Canaries before, between and behind the rows are unchanged."""
     call = OPS[op]((2, 3), vocab, device=device)
     want = run(call, kernel)["grad_logits"]
     leaf = torch.full((2, 3, vocab + 6), math.nan, device=device, requires_grad=True)

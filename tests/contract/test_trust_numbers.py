@@ -46,13 +46,14 @@ def recursion(call: testing.Call, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack(out[:0:-1], 1)
 
 
+@pytest.mark.case("L4", "N2")
 @pytest.mark.long
 @pytest.mark.parametrize("shape", [(16, 16384), (2, 131072), (1, 2**20)], ids=str)
 @pytest.mark.parametrize("gamma, lam", [(0.99, 0.96), (0.999, 0.99), (1.0, 1.0)])
 def test_a_long_recurrence(
     fast: str, place: str, shape: tuple[int, int], gamma: float, lam: float
 ) -> None:
-    """N2, L4: 5e-6 of the largest advantage, and twice the sequential loop's error."""
+    """At most 5e-6 of the largest advantage, and twice the sequential loop's error."""
     call = testing.gae_call(shape, mask=None, extras=(), gamma=gamma, lam=lam, device=place)
     call = call.replace(rewards=call.tensors["rewards"] / 16)
     exact = recursion(call, torch.float64)
@@ -63,9 +64,10 @@ def test_a_long_recurrence(
     assert gap <= 2 * sequential + 4 * torch.finfo(torch.float32).eps * top
 
 
+@pytest.mark.case("N4")
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
 def test_half_a_million_integers_are_exact(fast: str, place: str, gamma: float) -> None:
-    """N4: |x| ≤ 8 over 2^19 steps stays below 2^24, so fp32 holds every sum in any order."""
+    """|x| ≤ 8 over 2^19 steps stays below 2^24, so fp32 holds every sum in any order."""
     rng = torch.Generator().manual_seed(0)
     rewards, values = torch.randint(-8, 9, (2, 1, 2**19), generator=rng).float()
     options = {"gamma": gamma, "lam": 1.0, "backend": fast}
@@ -75,19 +77,21 @@ def test_half_a_million_integers_are_exact(fast: str, place: str, gamma: float) 
     assert torch.equal(out.returns.cpu().double(), tail)
 
 
+@pytest.mark.case("N3")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_precision_inputs_cost_nothing_more(
     fast: str, place: str, dtype: torch.dtype
 ) -> None:
-    """N3: the recursion over rounded inputs is fp32: far inside 2^-8 of each advantage."""
+    """The recursion over rounded inputs is fp32: far inside 2^-8 of each advantage."""
     call = testing.gae_call((16, 1024), mask=None, extras=(), lam=0.95, dtype=dtype, device=place)
     exact = recursion(testing.promoted(call), torch.float64)
     got = testing.run(call, fast)["advantages"].cpu().double()
     assert bool(((got - exact).abs() <= 2**-8 * exact.abs() + 1e-6 * exact.abs().max()).all())
 
 
+@pytest.mark.case("N7")
 def test_vtrace_stops_at_a_truncation_to_the_digit(backend: str, device: str) -> None:
-    """N7: two trajectories of two steps, r = 1, V = 0.5, V' = 2 at the cut, γ = 0.5, ρ = c = ½.
+    """Two trajectories of two steps, r = 1, V = 0.5, V' = 2 at the cut, γ = 0.5, ρ = c = ½.
 
     δ = ρ(r + γV' − V): ½(1 + 1 − ½) = 0.75 at the cut, ½(1 + ¼ − ½) = 0.375 before it, and
     vs − V = 0.375 + ½·½·0.75 = 0.5625. The policy's advantage ρ(r + γ vs' − V) takes vs' = 2 at
@@ -114,8 +118,9 @@ def test_vtrace_stops_at_a_truncation_to_the_digit(backend: str, device: str) ->
     assert policy.tolist() == [[0.5625, 0.75] * 2]
 
 
+@pytest.mark.case("N8")
 def test_flags_of_the_next_step_are_this_step_s(backend: str, device: str) -> None:
-    """N8: an episode's end written at its last step, or at the first of the next and shifted."""
+    """An episode's end written at its last step equals one at the next first step, shifted."""
     call = testing.gae_call((3, 12), mask=None, device=device)
     ends = call.tensors["terminated"]
     starts = torch.cat([torch.zeros_like(ends[:, :1]), ends], 1)
@@ -154,14 +159,16 @@ def assert_scores(*of: object, bound: float) -> None:
     assert bool(((entropy - spread).abs() <= 1e-5 * spread.clamp(min=1)).all())
 
 
+@pytest.mark.case("N10", "N12")
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 def test_vocabularies(fast: str, place: str, vocab: int, scale: float) -> None:
-    """N10, N12: 1e-5 from fp32, 2e-5 from bf16 logits, relative to max(1, |logprob|)."""
+    """Within 1e-5 from fp32 logits and 2e-5 from bf16 ones, relative to max(1, |logprob|)."""
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-5)):
         assert_scores(vocab, 8, scale, dtype, fast, place, bound=bound)
 
 
+@pytest.mark.case("N10")
 @pytest.mark.long
 @pytest.mark.parametrize("vocab", VOCABULARIES[-6:])
 def test_vocabularies_over_512_rows(fast: str, place: str, vocab: int) -> None:
@@ -178,9 +185,10 @@ def surrogate(new: torch.Tensor, old: torch.Tensor, adv: torch.Tensor) -> torch.
     return torch.tensor(terms, dtype=torch.float64)
 
 
+@pytest.mark.case("N13")
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_losses_to_one_in_a_million(kernel: str, device: str, sign: float) -> None:
-    """N13: ratios from 0.1 to 10, the loss of tokens one by one and of all of them.
+    """Ratios from 0.1 to 10, the loss of tokens one by one and of all of them.
 
     The ratio e^d of an fp32 d is off by |d| ulp of it before anything is computed; inputs are
     multiples of 2^-10, whose differences are exact.
@@ -198,9 +206,10 @@ def test_losses_to_one_in_a_million(kernel: str, device: str, sign: float) -> No
         assert float(alone) == pytest.approx(want, rel=1e-6), float(steps[i])
 
 
+@pytest.mark.case("N17")
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
 def test_kl_from_minus_to_plus_thirty(kernel: str, device: str, estimator: str) -> None:
-    """N17: 1e-6 relative at every distance, near 0 too, and k3 never negative."""
+    """Within 1e-6 at every distance, near 0 too, and k3 never negative."""
     far = torch.arange(-30, 31, dtype=torch.float32)
     near = torch.tensor([2.0**-k for k in range(2, 24)])
     x = torch.cat([far, near, -near])
@@ -232,13 +241,14 @@ def test_kl_from_minus_to_plus_thirty(kernel: str, device: str, estimator: str) 
     assert estimator != "k3" or bool((got >= 0).all())
 
 
+@pytest.mark.case("N16")
 @pytest.mark.parametrize("count", [2, 3, 1000, 10**6, pytest.param(10**7, marks=pytest.mark.long)])
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("eps_at", ["var", "std"])
 def test_whitening_any_number(
     fast: str, place: str, count: int, unbiased: bool, eps_at: str
 ) -> None:
-    """N16: around 10,000 with spread 1; mean and deviation within 1e-5, each value of fp64's."""
+    """Around 10,000 with spread 1: mean and deviation within 1e-5, each value of fp64's."""
     x = torch.randn(count, generator=torch.Generator().manual_seed(count)) + 1e4
     options = {"unbiased": unbiased, "eps_at": eps_at}
     out = ppo_fast.whiten(x.to(place), **options, backend=fast).cpu().double()
@@ -249,9 +259,10 @@ def test_whitening_any_number(
     assert float((out - exact).abs().max()) <= 1e-5
 
 
+@pytest.mark.case("N14")
 @pytest.mark.parametrize("op", ["ppo_loss", "value_loss"])
 def test_half_precision_gradients(kernel: str, device: str, op: str) -> None:
-    """N14: against fp64, at most twice the error of the same formula in plain bf16, + 1e-5."""
+    """Against fp64, at most twice the error of the same formula in plain bf16, + 1e-5."""
     call = testing.FACTORIES[op]((6, 40), dtype=torch.bfloat16, device=device)
     call = call if op == "value_loss" else call.option(advantage_moments=None)
     exact, got = testing.run(testing.promoted(call), "reference"), testing.run(call, kernel)

@@ -12,6 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "scripts" / "kill_resume.py"
 
 
+@pytest.mark.case("R1")
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
 def test_killed_runs_end_bitwise_equal(kills: int) -> None:
     """In a process of its own: forks want one without threads."""

@@ -214,6 +214,7 @@ def test_a_default_quick_run_alarms_nobody(tmp_path: Path) -> None:
     assert len(t.history) == 30 and alarms(t.history) == []
 
 
+@pytest.mark.case("R11")
 def test_a_learning_rate_far_too_large_is_seen(tmp_path: Path) -> None:
     t = trainer(tmp_path, updates=12, lr=1.0, train_layers=0)
     t.run(Console(quiet=True))

@@ -115,6 +115,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
     return out, t
 
 
+@pytest.mark.case("R1")
 @pytest.mark.parametrize("done", [1, 3])
 def test_resumed_run_ends_bitwise_equal(tmp_path: Path, whole: Any, done: int) -> None:
     out, uninterrupted = whole
@@ -184,6 +185,7 @@ def damages() -> dict[str, Any]:
     }
 
 
+@pytest.mark.case("R2")
 @pytest.mark.parametrize("name", [TENSORS, VALUES, "manifest.json"])
 @pytest.mark.parametrize("damage", damages())
 def test_a_damaged_checkpoint_is_skipped(

@@ -39,6 +39,7 @@ def assert_whole(folder: Path, updates: int) -> None:
     assert sum(p.numel() for p in model.parameters()) > 10_000
 
 
+@pytest.mark.case("R3")
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
@@ -63,6 +64,7 @@ def test_a_sample_without_a_reward_is_named_and_dropped(bad: Any, reason: str) -
     assert scores.mean == pytest.approx(0.0 if alone else 4 / 3)
 
 
+@pytest.mark.case("R4")
 @pytest.mark.parametrize(
     ("result", "got"), [([1.0, 2.0], "got 2"), ([], "got 0"), (None, "got None"), (0.5, "got 0.5")]
 )
@@ -89,6 +91,7 @@ def test_a_run_goes_on_around_dropped_samples(tmp_path: Path) -> None:
     assert all(0 <= r <= 1 for r in outcome.rewards)
 
 
+@pytest.mark.case("R3")
 def test_an_update_with_every_sample_dropped_changes_nothing(tmp_path: Path) -> None:
     calls: list[int] = []
 

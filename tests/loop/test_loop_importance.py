@@ -15,6 +15,7 @@ from ppo_fast.loop.data.experience import importance, weighted
 from ppo_fast.loop.update import accumulate
 
 
+@pytest.mark.case("R11")
 def test_weights_are_truncated_ratios_and_one_outside_the_mask() -> None:
     ratios = torch.tensor([[0.5, 1.0, 4.0], [2.0, 8.0, 9.0]], dtype=torch.float64)
     mask = torch.tensor([[True, True, True], [True, False, False]])

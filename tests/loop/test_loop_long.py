@@ -43,13 +43,14 @@ def run_of(
     return found
 
 
+@pytest.mark.case("I15")
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_32_steps_with_each_seed(
     tmp_path: Path, seed: int, dtype: torch.dtype, bound: float
 ) -> None:
-    """I15: the loss at every update, and each tensor of weights by its largest one at the end.
+    """The loss at every update, and each tensor of weights by its largest one at the end.
 
     A loss is a difference of terms: its size is the larger of its own and the value loss's.
     """
@@ -63,8 +64,9 @@ def test_32_steps_with_each_seed(
         assert float((x - y).abs().max()) <= bound * float(y.abs().max())
 
 
+@pytest.mark.case("R9")
 def test_a_minibatch_of_one_token(tmp_path: Path) -> None:
-    """R9: moments of a single token have no variance; nothing becomes NaN."""
+    """Moments of a single token have no variance; nothing becomes NaN."""
     t = trainer(tmp_path, batch=2, minibatches=1, micro_batch=1)
     _, batch, plan = batch_of(t)
     mask = torch.zeros_like(batch.seqs.mask)
@@ -133,8 +135,9 @@ def test_a_few_updates_of_which_many_have_faults(tmp_path: Path) -> None:
     assert 0 < before <= 2 * after
 
 
+@pytest.mark.case("R10")
 @pytest.mark.long
 def test_soak(tmp_path: Path) -> None:
-    """R10: 10,000 updates, one in a hundred with a fault; memory within 1 % of the 1,000th's."""
+    """10,000 updates, one in a hundred with a fault; memory within 1 % of the 1,000th's."""
     before, after = soak(tmp_path, 10_000, 1000, 0.01)
     assert after <= 1.01 * before

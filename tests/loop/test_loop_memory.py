@@ -48,6 +48,7 @@ def failing(t: Trainer, calls: set[int], fail: Any = refused, backward: bool = F
     return rows
 
 
+@pytest.mark.case("R6")
 @pytest.mark.parametrize("fail", [refused, refused_by_cuda])
 def test_out_of_memory_in_scoring_gives_the_halved_run(tmp_path: Path, fail: Any) -> None:
     t = trainer(tmp_path / "halved", dtype=torch.float64)
@@ -60,6 +61,7 @@ def test_out_of_memory_in_scoring_gives_the_halved_run(tmp_path: Path, fail: Any
     assert ours["loss"] == theirs["loss"] and ours["steps"] == theirs["steps"] == 4
 
 
+@pytest.mark.case("R6")
 @pytest.mark.parametrize("fail", [refused, refused_by_cuda])
 @pytest.mark.parametrize("backward", [False, True])
 def test_out_of_memory_in_a_minibatch_repeats_it_from_no_gradient(
@@ -90,6 +92,7 @@ def test_a_repeated_minibatch_has_the_halved_gradient(tmp_path: Path) -> None:
     assert all(map(torch.equal, gradients(t), want))
 
 
+@pytest.mark.case("R6")
 def test_out_of_memory_again_stops_the_run(tmp_path: Path) -> None:
     """In a later update, even: what is finished stays."""
     t = trainer(tmp_path)
@@ -150,6 +153,7 @@ def poisoned(t: Trainer, steps: set[int], value: float) -> None:
     t.agent.step = step  # type: ignore[method-assign]
 
 
+@pytest.mark.case("R7")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_gradient_that_is_not_finite_is_skipped(tmp_path: Path, value: float) -> None:
     t = trainer(tmp_path)
@@ -176,6 +180,7 @@ def test_a_finite_gradient_in_between_resets_the_count(tmp_path: Path) -> None:
     assert [t.step()["skipped"] for _ in range(3)] == [3, 3, 0]
 
 
+@pytest.mark.case("R7")
 def test_three_in_a_row_stop_the_run_and_leave_what_is_finished(tmp_path: Path) -> None:
     t = trainer(tmp_path)
     poisoned(t, {3, 4, 5}, torch.nan)  # an update has 4 steps

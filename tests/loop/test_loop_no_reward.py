@@ -43,6 +43,7 @@ def logged(folder: Path) -> list[int]:
     return [json.loads(line)["update"] for line in lines]
 
 
+@pytest.mark.case("R3")
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [

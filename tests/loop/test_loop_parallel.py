@@ -62,6 +62,7 @@ def test_a_rank_without_tokens_changes_no_gradient(found: Any, name: str) -> Non
         assert stats["ratio_min"] == stats["ratio_max"] == 1.0
 
 
+@pytest.mark.case("R7")
 def test_a_gradient_that_is_nan_on_one_rank_is_skipped_by_all(found: Any) -> None:
     _, two = found
     for rank in range(WORLD):
@@ -118,6 +119,7 @@ def start(folder: Path, *options: str) -> list[subprocess.Popen[str]]:
     ]
 
 
+@pytest.mark.case("R8")
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("reward", "timeout", "first", "message"),

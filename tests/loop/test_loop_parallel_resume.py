@@ -100,6 +100,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     return folder, [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(WORLD)]
 
 
+@pytest.mark.case("R1")
 @pytest.mark.parametrize("name", RUNS)
 def test_resumed_ranks_end_bitwise_equal(found: Any, name: str) -> None:
     folder, ranks = found

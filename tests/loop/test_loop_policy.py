@@ -84,6 +84,7 @@ def test_a_row_ends_with_its_eos_and_is_masked_behind_it() -> None:
     torch.testing.assert_close(again, rollout.logprobs, rtol=0, atol=FP64)
 
 
+@pytest.mark.case("R5")
 def test_an_eos_at_once_is_an_empty_completion_of_one_token() -> None:
     model, tokenizer = tiny()
     tokens, attention = encode(tokenizer, ["", TEXTS[0]], torch.device("cpu"))

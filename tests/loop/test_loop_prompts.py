@@ -69,6 +69,7 @@ def test_the_pad_token_changes_no_bit_of_an_update(tmp_path: Path, pad: str | No
     }
 
 
+@pytest.mark.case("R5")
 def test_without_an_eos_completions_have_full_length(tmp_path: Path) -> None:
     model, tokenizer = tiny()
     tokenizer.eos_token = tokenizer.pad_token = model.generation_config.eos_token_id = None

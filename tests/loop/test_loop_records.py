@@ -153,8 +153,9 @@ def test_history_knows_numbers_lost_from_numbers_lacking() -> None:
     assert np.isnan(history.column("kl")).all() and np.isnan(history.column("entropy")[2])
 
 
+@pytest.mark.case("R10")
 def test_memory_grows_by_numbers_alone() -> None:
-    """R10: of an update stay eight bytes a number, and an eighth more that arrays grow ahead."""
+    """An update keeps eight bytes a number, and an eighth more that arrays grow ahead."""
     history = History()
     tracemalloc.start()
     try:

@@ -39,6 +39,7 @@ class Odd:
         raise self.error
 
 
+@pytest.mark.case("R3")
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -148,6 +149,7 @@ def test_an_async_reward_is_refused() -> None:
     assert score(lambda p, c: asyncio.run(judge(p, c)), ["p"], ["c"]) == Scores([1.0])
 
 
+@pytest.mark.case("R4")
 @pytest.mark.parametrize("timeout", [None, 60.0])
 @pytest.mark.parametrize(
     ("error", "reason"),

@@ -213,6 +213,7 @@ def test_a_run_pays_for_the_missing_eos(tmp_path: Path) -> None:
     assert 1.25 in scores.values
 
 
+@pytest.mark.case("R4")
 def test_a_reward_that_hangs_costs_its_batch_only(tmp_path: Path) -> None:
     release = threading.Event()
     calls: list[int] = []

@@ -40,6 +40,7 @@ def small_files(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
 
 
+@pytest.mark.case("R2")
 def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
     """The checkpoint before it stays, no torn one is left, and the next one is written."""
     t = trainer(tmp_path, save_every=1)
@@ -58,6 +59,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
     assert checkpoints(tmp_path) == ["update-000001", "update-000003"] and len(told) == 1
 
 
+@pytest.mark.case("R2")
 @pytest.mark.parametrize("failing", ["save_file", "fsync", "rename", "write_text"])
 def test_each_step_of_a_save_may_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
@@ -80,6 +82,7 @@ def test_each_step_of_a_save_may_fail(
     assert checkpoints(tmp_path) == ["update-000001", "update-000002"]
 
 
+@pytest.mark.case("R2")
 def test_leftovers_of_a_killed_save_are_cleaned(tmp_path: Path) -> None:
     t = trainer(tmp_path, save_every=1, keep_checkpoints=1)
     t.begin()

@@ -87,6 +87,7 @@ def test_gradient_does_not_depend_on_the_micro_batch_split(tmp_path: Path, varia
         assert_near(whole, gradient_of(t, batch, list(rows.split(size))), FP64)
 
 
+@pytest.mark.case("R3")
 def test_a_dropped_sample_leaves_the_others_as_if_it_had_not_been(tmp_path: Path) -> None:
     t = trainer(tmp_path, dtype=torch.float64)
     values = [0.1 * i for i in range(8)]

@@ -31,6 +31,7 @@ def laid_out(layout: str, device: str, **options: object) -> Call:
     return gae_call((5, 8), device=device, **options)
 
 
+@pytest.mark.case("N4")
 @pytest.mark.parametrize("masked", ["carry", "zero"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gamma, lam", [(0.5, 0.5), (0.5, 1.0), (1.0, 0.25)])
@@ -54,6 +55,7 @@ def steps(call: Call) -> dict[str, Tensor]:
     return {k: v.cpu().double() for k, v in call.tensors.items()}
 
 
+@pytest.mark.case("N5")
 def test_lambda_one_is_the_return_less_the_value(backend: str, device: str) -> None:
     """G sums discounted rewards to the episode's end, and V' there unless it is terminal."""
     call = gae_call((3, 24), mask=None, extras=ENDS, gamma=0.97, lam=1.0, device=device)
@@ -76,6 +78,7 @@ def test_lambda_one_is_the_return_less_the_value(backend: str, device: str) -> N
         testing.assert_within_budget(out[name], x, condition=size, ops=8 * 24, name=name)
 
 
+@pytest.mark.case("N5")
 @pytest.mark.parametrize("masked", ["carry", "zero"])
 def test_lambda_one_with_a_bootstrap(backend: str, device: str, masked: str) -> None:
     """The bootstrap follows the last kept step ("carry") or the last one ("zero")."""
@@ -185,12 +188,13 @@ def test_two_lambdas_are_two_calls(
     assert not same_bits(both["returns"], run(call.option(lam=first), backend)["returns"])
 
 
+@pytest.mark.case("X1")
 @pytest.mark.parametrize("masked", ["carry", "zero"])
 @pytest.mark.parametrize("time_major", [False, True])
 def test_a_nan_reward_stays_in_its_episode(
     backend: str, device: str, masked: str, time_major: bool
 ) -> None:
-    """X1 with ends in the row: NaN at step 6 reaches back to step 4, where its episode began."""
+    """With ends in the row: NaN at step 6 reaches back to step 4, where its episode began."""
     call = gae_call((3, 12), extras=ENDS, masked=masked, mask="all", device=device)
     end = torch.zeros(3, 12, dtype=torch.bool, device=device)
     terminated, truncated, mask = end.clone(), end.clone(), ~end

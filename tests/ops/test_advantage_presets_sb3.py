@@ -47,6 +47,7 @@ def float32(x: Episodes) -> Episodes:
     return Episodes(*(y.float() for y in x[:3]), *x[3:])
 
 
+@pytest.mark.case("N8")
 def test_sb3_with_its_flags_shifted(backend: str, device: str) -> None:
     """A flag says that an episode starts *at* t: shifted by one step it ends one. fp32 only."""
     x = float32(episodes(backend))
@@ -77,6 +78,7 @@ def test_sb3_time_limits_are_truncations(backend: str, device: str) -> None:
     assert_near(out.returns.T.cpu(), returns, size, STEPS)
 
 
+@pytest.mark.case("N8")
 def test_start_flags_left_unshifted_are_wrong(backend: str, device: str) -> None:
     """Rewards 1, V = 0, γ = λ = 1, a new episode at step 2: two steps are left of each.
 

@@ -23,6 +23,7 @@ EXTRAS: list[tuple[str, ...]] = [
 ]
 
 
+@pytest.mark.case("N1")
 @pytest.mark.parametrize("masked", ["carry", "zero"])
 @pytest.mark.parametrize("extras", EXTRAS, ids="+".join)
 def test_within_budget(backend: str, device: str, extras: tuple[str, ...], masked: str) -> None:
@@ -43,9 +44,10 @@ def test_other_layouts(backend: str, device: str, extras: tuple[str, ...], layou
         testing.assert_agrees(call, backend)
 
 
+@pytest.mark.case("N3")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_precisions(backend: str, device: str, dtype: torch.dtype) -> None:
-    """N3: the inputs' rounding is given, the recursion is fp32."""
+    """Half-precision inputs round once; the recursion over them is fp32."""
     call = gae_call((3, 50), dtype=dtype, device=device, extras=(*ENDS, "rho", "c", "lam"))
     testing.assert_agrees(call, backend)
     assert run(call, backend)["advantages"].dtype == torch.float32
@@ -68,9 +70,10 @@ def interpreted(kernel: str, device: str) -> bool:
     return kernel == "triton" and device == "cpu"
 
 
+@pytest.mark.case("N1")
 @pytest.mark.parametrize("length", [1, 2, 31, 128, 1024, 4096])
 def test_published_accuracy(kernel: str, device: str, length: int) -> None:
-    """N1: at most 2e-6 of the largest advantage."""
+    """At most 2e-6 of the largest advantage."""
     rows = 2 if interpreted(kernel, device) else 64
     if rows == 2:
         length = min(length, 300)
@@ -78,14 +81,16 @@ def test_published_accuracy(kernel: str, device: str, length: int) -> None:
     assert off_by(call, kernel) <= 2e-6
 
 
+@pytest.mark.case("N2")
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.999, 0.99), (1.0, 1.0)])
 def test_long_rows(kernel: str, device: str, gamma: float, lam: float) -> None:
-    """N2: 16k steps, at most 5e-6 of the largest advantage."""
+    """At most 5e-6 of the largest advantage over 16k steps."""
     shape = (1, 700) if interpreted(kernel, device) else (4, 16384)
     call = gae_call(shape, mask=None, extras=(), gamma=gamma, lam=lam, device=device)
     assert off_by(call.replace(rewards=call.tensors["rewards"] / 16), kernel) <= 5e-6
 
 
+@pytest.mark.case("N4")
 @pytest.mark.parametrize(
     "gamma, lam, length", [(1.0, 1.0, 600), (1.0, 0.0, 150), (0.0, 1.0, 99), (1.0, 0.5, 14)]
 )
@@ -93,7 +98,7 @@ def test_long_rows(kernel: str, device: str, gamma: float, lam: float) -> None:
 def test_integers_are_exact(
     backend: str, device: str, gamma: float, lam: float, length: int, masked: str
 ) -> None:
-    """N4: every sum is exact in fp32 whatever its order, so an index error cannot hide."""
+    """Every sum is exact in fp32 whatever its order, so an index error cannot hide."""
     call = gae_call((3, length), gamma=gamma, lam=lam, masked=masked, device=device)
     whole = {k: v.mul(3).round() for k, v in call.tensors.items() if v.is_floating_point()}
     call = call.replace(**whole)
@@ -102,6 +107,7 @@ def test_integers_are_exact(
         assert testing.same_bits(got[name].double(), want[name]), name
 
 
+@pytest.mark.case("N5")
 def test_lambda_zero_is_the_td_error(backend: str, device: str) -> None:
     call = gae_call((3, 9), mask=None, extras=("bootstrap",), lam=0.0, device=device)
     t = call.tensors
@@ -113,9 +119,10 @@ def test_lambda_zero_is_the_td_error(backend: str, device: str) -> None:
     assert bool(((run(call, backend)["advantages"] - delta).abs() <= budget).all())
 
 
+@pytest.mark.case("X9")
 @pytest.mark.parametrize("terminal", [False, True])
 def test_one_step(backend: str, device: str, terminal: bool) -> None:
-    """X9: A = r + γ(1 − terminated)V' − V."""
+    """A = r + γ(1 − terminated)V' − V."""
     call = gae_call((6, 1), mask=None, device=device)
     t = call.replace(terminated=torch.full((6, 1), terminal, device=device)).tensors
     out = run(call._replace(tensors=t), backend)
@@ -125,16 +132,18 @@ def test_one_step(backend: str, device: str, terminal: bool) -> None:
     assert torch.allclose(out["returns"].double(), want + t["values"], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.case("N6")
 def test_rho_and_c_of_one_are_gae(backend: str, device: str) -> None:
-    """N6."""
+    """V-trace weights of 1 give the bits of GAE."""
     call = gae_call((4, 20), device=device)
     ones = torch.ones_like(call.tensors["rewards"])
     a, b = run(call, backend), run(call.replace(rho=ones, c=ones), backend)
     assert all(testing.same_bits(a[k], b[k]) for k in a)
 
 
+@pytest.mark.case("N6")
 def test_vtrace_is_rlax(backend: str, device: str) -> None:
-    """N6: errors_t = ρ_t δ_t + γ λ c_t errors_{t+1}, vs = V + errors (rlax/_src/vtrace.py)."""
+    """errors_t = ρ_t δ_t + γ λ c_t errors_{t+1}, vs = V + errors (rlax/_src/vtrace.py)."""
     call = gae_call((3, 12), mask=None, extras=("bootstrap", "rho", "c"), lam=1.0, device=device)
     t = {k: v.double() for k, v in call.tensors.items()}
     after = torch.cat([t["values"][:, 1:], t["bootstrap"][:, None]], 1)
@@ -149,8 +158,9 @@ def test_vtrace_is_rlax(backend: str, device: str) -> None:
     assert torch.allclose(out["returns"].double(), want + t["values"], atol=1e-5)
 
 
+@pytest.mark.case("N9")
 def test_truncated_is_not_terminated(backend: str, device: str) -> None:
-    """N9 (Stoix's case): r = V = V' = 1, γ = 0.9: δ = 0.9 where truncated, 0 where terminated."""
+    """Stoix's case, r = V = V' = 1, γ = 0.9: δ = 0.9 where truncated, 0 where terminated."""
     ones = torch.ones(1, 4, device=device)
     end = torch.tensor([[0, 1, 0, 0]], dtype=torch.bool, device=device)
     options = {"gamma": 0.9, "lam": 1.0, "next_values": ones, "backend": backend}
@@ -168,8 +178,9 @@ def test_both_flags_terminate(backend: str, device: str) -> None:
     assert all(testing.same_bits(a[k], b[k]) for k in a)
 
 
+@pytest.mark.case("N7")
 def test_a_truncation_does_not_leak(backend: str, device: str) -> None:
-    """N7 (TorchRL #4209): what follows a truncation reaches nothing before it."""
+    """Steps after a truncation reach nothing before it (TorchRL #4209)."""
     call = gae_call((2, 10), mask=None, extras=(*ENDS, "rho", "c"), device=device)
     end = torch.zeros(2, 10, dtype=torch.bool, device=device)
     end[:, 4] = True
@@ -182,8 +193,9 @@ def test_a_truncation_does_not_leak(backend: str, device: str) -> None:
         assert testing.same_bits(a[name][:, :5], b[name][:, :5]), name
 
 
+@pytest.mark.case("X3")
 def test_values_beyond_a_terminal_are_unread(backend: str, device: str) -> None:
-    """X3: NaN as the next value of a terminated step."""
+    """NaN as the next value of a terminated step changes no bit."""
     call = gae_call((3, 10), mask=None, extras=ENDS, device=device)
     dirty = call.tensors["next_values"].masked_fill(call.tensors["terminated"], float("nan"))
     assert bool(dirty.isnan().any())
@@ -191,9 +203,10 @@ def test_values_beyond_a_terminal_are_unread(backend: str, device: str) -> None:
     assert all(testing.same_bits(a[k], b[k]) for k in a)
 
 
+@pytest.mark.case("X1")
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_a_nan_reward_stays_in_its_past(backend: str, device: str, layout: str) -> None:
-    """X1: NaN exactly for t ≤ t0 within the episode; other rows bitwise as they were."""
+    """NaN exactly for t ≤ t0 within the episode; other rows keep their bits."""
     flat = layout == "packed"
     call = gae_call((30,) if flat else (3, 10), mask=None, packed=flat, extras=(), device=device)
     rewards = call.tensors["rewards"].clone()
@@ -209,7 +222,7 @@ def test_a_nan_reward_stays_in_its_past(backend: str, device: str, layout: str) 
 
 
 def test_carry_is_as_if_absent(backend: str, device: str) -> None:
-    """Masked steps removed by hand: the bootstrap follows the last valid one. N1's bound twice."""
+    """Masked steps removed by hand: the bootstrap follows the last valid one; within 4e-6."""
     call = gae_call((1, 40), device=device, extras=("bootstrap", "terminated", "rho", "c"))
     keep = call.tensors["mask"][0]
     rest = {k: v[:, keep] for k, v in call.tensors.items() if k not in ("mask", "bootstrap")}
@@ -255,6 +268,7 @@ def test_a_lambda_tensor_is_its_numbers(backend: str, device: str, packed: bool)
         assert all(testing.same_bits(got[k], want[k]) for k in want)
 
 
+@pytest.mark.case("X8")
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)], ids=str)
 @pytest.mark.parametrize("time_major", [False, True])
 def test_empty(backend: str, device: str, shape: tuple[int, int], time_major: bool) -> None:
@@ -262,6 +276,7 @@ def test_empty(backend: str, device: str, shape: tuple[int, int], time_major: bo
     assert out["advantages"].shape == shape and out["moments"].tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.case("X8")
 def test_empty_packed(backend: str, device: str) -> None:
     nothing = torch.zeros(0, device=device)
     for offsets in ([0], [0, 0, 0]):

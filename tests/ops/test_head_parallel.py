@@ -145,6 +145,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
     assert off <= 1e-6 * max(1.0, float(top)), (name, off, top)
 
 
+@pytest.mark.case("I9")
 @pytest.mark.parametrize("case", cases())
 def test_two_processes_are_one(ranks: list[Any], case: str) -> None:
     """And within the budget of the fp64 reference."""

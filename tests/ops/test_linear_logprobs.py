@@ -92,6 +92,7 @@ def test_any_leading_shape(backend: str, device: str, shape: tuple[int, ...]) ->
     testing.assert_agrees(linear_call(shape, 19, device=device, mask=None), backend)
 
 
+@pytest.mark.case("X8")
 @pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
 def test_no_rows(backend: str, device: str, shape: tuple[int, ...]) -> None:
     out = run(linear_call(shape, 19, device=device, mask=None), backend)
@@ -235,6 +236,7 @@ def test_double_backward_raises(kernel: str, device: str) -> None:
         grad.sum().backward()
 
 
+@pytest.mark.case("I8")
 def test_autocast_casts_as_linear_does(kernel: str, device: str) -> None:
     """fp32 states and weight, or one of each: bf16 products; gradients in the leaves' types."""
     call = linear_call((2, 4), device=device)

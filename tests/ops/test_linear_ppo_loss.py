@@ -251,6 +251,7 @@ def test_outputs_beside_the_loss_are_constants(kernel: str, device: str) -> None
     assert not out.stats.values.requires_grad
 
 
+@pytest.mark.case("I8")
 def test_autocast_casts_as_linear_does(kernel: str, device: str) -> None:
     call = linear_ppo_call((2, 3), device=device)
     halves = {k: call.tensors[k].bfloat16() for k in ("hidden", "weight")}

@@ -23,9 +23,10 @@ def test_within_budget(backend: str, device: str, dtype: torch.dtype, vocab: int
     )
 
 
+@pytest.mark.case("N10")
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
 def test_published_accuracy(backend: str, device: str, scale: float) -> None:
-    """N10: 1e-5 from fp32, 2e-5 from bf16 logits, relative to max(1, |logprob|)."""
+    """Within 1e-5 from fp32 logits and 2e-5 from bf16 ones, relative to max(1, |logprob|)."""
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-5)):
         call = testing.logprobs_call(
             (8,), 1021, dtype=dtype, device=device, scale=scale, temperature=1.0, mask=None
@@ -56,6 +57,7 @@ def test_rows_that_overlap(backend: str, device: str) -> None:
     testing.assert_agrees(call._replace(tensors=call.tensors | {"logits": logits}), backend)
 
 
+@pytest.mark.case("X8")
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
 def test_no_rows(backend: str, device: str, shape: tuple[int, ...]) -> None:
     out = testing.run(testing.logprobs_call(shape, 5, device=device, mask=None), backend)
@@ -63,16 +65,18 @@ def test_no_rows(backend: str, device: str, shape: tuple[int, ...]) -> None:
     assert out["grad_logits"].shape == (*shape, 5)
 
 
+@pytest.mark.case("N11")
 def test_shift_invariance(backend: str, device: str) -> None:
-    """N11: x and x + 1000 differ by the rounding of the input, and stay finite and negative."""
+    """x and x + 1000 differ by the rounding of the input, and stay finite and negative."""
     call = testing.logprobs_call((6,), 101, device=device, mask=None, temperature=1.0)
     moved = call.replace(logits=call.tensors["logits"] + 1000.0)
     a, b = (testing.run(c, backend)["logprobs"] for c in (call, moved))
     assert bool((b <= 0).all()) and bool(((a - b).abs() <= 2e-4).all())
 
 
+@pytest.mark.case("N12")
 def test_entropy_of_known_distributions(backend: str, device: str) -> None:
-    """N12: ln V for uniform rows, 0 for one-hot ones; a uniform row's entropy has no slope."""
+    """ln V for uniform rows, 0 for one-hot ones; a uniform row's entropy has no slope."""
     vocab = 333
     logits = torch.zeros(2, vocab, device=device)
     logits[1, 5] = 200.0
@@ -85,11 +89,12 @@ def test_entropy_of_known_distributions(backend: str, device: str) -> None:
     assert float(grad.abs().max()) <= 1e-6
 
 
+@pytest.mark.case("X4")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_minus_infinity_is_a_forbidden_token(
     backend: str, device: str, dtype: torch.dtype
 ) -> None:
-    """X4: the row is the one without those tokens; nothing flows to them."""
+    """The row equals the row without those tokens; no gradient flows to them."""
     call = testing.logprobs_call((2, 3), 40, dtype=dtype, device=device, mask=None)
     banned = torch.zeros(40, dtype=torch.bool, device=device)
     banned[::3] = True
@@ -102,8 +107,9 @@ def test_minus_infinity_is_a_forbidden_token(
     assert bool((out["grad_logits"][..., banned] == 0).all())
 
 
+@pytest.mark.case("X5")
 def test_label_at_minus_infinity(backend: str, device: str) -> None:
-    """X5: −inf, and no gradient through it; the entropy's own gradient is as ever."""
+    """The log-probability is −inf and passes no gradient; the entropy's gradient is unchanged."""
     call = testing.logprobs_call((2,), 9, device=device, mask=None)
     logits = call.tensors["logits"].clone()
     logits[0, 4] = -INF
@@ -117,9 +123,10 @@ def test_label_at_minus_infinity(backend: str, device: str) -> None:
     testing.assert_agrees(call, backend)
 
 
+@pytest.mark.case("X5", "X6")
 @pytest.mark.parametrize("poison", ["nan", "inf", "all -inf"])
 def test_a_bad_row_is_nan_and_alone(backend: str, device: str, poison: str) -> None:
-    """X5, X6: the row that holds it is NaN, every other row is bitwise as it was."""
+    """The row that holds the bad logit is NaN, every other row keeps its bits."""
     call = testing.logprobs_call((4,), 70, device=device, mask=None)
     logits = call.tensors["logits"].clone()
     if poison == "all -inf":
@@ -132,12 +139,13 @@ def test_a_bad_row_is_nan_and_alone(backend: str, device: str, poison: str) -> N
         assert testing.same_bits(x[[0, 1, 3]], clean[name][[0, 1, 3]]), name
 
 
+@pytest.mark.case("X7")
 @pytest.mark.parametrize("token", [-1, 11, -101, 2**31 - 1])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_tokens_out_of_range_are_nan_rows(
     backend: str, device: str, dtype: torch.dtype, token: int
 ) -> None:
-    """X7: nothing out of bounds is read, and the other rows do not change."""
+    """Nothing out of bounds is read, and the other rows do not change."""
     call = testing.logprobs_call((2, 3), 11, device=device, mask=None)
     tokens = call.tensors["tokens"].to(dtype)
     bad = tokens.clone()
@@ -151,6 +159,7 @@ def test_tokens_out_of_range_are_nan_rows(
         assert testing.same_bits(x[others], clean[name][others]), name
 
 
+@pytest.mark.case("X7")
 def test_tokens_beyond_int32(backend: str, device: str) -> None:
     call = testing.logprobs_call((3,), 11, device=device, mask=None)
     for token in (2**31, 2**40, -(2**40)):
@@ -160,6 +169,7 @@ def test_tokens_beyond_int32(backend: str, device: str) -> None:
         assert bool(out["logprobs"][0].isnan()) and bool(out["logprobs"][1:].isfinite().all())
 
 
+@pytest.mark.case("X7")
 @pytest.mark.parametrize("ignore", [-100, 3, 2**40])
 def test_ignored_tokens(backend: str, device: str, ignore: int) -> None:
     """Zeros, an exactly zero gradient, and the logits there are never read."""
@@ -251,8 +261,9 @@ def test_nothing_is_saved_without_grad(kernel: str, device: str) -> None:
     assert testing.same_bits(out.logprobs, with_grad.logprobs.detach())
 
 
+@pytest.mark.case("I8")
 def test_autocast_changes_nothing(backend: str, device: str) -> None:
-    """I8: fp32 out, the same bits."""
+    """Results under autocast are fp32, with the same bits."""
     call = testing.logprobs_call((2, 3), 33, device=device, dtype=torch.bfloat16)
     plain = testing.run(call, backend)
     with torch.autocast(device, dtype=torch.bfloat16):

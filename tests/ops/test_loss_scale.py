@@ -15,6 +15,7 @@ SCALE = 2.0**30  # over a divisor as large: every unscaled gradient is 0 in fp16
 CALLS = {"logits": logits_ppo_call, "linear": linear_ppo_call}
 
 
+@pytest.mark.case("X21")
 @pytest.mark.parametrize("variant", ["clip", "gspo"])
 @pytest.mark.parametrize("op", CALLS)
 def test_within_budget(backend: str, device: str, op: str, variant: str) -> None:
@@ -38,6 +39,7 @@ def plain_loss(z: Tensor, tokens: Tensor, advantages: Tensor, denom: float) -> T
     return -((own - own.detach()).exp() * advantages).sum() / denom
 
 
+@pytest.mark.case("X21")
 @pytest.mark.parametrize("op", ["logits_ppo_loss", "linear_ppo_loss"])
 def test_autocast_and_grad_scaler(op: str) -> None:
     """The unscaled gradient is about as far from fp64 as that of plain PyTorch under the same."""

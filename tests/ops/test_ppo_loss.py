@@ -112,18 +112,20 @@ def test_dual_clip_caps_negative_advantages(backend: str, device: str) -> None:
     assert ppo_fast.Stats(out["stats"]).compute()["clip_frac_dual"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.case("N15")
 def test_at_the_edge_the_whole_gradient_passes(backend: str, device: str) -> None:
-    """N15: at a tie (ρ = 1 with no width; A = 0) the term counts as unclipped, as torch.min's."""
+    """A tie with the clip (ρ = 1 with no width; A = 0) counts as unclipped, as in torch.min."""
     call = tiny(device, [0.0, 0.0, 0.0], [2.0, -3.0, 0.0], clip_low=0.0, clip_high=0.0)
     out = run(call, backend)
     assert out["grad_logprobs"].tolist() == [[-2.0, 3.0, 0.0]]
     assert ppo_fast.Stats(out["stats"]).compute()["clip_frac"] == 0.0
 
 
+@pytest.mark.case("X12")
 @pytest.mark.parametrize("d", [89.0, -89.0, 1e4, -1e4, math.inf, -math.inf])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_huge_log_ratios(backend: str, device: str, variant: str, d: float) -> None:
-    """X12: clamped to ±20: loss and gradient finite, no gradient through the clamped ratio."""
+    """Clamped to ±20: loss and gradient are finite, and the clamped ratio passes no gradient."""
     out = run(tiny(device, [d], [-1.0], variant=variant), backend)
     assert bool(out["loss"].isfinite()) and bool(out["stats"][:24].isfinite().all())
     if variant != "cispo":
@@ -132,6 +134,7 @@ def test_huge_log_ratios(backend: str, device: str, variant: str, d: float) -> N
     assert math.isclose(ratio, math.exp(math.copysign(20, d)), rel_tol=1e-5)
 
 
+@pytest.mark.case("X12")
 def test_without_the_clamp_ratios_overflow_as_in_eager(backend: str, device: str) -> None:
     out = run(tiny(device, [1e4], [-1.0], log_ratio_clamp=None), backend)
     assert float(out["loss"]) == math.inf
@@ -223,6 +226,7 @@ def test_tensor_coefficients_are_their_numbers(backend: str, device: str) -> Non
         assert all(testing.same_bits(got[k], want[k]) for k in want)
 
 
+@pytest.mark.case("X10")
 @pytest.mark.parametrize("m2, n", [(0.0, 5.0), (0.0, 0.0), (3.0, 1.0)])
 def test_moments_without_variance_whiten_to_zero(
     backend: str, device: str, m2: float, n: float
@@ -246,10 +250,11 @@ def test_whitening_on_the_fly_is_whitening_first(backend: str, device: str) -> N
         assert torch.allclose(fused[name], apart[name], rtol=1e-5, atol=1e-7), name
 
 
+@pytest.mark.case("X10")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_nothing_kept(backend: str, device: str, reduction: str, variant: str) -> None:
-    """X10: D = 0 gives loss 0 and zero gradients; with `denom` too."""
+    """A divisor of 0 gives loss 0 and zero gradients, with `denom` too."""
     for options in ({}, {"denom": 5.0}):
         call = ppo_call(
             mask="empty", reduction=reduction, variant=variant, device=device, **options
@@ -259,6 +264,7 @@ def test_nothing_kept(backend: str, device: str, reduction: str, variant: str) -
         assert not bool(out["grad_logprobs"].any()) and not bool(out["grad_entropy"].any())
 
 
+@pytest.mark.case("X8")
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,), (1, 1)], ids=str)
 def test_small_shapes(backend: str, device: str, shape: tuple[int, ...]) -> None:
     testing.assert_agrees(ppo_call(shape, device=device, mask="all"), backend)

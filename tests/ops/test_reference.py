@@ -69,8 +69,9 @@ def test_gae_is_the_explicit_sum(extras: tuple[str, ...], masked: str) -> None:
         assert close(out["returns"][b], ret)
 
 
+@pytest.mark.case("N5")
 def test_gae_with_lambda_one_is_monte_carlo() -> None:
-    """N5: A = G − V with G summed by hand, bootstrap not zero."""
+    """A = G − V with G summed by hand, bootstrap not zero."""
     call = testing.gae_call((3, 12), mask=None, extras=("bootstrap",), lam=1.0, **F64)
     t = call.tensors
     gain = [

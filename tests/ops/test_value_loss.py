@@ -96,6 +96,7 @@ def test_explained_variance(backend: str, device: str) -> None:
         assert math.isclose(got, float(want), rel_tol=1e-5, abs_tol=1e-5)
 
 
+@pytest.mark.case("X10")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_nothing_kept(backend: str, device: str, reduction: str) -> None:
     out = run(value_call(mask="empty", reduction=reduction, device=device), backend)
