@@ -44,7 +44,7 @@ TESTS_openrlhf := openrlhf openrlhf_own
 TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors
 TESTS_compat := compat compat_arrays
 
-.PHONY: train test test-long mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz lint bench clean
+.PHONY: train test test-long docs mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz lint bench clean
 
 train: $(STAMP)
 	THP_MEM_ALLOC_ENABLE=1 $(RUN) -m ppo_fast train $(ARGS)
@@ -54,6 +54,12 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# The generated pages: figures, docs/api.md, docs/trust.md. Tests fail where one is out of date.
+docs: $(STAMP)
+	$(RUN) -m benchmarks.report
+	PYTHONPATH=. $(RUN) docs/make_api.py
+	$(RUN) docs/make_trust.py
 
 # Plants mistakes in a copy of the sources and sees whether the tests notice: half an hour.
 mutants: $(STAMP)

@@ -35,7 +35,13 @@ _PACKAGES = (
     "flash-attn",
 )
 # What a report writes: a difference there changes no measurement.
-_GENERATED = ("README.md", "benchmarks/README.md", "benchmarks/plots", "benchmarks/results")
+_GENERATED = (
+    "README.md",
+    "README.zh-CN.md",
+    "benchmarks/README.md",
+    "benchmarks/plots",
+    "benchmarks/results",
+)
 
 
 def cpu_model() -> str:

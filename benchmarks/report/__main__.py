@@ -1,11 +1,11 @@
-"""Turn committed results into pages, or say what moved between two files.
+"""Pages made from committed results, and the differences between two results files.
 
     python -m benchmarks.report                          write the pages and their plots
     python -m benchmarks.report --check                  exit 1 if the pages are not those
     python -m benchmarks.report --compare a.json b.json  ratios of medians
 
-The pages are benchmarks/README.md and what stands between the markers of README.md, made from the
-newest file of each machine in benchmarks/results.
+The pages are benchmarks/README.md and the text between the markers of README.md and
+README.zh-CN.md, made from the newest file of each machine in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 
 from benchmarks.harness.machine import slug
 from benchmarks.report import pages, plots, readme
-from benchmarks.report.compare import compare
+from benchmarks.report.diff import diff
 from benchmarks.report.results import load, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
+FRONTS = {"README.md": readme.ENGLISH, "README.zh-CN.md": readme.CHINESE}
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -38,21 +39,21 @@ def newest(folder: Path) -> pages.Files:
 
 
 def between_markers(text: str, inner: str) -> str:
-    """The text with what stands between its markers replaced."""
+    """The text with the part between its markers replaced."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md needs the lines {BEGIN} and {END}")
+        raise ValueError(f"a README needs the lines {BEGIN} and {END}")
     return f"{before}{BEGIN}\n{inner}\n{END}{after}"
 
 
 def generated(root: Path) -> dict[Path, str]:
     """Each page's path and the text that it should have."""
     files = newest(root / "benchmarks/results")
-    front = root / "README.md"
-    return {
-        root / "benchmarks/README.md": pages.page(files),
-        front: between_markers(front.read_text(), readme.section(files)),
+    fronts = {root / name: words for name, words in FRONTS.items()}
+    return {root / "benchmarks/README.md": pages.page(files)} | {
+        path: between_markers(path.read_text(), readme.section(files, words))
+        for path, words in fronts.items()
     }
 
 
@@ -89,14 +90,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--check", action="store_true", help="exit 1 if a page is out of date")
-    choice.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="what moved")
+    choice.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="ratios of medians")
     options = parser.parse_args()
     if options.compare:
         try:
             before, after = map(load, options.compare)
         except ValueError as error:  # another format, or no results at all
             parser.error(str(error))
-        print("\n".join(compare(before, after)))
+        print("\n".join(diff(before, after)))
         return 0
     if options.check:
         old = stale(ROOT)

@@ -1,15 +1,13 @@
-"""The text of benchmarks/README.md, made from results alone."""
+"""Text of benchmarks/README.md, made from results alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from benchmarks.harness.machine import slug
-from benchmarks.ops.case import Case
 from benchmarks.ops.registry import GOALS
-from benchmarks.report import plots, tables
+from benchmarks.report import glance, plots, tables
 from benchmarks.report.judge import Verdict, verdicts
 from benchmarks.report.results import Results, Row, by_case
 
@@ -19,43 +17,19 @@ BUSY = 0.5  # load before a run from which on others' work shared the cores
 _INTRO = """# Benchmarks
 
 Written by `python -m benchmarks.report` from the newest file of each machine in
-[results](results); `--compare a.json b.json` prints what moved between two files.
+[results](results). `--compare a.json b.json` prints the differences between two files.
 
-Every result is checked against the fp64 reference before it is timed: *red* is a provider that
-disagrees, *error* one that raised, *skipped* one that is absent. The providers of a case are timed
-in turn in one run; figures are medians with the 20th and 80th percentile. `× eager` is how many
-times as fast as eager PyTorch (below 1: slower). GB/s counts the bytes that the op cannot do
-without, whoever computes it; *of ceiling* is the time of the case's slowest ceiling (`read`,
-`copy`, ...) over the provider's, and passes 100 % where a ceiling pays for fresh memory and the op
-does not. Peak MB is memory beyond what stands before the call.
+**Method.** Every result is checked against the fp64 reference before it is timed. *red* is a
+provider that disagrees, *error* one that raised, *skipped* one that is absent. The providers of a
+case take turns in one run; figures are medians, with the 20th and 80th percentile. `× eager` is
+the eager time over the provider's: below 1 the provider is slower. GB/s counts the bytes that the
+op must move, whoever computes it. *of ceiling* is the time of the case's slowest ceiling (`read`,
+`copy`, ...) over the provider's; it passes 100 % where a ceiling pays for fresh memory and the op
+does not. Peak MB is memory beyond what was allocated before the call.
+
+**Goals.** *Must reach* is the figure that the project requires of itself on a case, *aim* the
+better one that it works towards; `SHORT` marks a figure that misses its bound.
 """
-
-
-def title(facts: dict[str, Any]) -> str:
-    """The machine's name for a heading."""
-    return facts.get("gpu") or f"{facts['machine']}, {facts['isa']}"
-
-
-def label(case: Case) -> str:
-    """A case within its op's section."""
-    size = str(case.shape).replace("x", "×").replace(":", " ")
-    parts = [case.direction.replace("+", " and "), f"{case.shape.name} {size}", case.dtype]
-    parts += [] if case.device == "cpu" else [case.device]
-    return ", ".join(parts + [f"{key}={value}" for key, value in case.env])
-
-
-def ours(rows: list[Row]) -> dict[str, Row]:
-    """The timed rows of this library's fused backends."""
-    return {name: row for name, row in tables.timed(rows).items() if tables.fused(name)}
-
-
-def peers(rows: list[Row]) -> dict[str, Row]:
-    """The timed rows of everybody else; ceilings compute nothing."""
-    return {
-        name: row
-        for name, row in tables.timed(rows).items()
-        if not name.startswith("ppo_fast-") and not row["ceiling"]
-    }
 
 
 def goals_of(results: Results) -> list[Verdict]:
@@ -88,9 +62,15 @@ def page(files: Files) -> str:
     """benchmarks/README.md."""
     lines = [_INTRO]
     for path, results in files.items():
-        lines += [f"## {title(results.runs[0])}", "", f"[{path.name}](results/{path.name})", ""]
-        lines += [*_runs(results), "", "### Goals", ""]
+        lines += [
+            f"## {tables.title(results.runs[0])}",
+            "",
+            f"[{path.name}](results/{path.name})",
+            "",
+        ]
         found = goals_of(results)
+        lines += [*_runs(results), "", "### At a glance", "", *glance.section(results, found), ""]
+        lines += ["### Goals", ""]
         lines += [*tally(found), "", *tables.markdown(tables.goal_cells(found)), ""]
         lines += ["### Where a peer is faster", "", *_losses(results.rows), ""]
         lines += _sections(results)
@@ -116,12 +96,14 @@ def _losses(rows: list[Row]) -> list[str]:
     """
     found = []
     for case, block in by_case(rows).items():
-        times = [row["median_ms"] for name, row in ours(block).items() if "inplace" not in name]
+        times = [
+            row["median_ms"] for name, row in tables.ours(block).items() if "inplace" not in name
+        ]
         mine = min(times, default=None)
-        for name, row in peers(block).items():
+        for name, row in tables.peers(block).items():
             if mine is not None and row["median_ms"] < mine:
-                both = f"{duration(row['median_ms'])} against {duration(mine)}"
-                found.append(f"- `{case.op}` {label(case)}: {name}, {both}")
+                both = f"{tables.duration(row['median_ms'])} against {tables.duration(mine)}"
+                found.append(f"- `{case.op}` {tables.label(case)}: {name}, {both}")
     return found or ["In no case of this file."]
 
 
@@ -153,7 +135,7 @@ def _image(plot: plots.Plot) -> str:
 
 def _tables(rows: list[Row]) -> Iterator[str]:
     for case, block in by_case(rows).items():
-        yield from (f"**{label(case)}**", "")
+        yield from (f"**{tables.label(case)}**", "")
         cells = tables.timing_cells(case, block)
         if cells:
             yield from (*tables.markdown(cells), "")
@@ -168,12 +150,3 @@ def _notes(rows: list[Row]) -> list[str]:
 def _quoted(text: str) -> str:
     """Words, others' among them, that are not Markdown."""
     return "`" + text.replace("`", "'") + "`"
-
-
-def duration(milliseconds: float) -> str:
-    """A time in the unit that suits it."""
-    if milliseconds < 0.1:
-        return f"{tables.number(milliseconds * 1e3)} µs"
-    if milliseconds >= 1e4:
-        return f"{tables.number(milliseconds / 1e3)} s"
-    return f"{tables.number(milliseconds)} ms"

@@ -1,86 +1,114 @@
-"""The figures in README.md: what stands between its markers, made from results alone."""
+"""Four figures for the first screen of README.md, in each language, made from results alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-from benchmarks.ops.case import CALL, CALL_GRAD
+from benchmarks.ops.case import Case
+from benchmarks.ops.gae import GAE, GPU_GAE
+from benchmarks.ops.linear_ppo_loss import GPU_LINEAR_LOSS, LINEAR_LOSS_BOTH
+from benchmarks.ops.ppo_loss import GPU_PPO_LOSS, PPO_LOSS_BOTH
+from benchmarks.ops.token_logprobs import GPU_LOGPROBS_FORWARD, LOGPROBS_FORWARD
 from benchmarks.report import pages, tables
-from benchmarks.report.judge import Verdict
 from benchmarks.report.results import Row, by_case
 
+# The figure's name in the texts, its cases (of a CPU, of a GPU), and whether it is peak memory.
+FIGURES = (
+    ("logprobs", (LOGPROBS_FORWARD, GPU_LOGPROBS_FORWARD), False),
+    ("loss", (PPO_LOSS_BOTH, GPU_PPO_LOSS), False),
+    ("head", (LINEAR_LOSS_BOTH, GPU_LINEAR_LOSS), True),
+    ("gae", (GAE, GPU_GAE), False),
+)
 
-def section(files: pages.Files) -> str:
-    """README.md between its markers: the cases that have goals."""
+
+class Words(NamedTuple):
+    """The words of one language: of each figure, the heads, the machine's line, the last line."""
+
+    figures: dict[str, str]
+    heads: list[str]
+    machine: str
+    loop: str
+    no_gpu: str
+
+
+ENGLISH = Words(
+    figures={
+        "logprobs": "log-probabilities and entropy of {} tokens, vocabulary of {}",
+        "loss": "PPO loss of {} × {} tokens, with its gradients and statistics",
+        "head": "peak memory of the PPO loss from hidden states, {} tokens, vocabulary of {}",
+        "gae": "advantages (GAE) of {} sequences of {} tokens",
+    },
+    heads=["one call", "plain PyTorch", "`torch.compile`", "ppo_fast", "gain"],
+    machine="{title}, {threads} threads, torch {torch} ([{file}](benchmarks/results/{file})):",
+    loop="{} (loop over tokens, as in trainers)",
+    no_gpu="No figure has been measured on a GPU yet.",
+)
+CHINESE = Words(
+    figures={
+        "logprobs": "{} 个词元的对数概率与熵，词表大小 {}",
+        "loss": "{} × {} 个词元的 PPO 损失，含梯度与统计量",
+        "head": "由隐藏状态计算 PPO 损失的峰值内存，{} 个词元，词表大小 {}",
+        "gae": "{} 条长 {} 的序列的优势（GAE）",
+    },
+    heads=["一次调用", "普通 PyTorch", "`torch.compile`", "ppo_fast", "倍数"],
+    machine="{title}，{threads} 线程，torch {torch}（[{file}](benchmarks/results/{file})）：",
+    loop="{}（训练器中逐词元的循环）",
+    no_gpu="目前还没有在 GPU 上测得的数据。",
+)
+
+
+def section(files: pages.Files, words: Words = ENGLISH) -> str:
+    """Text between the markers of a README: a table a machine, and whether a GPU was measured."""
     lines: list[str] = []
     for path, results in files.items():
-        facts, found = results.runs[0], pages.goals_of(results)
-        commits = ", ".join(dict.fromkeys(str(run["commit"]) for run in results.runs))
-        torch = facts["versions"]["torch"]
-        lines += [
-            f"**{pages.title(facts)}**, {facts['threads']} threads, torch {torch}, commit "
-            f"{commits} ([{path.name}](benchmarks/results/{path.name})):",
-            "",
-            *tables.markdown(_figures(results.rows, found)),
-            "",
-            *_calls(results.rows),
-            *_updates(results.rows),
-            "",
-            *pages.tally(found),
-            "",
-        ]
+        facts = results.runs[0]
+        versions = facts["versions"]["torch"]
+        named = {"title": tables.title(facts), "threads": facts["threads"], "torch": versions}
+        named["file"] = path.name
+        cells = [words.heads, *_figures(results.rows, words)]
+        if len(cells) > 1:
+            lines += [words.machine.format(**named), "", *tables.markdown(cells), ""]
     if not any("gpu" in run for results in files.values() for run in results.runs):
-        lines.append("No figure measured on a GPU has been committed yet.")
+        lines.append(words.no_gpu)
     return "\n".join(lines).rstrip()
 
 
-def _figures(rows: list[Row], found: Iterable[Verdict]) -> tables.Cells:
-    """A line per case and backend with a goal: its time, and times as fast as each peer."""
-    heads = ["op and shape", "time", "eager", "`torch.compile`", "other peers", "of ceiling"]
-    blocks, lines = by_case(rows), [heads]
-    for case, provider in dict.fromkeys((v.goal.case, v.goal.provider) for v in found):
-        block = blocks.get(case, [])
-        row = pages.ours(block).get(provider)
-        if row is None or case.direction in (CALL, CALL_GRAD):
-            continue
-        times = {
-            k: f"{tables.number(peer['median_ms'] / row['median_ms'])}×"
-            for k, peer in pages.peers(block).items()
-        }
-        known = [times.pop(name, "-") for name in ("eager", "compile")]
-        others = ", ".join(f"{name} {ratio}" for name, ratio in times.items()) or "-"
-        share = tables.ceiling_share(block, row)
-        variant = provider.removeprefix("ppo_fast-")
-        name = f"`{case.op}` {pages.label(case)} ({variant})"
-        lines.append(
-            [
-                name,
-                pages.duration(row["median_ms"]),
-                *known,
-                others,
-                "-" if share is None else f"{share:.0%}",
-            ]
-        )
+def _figures(rows: list[Row], words: Words) -> tables.Cells:
+    """A line per figure that the file has; one of a GPU's cases says so by its device."""
+    blocks, lines = by_case(rows), []
+    for name, cases, memory in FIGURES:
+        for case in cases:
+            line = _line(blocks.get(case, []), memory, words)
+            if line is not None:
+                lines.append([_named(words.figures[name], case), *line])
     return lines
 
 
-def _calls(rows: list[Row]) -> Iterator[str]:
-    """What a call on tiny tensors costs, over the ops."""
-    for direction, what in ((CALL, "without a gradient"), (CALL_GRAD, "with one recorded")):
-        times = [
-            row["median_ms"] * 1e3
-            for case, block in by_case(rows).items()
-            if case.direction == direction
-            for row in pages.ours(block).values()
-        ]
-        if times:
-            low, high = (tables.number(end(times)) for end in (min, max))
-            yield f"A call on tiny tensors {what} takes {low} to {high} µs."
+def _named(text: str, case: Case) -> str:
+    sizes = [f"{n:,}" for n in case.shape.dims[:2]]
+    return text.format(*sizes) + f", {case.dtype}" + ("" if case.device == "cpu" else ", GPU")
 
 
-def _updates(rows: list[Row]) -> Iterator[str]:
-    """What a whole training step takes on each backend."""
-    for name, block in tables.steps(rows).items():
-        whole = [row for row in block if row["direction"] == "step"]
-        each = [f"{pages.duration(row['median_ms'])} with `{row['provider']}`" for row in whole]
-        yield f"One PPO update of {name} takes {', '.join(each)}."
+def _line(block: list[Row], memory: bool, words: Words) -> list[str] | None:
+    """Cells of eager PyTorch (or the loop), `torch.compile`, the best backend, and the ratios."""
+    key = "peak_mb" if memory else "median_ms"
+    found = tables.timed(block)
+    own = tables.ours(block)
+    mine = [row[key] for name, row in own.items() if "inplace" not in name and row[key]]
+    eager, compiled = found.get("eager"), found.get("compile")
+    base = eager or found.get("loop")
+    if not mine or base is None:
+        return None
+    peers = [row[key] for row in (base, compiled) if row is not None]
+    gain = ", ".join(f"{tables.number(peer / min(mine))}×" for peer in peers)
+    first = _amount(base[key], memory)
+    return [
+        first if eager else words.loop.format(first),
+        _amount(compiled[key], memory) if compiled else "-",
+        _amount(min(mine), memory),
+        gain,
+    ]
+
+
+def _amount(value: float, memory: bool) -> str:
+    return f"{value:,.0f} MB" if memory else tables.duration(value)

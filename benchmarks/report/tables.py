@@ -28,6 +28,33 @@ def fused(provider: str) -> bool:
     return provider.startswith("ppo_fast-") and provider != "ppo_fast-reference"
 
 
+def title(facts: dict[str, Any]) -> str:
+    """The machine's name for a heading."""
+    return facts.get("gpu") or f"{facts['machine']}, {facts['isa']}"
+
+
+def label(case: Case) -> str:
+    """A case within its op's section."""
+    size = str(case.shape).replace("x", "×").replace(":", " ")
+    parts = [case.direction.replace("+", " and "), f"{case.shape.name} {size}", case.dtype]
+    parts += [] if case.device == "cpu" else [case.device]
+    return ", ".join(parts + [f"{key}={value}" for key, value in case.env])
+
+
+def ours(rows: list[Row]) -> dict[str, Row]:
+    """The timed rows of this library's fused backends."""
+    return {name: row for name, row in timed(rows).items() if fused(name)}
+
+
+def peers(rows: list[Row]) -> dict[str, Row]:
+    """The timed rows of everybody else; ceilings compute nothing."""
+    return {
+        name: row
+        for name, row in timed(rows).items()
+        if not name.startswith("ppo_fast-") and not row["ceiling"]
+    }
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """Significant digits without an exponent."""
     if value is None:
@@ -35,6 +62,15 @@ def number(value: float | None, digits: int = 3) -> str:
     if value == 0 or abs(value) >= 10 ** (digits - 1):
         return f"{value:.0f}"
     return f"{value:.{digits - 1 - math.floor(math.log10(abs(value)))}f}"
+
+
+def duration(milliseconds: float) -> str:
+    """A time in the unit that suits it."""
+    if milliseconds < 0.1:
+        return f"{number(milliseconds * 1e3)} µs"
+    if milliseconds >= 1e4:
+        return f"{number(milliseconds / 1e3)} s"
+    return f"{number(milliseconds)} ms"
 
 
 def ceiling_share(rows: list[Row], row: Row) -> float | None:

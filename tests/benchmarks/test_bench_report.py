@@ -1,7 +1,8 @@
-"""The pages made from results: that the committed ones are, and what they say."""
+"""Tests of the pages made from results: the committed ones, and the text of others."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,26 +27,27 @@ def copied(tmp_path: Path) -> Path:
     """The committed pages and results in a folder of their own."""
     shutil.copytree(ROOT / "benchmarks/results", tmp_path / "benchmarks/results")
     shutil.copytree(ROOT / "benchmarks/plots", tmp_path / "benchmarks/plots")
-    for name in ("README.md", "benchmarks/README.md"):
+    for name in ("benchmarks/README.md", *report.FRONTS):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 
 def test_the_committed_pages_are_made_from_committed_results() -> None:
     assert report.stale(ROOT) == []
-    front = (ROOT / "README.md").read_text()
-    for path in report.newest(ROOT / "benchmarks/results"):
-        assert f"](benchmarks/results/{path.name})" in front
+    for front in report.FRONTS:
+        for path in report.newest(ROOT / "benchmarks/results"):
+            assert f"](benchmarks/results/{path.name})" in (ROOT / front).read_text()
 
 
-def test_a_figure_that_changed_makes_both_pages_stale(copied: Path) -> None:
+def test_a_figure_that_changed_makes_every_page_stale(copied: Path) -> None:
     assert report.stale(copied) == []
     path, held = next(iter(report.newest(copied / "benchmarks/results").items()))
     for changed in held.rows:
         if "median_ms" in changed:
             changed["median_ms"] *= 2 if changed["provider"].startswith("ppo_fast-cpu") else 1
     path.write_text(results.to_text(held))
-    assert report.stale(copied) == [copied / "benchmarks/README.md", copied / "README.md"]
+    pages_of = ("benchmarks/README.md", "README.md", "README.zh-CN.md")
+    assert report.stale(copied) == [copied / name for name in pages_of]
 
 
 def test_a_plot_that_no_page_shows_is_stale(copied: Path) -> None:
@@ -77,7 +79,7 @@ def test_losses_and_failures_are_on_the_page() -> None:
     assert "- torchrl: `red: returns: off by 3`" in text
     assert lines_with(text, "ppo_fast-cpu faster than tianshou", "0.250×", "≥ 3×", "SHORT")
     assert lines_with(text, "ppo_fast-cpu faster than loop", "not measured")
-    assert lines_with(readme.section(files), "| `gae`", "tianshou 0.250×", "5%")
+    assert lines_with(text, "| `gae`", "tianshou 0.250×", "5%")
 
 
 def test_the_parts_of_a_training_step_make_one_table() -> None:
@@ -95,7 +97,7 @@ def test_the_parts_of_a_training_step_make_one_table() -> None:
     assert "### One PPO update: some-model 8x16 cpu" in text
     assert lines_with(text, "| gae | 6.000 | 0.6% | 1.500 | 6.000 | 0.2% | 1.500 |")
     assert plots.planned(held.rows, "some") == []
-    assert "some-model 8x16 cpu takes 1000 ms with `ppo_fast-cpu`" in readme.section(files)
+    assert "some-model 8x16 cpu takes 1000 ms with `ppo_fast-cpu`" in text
 
 
 def test_a_gpu_file_makes_a_page_with_plots(copied: Path) -> None:
@@ -122,11 +124,10 @@ def test_a_gpu_file_makes_a_page_with_plots(copied: Path) -> None:
     assert lines_with(
         page, "cuda ppo_fast-triton", "600 µs", "≤ 640 µs", "met", "≤ 580 µs", "SHORT"
     )
-    assert "**NVIDIA H200**" in front
-    assert lines_with(
-        front, "| `token_logprobs` forward, qwen-r1 8192×151936, bf16, cuda", "21.3×"
-    )
-    assert "No figure measured on a GPU" not in front
+    assert lines_with(page, "| `token_logprobs` forward, qwen-r1 8192×151936, bf16, cuda", "21.3×")
+    assert "NVIDIA H200, 2 threads" in front
+    assert lines_with(front, "8,192 tokens, vocabulary of 151,936, bf16, GPU", "0.600 ms", "21.3×")
+    assert readme.ENGLISH.no_gpu not in front
     drawn = sorted((copied / "benchmarks/plots").glob("nvidia-h200-*.svg"))
     assert [path.name for path in drawn] == [
         "nvidia-h200-ceiling.svg",
@@ -135,6 +136,26 @@ def test_a_gpu_file_makes_a_page_with_plots(copied: Path) -> None:
     for path in drawn:
         assert f"](plots/{path.name})" in page
         assert ElementTree.fromstring(path.read_text()).tag.endswith("svg")
+
+
+def test_the_first_screen_has_four_figures_in_each_language() -> None:
+    files = report.newest(ROOT / "benchmarks/results")
+    sections = [readme.section(files, words) for words in report.FRONTS.values()]
+    for text in sections:
+        rows = lines_with(text, "| ", "×")
+        assert len(rows) == 4 and all("fp32" in row for row in rows)
+    figures = [re.findall(r"\d+(?:[.,]\d+)*", text) for text in sections]
+    assert figures[0] == figures[1]
+
+
+def test_a_figure_that_is_absent_leaves_its_row_out() -> None:
+    rows = [row(GAE, "ppo_fast-cpu", 2.0, run=0), row(GAE, "loop", 8.0, run=0)]
+    text = readme.section({Path("some-cpu-avx2-2026-01-02.json"): Results([FACTS], rows)})
+    assert len(lines_with(text, "| ", "×")) == 1
+    assert lines_with(text, "64 sequences of 4,096 tokens", "8.00 ms", "2.00 ms", "4.00×")
+    rows = [row(GAE, "ppo_fast-cpu", None, status="red", run=0), row(GAE, "loop", 8.0, run=0)]
+    text = readme.section({Path("some-cpu-avx2-2026-01-02.json"): Results([FACTS], rows)})
+    assert text == readme.ENGLISH.no_gpu
 
 
 def test_the_same_rows_draw_the_same_bytes() -> None:

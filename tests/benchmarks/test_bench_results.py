@@ -1,4 +1,4 @@
-"""Results files: what is merged, replaced, refused and compared."""
+"""Tests of results files: merging, replacing, refusing, comparing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.ops.gae import GAE
 from benchmarks.ops.ppo_loss import PPO_LOSS_BOTH
 from benchmarks.report import __main__ as report
 from benchmarks.report import results
-from benchmarks.report.compare import compare
+from benchmarks.report.diff import diff
 from benchmarks.report.judge import verdicts
 from benchmarks.report.results import Results
 
@@ -94,7 +94,7 @@ def test_results_and_pages_do_not_make_a_commit_dirty(
     assert machine.commit() == f"{head}-dirty"
 
 
-def test_compare_says_what_moved() -> None:
+def test_diff_says_what_moved() -> None:
     case, other = GAE, PPO_LOSS_BOTH
     before = Results(
         [FACTS],
@@ -116,7 +116,7 @@ def test_compare_says_what_moved() -> None:
             row(case, "tianshou", None, status="red", detail="off"),
         ],
     )
-    text = "\n".join(compare(before, after))
+    text = "\n".join(diff(before, after))
     (moved,) = lines_with(text, case.name, "ppo_fast-cpu")
     assert moved.split()[-4:] == ["1.000", "0.5000", "0.500", "moved"]
     (same,) = lines_with(text, case.name, "loop")

@@ -12,11 +12,11 @@ def _keyed(results: Results) -> dict[tuple[Case, str], Row]:
 
 
 def _apart(one: Row, other: Row) -> bool:
-    """Whether the spans between the 20th and the 80th percentile do not overlap."""
+    """True if the spans between the 20th and the 80th percentile do not overlap."""
     return one["p80_ms"] < other["p20_ms"] or other["p80_ms"] < one["p20_ms"]
 
 
-def compare(before: Results, after: Results) -> list[str]:
+def diff(before: Results, after: Results) -> list[str]:
     """Lines for a terminal: ratios of medians (below 1: faster now), `moved` where the spans are
     apart, then changes of status and the rows that only one file has.
     """
