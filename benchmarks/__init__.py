@@ -1,1 +1,1 @@
-"""The benchmark suite: every op beside its peers, `pytest benchmarks/ --benchmark-only`."""
+"""Benchmark suite, every op against its peers: `pytest benchmarks/ --benchmark-only`."""

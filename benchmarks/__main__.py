@@ -84,7 +84,7 @@ def _at(cases: list[Case], text: str) -> list[Case]:
 
 
 def _has(op: str, shape: Shape) -> bool:
-    """Whether the op's cases have as many dimensions, and that layout."""
+    """True if the op's cases have as many dimensions, and that layout."""
     alike = [c.shape for c in CASES if c.op == op]
     return len(shape.dims) == len(alike[0].dims) and shape.layout in {s.layout for s in alike}
 

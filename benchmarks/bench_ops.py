@@ -1,4 +1,4 @@
-"""Every op beside its peers: a row for each case and provider, timed by the replayed clock."""
+"""The one benchmark test: a row for each case and provider, replayed to pytest-benchmark."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def shapes_of(case: Case) -> Call:
 
 
 def rehearse(provider: Provider, case: Case, call: Call) -> str:
-    """What became of a provider: "ran", "bound", or why not."""
+    """Fate of a provider: "ran", "bound", or the reason why not."""
     reason = provider.missing()
     if reason is not None and "need a GPU" not in reason:  # nothing here does
         return f"skipped: {reason}"

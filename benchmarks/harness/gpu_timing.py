@@ -78,7 +78,7 @@ def _flush() -> Tensor:
 
 @functools.cache
 def _side_stream() -> torch.cuda.Stream:
-    """Where capturing happens."""
+    """Stream of the capture."""
     return torch.cuda.Stream()
 
 

@@ -1,4 +1,4 @@
-"""The facts of a machine: processor or GPU, driver, versions, commit; no host name."""
+"""Facts of a machine: processor or GPU, driver, versions, commit; no host name."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.measure import ROOT, THREADS
+ROOT = Path(__file__).resolve().parents[2]
+THREADS = min(2, os.cpu_count() or 1)  # of a CPU measurement
 
-# Whatever of these is installed: this library's ground, then its peers'.
+# Packages whose versions are recorded if installed: this library's own needs, then its peers.
 _PACKAGES = (
     "torch",
     "triton",
@@ -34,7 +35,7 @@ _PACKAGES = (
     "quack-kernels",
     "flash-attn",
 )
-# What a report writes: a difference there changes no measurement.
+# Files that a report writes: a difference there changes no measurement.
 _GENERATED = (
     "README.md",
     "README.zh-CN.md",

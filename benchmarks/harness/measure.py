@@ -11,7 +11,6 @@ import time as clock
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,14 +18,12 @@ import torch
 
 from benchmarks.harness import cpu_timing, gpu_timing, timing
 from benchmarks.harness.gate import Gate
+from benchmarks.harness.machine import THREADS
 from benchmarks.ops.case import Case
 from benchmarks.ops.registry import make_call
 from benchmarks.peers import Provider, providers_of
 from benchmarks.peers.base import Bound
 from ppo_fast.testing import Call
-
-ROOT = Path(__file__).resolve().parents[2]
-THREADS = min(2, os.cpu_count() or 1)
 
 # Called with each provider's name before it runs, so that a crash can be attributed to it.
 Announce = Callable[[str], None]
@@ -34,7 +31,7 @@ Announce = Callable[[str], None]
 
 @dataclass
 class Outcome:
-    """What one provider did: timed ("ok"), or why there is no time.
+    """Outcome of one provider: timed ("ok"), or the reason for no time.
 
     "skipped" is absent here, "red" disagrees with the reference, "error" raised, crashed or hung.
     `graph` says whether a GPU's samples are of a replayed graph; `moved` is a ceiling's bytes.
@@ -129,7 +126,7 @@ def _time(
 
 
 def _tried(case: Case, run: Callable[[], Any]) -> Any:
-    """What `run` gives, or the outcome that says how it failed."""
+    """Result of `run`, or the outcome that names its failure."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a peer's own

@@ -13,7 +13,7 @@ from benchmarks.peers import Provider, providers_of
 
 
 class Chosen:
-    """What this process collects: every case that has its device, unless `choose` was called."""
+    """Cases of this process: every one whose device is here, unless `choose` was called."""
 
     cases: tuple[Case, ...] = CASES
     peers: frozenset[str] | None = None

@@ -1,6 +1,6 @@
-"""Timing providers against each other: rounds interleaved, so that a swing hits them all.
+"""Interleaved timing of providers: each round has all of them, so a slow moment hits them all.
 
-How one sample is taken is the device's matter: `cpu_timing`, `gpu_timing`.
+One sample is taken by the device's module: `cpu_timing`, `gpu_timing`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cases measured in a process of their own, so that a crash or a hang costs one provider.
+"""Measurement of a case in a process of its own, so that a crash or hang costs one provider.
 
 A fault on a GPU ends every later call of its process, a kernel may never return, and some
 settings are read only when a process starts. The process lives on from case to case, since
@@ -20,7 +20,8 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.harness import gpu_timing
-from benchmarks.harness.measure import ROOT, Outcome, measure
+from benchmarks.harness.machine import ROOT
+from benchmarks.harness.measure import Outcome, measure
 from benchmarks.ops.case import Case
 
 Environment = tuple[tuple[str, str], ...]

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from benchmarks.conftest import Keep
-from benchmarks.harness.measure import THREADS, Outcome
+from benchmarks.harness.machine import THREADS
+from benchmarks.harness.measure import Outcome
 from benchmarks.harness.timing import CLOCK
 from benchmarks.loop.watch import watched
 from benchmarks.ops.case import Case, Shape

@@ -104,22 +104,22 @@ class Case:
 
     @property
     def is_call(self) -> bool:
-        """Whether it is the cost of calling that is measured."""
+        """True if the cost of a call is measured."""
         return self.direction in (CALL, CALL_GRAD)
 
     @property
     def grad(self) -> bool:
-        """Whether gradients are asked for (in a call: recorded, not taken)."""
+        """True if gradients are requested (in a call: recorded, not taken)."""
         return self.differentiates or self.direction == CALL_GRAD
 
     @property
     def differentiates(self) -> bool:
-        """Whether gradients are taken."""
+        """True if gradients are taken."""
         return self.direction in (BACKWARD, BOTH)
 
     @property
     def missing_env(self) -> dict[str, str]:
-        """What this process was not started with, although the case needs it."""
+        """Environment variables that the case needs and this process was not started with."""
         return {key: value for key, value in self.env if os.environ.get(key) != value}
 
     def to_json(self) -> dict[str, Any]:

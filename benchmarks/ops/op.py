@@ -30,7 +30,7 @@ class Cost(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """What a provider must reach on a case, and what it aims at.
+    """Figure that a provider must reach on a case, and the one it aims at.
 
     `against` names the peer: at least `must` times faster than it (`faster`), or at most
     `must` times as long. Without `against` the figures are microseconds a call. With `memory`

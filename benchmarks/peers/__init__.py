@@ -1,4 +1,4 @@
-"""The contestants: this library's backends, PyTorch, its ceilings, and the peers' packages.
+"""Providers: this library's backends, PyTorch, ceilings, and the peers' packages.
 
 Every module knows what its package offers for a case; each provider is imported when it is bound.
 """
@@ -25,5 +25,5 @@ _MODULES = (ours, pytorch, trl, verl, torchrl, tianshou, scans, liger, cross_ent
 
 
 def providers_of(case: Case) -> tuple[Provider, ...]:
-    """Who takes part in a case, absent ones too: they say why."""
+    """Providers of a case; an absent one carries its reason."""
     return tuple(provider for module in _MODULES for provider in module.of(case))

@@ -1,4 +1,4 @@
-"""A contestant (`Provider`), and one bound to a call's inputs (`Bound`)."""
+"""`Provider`, one implementation of an op, and `Bound`, a provider with a call's inputs."""
 
 from __future__ import annotations
 

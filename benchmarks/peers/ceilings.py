@@ -1,4 +1,4 @@
-"""The ceilings, which no op can be faster than: pure traffic, and the bare products of a head."""
+"""Ceilings, the lower bounds of an op's time: its memory traffic, or the products of a head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross-entropy kernels that trainers turn round: flash-attn's, quack's, cut-cross-entropy's."""
+"""Cross-entropy kernels that trainers negate: flash-attn's, quack's, cut-cross-entropy's."""
 
 from __future__ import annotations
 

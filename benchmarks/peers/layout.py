@@ -1,4 +1,4 @@
-"""A `gae` call's inputs as peers take them: rows of one sequence each, or one flat batch."""
+"""Layouts of a `gae` call's inputs for the peers: one sequence a row, or one flat batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.peers.base import Named
 from ppo_fast.testing import Call
 
 
-class Rows:
+class SequenceRows:
     """Rewards and values `(B, T)`: as they are, a view of time-major ones, packed ones padded.
 
     Padding with zeros after a sequence's end leaves what comes before it as it is.
@@ -41,7 +41,7 @@ class Rows:
         return lambda out: {k: self.back(x) for k, x in zip(names, out, strict=True)}
 
     def last(self) -> Tensor:
-        """Whether a step is the last of its sequence, and of the padding after it."""
+        """Flags of the last step of a sequence, and of the padding after it."""
         after = torch.zeros_like(self.exists)
         after[:, :-1] = self.exists[:, 1:]
         return after == 0
@@ -51,11 +51,11 @@ class Rows:
         return torch.cat([self.values[:, 1:], torch.zeros_like(self.values[:, :1])], 1)
 
 
-class Flat(Rows):
+class Flat(SequenceRows):
     """Every sequence after the other in one row `(1, N)`, with the ends flagged."""
 
     def __init__(self, call: Call) -> None:
-        self._apart = Rows(call)
+        self._apart = SequenceRows(call)
         self._keep = self._apart.exists != 0
         self.rewards, self.values, self.exists = (
             self._joined(x) for x in (self._apart.rewards, self._apart.values, self._apart.exists)

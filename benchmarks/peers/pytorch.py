@@ -22,7 +22,7 @@ from benchmarks.peers.base import (
     single,
     timed,
 )
-from benchmarks.peers.layout import Rows
+from benchmarks.peers.layout import SequenceRows
 from ppo_fast.testing import Call
 
 # About six launches a step: beyond this many a call takes seconds on a GPU.
@@ -126,7 +126,7 @@ def _function(case: Case, name: str, compiled: bool = False) -> Provider:
 
 
 def _gae_loop(case: Case, call: Call) -> Bound:
-    rows, (gamma, lam) = Rows(call), (call.options[k] for k in ("gamma", "lam"))
+    rows, (gamma, lam) = SequenceRows(call), (call.options[k] for k in ("gamma", "lam"))
     return Bound(
         lambda: eager.gae_loop(rows.rewards, rows.values, gamma=gamma, lam=lam),
         rows.named("advantages", "returns"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.ops.case import Case
 from benchmarks.peers.base import Bound, Provider, needs
-from benchmarks.peers.layout import Rows
+from benchmarks.peers.layout import SequenceRows
 from ppo_fast.testing import Call
 
 _OPENRLHF = "openrlhf.trainer.ppo_utils.experience_maker"
@@ -30,7 +30,7 @@ def of(case: Case) -> Iterator[Provider]:
 def _rl_triton(case: Case, call: Call) -> Bound:
     from rl_triton import compute_gae
 
-    rows, (gamma, lam) = Rows(call), (call.options[k] for k in ("gamma", "lam"))
+    rows, (gamma, lam) = SequenceRows(call), (call.options[k] for k in ("gamma", "lam"))
     ends = rows.last().float()
 
     def run() -> Tensor:
@@ -42,7 +42,7 @@ def _rl_triton(case: Case, call: Call) -> Bound:
 def _slime(case: Case, call: Call) -> Bound:
     from slime.utils.ppo_utils import chunked_gae
 
-    rows, (gamma, lam) = Rows(call), (call.options[k] for k in ("gamma", "lam"))
+    rows, (gamma, lam) = SequenceRows(call), (call.options[k] for k in ("gamma", "lam"))
     return Bound(
         lambda: chunked_gae(rows.rewards, rows.values, gamma, lam),
         rows.named("advantages", "returns"),
@@ -54,7 +54,7 @@ def _openrlhf(case: Case, call: Call) -> Bound:
 
     # The method reads nothing of its object.
     function = RemoteExperienceMaker.get_advantages_and_returns
-    rows, (gamma, lam) = Rows(call), (call.options[k] for k in ("gamma", "lam"))
+    rows, (gamma, lam) = SequenceRows(call), (call.options[k] for k in ("gamma", "lam"))
     return Bound(
         lambda: function(None, rows.values, rows.rewards, rows.exists, gamma, lam),
         rows.named("advantages", "returns"),

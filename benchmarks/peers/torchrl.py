@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.ops.case import Case
 from benchmarks.peers.base import Bound, Named, Provider, needs
-from benchmarks.peers.layout import Flat, Rows
+from benchmarks.peers.layout import Flat, SequenceRows
 from ppo_fast.testing import Call
 
 _MISSING = needs("torchrl.objectives.value", "torchrl==0.14.1")
@@ -41,17 +41,17 @@ def _vectorised(case: Case, call: Call) -> Bound:
     from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
     # Padding, flagged as ended, would be as many trajectories of one step.
-    rows = Flat(call) if "cu_seqlens" in call.tensors else Rows(call)
+    rows = Flat(call) if "cu_seqlens" in call.tensors else SequenceRows(call)
     return _bind(call, rows, vec_generalized_advantage_estimate)
 
 
 def _loop(case: Case, call: Call) -> Bound:
     from torchrl.objectives.value.functional import generalized_advantage_estimate
 
-    return _bind(call, Rows(call), generalized_advantage_estimate)
+    return _bind(call, SequenceRows(call), generalized_advantage_estimate)
 
 
-def _bind(call: Call, rows: Rows, function: Any) -> Bound:
+def _bind(call: Call, rows: SequenceRows, function: Any) -> Bound:
     rewards, values, after, done = (
         x.unsqueeze(-1) for x in (rows.rewards, rows.values, rows.next_values(), rows.last())
     )

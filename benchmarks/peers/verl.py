@@ -19,7 +19,7 @@ from benchmarks.peers.base import (
     pair,
     timed,
 )
-from benchmarks.peers.layout import Rows
+from benchmarks.peers.layout import SequenceRows
 from ppo_fast.testing import Call
 
 # A peer is measured as it is, not with the plugin that ppo_fast installs into it.
@@ -30,7 +30,7 @@ _MOST_STEPS = 16384
 
 
 def of(case: Case) -> Iterator[Provider]:
-    """What its workers call for the op."""
+    """The function that verl's workers call for the op."""
     if case.is_call:
         return
     bind, module, computes = _OPS.get(case.op, (None, "", ""))
@@ -134,7 +134,7 @@ def _value_loss(case: Case, call: Call) -> Bound:
 def _gae(case: Case, call: Call) -> Bound:
     from verl.trainer.ppo.core_algos import compute_gae_advantage_return
 
-    rows, (gamma, lam) = Rows(call), (call.options[k] for k in ("gamma", "lam"))
+    rows, (gamma, lam) = SequenceRows(call), (call.options[k] for k in ("gamma", "lam"))
 
     def run() -> Tensor:
         mask = rows.exists

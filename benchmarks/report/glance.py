@@ -1,4 +1,4 @@
-"""The section "At a glance" of benchmarks/README.md: every case with a goal, in one table."""
+"""Section "At a glance" of benchmarks/README.md: every case with a goal, in one table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The goals beside what was measured."""
+"""Verdicts on the goals."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def goals_of(results: Results) -> list[Verdict]:
 
 
 def tally(found: list[Verdict]) -> list[str]:
-    """How many goals are met, and a line for each that is short."""
+    """Counts of the goals that are met, and a line for each that is missed."""
     musts = [verdict for verdict in found if verdict.goal.must is not None]
     aims = [verdict.aim_met for verdict in found if verdict.aim_met is not None]
     short = [verdict for verdict in musts if verdict.must_met is False]

@@ -28,7 +28,7 @@ _CASE = tuple(field.name for field in fields(Case))
 
 
 class Results(NamedTuple):
-    """What a file holds; `row["run"]` is the index of the run that measured it."""
+    """Contents of a file; `row["run"]` is the index of the run that measured the row."""
 
     runs: list[dict[str, Any]]
     rows: list[Row]
@@ -60,7 +60,7 @@ def make_rows(case: Case, outcomes: dict[str, Outcome]) -> list[Row]:
 
 
 def timing_fields(outcome: Outcome) -> Row:
-    """What the samples of a timed outcome say."""
+    """Statistics of a timed outcome's samples."""
     row: Row = {
         "median_ms": _short(median(outcome.samples) * 1e3),
         "p20_ms": _short(percentile(outcome.samples, 0.2) * 1e3),

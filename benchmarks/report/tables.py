@@ -24,7 +24,7 @@ def timed(rows: list[Row]) -> dict[str, Row]:
 
 
 def fused(provider: str) -> bool:
-    """Whether it is one of this library's backends, the reference aside."""
+    """True for this library's backends except the reference."""
     return provider.startswith("ppo_fast-") and provider != "ppo_fast-reference"
 
 
@@ -183,7 +183,7 @@ def figure(goal: Goal, value: float | None) -> str:
 
 
 def bound(goal: Goal, value: float | None) -> str:
-    """What must hold of the measured value."""
+    """Bound on the measured value."""
     return "-" if value is None else f"{'≥' if goal.faster else '≤'} {value:g}{_unit(goal)}"
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong when a trainer is patched: an error each."""
+"""Errors of patching a trainer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class WrongVersionError(IntegrationError):
 
 
 class UnknownSourceError(IntegrationError):
-    """The trainer's code is not what its version says: a name or a statement is not there."""
+    """The trainer's code differs from its version's: a name or a statement is missing."""
 
 
 class ForeignPatchError(IntegrationError):
-    """Another library has replaced what was to be patched, or what had been."""
+    """Another library has replaced a function that was to be patched, or was patched."""
 
 
 class AlreadyPatchedError(IntegrationError):
@@ -36,7 +36,7 @@ class NeverReachedError(IntegrationError):
 
 
 class MismatchError(IntegrationError):
-    """The first call gave something else than the trainer's own code."""
+    """The first call gave a result other than the trainer's own code."""
 
 
 class Uncovered(Exception):  # noqa: N818

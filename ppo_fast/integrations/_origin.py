@@ -1,4 +1,4 @@
-"""Whose a function is: the trainer's own, or another library's patch."""
+"""Origin of a function: the trainer's own, or another library's patch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def file_of(value: Any) -> str:
 
 
 def check_own(name: str, package: str, place: str, value: Any) -> None:
-    """The function is the trainer's own, in no wrapper but torch's, or ForeignPatchError."""
+    """Raise ForeignPatchError unless the function is the trainer's, wrapped at most by torch."""
     root = Path(str(sys.modules[package].__file__)).parent
     torch_root = Path(str(sys.modules["torch"].__file__)).parent
     chain = [value]

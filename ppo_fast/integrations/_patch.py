@@ -1,8 +1,8 @@
-"""Patching a trainer: which version, what, where, how often it was called, and back again.
+"""Reversible patches of a trainer: version check, replacement, call counts, restoration.
 
-A `Swap` names one function of the trainer and what takes its place. An `Integration` applies all
-swaps or none. A replaced function is found by identity in every loaded module of the trainer, so
-names imported from elsewhere and registries are patched as well, and put back as well.
+A `Swap` names one function of the trainer and its replacement. An `Integration` applies all swaps
+or none. A replaced function is found by identity in every loaded module of the trainer, so that
+names imported from elsewhere and registries are patched, and restored, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ppo_fast.integrations._compare import first_call
 from ppo_fast.integrations._errors import (
     AlreadyPatchedError,
     ForeignPatchError,
@@ -30,8 +29,9 @@ from ppo_fast.integrations._errors import (
     UnknownSourceError,
     WrongVersionError,
 )
+from ppo_fast.integrations._extract import Block, extract
+from ppo_fast.integrations._first_call import first_call
 from ppo_fast.integrations._origin import check_own, file_of
-from ppo_fast.integrations._outline import Block, outline
 
 Arguments = dict[str, Any]
 
@@ -48,7 +48,7 @@ class Change(NamedTuple):
 
 @dataclass
 class Calls:
-    """How often an op ran on ppo_fast, and how often an option left it to the trainer."""
+    """Calls of an op that ran on ppo_fast, and calls that an option left to the trainer."""
 
     fused: int = 0
     left: int = 0
@@ -65,8 +65,9 @@ class Swap:
             does not map.
         block: the statements inside the function that are replaced, rather than all of it;
             `fused` then takes the names they read and gives a dict of those they set.
-        view: what of (arguments, result) is compared on the first call; by default the result.
-        sample: cuts the arguments of that comparison short.
+        view: the part of (arguments, result) that is compared on the first call; by default the
+            result.
+        sample: shortens the arguments of that comparison.
     """
 
     op: str
@@ -144,7 +145,7 @@ class Integration:
     def patched(self, ops: tuple[str, ...] | None = None) -> Iterator[dict[str, Calls]]:
         """`apply(ops)` around a block, `revert()` after it; gives the calls as they count up.
 
-        Where the block raises, everything is put back and that error is what is raised.
+        If the block raises, everything is put back and the block's error is raised.
         """
         self.apply(ops)
         try:
@@ -175,7 +176,7 @@ class Integration:
         return calls
 
     def find(self, place: str) -> tuple[Any, str]:
-        """What holds a place, and its name there, in the version that this is written for."""
+        """Holder and name of a place, in the version that this is written for."""
         self._check_version()
         return self._find(place)
 
@@ -193,7 +194,7 @@ class Integration:
     def _plan(self, swaps: list[Swap], calls: dict[str, Calls]) -> list[Change]:
         """Every change; nothing is changed yet."""
         planned = []
-        # All first: what is imported for one may take the function of another by name.
+        # All imports first: one module may import another's function by name.
         places = {swap.place: self._find(swap.place) for swap in swaps}
         for place, (holder, key) in places.items():
             here = [swap for swap in swaps if swap.place == place]
@@ -232,17 +233,17 @@ class Integration:
     def _rebuilt(self, original: Any, swaps: list[Swap], calls: dict[str, Calls]) -> Any:
         """The function around its replaced blocks."""
         blocks = {swap.op: swap.block for swap in swaps if swap.block is not None}
-        outlined, build = outline(original, blocks)
-        new = build({s.op: self._counted(s, outlined[s.op].original, calls[s.op]) for s in swaps})
+        extracted, build = extract(original, blocks)
+        new = build({s.op: self._counted(s, extracted[s.op].original, calls[s.op]) for s in swaps})
         # A static method is decorated again already, by its own source.
         return functools.wraps(original)(getattr(new, "__func__", new))
 
     def _counted(self, swap: Swap, original: Any, calls: Calls) -> Any:
         """The replacement: counts, compares its first call, leaves what is not covered."""
-        # A block is given names alone, in no order; elsewhere the order is the original's.
+        # A block gets keyword arguments alone; otherwise the order is the original's.
         signature = None if swap.block else inspect.signature(swap.fused)
         name = f"{self.name}: {swap.op}"
-        told: set[str] = set()
+        warned: set[str] = set()
         compared = False
 
         def using(function: Any) -> Callable[[Arguments], Any]:
@@ -267,8 +268,8 @@ class Integration:
                 result = swap.fused(*args, **kwargs)
             except Uncovered as reason:
                 calls.left += 1
-                if str(reason) not in told:
-                    told.add(str(reason))
+                if str(reason) not in warned:
+                    warned.add(str(reason))
                     warnings.warn(
                         f"{name} is left to {self.package}: {reason}", RuntimeWarning, stacklevel=2
                     )
@@ -290,7 +291,7 @@ def _get(holder: Any, key: Any) -> Any:
 
 
 def _held(holder: Any, key: Any) -> Any:
-    """As it stands there: a static method is not yet its function."""
+    """The attribute as stored: a static method, not the function inside."""
     return (holder if isinstance(holder, dict) else vars(holder)).get(key)
 
 

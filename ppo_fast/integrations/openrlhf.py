@@ -13,8 +13,8 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast import compat
-from ppo_fast.integrations._compare import first_tokens
 from ppo_fast.integrations._errors import Uncovered
+from ppo_fast.integrations._first_call import first_tokens
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
 
 _LOSS = "openrlhf.models.loss"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.integrations._compare import first_call
+from ppo_fast.integrations._first_call import first_call
 from ppo_fast.integrations._patch import Integration, Swap
 
 Array = np.ndarray[Any, Any]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.integrations._outline import Block
+from ppo_fast.integrations._extract import Block
 from ppo_fast.integrations._patch import Integration, Swap
 
 Array = np.ndarray[Any, Any]

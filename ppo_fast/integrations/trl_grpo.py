@@ -14,9 +14,9 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast import compat
-from ppo_fast.integrations._compare import first_of_head, first_tokens
 from ppo_fast.integrations._errors import Uncovered
-from ppo_fast.integrations._outline import Block
+from ppo_fast.integrations._extract import Block
+from ppo_fast.integrations._first_call import first_of_head, first_tokens
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
 
 _OUTPUTS = {"log_probs", "entropy"}
@@ -215,7 +215,7 @@ def _for_metrics(
 
 
 def _compared(arguments: Arguments, result: dict[str, Any]) -> dict[str, Any]:
-    """What the trainer goes on with; a ratio and a KL of padding are metrics of nothing."""
+    """The names that the trainer uses afterwards; ratio and KL of padding are left out."""
     keep = arguments["mask"]
     per_token = {k: result.get(k) for k in ("coef_1", "per_token_kl")}
     masked = {k: (x * keep).detach() for k, x in per_token.items() if x is not None}

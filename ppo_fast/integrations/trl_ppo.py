@@ -14,13 +14,13 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast import compat
-from ppo_fast.integrations._compare import first_rows, first_tokens
 from ppo_fast.integrations._errors import Uncovered
-from ppo_fast.integrations._outline import Block
+from ppo_fast.integrations._extract import Block
+from ppo_fast.integrations._first_call import first_rows, first_tokens
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
 
 _TRAIN = "trl.experimental.ppo.ppo_trainer:PPOTrainer.train"
-# The entropy of the logits that were scored last, until `train` asks for it.
+# Entropy of the logits that were scored last, kept until `train` asks for it.
 _scored: tuple[weakref.ref[Tensor], Tensor] | None = None
 
 
@@ -34,7 +34,7 @@ def _logprobs(logits: Tensor, index: Tensor) -> Tensor:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """From the read that scored these logits, or from one of its own."""
+    """Entropy from the pass that scored these logits, or from a new pass."""
     if _scored is not None and _scored[0]() is logits:
         return _scored[1]
     with torch.no_grad():
@@ -97,7 +97,7 @@ def _policy_loss(
     }
 
 
-_TOLD = {
+_RESULTS = {
     "value_loss": ("vf_loss", "vf_clipfrac"),
     "policy_loss": ("pg_loss", "pg_clipfrac", "approxkl", "ratio", "entropy"),
     "gae": ("advantages", "returns"),
@@ -105,10 +105,10 @@ _TOLD = {
 
 
 def _used(op: str) -> Any:
-    """What `train` uses of a block's names: the ratio by its mean, a gradient of the losses."""
+    """View of the names that `train` uses: the ratio's mean; of the losses, the gradient too."""
 
     def view(_: Arguments, result: dict[str, Any]) -> dict[str, Any]:
-        used = {name: result[name] for name in _TOLD[op]}
+        used = {name: result[name] for name in _RESULTS[op]}
         used |= {k: x.mean() for k, x in used.items() if k == "ratio"}
         return {k: x if k.endswith("_loss") else x.detach() for k, x in used.items()}
 

@@ -1,8 +1,9 @@
-"""Importing this patches verl: what the entry point `verl.plugins` and the environment variable
-`VERL_USE_EXTERNAL_MODULES=ppo_fast.integrations.verl_plugin` load in every process of a run.
+"""Module that patches verl when it is imported, in every process of a run.
 
-verl skips an entry point that raises without a word: what is wrong is therefore said on standard
-error as well as raised. `VERL_USE_EXTERNAL_PLUGINS=none` keeps the entry point out.
+The entry point `verl.plugins` loads it, as does the environment variable
+`VERL_USE_EXTERNAL_MODULES=ppo_fast.integrations.verl_plugin`. verl skips an entry point that
+raises without a word, so an error is written to standard error as well as raised.
+`VERL_USE_EXTERNAL_PLUGINS=none` keeps the entry point out.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The benchmark's cases and contestants: named, scaled by name, gated, or absent with a reason."""
+"""Tests of the benchmark's cases and providers: names, scaling, the gate, reasons for absence."""
 
 from __future__ import annotations
 

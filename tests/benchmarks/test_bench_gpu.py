@@ -1,4 +1,4 @@
-"""How the benchmark suite measures on a GPU, told without one, and the dry run of its page."""
+"""GPU measurement of the benchmark suite, tested without a GPU, and the dry run."""
 
 from __future__ import annotations
 

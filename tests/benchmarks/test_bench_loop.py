@@ -1,4 +1,4 @@
-"""What each op takes of a step: forward and backward, nothing else, nothing changed."""
+"""Each op's share of a training step: forward and backward, nothing else, nothing changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the benchmark suite measures: what is timed in which order, and what becomes of failures."""
+"""Method of the benchmark suite: order of timing, and handling of failures."""
 
 from __future__ import annotations
 

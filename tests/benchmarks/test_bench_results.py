@@ -35,7 +35,7 @@ def test_another_format_is_refused_by_name(
 
 
 def test_cases_merge_and_each_row_keeps_its_run(tmp_path: Path) -> None:
-    """What is measured again replaces its case whole; a run without rows is forgotten."""
+    """A case measured again replaces the former one whole; a run without rows is dropped."""
     later, last = FACTS | {"commit": "bbbbbbbbbbbb"}, FACTS | {"commit": "cccccccccccc"}
     results.save(tmp_path, [row(GAE, "loop", 9.0), row(GAE, "copy", 1.0)], FACTS)
     results.save(tmp_path, [row(PPO_LOSS_BOTH, "eager", 3.0)], later)

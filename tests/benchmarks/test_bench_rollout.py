@@ -1,4 +1,4 @@
-"""The rollout benchmark counts what is kept, and refuses to time what is wrong."""
+"""Tests of the rollout benchmark: its count of tokens, and its refusal to time wrong results."""
 
 from __future__ import annotations
 

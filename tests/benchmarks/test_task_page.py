@@ -1,4 +1,4 @@
-"""The page on tasks says what the committed curves say."""
+"""Tests of docs/tasks.md: its table is that of the committed curves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows and facts as a benchmark run leaves them."""
+"""Rows and facts of a benchmark run, made by hand."""
 
 from __future__ import annotations
 

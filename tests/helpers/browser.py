@@ -48,7 +48,7 @@ class Browser:
         self._call("POST", "/url", {"url": page.resolve().as_uri()})
 
     def run(self, script: str) -> Any:
-        """What a script returns, run in the page."""
+        """Return value of a script that runs in the page."""
         return self._call("POST", "/execute/sync", {"script": script, "args": []})
 
     def point_at(self, x: int, y: int) -> None:
@@ -62,7 +62,7 @@ class Browser:
         return base64.b64decode(self._call("GET", "/screenshot"))
 
     def console(self) -> list[str]:
-        """What the page's console got since the last call, errors of the policy included."""
+        """Console messages since the last call, errors of the security policy included."""
         return [entry["message"] for entry in self._call("POST", "/se/log", {"type": "browser"})]
 
     def requests(self) -> list[str]:

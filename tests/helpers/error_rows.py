@@ -1,4 +1,4 @@
-"""Bad input as data: an op, what is changed of a good call, the error and what its text says."""
+"""Bad input as data: an op, the change to a good call, the error, and the text of its message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other packages' own advantage code, and how near to it ppo_fast must come.
+"""Other packages' own advantage code, and the distance from it that ppo_fast may have.
 
 verl, OpenRLHF and TRL import Ray, DeepSpeed, datasets and more before a single formula can be
 called. So their functions are taken by name out of the installed files and run as they stand

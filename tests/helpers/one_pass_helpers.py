@@ -1,4 +1,4 @@
-"""A one-pass logits_ppo_loss beside the three ops that it stands for."""
+"""Comparison of a one-pass logits_ppo_loss with the three ops that it replaces."""
 
 from __future__ import annotations
 

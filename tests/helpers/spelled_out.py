@@ -1,6 +1,6 @@
-"""The ops once more, in scalar Python floats and from other sources than the reference.
+"""Independent spelling of the ops, in scalar Python floats and from other sources.
 
-Nothing here is shared with ppo_fast.reference: an error in the law would show as a difference.
+No code is shared with ppo_fast.reference, so an error in the reference shows as a difference.
 """
 
 from __future__ import annotations

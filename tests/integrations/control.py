@@ -1,4 +1,4 @@
-"""What the control libraries' tests share: a run patched against a run as it is."""
+"""Helpers of the control libraries' tests: a patched run against an unpatched one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports of OpenRLHF that take a GPU to import, and that nothing here calls."""
+"""Stand-ins for OpenRLHF's imports that need a GPU and that no test calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lines that docs/integrations/cleanrl.md gives, beside CleanRL's own statements."""
+"""Tests of the lines on docs/integrations/cleanrl.md against CleanRL's own statements."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ppo_fast import Moments, Stats, compat, testing
 
 
 class Framework(NamedTuple):
-    """How to make an array of NumPy's and to ask where its memory is."""
+    """A framework: array from NumPy's, address of an array's memory, array type."""
 
     make: Callable[[np.ndarray], Any]
     address: Callable[[Any], int]

@@ -1,4 +1,4 @@
-"""What goes wrong with the control libraries' swap-ins: each error, and nothing left patched."""
+"""Errors of the control libraries' swap-ins: each one, and nothing left patched."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def swap(request: pytest.FixtureRequest) -> types.ModuleType:
 
 
 def state(swap: types.ModuleType) -> list[Any]:
-    """What stands at every place, as it stands there."""
+    """The object stored at every patched place."""
     found = []
     for one in swap.integration.swaps:
         module, _, path = one.place.partition(":")

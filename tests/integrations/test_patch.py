@@ -1,4 +1,4 @@
-"""The machinery itself, on a package made here: what is patched, counted, compared, put back."""
+"""Tests of patching on a package made here: replacing, counting, comparing, restoring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppo_fast import integrations
 from ppo_fast.integrations._errors import Uncovered
-from ppo_fast.integrations._outline import Block
+from ppo_fast.integrations._extract import Block
 from ppo_fast.integrations._patch import Calls, Integration, Swap
 
 SOURCES = {
@@ -147,7 +147,7 @@ def used(_: Any, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_statements_inside_a_function_are_replaced(toy: SimpleNamespace) -> None:
-    """What they set is handed back, and what only a `del` names may be left out."""
+    """Names that they set are handed back; those that only a `del` names may be left out."""
 
     def block(x: Tensor, self: Any) -> dict[str, Any]:
         found = squares(x)

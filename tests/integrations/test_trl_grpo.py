@@ -209,7 +209,7 @@ def test_the_head(head: str) -> None:
 
 
 def test_logits_on_request() -> None:
-    """What TRL's experimental trainers call by name."""
+    """The functions that TRL's experimental trainers call by name."""
     torch.manual_seed(0)
     logits, index = torch.randn(3, 5, 11), torch.randint(11, (3, 5))
     mask = torch.tensor([1, 0, 1, 1, 0]).expand(3, 5)

@@ -38,7 +38,7 @@ def python(code: str, *paths: Path, **env: str) -> subprocess.CompletedProcess[s
 
 
 def entry_point(folder: Path, module: str) -> Path:
-    """What installing a package with this entry point leaves."""
+    """Metadata of an installed package with this entry point."""
     info = folder / "some_plugin-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-plugin\nVersion: 1.0\n")

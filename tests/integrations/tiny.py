@@ -1,4 +1,4 @@
-"""Models and tokenizers built here, and what a run of a trainer is compared by."""
+"""Small models and tokenizers, and the comparison of two runs of a trainer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS, LENGTH = 64, 64
 
 
 class Run(NamedTuple):
-    """What a training run logged, and the weights it ended with."""
+    """Log of a training run, and its final weights."""
 
     metrics: list[dict[str, float]]
     weights: dict[str, Tensor]

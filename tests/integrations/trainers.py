@@ -1,4 +1,4 @@
-"""Which trainer a file of tests needs; `make test-trainers` has each in an environment."""
+"""Trainer that a file of tests needs; `make test-trainers` has each in an environment."""
 
 from __future__ import annotations
 

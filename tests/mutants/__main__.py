@@ -1,4 +1,4 @@
-"""Plants the mistakes of mutant_list.py, one at a time, and sees whether the tests notice.
+"""Mutation check: plants the mistakes of mutant_list.py one at a time and runs their tests.
 
     python tests/mutants [GROUP ...] [words of a mutant's name]
 
@@ -97,7 +97,7 @@ class Copy:
         return first[1] if first else None
 
     def outcome(self, mutant: Mutant, compiled: bool) -> str:
-        """What the tests say of it: "killed by ...", or why it is not."""
+        """Verdict of the tests: "killed by ...", or the reason why not."""
         try:
             name = self.failing(mutant, compiled)
         except RuntimeError as error:

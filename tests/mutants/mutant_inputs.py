@@ -1,4 +1,4 @@
-"""Seeded mistakes in what rewards, prompts, stored rows and foreign arrays are checked for."""
+"""Seeded mistakes in the checks of rewards, prompts, stored rows and foreign arrays."""
 
 from __future__ import annotations
 

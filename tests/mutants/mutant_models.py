@@ -1,4 +1,4 @@
-"""Seeded mistakes in what the loop assumes of a model."""
+"""Seeded mistakes in the loop's assumptions about a model."""
 
 from __future__ import annotations
 

@@ -21,9 +21,11 @@ SHARED = "blocks of this page share their variables"
 @pytest.mark.parametrize("path", pages.paths(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_blocks_run(path: Path) -> None:
     """Each block alone, or one after the other where the page says that they share variables."""
-    scope: dict[str, Any] = {}
-    for block in pages.blocks(path):
-        if SHARED not in path.read_text(encoding="utf-8"):
+    text, scope = path.read_text(encoding="utf-8"), {}
+    found = pages.blocks(path)
+    assert text.count("```python") == len(found)
+    for block in found:
+        if SHARED not in text:
             scope = {}
         if not block.needs:
             exec(compile(block.code, str(path), "exec"), scope)

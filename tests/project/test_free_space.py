@@ -1,4 +1,4 @@
-"""The checks' own room: free space is looked at first, and CI has one environment at a time."""
+"""Tests of the checks' disk space: looked at first, with one trainer's environment at a time."""
 
 from __future__ import annotations
 

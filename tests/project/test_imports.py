@@ -1,4 +1,4 @@
-"""Imports point down, heavy ones are lazy, files and functions stay short."""
+"""Tests of the layers and of size: imports point down, heavy ones are lazy, files stay short."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
 def test_what_is_missing_costs_its_own_backend_alone(
     hidden: str, backend: str, lost: bool
 ) -> None:
-    """What is left computes, the backend itself unless it is lost; a lost one says why."""
+    """The backend computes unless it is the lost one, which says why; the others compute."""
     code = HIDE.format(hidden=hidden) + (
         "import torch, ppo_fast; x = torch.ones(2, 3); reason = ppo_fast.backends()[sys.argv[1]];"
         "left = 'reference' if reason else sys.argv[1];"

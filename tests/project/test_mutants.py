@@ -1,4 +1,4 @@
-"""The mutation check's list: every mistake can still be planted, and names tests that exist."""
+"""Tests of the mutants' list: every mistake can be planted, and names tests that exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a wheel and an sdist hold, with torch at hand and without."""
+"""Contents of a wheel and an sdist, built with torch at hand and without."""
 
 from __future__ import annotations
 

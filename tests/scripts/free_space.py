@@ -1,4 +1,4 @@
-"""Free space on a disk, looked at before something large is put there.
+"""Check of a disk's free space before something large is written.
 
     python tests/scripts/free_space.py GIB PATH [GIB PATH ...]
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def shortage(gib: float, path: Path) -> str:
-    """What the disk lacks that `path` lies on, which need not be there yet; "" for nothing."""
+    """Shortage of the disk of `path`, which need not exist yet; "" for none."""
     place = path.absolute()
     while not place.exists():
         place = place.parent

@@ -1,4 +1,4 @@
-"""Kill a run with SIGKILL at random moments, resume it, and compare its end with an unbroken one.
+"""Kill-and-resume check: SIGKILL at random moments, resume, compare with an unbroken run.
 
     PYTHONPATH=tests/helpers python tests/scripts/kill_resume.py --kills 50 --seed 0
 
@@ -65,7 +65,7 @@ def warm_up(folder: Path) -> None:
 
 
 def where(out: Path) -> str:
-    """What the kill hit, from what it left."""
+    """Stage that the kill hit, judged by the files left."""
     folder = out / "checkpoints"
     if (folder / "partial").exists():
         return "in a save"

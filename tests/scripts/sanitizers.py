@@ -1,4 +1,4 @@
-"""Build a copy of this checkout with a sanitizer, and run the ops' tests or a fuzzer in it.
+"""Sanitizer builds of this checkout, and the ops' tests or a fuzzer run in them.
 
 `python tests/scripts/sanitizers.py address|thread [pytest arguments]`, or `fuzz MINUTES`; see
 `make sanitize` and `make fuzz`. It wants clang, and g++ for `thread`. The copies are
@@ -53,7 +53,7 @@ OPS = (
 
 
 class Build(NamedTuple):
-    """What compiles, its -fsanitize, the runtime that is preloaded, the run's environment."""
+    """Compiler, its -fsanitize, the preloaded runtime, the run's environment."""
 
     compiler: str
     sanitize: str

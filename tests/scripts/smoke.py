@@ -1,4 +1,4 @@
-"""Tries an installed ppo_fast, wherever it is: `python tests/scripts/smoke.py [backend ...]`.
+"""Smoke test of an installed ppo_fast: `python tests/scripts/smoke.py [backend ...]`.
 
 Every op, forward and backward, on the given backends or on all that run here, within the error
 budget of the fp64 reference. Needs nothing but torch and ppo_fast, and fails on the first
@@ -24,7 +24,7 @@ from ppo_fast.testing import FACTORIES, HEADS, assert_agrees
 
 
 def versions() -> str:
-    """What is tried, and with what."""
+    """Versions and place of the installed packages."""
     found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     for name in ("triton", "numpy"):
         has = importlib.util.find_spec(name)

@@ -1,8 +1,27 @@
-"""Statements in the middle of a function, made into a function of their own.
+"""Extraction of statements from the middle of a function into a function of their own.
 
-TRL writes its recursions and losses into `train` and `_compute_loss`: there is no name to
-replace. `outline` compiles such a function again from its own source, with a call where the
-statements stood, and gives the statements as a function. Both run in the trainer's module.
+TRL writes its recursions and losses into `train` and `_compute_loss`, so there is no name to
+replace. `extract` compiles such a function again from its own source, with a call in the place of
+the statements, and returns the statements as a function. Both use the trainer module's globals.
+
+Before, with `Block("last = 0", "returns = ")` under the name "gae":
+
+    def train(self, rewards, values):
+        last = 0
+        for t in reversed(range(len(rewards))):
+            last = rewards[t] - values[t] + last
+        returns = last + values
+        self.update(returns)
+
+After:
+
+    def train(self, rewards, values):
+        (returns,) = _ppo_fast_gae(rewards=rewards, values=values)
+        self.update(returns)
+
+    def gae(rewards, values):  # `original`, which the first call is compared with
+        ...the four statements...
+        return {"returns": returns}
 """
 
 from __future__ import annotations
@@ -22,10 +41,10 @@ _CALLEE = "_ppo_fast_{}"
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbouring statements, the first and the last named by how `ast.unparse` begins them.
+    """Consecutive statements, from the one to the other that begin with these texts (unparsed).
 
-    `metrics`: further statements of the same kind, run under `no_grad` where the block is, not
-    where they stood; nothing that they read may change in between.
+    `metrics` are further statements, given in the same way; they run at the end of the block,
+    under `no_grad`. Nothing that they read may change between the block and their own place.
     """
 
     first: str
@@ -34,18 +53,18 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Outlined:
-    """A block as a function of the names it reads; gives those that the rest uses, by name."""
+class Extracted:
+    """A block as a function from the names it reads to those that the rest of the code uses."""
 
     original: Callable[..., dict[str, Any]]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
 
-def outline(
+def extract(
     function: Callable[..., Any], blocks: dict[str, Block]
-) -> tuple[dict[str, Outlined], Callable[[dict[str, Callable[..., Any]]], Callable[..., Any]]]:
-    """The blocks as functions, and what builds `function` around replacements for them.
+) -> tuple[dict[str, Extracted], Callable[[dict[str, Callable[..., Any]]], Callable[..., Any]]]:
+    """The blocks as functions, and a builder of `function` with replacements for them.
 
     Raises:
         UnknownSourceError: a statement is not there exactly once, or the source cannot be read.
@@ -64,7 +83,7 @@ def outline(
     assert isinstance(definition, ast.FunctionDef)
     parameters = {a.arg for a in ast.walk(definition.args) if isinstance(a, ast.arg)}
     lifted = {name: _lift(what, definition, block) for name, block in blocks.items()}
-    outlined = {}
+    extracted = {}
     for name, (call, body) in lifted.items():
         others = [s for other, (_, b) in lifted.items() if other != name for s in b]
         rest = [*definition.body, *others]
@@ -76,20 +95,20 @@ def outline(
         call.value = ast.parse(f"{_CALLEE.format(name)}({_keywords(inputs)})").body[0].value  # type: ignore
         ast.fix_missing_locations(call)
         original = _function(plain, module, name, inputs, outputs, body)
-        outlined[name] = Outlined(original, inputs, outputs)
+        extracted[name] = Extracted(original, inputs, outputs)
 
     def build(callees: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
-        given = {_CALLEE.format(name): _spread(f, outlined[name]) for name, f in callees.items()}
+        given = {_CALLEE.format(name): _spread(f, extracted[name]) for name, f in callees.items()}
         made = _define(plain, module, f"def make({', '.join(given)}): ...", [definition])
         return made(**given)
 
-    return outlined, build
+    return extracted, build
 
 
 def _lift(
     what: str, definition: ast.FunctionDef, block: Block
 ) -> tuple[ast.Assign, list[ast.stmt]]:
-    """Take the block's statements out; the assignment in their place is filled in later."""
+    """Remove the block's statements; the assignment in their place is completed by `extract`."""
     body, start, stop = _find(what, definition, block.first, block.last)
     call = ast.Assign(targets=[], value=ast.Constant(0), lineno=body[start].lineno, col_offset=0)
     lifted = body[start:stop]
@@ -107,7 +126,7 @@ def _lift(
 def _find(
     what: str, definition: ast.FunctionDef, first: str, last: str
 ) -> tuple[list[ast.stmt], int, int]:
-    """The one list of statements that holds `first` and, behind it, `last`."""
+    """The only list of statements with `first` and, later, `last`; and their indices."""
     lists = [
         body
         for node in ast.walk(definition)
@@ -139,7 +158,7 @@ def _names(body: Sequence[ast.AST], context: type[ast.expr_context]) -> set[str]
 
 
 def _reads(body: list[ast.stmt], bound: set[str]) -> tuple[set[str], set[str] | None]:
-    """Names read before they are certainly bound; those bound after `body`, None if it raises."""
+    """Free variables of `body`, and the names surely assigned after it (None if it raises)."""
     reads: set[str] = set()
     bound = set(bound)
     for node in body:
@@ -183,7 +202,7 @@ def _function(
 
 
 def _define(plain: Any, module: Any, factory: str, body: list[ast.stmt]) -> Callable[..., Any]:
-    """A function whose globals are those of the trainer's module, later patches too."""
+    """A function with the trainer module's globals, so that later patches hold in it too."""
     tree = ast.parse(factory)
     maker = tree.body[0]
     assert isinstance(maker, ast.FunctionDef)
@@ -198,11 +217,11 @@ def _define(plain: Any, module: Any, factory: str, body: list[ast.stmt]) -> Call
     return scope["make"]
 
 
-def _spread(function: Callable[..., dict[str, Any]], outlined: Outlined) -> Callable[..., Any]:
-    """Names that a replacement has no use for are None: the trainer only deletes them."""
+def _spread(function: Callable[..., dict[str, Any]], extracted: Extracted) -> Callable[..., Any]:
+    """The replacement with its dict spread to a tuple; absent names, only deleted, are None."""
 
     def call(**given: Any) -> tuple[Any, ...]:
         result = function(**given)
-        return tuple(result.get(name) for name in outlined.outputs)
+        return tuple(result.get(name) for name in extracted.outputs)
 
     return call

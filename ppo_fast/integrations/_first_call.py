@@ -1,4 +1,4 @@
-"""The first call of a patched op, beside the trainer's own: values and gradients."""
+"""Comparison of a patched op's first call with the trainer's own: values and gradients."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def first_call(
     arguments: Arguments,
     view: Callable[[Arguments, Any], Any],
 ) -> None:
-    """Run both on copies of the arguments; MismatchError where they differ.
+    """Run both on copies of the arguments; raise MismatchError if they differ.
 
-    Half of the digits of the coarsest dtype must agree. That is far from any rounding, and
-    nearer than a wrong option, mask or shift comes: those are what is looked for here.
+    Half of the digits of the coarsest dtype must agree: looser than any rounding, and tighter
+    than the error of a wrong option, mask or shift, which this is to find.
     """
     runs = []
     for function in (theirs, ours):
@@ -88,7 +88,7 @@ def _coarsest(found: list[tuple[str, Tensor]]) -> float:
 
 
 def _gradients(leaves: Arguments, result: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradient of the sum of all results, of every argument that it reaches."""
+    """Gradients of the sum of all results by every argument that it depends on."""
     wanted = {path: x for path, x in tensors(leaves, "inputs") if x.requires_grad}
     total = [x.double().sum() for x in result.values() if x.requires_grad]
     if not wanted or not total:
@@ -122,7 +122,7 @@ def first_rows(*names: str) -> Callable[[Arguments], Arguments]:
 def first_tokens(*names: str, count: int = 64) -> Callable[[Arguments], Arguments]:
     """Compare the first tokens of these arguments alone, logits or hidden states named first.
 
-    A copy of all the logits would cost as much memory as the op is there to save.
+    A copy of all the logits would cost the memory that the op saves.
     """
 
     def cut(arguments: Arguments) -> Arguments:
