@@ -1,4 +1,4 @@
-"""The command for a part of the suite: `ppo-fast bench --op gae --shape 64x4096 --peers all`.
+"""Command for a part of the suite: `ppo-fast bench --op gae --shape 64x4096 --peers all`.
 
 Cases are those of the files in `ops`. A shape that has no case there makes one: the op's
 directions at that size. Options that are not listed go on to pytest.
@@ -103,7 +103,7 @@ def peers_of(text: str, cases: Iterable[Case]) -> frozenset[str] | None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ppo-fast bench",
-        description="Measure the ops beside their peers. Further options go to pytest"
+        description="Measure the ops and their peers. Further options go to pytest"
         " (--save-results writes benchmarks/results/<machine>-<date>.json).",
         allow_abbrev=False,
     )

@@ -1,4 +1,4 @@
-"""Every op once on small shapes in CUDA C++, for compute-sanitizer to look over:
+"""One run of every op on small shapes in CUDA C++, for compute-sanitizer:
 `compute-sanitizer --tool memcheck python -m benchmarks.gpu.sanitize`.
 """
 

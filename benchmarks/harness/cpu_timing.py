@@ -42,7 +42,7 @@ def sampler(bound: Bound) -> Sampler:
 
 
 def peak_mb(bound: Bound) -> float | None:
-    """Peak resident MB of one call beyond what stands before it; None where Linux cannot say."""
+    """Peak resident MB of one call beyond the memory before it; None where Linux cannot say."""
     if bound.prepare is not None:
         bound.prepare()
     try:

@@ -1,7 +1,7 @@
 """The correctness gate: outputs against the fp64 reference, within their derived error budget.
 
-It stands on the CPU. Where rows do not depend on each other and are too many for fp64, a sample of
-them, evenly spread from the first to the last, stands for all.
+It runs on the CPU. Independent rows that are too many for fp64 are represented by a sample, evenly
+spread from the first to the last.
 """
 
 from __future__ import annotations

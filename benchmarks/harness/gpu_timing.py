@@ -96,7 +96,7 @@ def _captured(bound: Bound) -> torch.cuda.CUDAGraph:
 
 
 def peak_mb(bound: Bound) -> float:
-    """Peak MB (2^20 bytes) that one call takes of the allocator beyond what stands before it."""
+    """Peak MB (2^20 bytes) of the allocator during one call, beyond the memory before it."""
     if bound.prepare is not None:
         bound.prepare()
     torch.cuda.synchronize()

@@ -53,7 +53,7 @@ def measure(
     announce: Announce = lambda name: None,
     seconds: float = float("inf"),
 ) -> dict[str, Outcome]:
-    """Gate, and unless told otherwise time, the named providers of a case.
+    """Gate the named providers of a case and, by default, time them.
 
     Providers whose turn at the gate has not come after `seconds` are left out, and say so.
     """

@@ -1,7 +1,7 @@
 """One micro-batch of SmolLM2's PPO update, 8 sequences of 512 tokens, through each head.
 
-`python -m benchmarks.loop.head_update` prints the README's table: seconds and peak memory beyond
-the start of the forward, the loss and the backward, medians of interleaved rounds.
+`python -m benchmarks.loop.head_update` prints the table of docs/loop.md: seconds and peak memory
+beyond the start of the forward, the loss and the backward, medians of interleaved rounds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tokens a second of the loop's sampling beside `model.generate` at the same settings.
+"""Tokens a second of the loop's sampling against `model.generate` at the same settings.
 
     python -m benchmarks.loop.rollout --model smollm2 --shapes 16x16 8x64
 

@@ -3,7 +3,7 @@
     python benchmarks/loop/train_seeds.py --task qa --folder runs/tasks/qa
     python -m benchmarks.loop.task_page runs/tasks
 
-Reads runs/tasks/NAME/SEED, keeps the curves in docs/tasks/curves.json beside those that are there,
+Reads runs/tasks/NAME/SEED, adds the curves to those in docs/tasks/curves.json,
 draws docs/tasks/NAME.png, writes docs/tasks/NAME.html as `ppo-fast report` would, and the table
 between the page's markers.
 """

@@ -1,4 +1,4 @@
-"""Train the default model once per seed and print the README's table of rewards and KL.
+"""One run of the default model per seed, and the table of rewards and KL in docs/loop.md.
 
     python benchmarks/loop/train_seeds.py --seeds 0 1 2 --plot docs/reward.png
 

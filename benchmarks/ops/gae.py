@@ -1,4 +1,4 @@
-"""`gae` with returns and moments: in every layout, beside loops, scans and compiled peers."""
+"""`gae` with returns and moments: in every layout, against loops, scans and compiled peers."""
 
 from __future__ import annotations
 

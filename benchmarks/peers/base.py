@@ -38,7 +38,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Provider:
-    """One contestant. `missing` gives the reason why it cannot run here, or None.
+    """One implementation of an op. `missing` gives the reason why it cannot run here, or None.
 
     A ceiling moves bytes and computes nothing that a gate could check. A `plain` one is PyTorch's
     own arithmetic. `roundings` is what its documented method may err beyond the op's budget, in

@@ -24,7 +24,7 @@ def _bind(case: Case, call: Call) -> Bound:
     from tianshou.algorithm.algorithm_base import _gae
 
     flat = Flat(call)
-    # float64 rewards beside float32 values: the mixture that its own warm-up compiles.
+    # float64 rewards with float32 values: the mixture that its own warm-up compiles.
     rewards = flat.rewards[0].double().numpy()
     values, after, end = (x[0].numpy() for x in (flat.values, flat.next_values(), flat.last()))
     gamma, lam = call.options["gamma"], call.options["lam"]

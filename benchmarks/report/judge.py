@@ -12,7 +12,7 @@ from benchmarks.report.results import Row, by_case
 
 
 class Verdict(NamedTuple):
-    """A goal beside what was measured: `met` is None where there is no such figure."""
+    """A goal and its measured value: `met` is None where there is no such figure."""
 
     goal: Goal
     value: float | None
@@ -21,7 +21,7 @@ class Verdict(NamedTuple):
 
 
 def verdicts(rows: list[Row], goals: Iterable[Goal] | None = None) -> list[Verdict]:
-    """The goals beside the rows; unless told which, those whose case was measured."""
+    """Verdicts of the rows on the goals; by default on those whose case was measured."""
     blocks = by_case(rows)
     if goals is None:
         goals = [goal for goal in GOALS if goal.case in blocks]

@@ -22,12 +22,13 @@ FIGURES = (
 
 
 class Words(NamedTuple):
-    """The words of one language: of each figure, the heads, the machine's line, the last line."""
+    """Words of one language: the figures, the heads, the machine's line, the last line."""
 
     figures: dict[str, str]
     heads: list[str]
     machine: str
     loop: str
+    comma: str
     no_gpu: str
 
 
@@ -38,9 +39,10 @@ ENGLISH = Words(
         "head": "peak memory of the PPO loss from hidden states, {} tokens, vocabulary of {}",
         "gae": "advantages (GAE) of {} sequences of {} tokens",
     },
-    heads=["one call", "plain PyTorch", "`torch.compile`", "ppo_fast", "gain"],
+    heads=["one call", "plain PyTorch", "`torch.compile`", "ppo_fast", "gain over each"],
     machine="{title}, {threads} threads, torch {torch} ([{file}](benchmarks/results/{file})):",
     loop="{} (loop over tokens, as in trainers)",
+    comma=", ",
     no_gpu="No figure has been measured on a GPU yet.",
 )
 CHINESE = Words(
@@ -50,9 +52,10 @@ CHINESE = Words(
         "head": "由隐藏状态计算 PPO 损失的峰值内存，{} 个词元，词表大小 {}",
         "gae": "{} 条长 {} 的序列的优势（GAE）",
     },
-    heads=["一次调用", "普通 PyTorch", "`torch.compile`", "ppo_fast", "倍数"],
+    heads=["一次调用", "普通 PyTorch", "`torch.compile`", "ppo_fast", "各自的倍数"],
     machine="{title}，{threads} 线程，torch {torch}（[{file}](benchmarks/results/{file})）：",
     loop="{}（训练器中逐词元的循环）",
+    comma="，",
     no_gpu="目前还没有在 GPU 上测得的数据。",
 )
 
@@ -80,33 +83,34 @@ def _figures(rows: list[Row], words: Words) -> tables.Cells:
         for case in cases:
             line = _line(blocks.get(case, []), memory, words)
             if line is not None:
-                lines.append([_named(words.figures[name], case), *line])
+                lines.append([_named(name, case, words), *line])
     return lines
 
 
-def _named(text: str, case: Case) -> str:
+def _named(name: str, case: Case, words: Words) -> str:
     sizes = [f"{n:,}" for n in case.shape.dims[:2]]
-    return text.format(*sizes) + f", {case.dtype}" + ("" if case.device == "cpu" else ", GPU")
+    device = [] if case.device == "cpu" else ["GPU"]
+    return words.comma.join([words.figures[name].format(*sizes), case.dtype, *device])
 
 
 def _line(block: list[Row], memory: bool, words: Words) -> list[str] | None:
     """Cells of eager PyTorch (or the loop), `torch.compile`, the best backend, and the ratios."""
     key = "peak_mb" if memory else "median_ms"
-    found = tables.timed(block)
-    own = tables.ours(block)
-    mine = [row[key] for name, row in own.items() if "inplace" not in name and row[key]]
-    eager, compiled = found.get("eager"), found.get("compile")
-    base = eager or found.get("loop")
+    values = {name: row[key] for name, row in tables.timed(block).items() if row[key]}
+    mine = [
+        values[name] for name in tables.ours(block) if name in values and "inplace" not in name
+    ]
+    eager, compiled = values.get("eager"), values.get("compile")
+    base = eager or values.get("loop")
     if not mine or base is None:
         return None
-    peers = [row[key] for row in (base, compiled) if row is not None]
-    gain = ", ".join(f"{tables.number(peer / min(mine))}×" for peer in peers)
-    first = _amount(base[key], memory)
+    gain = [f"{tables.number(peer / min(mine))}×" for peer in (base, compiled) if peer]
+    first = _amount(base, memory)
     return [
         first if eager else words.loop.format(first),
-        _amount(compiled[key], memory) if compiled else "-",
+        _amount(compiled, memory) if compiled else "-",
         _amount(min(mine), memory),
-        gain,
+        ", ".join(gain),
     ]
 
 

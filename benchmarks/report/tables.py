@@ -168,7 +168,7 @@ def notes(rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def goal_name(goal: Goal) -> str:
-    """The case, who must reach it, and beside whom."""
+    """Name of a goal: its case, its provider, and the peer it is compared with."""
     name = f"{goal.case.name} {goal.provider}"
     if goal.against is None:
         return name
@@ -192,7 +192,7 @@ def _unit(goal: Goal) -> str:
 
 
 def goal_cells(found: list[Verdict]) -> Cells:
-    """The goals beside what was measured: must reach, and aim."""
+    """Goals and measured figures: must reach, and aim."""
     lines = [["goal", "measured", "must reach", "", "aim", ""]]
     for verdict in found:
         goal = verdict.goal

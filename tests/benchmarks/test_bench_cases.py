@@ -57,8 +57,8 @@ def test_a_file_of_its_own_is_all_that_a_new_op_needs(
     assert names == ["group_advantages", *registry.OPS]
     case = Case("group_advantages", FORWARD, Shape("t", (4, 16)))
     monkeypatch.setitem(registry.OPS, case.op, replace(registry.OPS["whiten"], name=case.op))
-    contestants = [provider.name for provider in providers_of(case)]
-    assert contestants == ["ppo_fast-cpu", "ppo_fast-reference", "copy"]
+    names = [provider.name for provider in providers_of(case)]
+    assert names == ["ppo_fast-cpu", "ppo_fast-reference", "copy"]
 
 
 def test_an_op_s_cases_and_goals_are_its_own() -> None:
@@ -115,7 +115,7 @@ def test_every_goal_is_about_a_case_and_providers_that_exist() -> None:
 
 
 @pytest.mark.parametrize("case", _TINY, ids=lambda case: case.name)
-def test_each_contestant_passes_the_gate_or_says_why_not(case: Case) -> None:
+def test_each_provider_passes_the_gate_or_gives_its_reason(case: Case) -> None:
     names = [p.name for p in providers_of(case) if p.name != "compile"]  # seconds each
     outcomes = measure.measure(case, names, time=False)
     assert list(outcomes) == names

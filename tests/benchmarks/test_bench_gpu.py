@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Device:
-    """Stands in for torch.cuda: says what it is told to do, and how long calls take on it."""
+    """Stand-in for torch.cuda that records its calls and gives them fixed durations."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
         log = self.log = []

@@ -79,7 +79,7 @@ def test_percentiles(q: float, value: float) -> None:
     assert timing.percentile([7.0], q) == 7.0
 
 
-def contestants(monkeypatch: pytest.MonkeyPatch, **calls: Callable[[], Any]) -> None:
+def providers(monkeypatch: pytest.MonkeyPatch, **calls: Callable[[], Any]) -> None:
     """Providers of every case, by name what each one's call gives."""
 
     def named(out: Any) -> dict[str, torch.Tensor]:
@@ -108,7 +108,7 @@ def failing(call: testing.Call) -> None:
 
 def test_a_red_gate_and_a_crash_yield_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a row that says so, and the others are timed."""
-    contestants(monkeypatch, wrong=wrong, failing=failing, right=right)
+    providers(monkeypatch, wrong=wrong, failing=failing, right=right)
     begun: list[str] = []
     found = measure.measure(TINY, ["wrong", "failing", "right"], announce=begun.append)
     assert begun == ["wrong", "failing", "right", "right", ""]
@@ -128,14 +128,14 @@ def test_a_red_gate_and_a_crash_yield_no_time(monkeypatch: pytest.MonkeyPatch) -
 def test_a_failure_while_timed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate's call passed, the next one does not."""
     calls = iter([right, failing])
-    contestants(monkeypatch, fickle=lambda call: next(calls)(call), right=right)
+    providers(monkeypatch, fickle=lambda call: next(calls)(call), right=right)
     found = measure.measure(TINY, ["fickle", "right"])
     assert (found["fickle"].status, found["fickle"].samples) == ("error", [])
     assert found["right"].samples
 
 
 def test_a_case_out_of_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    contestants(monkeypatch, late=right)
+    providers(monkeypatch, late=right)
     found = measure.measure(TINY, ["late"], seconds=-1.0)
     assert found["late"].status == "skipped" and "were used up" in found["late"].detail
 
@@ -176,7 +176,7 @@ def test_a_dead_process_costs_who_was_at_work(
 
 
 def test_a_process_of_its_own_answers_crashes_and_hangs() -> None:
-    """A real one: it measures, it is stopped while silent, and its death is told from its end."""
+    """A real worker measures, is stopped while silent, and its death differs from its end."""
     env = (("PPO_FAST_BENCH_TEST", "1"),)
     request = {"case": TINY.to_json(), "names": ["ppo_fast-reference"], "time": False}
     asked = Worker(env)

@@ -48,7 +48,7 @@ def test_cases_merge_and_each_row_keeps_its_run(tmp_path: Path) -> None:
 
 
 def test_saving_a_part_keeps_the_other_goals(tmp_path: Path) -> None:
-    """Verdicts are made of rows, not kept beside them."""
+    """Verdicts are computed from rows, not stored with them."""
     gae = [row(GAE, "loop", 80.0), row(GAE, "ppo_fast-cpu", 0.1)]
     loss = [row(PPO_LOSS_BOTH, "eager", 3.0), row(PPO_LOSS_BOTH, "ppo_fast-cpu", 1.0)]
     results.save(tmp_path, gae, FACTS)

@@ -1,4 +1,4 @@
-"""`ppo_fast.compat`: drop-in functions, beside the fp64 reference and the originals themselves."""
+"""`ppo_fast.compat`: drop-in functions, against the fp64 reference and the originals."""
 
 from __future__ import annotations
 

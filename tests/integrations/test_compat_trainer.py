@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer of docs/compat.md, beside the same one with plain PyTorch."""
+"""The Hugging Face Trainer of docs/compat.md, against the same one with plain PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenRLHF 0.11.2: losses, log-probabilities, KL and advantages patched beside its own."""
+"""OpenRLHF 0.11.2: losses, log-probabilities, KL and advantages patched, against its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable-Baselines3 on CartPole: the fast rollout buffer beside its own."""
+"""Stable-Baselines3 on CartPole: the fast rollout buffer against its own."""
 
 from __future__ import annotations
 

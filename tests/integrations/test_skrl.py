@@ -1,4 +1,4 @@
-"""skrl on CartPole: its PPO agent and trainer, patched beside unpatched."""
+"""skrl on CartPole: its PPO agent and trainer, patched against unpatched."""
 
 from __future__ import annotations
 

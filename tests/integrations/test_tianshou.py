@@ -1,4 +1,4 @@
-"""tianshou on CartPole: its on-policy trainer, patched beside unpatched."""
+"""tianshou on CartPole: its on-policy trainer, patched against unpatched."""
 
 from __future__ import annotations
 

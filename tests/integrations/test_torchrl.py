@@ -1,4 +1,4 @@
-"""torchrl on CartPole: GAE and ClipPPOLoss, patched beside unpatched."""
+"""torchrl on CartPole: GAE and ClipPPOLoss, patched against unpatched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL 1.16's GRPOTrainer: twelve steps on ppo_fast beside twelve of its own; every loss."""
+"""TRL 1.16's GRPOTrainer: twelve steps on ppo_fast against twelve of its own; every loss."""
 
 from __future__ import annotations
 

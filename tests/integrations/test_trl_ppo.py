@@ -1,4 +1,4 @@
-"""TRL 1.12's PPOTrainer: ten updates on ppo_fast beside ten of its own."""
+"""TRL 1.12's PPOTrainer: ten updates on ppo_fast against ten of its own."""
 
 from __future__ import annotations
 

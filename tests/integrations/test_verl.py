@@ -1,4 +1,4 @@
-"""verl 0.9.1: every loss, mode and estimator patched beside its own."""
+"""verl 0.9.1: every loss, mode and estimator patched, against its own."""
 
 from __future__ import annotations
 
