@@ -15,9 +15,11 @@ FOLDERS = (
     "examples",
     "ppo_fast/integrations",
     "tests/benchmarks",
+    "tests/fuzz",
     "tests/integrations",
     "tests/mutants",
     "tests/project",
+    "tests/scripts",
 )
 OPENINGS = re.compile(r"(What|How|Who|Whose|Which|Whether|Where|When|That|Told)\b")
 # Python docstrings, and the first comment of another source file.

@@ -1,7 +1,7 @@
-// What ThreadSanitizer sees instead of torch's parallel_for, whose OpenMP runtime is not compiled
-// with it, so that its forks and joins would be taken for races. Preloaded, this answers the one
-// symbol through which the kernels ask for threads, always with four of them where the grain
-// allows it. It is the kernels' own reads and writes that are watched.
+// Replacement of torch's parallel_for under ThreadSanitizer. torch's OpenMP runtime is not compiled
+// with it, so its forks and joins would be reported as races. Preloaded, this file defines the one
+// symbol by which kernels ask for threads, and gives four wherever the grain allows it: the kernels'
+// own reads and writes are watched.
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
