@@ -1,7 +1,7 @@
-// Replacement of torch's parallel_for under ThreadSanitizer. torch's OpenMP runtime is not compiled
-// with it, so its forks and joins would be reported as races. Preloaded, this file defines the one
-// symbol by which kernels ask for threads, and gives four wherever the grain allows it: the kernels'
-// own reads and writes are watched.
+// Replacement of torch's parallel_for under ThreadSanitizer. torch's OpenMP runtime is not
+// compiled with it, so its forks and joins would be reported as races. Preloaded, this file
+// defines the one symbol by which kernels ask for threads, and gives four wherever the grain
+// allows it: the kernels' own reads and writes are watched.
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
