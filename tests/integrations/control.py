@@ -43,7 +43,7 @@ def assert_trains_alike(
     train: Callable[[], Weights],
     updates: int,
     start: Weights,
-    law: Callable[[Weights, Weights], None] = assert_same_bits,
+    on_reference: Callable[[Weights, Weights], None] = assert_same_bits,
 ) -> None:
     """The same seeds: bit for bit with the reference's arithmetic, nearly with the kernels'.
 
@@ -52,7 +52,7 @@ def assert_trains_alike(
     """
     theirs = train()
     assert any(not torch.equal(theirs[name], start[name]) for name in start)
-    for backend, check in (("reference", law), ("cpu", assert_near)):
+    for backend, check in (("reference", on_reference), ("cpu", assert_near)):
         with ppo_fast.use_backend(backend), integration.patched() as calls:
             ours = train()
             assert {op: (n.fused, n.left) for op, n in calls.items()} == {"gae": (updates, 0)}

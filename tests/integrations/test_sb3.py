@@ -98,21 +98,21 @@ def test_the_first_2048_steps_are_the_originals_to_the_bit() -> None:
     for name, buffer, backend in (
         ("theirs", None, "cpu"),
         ("ours", swap.FastRolloutBuffer, "cpu"),
-        ("law", swap.FastRolloutBuffer, "reference"),
+        ("reference", swap.FastRolloutBuffer, "reference"),
     ):
         rollouts = Rollouts()
         with ppo_fast.use_backend(backend):
             trained = model(buffer).learn(2048, callback=rollouts)
         ((before, arrays),) = rollouts.seen
         runs[name] = before, arrays, weights(trained.policy)
-    for name in ("ours", "law"):
+    for name in ("ours", "reference"):
         assert_same_bits(runs[name][0], runs["theirs"][0])
         for key in ROLLOUT:
             assert runs[name][1][key].tobytes() == runs["theirs"][1][key].tobytes()
     assert_near(runs["ours"][2], runs["theirs"][2])
-    assert_same_bits(runs["law"][2], runs["theirs"][2])
+    assert_same_bits(runs["reference"][2], runs["theirs"][2])
     for key in RESULTS:
-        assert runs["law"][1][key].tobytes() == runs["theirs"][1][key].tobytes()
+        assert runs["reference"][1][key].tobytes() == runs["theirs"][1][key].tobytes()
 
 
 def test_dict_observations() -> None:

@@ -100,7 +100,11 @@ def test_trains_alike(time_limit_bootstrap: bool) -> None:
     ppo, _ = agent()
     start = weights(ppo.policy, ppo.value)
     assert_trains_alike(
-        swap.integration, lambda: train(time_limit_bootstrap), UPDATES, start, law=assert_near
+        swap.integration,
+        lambda: train(time_limit_bootstrap),
+        UPDATES,
+        start,
+        on_reference=assert_near,
     )
 
 

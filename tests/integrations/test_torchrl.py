@@ -74,10 +74,10 @@ def test_the_vectorised_form_is_patched_as_well() -> None:
         ours = train(True)
         assert (calls["gae"].fused, calls["gae"].left) == (UPDATES, 0)
     with ppo_fast.use_backend("reference"), swap.patched():
-        law = train(True)
+        plain = train(True)
     theirs = train(True)
     for name in theirs:
-        for one in (ours, law):
+        for one in (ours, plain):
             assert float((one[name] - theirs[name]).abs().max()) <= 1e-4
 
 
