@@ -33,6 +33,7 @@ def test_an_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str])
 
 def test_the_configuration_of_a_former_run_is_read_back(tmp_path: Path) -> None:
     t = trainer(tmp_path, kl_target=6.0, variant="gspo", tensorboard=False)
+    t.begin()
     path = str(tmp_path / "config.json")
     assert dataclasses.replace(parse(["--config", path])) == t.config
     assert parse([f"--config={path}", "--batch", "64"]).batch == 64  # by hand goes before
@@ -103,6 +104,7 @@ def test_an_option_in_a_file_is_given(tmp_path: Path) -> None:
     assert parse(["--config", path]).resolved().updates == 40
     assert parse(["--config", path]).resolved().lr == TrainConfig(quick=True).resolved().lr
     t = trainer(tmp_path / "run", task="qa")
+    t.begin()
     again = parse(["--config", str(tmp_path / "run" / "config.json"), "--quick"]).resolved()
     assert again == t.config
 

@@ -88,7 +88,9 @@ def worker(rank: int, folder: str, port: int) -> None:
             again = trainer(out, ranks=sharded, resume=True, **options)
             torch.manual_seed(99)
             found[name] = (unbroken, ended(again))
-            found[f"{name}-refused"] = refused(trainer(Path(folder) / "full", ranks=sharded))
+            found[f"{name}-refused"] = refused(
+                trainer(Path(folder) / f"full-{name}", ranks=sharded)
+            )
     torch.save(found, f"{folder}/{rank}.pt")
 
 
@@ -121,4 +123,6 @@ def test_resumed_ranks_end_bitwise_equal(found: Any, name: str) -> None:
 def test_a_save_that_fails_is_told_to_every_rank(found: Any, name: str) -> None:
     folder, ranks = found
     said = [rank[f"{name}-refused"] for rank in ranks]
-    assert said[0] == said[1] and said[0].startswith(f"saving {folder}/full/checkpoints/update-")
+    assert said[0] == said[1] and said[0].startswith(
+        f"saving {folder}/full-{name}/checkpoints/update-"
+    )
