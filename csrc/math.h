@@ -1,8 +1,9 @@
 // Token maths of the losses, shared by the CPU's vectors, fp64 and CUDA (no include guard).
 //
-// Everything is a template over a lane type T and uses only the vocabulary of cpu/simd.h, into
-// whose namespace it goes: set1, select, first_n, vfma, vabs, vmin, vmax, round_even, pow2 and the
-// operators. A CUDA build provides the same words for one float. loss_options.h comes first.
+// Everything is a template over a lane type T and uses only the vocabulary of cpu/simd/simd.h,
+// into whose namespace it goes: set1, select, first_n, vfma, vabs, vmin, vmax, round_even, pow2
+// and the operators. A CUDA build provides the same words for one float. loss_options.h comes
+// first.
 namespace ppo::PPO_ISA {
 
 // As torch.clamp: NaN passes.

@@ -71,12 +71,12 @@ def gencode(architecture: str) -> str:
 
 def cpu_sources(csrc: Path) -> list[str]:
     """The C++ sources under `csrc` without CUDA, in a fixed order."""
-    return [str(path) for path in sorted([*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")])]
+    return [str(path) for path in sorted([*csrc.glob("*.cpp"), *csrc.glob("cpu/*/*.cpp")])]
 
 
 def cuda_sources(csrc: Path) -> list[str]:
     """The CUDA sources."""
-    return [str(path) for path in sorted(csrc.glob("cuda/*.cu"))]
+    return [str(path) for path in sorted(csrc.glob("cuda/*/*.cu"))]
 
 
 def emulated_sources(csrc: Path) -> list[str]:

@@ -1,6 +1,6 @@
-// The emulated twins of csrc/cuda/async.cuh and cluster.cuh: see there for what they promise.
-// Bulk copies happen as late as they may: what is read or overwritten too early shows as NaN or as
-// wrong data.
+// The emulated twins of csrc/cuda/device/async.cuh and cluster.cuh: see there for what they
+// promise. Bulk copies happen as late as they may: what is read or overwritten too early shows as
+// NaN or as wrong data.
 #pragma once
 
 #include "runtime.h"

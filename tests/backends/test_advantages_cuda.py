@@ -1,6 +1,6 @@
 """The CUDA advantage kernels: who computes a node of the tree changes no bit of it.
 
-Which kernel a call gets follows from its lengths, see kRules in csrc/cuda/advantage_plan.h.
+Which kernel a call gets follows from its lengths, see kRules in csrc/cuda/advantage/plan.h.
 """
 
 from __future__ import annotations

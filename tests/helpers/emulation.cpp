@@ -1,11 +1,11 @@
-// Kernels for tests/backends/test_cuda_emulation.py: what the emulated device must get right, and what it
-// must find. Each writes floats to `out`; the message of an exception goes to `said`.
+// Kernels for tests/backends/test_cuda_emulation.py: what the emulated device must get right, and
+// what it must find. Each writes floats to `out`; the message of an exception goes to `said`.
 #include <cstring>
 #include <map>
 #include <stdexcept>
 
-#include "../csrc/cuda/cluster.cuh"
-#include "../csrc/cuda/reduce.cuh"
+#include "../../csrc/cuda/device/cluster.cuh"
+#include "../../csrc/cuda/device/reduce.cuh"
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""Compiling csrc/cuda/*.cu without a GPU, once for all tests and test workers, and reading what
+"""Compiling csrc/cuda/*/*.cu without a GPU, once for all tests and test workers, and reading what
 the compiler and the disassembler say of the kernels.
 """
 

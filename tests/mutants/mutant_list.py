@@ -165,7 +165,7 @@ TRITON = (
 CPU = (
     Mutant(
         "the chunk behind is not carried",
-        "csrc/cpu/advantage_core.h",
+        "csrc/cpu/advantage/sweep.h",
         "carried = vfma(by.first, carried, first);",
         "carried = first;",
         "gae",
@@ -173,7 +173,7 @@ CPU = (
     ),
     Mutant(
         "truncation is termination",
-        "csrc/cpu/gae_simd.h",
+        "csrc/cpu/advantage/gae_simd.h",
         "if (args.truncated.data) cut = ",
         "if (args.truncated.data) delta = select(nonzero(load_live(args.truncated, at, live,"
         " zero)), reward, delta), cut = ",
@@ -182,7 +182,7 @@ CPU = (
     ),
     Mutant(
         "the score one step early",
-        "csrc/cpu/rlhf_advantages_simd.h",
+        "csrc/cpu/advantage/rlhf_advantages_simd.h",
         "return i > 0 ? first + i - 1 : -1;",
         "return i > 0 ? first + i - 1 - (i > 1) : -1;",
         "rlhf_advantages",
@@ -190,7 +190,7 @@ CPU = (
     ),
     Mutant(
         "what follows a row is summed with it",
-        "csrc/cpu/logprobs_simd.h",
+        "csrc/cpu/softmax/logprobs_simd.h",
         "const auto fill = -__builtin_inff();\n  Sums<T> a",
         "const float fill = 0;\n  Sums<T> a",
         "logprobs",
@@ -198,7 +198,7 @@ CPU = (
     ),
     Mutant(
         "no temperature in the label's logit",
-        "csrc/cpu/logprobs_rows.h",
+        "csrc/cpu/softmax/logprobs_rows.h",
         "p.logit(p.row(row), token) * p.inv_temperature(row) - all.max",
         "p.logit(p.row(row), token) - all.max",
         "logprobs",
@@ -222,7 +222,7 @@ CPU = (
     ),
     Mutant(
         "a partly masked vector counts whole",
-        "csrc/cpu/loss_core.h",
+        "csrc/cpu/loss/pieces.h",
         "if (all(live)) {",
         "if (any(live)) {",
         "value_loss",
@@ -230,7 +230,7 @@ CPU = (
     ),
     Mutant(
         "masked elements shift the mean",
-        "csrc/cpu/moments_simd.h",
+        "csrc/cpu/whiten/moments_simd.h",
         "element = select(keep, element, p);",
         "",
         "whiten",
@@ -241,7 +241,7 @@ CPU = (
 CUDA = (
     Mutant(
         "truncation is termination",
-        "csrc/cuda/advantage_steps.cuh",
+        "csrc/cuda/advantage/steps.cuh",
         "const bool over = u.terminated >> i & 1;",
         "const bool over = u.cut >> i & 1;",
         "gae",
@@ -249,7 +249,7 @@ CUDA = (
     ),
     Mutant(
         "masked rows are scored",
-        "csrc/cuda/logprobs.cuh",
+        "csrc/cuda/softmax/logprobs.cuh",
         "(!mask || mask.is_set(i)) && tokens",
         "tokens",
         "masking",

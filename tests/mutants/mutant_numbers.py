@@ -8,7 +8,7 @@ from mutant import Mutant
 NUMBERS_CPU = (
     Mutant(
         "a NaN old value that the maximum passes over",
-        "csrc/cpu/value_loss_simd.h",
+        "csrc/cpu/loss/value_loss_simd.h",
         "select(known, loss, old), select(known, half_grad, old), active",
         "loss, half_grad, active",
         "nan",
@@ -32,7 +32,7 @@ NUMBERS_CPU = (
     ),
     Mutant(
         "a NaN divisor taken for an empty batch",
-        "csrc/cpu/loss_driver.cpp",
+        "csrc/cpu/loss/driver.cpp",
         "return denom <= 0.0 ? 0.0 : 1.0 / denom;",
         "return denom > 0.0 ? 1.0 / denom : 0.0;",
         "nan",
@@ -51,7 +51,7 @@ NUMBERS = (
     ),
     Mutant(
         "a NaN old value that the maximum passes over",
-        "csrc/cuda/value_loss.cuh",
+        "csrc/cuda/loss/value_loss.cuh",
         "  if (!(lo <= hi)) return {old, old, false};\n",
         "",
         "nan",
@@ -83,7 +83,7 @@ NUMBERS = (
     ),
     Mutant(
         "a NaN divisor taken for an empty batch",
-        "csrc/cuda/loss.cuh",
+        "csrc/cuda/loss/loss.cuh",
         "*a.loss = denom <= 0.0 ? 0.f : float(totals[at.loss] / denom);",
         "*a.loss = denom > 0.0 ? float(totals[at.loss] / denom) : 0.f;",
         "nan",

@@ -1,0 +1,56 @@
+// What the loss kernels are given: plain data, the same for every instruction set.
+#pragma once
+
+#include <algorithm>
+
+#include "../../loss_options.h"
+#include "../../tensor/types.h"
+
+namespace ppo {
+
+// Tokens of one unit of work, a multiple of every kRun. Blocks are cut from the flat token order
+// alone, so that no sum depends on the number of threads.
+inline constexpr int64_t kBlock = 1024;
+
+// Which flat slots each sequence owns: rows of `steps` slots, or [offsets[s], offsets[s + 1]).
+struct SequenceMap {
+  const int64_t* offsets;
+  int64_t count, steps;
+
+  int64_t begin(int64_t s) const { return offsets ? offsets[s] : s * steps; }
+  int64_t end(int64_t s) const { return offsets ? offsets[s + 1] : (s + 1) * steps; }
+  int64_t tokens() const { return end(count - 1); }
+  // Of the sequences that start at `slot` or before, the last: the only one that is not empty.
+  int64_t find(int64_t slot) const {
+    if (!offsets) return slot / steps;
+    return std::upper_bound(offsets, offsets + count + 1, slot) - offsets - 1;
+  }
+  // A view of rows is addressed by (sequence, step), a flat one by its slot: its row stride is 0.
+  int64_t column(int64_t s, int64_t slot) const { return offsets ? slot : slot - s * steps; }
+};
+
+// Per sequence: weight is null where every token weighs 1. Gradients are divided by D.
+struct LossArgs {
+  SequenceMap seqs;
+  View mask;
+  const double* weight;
+  double inverse_denom;
+};
+
+// Absent tensors have null data; the gradients are contiguous, null where nobody wants them.
+struct PolicyArgs {
+  LossArgs base;
+  View logprobs, old_logprobs, advantages, is_weights, entropy, ref_logprobs;
+  double* mean_log_ratio;  // per sequence, gspo only
+  void *grad_logprobs, *grad_entropy;
+  PolicyOptions options;
+};
+
+struct ValueArgs {
+  LossArgs base;
+  View values, old_values, returns;
+  void* grad_values;
+  ValueOptions options;
+};
+
+}  // namespace ppo

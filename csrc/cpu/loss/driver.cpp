@@ -1,0 +1,108 @@
+#include "driver.h"
+
+namespace ppo {
+namespace {
+
+int64_t count_live(const View& mask, const SequenceMap& seqs, int64_t s) {
+  const int64_t n = seqs.end(s) - seqs.begin(s);
+  if (!mask.data || n == 0) return n;
+  const uint8_t* p = at<uint8_t>(mask, s, seqs.column(s, seqs.begin(s)));
+  int64_t live = 0;
+  if (mask.col_stride != 1) {
+    for (int64_t i = 0; i < n; ++i) live += p[i * mask.col_stride] != 0;
+    return live;
+  }
+  // Runs of 128 fit the byte-wide counters that the compiler vectorises.
+  for (int64_t i = 0; i < n; i += 128) {
+    const int64_t end = std::min(n, i + 128);
+    uint8_t run = 0;
+    for (int64_t j = i; j < end; ++j) run = uint8_t(run + (p[j] != 0));
+    live += run;
+  }
+  return live;
+}
+
+Tensor scalar(double value, ScalarType dtype) {
+  Tensor out = empty({}, dtype);
+  if (dtype == ScalarType::Double) {
+    *data<double>(out) = value;
+  } else {
+    *data<float>(out) = float(value);
+  }
+  return out;
+}
+
+Tensor stacked(const Tensor& main, int64_t count) {
+  std::vector<int64_t> sizes{count};
+  for (int64_t n : main.sizes()) sizes.push_back(n);
+  return empty({sizes.data(), sizes.size()}, compute_dtype(main));
+}
+
+}  // namespace
+
+Gradients::Gradients(const Tensor& main, int64_t count) : all(stacked(main, count)) {}
+
+void* Gradients::at(int64_t i) const {
+  const int64_t count = all.sizes()[0], item = is_double(all) ? 8 : 4;
+  if (i >= count) return nullptr;
+  return data<char>(all) + i * item * (all.numel() / count);
+}
+
+LossSequences::LossSequences(const Tensor& main, const OptTensor& mask,
+                             const OptTensor& cu_seqlens, Reduction reduction, const char* op)
+    : mask_{} {
+  const View shape = view_of(main);
+  if (mask) mask_ = view_of(*mask);
+  width_ = shape.cols;
+  map_ = {nullptr, shape.rows, shape.cols};
+  if (cu_seqlens) {
+    offsets_ = read_cu_seqlens(*cu_seqlens);
+    check_cu_seqlens(offsets_, shape.rows * shape.cols, op);
+    map_ = {offsets_.data(), int64_t(offsets_.size()) - 1, 0};
+  }
+  live_.resize(size_t(map_.count));
+  const int64_t tokens = std::max<int64_t>(shape.rows * shape.cols, 1);
+  parallel_for(map_.count, std::max<int64_t>(1, 16 * kGrain * map_.count / tokens),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t s = begin; s < end; ++s) {
+                   live_[size_t(s)] = count_live(mask_, map_, s);
+                 }
+               });
+  const bool per_sequence = reduction == Reduction::seq_mean_token_mean;
+  if (per_sequence) weight_.reserve(live_.size());
+  for (int64_t live : live_) {
+    n_tokens_ += live;
+    n_seqs_ += live > 0;
+    if (per_sequence) weight_.push_back(live > 0 ? 1.0 / double(live) : 0.0);
+  }
+}
+
+double LossSequences::own_denom(Reduction reduction) const {
+  switch (reduction) {
+    case Reduction::token_mean:
+      return n_tokens();
+    case Reduction::token_sum:
+      return 0.0;
+    case Reduction::seq_mean_token_sum_norm:
+      return n_seqs() * double(width_);
+    default:
+      return n_seqs();
+  }
+}
+
+double LossSequences::inverse_denom(const ReduceOptions& reduce) const {
+  double denom = own_denom(reduce.reduction);
+  if (reduce.reduction == Reduction::token_sum) denom = 1.0;
+  if (reduce.has_denom) denom = reduce.denom;
+  return denom <= 0.0 ? 0.0 : 1.0 / denom;  // NaN passes
+}
+
+LossOutputs loss_outputs(const LossStats& stats, double sum, double inverse_denom,
+                         ScalarType dtype) {
+  const double loss = inverse_denom == 0.0 ? 0.0 : sum * inverse_denom;
+  LossOutputs out{scalar(loss, dtype), empty({kNStats}, ScalarType::Double), scalar(1.0, dtype)};
+  std::copy(stats.begin(), stats.end(), data<double>(out.stats));
+  return out;
+}
+
+}  // namespace ppo

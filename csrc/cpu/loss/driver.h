@@ -1,0 +1,81 @@
+// What the policy and the value loss share around their kernels: sequences, weights, D, blocks.
+#pragma once
+
+#include <cmath>
+
+#include "../../tensor/views.h"
+#include "args.h"
+
+namespace ppo {
+
+using LossStats = std::array<double, kNStats>;
+
+// Sequences of a loss call, how many unmasked tokens each has, and the weights that follow.
+class LossSequences {
+ public:
+  LossSequences(const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
+                Reduction reduction, const char* op);
+  LossArgs args(const ReduceOptions& reduce) const {
+    return {map_, mask_, weight_.empty() ? nullptr : weight_.data(), inverse_denom(reduce)};
+  }
+  const SequenceMap& map() const { return map_; }
+  int64_t tokens() const { return map_.tokens(); }
+  int64_t live(int64_t s) const { return live_[size_t(s)]; }
+  double n_tokens() const { return double(n_tokens_); }
+  double n_seqs() const { return double(n_seqs_); }
+  // The reduction's own D; 0 for token_sum.
+  double own_denom(Reduction reduction) const;
+  // 1 / D; 0 without a positive D.
+  double inverse_denom(const ReduceOptions& reduce) const;
+
+ private:
+  std::vector<int64_t> offsets_, live_;
+  std::vector<double> weight_;
+  SequenceMap map_;
+  View mask_;
+  int64_t width_ = 0, n_tokens_ = 0, n_seqs_ = 0;
+};
+
+// At least this many tokens for every thread.
+inline constexpr int64_t kGrain = 8 * kBlock;
+
+// block(first, last, stats) over all slots, on torch's threads; the sum of all blocks' statistics,
+// added in their order.
+template <class Block>
+LossStats sum_blocks(int64_t tokens, const Block& block) {
+  LossStats total{};
+  total[kRatioMin] = std::numeric_limits<double>::infinity();
+  total[kRatioMax] = -total[kRatioMin];
+  std::vector<LossStats> parts(size_t((tokens + kBlock - 1) / kBlock), total);
+  parallel_for(int64_t(parts.size()), kGrain / kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      block(i * kBlock, std::min(tokens, (i + 1) * kBlock), parts[size_t(i)].data());
+    }
+  });
+  for (const LossStats& part : parts) {
+    for (int k = 0; k < kRatioMin; ++k) total[size_t(k)] += part[size_t(k)];
+    total[kRatioMin] = std::min(total[kRatioMin], part[kRatioMin]);
+    total[kRatioMax] = std::max(total[kRatioMax], part[kRatioMax]);
+  }
+  // Minima and maxima of lanes drop NaN, sums keep it.
+  if (std::isnan(total[kRatio])) total[kRatioMin] = total[kRatioMax] = total[kRatio];
+  return total;
+}
+
+// As many gradients as were asked for, in one tensor (count, *shape): an allocator keeps one large
+// block where it hands two back to the system, to be faulted in again by the next call.
+struct Gradients {
+  Tensor all;
+  Gradients(const Tensor& main, int64_t count);
+  // The storage of gradient i, or null where it was not asked for.
+  void* at(int64_t i) const;
+};
+
+// loss = sum / D and stats as tensors. The gradients are divided already: scale is 1.
+struct LossOutputs {
+  Tensor loss, stats, scale;
+};
+LossOutputs loss_outputs(const LossStats& stats, double sum, double inverse_denom,
+                         ScalarType dtype);
+
+}  // namespace ppo

@@ -1,0 +1,82 @@
+// Compiles the header named by PPO_KERNEL once per instruction set, as ppo::scalar, ppo::avx2 and
+// ppo::avx512 (PPO_ISA is the name). In csrc/cpu/<family>/<op>.cpp:
+//
+//   #define PPO_KERNEL "../<family>/<op>_simd.h"
+//   #include "../simd/foreach_isa.h"
+//   ... PPO_SELECT(row_kernel)(args) runs the one for this CPU.
+//
+// With PPO_EIGHT_LANES defined first, AVX-512 machines run kernels of eight lanes too, with the
+// registers and masked operations of AVX-512VL (PPO_MASKED is defined): ppo::avx512vl.
+//
+// A kernel header, and every header of ours that it includes (csrc/math.h), has no include guard
+// and puts all its code into `namespace ppo::PPO_ISA`; simd.h and fetch.h are already there.
+// Outside headers must be included before this file, at the baseline target: an inline function of
+// std compiled here for AVX-512 could be the copy that the linker keeps for everyone. For the same
+// reason kernel code calls libm as ::exp, not std::exp(float). In GCC neither
+// lambdas nor implicit constructors inherit the pragma's target, so kernels are plain functions,
+// and parallel_for lambdas outside only call them.
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#include "../../tensor/types.h"
+#include "isa.h"
+#if PPO_X86
+#include <immintrin.h>
+#endif
+
+#define PPO_INLINE inline __attribute__((always_inline))
+
+#define PPO_ISA scalar
+#define PPO_ISA_WIDTH 1
+#include "simd.h"
+#include PPO_KERNEL
+#undef PPO_ISA
+#undef PPO_ISA_WIDTH
+
+#if PPO_X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define PPO_ISA avx2
+#define PPO_ISA_WIDTH 8
+#include "simd.h"
+#include PPO_KERNEL
+#undef PPO_ISA
+#undef PPO_ISA_WIDTH
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+#ifdef PPO_EIGHT_LANES
+#define PPO_ISA avx512vl
+#define PPO_ISA_WIDTH 8
+#define PPO_MASKED 1
+#else
+#define PPO_ISA avx512
+#define PPO_ISA_WIDTH 16
+#endif
+#include "simd.h"
+#include PPO_KERNEL
+#undef PPO_ISA
+#undef PPO_ISA_WIDTH
+#undef PPO_MASKED
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // PPO_X86

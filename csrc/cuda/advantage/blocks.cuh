@@ -1,0 +1,240 @@
+// Long sequences: a block walks along one, a chunk at a time and a tile in each warp; or, where
+// sequences are few, every chunk has a block of its own and two launches: one leaves each chunk's
+// map, the next applies those of the later chunks, from the last to the nearest.
+#pragma once
+
+#include "walk.cuh"
+
+namespace ppo::cuda {
+
+template <bool kTwo>
+struct BlockShared {
+  Head heads[kTiles];
+  Map<kTwo> totals[kTiles];
+  Later later;
+  int64_t last[kTiles];
+  int first_live[kTiles], last_live[kTiles];
+  Moments moments[kTiles];
+};
+
+// Chunks of the sequences before `seq`. Where packed, every sequence has room for a chunk more
+// than lie within it: then no sum over the others' lengths is needed.
+PPO_DEVICE int64_t chunks_before(const AdvantageArgs& args, int64_t seq) {
+  if (args.chunks_each) return seq * args.chunks_each;
+  return offset_at(args.seqs, seq) / kChunkSteps + seq;
+}
+
+// A block's part of a sequence: chunks [begin, end). `slot` is its first chunk's index.
+struct Work {
+  Sequence span;
+  int64_t slot, begin, end, chunks;
+};
+
+// The sequence of a chunk; all lanes of a warp call it.
+PPO_DEVICE int64_t sequence_of_chunk(const AdvantageArgs& args, int64_t index) {
+  if (args.chunks_each) return index / args.chunks_each;
+  int64_t before = 0;
+  for (int64_t first = 0; first < args.seqs.count; first += kWarp) {
+    const int64_t seq = first + lane_id();
+    const bool here = seq < args.seqs.count && chunks_before(args, seq) <= index;
+    before += __popc(__ballot_sync(kAllLanes, here));
+  }
+  return before > 0 ? before - 1 : 0;
+}
+
+PPO_DEVICE Work work_of_block(const AdvantageArgs& args) {
+  const int64_t index = blockIdx.x;
+  const bool whole = args.pass == Pass::whole;
+  const int64_t seq = whole ? index : sequence_of_chunk(args, index);
+  Work w;
+  w.span = sequence_at(args.seqs, seq);
+  w.chunks = (w.span.steps + kChunkSteps - 1) / kChunkSteps;
+  w.slot = whole ? 0 : chunks_before(args, seq);
+  w.begin = whole ? 0 : index - w.slot;
+  w.end = whole ? w.chunks : w.begin + 1;
+  if (w.begin < 0 || w.end > w.chunks) w.begin = w.end = 0;
+  return w;
+}
+
+PPO_DEVICE int64_t last_live_in_block(const Steps& mask, const Sequence& span, int64_t* scratch) {
+  constexpr int kRounds = 4;  // in flight together
+  constexpr int64_t kStride = kRounds * kChunkSteps;
+  for (int64_t begin = (span.steps - 1) / kStride * kStride; begin >= 0; begin -= kStride) {
+    int64_t last = -1;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int64_t t = begin + i * kChunkSteps + int64_t(threadIdx.x) * kUnit;
+      const int64_t here = last_live_of_unit(mask, span, t);
+      last = here >= 0 ? here : last;
+    }
+    last = block_reduce(last, Max{}, scratch);
+    if (last >= 0) return last;
+    __syncthreads();
+  }
+  return -1;
+}
+
+// Of the chunks [begin, end) of a sequence, the first or the last with a live step: that step, or
+// -1. All lanes of a warp call it.
+PPO_DEVICE int64_t first_live_of_chunks(const ChunkLive* live, int64_t begin, int64_t end) {
+  for (; begin < end; begin += kWarp) {
+    const int64_t c = begin + lane_id();
+    const int step = c < end ? live[c].first : -1;
+    const unsigned found = __ballot_sync(kAllLanes, step >= 0);
+    const int64_t at =
+        __shfl_sync(kAllLanes, c * kChunkSteps + step, found ? __ffs(int(found)) - 1 : 0);
+    if (found) return at;
+  }
+  return -1;
+}
+PPO_DEVICE int64_t last_live_of_chunks(const ChunkLive* live, int64_t end) {
+  for (; end > 0; end -= kWarp) {
+    const int64_t c = end - 1 - lane_id();
+    const int step = c >= 0 ? live[c].last : -1;
+    const unsigned found = __ballot_sync(kAllLanes, step >= 0);
+    const int64_t at =
+        __shfl_sync(kAllLanes, c * kChunkSteps + step, found ? __ffs(int(found)) - 1 : 0);
+    if (found) return at;
+  }
+  return -1;
+}
+
+// The value behind a chunk: of the next step that moves the recurrence, or the bootstrap.
+template <class Row>
+PPO_DEVICE float next_behind(const AdvantageArgs& args, const Work& w, const Row& row) {
+  const int64_t behind = w.end * kChunkSteps;
+  int64_t step = behind < w.span.steps ? behind : -1;
+  if (args.scouted && args.carry) {
+    step = first_live_of_chunks(args.live + w.slot, w.end, w.chunks);
+    if (step < 0 && row.slot >= behind) step = row.slot;
+  }
+  if (step < 0) return number_of(args.bootstrap, w.span, 0.f);
+  const bool kept = load_flags(args.mask, w.span, step, 1) != 0 || step == row.slot;
+  float value[kUnit];
+  decode(load_quad(args.values, w.span, step, kept), args.values.dtype, value);
+  return value[0];
+}
+
+// What enters a chunk from the n - 1 behind it, at most; maps[0] is the nearest. A warp.
+template <bool kTwo>
+PPO_DEVICE Later fold_chunks(const Map<kTwo>* maps, int64_t n) {
+  Later later{0.f, 0.f};
+  for (int64_t end = n; end > 0; end -= kWarp) {
+    const int64_t i = end - 1 - lane_id();
+    Map<kTwo> mine;
+    if (i >= 0) mine = maps[i];
+#pragma unroll 4
+    for (int lane = 0; lane < kWarp; ++lane) later = apply(of_lane(mine, lane), later);
+  }
+  return later;
+}
+
+// The tiles behind this warp's in its chunk; `all` becomes the chunk's map.
+template <bool kTwo>
+PPO_DEVICE Map<kTwo> fold_tiles(const Map<kTwo>* totals, Map<kTwo>& all) {
+  Map<kTwo> behind;
+  all = {};
+#pragma unroll
+  for (int tile = kTiles - 1; tile >= 0; --tile) {
+    behind = select(tile == warp_id(), all, behind);
+    all = compose(totals[tile], all);
+  }
+  return behind;
+}
+
+// The value behind this warp's tile; `next`, that behind the chunk, becomes the one before it.
+PPO_DEVICE float next_of_tile(const Head* heads, float& next) {
+  float mine = next;
+#pragma unroll
+  for (int tile = kTiles - 1; tile >= 0; --tile) {
+    mine = tile == warp_id() ? next : mine;
+    next = heads[tile].any ? heads[tile].value : next;
+  }
+  return mine;
+}
+
+// One chunk: the map of it, after its steps are finished.
+template <class Source>
+PPO_DEVICE Map<Source::two> take_chunk(const AdvantageArgs& args, const Sequence& span, int64_t t,
+                                       const UnitOf<Source::two>& unit, float& next,
+                                       const Later& later, MomentSum& moments,
+                                       BlockShared<Source::two>& shared) {
+  const Head head = head_of(unit);
+  const unsigned heads = heads_of_tile(head, kWarp);
+  const float value = first_head(heads, head, 0.f);
+  if (lane_id() == 0) shared.heads[warp_id()] = {heads != 0, value};
+  __syncthreads();
+  const float after = next_of_tile(shared.heads, next);
+  const Suffixes<Source::two> maps =
+      recur(args, unit, first_head(behind_this_lane(heads), head, after));
+  Map<Source::two> total = maps.of(0), chunk;
+  const Map<Source::two> behind = scan_lanes(total, kWarp);
+  if (lane_id() == 0) shared.totals[warp_id()] = total;
+  __syncthreads();
+  const Map<Source::two> tiles = fold_tiles(shared.totals, chunk);
+  if (args.pass != Pass::maps) {
+    finish(args, span, t, unit, maps, apply(behind, apply(tiles, later)), moments);
+  }
+  return chunk;
+}
+
+template <class Source>
+PPO_DEVICE void walk_block(const Source& source, const Work& w, MomentSum& moments,
+                           BlockShared<Source::two>& shared) {
+  constexpr bool kTwo = Source::two;
+  const AdvantageArgs& args = source.args.base;
+  const bool whole = args.pass == Pass::whole;
+  Map<kTwo>* const left = static_cast<Map<kTwo>*>(args.maps) + w.slot;
+  int64_t last = -1;
+  if constexpr (Source::needs_last) {
+    last = whole ? last_live_in_block(args.mask, w.span, shared.last)
+                 : last_live_of_chunks(args.live + w.slot, w.chunks);
+  }
+  const typename Source::Row row = source.open(w.span, last);
+  int64_t t = (w.end - 1) * kChunkSteps + int64_t(threadIdx.x) * kUnit;
+  Units<Source> units(source, row, w.span, t, w.begin * kChunkSteps, kChunkSteps);
+  float next = next_behind(args, w, row);
+  Later later{0.f, 0.f};
+  if (args.pass == Pass::apply) {
+    if (warp_id() == 0) later = fold_chunks(left + w.end, w.chunks - w.end);
+    if (threadIdx.x == 0) shared.later = later;
+    __syncthreads();
+    later = shared.later;
+  }
+  for (int64_t c = w.end - 1; c >= w.begin; --c, t -= kChunkSteps) {
+    const Map<kTwo> chunk =
+        take_chunk<Source>(args, w.span, t, units.take(t), next, later, moments, shared);
+    later = apply(chunk, later);
+    if (args.pass == Pass::maps && threadIdx.x == 0) left[c] = chunk;
+  }
+}
+
+template <class Source>
+__global__ void __launch_bounds__(kRowThreads, Source::resident)
+    advantage_blocks_kernel(const __grid_constant__ typename Source::Args args) {
+  auto& shared = *shared_memory<BlockShared<Source::two>>();
+  const Work w = work_of_block(args.base);
+  MomentSum moments;
+  if (w.begin < w.end) walk_block(Source{args}, w, moments, shared);
+  if (args.base.pass != Pass::maps) leave(args.base, moments, shared.moments);
+}
+
+// Which steps of every chunk are live, for the two passes.
+static __global__ void __launch_bounds__(kRowThreads)
+    chunk_live_kernel(const __grid_constant__ AdvantageArgs args) {
+  auto& shared = *shared_memory<BlockShared<false>>();
+  const Work w = work_of_block(args);
+  if (w.begin == w.end) return;
+  const int here = int(threadIdx.x) * kUnit;
+  const int64_t t = w.begin * kChunkSteps + here;
+  const unsigned bits = flag_bits(load_flags(args.mask, w.span, t, w.span.exist(t)));
+  const int first = bits ? here + __ffs(int(bits)) - 1 : kChunkSteps;
+  const int last = bits ? here + 31 - __clz(int(bits)) : -1;
+  const int lowest = block_reduce(first, Min{}, shared.first_live);
+  const int highest = block_reduce(last, Max{}, shared.last_live);
+  if (threadIdx.x == 0) {
+    args.live[w.slot + w.begin] = {lowest < kChunkSteps ? lowest : -1, highest};
+  }
+}
+
+}  // namespace ppo::cuda

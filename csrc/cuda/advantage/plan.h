@@ -1,0 +1,142 @@
+// What gae.cu and rlhf_advantages.cu share on the host: layouts, the choice of kernel, launches.
+#pragma once
+
+#include "../device/launch.h"
+#include "blocks.cuh"
+#include "warps.cuh"
+
+namespace ppo::cuda {
+
+// (B, T), (T, B) with `time_major`, or flat and packed.
+struct Layout {
+  bool packed, time_major;
+
+  Steps steps(const Tensor& x) const {
+    const View v = strided_view(x);
+    const int64_t seq = time_major ? v.col_stride : v.row_stride;
+    return {v.data, v.dtype, packed ? 0 : seq, time_major ? v.row_stride : v.col_stride};
+  }
+  Steps steps(const OptTensor& x) const { return x ? steps(*x) : Steps{}; }
+
+  Output output(const Tensor& x) const {
+    const Steps s = steps(x);
+    return {data<float>(x), s.seq, s.step};
+  }
+};
+
+// A number per sequence.
+inline Steps per_sequence(const OptTensor& x, int64_t count, const char* op, const char* what) {
+  if (!x) return {};
+  const View v = strided_view(*x);
+  PPO_CHECK(v.rows == 1 && v.cols == count, op, what);
+  return {v.data, v.dtype, v.col_stride, 0};
+}
+
+inline Sequences sequences_of(const Tensor& main, const OptTensor& cu_seqlens,
+                              const Layout& layout) {
+  const View v = strided_view(main);
+  if (layout.time_major) return {nullptr, false, 0, v.cols, v.rows};
+  if (!cu_seqlens) return {nullptr, false, 0, v.rows, v.cols};
+  const View cu = strided_view(*cu_seqlens);
+  return {cu.data, cu.dtype == DType::i64, cu.col_stride, cu.cols - 1, v.cols};
+}
+
+enum class Regime { slabs, warps, blocks, chunks };
+
+// The first rule that fits decides. Not tuned yet: counted from the multiprocessors of a large GPU
+// (132) and the steps that a block takes at once.
+struct Rule {
+  Regime regime;
+  bool time_major;                   // only there
+  int64_t average, longest, fewest;  // steps of a sequence at most, sequences at least
+};
+constexpr int64_t kAny = INT64_MAX;
+constexpr Rule kRules[] = {
+    {Regime::slabs, true, kAny, kTileSteps, 0},  {Regime::slabs, true, kAny, kAny, 1024},
+    {Regime::warps, false, kTileSteps, kAny, 0}, {Regime::warps, false, kChunkSteps, kAny, 2048},
+    {Regime::blocks, false, kAny, kAny, 132},    {Regime::blocks, false, kAny, 8 * kChunkSteps, 0},
+    {Regime::chunks, false, kAny, kAny, 0},
+};
+
+inline Regime regime_of(const Sequences& s, const Layout& layout) {
+  // Of packed sequences only the sum of the lengths is known here.
+  const int64_t average = layout.packed ? s.length / s.count : s.length;
+  for (const Rule& rule : kRules) {
+    if ((layout.time_major || !rule.time_major) && average <= rule.average &&
+        s.length <= rule.longest && s.count >= rule.fewest) {
+      return rule.regime;
+    }
+  }
+  return Regime::chunks;
+}
+
+// `lanes` that cover `steps`, `each` of them in one: a power of two, at most `most`.
+inline int cover(int64_t steps, int64_t each, int most) {
+  int lanes = 1;
+  while (lanes < most && lanes * each < steps) lanes *= 2;
+  return lanes;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Gives a launch its workspace, which must live until then.
+inline Tensor workspace_for(AdvantageArgs& a, const Tensor& main, int64_t blocks, int64_t chunks,
+                            const Device& device) {
+  const int64_t bytes =
+      blocks * int64_t(sizeof(Moments)) + chunks * int64_t(sizeof(Map<true>) + sizeof(ChunkLive));
+  Tensor workspace = empty_on(main, {bytes}, ScalarType::Byte);
+  a.parts = reinterpret_cast<Moments*>(data<uint8_t>(workspace));
+  a.maps = reinterpret_cast<Map<true>*>(a.parts + blocks);
+  a.live = reinterpret_cast<ChunkLive*>(static_cast<Map<true>*>(a.maps) + chunks);
+  a.counter = device.counters(1);
+  return workspace;
+}
+
+template <class Source>
+void run_warps(const char* op, typename Source::Args& args, const Tensor& main,
+               const Layout& layout, const Device& device) {
+  AdvantageArgs& a = args.base;
+  a.lanes = layout.packed ? kWarp : cover(a.seqs.length, kUnit, kWarp);
+  const int64_t blocks = ceil_div(a.seqs.count, kTiles * (kWarp / a.lanes));
+  const Tensor workspace = workspace_for(a, main, blocks, 0, device);
+  launch(op, advantage_warps_kernel<Source>,
+         {dim3(unsigned(blocks)), dim3(kRowThreads), kTiles * sizeof(Moments), 1, device.stream()},
+         args);
+}
+
+// One walk along every sequence, or the passes over chunks.
+template <class Source>
+void run_blocks(const char* op, typename Source::Args& args, const Tensor& main,
+                const Layout& layout, bool whole, const Device& device) {
+  AdvantageArgs& a = args.base;
+  const Sequences& s = a.seqs;
+  a.chunks_each = layout.packed ? 0 : ceil_div(s.length, kChunkSteps);
+  const int64_t chunks =
+      layout.packed ? s.length / kChunkSteps + s.count : s.count * a.chunks_each;
+  const int64_t blocks = whole ? s.count : chunks;
+  const Tensor workspace = workspace_for(a, main, blocks, whole ? 0 : chunks, device);
+  const LaunchConfig config{dim3(unsigned(blocks)), dim3(kRowThreads),
+                            sizeof(BlockShared<Source::two>), 1, device.stream()};
+  a.pass = whole ? Pass::whole : Pass::maps;
+  a.scouted = !whole && a.mask.data && (a.carry || Source::needs_last);
+  if (a.scouted) launch(op, chunk_live_kernel, config, a);
+  if (!whole) launch(op, advantage_blocks_kernel<Source>, config, args);
+  a.pass = whole ? Pass::whole : Pass::apply;
+  launch(op, advantage_blocks_kernel<Source>, config, args);
+}
+
+template <class Source>
+void run(const char* op, typename Source::Args& args, const Tensor& main, const Layout& layout,
+         Regime regime, const Device& device) {
+  if (regime == Regime::warps) return run_warps<Source>(op, args, main, layout, device);
+  run_blocks<Source>(op, args, main, layout, regime == Regime::blocks, device);
+}
+
+// Without sequences: zero moments, or NaN where the offsets leave slots outside of them all.
+template <class... Out>
+void without_sequences(const Tensor& main, Out... out) {
+  const double value = main.numel() == 0 ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+  (torch::stable::fill_(out, value), ...);
+}
+
+}  // namespace ppo::cuda

@@ -1,0 +1,60 @@
+// What the losses share on the host: sequences, launches, outputs.
+#pragma once
+
+#include "../device/tokens.h"
+#include "loss.cuh"
+
+namespace ppo::cuda {
+
+// (loss, stats, scale, grads) of ppo_fast/_schema.py; grads is (count, *shape).
+struct LossOutputs {
+  Tensor loss, stats, scale, grads;
+
+  LossOutputs(const Tensor& main, int64_t count)
+      : loss(empty_on(main, {}, ScalarType::Float)),
+        stats(empty_on(main, {kNStats}, ScalarType::Double)),
+        scale(empty_on(main, {}, ScalarType::Float)),
+        grads(empty_on(main, stacked(main, count), ScalarType::Float)),
+        count_(count) {}
+  // Gradient i, or null where it was not asked for.
+  float* grad(int64_t i) const {
+    return i < count_ ? data<float>(grads) + i * (grads.numel() / count_) : nullptr;
+  }
+
+ private:
+  static std::vector<int64_t> stacked(const Tensor& main, int64_t count) {
+    std::vector<int64_t> sizes{count};
+    for (int64_t n : main.sizes()) sizes.push_back(n);
+    return sizes;
+  }
+  int64_t count_;
+};
+
+// One call of a loss: its arguments, and the memory that its launches need.
+class LossCall {
+ public:
+  LossCall(const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
+           const ReduceOptions& reduce, const OptTensor& denom, const LossOutputs& out,
+           const char* op);
+
+  const Device& device() const { return device_; }
+  const TokenShape& shape() const { return shape_; }
+  // `columns`: all but the mask. `sums`: of the kernel.
+  LossArgs args(std::initializer_list<Column> columns, int sums);
+  // The launch that finds every sequence's term, where tokens need them; gspo gives the columns of
+  // its log-ratios and their bounds.
+  void find_terms(bool ratios, const Column& now, const Column& old, float d_min, float d_max);
+  LaunchConfig config(size_t shared_bytes) const {
+    return {dim3(blocks_), dim3(kTokenThreads), shared_bytes, 1, device_.stream()};
+  }
+
+ private:
+  Device device_;
+  TokenShape shape_;
+  LossArgs args_{};
+  const Tensor main_;
+  OptTensor terms_, parts_;
+  unsigned blocks_;
+};
+
+}  // namespace ppo::cuda

@@ -1,0 +1,114 @@
+// Which flat slots each sequence owns, and how many sequences have an unmasked token.
+#pragma once
+
+#include "../device/reduce.cuh"
+#include "../device/tokens.cuh"
+
+namespace ppo::cuda {
+
+// Rows of `steps` slots, or [offsets[s], offsets[s + 1]) where there are offsets. These are not
+// checked: what is beyond the tokens counts as their end.
+struct SequenceMap {
+  const void* offsets;
+  DType dtype;
+  int64_t stride;  // of the offsets
+  int64_t count, steps, tokens;
+
+  PPO_DEVICE int64_t offset(int64_t s) const {
+    const int64_t at = read_index(offsets, dtype, s * stride);
+    return at < 0 ? 0 : at < tokens ? at : tokens;
+  }
+  PPO_DEVICE int64_t begin(int64_t s) const { return offsets ? offset(s) : s * steps; }
+  PPO_DEVICE int64_t end(int64_t s) const { return offsets ? offset(s + 1) : (s + 1) * steps; }
+
+  // Of the sequences that start at `slot` or before, the last: the only one that is not empty. For
+  // whole warps, which halve the choice five times a step.
+  PPO_DEVICE int64_t find(int64_t slot) const {
+    if (!offsets) return slot / steps;
+    int64_t found = 0;
+    for (int64_t left = count; left > 1;) {
+      const int64_t step = (left + kWarp - 1) / kWarp, mine = lane_id() * step;
+      const bool before = mine < left && offset(found + (mine < left ? mine : 0)) <= slot;
+      const int last = __popc(__ballot_sync(kAllLanes, before)) - 1;
+      const int64_t skipped = (last > 0 ? last : 0) * step;
+      found += skipped;
+      left = left - skipped < step ? left - skipped : step;
+    }
+    return found;
+  }
+  // The same for any thread, from a sequence that starts at `slot` or before; packed ones only.
+  PPO_DEVICE int64_t find_from(int64_t s, int64_t slot) const {
+    while (s + 1 < count && offset(s + 1) <= slot) ++s;
+    return s;
+  }
+};
+
+// Which slots of a tile are unmasked: kTile bits in shared memory.
+constexpr int kTileWords = kTile / 32;
+static_assert(kTileWords == kWarp, "a warp sees which words are not 0");
+
+class TileBits {
+ public:
+  // All threads of the block: bit k of `live` is slot 4 * thread + k.
+  PPO_DEVICE TileBits(uint32_t* words, uint32_t live) : words_(words) {
+    uint32_t word = live << (threadIdx.x % 8 * kItems);
+#pragma unroll
+    for (int by = 1; by < 8; by *= 2) word |= __shfl_xor_sync(kAllLanes, word, by);
+    if (threadIdx.x % 8 == 0) words[threadIdx.x / 8] = word;
+    __syncthreads();
+    some_ = __ballot_sync(kAllLanes, words[lane_id()] != 0);
+  }
+  // Whether one of the slots [first, last) is unmasked.
+  PPO_DEVICE bool any(int64_t first, int64_t last) const {
+    if (first >= last) return false;
+    const int a = int(first) / 32, b = int(last - 1) / 32;
+    const uint32_t from = ~0u << (int(first) % 32), to = ~0u >> (31 - int(last - 1) % 32);
+    if (a == b) return (words_[a] & from & to) != 0;
+    const uint32_t between = (~0u << a << 1) & ~(~0u << b);
+    return ((words_[a] & from) | (words_[b] & to) | (some_ & between)) != 0;
+  }
+
+ private:
+  const uint32_t* words_;
+  uint32_t some_;
+};
+
+// What a range of slots knows of the sequences that reach beyond it.
+enum SequenceFlag : int {
+  kHeadLive = 1,  // the one that began before has an unmasked token here
+  kStarts = 2,    // the last slot's sequence began here,
+  kOpen = 4,      // goes on after the range and has no unmasked token yet
+};
+
+// `flags` of a range and of the one right after it, as one range; the sequences that the second
+// one opened for the first are the caller's to count.
+PPO_DEVICE int join_flags(int before, int after) {
+  const int head = (before & kHeadLive) | (before & kStarts ? 0 : after & kHeadLive);
+  if (after & kStarts) return head | (after & (kStarts | kOpen));
+  const bool open = (before & kOpen) && !(after & kHeadLive);
+  return head | (before & kStarts) | (open ? kOpen : 0);
+}
+
+// The sequences of the slots [start, end) of one tile, from `first` to `last`. Gives those that
+// began here and have an unmasked token here, shared out over the threads.
+PPO_DEVICE int live_starts(const SequenceMap& map, const TileBits& bits, int64_t start,
+                           int64_t end, int64_t first, int64_t last) {
+  int live = 0;
+  for (int64_t s = first + threadIdx.x; s <= last; s += blockDim.x) {
+    const int64_t a = map.begin(s), b = map.end(s);
+    live += a >= start && a < b && bits.any(a - start, (b < end ? b : end) - start);
+  }
+  return live;
+}
+PPO_DEVICE int edge_flags(const SequenceMap& map, const TileBits& bits, int64_t start, int64_t end,
+                          int64_t first, int64_t last) {
+  const int64_t begin = map.begin(last), head_end = map.end(first);
+  const bool starts = begin >= start;
+  const bool live = starts && bits.any(begin - start, end - start);
+  const bool head =
+      map.begin(first) < start && bits.any(0, (head_end < end ? head_end : end) - start);
+  return (head ? kHeadLive : 0) | (starts ? kStarts : 0) |
+         (starts && !live && map.end(last) > end ? kOpen : 0);
+}
+
+}  // namespace ppo::cuda

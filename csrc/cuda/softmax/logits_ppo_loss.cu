@@ -1,0 +1,220 @@
+// ppo_fast::logits_ppo_loss.cuda: the softmax of every row, its token's policy loss and the
+// gradient, with one read of the logits where a cluster's shared memory holds a row.
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "../device/launch.h"
+#include "../device/policy.h"
+#include "logits_ppo_loss_cluster.cuh"
+
+namespace ppo::cuda {
+namespace {
+
+// A row's bits do not depend on how many warps it has.
+constexpr int kReaders = kEmulated ? 2 : kTwoReadThreads / kWarp;
+constexpr int kWorkers = kEmulated ? 2 : kMaxWorkers;
+// Most shared memory of a block on sm_90 and sm_100.
+constexpr int kSharedBytes = 227 * 1024;
+// Rows under way, half read or half written on average, that the L2 keeps of a multiprocessor's
+// two reads (A100: 40 MB for 108), and blocks of a multiprocessor for rows of any length.
+constexpr int64_t kL2Bytes = 700 * 1024;
+constexpr int64_t kBlocks = 8;
+constexpr char kOp[] = "logits_ppo_loss";
+
+struct ClusterPlan {
+  int size, workers;  // blocks, and warps of each that compute; size 0: a row does not fit
+  size_t shared_bytes;
+};
+
+// The smallest cluster that holds kStages rows.
+ClusterPlan cluster_plan(const RowPlan& plan, int item) {
+  for (int size = 1; size <= kMaxCluster && size <= plan.slices; size *= 2) {
+    const int64_t bytes = kStagesAt + kStages * stage_bytes(plan, size, item);
+    if (bytes <= kSharedBytes) {
+      return {size, std::min(kWorkers, plan.slices / size), size_t(bytes)};
+    }
+  }
+  return {0, 0, 0};
+}
+
+// How many clusters run at once, which the runtime takes long to say.
+template <class T, class O>
+int64_t resident_clusters(const Device& device, const ClusterPlan& c) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int, int, size_t>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& n = known[{device.index(), c.size, c.workers, c.shared_bytes}];
+  if (n == 0) {
+    n = device.clusters(logits_ppo_cluster<T, O>, unsigned(c.workers + 1) * kWarp, c.shared_bytes,
+                        unsigned(c.size));
+  }
+  STD_TORCH_CHECK(n > 0, "ppo_fast::logits_ppo_loss: no cluster of ", c.size, " blocks fits");
+  return n;
+}
+
+template <class T, class O>
+void launch_cluster(const Device& device, const LogitsPpoArg& a, const ClusterPlan& c) {
+  const int64_t clusters = std::min(a.n_rows, resident_clusters<T, O>(device, c));
+  launch("logits_ppo_cluster", logits_ppo_cluster<T, O>,
+         {dim3(unsigned(clusters * c.size)), dim3(unsigned(c.workers + 1) * kWarp), c.shared_bytes,
+          unsigned(c.size), device.stream()},
+         a);
+}
+
+template <class T, class O>
+void launch_two_reads(const Device& device, const LogitsPpoArg& a, const RowPlan& plan) {
+  const bool alone = plan.slices == 1;  // a row is a warp's
+  const int64_t fit = kL2Bytes / (int64_t(std::max(a.vocab, 1)) * int64_t(sizeof(T)));
+  const int64_t most =
+      device.multiprocessors() * (alone ? kBlocks : std::max<int64_t>(1, std::min(kBlocks, fit)));
+  const int64_t blocks = alone ? (a.n_rows + kReaders - 1) / kReaders : a.n_rows;
+  launch("logits_ppo_two_reads", logits_ppo_two_reads<T, O>,
+         {dim3(unsigned(std::min(blocks, most))), dim3(kReaders * kWarp),
+          sizeof(Part) * size_t(alone ? kReaders : plan.slices), 1, device.stream()},
+         a);
+}
+
+template <class T, class O>
+void launch_rows(const Device& device, const LogitsPpoArg& a) {
+  if (a.n_rows == 0) return;
+  const RowPlan plan = row_plan(a.vocab);
+  const ClusterPlan cluster = cluster_plan(plan, int(sizeof(T)));
+  if (device.capability() >= 90 && plan.slices > 1 && cluster.size > 0) {
+    launch_cluster<T, O>(device, a, cluster);
+  } else {
+    launch_two_reads<T, O>(device, a, plan);
+  }
+}
+
+void launch_any(const Device& device, const LogitsPpoArg& a, DType from, DType to) {
+  if (from == DType::bf16 && to == from) return launch_rows<bf16, bf16>(device, a);
+  if (from == DType::f16 && to == from) return launch_rows<fp16, fp16>(device, a);
+  if (from == DType::f32 && to == from) return launch_rows<float, float>(device, a);
+  if (from == DType::f32 && to == DType::bf16) return launch_rows<float, bf16>(device, a);
+  PPO_CHECK(false, kOp, "logits must be float32, bfloat16 or float16");
+}
+
+#define PPO_ARGS                                                                               \
+  Tensor logits, Tensor tokens, OptTensor mask, OptTensor temperature, OptTensor old_logprobs, \
+      Tensor advantages, OptTensor is_weights, OptTensor moments, OptTensor ref_logprobs,      \
+      Tensor weights, OptTensor entropy_coef, OptTensor kl_coef, std::vector<int64_t> codes,   \
+      std::vector<double> params
+#define PPO_PASS                                                                                  \
+  logits, tokens, mask, temperature, old_logprobs, advantages, is_weights, moments, ref_logprobs, \
+      weights, entropy_coef, kl_coef, codes, params
+
+void check_rows(const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
+                const char* op) {
+  const auto sizes = logits.sizes(), strides = logits.strides(), lead = tokens.sizes();
+  const size_t rank = lead.size();
+  PPO_CHECK(sizes.size() == rank + 1, op, "logits must be (..., V)");
+  for (size_t i = 0; i < rank; ++i) PPO_CHECK(sizes[i] == lead[i], op, "shape of tokens");
+  PPO_CHECK(sizes[rank] == 1 || (sizes[rank] > 1 && strides[rank] == 1), op,
+            "the last dimension must be contiguous");
+  PPO_CHECK(sizes[rank] < int64_t(1) << 30, op, "V must be below 2^30");
+  const DType index = dtype_of(tokens);
+  PPO_CHECK(index == DType::i64 || index == DType::i32, op, "tokens must be int32 or int64");
+  PPO_CHECK(!mask || dtype_of(*mask) == DType::byte, op, "mask must be a 1-byte type");
+}
+
+void check_values(const Tensor& tokens, const OptTensor& x, const char* op, const char* name) {
+  check_beside(tokens, x, op, name);
+  PPO_CHECK(!x || dtype_of(*x) == DType::f32 || dtype_of(*x) == DType::bf16 ||
+                dtype_of(*x) == DType::f16,
+            op, name);
+}
+
+LogitsPpoArg read_args(PPO_ARGS) {
+  check_options(codes, 4, params, 10, kOp);
+  PPO_CHECK(codes[1] != int64_t(Variant::gspo), kOp, "gspo needs whole sequences");
+  check_rows(logits, tokens, mask, kOp);
+  check_beside(tokens, mask, kOp, "mask");
+  check_values(tokens, temperature, kOp, "temperature");
+  check_values(tokens, old_logprobs, kOp, "old_logprobs");
+  check_values(tokens, advantages, kOp, "advantages");
+  check_values(tokens, is_weights, kOp, "is_weights");
+  check_values(tokens, ref_logprobs, kOp, "ref_logprobs");
+  check_values(weights.sizes().size() == 0 ? weights : tokens, weights, kOp, "weights");
+  std::vector<double> numbers(params.begin() + 1, params.end());
+  numbers.push_back(0.0);
+  const int64_t sum = int64_t(Reduction::token_sum);
+  const size_t lead = tokens.sizes().size();
+  LogitsPpoArg a{logits.const_data_ptr(),
+                 nullptr,
+                 RowIndex(logits.sizes(), logits.strides(), lead),
+                 RowIndex(),
+                 RowValues(tokens),
+                 RowValues(mask),
+                 RowValues(temperature),
+                 RowValues(old_logprobs),
+                 RowValues(advantages),
+                 RowValues(is_weights),
+                 RowValues(ref_logprobs),
+                 RowValues(weights),
+                 nullptr,
+                 nullptr,
+                 0,
+                 codes[0],
+                 int(logits.sizes()[lead]),
+                 float(1.0 / params[0]),
+                 policy_arg({codes[1], codes[2], codes[3], sum, 1}, numbers, moments, entropy_coef,
+                            kl_coef, ref_logprobs.has_value(), kOp)};
+  a.n_rows = a.logits_at.rows();
+  return a;
+}
+
+// Where the gradient goes: rows of V, contiguous within each.
+struct Target {
+  void* data;
+  DType dtype;
+  RowIndex rows;
+};
+Target target_of(const Tensor& out) {
+  const auto sizes = out.sizes(), strides = out.strides();
+  return {out.mutable_data_ptr(), dtype_of(out), RowIndex(sizes, strides, sizes.size() - 1)};
+}
+
+std::tuple<Tensor, Tensor> run(const Tensor& logits, const Tensor& tokens, const Target& to,
+                               LogitsPpoArg a) {
+  const Device device(logits);
+  Tensor logprobs = empty_on(logits, tokens.sizes(), ScalarType::Float);
+  Tensor entropy = empty_on(logits, tokens.sizes(), ScalarType::Float);
+  a.out = to.data;
+  a.out_at = to.rows;
+  a.logprobs = data<float>(logprobs);
+  a.entropy = data<float>(entropy);
+  launch_any(device, a, dtype_of(logits), to.dtype);
+  return {logprobs, entropy};
+}
+
+std::tuple<Tensor, Tensor, Tensor> logits_ppo_loss(PPO_ARGS) {
+  const LogitsPpoArg a = read_args(PPO_PASS);
+  Tensor out = empty_on(logits, logits.sizes(), logits.scalar_type());
+  auto [logprobs, entropy] = run(logits, tokens, target_of(out), a);
+  return {logprobs, entropy, out};
+}
+
+std::tuple<Tensor, Tensor> logits_ppo_loss_inplace(PPO_ARGS) {
+  return run(logits, tokens, target_of(logits), read_args(PPO_PASS));
+}
+
+// fp32 rows take a bf16 gradient, each from its own start on.
+std::tuple<Tensor, Tensor> logits_ppo_loss_bf16(PPO_ARGS) {
+  PPO_CHECK(dtype_of(logits) == DType::f32, kOp, "logits must be float32");
+  const LogitsPpoArg a = read_args(PPO_PASS);
+  const auto sizes = logits.sizes(), strides = logits.strides();
+  std::vector<int64_t> doubled(strides.begin(), strides.end());
+  for (int64_t& stride : doubled) stride *= 2;
+  const RowIndex rows(sizes, Sizes(doubled.data(), doubled.size()), sizes.size() - 1);
+  return run(logits, tokens, {logits.mutable_data_ptr(), DType::bf16, rows}, a);
+}
+
+}  // namespace
+}  // namespace ppo::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_fast, PPO_CUDA_KEY, m) {
+  m.impl("logits_ppo_loss.cuda", TORCH_BOX(&ppo::cuda::logits_ppo_loss));
+  m.impl("logits_ppo_loss_.cuda", TORCH_BOX(&ppo::cuda::logits_ppo_loss_inplace));
+  m.impl("logits_ppo_loss_bf16_.cuda", TORCH_BOX(&ppo::cuda::logits_ppo_loss_bf16));
+}

@@ -1,0 +1,207 @@
+// token_logprobs: a warp per slice of a row (softmax.cuh), the slices of a row in any order on any
+// warp. On sm_90 a warp's next slices stream through shared memory while it works on one.
+#pragma once
+
+#include "../device/rows.cuh"
+#include "slice_ring.cuh"
+
+namespace ppo::cuda {
+
+constexpr int kLogprobsThreads = 256, kLogprobsBlocks = 3;  // of a multiprocessor
+
+// Rows [first, first + count) of the logits, cut into slices, and which warp takes which.
+struct LogprobsRows {
+  const void* logits;  // (rows, V)
+  RowIndex at;
+  RowValues tokens, mask, temperature;  // (rows,)
+  int64_t first, count, ignore_index;
+  float inv_temperature;
+  int vocab, stage_bytes;  // of one slice in shared memory
+  RowPlan plan;
+  int run;  // consecutive slices of one row that a warp takes; a power of two
+
+  template <class T>
+  PPO_DEVICE const T* row(int64_t i) const {
+    return static_cast<const T*>(logits) + at.offset(i);
+  }
+  PPO_DEVICE bool live(int64_t i) const {
+    return (!mask || mask.is_set(i)) && tokens.integer(i) != ignore_index;
+  }
+  PPO_DEVICE float inv_t(int64_t i) const {
+    return temperature ? 1.f / temperature.number(i) : inv_temperature;
+  }
+};
+
+struct LogprobsForward {
+  LogprobsRows rows;
+  Part* parts;     // (count, slices)
+  unsigned* done;  // (count,) zeros: slices of the row that are in `parts`
+  float *logprobs, *entropy, *row_max, *log_sum;  // (rows,) contiguous
+};
+
+// (rows,) each; what is absent is 0.
+struct LogprobsUpstream {
+  RowValues grad_logprobs, grad_entropy, entropy, row_max, log_sum;
+};
+
+struct LogprobsGradient {
+  LogprobsRows rows;
+  void* out;  // (rows, V), the logits themselves in place
+  RowIndex out_at;
+  const GradientTerms* terms;  // (count,)
+};
+
+// The slices of one warp: number k of them.
+struct LogprobsSlice {
+  int64_t row;  // in [0, count)
+  int slice, first, end;
+  bool exists;
+};
+PPO_DEVICE LogprobsSlice slice_at(const LogprobsRows& r, int64_t k) {
+  const int per_block = int(blockDim.x) / kWarp, shift = __ffs(r.plan.slices) - 1;
+  const int run_shift = __ffs(r.run) - 1;
+  const int64_t unit = (k >> run_shift) * (int64_t(gridDim.x) * per_block) +
+                       int64_t(blockIdx.x) * per_block + warp_id();
+  const int64_t task = (unit << run_shift) + (k & (r.run - 1));
+  const int slice = int(task & (r.plan.slices - 1));
+  const int first = min(slice * r.plan.length, r.vocab);
+  return {task >> shift, slice, first, min(first + r.plan.length, r.vocab),
+          (task >> shift) < r.count};
+}
+
+// Whether this warp's part was the last one of its row; resets the count. The parts of the others
+// can then be read.
+PPO_DEVICE bool completes_row(unsigned* done, int slices) {
+  int last = 0;
+  if (lane_id() == 0) {
+    __threadfence();
+    last = atomicAdd(done, 1u) == unsigned(slices - 1);
+    if (last) *done = 0;
+    __threadfence();
+  }
+  last = __shfl_sync(kAllLanes, last, 0);
+  __syncwarp();
+  return last != 0;
+}
+
+template <class T>
+PPO_DEVICE void store_outcome(const LogprobsForward& a, int64_t row, const Part& part) {
+  const LogprobsRows& r = a.rows;
+  const int64_t token = r.tokens.integer(row);
+  const bool legal = token >= 0 && token < r.vocab;
+  const float label = legal ? widen(r.row<T>(row)[token]) : 0.f;
+  const Outcome o = outcome(part, label, r.inv_t(row), legal);
+  a.logprobs[row] = o.logprob;
+  a.entropy[row] = o.entropy;
+  a.row_max[row] = o.max;
+  a.log_sum[row] = o.log_sum;
+}
+
+template <class T, bool streamed>
+__global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
+    logprobs_forward_kernel(const __grid_constant__ LogprobsForward a) {
+  const LogprobsRows& r = a.rows;
+  const int slices = r.plan.slices;
+  SliceRing<T> ring(r.stage_bytes, streamed);
+  const auto fetch = [&](int64_t k) {
+    const LogprobsSlice s = slice_at(r, k);
+    if (s.exists && r.live(r.first + s.row)) ring.fetch(r.row<T>(r.first + s.row), s.first, s.end);
+  };
+  if (streamed) {
+#pragma unroll 1
+    for (int k = 0; k < kRingStages - 1; ++k) fetch(k);
+  }
+  for (int64_t k = 0;; ++k) {
+    const LogprobsSlice s = slice_at(r, k);
+    if (!s.exists) break;
+    if (streamed) fetch(k + kRingStages - 1);
+    const int64_t row = r.first + s.row;
+    if (!r.live(row)) {
+      if (s.slice == 0 && lane_id() == 0) {
+        a.logprobs[row] = a.entropy[row] = a.row_max[row] = a.log_sum[row] = 0.f;
+      }
+      continue;
+    }
+    const T* logits = r.row<T>(row);
+    if (streamed) logits = ring.take(logits, s.first);
+    Part part = slice_part(logits, s.first, s.end, r.inv_t(row));
+    if (slices > 1) {
+      Part* parts = a.parts + s.row * slices;
+      if (lane_id() == 0) parts[s.slice] = part;
+      if (!completes_row(a.done + s.row, slices)) continue;
+      part = merged(parts, slices);
+    }
+    if (lane_id() == 0) store_outcome<T>(a, row, part);
+  }
+}
+
+// What a row's gradient is made of, a thread per row: the label's logit is read before anything is
+// overwritten in place.
+template <class T>
+__global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
+    logprobs_terms_kernel(const __grid_constant__ LogprobsRows r,
+                          const __grid_constant__ LogprobsUpstream up, GradientTerms* terms) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, row = r.first + i;
+  if (i >= r.count) return;
+  GradientTerms t{};
+  t.zero = true;
+  if (r.live(row)) {
+    const int64_t token = r.tokens.integer(row);
+    const bool legal = token >= 0 && token < r.vocab;
+    const float label = legal ? widen(r.row<T>(row)[token]) : 0.f;
+    const float g = up.grad_logprobs ? up.grad_logprobs.number(row) : 0.f;
+    const float h = up.grad_entropy ? up.grad_entropy.number(row) : 0.f;
+    const Outcome o{true, up.row_max.number(row), up.log_sum.number(row), 0.f,
+                    up.entropy.number(row)};
+    t = gradient_terms(g, h, o, token, label, r.inv_t(row), legal);
+  }
+  terms[i] = t;
+}
+
+template <class T, bool streamed>
+__global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
+    logprobs_gradient_kernel(const __grid_constant__ LogprobsGradient a) {
+  const LogprobsRows& r = a.rows;
+  const auto out_row = [&](int64_t i) { return static_cast<T*>(a.out) + a.out_at.offset(i); };
+  // What is copied in whole 16 bytes on its way in must be on its way out.
+  const auto together = [&](int64_t i) { return phase_of(r.row<T>(i)) == phase_of(out_row(i)); };
+  SliceRing<T> ring(r.stage_bytes, streamed);
+  const auto fetch = [&](int64_t k) {
+    const LogprobsSlice s = slice_at(r, k);
+    if (!s.exists || a.terms[s.row].zero || !together(r.first + s.row)) return;
+    ring.fetch(r.row<T>(r.first + s.row), s.first, s.end);
+  };
+  // Into the memory that the last slice was stored from.
+  const auto fetch_next = [&](int64_t k) {
+    if (lane_id() == 0) bulk_wait_read<0>();
+    fetch(k + kRingStages - 1);
+  };
+  if (streamed) {
+#pragma unroll 1
+    for (int k = 0; k < kRingStages - 1; ++k) fetch(k);
+  }
+  for (int64_t k = 0;; ++k) {
+    const LogprobsSlice s = slice_at(r, k);
+    if (!s.exists) break;
+    const int64_t row = r.first + s.row;
+    const GradientTerms t = a.terms[s.row];
+    const T* logits = r.row<T>(row);
+    T* out = out_row(row);
+    if (streamed && !t.zero && together(row)) {
+      T* held = ring.take(logits, s.first);
+      write_gradient(held, held, s.first, s.end, t, lane_id(), kWarp, [] {});
+      fetch_next(k);
+      store_slice(out, held, s.first, s.end);
+      continue;
+    }
+    if (streamed) fetch_next(k);
+    if (t.zero) {
+      write_zeros(out, s.first, s.end, lane_id(), kWarp);
+    } else {
+      write_gradient(logits, out, s.first, s.end, t, lane_id(), kWarp, [] {});
+    }
+  }
+  if (streamed && lane_id() == 0) bulk_wait_read<0>();
+}
+
+}  // namespace ppo::cuda

@@ -1,0 +1,291 @@
+// A row of logits on the GPU: how it is cut, its softmax's state, and its gradient (torch-free).
+//
+// What token_logprobs and logits_ppo_loss share, so that a row's bits follow from its logits and V
+// alone: not from the grid, the block, the cluster, nor where the row starts in memory.
+#pragma once
+
+#include "../device/math.cuh"
+#include "../device/reduce.cuh"
+#include "../device/tensor.cuh"
+
+namespace ppo::cuda {
+
+constexpr int kMaxSlices = 64;
+constexpr int kSliceColumns = 2048;
+constexpr int kScanVectors = 4;  // 16 bytes each, that a lane takes between two rescalings
+constexpr int kGradVectors = 2;  // in the pass that writes
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLowest = -3.4028234663852886e38f;  // finite: without a logit, m - m is 0
+// exp(-200) is 0 in fp32, so clamping there changes nothing but 0 * -inf. It drops a NaN
+// (fmaxf(NaN, x) = x), which is why the factor beside it comes from the unclamped argument.
+constexpr float kZeroExp = -200.f;
+
+// A row is `slices` pieces of `length` columns, the last one shorter, a warp each.
+struct RowPlan {
+  int slices;  // a power of two
+  int length;  // a multiple of 8: slices start where the row does, modulo 16 bytes
+};
+
+PPO_HOST_DEVICE RowPlan row_plan(int vocab) {
+  int slices = 1;
+  while (slices < kMaxSlices && vocab > slices * kSliceColumns) slices *= 2;
+  return {slices, ((vocab - 1) / slices + 8) / 8 * 8};
+}
+
+// With z = logit / temperature: max z, sum e^(z - max), sum (z - max) e^(z - max).
+struct Part {
+  float max, sum, dot;
+};
+
+// The sums restated for the maximum top >= p.max.
+PPO_DEVICE Part rescaled(Part p, float top) {
+  const float shift = fmaxf(p.max - top, kZeroExp);
+  const float r = fast_exp2(shift * kLog2e);
+  return {top, p.sum * r, fmaf(shift, p.sum, p.dot) * r};
+}
+
+// One lane's next logits; absent ones are -inf.
+template <int vectors, int n>
+PPO_DEVICE Part extended(Part p, const float (&x)[vectors][n], float inv_t) {
+  float top = x[0][0];
+#pragma unroll
+  for (int i = 1; i < vectors * n; ++i) top = fmaxf(top, x[i / n][i % n]);
+  p = rescaled(p, fmaxf(p.max, top * inv_t));
+#pragma unroll
+  for (int i = 0; i < vectors * n; ++i) {
+    const float d = fmaf(x[i / n][i % n], inv_t, -p.max);
+    const float e = fast_exp2(d * kLog2e);
+    p.sum += e;
+    p.dot = fmaf(e, fmaxf(d, kZeroExp), p.dot);
+  }
+  return p;
+}
+
+// All lanes' parts as one, the same in every lane.
+PPO_DEVICE Part warp_merged(Part p) {
+  p = rescaled(p, warp_reduce(p.max, Max{}));
+  return {p.max, warp_sum(p.sum), warp_sum(p.dot)};
+}
+
+// A row's slices as one, by a whole warp.
+PPO_DEVICE Part merged(const Part* parts, int slices) {
+  const int lane = lane_id();
+  const Part none{kLowest, 0.f, 0.f};
+  Part p = lane < slices ? parts[lane] : none;
+  if (slices > 32) {
+    const Part q = parts[lane + 32];
+    const float top = fmaxf(p.max, q.max);
+    const Part a = rescaled(p, top), b = rescaled(q, top);
+    p = {top, a.sum + b.sum, a.dot + b.dot};
+  }
+  return warp_merged(p);
+}
+
+// By how many elements a row misses 16 bytes.
+template <class T>
+PPO_DEVICE int phase_of(const T* row) {
+  return int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kPerVector<T>);
+}
+
+// x = row[col, col + 16 bytes), -inf from `end` on, which `inside` says is not reached. Rows whose
+// phase is not 0 are read `across` 16-byte boundaries: two loads, and what lies between. Either
+// load holds an element of the row, so that all of it is there to be read.
+template <class T, bool across, bool inside>
+PPO_DEVICE void load_columns(const T* row, int phase, int end, int col,
+                             float (&x)[kPerVector<T>]) {
+  constexpr int n = kPerVector<T>;
+  if (inside || col + n <= end) {
+    const T* at = row + (col - phase);
+    const uint4 low = *reinterpret_cast<const uint4*>(at);
+    if constexpr (across) {
+      const uint4 high = *reinterpret_cast<const uint4*>(at + n);
+      unpack<T>(shifted(low, high, phase * int(sizeof(T))), x);
+    } else {
+      unpack<T>(low, x);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] = col + i < end ? widen(row[col + i]) : -INFINITY;
+  }
+}
+
+// The next `vectors` times 16 bytes of each lane, from column `at` on.
+template <int vectors, bool across, bool inside, class T>
+PPO_DEVICE Part scan_step(Part p, const T* row, int phase, int end, int at, float inv_t) {
+  constexpr int n = kPerVector<T>;
+  float x[vectors][n];
+#pragma unroll
+  for (int v = 0; v < vectors; ++v) {
+    load_columns<T, across, inside>(row, phase, end, at + (kWarp * v + lane_id()) * n, x[v]);
+  }
+  return extended(p, x, inv_t);
+}
+
+template <class T, bool across>
+PPO_DEVICE Part lane_part(const T* row, int phase, int first, int end, float inv_t) {
+  constexpr int n = kPerVector<T>;
+  Part p{kLowest, 0.f, 0.f};
+  int at = first;
+  for (; at + kWarp * kScanVectors * n <= end; at += kWarp * kScanVectors * n) {
+    p = scan_step<kScanVectors, across, true>(p, row, phase, end, at, inv_t);
+  }
+  for (; at < end; at += kWarp * n) {
+    p = scan_step<1, across, false>(p, row, phase, end, at, inv_t);
+  }
+  return p;
+}
+
+// Columns [first, end) of a row, by a whole warp; the result is the same in every lane.
+template <class T>
+PPO_DEVICE Part slice_part(const T* row, int first, int end, float inv_t) {
+  const int phase = phase_of(row);
+  const Part p = phase == 0 ? lane_part<T, false>(row, 0, first, end, inv_t)
+                            : lane_part<T, true>(row, phase, first, end, inv_t);
+  return warp_merged(p);
+}
+
+// What a row's softmax comes to. A row without a finite logit, or with NaN or +inf, is not sound.
+struct Outcome {
+  bool sound;
+  float max, log_sum, logprob, entropy;
+};
+
+// `label` is the token's logit; legal: there is such a token.
+PPO_DEVICE Outcome outcome(Part row, float label, float inv_t, bool legal) {
+  const bool sound = row.sum > 0.f;
+  const float sum = sound ? row.sum : 1.f, log_sum = logf(sum);
+  const float top = sound ? row.max : NAN;
+  return {sound, top, log_sum, legal ? fmaf(label, inv_t, -top) - log_sum : NAN,
+          legal && sound ? log_sum - row.dot / sum : NAN};
+}
+
+// d loss / d logit_j = p_j (a + b ln p_j), but at_label for the token; with g and h the loss's
+// derivatives by log-probability and entropy H: a = -(g + h H)/T, b = -h/T.
+struct GradientTerms {
+  float max, log_sum, inv_t, a, b, at_label;
+  int label;
+  bool zero;  // a row of zeros, that need not be read
+};
+
+PPO_DEVICE GradientTerms gradient_terms(float g, float h, const Outcome& row, int64_t token,
+                                        float label, float inv_t, bool legal) {
+  const float shifted = fmaf(label, inv_t, -row.max);
+  // A label at -inf stays impossible: no gradient through its log-probability.
+  if (legal && shifted == -INFINITY) g = 0.f;
+  const float a = legal ? -fmaf(h, row.entropy, g) * inv_t : NAN, b = -h * inv_t;
+  const float ln_p = shifted - row.log_sum;
+  const ExpParts<float> e = exp_parts(ln_p);
+  // a p + g/T of a likely token would cancel.
+  const float at_label = fmaf(-g, e.expm1, -h * (e.exp * (fmaxf(ln_p, kZeroExp) + row.entropy)));
+  return {row.max,
+          row.log_sum,
+          inv_t,
+          a,
+          b,
+          at_label * inv_t,
+          legal ? int(token) : -1,
+          g == 0.f && h == 0.f};
+}
+
+PPO_DEVICE float gradient(const GradientTerms& t, float x) {
+  const float ln_p = fmaf(x, t.inv_t, -t.max) - t.log_sum;
+  return fast_exp2(ln_p * kLog2e) * fmaf(t.b, fmaxf(ln_p, kZeroExp), t.a);
+}
+
+// The gradient of x, whose first element is the row's column `col`: all of it is `inside`
+// [first, end), or what is outside is left alone.
+template <bool inside, class O>
+PPO_DEVICE void store_gradient(O* to, int first, int end, int col, float (&x)[kPerVector<O>],
+                               const GradientTerms& t) {
+  constexpr int n = kPerVector<O>;
+#pragma unroll
+  for (int i = 0; i < n; ++i) x[i] = gradient(t, x[i]);
+  if (unsigned(t.label - col) < unsigned(n)) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] = t.label == col + i ? t.at_label : x[i];
+  }
+  if (inside || (col >= first && col + n <= end)) {
+    *reinterpret_cast<uint4*>(to + col) = pack<O>(x);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (col + i >= first && col + i < end) to[col + i] = narrow<O>(x[i]);
+    }
+  }
+}
+
+// The next `vectors` times 16 bytes of `to` of each thread, from column `at` on. `together`: the
+// row is read in 16 bytes too; `inside`: that, and all of them are in [first, end).
+template <int vectors, bool inside, class T, class O, class Between>
+PPO_DEVICE void gradient_step(const T* row, O* to, int first, int end, int at, bool together,
+                              const GradientTerms& t, int thread, int threads,
+                              const Between& between) {
+  constexpr int n = kPerVector<O>, part = kPerVector<T>;
+  float x[vectors][n];
+#pragma unroll
+  for (int v = 0; v < vectors; ++v) {
+    const int col = at + (v * threads + thread) * n;
+    if (inside || (together && col >= first && col + n <= end)) {
+#pragma unroll
+      for (int i = 0; i < n; i += part) {
+        unpack<T>(*reinterpret_cast<const uint4*>(row + col + i),
+                  reinterpret_cast<float (&)[part]>(x[v][i]));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        x[v][i] = col + i >= first && col + i < end ? widen(row[col + i]) : 0.f;
+      }
+    }
+  }
+  between();
+#pragma unroll
+  for (int v = 0; v < vectors; ++v) {
+    store_gradient<inside>(to, first, end, at + (v * threads + thread) * n, x[v], t);
+  }
+}
+
+// to[first, end) from row[first, end), by `threads` threads of which this is number `thread`, in
+// whole 16 bytes of `to` but for the ends. `to` may be `row`; where it is narrower and starts at
+// the same address, `between` must keep everybody's loads before anybody's stores.
+template <class T, class O, class Between>
+PPO_DEVICE void write_gradient(const T* row, O* to, int first, int end, const GradientTerms& t,
+                               int thread, int threads, const Between& between) {
+  constexpr int n = kPerVector<O>;
+  const int before = phase_of(to + first);
+  const bool together = phase_of(row + first) == before % kPerVector<T>;
+  const int many = kGradVectors * threads * n, one = threads * n;
+  int at = first - before;
+  const auto inside = [&](int columns) { return together && at >= first && at + columns <= end; };
+  while (at < end) {
+    if (inside(many)) {
+      gradient_step<kGradVectors, true>(row, to, first, end, at, together, t, thread, threads,
+                                        between);
+      at += many;
+    } else if (inside(one)) {
+      gradient_step<1, true>(row, to, first, end, at, together, t, thread, threads, between);
+      at += one;
+    } else {
+      gradient_step<1, false>(row, to, first, end, at, together, t, thread, threads, between);
+      at += one;
+    }
+  }
+}
+
+// The same for a row without a gradient.
+template <class O>
+PPO_DEVICE void write_zeros(O* to, int first, int end, int thread, int threads) {
+  constexpr int n = kPerVector<O>;
+  for (int col = first - phase_of(to + first) + thread * n; col < end; col += threads * n) {
+    if (col >= first && col + n <= end) {
+      *reinterpret_cast<uint4*>(to + col) = make_uint4(0, 0, 0, 0);
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        if (col + i >= first && col + i < end) to[col + i] = O{};
+      }
+    }
+  }
+}
+
+}  // namespace ppo::cuda

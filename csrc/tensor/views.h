@@ -1,0 +1,153 @@
+// From torch tensors to Views, and fresh outputs. Include it before foreach_isa.h.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+#include "types.h"
+
+namespace ppo {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char:
+      return DType::byte;
+    case ScalarType::Int:
+      return DType::i32;
+    case ScalarType::Long:
+      return DType::i64;
+    default:
+      STD_TORCH_CHECK(false, "ppo_fast: unsupported dtype");
+      return DType::f32;
+  }
+}
+
+// (B, T) as rows of T; (N,) as one row; 0-d as 1 x 1.
+inline View view_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  const auto strides = x.strides();
+  STD_TORCH_CHECK(x.is_cpu() && sizes.size() <= 2, "ppo_fast: expected a CPU tensor of rank <= 2");
+  View v{x.const_data_ptr(), dtype_of(x), 1, 1, 0, 0};
+  if (sizes.size() >= 1) {
+    v.cols = sizes[sizes.size() - 1];
+    v.col_stride = strides[sizes.size() - 1];
+  }
+  if (sizes.size() == 2) {
+    v.rows = sizes[0];
+    v.row_stride = strides[0];
+  }
+  return v;
+}
+
+inline constexpr double kZero = 0.0, kOne = 1.0;
+inline constexpr uint8_t kTrue = 1, kFalse = 0;
+
+// An absent tensor is a constant of the main tensor's shape: pass &kZero or &kOne.
+inline View view_or(const OptTensor& x, const View& shape, const double* absent) {
+  if (x) return view_of(*x);
+  return {absent, DType::f64, shape.rows, shape.cols, 0, 0};
+}
+// The same for masks and flags: &kTrue or &kFalse.
+inline View mask_or(const OptTensor& x, const View& shape, const uint8_t* absent) {
+  if (x) return view_of(*x);
+  return {absent, DType::byte, shape.rows, shape.cols, 0, 0};
+}
+
+inline double read_at(const View& v, int64_t row, int64_t col) {
+  switch (v.dtype) {
+    case DType::f32:
+      return *at<float>(v, row, col);
+    case DType::bf16:
+      return to_float(*at<bf16>(v, row, col));
+    case DType::f16:
+      return to_float(*at<fp16>(v, row, col));
+    case DType::f64:
+      return *at<double>(v, row, col);
+    case DType::byte:
+      return *at<uint8_t>(v, row, col);
+    case DType::i32:
+      return *at<int32_t>(v, row, col);
+    default:
+      return double(*at<int64_t>(v, row, col));
+  }
+}
+inline int64_t read_int(const View& v, int64_t row, int64_t col) {
+  return v.dtype == DType::i64 ? *at<int64_t>(v, row, col) : *at<int32_t>(v, row, col);
+}
+// A 0-d coefficient tensor of any float dtype, or the number where it is absent.
+inline double scalar_or(const OptTensor& x, double number) {
+  return x ? read_at(view_of(*x), 0, 0) : number;
+}
+
+// cu_seqlens (S+1,), int32 or int64, as int64.
+inline std::vector<int64_t> read_cu_seqlens(const Tensor& x) {
+  const View v = view_of(x);
+  std::vector<int64_t> out(static_cast<size_t>(v.cols));
+  for (int64_t i = 0; i < v.cols; ++i) out[static_cast<size_t>(i)] = read_int(v, 0, i);
+  return out;
+}
+
+// A fresh contiguous CPU tensor.
+inline Tensor empty(Sizes sizes, ScalarType dtype) {
+  std::array<int64_t, 16> strides;
+  STD_TORCH_CHECK(sizes.size() <= strides.size(), "ppo_fast: rank above 16");
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+inline ScalarType compute_dtype(const Tensor& x) {
+  return is_double(x) ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class T>
+inline T* data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// f(begin, end) over [0, n) on torch's threads, at least `grain` items each. f must not throw, and
+// what it computes for an item must not depend on where the range was cut.
+template <class Fn>
+inline void parallel_for(int64_t n, int64_t grain, const Fn& f) {
+  if (n <= grain) {
+    if (n > 0) f(0, n);
+    return;
+  }
+  torch::stable::parallel_for(0, n, grain, f);
+}
+
+}  // namespace ppo
