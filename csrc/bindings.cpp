@@ -2,7 +2,7 @@
 // dispatcher, never this file, so it includes no torch header.
 #include <pybind11/pybind11.h>
 
-#include "cpu/simd/isa.h"
+#include "cpu/simd/foreach_isa.h"
 
 namespace py = pybind11;
 

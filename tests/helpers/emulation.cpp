@@ -4,7 +4,6 @@
 #include <map>
 #include <stdexcept>
 
-#include "../../csrc/cuda/device/cluster.cuh"
 #include "../../csrc/cuda/device/reduce.cuh"
 
 namespace {

@@ -198,7 +198,7 @@ CPU = (
     ),
     Mutant(
         "no temperature in the label's logit",
-        "csrc/cpu/softmax/logprobs_rows.h",
+        "csrc/cpu/softmax/softmax.h",
         "p.logit(p.row(row), token) * p.inv_temperature(row) - all.max",
         "p.logit(p.row(row), token) - all.max",
         "logprobs",
@@ -230,7 +230,7 @@ CPU = (
     ),
     Mutant(
         "masked elements shift the mean",
-        "csrc/cpu/whiten/moments_simd.h",
+        "csrc/cpu/whiten/whiten_simd.h",
         "element = select(keep, element, p);",
         "",
         "whiten",

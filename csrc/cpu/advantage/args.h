@@ -1,8 +1,11 @@
-// What the advantage kernels are given: plain data, the same for every instruction set.
+// The arguments of the advantage kernels, the layouts they come from, and the units of work.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "../../options.h"
-#include "../../tensor/types.h"
+#include "../../tensor/views.h"
 
 namespace ppo {
 
@@ -50,5 +53,91 @@ struct Unit {
   int64_t begin, end;
   double* moments;
 };
+
+constexpr int64_t kUnitSlots = 1 << 15;
+
+// The (sequence, step) view of a tensor; null data where absent.
+struct Layout {
+  bool packed, time_major;
+
+  View view(const Tensor& x) const {
+    View v = view_of(x);
+    if (packed) v.row_stride = 0;
+    return time_major ? v.transposed() : v;
+  }
+  View view(const OptTensor& x) const { return x ? view(*x) : View{}; }
+};
+
+// cu_seqlens in 64 bits; empty where absent.
+inline std::vector<int64_t> offsets_of(const OptTensor& cu_seqlens, const Tensor& main,
+                                       const char* op) {
+  if (!cu_seqlens) return {};
+  std::vector<int64_t> offsets = read_cu_seqlens(*cu_seqlens);
+  check_cu_seqlens(offsets, main.numel(), op);
+  return offsets;
+}
+
+// A value per sequence, as a view of one row.
+inline View per_sequence(const OptTensor& x, int64_t count, const char* op, const char* what) {
+  if (!x) return {};
+  const View v = view_of(*x);
+  PPO_CHECK(v.rows == 1 && v.cols == count, op, what);
+  return v;
+}
+
+inline Sequences sequences_of(const View& main, const std::vector<int64_t>& offsets) {
+  if (offsets.empty()) return {nullptr, main.rows, main.cols};
+  return {offsets.data(), int64_t(offsets.size()) - 1, 0};
+}
+
+// Units of work cut from the sequences' lengths alone: sums over a unit, then over the units in
+// order, have the same bits on any number of threads.
+class Units {
+ public:
+  Units(const Sequences& seqs, bool columns) {
+    std::vector<int64_t> begin{0};
+    if (seqs.offsets) {
+      for (int64_t s = 1; s < seqs.count; ++s) {
+        if (seqs.offsets[s] - seqs.offsets[begin.back()] >= kUnitSlots) begin.push_back(s);
+      }
+    } else {
+      const int64_t each = width(seqs.steps, columns);
+      for (int64_t s = each; s < seqs.count; s += each) begin.push_back(s);
+    }
+    begin.push_back(seqs.count);
+    const size_t count = begin.size() - 1;
+    moments_.resize(3 * count);
+    for (size_t i = 0; i < count; ++i) {
+      units_.push_back({begin[i], begin[i + 1], &moments_[3 * i]});
+    }
+  }
+
+  int64_t count() const { return int64_t(units_.size()); }
+  const Unit* at(int64_t i) const { return units_.data() + i; }
+  const std::vector<double>& moments() const { return moments_; }
+
+ private:
+  static int64_t width(int64_t steps, bool columns) {
+    const int64_t rows = steps > 0 ? (kUnitSlots + steps - 1) / steps : 1;
+    if (!columns) return rows;
+    const int64_t lines = (rows + kLineSequences - 1) / kLineSequences;
+    return std::min(lines * kLineSequences, kSlabSequences);
+  }
+
+  std::vector<double> moments_;
+  std::vector<Unit> units_;
+};
+
+// Runs the kernel over every sequence and gives the moments (3,).
+template <class Kernel, class Args>
+Tensor run_units(Kernel kernel, const Args& args, bool columns) {
+  const Units units(args.base.seqs, columns);
+  parallel_for(units.count(), 1,
+               [&](int64_t begin, int64_t end) { kernel(args, units.at(begin), units.at(end)); });
+  const int64_t three = 3;
+  Tensor moments = empty(Sizes(&three, 1), ScalarType::Double);
+  merge_moments(units.moments(), data<double>(moments));
+  return moments;
+}
 
 }  // namespace ppo

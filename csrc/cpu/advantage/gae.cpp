@@ -1,5 +1,5 @@
 // gae.cpu: checks, layouts and threads around the kernel in gae_simd.h.
-#include "units.h"
+#include "args.h"
 
 // A chunk is eight steps, one vector of fp32 lanes.
 #define PPO_EIGHT_LANES

@@ -1,10 +1,6 @@
 // gae, once per instruction set (no include guard, see foreach_isa.h).
-// clang-format off: each uses the ones before it
-#include "../whiten/moments_simd.h"
 #include "chunk.h"
-#include "fold.h"
 #include "sweep.h"
-// clang-format on
 
 namespace ppo::PPO_ISA {
 

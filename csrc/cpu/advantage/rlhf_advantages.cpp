@@ -1,6 +1,6 @@
 // rlhf_advantages.cpu: checks, layouts and threads around the kernel in rlhf_advantages_simd.h.
 #include "../../loss_options.h"
-#include "units.h"
+#include "args.h"
 
 // A chunk is eight steps, one vector of fp32 lanes.
 #define PPO_EIGHT_LANES

@@ -1,12 +1,8 @@
 // rlhf_advantages, once per instruction set (no include guard, see foreach_isa.h): KL-shaped
 // rewards with the score in its place, then the recurrence of gae.
-// clang-format off: each uses the ones before it
 #include "../../math.h"
-#include "../whiten/moments_simd.h"
 #include "chunk.h"
-#include "fold.h"
 #include "sweep.h"
-// clang-format on
 
 namespace ppo::PPO_ISA {
 

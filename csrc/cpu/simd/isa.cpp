@@ -1,9 +1,9 @@
-#include "isa.h"
-
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+
+#include "foreach_isa.h"
 
 #if PPO_X86
 #include <cpuid.h>

@@ -2,8 +2,7 @@
 #include <memory>
 
 #include "../../loss_options.h"
-#include "../../tensor/pages.h"
-#include "logprobs_rows.h"
+#include "softmax.h"
 
 namespace ppo {
 

@@ -1,10 +1,7 @@
 // A row's softmax and gradient, and between them one token's policy loss (no include guard, see
 // foreach_isa.h).
-// clang-format off: math.h and the rows' kernels stand for themselves
 #include "../../math.h"
 #include "logprobs_simd.h"
-#include "logprobs_backward_simd.h"
-// clang-format on
 
 namespace ppo::PPO_ISA {
 

@@ -1,8 +1,75 @@
 // Moments and whitening of a range of flat slots, once per instruction set (no include guard, see
 // foreach_isa.h).
-#include "moments_simd.h"
-
 namespace ppo::PPO_ISA {
+
+// Loops over consecutive elements: the widest lane type with a given scalar.
+template <class S>
+struct WidestOf {
+  using type = F;
+};
+template <>
+struct WidestOf<double> {
+  using type = double;
+};
+template <class S>
+using widest = typename WidestOf<S>::type;
+
+template <class S>
+struct MomentSum {
+  using V = widest<S>;
+  double count;
+  S pivot;
+  Acc<V> sum, squares;
+
+  // An implicit constructor would not inherit the pragma's target.
+  PPO_INLINE MomentSum() : count(0), pivot(0) {}
+
+  // Elements of x[0, n) whose `live` (bytes or S) is not 0; null: all of them.
+  template <class Live>
+  void add(const S* x, const Live* live, int64_t n) {
+    if (count == 0 && !find_pivot(x, live, n)) return;
+    if (live) {
+      accumulate<true>(x, live, n);
+    } else {
+      accumulate<false>(x, live, n);
+    }
+  }
+
+  void write(double* out) const { write_moments(count, pivot, sum.total(), squares.total(), out); }
+
+ private:
+  template <class Live>
+  bool find_pivot(const S* x, const Live* live, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      if (live && live[i] == Live(0)) continue;
+      pivot = x[i];
+      return true;
+    }
+    return false;
+  }
+
+  template <bool masked, class Live>
+  void accumulate(const S* x, const Live* live, int64_t n) {
+    const V p = set1<V>(pivot), zero = set1<V>(0);
+    // Locals stay in registers over the loop.
+    Acc<V> s = sum, q = squares;
+    int64_t seen = masked ? 0 : n;
+    for (int64_t i = 0; i < n; i += lanes<V>) {
+      V element = load_first<V>(x + i, n - i);
+      if (masked) {
+        const auto keep = load_first<V>(live + i, n - i) != zero;
+        element = select(keep, element, p);
+        seen += ppo::PPO_ISA::count(keep);
+      } else if (n - i < lanes<V>) {
+        element = select(first_n<V>(n - i), element, p);
+      }
+      add_deviation(s, q, element, double(pivot));
+    }
+    sum = s;
+    squares = q;
+    count += double(seen);
+  }
+};
 
 // Consecutive slots of one row, converted.
 template <class S>

@@ -2,9 +2,8 @@
 #pragma once
 
 #include "../../options.h"
-#include "../device/moments.cuh"
-#include "../device/runtime.cuh"
-#include "../device/scalar.cuh"
+#include "../device/reduce.cuh"
+#include "../device/tensor.cuh"
 
 namespace ppo::cuda {
 

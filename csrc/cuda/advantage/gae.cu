@@ -1,6 +1,5 @@
 // gae.cuda: checks, layouts and launches of the advantage kernels.
 #include "gae.cuh"
-#include "gae_slabs.cuh"
 #include "plan.h"
 
 namespace ppo::cuda {

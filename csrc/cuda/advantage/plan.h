@@ -3,7 +3,6 @@
 
 #include "../device/launch.h"
 #include "blocks.cuh"
-#include "warps.cuh"
 
 namespace ppo::cuda {
 

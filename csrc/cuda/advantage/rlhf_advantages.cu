@@ -1,5 +1,4 @@
 // rlhf_advantages.cuda: checks, layouts and launches of the advantage kernels.
-#include "../device/scalar.h"
 #include "plan.h"
 #include "rlhf_advantages.cuh"
 

@@ -2,7 +2,6 @@
 // recurrence over them.
 #pragma once
 
-#include "../device/tensor.cuh"
 #include "args.cuh"
 #include "map.cuh"
 

@@ -7,7 +7,7 @@
 #include <cmath>
 
 #include "../../loss_options.h"
-#include "runtime.cuh"
+#include "tensor.cuh"
 
 #define PPO_ISA cuda
 #define PPO_INLINE PPO_HOST_DEVICE
@@ -49,3 +49,65 @@ PPO_INLINE float pow2(float n) {
 }  // namespace ppo::cuda
 
 #include "../../math.h"
+
+namespace ppo::cuda {
+
+// By value in a kernel's parameters; `consts` are formed on the host, but for what `resolve`
+// reads.
+struct PolicyArg {
+  PolicyOptions options;
+  PolicyConsts<float> consts;
+  ScalarArg entropy_coef, kl_coef;
+  const double* moments;  // null: no whitening; count, mean, M2 are `moments_stride` apart
+  int64_t moments_stride;
+};
+
+// The constants, with the coefficients and the whitening that live on the device.
+PPO_DEVICE PolicyConsts<float> resolve(const PolicyArg& a) {
+  PolicyConsts<float> c = a.consts;
+  if (a.entropy_coef.data) c.entropy_coef = float(read(a.entropy_coef));
+  if (a.kl_coef.data) c.kl_coef = float(read(a.kl_coef));
+  if (a.moments) {
+    const double n = a.moments[0], mean = a.moments[a.moments_stride];
+    const double m2 = a.moments[2 * a.moments_stride];
+    const double var = n > 1.0 ? m2 / (n - 1.0) : 0.0;
+    c.adv_mean_hi = float(mean);
+    c.adv_mean_lo = float(mean - double(c.adv_mean_hi));
+    c.adv_rstd = var == 0.0 ? 0.f : float(1.0 / sqrt(var + 1e-8));
+  }
+  return c;
+}
+
+// The variant chosen at run time; never gspo, whose ratio is its sequence's.
+PPO_DEVICE PolicyTerms<float> policy_terms_of(const PolicyOptions& o, const PolicyConsts<float>& c,
+                                              const PolicyToken<float>& t) {
+  switch (o.variant) {
+    case Variant::cispo:
+      return policy_terms<Variant::cispo, false>(o, c, t);
+    case Variant::penalty:
+      return policy_terms<Variant::penalty, false>(o, c, t);
+    case Variant::linear:
+      return policy_terms<Variant::linear, false>(o, c, t);
+    default:
+      return policy_terms<Variant::clip, false>(o, c, t);
+  }
+}
+
+// codes and params as in ppo_fast/_schema.py.
+inline PolicyArg policy_arg(const std::vector<int64_t>& codes, const std::vector<double>& params,
+                            const OptTensor& moments, const OptTensor& entropy_coef,
+                            const OptTensor& kl_coef, bool has_ref, const char* op) {
+  check_options(codes, 5, params, 10, op);
+  PolicyOptions o = policy_options(codes, params);
+  o.has_ref = has_ref;
+  o.whiten = moments.has_value();
+  if (moments) check_moments(*moments, op);
+  return {o,
+          PolicyConsts<float>(o),
+          scalar_of(entropy_coef, o.entropy_coef),
+          scalar_of(kl_coef, o.kl_coef),
+          moments ? static_cast<const double*>(moments->const_data_ptr()) : nullptr,
+          moments ? moments->strides()[0] : 0};
+}
+
+}  // namespace ppo::cuda

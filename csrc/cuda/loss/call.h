@@ -1,7 +1,9 @@
 // What the losses share on the host: sequences, launches, outputs.
 #pragma once
 
-#include "../device/tokens.h"
+#include <algorithm>
+
+#include "../device/launch.h"
 #include "loss.cuh"
 
 namespace ppo::cuda {

@@ -1,5 +1,4 @@
 // ppo_fast::ppo_loss.cuda: loss, statistics and gradients of every variant.
-#include "../device/policy.h"
 #include "call.h"
 #include "ppo_loss.cuh"
 

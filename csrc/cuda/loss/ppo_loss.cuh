@@ -1,7 +1,6 @@
 // Policy loss, gradients and statistics in one pass over the tokens.
 #pragma once
 
-#include "../device/policy.cuh"
 #include "loss.cuh"
 
 namespace ppo::cuda {

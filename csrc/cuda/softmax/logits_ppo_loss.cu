@@ -5,8 +5,7 @@
 #include <tuple>
 
 #include "../device/launch.h"
-#include "../device/policy.h"
-#include "logits_ppo_loss_cluster.cuh"
+#include "logits_ppo_loss.cuh"
 
 namespace ppo::cuda {
 namespace {

@@ -2,8 +2,6 @@
 // that reads each row twice (torch-free).
 #pragma once
 
-#include "../device/policy.cuh"
-#include "../device/rows.cuh"
 #include "softmax.cuh"
 
 namespace ppo::cuda {
@@ -140,6 +138,253 @@ __global__ void __launch_bounds__(kTwoReadThreads, 1)
     team = {lane_id(), kWarp, team.first * warps + warp_id(), team.step * warps, false};
   }
   two_reads<T, O>(a, team, parts);
+}
+
+constexpr int kStages = 3;
+constexpr int kPieces = 4;  // of a stage: one can be fetched while the next is still being written
+constexpr int kMaxWorkers = 16;  // warps
+constexpr int kMaxCluster = 8;   // the largest size that every device has
+constexpr int kClusterThreads = (kMaxWorkers + 1) * kWarp;
+
+// Ahead of the stages in shared memory. Of what the blocks send each other there are two sets, by
+// turn: a block may be one row ahead of the others.
+struct ClusterState {
+  Mbarrier full[kStages];  // the row is there
+  Mbarrier done[kStages];  // its gradient may be written
+  Mbarrier exchanged[2];   // every warp of the cluster has sent what follows
+  Part parts[2][kMaxSlices];
+  float label[2];
+  TokenInputs inputs[kStages];
+  PolicyConsts<float> policy;
+};
+constexpr int kStagesAt = (sizeof(ClusterState) + 127) / 128 * 128;
+
+// Bytes of a stage: a block's columns, up to 16 bytes further as the row misses 16 bytes itself.
+PPO_HOST_DEVICE int64_t stage_bytes(RowPlan plan, int cluster, int item) {
+  return (int64_t(plan.slices / cluster) * plan.length * item + 16 + 127) / 128 * 128;
+}
+
+// What a block holds of every row, and which rows its cluster takes.
+template <class T>
+struct Held {
+  ClusterState* state;
+  unsigned char* stages;
+  int bytes, slices, first_slice, length, first, end;
+  int64_t rows, first_row, row_step;
+
+  PPO_DEVICE explicit Held(const LogitsPpoArg& a) {
+    const int size = int(cluster_size()), rank = int(cluster_rank());
+    const RowPlan plan = row_plan(a.vocab);
+    state = shared_memory<ClusterState>();
+    stages = shared_memory<unsigned char>() + kStagesAt;
+    bytes = int(stage_bytes(plan, size, int(sizeof(T))));
+    slices = plan.slices / size;
+    first_slice = rank * slices;
+    length = plan.length;
+    first = first_slice * length;
+    end = min(first + slices * length, a.vocab);
+    first_row = int64_t(blockIdx.x) / size;
+    row_step = int64_t(gridDim.x) / size;
+    rows = (a.n_rows - first_row + row_step - 1) / row_step;
+  }
+  // Of all rows, this cluster's row n.
+  PPO_DEVICE int64_t row(int64_t n) const { return first_row + n * row_step; }
+  // Where column `first` of the cluster's row n stands: as far off 16 bytes as in the logits.
+  PPO_DEVICE T* stage(int64_t n, int phase) const {
+    return reinterpret_cast<T*>(stages + int(n % kStages) * bytes) + phase;
+  }
+};
+
+// A row's gradient leaves its stage by bulk copies where it misses 16 bytes by what the logits do.
+template <class T, class O>
+PPO_DEVICE bool leaves_in_bulk(const T* from, const O* to) {
+  return sizeof(T) == sizeof(O) && phase_of(from) == phase_of(to);
+}
+
+// The whole 16 bytes of a row's held columns, and the elements before and after.
+struct RowSpan {
+  int head, vectors, tail;
+};
+template <class T>
+PPO_DEVICE RowSpan span_of(int phase, int n) {
+  constexpr int per = kPerVector<T>;
+  const int head = min(n, (per - phase) % per);
+  return {head, (n - head) / per, (n - head) % per};
+}
+
+// copy(offset, bytes) for piece k of a span; pieces end at the same places of every stage.
+template <class T, class Copy>
+PPO_DEVICE void copy_piece(const Held<T>& held, const RowSpan& span, int phase, int k,
+                           const Copy& copy) {
+  const int begin = (phase + span.head) * int(sizeof(T)), end = begin + span.vectors * 16;
+  const int piece = (held.bytes / 16 + kPieces - 1) / kPieces * 16;
+  const int from = max(begin, k * piece), to = min(end, (k + 1) * piece);
+  if (from < to) copy(from - phase * int(sizeof(T)), unsigned(to - from));
+}
+
+// Row n's gradient out of its stage, by the moving warp.
+template <class T>
+PPO_DEVICE void store_row(const Held<T>& held, T* to, int64_t n) {
+  const int phase = phase_of(to), count = held.end - held.first;
+  const RowSpan span = span_of<T>(phase, count);
+  const T* stage = held.stage(n, phase);
+  const int lane = lane_id();
+  if (lane == 0) {
+#pragma unroll
+    for (int k = 0; k < kPieces; ++k) {
+      copy_piece<T>(held, span, phase, k, [&](int at, unsigned bytes) {
+        bulk_store(to + held.first + at / int(sizeof(T)), stage + at / int(sizeof(T)), bytes);
+      });
+      bulk_commit();
+    }
+  }
+  if (lane < span.head) to[held.first + lane] = stage[lane];
+  if (lane < span.tail) to[held.end - 1 - lane] = stage[count - 1 - lane];
+}
+
+template <int k, class T>
+PPO_DEVICE void load_pieces(const Held<T>& held, const RowSpan& span, int phase, const T* from,
+                            T* stage, Mbarrier* full) {
+  if constexpr (k < kPieces) {
+    bulk_wait_read<kPieces - 1 - k>();  // piece k of the gradient that was here
+    copy_piece<T>(held, span, phase, k, [&](int at, unsigned bytes) {
+      bulk_load(stage + at / int(sizeof(T)), from + held.first + at / int(sizeof(T)), bytes, full);
+    });
+    load_pieces<k + 1>(held, span, phase, from, stage, full);
+  }
+}
+
+// Row n and its token into their stage, by the moving warp; a row that does not count is not read.
+template <class T>
+PPO_DEVICE void load_row(const Held<T>& held, const T* from, const TokenInputs& t, int64_t n) {
+  const int phase = phase_of(from), count = held.end - held.first;
+  const RowSpan span = t.live ? span_of<T>(phase, count) : RowSpan{0, 0, 0};
+  T* stage = held.stage(n, phase);
+  Mbarrier* full = &held.state->full[n % kStages];
+  const int lane = lane_id();
+  __syncwarp();  // the ends of what was here have left
+  if (lane == 0) {
+    held.state->inputs[n % kStages] = t;
+    mbarrier_arrive_expect(full, unsigned(span.vectors) * 16u);
+    load_pieces<0>(held, span, phase, from, stage, full);
+  }
+  __syncwarp();  // all of it has
+  if (lane < span.head) stage[lane] = from[held.first + lane];
+  if (lane < span.tail) stage[count - 1 - lane] = from[held.end - 1 - lane];
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(full);
+}
+
+// The last warp: rows come, and gradients go, through the stages in turn.
+template <class T, class O>
+PPO_DEVICE void move_rows(const LogitsPpoArg& a, const Held<T>& held) {
+  TokenInputs next = token_inputs(a, held.row(0));
+  for (int64_t n = 0; n < held.rows + kStages; ++n) {
+    const TokenInputs t = next;
+    if (n >= kStages) {
+      const int64_t before = held.row(n - kStages);
+      mbarrier_wait(&held.state->done[n % kStages], unsigned(n / kStages - 1));
+      if constexpr (sizeof(T) == sizeof(O)) {
+        T* to = a.out_row<T>(before);
+        if (leaves_in_bulk(a.row<T>(before), to)) store_row(held, to, n - kStages);
+      }
+    }
+    if (n + 1 < held.rows) next = token_inputs(a, held.row(n + 1));  // while the gradient leaves
+    if (n < held.rows) load_row(held, a.row<T>(held.row(n)), t, n);
+  }
+  if (lane_id() == 0) bulk_wait<0>();
+}
+
+// This warp's slices and the label's logit, to every block of the cluster; returns once all have
+// theirs.
+template <class T>
+PPO_DEVICE void exchange(const Held<T>& held, const T* row, const TokenInputs& t, int64_t turn,
+                         int workers) {
+  const int lane = lane_id(), set = int(turn % 2), size = int(cluster_size());
+  for (int s = warp_id(); s < held.slices; s += workers) {
+    const int first = held.first + s * held.length;
+    const Part part = slice_part(row, first, min(first + held.length, held.end), t.inv_t);
+    if (lane < size) {
+      *cluster_map(&held.state->parts[set][held.first_slice + s], unsigned(lane)) = part;
+    }
+  }
+  const bool mine = t.legal && t.token >= held.first && t.token < held.end;
+  if (mine && warp_id() == 0 && lane < size) {
+    *cluster_map(&held.state->label[set], unsigned(lane)) = widen(row[t.token]);
+  }
+  if (lane < size) mbarrier_arrive_at(&held.state->exchanged[set], unsigned(lane));
+  mbarrier_wait_cluster(&held.state->exchanged[set], unsigned(turn / 2));
+}
+
+template <class T, class O>
+PPO_DEVICE void leave_gradient(const Held<T>& held, const T* row, O* to, const GradientTerms& t,
+                               int workers) {
+  const int thread = int(threadIdx.x), threads = workers * kWarp;
+  if (t.zero) {
+    write_zeros(to, held.first, held.end, thread, threads);
+  } else {
+    write_gradient(row, to, held.first, held.end, t, thread, threads, [] {});
+  }
+}
+
+// The other warps: a row's softmax, its token, its gradient.
+template <class T, class O>
+PPO_DEVICE void work_on_rows(const LogitsPpoArg& a, const Held<T>& held, int workers) {
+  int64_t turn = 0;  // rows exchanged
+  for (int64_t n = 0; n < held.rows; ++n) {
+    const T* from = a.row<T>(held.row(n));
+    O* to = a.out_row<O>(held.row(n));
+    T* here = held.stage(n, phase_of(from)) - held.first;
+    mbarrier_wait(&held.state->full[n % kStages], unsigned(n / kStages));
+    const TokenInputs& t = held.state->inputs[n % kStages];
+    Outcome o{};
+    GradientTerms terms{};
+    terms.zero = true;
+    if (t.live) {
+      exchange<T>(held, here, t, turn, workers);
+      const float label = t.legal ? held.state->label[turn % 2] : 0.f;
+      o = outcome(merged(held.state->parts[turn % 2], row_plan(a.vocab).slices), label, t.inv_t,
+                  t.legal);
+      terms = token_gradient(a, held.state->policy, t, o, label);
+      ++turn;
+    }
+    if (threadIdx.x == 0 && held.first == 0) {
+      store_outcome(a, held.row(n), t.live, o);
+    }
+    if (leaves_in_bulk(from, to)) {
+      leave_gradient(held, here, here, terms, workers);
+      fence_async_proxy();
+    } else {
+      leave_gradient(held, here, to, terms, workers);
+    }
+    __syncwarp();
+    if (lane_id() == 0) mbarrier_arrive(&held.state->done[n % kStages]);
+  }
+}
+
+template <class T, class O>
+__global__ void __launch_bounds__(kClusterThreads, 1)
+    logits_ppo_cluster(const __grid_constant__ LogitsPpoArg a) {
+  const Held<T> held(a);
+  const int workers = int(blockDim.x) / kWarp - 1;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      mbarrier_init(&held.state->full[s], 2);
+      mbarrier_init(&held.state->done[s], unsigned(workers));
+    }
+    for (Mbarrier& bar : held.state->exchanged) {
+      mbarrier_init(&bar, unsigned(workers) * cluster_size());
+    }
+    fence_mbarrier_init();
+    held.state->policy = resolve(a.policy);
+  }
+  __syncwarp();
+  cluster_sync();
+  if (warp_id() == workers) {
+    move_rows<T, O>(a, held);
+  } else {
+    work_on_rows<T, O>(a, held, workers);
+  }
 }
 
 }  // namespace ppo::cuda

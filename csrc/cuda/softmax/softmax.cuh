@@ -6,7 +6,6 @@
 
 #include "../device/math.cuh"
 #include "../device/reduce.cuh"
-#include "../device/tensor.cuh"
 
 namespace ppo::cuda {
 

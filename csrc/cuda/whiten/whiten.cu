@@ -1,5 +1,7 @@
 // ppo_fast::moments.cuda and whiten.cuda.
-#include "../device/tokens.h"
+#include <algorithm>
+
+#include "../device/launch.h"
 #include "whiten.cuh"
 
 namespace ppo::cuda {

@@ -1,8 +1,7 @@
 // Masked moments, and whitening by given ones.
 #pragma once
 
-#include "../device/moments.cuh"
-#include "../device/scalar.cuh"
+#include "../device/reduce.cuh"
 #include "../device/tokens.cuh"
 
 namespace ppo::cuda {
