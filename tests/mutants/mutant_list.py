@@ -199,8 +199,8 @@ CPU = (
     Mutant(
         "no temperature in the label's logit",
         "csrc/cpu/softmax/softmax.h",
-        "p.logit(p.row(row), token) * p.inv_temperature(row) - all.max",
-        "p.logit(p.row(row), token) - all.max",
+        "p.logit(p.row(row), label) * p.inv_temperature(row) - all.max",
+        "p.logit(p.row(row), label) - all.max",
         "logprobs",
         "cpu",
     ),

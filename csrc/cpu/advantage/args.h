@@ -11,7 +11,7 @@ namespace ppo {
 
 // Sequence s has `steps` steps, or with packed offsets the flat slots [offsets[s], offsets[s +
 // 1]). A View of a packed tensor has row stride 0, so that (s, slot) addresses the flat slot.
-struct Sequences {
+struct SequenceLayout {
   const int64_t* offsets;
   int64_t count, steps;
 
@@ -21,10 +21,10 @@ struct Sequences {
 
 // Views are (sequence, step); an absent tensor has null data. gamma * lambda is formed in double.
 struct Recursion {
-  Sequences seqs;
+  SequenceLayout seqs;
   View values, mask, bootstrap;
   View advantages, returns;
-  bool zero_masked, two_lambdas;
+  bool zero_masked, own_lambda;
   double gamma, decay, decay_returns;
 };
 
@@ -43,18 +43,18 @@ struct RlhfArgs {
   double kl_coef, kl_clamp, reward_min, reward_max;
 };
 
-// Time-major, a unit is a multiple of kLineSequences wide (their steps share a cache line) but for
-// the last one, and no wider than what is swept together.
+// Time-major, an item is a multiple of kLineSequences wide (their steps share a cache line) but
+// for the last one, and no wider than what is swept together.
 constexpr int64_t kLineSequences = 16, kSlabSequences = 512;
 
-// Sequences [begin, end) on one thread; (count, mean, M2) of their live advantages goes to
+// Sequences [begin, end), for one thread; (count, mean, M2) of their live advantages goes to
 // `moments`.
-struct Unit {
+struct WorkItem {
   int64_t begin, end;
   double* moments;
 };
 
-constexpr int64_t kUnitSlots = 1 << 15;
+constexpr int64_t kItemSlots = 1 << 15;
 
 // The (sequence, step) view of a tensor; null data where absent.
 struct Layout {
@@ -85,20 +85,20 @@ inline View per_sequence(const OptTensor& x, int64_t count, const char* op, cons
   return v;
 }
 
-inline Sequences sequences_of(const View& main, const std::vector<int64_t>& offsets) {
+inline SequenceLayout sequences_of(const View& main, const std::vector<int64_t>& offsets) {
   if (offsets.empty()) return {nullptr, main.rows, main.cols};
   return {offsets.data(), int64_t(offsets.size()) - 1, 0};
 }
 
-// Units of work cut from the sequences' lengths alone: sums over a unit, then over the units in
+// Work items cut from the sequences' lengths alone: sums over an item, then over the items in
 // order, have the same bits on any number of threads.
-class Units {
+class WorkItems {
  public:
-  Units(const Sequences& seqs, bool columns) {
+  WorkItems(const SequenceLayout& seqs, bool columns) {
     std::vector<int64_t> begin{0};
     if (seqs.offsets) {
       for (int64_t s = 1; s < seqs.count; ++s) {
-        if (seqs.offsets[s] - seqs.offsets[begin.back()] >= kUnitSlots) begin.push_back(s);
+        if (seqs.offsets[s] - seqs.offsets[begin.back()] >= kItemSlots) begin.push_back(s);
       }
     } else {
       const int64_t each = width(seqs.steps, columns);
@@ -108,35 +108,35 @@ class Units {
     const size_t count = begin.size() - 1;
     moments_.resize(3 * count);
     for (size_t i = 0; i < count; ++i) {
-      units_.push_back({begin[i], begin[i + 1], &moments_[3 * i]});
+      items_.push_back({begin[i], begin[i + 1], &moments_[3 * i]});
     }
   }
 
-  int64_t count() const { return int64_t(units_.size()); }
-  const Unit* at(int64_t i) const { return units_.data() + i; }
+  int64_t count() const { return int64_t(items_.size()); }
+  const WorkItem* at(int64_t i) const { return items_.data() + i; }
   const std::vector<double>& moments() const { return moments_; }
 
  private:
   static int64_t width(int64_t steps, bool columns) {
-    const int64_t rows = steps > 0 ? (kUnitSlots + steps - 1) / steps : 1;
+    const int64_t rows = steps > 0 ? (kItemSlots + steps - 1) / steps : 1;
     if (!columns) return rows;
     const int64_t lines = (rows + kLineSequences - 1) / kLineSequences;
     return std::min(lines * kLineSequences, kSlabSequences);
   }
 
   std::vector<double> moments_;
-  std::vector<Unit> units_;
+  std::vector<WorkItem> items_;
 };
 
 // Runs the kernel over every sequence and gives the moments (3,).
 template <class Kernel, class Args>
-Tensor run_units(Kernel kernel, const Args& args, bool columns) {
-  const Units units(args.base.seqs, columns);
-  parallel_for(units.count(), 1,
-               [&](int64_t begin, int64_t end) { kernel(args, units.at(begin), units.at(end)); });
+Tensor run_items(Kernel kernel, const Args& args, bool columns) {
+  const WorkItems items(args.base.seqs, columns);
+  parallel_for(items.count(), 1,
+               [&](int64_t begin, int64_t end) { kernel(args, items.at(begin), items.at(end)); });
   const int64_t three = 3;
   Tensor moments = empty(Sizes(&three, 1), ScalarType::Double);
-  merge_moments(units.moments(), data<double>(moments));
+  merge_moments(items.moments(), data<double>(moments));
   return moments;
 }
 

@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> gae(const Tensor rewards, const Tensor values
   a.c = layout.view(c);
   a.lam = lambda_view(lam, a.lam_per_step, layout, rewards, sequences);
   a.lam_returns = lambda_view(lam_returns, a.lam_returns_per_step, layout, rewards, sequences);
-  a.base.two_lambdas = differ(a);
+  a.base.own_lambda = differ(a);
 
   const ScalarType dtype = compute_dtype(rewards);
   Tensor advantages = empty(rewards.sizes(), dtype), returns = empty(rewards.sizes(), dtype);
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> gae(const Tensor rewards, const Tensor values
   const auto kernel = is_double(rewards) ? PPO_SELECT(gae_rows_double)
                       : columns          ? PPO_SELECT(gae_columns)
                                          : PPO_SELECT(gae_rows);
-  Tensor moments = run_units(kernel, a, columns);
+  Tensor moments = run_items(kernel, a, columns);
   return {advantages, returns, moments};
 }
 

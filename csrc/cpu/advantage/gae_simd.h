@@ -42,7 +42,7 @@ struct GaeJob {
  private:
   static bool has_extras(const GaeArgs& a) {
     return a.next_values.data || a.terminated.data || a.truncated.data || a.rho.data || a.c.data ||
-           a.lam.data || a.base.two_lambdas;
+           a.lam.data || a.base.own_lambda;
   }
 
   // From `at` on as long as no step is masked, all that is carried in registers.
@@ -148,8 +148,8 @@ struct GaeJob {
     const Recursion& how = args.base;
     const M exists = present<C>(at);
     live = how.mask.data ? exists & nonzero(load_chunk<C>(how.mask, at)) : exists;
-    const M counts = how.zero_masked ? exists : live;
-    if (!any(counts)) {
+    const M moves = how.zero_masked ? exists : live;
+    if (!any(moves)) {
       store_chunk(how.advantages, at, zero);
       store_chunk(how.returns, at, zero);
       return zero;
@@ -158,7 +158,7 @@ struct GaeJob {
     const C value = load_live(how.values, at, live, zero);
     const C next = args.next_values.data
                        ? load_live(args.next_values, at, live, zero)
-                       : next_values(value, counts, all(counts), carried.next_value);
+                       : next_values(value, moves, all(moves), carried.next_value);
     C delta = vfma(gamma, next, reward);
     M cut = {};
     if (args.terminated.data) {
@@ -168,15 +168,15 @@ struct GaeJob {
     if (args.truncated.data) cut = cut | nonzero(load_live(args.truncated, at, live, zero));
     delta = delta - value;
     if (args.rho.data) delta = load_live(args.rho, at, live, one) * delta;
-    delta = select(counts, delta, zero);
+    delta = select(moves, delta, zero);
 
     const M* cuts = args.terminated.data || args.truncated.data ? &cut : nullptr;
-    const C advantage = recur(factors(args.lam, args.lam_per_step, decay, at, live, counts), delta,
+    const C advantage = recur(factors(args.lam, args.lam_per_step, decay, at, live, moves), delta,
                               cuts, carried.advantage);
     C for_return = advantage;
-    if (how.two_lambdas) {
+    if (how.own_lambda) {
       for_return = recur(
-          factors(args.lam_returns, args.lam_returns_per_step, decay_returns, at, live, counts),
+          factors(args.lam_returns, args.lam_returns_per_step, decay_returns, at, live, moves),
           delta, cuts, carried.for_return);
     }
     store_chunk(how.advantages, at, select(live, advantage, zero));
@@ -190,7 +190,7 @@ struct GaeJob {
 
   // gamma * lambda, in double until the last rounding, times c; 1 where a step is as if absent.
   C factors(const View& lam, bool per_step, const Powers<C>& number, const Place& at,
-            const M& live, const M& counts) const {
+            const M& live, const M& moves) const {
     C a = number.level[0];
     if (lam.data) {
       a = load_chunk<C>(lam, at);
@@ -203,11 +203,11 @@ struct GaeJob {
       if (per_step) a = select(live, a, gamma);
     }
     if (args.c.data) a = a * load_live(args.c, at, live, one);
-    return select(counts, a, one);
+    return select(moves, a, one);
   }
 };
 
-inline void gae_rows(const GaeArgs& args, const Unit* begin, const Unit* end) {
+inline void gae_rows(const GaeArgs& args, const WorkItem* begin, const WorkItem* end) {
   GaeJob<Row> job(args);
   sweep_rows<Row>(job, args.base, begin, end);
 }
@@ -215,13 +215,13 @@ inline void gae_rows(const GaeArgs& args, const Unit* begin, const Unit* end) {
 #ifdef PPO_MASKED
 using avx2::gae_columns;  // a fifth faster than the same compiled for AVX-512VL by GCC 12
 #else
-inline void gae_columns(const GaeArgs& args, const Unit* begin, const Unit* end) {
+inline void gae_columns(const GaeArgs& args, const WorkItem* begin, const WorkItem* end) {
   GaeJob<Column<F>> job(args);
   sweep_columns<Column<F>>(job, args.base, begin, end);
 }
 #endif
 
-inline void gae_rows_double(const GaeArgs& args, const Unit* begin, const Unit* end) {
+inline void gae_rows_double(const GaeArgs& args, const WorkItem* begin, const WorkItem* end) {
   GaeJob<Column<double>> job(args);
   sweep_rows<Column<double>>(job, args.base, begin, end);
 }

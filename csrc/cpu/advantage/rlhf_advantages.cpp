@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rlhf_advantages(
     *views[i] = layout.view(out[i]);
   }
   const auto kernel = is_double(logprobs) ? PPO_SELECT(rlhf_rows_double) : PPO_SELECT(rlhf_rows);
-  Tensor moments = run_units(kernel, a, false);
+  Tensor moments = run_items(kernel, a, false);
   return {out[0], out[1], out[2], out[3], moments};
 }
 

@@ -70,8 +70,8 @@ struct RlhfJob {
     const M live = exists & nonzero(load_chunk<C>(how.mask, at));
     const bool scored = slot >= at.t && slot < at.t + at.steps;
     const M here = scored ? only(int(slot - at.t)) : M{};
-    const M moves = live | here, counts = how.zero_masked ? exists : moves;
-    if (!any(counts)) return store_all(at, zero, zero, zero, zero);
+    const M kept = live | here, moves = how.zero_masked ? exists : kept;
+    if (!any(moves)) return store_all(at, zero, zero, zero, zero);
 
     const C kl = estimate(at, live);
     C reward = select(live, splat<C>(set1<T>(S(-args.kl_coef))) * kl, zero);
@@ -80,19 +80,19 @@ struct RlhfJob {
     }
     if (scored) reward = select(here, reward + splat<C>(set1<T>(score)), reward);
 
-    const C value = select(moves, load_chunk<C>(how.values, at), zero);
-    const bool whole = at.full<C>() && all(counts);
-    const C next = next_values(value, counts, whole, carried.next_value);
-    const C delta = select(counts, vfma(gamma, next, reward) - value, zero);
+    const C value = select(kept, load_chunk<C>(how.values, at), zero);
+    const bool whole = at.full<C>() && all(moves);
+    const C next = next_values(value, moves, whole, carried.next_value);
+    const C delta = select(moves, vfma(gamma, next, reward) - value, zero);
     C advantage = delta;
     if (whole) {
       C alone[1] = {delta};
       recur(decay, alone, carried.advantage);
       advantage = alone[0];
     } else {
-      advantage = recur<C>(select(counts, decay.level[0], one), delta, nullptr, carried.advantage);
+      advantage = recur<C>(select(moves, decay.level[0], one), delta, nullptr, carried.advantage);
     }
-    store_all(at, select(live, advantage, zero), select(moves, advantage + value, zero), reward,
+    store_all(at, select(live, advantage, zero), select(kept, advantage + value, zero), reward,
               kl);
     moments.add(advantage, live);
   }
@@ -140,12 +140,12 @@ struct RlhfJob {
   }
 };
 
-inline void rlhf_rows(const RlhfArgs& args, const Unit* begin, const Unit* end) {
+inline void rlhf_rows(const RlhfArgs& args, const WorkItem* begin, const WorkItem* end) {
   RlhfJob<Row> job(args);
   sweep_rows<Row>(job, args.base, begin, end);
 }
 
-inline void rlhf_rows_double(const RlhfArgs& args, const Unit* begin, const Unit* end) {
+inline void rlhf_rows_double(const RlhfArgs& args, const WorkItem* begin, const WorkItem* end) {
   RlhfJob<Column<double>> job(args);
   sweep_rows<Column<double>>(job, args.base, begin, end);
 }

@@ -62,16 +62,16 @@ PPO_INLINE C recur(C a, C b, const flags_t<C>* cut, typename C::T& carried) {
   return result;
 }
 
-// V of the next step that counts.
+// V of the next step that moves.
 template <class C>
-PPO_INLINE C next_values(const C& value, const flags_t<C>& counts, bool all_count,
+PPO_INLINE C next_values(const C& value, const flags_t<C>& moves, bool all_move,
                          typename C::T& carried) {
-  if (all_count) {
+  if (all_move) {
     const C next = next_step(value, carried);
     carried = first_step(value);
     return next;
   }
-  const C from_here = first_flagged(counts, value, carried);
+  const C from_here = first_flagged(moves, value, carried);
   const C next = next_step(from_here, carried);
   carried = first_step(from_here);
   return next;
@@ -182,11 +182,11 @@ Carried<T> at_the_end(const Recursion& how, int64_t seq, int64_t seqs) {
 // A sequence at a time, from its last chunk to its first. job.advance(place, chunks, carried,
 // sums) does at least the chunk at `place`, at most `chunks`, and says how many.
 template <class C, class Job>
-void sweep_rows(Job& job, const Recursion& how, const Unit* unit, const Unit* end) {
+void sweep_rows(Job& job, const Recursion& how, const WorkItem* item, const WorkItem* end) {
   using T = typename C::T;
-  for (; unit < end; ++unit) {
+  for (; item < end; ++item) {
     OpenMoments<T> moments;
-    for (int64_t s = unit->begin; s < unit->end; ++s) {
+    for (int64_t s = item->begin; s < item->end; ++s) {
       const int64_t first = how.seqs.first(s), length = how.seqs.length(s);
       Carried<T> carried = at_the_end<T>(how, s, 1);
       job.start(s, first, length);
@@ -196,13 +196,13 @@ void sweep_rows(Job& job, const Recursion& how, const Unit* unit, const Unit* en
         chunks -= job.advance(at, chunks, carried, moments);
       }
     }
-    moments.write(unit->moments);
+    moments.write(item->moments);
   }
 }
 
-// A chunk of all the units' sequences before the chunk that precedes it: neighbours in memory.
+// A chunk of all the items' sequences before the chunk that precedes it: neighbours in memory.
 template <class C, class Job>
-void sweep_slab(Job& job, const Recursion& how, const Unit* begin, const Unit* end) {
+void sweep_slab(Job& job, const Recursion& how, const WorkItem* begin, const WorkItem* end) {
   using T = typename C::T;
   OpenMoments<T> moments[kSlabSequences / kLineSequences];
   Carried<T> carried[kSlabSequences / lanes<T>];
@@ -210,25 +210,26 @@ void sweep_slab(Job& job, const Recursion& how, const Unit* begin, const Unit* e
     const int64_t left = how.seqs.steps - t;
     const int64_t steps = left < kSteps ? left : kSteps;
     Carried<T>* state = carried;
-    for (const Unit* unit = begin; unit < end; ++unit) {
-      for (int64_t s = unit->begin; s < unit->end; s += lanes<T>, ++state) {
-        const int64_t seqs = unit->end - s < lanes<T> ? unit->end - s : lanes<T>;
+    for (const WorkItem* item = begin; item < end; ++item) {
+      for (int64_t s = item->begin; s < item->end; s += lanes<T>, ++state) {
+        const int64_t seqs = item->end - s < lanes<T> ? item->end - s : lanes<T>;
         if (left <= kSteps) *state = at_the_end<T>(how, s, seqs);
-        job.advance(Place{s, 0, t, steps, seqs}, 1, *state, moments[unit - begin]);
+        job.advance(Place{s, 0, t, steps, seqs}, 1, *state, moments[item - begin]);
       }
     }
   }
-  for (const Unit* unit = begin; unit < end; ++unit) moments[unit - begin].write(unit->moments);
+  for (const WorkItem* item = begin; item < end; ++item)
+    moments[item - begin].write(item->moments);
 }
 
-// Time-major: as many units at once as make a slab, so that memory is read along its lines and
+// Time-major: as many items at once as make a slab, so that memory is read along its lines and
 // each page is visited once.
 template <class C, class Job>
-void sweep_columns(Job& job, const Recursion& how, const Unit* unit, const Unit* end) {
-  while (unit < end) {
-    const Unit* const first = unit++;
-    while (unit < end && unit->end - first->begin <= kSlabSequences) ++unit;
-    sweep_slab<C>(job, how, first, unit);
+void sweep_columns(Job& job, const Recursion& how, const WorkItem* item, const WorkItem* end) {
+  while (item < end) {
+    const WorkItem* const first = item++;
+    while (item < end && item->end - first->begin <= kSlabSequences) ++item;
+    sweep_slab<C>(job, how, first, item);
   }
 }
 

@@ -36,21 +36,23 @@ inline const uint8_t* fetch_mask(const View& v, const Piece& p, uint8_t* buffer)
 
 // Which of the lanes i .. i + lanes<T> of a piece hold a token: all of them unmasked, all of them,
 // or only those before the piece's end.
-enum class Part { every, masked, tail };
+enum class LaneMask { every, masked, tail };
 
-template <class T, Part part>
+template <class T, LaneMask which>
 struct Lanes {
   int64_t i, left;
   mask_t<T> live;
 
   // x, and 0 in a dead slot.
-  PPO_INLINE T only(T x) const { return part == Part::every ? x : select(live, x, set1<T>(0)); }
+  PPO_INLINE T only(T x) const {
+    return which == LaneMask::every ? x : select(live, x, set1<T>(0));
+  }
   PPO_INLINE T read(const scalar_t<T>* p) const {
-    return only(part == Part::tail ? load_n<T>(p + i, left, 0) : load<T>(p + i));
+    return only(which == LaneMask::tail ? load_n<T>(p + i, left, 0) : load<T>(p + i));
   }
   // Dead slots get 0.
   PPO_INLINE void write(scalar_t<T>* p, T x) const {
-    if (part == Part::tail) {
+    if (which == LaneMask::tail) {
       store_n(p + i, only(x), left);
     } else {
       store(p + i, only(x));
@@ -71,17 +73,17 @@ PPO_INLINE void each_lanes(const uint8_t* mask, int64_t size, const Step& step) 
   for (; i + lanes<T> <= size; i += lanes<T>) {
     const mask_t<T> live = mask ? load_mask<T>(mask + i) : first_n<T>(lanes<T>);
     if (all(live)) {
-      step.tokens(Lanes<T, Part::every>{i, lanes<T>, live});
+      step.tokens(Lanes<T, LaneMask::every>{i, lanes<T>, live});
     } else if (any(live)) {
-      step.tokens(Lanes<T, Part::masked>{i, lanes<T>, live});
+      step.tokens(Lanes<T, LaneMask::masked>{i, lanes<T>, live});
     } else {
-      step.nothing(Lanes<T, Part::masked>{i, lanes<T>, live});
+      step.nothing(Lanes<T, LaneMask::masked>{i, lanes<T>, live});
     }
   }
   const int64_t left = size - i;
   if (left == 0) return;
   const mask_t<T> live = live_lanes<T>(mask, i, left);
-  step.tokens(Lanes<T, Part::tail>{i, left, live});
+  step.tokens(Lanes<T, LaneMask::tail>{i, left, live});
 }
 
 }  // namespace ppo::PPO_ISA

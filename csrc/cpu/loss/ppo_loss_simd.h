@@ -18,10 +18,10 @@ struct PolicySums {
     ratio_min = set1<T>(__builtin_inff());
     ratio_max = set1<T>(-__builtin_inff());
   }
-  template <Part part>
-  PPO_INLINE void add(Lanes<T, part> at, const PolicyTerms<T>& x, T token_entropy) {
+  template <LaneMask which>
+  PPO_INLINE void add(Lanes<T, which> at, const PolicyTerms<T>& x, T token_entropy) {
     const T kept = at.only(x.ratio);
-    const bool every = part == Part::every;
+    const bool every = which == LaneMask::every;
     policy = policy + x.policy;
     entropy = entropy + token_entropy;
     kl = kl + x.kl;
@@ -114,8 +114,8 @@ struct PolicyStep {
   const PolicyRows<T>& rows;
   PolicySums<T>& sums;
 
-  template <Part part>
-  PPO_INLINE void tokens(Lanes<T, part> at) const {
+  template <LaneMask which>
+  PPO_INLINE void tokens(Lanes<T, which> at) const {
     const T zero = set1<T>(0), one = set1<T>(1);
     PolicyToken<T> t;
     t.logprobs = at.read(rows.logprobs);
@@ -124,14 +124,14 @@ struct PolicyStep {
     if (o.whiten) t.advantage = at.only(whiten_advantage(c, t.advantage));
     t.is_weight = rows.is_weights ? at.read(rows.is_weights) : one;
     t.ref_logprobs = o.has_ref ? at.read(rows.ref_logprobs) : zero;
-    t.seq_ratio = part == Part::every ? rows.seq_ratio : select(at.live, rows.seq_ratio, one);
+    t.seq_ratio = which == LaneMask::every ? rows.seq_ratio : select(at.live, rows.seq_ratio, one);
     const PolicyTerms<T> x = policy_terms<variant, is_usual>(o, c, t);
     sums.add(at, x, rows.entropy ? at.read(rows.entropy) : zero);
     if (rows.grad_logprobs) at.write(rows.grad_logprobs, rows.grad_weight * x.grad);
     if (rows.grad_entropy) at.write(rows.grad_entropy, -rows.grad_weight * c.entropy_coef);
   }
-  template <Part part>
-  PPO_INLINE void nothing(Lanes<T, part> at) const {
+  template <LaneMask which>
+  PPO_INLINE void nothing(Lanes<T, which> at) const {
     if (rows.grad_logprobs) at.write(rows.grad_logprobs, set1<T>(0));
     if (rows.grad_entropy) at.write(rows.grad_entropy, set1<T>(0));
   }
@@ -211,7 +211,7 @@ double mean_log_ratio(const PolicyArgs& a, int64_t s, int64_t live) {
     const uint8_t* mask = fetch_mask(a.base.mask, p, mask_buffer);
     for (int64_t i = 0; i < size; i += lanes<T>) {
       const int64_t left = size - i;
-      const Lanes<T, Part::tail> at{i, left, live_lanes<T>(mask, i, left)};
+      const Lanes<T, LaneMask::tail> at{i, left, live_lanes<T>(mask, i, left)};
       sum.add(clamp(at.read(now) - at.read(old), c.d_min, c.d_max));
     }
     slot += size;

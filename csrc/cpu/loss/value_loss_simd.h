@@ -82,8 +82,8 @@ struct ValueStep {
   const ValueRows<T>& rows;
   ValueSums<T>& sums;
 
-  template <Part part>
-  PPO_INLINE void tokens(Lanes<T, part> at) const {
+  template <LaneMask which>
+  PPO_INLINE void tokens(Lanes<T, which> at) const {
     const T value = at.read(rows.values), old = at.read(rows.old_values);
     const T target = at.read(rows.returns), scale = set1<T>(scalar_t<T>(o.scale));
     const T clip = set1<T>(scalar_t<T>(o.clip));
@@ -96,8 +96,8 @@ struct ValueStep {
     sums.err_sq.add_square(target - old);
     if (rows.grad) at.write(rows.grad, rows.grad_weight * ((scale + scale) * x.half_grad));
   }
-  template <Part part>
-  PPO_INLINE void nothing(Lanes<T, part> at) const {
+  template <LaneMask which>
+  PPO_INLINE void nothing(Lanes<T, which> at) const {
     if (rows.grad) at.write(rows.grad, set1<T>(0));
   }
 };

@@ -38,7 +38,7 @@ struct Problem {
 };
 
 template <class S>
-void row_pass(const Problem& p, int64_t row, SoftmaxPart* parts, const Outputs<S>& out, char* to,
+void row_pass(const Problem& p, int64_t row, SoftmaxState* states, const Outputs<S>& out, char* to,
               const RowIndex& to_rows) {
   const LogprobsProblem& r = p.rows;
   const int64_t length = r.vocab < kSegment ? r.vocab : kSegment;
@@ -50,13 +50,13 @@ void row_pass(const Problem& p, int64_t row, SoftmaxPart* parts, const Outputs<S
   RowGradient gradient{};
   const bool live = r.live(row);
   if (live) {
-    const auto part = PPO_SELECT(softmax_part);
+    const auto kernel = PPO_SELECT(softmax_state);
     segments([&](int64_t first, int64_t n) {
-      parts[first / length] =
-          part(r.dtype, r.row(row) + first * r.item, n, r.inv_temperature(row));
+      states[first / length] =
+          kernel(r.dtype, r.row(row) + first * r.item, n, r.inv_temperature(row));
     });
   }
-  finish_row(r, row, parts, out);
+  finish_row(r, row, states, out);
   if (live) {
     const double logprobs = out.logprobs[row], weight = p.tokens.weight(row);
     const double slope = scalar::policy_slope<S>(p.options, p.tokens.at(row, logprobs));
@@ -81,8 +81,8 @@ std::tuple<Tensor, Tensor> all_rows(const Problem& p, const Tensor& like, Scalar
   std::unique_ptr<S[]> numbers(new S[size_t(2 * rows)]);
   const Outputs<S> out{data<S>(logprobs), data<S>(entropy), numbers.get(), numbers.get() + rows};
   parallel_for(rows, 1 + kLogitGrain / (p.rows.vocab + 64), [&](int64_t begin, int64_t end) {
-    std::unique_ptr<SoftmaxPart[]> parts(new SoftmaxPart[size_t(p.rows.segments)]);
-    for (int64_t row = begin; row < end; ++row) row_pass(p, row, parts.get(), out, to, to_rows);
+    std::unique_ptr<SoftmaxState[]> states(new SoftmaxState[size_t(p.rows.segments)]);
+    for (int64_t row = begin; row < end; ++row) row_pass(p, row, states.get(), out, to, to_rows);
   });
   return {logprobs, entropy};
 }

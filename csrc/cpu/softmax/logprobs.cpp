@@ -18,15 +18,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const LogprobsProblem& p, con
   const Outputs<S> out{data<S>(std::get<0>(result)), data<S>(std::get<1>(result)),
                        data<S>(std::get<2>(result)), data<S>(std::get<3>(result))};
   const int64_t rows = p.rows.rows();
-  std::unique_ptr<SoftmaxPart[]> parts(new SoftmaxPart[size_t(rows * p.segments)]);
-  const auto kernel = PPO_SELECT(softmax_part);
+  std::unique_ptr<SoftmaxState[]> states(new SoftmaxState[size_t(rows * p.segments)]);
+  const auto kernel = PPO_SELECT(softmax_state);
   p.for_segments([&](int64_t task, int64_t row, int64_t first, int64_t n) {
     if (!p.live(row)) return;
-    parts[size_t(task)] = kernel(p.dtype, p.row(row) + first * p.item, n, p.inv_temperature(row));
+    states[size_t(task)] = kernel(p.dtype, p.row(row) + first * p.item, n, p.inv_temperature(row));
   });
   parallel_for(rows, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      finish_row(p, row, &parts[size_t(row * p.segments)], out);
+      finish_row(p, row, &states[size_t(row * p.segments)], out);
   });
   return result;
 }

@@ -88,7 +88,7 @@ struct Running {
 
 // A NaN or +inf logit leaves NaN sums; a segment of -inf alone leaves sum 0.
 template <class T, class P>
-inline SoftmaxPart segment_part(const P* x, int64_t n, double inv_temperature) {
+inline SoftmaxState segment_state(const P* x, int64_t n, double inv_temperature) {
   Running<T> state{scalar_t<T>(inv_temperature)};
   int64_t i = 0;
   for (; i + kSumBlock <= n; i += kSumBlock) state.add_block(x + i, kSumBlock);
@@ -99,16 +99,16 @@ inline SoftmaxPart segment_part(const P* x, int64_t n, double inv_temperature) {
   return {double(state.max), sum.total(), dot.total()};
 }
 
-inline SoftmaxPart softmax_part(DType dtype, const void* x, int64_t n, double inv_temperature) {
+inline SoftmaxState softmax_state(DType dtype, const void* x, int64_t n, double inv_temperature) {
   switch (dtype) {
     case DType::f32:
-      return segment_part<F>(static_cast<const float*>(x), n, inv_temperature);
+      return segment_state<F>(static_cast<const float*>(x), n, inv_temperature);
     case DType::bf16:
-      return segment_part<F>(static_cast<const bf16*>(x), n, inv_temperature);
+      return segment_state<F>(static_cast<const bf16*>(x), n, inv_temperature);
     case DType::f16:
-      return segment_part<F>(static_cast<const fp16*>(x), n, inv_temperature);
+      return segment_state<F>(static_cast<const fp16*>(x), n, inv_temperature);
     default:
-      return segment_part<double>(static_cast<const double*>(x), n, inv_temperature);
+      return segment_state<double>(static_cast<const double*>(x), n, inv_temperature);
   }
 }
 

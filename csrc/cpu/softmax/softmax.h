@@ -17,16 +17,16 @@ constexpr int64_t kSegment = 32768;
 
 // Of one segment, with z = logit * inv_temperature: max z, sum e^(z - max), sum (z - max) e^(z -
 // max).
-struct SoftmaxPart {
+struct SoftmaxState {
   double max, sum, dot;
 };
 
 // d loss / d logit_j = p_j (slope * ln p_j + offset) for every j but the token, which gets
-// `at_token`.
+// `label_term`.
 struct RowGradient {
   enum Kind : int { zero, nan, live } kind;
-  int64_t token;
-  double inv_temperature, row_max, log_sum, slope, offset, at_token;
+  int64_t label;
+  double inv_temperature, row_max, log_sum, slope, offset, label_term;
 };
 
 // Rows of fewer logits than this together are not worth another thread.
@@ -103,13 +103,13 @@ struct LogprobsProblem {
 
 inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 // Everything in units of the largest maximum, in the order of the segments.
-inline SoftmaxPart merge(const SoftmaxPart* parts, int64_t n) {
-  SoftmaxPart all{parts[0].max, 0, 0};
-  for (int64_t i = 1; i < n; ++i) all.max = parts[i].max > all.max ? parts[i].max : all.max;
+inline SoftmaxState merge(const SoftmaxState* states, int64_t n) {
+  SoftmaxState all{states[0].max, 0, 0};
+  for (int64_t i = 1; i < n; ++i) all.max = states[i].max > all.max ? states[i].max : all.max;
   for (int64_t i = 0; i < n; ++i) {
-    const double delta = parts[i].max - all.max, scale = std::exp(delta);
-    all.sum += parts[i].sum * scale;
-    if (scale > 0 || scale != scale) all.dot += (parts[i].dot + delta * parts[i].sum) * scale;
+    const double delta = states[i].max - all.max, scale = std::exp(delta);
+    all.sum += states[i].sum * scale;
+    if (scale > 0 || scale != scale) all.dot += (states[i].dot + delta * states[i].sum) * scale;
   }
   return all;
 }
@@ -126,15 +126,15 @@ struct Outputs {
 };
 
 template <class S>
-void finish_row(const LogprobsProblem& p, int64_t row, const SoftmaxPart* parts,
+void finish_row(const LogprobsProblem& p, int64_t row, const SoftmaxState* states,
                 const Outputs<S>& out) {
   if (!p.live(row)) return out.set(row, 0, 0, 0, 0);
-  const SoftmaxPart all = merge(parts, p.segments);
+  const SoftmaxState all = merge(states, p.segments);
   if (!(all.sum > 0)) return out.set(row, kNaN, kNaN, kNaN, kNaN);
   const double log_sum = std::log(all.sum);
-  const int64_t token = p.tokens.integer(row);
-  if (token < 0 || token >= p.vocab) return out.set(row, kNaN, kNaN, all.max, log_sum);
-  const double z = p.logit(p.row(row), token) * p.inv_temperature(row) - all.max;
+  const int64_t label = p.tokens.integer(row);
+  if (label < 0 || label >= p.vocab) return out.set(row, kNaN, kNaN, all.max, log_sum);
+  const double z = p.logit(p.row(row), label) * p.inv_temperature(row) - all.max;
   out.set(row, z - log_sum, log_sum - all.dot / all.sum, all.max, log_sum);
 }
 
@@ -150,27 +150,27 @@ inline RowGradient row_gradient(const LogprobsProblem& p, int64_t row, const Row
   double g = x.grad_logprobs;
   const double h = x.grad_entropy;
   if (g == 0 && h == 0) return out;
-  out.token = p.tokens.integer(row);
-  if (out.token < 0 || out.token >= p.vocab) {
+  out.label = p.tokens.integer(row);
+  if (out.label < 0 || out.label >= p.vocab) {
     out.kind = RowGradient::nan;
     return out;
   }
   const double H = x.entropy, inv = p.inv_temperature(row);
   out.row_max = x.row_max;
   out.log_sum = x.log_sum;
-  const double label = p.logit(p.row(row), out.token);
+  const double label_logit = p.logit(p.row(row), out.label);
   // A label at -inf has the log-probability -inf whatever the other logits are. (A NaN row stays
   // NaN.)
   const bool impossible =
-      label == -std::numeric_limits<double>::infinity() && out.log_sum == out.log_sum;
+      label_logit == -std::numeric_limits<double>::infinity() && out.log_sum == out.log_sum;
   if (impossible) g = 0;
   if (g == 0 && h == 0) return out;
-  const double ln_p = label * inv - out.row_max - out.log_sum;
+  const double ln_p = label_logit * inv - out.row_max - out.log_sum;
   out.kind = RowGradient::live;
   out.inv_temperature = inv;
   out.slope = -h * inv;
   out.offset = -(g + h * H) * inv;
-  out.at_token =
+  out.label_term =
       impossible ? 0.0 : (-g * std::expm1(ln_p) - h * std::exp(ln_p) * (ln_p + H)) * inv;
   return out;
 }
@@ -202,8 +202,8 @@ void write_gradient(const LogprobsProblem& p, Kernel kernel, const RowGradient& 
       break;
     case RowGradient::live:
       kernel(p.dtype, p.row(row) + first * p.item, to, n, gradient);
-      if (gradient.token >= first && gradient.token < first + n) {
-        store_as(p.dtype, to + (gradient.token - first) * p.item, gradient.at_token);
+      if (gradient.label >= first && gradient.label < first + n) {
+        store_as(p.dtype, to + (gradient.label - first) * p.item, gradient.label_term);
       }
       break;
   }

@@ -22,7 +22,7 @@ struct Output {
 };
 
 // `length` steps each, or with offsets (count + 1,) into `length` flat slots.
-struct Sequences {
+struct SequenceLayout {
   const void* offsets;
   bool wide;  // 64-bit offsets
   int64_t stride;
@@ -39,7 +39,7 @@ struct ChunkLive {
 };
 
 struct AdvantageArgs {
-  Sequences seqs;
+  SequenceLayout seqs;
   Steps values, mask, bootstrap;
   Output advantages, returns;
   Output rewards, kl;  // rlhf_advantages' own, else absent
@@ -48,7 +48,7 @@ struct AdvantageArgs {
   Pass pass;
   int lanes;            // a sequence's, where a warp holds several
   int64_t chunks_each;  // chunks of every sequence; 0 where packed
-  void* maps;           // Map of every chunk
+  void* maps;           // AffineMap of every chunk
   ChunkLive* live;      // of every chunk, if `scouted`
   bool scouted;
   Moments* parts;   // (blocks,)

@@ -7,10 +7,10 @@
 
 namespace ppo::cuda {
 
-template <bool kTwo>
+template <bool kExtras>
 struct BlockShared {
-  Head heads[kTiles];
-  Map<kTwo> totals[kTiles];
+  NextValue next_values[kTiles];
+  AffineMap<kExtras> totals[kTiles];
   Later later;
   int64_t last[kTiles];
   int first_live[kTiles], last_live[kTiles];
@@ -63,8 +63,8 @@ PPO_DEVICE int64_t last_live_in_block(const Steps& mask, const Sequence& span, i
     int64_t last = -1;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      const int64_t t = begin + i * kChunkSteps + int64_t(threadIdx.x) * kUnit;
-      const int64_t here = last_live_of_unit(mask, span, t);
+      const int64_t t = begin + i * kChunkSteps + int64_t(threadIdx.x) * kGroupSteps;
+      const int64_t here = last_live_of_group(mask, span, t);
       last = here >= 0 ? here : last;
     }
     last = block_reduce(last, Max{}, scratch);
@@ -110,18 +110,18 @@ PPO_DEVICE float next_behind(const AdvantageArgs& args, const Work& w, const Row
   }
   if (step < 0) return number_of(args.bootstrap, w.span, 0.f);
   const bool kept = load_flags(args.mask, w.span, step, 1) != 0 || step == row.slot;
-  float value[kUnit];
+  float value[kGroupSteps];
   decode(load_quad(args.values, w.span, step, kept), args.values.dtype, value);
   return value[0];
 }
 
 // What enters a chunk from the n - 1 behind it, at most; maps[0] is the nearest. A warp.
-template <bool kTwo>
-PPO_DEVICE Later fold_chunks(const Map<kTwo>* maps, int64_t n) {
+template <bool kExtras>
+PPO_DEVICE Later fold_chunks(const AffineMap<kExtras>* maps, int64_t n) {
   Later later{0.f, 0.f};
   for (int64_t end = n; end > 0; end -= kWarp) {
     const int64_t i = end - 1 - lane_id();
-    Map<kTwo> mine;
+    AffineMap<kExtras> mine;
     if (i >= 0) mine = maps[i];
 #pragma unroll 4
     for (int lane = 0; lane < kWarp; ++lane) later = apply(of_lane(mine, lane), later);
@@ -130,9 +130,10 @@ PPO_DEVICE Later fold_chunks(const Map<kTwo>* maps, int64_t n) {
 }
 
 // The tiles behind this warp's in its chunk; `all` becomes the chunk's map.
-template <bool kTwo>
-PPO_DEVICE Map<kTwo> fold_tiles(const Map<kTwo>* totals, Map<kTwo>& all) {
-  Map<kTwo> behind;
+template <bool kExtras>
+PPO_DEVICE AffineMap<kExtras> fold_tiles(const AffineMap<kExtras>* totals,
+                                         AffineMap<kExtras>& all) {
+  AffineMap<kExtras> behind;
   all = {};
 #pragma unroll
   for (int tile = kTiles - 1; tile >= 0; --tile) {
@@ -143,56 +144,58 @@ PPO_DEVICE Map<kTwo> fold_tiles(const Map<kTwo>* totals, Map<kTwo>& all) {
 }
 
 // The value behind this warp's tile; `next`, that behind the chunk, becomes the one before it.
-PPO_DEVICE float next_of_tile(const Head* heads, float& next) {
+PPO_DEVICE float next_of_tile(const NextValue* next_values, float& next) {
   float mine = next;
 #pragma unroll
   for (int tile = kTiles - 1; tile >= 0; --tile) {
     mine = tile == warp_id() ? next : mine;
-    next = heads[tile].any ? heads[tile].value : next;
+    next = next_values[tile].any ? next_values[tile].value : next;
   }
   return mine;
 }
 
 // One chunk: the map of it, after its steps are finished.
 template <class Source>
-PPO_DEVICE Map<Source::two> take_chunk(const AdvantageArgs& args, const Sequence& span, int64_t t,
-                                       const UnitOf<Source::two>& unit, float& next,
-                                       const Later& later, MomentSum& moments,
-                                       BlockShared<Source::two>& shared) {
-  const Head head = head_of(unit);
-  const unsigned heads = heads_of_tile(head, kWarp);
-  const float value = first_head(heads, head, 0.f);
-  if (lane_id() == 0) shared.heads[warp_id()] = {heads != 0, value};
+PPO_DEVICE AffineMap<Source::extras> take_chunk(const AdvantageArgs& args, const Sequence& span,
+                                                int64_t t,
+                                                const StepGroupOf<Source::extras>& group,
+                                                float& next, const Later& later,
+                                                MomentSum& moments,
+                                                BlockShared<Source::extras>& shared) {
+  const NextValue mine = next_value_of(group);
+  const unsigned valued = lanes_with_value(mine, kWarp);
+  const float value = first_value(valued, mine, 0.f);
+  if (lane_id() == 0) shared.next_values[warp_id()] = {valued != 0, value};
   __syncthreads();
-  const float after = next_of_tile(shared.heads, next);
-  const Suffixes<Source::two> maps =
-      recur(args, unit, first_head(behind_this_lane(heads), head, after));
-  Map<Source::two> total = maps.of(0), chunk;
-  const Map<Source::two> behind = scan_lanes(total, kWarp);
+  const float after = next_of_tile(shared.next_values, next);
+  const Suffixes<Source::extras> maps =
+      recur(args, group, first_value(behind_this_lane(valued), mine, after));
+  AffineMap<Source::extras> total = maps.of(0), chunk;
+  const AffineMap<Source::extras> behind = scan_lanes(total, kWarp);
   if (lane_id() == 0) shared.totals[warp_id()] = total;
   __syncthreads();
-  const Map<Source::two> tiles = fold_tiles(shared.totals, chunk);
+  const AffineMap<Source::extras> tiles = fold_tiles(shared.totals, chunk);
   if (args.pass != Pass::maps) {
-    finish(args, span, t, unit, maps, apply(behind, apply(tiles, later)), moments);
+    finish(args, span, t, group, maps, apply(behind, apply(tiles, later)), moments);
   }
   return chunk;
 }
 
 template <class Source>
 PPO_DEVICE void walk_block(const Source& source, const Work& w, MomentSum& moments,
-                           BlockShared<Source::two>& shared) {
-  constexpr bool kTwo = Source::two;
+                           BlockShared<Source::extras>& shared) {
+  constexpr bool kExtras = Source::extras;
   const AdvantageArgs& args = source.args.base;
   const bool whole = args.pass == Pass::whole;
-  Map<kTwo>* const left = static_cast<Map<kTwo>*>(args.maps) + w.slot;
+  AffineMap<kExtras>* const left = static_cast<AffineMap<kExtras>*>(args.maps) + w.slot;
   int64_t last = -1;
   if constexpr (Source::needs_last) {
     last = whole ? last_live_in_block(args.mask, w.span, shared.last)
                  : last_live_of_chunks(args.live + w.slot, w.chunks);
   }
   const typename Source::Row row = source.open(w.span, last);
-  int64_t t = (w.end - 1) * kChunkSteps + int64_t(threadIdx.x) * kUnit;
-  Units<Source> units(source, row, w.span, t, w.begin * kChunkSteps, kChunkSteps);
+  int64_t t = (w.end - 1) * kChunkSteps + int64_t(threadIdx.x) * kGroupSteps;
+  StepGroups<Source> groups(source, row, w.span, t, w.begin * kChunkSteps, kChunkSteps);
   float next = next_behind(args, w, row);
   Later later{0.f, 0.f};
   if (args.pass == Pass::apply) {
@@ -202,8 +205,8 @@ PPO_DEVICE void walk_block(const Source& source, const Work& w, MomentSum& momen
     later = shared.later;
   }
   for (int64_t c = w.end - 1; c >= w.begin; --c, t -= kChunkSteps) {
-    const Map<kTwo> chunk =
-        take_chunk<Source>(args, w.span, t, units.take(t), next, later, moments, shared);
+    const AffineMap<kExtras> chunk =
+        take_chunk<Source>(args, w.span, t, groups.take(t), next, later, moments, shared);
     later = apply(chunk, later);
     if (args.pass == Pass::maps && threadIdx.x == 0) left[c] = chunk;
   }
@@ -212,7 +215,7 @@ PPO_DEVICE void walk_block(const Source& source, const Work& w, MomentSum& momen
 template <class Source>
 __global__ void __launch_bounds__(kRowThreads, Source::resident)
     advantage_blocks_kernel(const __grid_constant__ typename Source::Args args) {
-  auto& shared = *shared_memory<BlockShared<Source::two>>();
+  auto& shared = *shared_memory<BlockShared<Source::extras>>();
   const Work w = work_of_block(args.base);
   MomentSum moments;
   if (w.begin < w.end) walk_block(Source{args}, w, moments, shared);
@@ -225,7 +228,7 @@ static __global__ void __launch_bounds__(kRowThreads)
   auto& shared = *shared_memory<BlockShared<false>>();
   const Work w = work_of_block(args);
   if (w.begin == w.end) return;
-  const int here = int(threadIdx.x) * kUnit;
+  const int here = int(threadIdx.x) * kGroupSteps;
   const int64_t t = w.begin * kChunkSteps + here;
   const unsigned bits = flag_bits(load_flags(args.mask, w.span, t, w.span.exist(t)));
   const int first = bits ? here + __ffs(int(bits)) - 1 : kChunkSteps;

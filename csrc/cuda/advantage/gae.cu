@@ -7,23 +7,23 @@ namespace {
 
 constexpr const char* kOp = "gae";
 
-template <bool kTwo>
+template <bool kExtras>
 void run_as(GaeArgs& args, const Tensor& main, const Layout& layout) {
   const Device device(main);
-  const Sequences& s = args.base.seqs;
+  const SequenceLayout& s = args.base.seqs;
   const Regime regime = regime_of(s, layout);
   if (regime != Regime::slabs)
-    return run<GaeSource<kTwo>>(kOp, args, main, layout, regime, device);
+    return run<GaeSource<kExtras>>(kOp, args, main, layout, regime, device);
   args.base.lanes = cover(s.length, kSlab, kSlabs);
-  const int64_t blocks = ceil_div(s.count, kAbreast<kTwo> * (kSlabs / args.base.lanes));
+  const int64_t blocks = ceil_div(s.count, kAbreast<kExtras> * (kSlabs / args.base.lanes));
   const Tensor workspace = workspace_for(args.base, main, blocks, 0, device);
-  launch(kOp, gae_slabs_kernel<kTwo>,
-         {dim3(unsigned(blocks)), dim3(kSlabThreads<kTwo>), sizeof(SlabShared<kTwo>), 1,
+  launch(kOp, gae_slabs_kernel<kExtras>,
+         {dim3(unsigned(blocks)), dim3(kSlabThreads<kExtras>), sizeof(SlabShared<kExtras>), 1,
           device.stream()},
          args);
 }
 
-template <bool kTwo>
+template <bool kExtras>
 std::tuple<Tensor, Tensor, Tensor> outputs(GaeArgs& args, const Tensor& main,
                                            const Layout& layout) {
   const Tensor advantages = empty_on(main, main.sizes(), ScalarType::Float);
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> outputs(GaeArgs& args, const Tensor& main,
   if (args.base.seqs.count == 0) {
     without_sequences(main, advantages, returns, moments);
   } else {
-    run_as<kTwo>(args, main, layout);
+    run_as<kExtras>(args, main, layout);
   }
   return {advantages, returns, moments};
 }
@@ -93,9 +93,9 @@ std::tuple<Tensor, Tensor, Tensor> gae(const Tensor rewards, const Tensor values
   a.gamma = params[0];
   a.decay_returns = float(params[0] * params[2]);
 
-  const bool two = next_values || terminated || truncated || rho || c || lam || lam_returns ||
-                   params[1] != params[2];
-  return two ? outputs<true>(a, rewards, layout) : outputs<false>(a, rewards, layout);
+  const bool extras = next_values || terminated || truncated || rho || c || lam || lam_returns ||
+                      params[1] != params[2];
+  return extras ? outputs<true>(a, rewards, layout) : outputs<false>(a, rewards, layout);
 }
 
 }  // namespace

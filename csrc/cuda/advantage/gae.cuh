@@ -5,13 +5,13 @@
 
 namespace ppo::cuda {
 
-// `kTwo`: any of the optional inputs, or two lambdas. Otherwise rewards, values and a mask.
-template <bool kTwo>
+// `kExtras`: any of the optional inputs, or two lambdas. Otherwise rewards, values and a mask.
+template <bool kExtras>
 struct GaeSource {
   using Args = GaeArgs;
-  static constexpr bool two = kTwo;
+  static constexpr bool extras = kExtras;
   static constexpr bool needs_last = false;
-  static constexpr int resident = kTwo ? 2 : 3;  // blocks at least, as registers allow
+  static constexpr int resident = kExtras ? 2 : 3;  // blocks at least, as registers allow
 
   struct Row {
     static constexpr int64_t slot = -1;
@@ -23,7 +23,7 @@ struct GaeSource {
     Quad after, rho, c, lam, lam_ret;
     uint32_t terminated, truncated;
   };
-  struct Raw : std::conditional_t<kTwo, Extras, Plain> {};
+  struct Raw : std::conditional_t<kExtras, Extras, Plain> {};
 
   const GaeArgs& args;
 
@@ -35,7 +35,7 @@ struct GaeSource {
     Raw raw{};
     raw.reward = load_quad(args.rewards, s, t, n);
     raw.value = load_quad(args.base.values, s, t, n);
-    if constexpr (kTwo) {
+    if constexpr (kExtras) {
       const auto load = [&](const Steps& v, int count) {
         return load_quad(v, s, t, v.data ? count : 0);
       };
@@ -50,20 +50,20 @@ struct GaeSource {
     return raw;
   }
 
-  PPO_DEVICE UnitOf<kTwo> decode(const Row&, const Sequence& s, int64_t t, uint32_t flags,
-                                 const Raw& raw) const {
-    UnitOf<kTwo> u;
+  PPO_DEVICE StepGroupOf<kExtras> decode(const Row&, const Sequence& s, int64_t t, uint32_t flags,
+                                         const Raw& raw) const {
+    StepGroupOf<kExtras> u;
     u.live = u.kept = flag_bits(flags);
     u.moves = args.base.carry ? u.live : (1u << s.exist(t)) - 1u;
     kept_or(args.rewards, raw.reward, u.live, 0.f, u.reward);
     kept_or(args.base.values, raw.value, u.live, 0.f, u.value);
-    if constexpr (kTwo) {
+    if constexpr (kExtras) {
       u.has_after = args.next_values.data;
       kept_or(args.next_values, raw.after, u.live, 0.f, u.after);
       kept_or(args.rho, raw.rho, u.live, 1.f, u.rho);
       u.terminated = flag_bits(raw.terminated) & u.live;
       u.cut = u.terminated | (flag_bits(raw.truncated) & u.live);
-      float c[kUnit];
+      float c[kGroupSteps];
       kept_or(args.c, raw.c, u.live, 1.f, c);
       decays(args.lam, raw.lam, args.lam_per_step, u.live, args.base.decay, c, u.decay);
       decays(args.lam_returns, raw.lam_ret, args.lam_returns_per_step, u.live, args.decay_returns,
@@ -72,7 +72,7 @@ struct GaeSource {
     return u;
   }
 
-  PPO_DEVICE void store(const Sequence&, int64_t, const UnitOf<kTwo>&) const {}
+  PPO_DEVICE void store(const Sequence&, int64_t, const StepGroupOf<kExtras>&) const {}
 
  private:
   // What the mask keeps of an input, else its neutral content; that everywhere where it is absent.
@@ -81,7 +81,7 @@ struct GaeSource {
     cuda::decode(raw, v.dtype, x);
     const unsigned kept = v.data ? live : 0;
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) x[i] = kept >> i & 1 ? x[i] : neutral;
+    for (int i = 0; i < kGroupSteps; ++i) x[i] = kept >> i & 1 ? x[i] : neutral;
   }
 
   // gamma * lambda, in double until the last rounding, times c.
@@ -89,7 +89,7 @@ struct GaeSource {
                          float number, const float* c, float* decay) const {
     cuda::decode(raw, lam.dtype, decay);
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
+    for (int i = 0; i < kGroupSteps; ++i) {
       const bool kept = !per_step || (live >> i & 1);
       const double lambda = kept ? double(decay[i]) : 1.0;
       decay[i] = (lam.data ? float(args.gamma * lambda) : number) * c[i];
@@ -97,19 +97,19 @@ struct GaeSource {
   }
 };
 
-constexpr int kSlab = 2 * kUnit;  // steps of a thread
+constexpr int kSlab = 2 * kGroupSteps;  // steps of a thread
 constexpr int kSlabs = kTileSteps / kSlab;
 // Sequences side by side; half as many where a thread needs more than 128 registers.
-template <bool kTwo>
-constexpr int kAbreast = kTwo ? 16 : 32;
-template <bool kTwo>
-constexpr int kSlabThreads = kSlabs * kAbreast<kTwo>;
+template <bool kExtras>
+constexpr int kAbreast = kExtras ? 16 : 32;
+template <bool kExtras>
+constexpr int kSlabThreads = kSlabs * kAbreast<kExtras>;
 
-template <bool kTwo>
+template <bool kExtras>
 struct SlabShared {
-  Map<kTwo> maps[2][kSlabs][kAbreast<kTwo>];
-  Head heads[kSlabs][kAbreast<kTwo>];
-  Moments moments[kSlabThreads<kTwo> / kWarp];
+  AffineMap<kExtras> maps[2][kSlabs][kAbreast<kExtras>];
+  NextValue next_values[kSlabs][kAbreast<kExtras>];
+  Moments moments[kSlabThreads<kExtras> / kWarp];
 };
 
 // Where a thread stands: in column `column`, `slabs` rows from `first` on share a sequence, and
@@ -119,26 +119,26 @@ struct Slab {
 };
 
 // The value behind this slab; `next`, that behind the tile, becomes the one before it.
-template <bool kTwo>
-PPO_DEVICE float next_of_slab(const SlabShared<kTwo>& shared, const Slab& at, float& next) {
+template <bool kExtras>
+PPO_DEVICE float next_of_slab(const SlabShared<kExtras>& shared, const Slab& at, float& next) {
   float mine = next;
   for (int slab = at.slabs - 1; slab >= 0; --slab) {
     mine = slab == at.index ? next : mine;
-    const Head head = shared.heads[at.first + slab][at.column];
-    next = head.any ? head.value : next;
+    const NextValue here = shared.next_values[at.first + slab][at.column];
+    next = here.any ? here.value : next;
   }
   return mine;
 }
 
-// scan_lanes() from its second level on, for a slab of two units: `total` becomes the tile's map.
-template <bool kTwo>
-PPO_DEVICE void scan_slabs(Map<kTwo>& total, Map<kTwo> (&behind)[2], const Slab& at,
-                           SlabShared<kTwo>& shared) {
+// scan_lanes() from its second level on, for a slab of two groups: `total` becomes the tile's map.
+template <bool kExtras>
+PPO_DEVICE void scan_slabs(AffineMap<kExtras>& total, AffineMap<kExtras> (&behind)[2],
+                           const Slab& at, SlabShared<kExtras>& shared) {
   int turn = 0;
   for (int bit = 1; bit < at.slabs; bit *= 2, turn ^= 1) {
     shared.maps[turn][at.first + at.index][at.column] = total;
     __syncthreads();
-    const Map<kTwo> other = shared.maps[turn][at.first + (at.index ^ bit)][at.column];
+    const AffineMap<kExtras> other = shared.maps[turn][at.first + (at.index ^ bit)][at.column];
     const bool earlier = (at.index & bit) == 0;
     climb(earlier, other, behind[0]);
     climb(earlier, other, behind[1]);
@@ -146,35 +146,37 @@ PPO_DEVICE void scan_slabs(Map<kTwo>& total, Map<kTwo> (&behind)[2], const Slab&
   }
 }
 
-template <bool kTwo>
-PPO_DEVICE void walk_slabs(const GaeSource<kTwo>& source, const Sequence& span, const Slab& at,
-                           MomentSum& moments, SlabShared<kTwo>& shared) {
+template <bool kExtras>
+PPO_DEVICE void walk_slabs(const GaeSource<kExtras>& source, const Sequence& span, const Slab& at,
+                           MomentSum& moments, SlabShared<kExtras>& shared) {
   const AdvantageArgs& args = source.args.base;
-  const typename GaeSource<kTwo>::Row row = source.open(span, -1);
+  const typename GaeSource<kExtras>::Row row = source.open(span, -1);
   const int64_t tiles = (args.seqs.length + kTileSteps - 1) / kTileSteps;
   int64_t t = (tiles - 1) * kTileSteps + at.index * kSlab;
   float next = number_of(args.bootstrap, span, 0.f);
   Later later{0.f, 0.f};
-  Map<kTwo> chunk;
+  AffineMap<kExtras> chunk;
   for (int64_t tile = tiles - 1; tile >= 0; --tile, t -= kTileSteps) {
     const uint32_t flags = load_flags(args.mask, span, t, span.exist(t));
-    const uint32_t more_flags = load_flags(args.mask, span, t + kUnit, span.exist(t + kUnit));
+    const uint32_t more_flags =
+        load_flags(args.mask, span, t + kGroupSteps, span.exist(t + kGroupSteps));
     const auto raw = source.load(row, span, t, flags);
-    const auto more_raw = source.load(row, span, t + kUnit, more_flags);
-    const UnitOf<kTwo> first = source.decode(row, span, t, flags, raw);
-    const UnitOf<kTwo> second = source.decode(row, span, t + kUnit, more_flags, more_raw);
-    const Head near = head_of(first), far = head_of(second);
-    shared.heads[at.first + at.index][at.column] = near.any ? near : far;
+    const auto more_raw = source.load(row, span, t + kGroupSteps, more_flags);
+    const StepGroupOf<kExtras> first = source.decode(row, span, t, flags, raw);
+    const StepGroupOf<kExtras> second =
+        source.decode(row, span, t + kGroupSteps, more_flags, more_raw);
+    const NextValue near = next_value_of(first), far = next_value_of(second);
+    shared.next_values[at.first + at.index][at.column] = near.any ? near : far;
     __syncthreads();
     const float after = next_of_slab(shared, at, next);
-    const Suffixes<kTwo> maps = recur(args, first, far.any ? far.value : after);
-    const Suffixes<kTwo> more = recur(args, second, after);
-    Map<kTwo> total = compose(maps.of(0), more.of(0));
-    Map<kTwo> behind[2] = {more.of(0), {}};
+    const Suffixes<kExtras> maps = recur(args, first, far.any ? far.value : after);
+    const Suffixes<kExtras> more = recur(args, second, after);
+    AffineMap<kExtras> total = compose(maps.of(0), more.of(0));
+    AffineMap<kExtras> behind[2] = {more.of(0), {}};
     scan_slabs(total, behind, at, shared);
     const Later enters = apply(chunk, later);
     finish(args, span, t, first, maps, apply(behind[0], enters), moments);
-    finish(args, span, t + kUnit, second, more, apply(behind[1], enters), moments);
+    finish(args, span, t + kGroupSteps, second, more, apply(behind[1], enters), moments);
     chunk = compose(total, chunk);
     if (tile % kTiles == 0) {
       later = apply(chunk, later);
@@ -184,18 +186,18 @@ PPO_DEVICE void walk_slabs(const GaeSource<kTwo>& source, const Sequence& span, 
 }
 
 // `lanes` slabs make a tile: a power of two, all of them where sequences are longer than a tile.
-template <bool kTwo>
-__global__ void __launch_bounds__(kSlabThreads<kTwo>, 1)
+template <bool kExtras>
+__global__ void __launch_bounds__(kSlabThreads<kExtras>, 1)
     gae_slabs_kernel(const __grid_constant__ GaeArgs args) {
-  auto& shared = *shared_memory<SlabShared<kTwo>>();
-  const Sequences& seqs = args.base.seqs;
-  const int slabs = args.base.lanes, row = int(threadIdx.x) / kAbreast<kTwo>;
-  const Slab at{int(threadIdx.x) % kAbreast<kTwo>, row / slabs * slabs, row % slabs, slabs};
+  auto& shared = *shared_memory<SlabShared<kExtras>>();
+  const SequenceLayout& seqs = args.base.seqs;
+  const int slabs = args.base.lanes, row = int(threadIdx.x) / kAbreast<kExtras>;
+  const Slab at{int(threadIdx.x) % kAbreast<kExtras>, row / slabs * slabs, row % slabs, slabs};
   const int64_t group = int64_t(blockIdx.x) * (kSlabs / slabs) + row / slabs;
-  const int64_t seq = group * kAbreast<kTwo> + at.column;
+  const int64_t seq = group * kAbreast<kExtras> + at.column;
   const Sequence span{seq, 0, seq < seqs.count ? seqs.length : 0};
   MomentSum moments;
-  walk_slabs(GaeSource<kTwo>{args}, span, at, moments, shared);
+  walk_slabs(GaeSource<kExtras>{args}, span, at, moments, shared);
   leave(args.base, moments, shared.moments);
 }
 

@@ -31,8 +31,8 @@ inline Steps per_sequence(const OptTensor& x, int64_t count, const char* op, con
   return {v.data, v.dtype, v.col_stride, 0};
 }
 
-inline Sequences sequences_of(const Tensor& main, const OptTensor& cu_seqlens,
-                              const Layout& layout) {
+inline SequenceLayout sequences_of(const Tensor& main, const OptTensor& cu_seqlens,
+                                   const Layout& layout) {
   const View v = strided_view(main);
   if (layout.time_major) return {nullptr, false, 0, v.cols, v.rows};
   if (!cu_seqlens) return {nullptr, false, 0, v.rows, v.cols};
@@ -57,7 +57,7 @@ constexpr Rule kRules[] = {
     {Regime::chunks, false, kAny, kAny, 0},
 };
 
-inline Regime regime_of(const Sequences& s, const Layout& layout) {
+inline Regime regime_of(const SequenceLayout& s, const Layout& layout) {
   // Of packed sequences only the sum of the lengths is known here.
   const int64_t average = layout.packed ? s.length / s.count : s.length;
   for (const Rule& rule : kRules) {
@@ -81,12 +81,12 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Gives a launch its workspace, which must live until then.
 inline Tensor workspace_for(AdvantageArgs& a, const Tensor& main, int64_t blocks, int64_t chunks,
                             const Device& device) {
-  const int64_t bytes =
-      blocks * int64_t(sizeof(Moments)) + chunks * int64_t(sizeof(Map<true>) + sizeof(ChunkLive));
+  const int64_t bytes = blocks * int64_t(sizeof(Moments)) +
+                        chunks * int64_t(sizeof(AffineMap<true>) + sizeof(ChunkLive));
   Tensor workspace = empty_on(main, {bytes}, ScalarType::Byte);
   a.parts = reinterpret_cast<Moments*>(data<uint8_t>(workspace));
-  a.maps = reinterpret_cast<Map<true>*>(a.parts + blocks);
-  a.live = reinterpret_cast<ChunkLive*>(static_cast<Map<true>*>(a.maps) + chunks);
+  a.maps = reinterpret_cast<AffineMap<true>*>(a.parts + blocks);
+  a.live = reinterpret_cast<ChunkLive*>(static_cast<AffineMap<true>*>(a.maps) + chunks);
   a.counter = device.counters(1);
   return workspace;
 }
@@ -95,7 +95,7 @@ template <class Source>
 void run_warps(const char* op, typename Source::Args& args, const Tensor& main,
                const Layout& layout, const Device& device) {
   AdvantageArgs& a = args.base;
-  a.lanes = layout.packed ? kWarp : cover(a.seqs.length, kUnit, kWarp);
+  a.lanes = layout.packed ? kWarp : cover(a.seqs.length, kGroupSteps, kWarp);
   const int64_t blocks = ceil_div(a.seqs.count, kTiles * (kWarp / a.lanes));
   const Tensor workspace = workspace_for(a, main, blocks, 0, device);
   launch(op, advantage_warps_kernel<Source>,
@@ -108,14 +108,14 @@ template <class Source>
 void run_blocks(const char* op, typename Source::Args& args, const Tensor& main,
                 const Layout& layout, bool whole, const Device& device) {
   AdvantageArgs& a = args.base;
-  const Sequences& s = a.seqs;
+  const SequenceLayout& s = a.seqs;
   a.chunks_each = layout.packed ? 0 : ceil_div(s.length, kChunkSteps);
   const int64_t chunks =
       layout.packed ? s.length / kChunkSteps + s.count : s.count * a.chunks_each;
   const int64_t blocks = whole ? s.count : chunks;
   const Tensor workspace = workspace_for(a, main, blocks, whole ? 0 : chunks, device);
   const LaunchConfig config{dim3(unsigned(blocks)), dim3(kRowThreads),
-                            sizeof(BlockShared<Source::two>), 1, device.stream()};
+                            sizeof(BlockShared<Source::extras>), 1, device.stream()};
   a.pass = whole ? Pass::whole : Pass::maps;
   a.scouted = !whole && a.mask.data && (a.carry || Source::needs_last);
   if (a.scouted) launch(op, chunk_live_kernel, config, a);

@@ -8,7 +8,7 @@ namespace ppo::cuda {
 
 struct RlhfSource {
   using Args = RlhfArgs;
-  static constexpr bool two = false;
+  static constexpr bool extras = false;
   static constexpr bool needs_last = true;
   static constexpr int resident = 2;
 
@@ -21,7 +21,7 @@ struct RlhfSource {
     Quad logprobs, ref, value, score;
   };
   struct Kl {
-    float reward[kUnit], kl[kUnit];
+    float reward[kGroupSteps], kl[kGroupSteps];
   };
 
   const RlhfArgs& args;
@@ -47,22 +47,22 @@ struct RlhfSource {
     return raw;
   }
 
-  PPO_DEVICE UnitOf<false> decode(const Row& row, const Sequence& s, int64_t t, uint32_t flags,
-                                  const Raw& raw) const {
+  PPO_DEVICE StepGroupOf<false> decode(const Row& row, const Sequence& s, int64_t t,
+                                       uint32_t flags, const Raw& raw) const {
     const int n = s.exist(t);
-    UnitOf<false> u;
+    StepGroupOf<false> u;
     u.live = flag_bits(flags);
     const bool here = row.slot >= t && row.slot < t + n;
     const unsigned slot = here ? 1u << (row.slot - t) : 0u;
     u.kept = u.live | slot;
     u.moves = args.base.carry ? u.kept : (1u << n) - 1u;
     cuda::decode(raw.value, args.base.values.dtype, u.value);
-    float kl[kUnit], score[kUnit];
+    float kl[kGroupSteps], score[kGroupSteps];
     shape(row, raw, u.live, kl, u.reward);
     cuda::decode(raw.score, args.scores.dtype, score);
     const bool per_token = args.score_at == ScoreAt::per_token;
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
+    for (int i = 0; i < kGroupSteps; ++i) {
       u.value[i] = u.kept >> i & 1 ? u.value[i] : 0.f;
       const bool added = (per_token ? u.live : slot) >> i & 1;
       const float more = per_token ? clipped(score[i]) : row.score;
@@ -85,12 +85,12 @@ struct RlhfSource {
     options.estimator = args.estimator;
     options.kl_clamp = args.kl_clamp;
     const PolicyConsts<float> consts(options);
-    float logprobs[kUnit], ref[kUnit];
+    float logprobs[kGroupSteps], ref[kGroupSteps];
     cuda::decode(raw.logprobs, args.logprobs.dtype, logprobs);
     cuda::decode(raw.ref, args.ref_logprobs.dtype, ref);
     const bool k3 = args.estimator == Estimator::k3;
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
+    for (int i = 0; i < kGroupSteps; ++i) {
       const bool keep = live >> i & 1;
       const float x = keep ? logprobs[i] - ref[i] : 0.f;
       const ExpParts<float> minus = k3 ? exp_parts(-x) : ExpParts<float>{0.f, 0.f, 0.f};

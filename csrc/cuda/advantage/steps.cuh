@@ -13,21 +13,21 @@ struct Sequence {
   // How many of the four steps from t exist.
   PPO_DEVICE int exist(int64_t t) const {
     const int64_t n = steps - t;
-    return n >= kUnit ? kUnit : n > 0 ? int(n) : 0;
+    return n >= kGroupSteps ? kGroupSteps : n > 0 ? int(n) : 0;
   }
 };
 
-PPO_DEVICE int64_t given_offset(const Sequences& s, int64_t i) {
+PPO_DEVICE int64_t given_offset(const SequenceLayout& s, int64_t i) {
   return s.wide ? static_cast<const int64_t*>(s.offsets)[i * s.stride]
                 : int64_t(static_cast<const int32_t*>(s.offsets)[i * s.stride]);
 }
 // Whatever the offsets hold, nothing outside is touched.
-PPO_DEVICE int64_t offset_at(const Sequences& s, int64_t i) {
+PPO_DEVICE int64_t offset_at(const SequenceLayout& s, int64_t i) {
   const int64_t at = given_offset(s, i);
   return at < 0 ? 0 : at > s.length ? s.length : at;
 }
 
-PPO_DEVICE Sequence sequence_at(const Sequences& s, int64_t seq) {
+PPO_DEVICE Sequence sequence_at(const SequenceLayout& s, int64_t seq) {
   if (seq >= s.count) return {0, 0, 0};
   if (!s.offsets) return {seq, 0, s.length};
   const int64_t first = offset_at(s, seq), end = offset_at(s, seq + 1);
@@ -50,7 +50,8 @@ PPO_DEVICE int64_t offset_of(const View& v, const Sequence& s, int64_t t) {
 
 template <class T>
 PPO_DEVICE bool together(const T* p, int64_t step, int n) {
-  return step == 1 && n == kUnit && reinterpret_cast<uintptr_t>(p) % (kUnit * sizeof(T)) == 0;
+  return step == 1 && n == kGroupSteps &&
+         reinterpret_cast<uintptr_t>(p) % (kGroupSteps * sizeof(T)) == 0;
 }
 
 // The bits of four steps as loaded: fp32 words, or halves in the first two. Decoding waits for
@@ -66,7 +67,7 @@ PPO_DEVICE Quad load_quad(const Steps& v, const Sequence& s, int64_t t, int n) {
     const uint32_t* p = static_cast<const uint32_t*>(v.data) + offset_of(v, s, t);
     if (together(p, v.step, n)) return *reinterpret_cast<const Quad*>(p);
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
+    for (int i = 0; i < kGroupSteps; ++i) {
       if (i < n) q.word[i] = p[i * v.step];
     }
     return q;
@@ -79,7 +80,7 @@ PPO_DEVICE Quad load_quad(const Steps& v, const Sequence& s, int64_t t, int n) {
     return q;
   }
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
+  for (int i = 0; i < kGroupSteps; ++i) {
     if (i < n) q.word[i / 2] |= uint32_t(p[i * v.step]) << (i % 2 * 16);
   }
   return q;
@@ -87,7 +88,7 @@ PPO_DEVICE Quad load_quad(const Steps& v, const Sequence& s, int64_t t, int n) {
 
 PPO_DEVICE void decode(const Quad& q, DType dtype, float* x) {
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
+  for (int i = 0; i < kGroupSteps; ++i) {
     if (dtype == DType::f32) {
       x[i] = __uint_as_float(q.word[i]);
     } else {
@@ -100,13 +101,13 @@ PPO_DEVICE void decode(const Quad& q, DType dtype, float* x) {
 // The flag bytes of the first n of four steps; steps that do not exist are not set. Without flags,
 // all are.
 PPO_DEVICE uint32_t load_flags(const Steps& v, const Sequence& s, int64_t t, int n) {
-  const uint32_t exist = n == kUnit ? ~0u : (1u << 8 * n) - 1u;
+  const uint32_t exist = n == kGroupSteps ? ~0u : (1u << 8 * n) - 1u;
   if (!v.data) return 0x01010101u & exist;
   const uint8_t* p = static_cast<const uint8_t*>(v.data) + offset_of(v, s, t);
   if (together(p, v.step, n)) return *reinterpret_cast<const uint32_t*>(p);
   uint32_t bytes = 0;
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
+  for (int i = 0; i < kGroupSteps; ++i) {
     if (i < n) bytes |= uint32_t(p[i * v.step]) << 8 * i;
   }
   return bytes;
@@ -115,14 +116,14 @@ PPO_DEVICE uint32_t load_flags(const Steps& v, const Sequence& s, int64_t t, int
 PPO_DEVICE unsigned flag_bits(uint32_t bytes) {
   unsigned bits = 0;
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) bits |= unsigned((bytes >> 8 * i & 0xffu) != 0) << i;
+  for (int i = 0; i < kGroupSteps; ++i) bits |= unsigned((bytes >> 8 * i & 0xffu) != 0) << i;
   return bits;
 }
 
 // One number of a sequence that has steps, as `Steps` that repeat it.
 PPO_DEVICE float number_of(const Steps& v, const Sequence& s, float absent) {
   if (!v.data) return absent;
-  float x[kUnit];
+  float x[kGroupSteps];
   decode(load_quad(v, s, 0, s.steps > 0), v.dtype, x);
   return x[0];
 }
@@ -134,55 +135,55 @@ PPO_DEVICE void store_steps(const Output& v, const Sequence& s, int64_t t, int n
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
+  for (int i = 0; i < kGroupSteps; ++i) {
     if (i < n) p[i * v.step] = x[i];
   }
 }
 
 // Four steps, ready for the recurrence. Bit i of a mask is step i.
-struct Unit {
-  float reward[kUnit], value[kUnit];  // 0 where not kept
-  unsigned live;                      // has an advantage
-  unsigned kept;                      // has a return
-  unsigned moves;                     // joins the recurrence
+struct StepGroup {
+  float reward[kGroupSteps], value[kGroupSteps];  // 0 where not kept
+  unsigned live;                                  // has an advantage
+  unsigned kept;                                  // has a return
+  unsigned moves;                                 // joins the recurrence
 };
-template <bool kTwo>
-struct UnitOf : Unit {};
+template <bool kExtras>
+struct StepGroupOf : StepGroup {};
 template <>
-struct UnitOf<true> : Unit {
+struct StepGroupOf<true> : StepGroup {
   bool has_after;
-  float after[kUnit], rho[kUnit], decay[kUnit], decay_ret[kUnit];
+  float after[kGroupSteps], rho[kGroupSteps], decay[kGroupSteps], decay_ret[kGroupSteps];
   unsigned terminated, cut;
 };
 
-PPO_DEVICE Head head_of(const Unit& u) {
-  Head head{false, 0.f};
+PPO_DEVICE NextValue next_value_of(const StepGroup& u) {
+  NextValue next{false, 0.f};
 #pragma unroll
-  for (int i = kUnit - 1; i >= 0; --i) {
-    if (u.moves >> i & 1) head = {true, u.value[i]};
+  for (int i = kGroupSteps - 1; i >= 0; --i) {
+    if (u.moves >> i & 1) next = {true, u.value[i]};
   }
-  return head;
+  return next;
 }
 
-// The maps from a unit's end to each of its steps.
-template <bool kTwo>
+// The maps from a group's end to each of its steps.
+template <bool kExtras>
 struct Suffixes {
-  Map<kTwo> map[kUnit];  // without their cuts, which are
-  unsigned cuts;         // whether step i or a later one cuts: its bits from i on
+  AffineMap<kExtras> map[kGroupSteps];  // without their cuts, which are
+  unsigned cuts;                        // whether step i or a later one cuts: its bits from i on
 
-  PPO_DEVICE Map<kTwo> of(int i) const {
-    Map<kTwo> m = map[i];
-    if constexpr (kTwo) m.cut = cuts >> i != 0;
+  PPO_DEVICE AffineMap<kExtras> of(int i) const {
+    AffineMap<kExtras> m = map[i];
+    if constexpr (kExtras) m.cut = cuts >> i != 0;
     return m;
   }
 };
 
-template <bool kTwo>
-PPO_DEVICE Map<kTwo> map_of_step(const UnitOf<kTwo>& u, int i, float next, float gamma,
-                                 float decay) {
-  Map<kTwo> m;
+template <bool kExtras>
+PPO_DEVICE AffineMap<kExtras> map_of_step(const StepGroupOf<kExtras>& u, int i, float next,
+                                          float gamma, float decay) {
+  AffineMap<kExtras> m;
   m.a = decay;
-  if constexpr (kTwo) {
+  if constexpr (kExtras) {
     const bool over = u.terminated >> i & 1;
     float target = fmaf(u.has_after ? u.after[i] : next, gamma, u.reward[i]);
     target = over ? u.reward[i] : target;
@@ -196,31 +197,32 @@ PPO_DEVICE Map<kTwo> map_of_step(const UnitOf<kTwo>& u, int i, float next, float
   return m;
 }
 
-// `next` is the value behind the unit.
-template <bool kTwo>
-PPO_DEVICE Suffixes<kTwo> recur(const UnitOf<kTwo>& u, float next, float gamma, float decay) {
-  Suffixes<kTwo> s;
-  Map<kTwo> behind;
+// `next` is the value behind the group.
+template <bool kExtras>
+PPO_DEVICE Suffixes<kExtras> recur(const StepGroupOf<kExtras>& u, float next, float gamma,
+                                   float decay) {
+  Suffixes<kExtras> s;
+  AffineMap<kExtras> behind;
 #pragma unroll
-  for (int i = kUnit - 1; i >= 0; --i) {
+  for (int i = kGroupSteps - 1; i >= 0; --i) {
     const bool moves = u.moves >> i & 1;
     behind = select(moves, compose(map_of_step(u, i, next, gamma, decay), behind), behind);
     next = moves ? u.value[i] : next;
     s.map[i] = behind;
   }
-  if constexpr (kTwo) s.cuts = u.cut & u.moves;
+  if constexpr (kExtras) s.cuts = u.cut & u.moves;
   return s;
 }
 
-// Applies the maps to what enters the unit, stores, and adds the live advantages to the moments.
-template <bool kTwo>
+// Applies the maps to what enters the group, stores, and adds the live advantages to the moments.
+template <bool kExtras>
 PPO_DEVICE void finish(const AdvantageArgs& args, const Sequence& span, int64_t t,
-                       const UnitOf<kTwo>& u, const Suffixes<kTwo>& maps, const Later& enters,
-                       MomentSum& moments) {
+                       const StepGroupOf<kExtras>& u, const Suffixes<kExtras>& maps,
+                       const Later& enters, MomentSum& moments) {
   const int n = span.exist(t);
-  float advantage[kUnit], ret[kUnit];
+  float advantage[kGroupSteps], ret[kGroupSteps];
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
+  for (int i = 0; i < kGroupSteps; ++i) {
     const Later x = apply(maps.of(i), enters);
     const bool live = u.live >> i & 1;
     advantage[i] = live ? x.advantage : 0.f;

@@ -9,26 +9,26 @@ namespace ppo::cuda {
 // stops at an occupancy of its own choosing and spills a few registers.
 constexpr int kRowThreads = kTiles * kWarp;
 
-// One lane's units, last first and `stride` steps apart. A unit's inputs are asked for while the
-// one before it is computed, and its mask one unit earlier still, as masked steps are not read.
+// One lane's groups, last first and `stride` steps apart. A group's inputs are asked for while the
+// one before it is computed, and its mask one group earlier still, as masked steps are not read.
 template <class Source>
-class Units {
+class StepGroups {
  public:
-  // From the unit at t down to the one at or after `begin`.
-  PPO_DEVICE Units(const Source& source, const typename Source::Row& row, const Sequence& span,
-                   int64_t t, int64_t begin, int stride)
+  // From the group at t down to the one at or after `begin`.
+  PPO_DEVICE StepGroups(const Source& source, const typename Source::Row& row,
+                        const Sequence& span, int64_t t, int64_t begin, int stride)
       : source_(source), row_(row), span_(span), begin_(begin), stride_(stride) {
     flags_ = flags(t);
     raw_ = source_.load(row_, span_, t, flags_);
     ahead_ = flags(t - stride);
   }
 
-  PPO_DEVICE UnitOf<Source::two> take(int64_t t) {
-    const UnitOf<Source::two> unit = source_.decode(row_, span_, t, flags_, raw_);
+  PPO_DEVICE StepGroupOf<Source::extras> take(int64_t t) {
+    const StepGroupOf<Source::extras> group = source_.decode(row_, span_, t, flags_, raw_);
     flags_ = ahead_;
     if (t - stride_ >= begin_) raw_ = source_.load(row_, span_, t - stride_, flags_);
     ahead_ = flags(t - 2 * stride_);
-    return unit;
+    return group;
   }
 
  private:
@@ -45,19 +45,20 @@ class Units {
   typename Source::Raw raw_;
 };
 
-// The last live step of this thread's unit at t, or -1.
-PPO_DEVICE int64_t last_live_of_unit(const Steps& mask, const Sequence& span, int64_t t) {
+// The last live step of this thread's group at t, or -1.
+PPO_DEVICE int64_t last_live_of_group(const Steps& mask, const Sequence& span, int64_t t) {
   const unsigned bits = flag_bits(load_flags(mask, span, t, span.exist(t)));
   return bits ? t + 31 - __clz(int(bits)) : -1;
 }
 
-template <bool kTwo>
-PPO_DEVICE Suffixes<kTwo> recur(const AdvantageArgs& args, const UnitOf<kTwo>& unit, float next) {
-  return recur(unit, next, args.gamma, args.decay);
+template <bool kExtras>
+PPO_DEVICE Suffixes<kExtras> recur(const AdvantageArgs& args, const StepGroupOf<kExtras>& group,
+                                   float next) {
+  return recur(group, next, args.gamma, args.decay);
 }
 
 // Whether this thread's share of the offsets rises from 0 to the number of slots.
-PPO_DEVICE bool offsets_rise(const Sequences& s) {
+PPO_DEVICE bool offsets_rise(const SequenceLayout& s) {
   if (!s.offsets) return true;
   bool good = true;
   const int64_t all = int64_t(gridDim.x) * blockDim.x;
@@ -98,7 +99,7 @@ PPO_DEVICE int64_t last_live_in_warp(const Steps& mask, const Sequence& span, in
                          << (lane_id() / lanes * lanes);
   int64_t last = -1;
   for (int64_t tile = tiles - 1; tile >= 0; --tile) {
-    last = last_live_of_unit(mask, span, tile * kTileSteps + lane_id() % lanes * kUnit);
+    last = last_live_of_group(mask, span, tile * kTileSteps + lane_id() % lanes * kGroupSteps);
     const unsigned found = __ballot_sync(kAllLanes, last >= 0) & group;
     last = __shfl_sync(kAllLanes, last, found ? 31 - __clz(int(found)) : lane_id());
     if (__any_sync(kAllLanes, last >= 0)) break;
@@ -109,27 +110,28 @@ PPO_DEVICE int64_t last_live_in_warp(const Steps& mask, const Sequence& span, in
 template <class Source>
 PPO_DEVICE void walk_warp(const Source& source, const Sequence& span, int lanes,
                           MomentSum& moments) {
-  constexpr bool kTwo = Source::two;
+  constexpr bool kExtras = Source::extras;
   const AdvantageArgs& args = source.args.base;
   const int64_t tiles = lanes == kWarp ? (span.steps + kTileSteps - 1) / kTileSteps : 1;
   if (tiles == 0) return;
   const typename Source::Row row = source.open(
       span, Source::needs_last ? last_live_in_warp(args.mask, span, tiles, lanes) : -1);
-  int64_t t = (tiles - 1) * kTileSteps + lane_id() % lanes * kUnit;
-  Units<Source> units(source, row, span, t, 0, kTileSteps);
+  int64_t t = (tiles - 1) * kTileSteps + lane_id() % lanes * kGroupSteps;
+  StepGroups<Source> groups(source, row, span, t, 0, kTileSteps);
   float next = number_of(args.bootstrap, span, 0.f);
   Later later{0.f, 0.f};
-  Map<kTwo> chunk;  // the tiles behind, of this tile's chunk
+  AffineMap<kExtras> chunk;  // the tiles behind, of this tile's chunk
   for (int64_t tile = tiles - 1; tile >= 0; --tile, t -= kTileSteps) {
-    const UnitOf<kTwo> unit = units.take(t);
-    const Head head = head_of(unit);
-    const unsigned heads = heads_of_tile(head, lanes);
-    const Suffixes<kTwo> maps = recur(args, unit, first_head(behind_this_lane(heads), head, next));
-    next = first_head(heads, head, next);
-    Map<kTwo> total = maps.of(0);
-    const Map<kTwo> behind = scan_lanes(total, lanes);
+    const StepGroupOf<kExtras> group = groups.take(t);
+    const NextValue mine = next_value_of(group);
+    const unsigned valued = lanes_with_value(mine, lanes);
+    const Suffixes<kExtras> maps =
+        recur(args, group, first_value(behind_this_lane(valued), mine, next));
+    next = first_value(valued, mine, next);
+    AffineMap<kExtras> total = maps.of(0);
+    const AffineMap<kExtras> behind = scan_lanes(total, lanes);
     const Later enters = apply(behind, apply(chunk, later));
-    finish(args, span, t, unit, maps, enters, moments);
+    finish(args, span, t, group, maps, enters, moments);
     chunk = compose(total, chunk);
     if (tile % kTiles == 0) {
       later = apply(chunk, later);

@@ -70,7 +70,7 @@ void launch_two_reads(const Device& device, const LogitsPpoArg& a, const RowPlan
   const int64_t blocks = alone ? (a.n_rows + kReaders - 1) / kReaders : a.n_rows;
   launch("logits_ppo_two_reads", logits_ppo_two_reads<T, O>,
          {dim3(unsigned(std::min(blocks, most))), dim3(kReaders * kWarp),
-          sizeof(Part) * size_t(alone ? kReaders : plan.slices), 1, device.stream()},
+          sizeof(SoftmaxState) * size_t(alone ? kReaders : plan.slices), 1, device.stream()},
          a);
 }
 

@@ -35,17 +35,17 @@ struct LogitsPpoArg {
 // What the loss takes of one token, fetched before its row is.
 struct TokenInputs {
   bool live, legal;  // counts; and is one of the V
-  int64_t token;
-  float inv_t, old_logprob, advantage, is_weight, ref_logprob, weight;
+  int64_t label;
+  float inv_temperature, old_logprob, advantage, is_weight, ref_logprob, weight;
 };
 
 PPO_DEVICE TokenInputs token_inputs(const LogitsPpoArg& a, int64_t row) {
   TokenInputs t{};
   t.live = a.live(row);
   if (!t.live) return t;
-  t.token = a.tokens.integer(row);
-  t.legal = t.token >= 0 && t.token < a.vocab;
-  t.inv_t = a.temperature ? 1.f / a.temperature.number(row) : a.inv_temperature;
+  t.label = a.tokens.integer(row);
+  t.legal = t.label >= 0 && t.label < a.vocab;
+  t.inv_temperature = a.temperature ? 1.f / a.temperature.number(row) : a.inv_temperature;
   t.old_logprob = a.old_logprobs ? a.old_logprobs.number(row) : 0.f;
   t.advantage = a.advantages.number(row);
   t.is_weight = a.is_weights ? a.is_weights.number(row) : 1.f;
@@ -56,14 +56,15 @@ PPO_DEVICE TokenInputs token_inputs(const LogitsPpoArg& a, int64_t row) {
 
 // Of a live token, given its row's softmax and its logit.
 PPO_DEVICE GradientTerms token_gradient(const LogitsPpoArg& a, const PolicyConsts<float>& c,
-                                        const TokenInputs& t, const Outcome& row, float label) {
+                                        const TokenInputs& t, const Outcome& row,
+                                        float label_logit) {
   PolicyToken<float> token{row.logprob,   a.old_logprobs ? t.old_logprob : row.logprob,
                            t.advantage,   t.is_weight,
                            t.ref_logprob, 1.f};
   if (a.policy.moments) token.advantage = whiten_advantage(c, token.advantage);
   const float slope = policy_terms_of(a.policy.options, c, token).grad;
   GradientTerms terms = gradient_terms(t.weight * slope, -(t.weight * c.entropy_coef), row,
-                                       t.token, label, t.inv_t, t.legal);
+                                       t.label, label_logit, t.inv_temperature, t.legal);
   // A clamp drops a NaN, and with it the slope: the row is NaN all the same.
   terms.zero = terms.zero && t.legal && row.sound;
   return terms;
@@ -91,7 +92,7 @@ struct Team {
 
 // Reads a row for its softmax, and once more, mostly out of the L2, for its gradient.
 template <class T, class O>
-PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, Part* parts) {
+PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, SoftmaxState* states) {
   const PolicyConsts<float> c = resolve(a.policy);
   const RowPlan plan = row_plan(a.vocab);
   for (int64_t r = team.first; r < a.n_rows; r += team.step) {
@@ -104,13 +105,14 @@ PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, Part* parts) 
     if (t.live) {
       for (int s = team.thread / kWarp; s < plan.slices; s += team.threads / kWarp) {
         const int first = s * plan.length;
-        const Part part = slice_part(from, first, min(first + plan.length, a.vocab), t.inv_t);
-        if (lane_id() == 0) parts[s] = part;
+        const SoftmaxState state =
+            slice_state(from, first, min(first + plan.length, a.vocab), t.inv_temperature);
+        if (lane_id() == 0) states[s] = state;
       }
-      const float label = t.legal ? widen(from[t.token]) : 0.f;
+      const float label_logit = t.legal ? widen(from[t.label]) : 0.f;
       team.sync();  // and every read of the label precedes the first write
-      o = outcome(merged(parts, plan.slices), label, t.inv_t, t.legal);
-      terms = token_gradient(a, c, t, o, label);
+      o = outcome(merged(states, plan.slices), label_logit, t.inv_temperature, t.legal);
+      terms = token_gradient(a, c, t, o, label_logit);
     }
     if (team.thread == 0) store_outcome(a, r, t.live, o);
     if (terms.zero) {
@@ -120,7 +122,7 @@ PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, Part* parts) 
     } else {
       write_gradient(from, to, 0, a.vocab, terms, team.thread, team.threads, [] {});
     }
-    team.sync();  // `parts` are read
+    team.sync();  // `states` are read
   }
 }
 
@@ -130,14 +132,14 @@ constexpr int kTwoReadThreads = 256;
 template <class T, class O>
 __global__ void __launch_bounds__(kTwoReadThreads, 1)
     logits_ppo_two_reads(const __grid_constant__ LogitsPpoArg a) {
-  Part* parts = shared_memory<Part>();
+  SoftmaxState* states = shared_memory<SoftmaxState>();
   const int warps = int(blockDim.x) / kWarp;
   Team team{int(threadIdx.x), int(blockDim.x), int64_t(blockIdx.x), int64_t(gridDim.x), true};
   if (row_plan(a.vocab).slices == 1) {
-    parts += warp_id();
+    states += warp_id();
     team = {lane_id(), kWarp, team.first * warps + warp_id(), team.step * warps, false};
   }
-  two_reads<T, O>(a, team, parts);
+  two_reads<T, O>(a, team, states);
 }
 
 constexpr int kStages = 3;
@@ -152,8 +154,8 @@ struct ClusterState {
   Mbarrier full[kStages];  // the row is there
   Mbarrier done[kStages];  // its gradient may be written
   Mbarrier exchanged[2];   // every warp of the cluster has sent what follows
-  Part parts[2][kMaxSlices];
-  float label[2];
+  SoftmaxState states[2][kMaxSlices];
+  float label_logit[2];
   TokenInputs inputs[kStages];
   PolicyConsts<float> policy;
 };
@@ -303,14 +305,15 @@ PPO_DEVICE void exchange(const Held<T>& held, const T* row, const TokenInputs& t
   const int lane = lane_id(), set = int(turn % 2), size = int(cluster_size());
   for (int s = warp_id(); s < held.slices; s += workers) {
     const int first = held.first + s * held.length;
-    const Part part = slice_part(row, first, min(first + held.length, held.end), t.inv_t);
+    const SoftmaxState state =
+        slice_state(row, first, min(first + held.length, held.end), t.inv_temperature);
     if (lane < size) {
-      *cluster_map(&held.state->parts[set][held.first_slice + s], unsigned(lane)) = part;
+      *cluster_map(&held.state->states[set][held.first_slice + s], unsigned(lane)) = state;
     }
   }
-  const bool mine = t.legal && t.token >= held.first && t.token < held.end;
+  const bool mine = t.legal && t.label >= held.first && t.label < held.end;
   if (mine && warp_id() == 0 && lane < size) {
-    *cluster_map(&held.state->label[set], unsigned(lane)) = widen(row[t.token]);
+    *cluster_map(&held.state->label_logit[set], unsigned(lane)) = widen(row[t.label]);
   }
   if (lane < size) mbarrier_arrive_at(&held.state->exchanged[set], unsigned(lane));
   mbarrier_wait_cluster(&held.state->exchanged[set], unsigned(turn / 2));
@@ -342,10 +345,10 @@ PPO_DEVICE void work_on_rows(const LogitsPpoArg& a, const Held<T>& held, int wor
     terms.zero = true;
     if (t.live) {
       exchange<T>(held, here, t, turn, workers);
-      const float label = t.legal ? held.state->label[turn % 2] : 0.f;
-      o = outcome(merged(held.state->parts[turn % 2], row_plan(a.vocab).slices), label, t.inv_t,
-                  t.legal);
-      terms = token_gradient(a, held.state->policy, t, o, label);
+      const float label_logit = t.legal ? held.state->label_logit[turn % 2] : 0.f;
+      o = outcome(merged(held.state->states[turn % 2], row_plan(a.vocab).slices), label_logit,
+                  t.inv_temperature, t.legal);
+      terms = token_gradient(a, held.state->policy, t, o, label_logit);
       ++turn;
     }
     if (threadIdx.x == 0 && held.first == 0) {

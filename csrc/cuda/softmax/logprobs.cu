@@ -93,8 +93,8 @@ void forward(const Device& device, const Tensor& like, const LogprobsForward& al
     a.rows = r;
     const Spread how = spread(device, a.rows, int(sizeof(T)));
     const int64_t floats = r.plan.slices > 1 ? r.count * r.plan.slices * 3 : 0;
-    const Tensor parts = empty_on(like, Sizes(&floats, 1), ScalarType::Float);
-    a.parts = static_cast<Part*>(parts.mutable_data_ptr());
+    const Tensor states = empty_on(like, Sizes(&floats, 1), ScalarType::Float);
+    a.states = static_cast<SoftmaxState*>(states.mutable_data_ptr());
     a.done = r.plan.slices > 1 ? device.counters(unsigned(r.count)) : nullptr;
     launch("logprobs_forward",
            how.streamed ? logprobs_forward_kernel<T, true> : logprobs_forward_kernel<T, false>,

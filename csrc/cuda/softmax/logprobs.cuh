@@ -102,15 +102,15 @@ struct LogprobsRows {
   PPO_DEVICE bool live(int64_t i) const {
     return (!mask || mask.is_set(i)) && tokens.integer(i) != ignore_index;
   }
-  PPO_DEVICE float inv_t(int64_t i) const {
+  PPO_DEVICE float inv_temperature_at(int64_t i) const {
     return temperature ? 1.f / temperature.number(i) : inv_temperature;
   }
 };
 
 struct LogprobsForward {
   LogprobsRows rows;
-  Part* parts;     // (count, slices)
-  unsigned* done;  // (count,) zeros: slices of the row that are in `parts`
+  SoftmaxState* states;  // (count, slices)
+  unsigned* done;        // (count,) zeros: slices of the row that are in `states`
   float *logprobs, *entropy, *row_max, *log_sum;  // (rows,) contiguous
 };
 
@@ -135,17 +135,17 @@ struct LogprobsSlice {
 PPO_DEVICE LogprobsSlice slice_at(const LogprobsRows& r, int64_t k) {
   const int per_block = int(blockDim.x) / kWarp, shift = __ffs(r.plan.slices) - 1;
   const int run_shift = __ffs(r.run) - 1;
-  const int64_t unit = (k >> run_shift) * (int64_t(gridDim.x) * per_block) +
+  const int64_t turn = (k >> run_shift) * (int64_t(gridDim.x) * per_block) +
                        int64_t(blockIdx.x) * per_block + warp_id();
-  const int64_t task = (unit << run_shift) + (k & (r.run - 1));
+  const int64_t task = (turn << run_shift) + (k & (r.run - 1));
   const int slice = int(task & (r.plan.slices - 1));
   const int first = min(slice * r.plan.length, r.vocab);
   return {task >> shift, slice, first, min(first + r.plan.length, r.vocab),
           (task >> shift) < r.count};
 }
 
-// Whether this warp's part was the last one of its row; resets the count. The parts of the others
-// can then be read.
+// Whether this warp's state was the last one of its row; resets the count. The states of the
+// others can then be read.
 PPO_DEVICE bool completes_row(unsigned* done, int slices) {
   int last = 0;
   if (lane_id() == 0) {
@@ -160,12 +160,12 @@ PPO_DEVICE bool completes_row(unsigned* done, int slices) {
 }
 
 template <class T>
-PPO_DEVICE void store_outcome(const LogprobsForward& a, int64_t row, const Part& part) {
+PPO_DEVICE void store_outcome(const LogprobsForward& a, int64_t row, const SoftmaxState& state) {
   const LogprobsRows& r = a.rows;
-  const int64_t token = r.tokens.integer(row);
-  const bool legal = token >= 0 && token < r.vocab;
-  const float label = legal ? widen(r.row<T>(row)[token]) : 0.f;
-  const Outcome o = outcome(part, label, r.inv_t(row), legal);
+  const int64_t label = r.tokens.integer(row);
+  const bool legal = label >= 0 && label < r.vocab;
+  const float label_logit = legal ? widen(r.row<T>(row)[label]) : 0.f;
+  const Outcome o = outcome(state, label_logit, r.inv_temperature_at(row), legal);
   a.logprobs[row] = o.logprob;
   a.entropy[row] = o.entropy;
   a.row_max[row] = o.max;
@@ -199,14 +199,14 @@ __global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
     }
     const T* logits = r.row<T>(row);
     if (streamed) logits = ring.take(logits, s.first);
-    Part part = slice_part(logits, s.first, s.end, r.inv_t(row));
+    SoftmaxState state = slice_state(logits, s.first, s.end, r.inv_temperature_at(row));
     if (slices > 1) {
-      Part* parts = a.parts + s.row * slices;
-      if (lane_id() == 0) parts[s.slice] = part;
+      SoftmaxState* states = a.states + s.row * slices;
+      if (lane_id() == 0) states[s.slice] = state;
       if (!completes_row(a.done + s.row, slices)) continue;
-      part = merged(parts, slices);
+      state = merged(states, slices);
     }
-    if (lane_id() == 0) store_outcome<T>(a, row, part);
+    if (lane_id() == 0) store_outcome<T>(a, row, state);
   }
 }
 
@@ -221,14 +221,14 @@ __global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
   GradientTerms t{};
   t.zero = true;
   if (r.live(row)) {
-    const int64_t token = r.tokens.integer(row);
-    const bool legal = token >= 0 && token < r.vocab;
-    const float label = legal ? widen(r.row<T>(row)[token]) : 0.f;
+    const int64_t label = r.tokens.integer(row);
+    const bool legal = label >= 0 && label < r.vocab;
+    const float label_logit = legal ? widen(r.row<T>(row)[label]) : 0.f;
     const float g = up.grad_logprobs ? up.grad_logprobs.number(row) : 0.f;
     const float h = up.grad_entropy ? up.grad_entropy.number(row) : 0.f;
     const Outcome o{true, up.row_max.number(row), up.log_sum.number(row), 0.f,
                     up.entropy.number(row)};
-    t = gradient_terms(g, h, o, token, label, r.inv_t(row), legal);
+    t = gradient_terms(g, h, o, label, label_logit, r.inv_temperature_at(row), legal);
   }
   terms[i] = t;
 }

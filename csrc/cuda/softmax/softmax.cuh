@@ -32,12 +32,12 @@ PPO_HOST_DEVICE RowPlan row_plan(int vocab) {
 }
 
 // With z = logit / temperature: max z, sum e^(z - max), sum (z - max) e^(z - max).
-struct Part {
+struct SoftmaxState {
   float max, sum, dot;
 };
 
 // The sums restated for the maximum top >= p.max.
-PPO_DEVICE Part rescaled(Part p, float top) {
+PPO_DEVICE SoftmaxState rescaled(SoftmaxState p, float top) {
   const float shift = fmaxf(p.max - top, kZeroExp);
   const float r = fast_exp2(shift * kLog2e);
   return {top, p.sum * r, fmaf(shift, p.sum, p.dot) * r};
@@ -45,14 +45,15 @@ PPO_DEVICE Part rescaled(Part p, float top) {
 
 // One lane's next logits; absent ones are -inf.
 template <int vectors, int n>
-PPO_DEVICE Part extended(Part p, const float (&x)[vectors][n], float inv_t) {
+PPO_DEVICE SoftmaxState extended(SoftmaxState p, const float (&x)[vectors][n],
+                                 float inv_temperature) {
   float top = x[0][0];
 #pragma unroll
   for (int i = 1; i < vectors * n; ++i) top = fmaxf(top, x[i / n][i % n]);
-  p = rescaled(p, fmaxf(p.max, top * inv_t));
+  p = rescaled(p, fmaxf(p.max, top * inv_temperature));
 #pragma unroll
   for (int i = 0; i < vectors * n; ++i) {
-    const float d = fmaf(x[i / n][i % n], inv_t, -p.max);
+    const float d = fmaf(x[i / n][i % n], inv_temperature, -p.max);
     const float e = fast_exp2(d * kLog2e);
     p.sum += e;
     p.dot = fmaf(e, fmaxf(d, kZeroExp), p.dot);
@@ -60,21 +61,21 @@ PPO_DEVICE Part extended(Part p, const float (&x)[vectors][n], float inv_t) {
   return p;
 }
 
-// All lanes' parts as one, the same in every lane.
-PPO_DEVICE Part warp_merged(Part p) {
+// All lanes' states as one, the same in every lane.
+PPO_DEVICE SoftmaxState warp_merged(SoftmaxState p) {
   p = rescaled(p, warp_reduce(p.max, Max{}));
   return {p.max, warp_sum(p.sum), warp_sum(p.dot)};
 }
 
 // A row's slices as one, by a whole warp.
-PPO_DEVICE Part merged(const Part* parts, int slices) {
+PPO_DEVICE SoftmaxState merged(const SoftmaxState* states, int slices) {
   const int lane = lane_id();
-  const Part none{kLowest, 0.f, 0.f};
-  Part p = lane < slices ? parts[lane] : none;
+  const SoftmaxState none{kLowest, 0.f, 0.f};
+  SoftmaxState p = lane < slices ? states[lane] : none;
   if (slices > 32) {
-    const Part q = parts[lane + 32];
+    const SoftmaxState q = states[lane + 32];
     const float top = fmaxf(p.max, q.max);
-    const Part a = rescaled(p, top), b = rescaled(q, top);
+    const SoftmaxState a = rescaled(p, top), b = rescaled(q, top);
     p = {top, a.sum + b.sum, a.dot + b.dot};
   }
   return warp_merged(p);
@@ -110,36 +111,38 @@ PPO_DEVICE void load_columns(const T* row, int phase, int end, int col,
 
 // The next `vectors` times 16 bytes of each lane, from column `at` on.
 template <int vectors, bool across, bool inside, class T>
-PPO_DEVICE Part scan_step(Part p, const T* row, int phase, int end, int at, float inv_t) {
+PPO_DEVICE SoftmaxState scan_step(SoftmaxState p, const T* row, int phase, int end, int at,
+                                  float inv_temperature) {
   constexpr int n = kPerVector<T>;
   float x[vectors][n];
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
     load_columns<T, across, inside>(row, phase, end, at + (kWarp * v + lane_id()) * n, x[v]);
   }
-  return extended(p, x, inv_t);
+  return extended(p, x, inv_temperature);
 }
 
 template <class T, bool across>
-PPO_DEVICE Part lane_part(const T* row, int phase, int first, int end, float inv_t) {
+PPO_DEVICE SoftmaxState lane_state(const T* row, int phase, int first, int end,
+                                   float inv_temperature) {
   constexpr int n = kPerVector<T>;
-  Part p{kLowest, 0.f, 0.f};
+  SoftmaxState p{kLowest, 0.f, 0.f};
   int at = first;
   for (; at + kWarp * kScanVectors * n <= end; at += kWarp * kScanVectors * n) {
-    p = scan_step<kScanVectors, across, true>(p, row, phase, end, at, inv_t);
+    p = scan_step<kScanVectors, across, true>(p, row, phase, end, at, inv_temperature);
   }
   for (; at < end; at += kWarp * n) {
-    p = scan_step<1, across, false>(p, row, phase, end, at, inv_t);
+    p = scan_step<1, across, false>(p, row, phase, end, at, inv_temperature);
   }
   return p;
 }
 
 // Columns [first, end) of a row, by a whole warp; the result is the same in every lane.
 template <class T>
-PPO_DEVICE Part slice_part(const T* row, int first, int end, float inv_t) {
+PPO_DEVICE SoftmaxState slice_state(const T* row, int first, int end, float inv_temperature) {
   const int phase = phase_of(row);
-  const Part p = phase == 0 ? lane_part<T, false>(row, 0, first, end, inv_t)
-                            : lane_part<T, true>(row, phase, first, end, inv_t);
+  const SoftmaxState p = phase == 0 ? lane_state<T, false>(row, 0, first, end, inv_temperature)
+                                    : lane_state<T, true>(row, phase, first, end, inv_temperature);
   return warp_merged(p);
 }
 
@@ -150,45 +153,47 @@ struct Outcome {
 };
 
 // `label` is the token's logit; legal: there is such a token.
-PPO_DEVICE Outcome outcome(Part row, float label, float inv_t, bool legal) {
+PPO_DEVICE Outcome outcome(SoftmaxState row, float label_logit, float inv_temperature,
+                           bool legal) {
   const bool sound = row.sum > 0.f;
   const float sum = sound ? row.sum : 1.f, log_sum = logf(sum);
   const float top = sound ? row.max : NAN;
-  return {sound, top, log_sum, legal ? fmaf(label, inv_t, -top) - log_sum : NAN,
+  return {sound, top, log_sum, legal ? fmaf(label_logit, inv_temperature, -top) - log_sum : NAN,
           legal && sound ? log_sum - row.dot / sum : NAN};
 }
 
-// d loss / d logit_j = p_j (a + b ln p_j), but at_label for the token; with g and h the loss's
-// derivatives by log-probability and entropy H: a = -(g + h H)/T, b = -h/T.
+// d loss / d logit_j = p_j (slope ln p_j + offset), but label_term at the label; with g and h the
+// loss's derivatives by log-probability and entropy H: offset = -(g + h H)/T, slope = -h/T.
 struct GradientTerms {
-  float max, log_sum, inv_t, a, b, at_label;
+  float max, log_sum, inv_temperature, slope, offset, label_term;
   int label;
   bool zero;  // a row of zeros, that need not be read
 };
 
-PPO_DEVICE GradientTerms gradient_terms(float g, float h, const Outcome& row, int64_t token,
-                                        float label, float inv_t, bool legal) {
-  const float shifted = fmaf(label, inv_t, -row.max);
+PPO_DEVICE GradientTerms gradient_terms(float g, float h, const Outcome& row, int64_t label,
+                                        float label_logit, float inv_temperature, bool legal) {
+  const float shifted = fmaf(label_logit, inv_temperature, -row.max);
   // A label at -inf stays impossible: no gradient through its log-probability.
   if (legal && shifted == -INFINITY) g = 0.f;
-  const float a = legal ? -fmaf(h, row.entropy, g) * inv_t : NAN, b = -h * inv_t;
+  const float offset = legal ? -fmaf(h, row.entropy, g) * inv_temperature : NAN,
+              slope = -h * inv_temperature;
   const float ln_p = shifted - row.log_sum;
   const ExpParts<float> e = exp_parts(ln_p);
   // a p + g/T of a likely token would cancel.
-  const float at_label = fmaf(-g, e.expm1, -h * (e.exp * (fmaxf(ln_p, kZeroExp) + row.entropy)));
+  const float label_term = fmaf(-g, e.expm1, -h * (e.exp * (fmaxf(ln_p, kZeroExp) + row.entropy)));
   return {row.max,
           row.log_sum,
-          inv_t,
-          a,
-          b,
-          at_label * inv_t,
-          legal ? int(token) : -1,
+          inv_temperature,
+          slope,
+          offset,
+          label_term * inv_temperature,
+          legal ? int(label) : -1,
           g == 0.f && h == 0.f};
 }
 
 PPO_DEVICE float gradient(const GradientTerms& t, float x) {
-  const float ln_p = fmaf(x, t.inv_t, -t.max) - t.log_sum;
-  return fast_exp2(ln_p * kLog2e) * fmaf(t.b, fmaxf(ln_p, kZeroExp), t.a);
+  const float ln_p = fmaf(x, t.inv_temperature, -t.max) - t.log_sum;
+  return fast_exp2(ln_p * kLog2e) * fmaf(t.slope, fmaxf(ln_p, kZeroExp), t.offset);
 }
 
 // The gradient of x, whose first element is the row's column `col`: all of it is `inside`
@@ -201,7 +206,7 @@ PPO_DEVICE void store_gradient(O* to, int first, int end, int col, float (&x)[kP
   for (int i = 0; i < n; ++i) x[i] = gradient(t, x[i]);
   if (unsigned(t.label - col) < unsigned(n)) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) x[i] = t.label == col + i ? t.at_label : x[i];
+    for (int i = 0; i < n; ++i) x[i] = t.label == col + i ? t.label_term : x[i];
   }
   if (inside || (col >= first && col + n <= end)) {
     *reinterpret_cast<uint4*>(to + col) = pack<O>(x);
@@ -219,16 +224,16 @@ template <int vectors, bool inside, class T, class O, class Between>
 PPO_DEVICE void gradient_step(const T* row, O* to, int first, int end, int at, bool together,
                               const GradientTerms& t, int thread, int threads,
                               const Between& between) {
-  constexpr int n = kPerVector<O>, part = kPerVector<T>;
+  constexpr int n = kPerVector<O>, loaded = kPerVector<T>;
   float x[vectors][n];
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
     const int col = at + (v * threads + thread) * n;
     if (inside || (together && col >= first && col + n <= end)) {
 #pragma unroll
-      for (int i = 0; i < n; i += part) {
+      for (int i = 0; i < n; i += loaded) {
         unpack<T>(*reinterpret_cast<const uint4*>(row + col + i),
-                  reinterpret_cast<float (&)[part]>(x[v][i]));
+                  reinterpret_cast<float (&)[loaded]>(x[v][i]));
       }
     } else {
 #pragma unroll
