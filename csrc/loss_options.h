@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "options.h"
+#include "tensor/views.h"
 
 namespace ppo {
 
@@ -23,7 +24,6 @@ struct PolicyOptions {
   double clip_low, clip_high, dual_clip, log_ratio_min, log_ratio_max;
   double entropy_coef, kl_coef, kl_clamp, kl_ratio_clip;
   double adv_mean, adv_rstd;
-  ReduceOptions reduce;
 };
 
 struct ValueOptions {
@@ -32,9 +32,14 @@ struct ValueOptions {
   ReduceOptions reduce;
 };
 
-// Coefficients and D given as tensors are put in afterwards.
-inline PolicyOptions policy_options(const std::vector<int64_t>& codes,
-                                    const std::vector<double>& p) {
+inline ReduceOptions reduce_options(int64_t reduction, double denom) {
+  return {Reduction(reduction), denom, denom > 0.0};
+}
+
+// codes: [variant, estimator, straight_through]; p: [clip_low, clip_high, dual_clip,
+// log_ratio_min, log_ratio_max, entropy_coef, kl_coef, kl_clamp, kl_ratio_clip].
+inline PolicyOptions policy_options(const int64_t* codes, const double* p, bool has_ref,
+                                    const OptTensor& moments, const char* op) {
   PolicyOptions o{};
   o.variant = Variant(codes[0]);
   o.estimator = Estimator(codes[1]);
@@ -44,22 +49,30 @@ inline PolicyOptions policy_options(const std::vector<int64_t>& codes,
   o.entropy_coef = p[5], o.kl_coef = p[6], o.kl_clamp = p[7], o.kl_ratio_clip = p[8];
   o.has_dual = std::isfinite(p[2]);
   o.has_kl_ratio_clip = std::isfinite(p[8]);
-  o.reduce = {Reduction(codes[3]), p[9], p[9] > 0.0};
+  o.has_ref = has_ref;
+  o.whiten = moments.has_value();
+  if (moments) check_moments(*moments, op);
   return o;
 }
 
 inline ValueOptions value_options(const std::vector<int64_t>& codes,
                                   const std::vector<double>& p) {
-  return {Form(codes[0]), p[0], p[1], {Reduction(codes[1]), p[2], p[2] > 0.0}};
+  return {Form(codes[0]), p[0], p[1], reduce_options(codes[1], p[2])};
 }
 
-// Whitening from (count, mean, M2): shifted, unbiased, 1e-8 added to the variance; without a
-// variance everything whitens to 0.
-inline void set_whitening(PolicyOptions& o, const double* moments) {
-  const double var = moments[0] > 1.0 ? moments[2] / (moments[0] - 1.0) : 0.0;
-  o.whiten = true;
-  o.adv_mean = moments[1];
-  o.adv_rstd = var == 0.0 ? 0.0 : 1.0 / std::sqrt(var + 1e-8);
+// The options with the numbers of CPU tensors in place. Whitening is shifted and unbiased, 1e-8
+// added to the variance; without a variance everything whitens to 0.
+inline PolicyOptions with_tensors(PolicyOptions o, const OptTensor& moments,
+                                  const OptTensor& entropy_coef, const OptTensor& kl_coef) {
+  o.entropy_coef = scalar_or(entropy_coef, o.entropy_coef);
+  o.kl_coef = scalar_or(kl_coef, o.kl_coef);
+  if (moments) {
+    const View v = view_of(*moments);
+    const double n = read_at(v, 0, 0), m2 = read_at(v, 0, 2), var = n > 1.0 ? m2 / (n - 1.0) : 0.0;
+    o.adv_mean = read_at(v, 0, 1);
+    o.adv_rstd = var == 0.0 ? 0.0 : 1.0 / std::sqrt(var + 1e-8);
+  }
+  return o;
 }
 
 }  // namespace ppo

@@ -10,6 +10,7 @@ namespace ppo {
 
 class RowIndex {
  public:
+  RowIndex() = default;  // no dimension: every row is row 0
   // The first `rank` dimensions of a tensor.
   RowIndex(Sizes sizes, Sizes strides, size_t rank) {
     STD_TORCH_CHECK(rank <= kMaxRank, "ppo_fast: rank above 16");
@@ -48,6 +49,7 @@ class RowIndex {
 // One value per row, of any dtype and strides; absent where the tensor is.
 class RowValues {
  public:
+  RowValues() : RowValues(nullptr) {}
   explicit RowValues(const OptTensor& x) : RowValues(x ? &*x : nullptr) {}
   explicit RowValues(const Tensor& x) : RowValues(&x) {}
 
@@ -60,7 +62,7 @@ class RowValues {
 
  private:
   explicit RowValues(const Tensor* x)
-      : index_(x ? RowIndex(x->sizes(), x->strides(), x->sizes().size()) : RowIndex({}, {}, 0)),
+      : index_(x ? RowIndex(x->sizes(), x->strides(), x->sizes().size()) : RowIndex()),
         data_(x ? x->const_data_ptr() : nullptr),
         view_{data_, x ? dtype_of(*x) : DType::f64, 1, 1, 0, 1} {}
 

@@ -113,10 +113,26 @@ inline std::vector<int64_t> read_cu_seqlens(const Tensor& x) {
   return out;
 }
 
-// x, if given, is a CPU tensor of the main tensor's shape.
+// x is a CPU tensor of the main tensor's shape.
+inline void check_like(const Tensor& main, const Tensor& x, const char* op, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && same_sizes(main, x), "ppo_fast::", op, ": shape of ", name);
+}
 inline void check_like(const Tensor& main, const OptTensor& x, const char* op, const char* name) {
-  if (x)
-    STD_TORCH_CHECK(x->is_cpu() && same_sizes(main, *x), "ppo_fast::", op, ": shape of ", name);
+  if (x) check_like(main, *x, op, name);
+}
+
+// Logits (..., V) with a contiguous last dimension, tokens (...) of integers, a mask of bytes.
+inline void check_logits(const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
+                         const char* op) {
+  const auto sizes = logits.sizes(), strides = logits.strides(), lead = tokens.sizes();
+  const size_t rank = lead.size();
+  PPO_CHECK(sizes.size() == rank + 1, op, "logits must be (..., V)");
+  for (size_t i = 0; i < rank; ++i) PPO_CHECK(sizes[i] == lead[i], op, "shape of tokens");
+  PPO_CHECK(sizes[rank] == 1 || (sizes[rank] > 1 && strides[rank] == 1), op,
+            "the last dimension must be contiguous");
+  const DType index = dtype_of(tokens);
+  PPO_CHECK(index == DType::i64 || index == DType::i32, op, "tokens must be int32 or int64");
+  PPO_CHECK(!mask || dtype_of(*mask) == DType::byte, op, "mask must be a 1-byte type");
 }
 
 // The number of codes and params is part of the schema.

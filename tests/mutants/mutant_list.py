@@ -249,7 +249,7 @@ CUDA = (
     ),
     Mutant(
         "masked rows are scored",
-        "csrc/cuda/softmax/logprobs.cuh",
+        "csrc/cuda/softmax/softmax.cuh",
         "(!mask || mask.is_set(i)) && tokens",
         "tokens",
         "masking",

@@ -24,14 +24,16 @@ struct Recursion {
   SequenceLayout seqs;
   View values, mask, bootstrap;
   View advantages, returns;
-  bool zero_masked, own_lambda;
-  double gamma, decay, decay_returns;
+  bool carry;  // masked steps are as if absent, else they are zeros
+  double gamma, decay;
 };
 
 struct GaeArgs {
   Recursion base;
   View rewards, next_values, terminated, truncated, rho, c, lam, lam_returns;
   bool lam_per_step, lam_returns_per_step;
+  bool own_lambda;  // of the returns: a recurrence for each output
+  double gamma, decay_returns;
 };
 
 struct RlhfArgs {
@@ -56,39 +58,62 @@ struct WorkItem {
 
 constexpr int64_t kItemSlots = 1 << 15;
 
-// The (sequence, step) view of a tensor; null data where absent.
-struct Layout {
-  bool packed, time_major;
-
-  View view(const Tensor& x) const {
-    View v = view_of(x);
-    if (packed) v.row_stride = 0;
-    return time_major ? v.transposed() : v;
+// A call's tensors as (sequence, step) views: (B, T), (T, B) where time-major, (N,) where packed.
+class Layout {
+ public:
+  Layout(const char* op, const Tensor& main, const OptTensor& cu_seqlens, bool time_major)
+      : op_(op),
+        main_(main),
+        packed_(cu_seqlens.has_value()),
+        time_major_(time_major && main.dim() == 2) {
+    if (!packed_) return;
+    offsets_ = read_cu_seqlens(*cu_seqlens);
+    check_cu_seqlens(offsets_, main.numel(), op);
   }
-  View view(const OptTensor& x) const { return x ? view(*x) : View{}; }
+
+  const Tensor& main() const { return main_; }
+  bool packed() const { return packed_; }
+  bool time_major() const { return time_major_; }
+  // Valid as long as this lives.
+  SequenceLayout sequences() const {
+    if (packed_) return {offsets_.data(), int64_t(offsets_.size()) - 1, 0};
+    const View v = steps(main_);
+    return {nullptr, v.rows, v.cols};
+  }
+
+  // A tensor of the main one's shape.
+  View view(const Tensor& x, const char* name) const {
+    check_like(main_, x, op_, name);
+    return steps(x);
+  }
+  View view(const OptTensor& x, const char* name) const { return x ? view(*x, name) : View{}; }
+  // A number per sequence, which its steps repeat.
+  View per_sequence(const OptTensor& x, const char* name) const {
+    if (!x) return {};
+    const View v = view_of(*x);
+    STD_TORCH_CHECK(v.rows == 1 && v.cols == sequences().count, "ppo_fast::", op_, ": shape of ",
+                    name);
+    return v.transposed();
+  }
+  // A fresh output of the main tensor's shape.
+  Tensor output(View& view) const {
+    Tensor out = empty(main_.sizes(), compute_dtype(main_));
+    view = steps(out);
+    return out;
+  }
+
+ private:
+  View steps(const Tensor& x) const {
+    View v = view_of(x);
+    if (packed_) v.row_stride = 0;
+    return time_major_ ? v.transposed() : v;
+  }
+
+  const char* op_;
+  const Tensor main_;
+  bool packed_, time_major_;
+  std::vector<int64_t> offsets_;
 };
-
-// cu_seqlens in 64 bits; empty where absent.
-inline std::vector<int64_t> offsets_of(const OptTensor& cu_seqlens, const Tensor& main,
-                                       const char* op) {
-  if (!cu_seqlens) return {};
-  std::vector<int64_t> offsets = read_cu_seqlens(*cu_seqlens);
-  check_cu_seqlens(offsets, main.numel(), op);
-  return offsets;
-}
-
-// A value per sequence, as a view of one row.
-inline View per_sequence(const OptTensor& x, int64_t count, const char* op, const char* what) {
-  if (!x) return {};
-  const View v = view_of(*x);
-  PPO_CHECK(v.rows == 1 && v.cols == count, op, what);
-  return v;
-}
-
-inline SequenceLayout sequences_of(const View& main, const std::vector<int64_t>& offsets) {
-  if (offsets.empty()) return {nullptr, main.rows, main.cols};
-  return {offsets.data(), int64_t(offsets.size()) - 1, 0};
-}
 
 // Work items cut from the sequences' lengths alone: sums over an item, then over the items in
 // order, have the same bits on any number of threads.

@@ -20,7 +20,7 @@ struct GaeJob {
         one(splat<C>(set1<T>(1))),
         gamma(splat<C>(set1<T>(S(a.base.gamma)))),
         decay(a.base.decay),
-        decay_returns(a.base.decay_returns),
+        decay_returns(a.decay_returns),
         straight(direct<C>(a.rewards) && direct<C>(a.base.values) && !has_extras(a)) {}
 
   PPO_INLINE void start(int64_t, int64_t, int64_t) {}
@@ -42,7 +42,7 @@ struct GaeJob {
  private:
   static bool has_extras(const GaeArgs& a) {
     return a.next_values.data || a.terminated.data || a.truncated.data || a.rho.data || a.c.data ||
-           a.lam.data || a.base.own_lambda;
+           a.lam.data || a.own_lambda;
   }
 
   // From `at` on as long as no step is masked, all that is carried in registers.
@@ -148,7 +148,7 @@ struct GaeJob {
     const Recursion& how = args.base;
     const M exists = present<C>(at);
     live = how.mask.data ? exists & nonzero(load_chunk<C>(how.mask, at)) : exists;
-    const M moves = how.zero_masked ? exists : live;
+    const M moves = how.carry ? live : exists;
     if (!any(moves)) {
       store_chunk(how.advantages, at, zero);
       store_chunk(how.returns, at, zero);
@@ -174,7 +174,7 @@ struct GaeJob {
     const C advantage = recur(factors(args.lam, args.lam_per_step, decay, at, live, moves), delta,
                               cuts, carried.advantage);
     C for_return = advantage;
-    if (how.own_lambda) {
+    if (args.own_lambda) {
       for_return = recur(
           factors(args.lam_returns, args.lam_returns_per_step, decay_returns, at, live, moves),
           delta, cuts, carried.for_return);
@@ -197,7 +197,7 @@ struct GaeJob {
       for (auto& lanes_of : a.r) {
         S each[lanes<T>];
         store(each, lanes_of);
-        for (S& x : each) x = S(args.base.gamma * double(x));
+        for (S& x : each) x = S(args.gamma * double(x));
         lanes_of = load<T>(each);
       }
       if (per_step) a = select(live, a, gamma);

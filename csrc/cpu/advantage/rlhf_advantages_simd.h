@@ -53,7 +53,7 @@ struct RlhfJob {
     pad = args.score_at == ScoreAt::first_pad && slot + 1 < length;
     slot += pad;
     S converted;
-    score = clamp(*fetch<S>(args.scores, 0, seq, 1, &converted), S(args.reward_min),
+    score = clamp(*fetch<S>(args.scores, seq, 0, 1, &converted), S(args.reward_min),
                   S(args.reward_max));
   }
 
@@ -70,7 +70,7 @@ struct RlhfJob {
     const M live = exists & nonzero(load_chunk<C>(how.mask, at));
     const bool scored = slot >= at.t && slot < at.t + at.steps;
     const M here = scored ? only(int(slot - at.t)) : M{};
-    const M kept = live | here, moves = how.zero_masked ? exists : kept;
+    const M kept = live | here, moves = how.carry ? kept : exists;
     if (!any(moves)) return store_all(at, zero, zero, zero, zero);
 
     const C kl = estimate(at, live);

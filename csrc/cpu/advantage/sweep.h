@@ -172,7 +172,7 @@ Carried<T> at_the_end(const Recursion& how, int64_t seq, int64_t seqs) {
   if (how.bootstrap.data) {
     scalar_t<T> each[lanes<T>] = {}, converted;
     for (int64_t l = 0; l < seqs; ++l) {
-      each[l] = *fetch<scalar_t<T>>(how.bootstrap, 0, seq + l, 1, &converted);
+      each[l] = *fetch<scalar_t<T>>(how.bootstrap, seq + l, 0, 1, &converted);
     }
     boot = seqs > 1 ? load<T>(each) : set1<T>(each[0]);
   }

@@ -40,10 +40,10 @@ struct LossArgs {
 // Absent tensors have null data; the gradients are contiguous, null where nobody wants them.
 struct PolicyArgs {
   LossArgs base;
+  PolicyOptions policy;
   View logprobs, old_logprobs, advantages, is_weights, entropy, ref_logprobs;
   double* mean_log_ratio;  // per sequence, gspo only
   void *grad_logprobs, *grad_entropy;
-  PolicyOptions options;
 };
 
 struct ValueArgs {

@@ -97,12 +97,24 @@ double LossSequences::inverse_denom(const ReduceOptions& reduce) const {
   return denom <= 0.0 ? 0.0 : 1.0 / denom;  // NaN passes
 }
 
-LossOutputs loss_outputs(const LossStats& stats, double sum, double inverse_denom,
-                         ScalarType dtype) {
+LossCall::LossCall(const char* op, const Tensor& main, const OptTensor& mask,
+                   const OptTensor& cu_seqlens, ReduceOptions reduce, const OptTensor& denom,
+                   int64_t n_grads)
+    : op_(op),
+      main_(main),
+      reduce_{reduce.reduction, scalar_or(denom, reduce.denom),
+              reduce.has_denom || denom.has_value()},
+      seqs_(main, checked(mask), cu_seqlens, reduce.reduction, op),
+      grads_(main, n_grads) {}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> LossCall::results(const LossStats& stats,
+                                                             double sum) const {
+  const double inverse_denom = seqs_.inverse_denom(reduce_);
   const double loss = inverse_denom == 0.0 ? 0.0 : sum * inverse_denom;
-  LossOutputs out{scalar(loss, dtype), empty({kNStats}, ScalarType::Double), scalar(1.0, dtype)};
-  std::copy(stats.begin(), stats.end(), data<double>(out.stats));
-  return out;
+  const ScalarType dtype = compute_dtype(main_);
+  Tensor out = empty({kNStats}, ScalarType::Double);
+  std::copy(stats.begin(), stats.end(), data<double>(out));
+  return {scalar(loss, dtype), out, scalar(1.0, dtype), grads_.all};
 }
 
 }  // namespace ppo

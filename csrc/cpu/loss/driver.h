@@ -71,11 +71,38 @@ struct Gradients {
   void* at(int64_t i) const;
 };
 
-// loss = sum / D and stats as tensors. The gradients are divided already: scale is 1.
-struct LossOutputs {
-  Tensor loss, stats, scale;
+// One call of a loss: views of its tensors, its sequences, D, its gradients.
+class LossCall {
+ public:
+  LossCall(const char* op, const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
+           ReduceOptions reduce, const OptTensor& denom, int64_t n_grads);
+
+  // A tensor of the main one's shape.
+  View view(const Tensor& x, const char* name) const {
+    check_like(main_, x, op_, name);
+    return view_of(x);
+  }
+  View view(const OptTensor& x, const char* name) const { return x ? view(*x, name) : View{}; }
+
+  const LossSequences& seqs() const { return seqs_; }
+  bool fp64() const { return is_double(main_); }
+  double own_denom() const { return seqs_.own_denom(reduce_.reduction); }
+  LossArgs args() const { return seqs_.args(reduce_); }
+  void* grad(int64_t i) const { return grads_.at(i); }
+  // (loss = sum / D, stats, scale, grads). The gradients are divided already: scale is 1.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> results(const LossStats& stats, double sum) const;
+
+ private:
+  const OptTensor& checked(const OptTensor& mask) const {
+    check_like(main_, mask, op_, "mask");
+    return mask;
+  }
+
+  const char* op_;
+  const Tensor main_;
+  ReduceOptions reduce_;
+  LossSequences seqs_;
+  Gradients grads_;
 };
-LossOutputs loss_outputs(const LossStats& stats, double sum, double inverse_denom,
-                         ScalarType dtype);
 
 }  // namespace ppo

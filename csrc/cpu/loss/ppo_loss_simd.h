@@ -139,7 +139,7 @@ struct PolicyStep {
 
 // What most trainers ask for is compiled apart, with fewer live registers.
 inline bool usual(const PolicyArgs& a) {
-  const PolicyOptions& o = a.options;
+  const PolicyOptions& o = a.policy;
   return o.estimator == Estimator::k3 && !o.straight_through && !o.has_dual &&
          !a.is_weights.data && o.log_ratio_min >= -kExpInside && o.log_ratio_max <= kExpInside;
 }
@@ -148,7 +148,7 @@ inline bool usual(const PolicyArgs& a) {
 template <Variant variant, bool is_usual, class T>
 void policy_run(const PolicyArgs& a, int64_t first, int64_t last, double* stats) {
   PolicyBuffers<T> buffers;
-  PolicyOptions options = a.options;
+  PolicyOptions options = a.policy;
   if (is_usual) {
     options.estimator = Estimator::k3;
     options.straight_through = options.has_dual = false;
@@ -178,7 +178,7 @@ void policy_runs(const PolicyArgs& a, int64_t first, int64_t last, double* stats
 // Gradients of slots [first, last), a block; adds their sums to stats (kNStats).
 template <class T>
 void policy_block(const PolicyArgs& a, int64_t first, int64_t last, double* stats) {
-  switch (a.options.variant) {
+  switch (a.policy.variant) {
     case Variant::clip:
       if (usual(a)) return policy_runs<Variant::clip, true, T>(a, first, last, stats);
       return policy_runs<Variant::clip, false, T>(a, first, last, stats);
@@ -199,7 +199,7 @@ template <class T>
 double mean_log_ratio(const PolicyArgs& a, int64_t s, int64_t live) {
   Buffer<T> logprobs, old_logprobs;
   uint8_t mask_buffer[kBlock];
-  const PolicyConsts<T> c(a.options);
+  const PolicyConsts<T> c(a.policy);
   Acc<T> sum;
   const SequenceMap& seqs = a.base.seqs;
   if (!a.old_logprobs.data || live == 0) return 0.0;

@@ -1,5 +1,7 @@
 // ppo_fast::logprobs_fwd.cpu and logprobs_bwd.cpu: log-probability and entropy of one label per
 // row of logits, and the gradient with respect to the logits.
+#include "../../ops/logprobs.h"
+
 #include <memory>
 
 #include "softmax.h"
@@ -11,7 +13,7 @@ namespace ppo {
 namespace {
 
 template <class S>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const LogprobsProblem& p, const Tensor& tokens,
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const LogitsRows& p, const Tensor& tokens,
                                                    ScalarType dtype) {
   auto result = std::make_tuple(empty(tokens.sizes(), dtype), empty(tokens.sizes(), dtype),
                                 empty(tokens.sizes(), dtype), empty(tokens.sizes(), dtype));
@@ -31,15 +33,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const LogprobsProblem& p, con
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_fwd(Tensor logits, Tensor tokens,
-                                                        OptTensor mask, OptTensor temperature,
-                                                        std::vector<int64_t> codes,
-                                                        std::vector<double> params) {
-  const LogprobsProblem p(logits, tokens, mask, temperature, codes, params, "logprobs_fwd");
-  return is_double(logits) ? forward<double>(p, tokens, ScalarType::Double)
-                           : forward<float>(p, tokens, ScalarType::Float);
-}
-
 struct Upstream {
   RowValues grad_logprobs, grad_entropy, entropy, row_max, log_sum;
 
@@ -51,7 +44,7 @@ struct Upstream {
 };
 
 // Writes row i at out + out_rows.offset(i); `out` may be the logits themselves.
-void backward(const LogprobsProblem& p, const Upstream& up, char* out, const RowIndex& out_rows) {
+void backward(const LogitsRows& p, const Upstream& up, char* out, const RowIndex& out_rows) {
   const int64_t rows = p.rows.rows();
   std::unique_ptr<RowGradient[]> gradients(new RowGradient[size_t(rows)]);
   // Before any logit is overwritten: a row's segments may run on several threads.
@@ -66,47 +59,41 @@ void backward(const LogprobsProblem& p, const Upstream& up, char* out, const Row
   });
 }
 
-Upstream checked_upstream(const OptTensor& grad_logprobs, const OptTensor& grad_entropy,
-                          const Tensor& tokens, const Tensor& entropy, const Tensor& row_max,
-                          const Tensor& log_sum, const char* op) {
-  check_like(tokens, grad_logprobs, op, "grad_logprobs");
-  check_like(tokens, grad_entropy, op, "grad_entropy");
-  check_like(tokens, entropy, op, "entropy");
-  check_like(tokens, row_max, op, "row_max");
-  check_like(tokens, log_sum, op, "log_sum");
-  return {RowValues(grad_logprobs), RowValues(grad_entropy), RowValues(entropy),
-          RowValues(row_max), RowValues(log_sum)};
-}
+struct LogprobsOnCpu {
+  static LogitsRows rows(const char* op, const Tensor& logits, const Tensor& tokens,
+                         const OptTensor& mask, const OptTensor& temperature, int64_t ignore_index,
+                         double number_temperature) {
+    return {op, logits, tokens, mask, temperature, ignore_index, number_temperature};
+  }
+  static RowValues values(const char* op, const Tensor& tokens, const OptTensor& x,
+                          const char* name) {
+    return row_values(op, tokens, x, name);
+  }
 
-Tensor logprobs_bwd(OptTensor grad_logprobs, OptTensor grad_entropy, Tensor logits, Tensor tokens,
-                    OptTensor mask, OptTensor temperature, Tensor entropy, Tensor row_max,
-                    Tensor log_sum, std::vector<int64_t> codes, std::vector<double> params) {
-  const char* op = "logprobs_bwd";
-  const LogprobsProblem p(logits, tokens, mask, temperature, codes, params, op);
-  const Upstream up =
-      checked_upstream(grad_logprobs, grad_entropy, tokens, entropy, row_max, log_sum, op);
-  Tensor out = empty(logits.sizes(), logits.scalar_type());
-  advise_huge_pages(data<char>(out), size_t(p.rows.rows() * p.vocab * p.item));
-  backward(p, up, data<char>(out), RowIndex(out.sizes(), out.strides(), out.sizes().size() - 1));
-  return out;
-}
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits,
+                                                            const Tensor& tokens,
+                                                            const LogitsRows& rows) {
+    return is_double(logits) ? ppo::forward<double>(rows, tokens, ScalarType::Double)
+                             : ppo::forward<float>(rows, tokens, ScalarType::Float);
+  }
 
-void logprobs_bwd_inplace(OptTensor grad_logprobs, OptTensor grad_entropy, Tensor logits,
-                          Tensor tokens, OptTensor mask, OptTensor temperature, Tensor entropy,
-                          Tensor row_max, Tensor log_sum, std::vector<int64_t> codes,
-                          std::vector<double> params) {
-  const char* op = "logprobs_bwd_";
-  const LogprobsProblem p(logits, tokens, mask, temperature, codes, params, op);
-  const Upstream up =
-      checked_upstream(grad_logprobs, grad_entropy, tokens, entropy, row_max, log_sum, op);
-  backward(p, up, data<char>(logits), p.rows);
-}
+  static Tensor like(const Tensor& logits) {
+    Tensor out = empty(logits.sizes(), logits.scalar_type());
+    advise_huge_pages(data<char>(out), size_t(out.numel()) * out.element_size());
+    return out;
+  }
+  static void backward(const Tensor&, const LogitsRows& rows, const Upstream& up,
+                       const Tensor& out) {
+    ppo::backward(rows, up, data<char>(out),
+                  RowIndex(out.sizes(), out.strides(), out.sizes().size() - 1));
+  }
+};
 
 }  // namespace
 }  // namespace ppo
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_fast, CPU, m) {
-  m.impl("logprobs_fwd.cpu", TORCH_BOX(&ppo::logprobs_fwd));
-  m.impl("logprobs_bwd.cpu", TORCH_BOX(&ppo::logprobs_bwd));
-  m.impl("logprobs_bwd_.cpu", TORCH_BOX(&ppo::logprobs_bwd_inplace));
+  m.impl("logprobs_fwd.cpu", TORCH_BOX(&ppo::logprobs_fwd<ppo::LogprobsOnCpu>));
+  m.impl("logprobs_bwd.cpu", TORCH_BOX(&ppo::logprobs_bwd<ppo::LogprobsOnCpu>));
+  m.impl("logprobs_bwd_.cpu", TORCH_BOX(&ppo::logprobs_bwd_inplace<ppo::LogprobsOnCpu>));
 }

@@ -32,47 +32,37 @@ struct RowGradient {
 // Rows of fewer logits than this together are not worth another thread.
 constexpr int64_t kLogitGrain = 16384;
 
-struct LogprobsProblem {
+// Logits (..., V) row by row, with each row's token, mask and temperature.
+struct LogitsRows {
   const char* logits;
   DType dtype;
-  int64_t item, vocab, segments;
+  int64_t item, vocab, segments;  // item: bytes of a logit
   RowIndex rows;
   RowValues tokens, mask, temperature;
   int64_t ignore_index;
   double number_temperature;
 
-  LogprobsProblem(const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
-                  const OptTensor& temperature, const std::vector<int64_t>& codes,
-                  const std::vector<double>& params, const char* op)
+  LogitsRows(const char* op, const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
+             const OptTensor& temperature, int64_t ignore_index, double number_temperature)
       : logits(static_cast<const char*>(logits.const_data_ptr())),
         dtype(dtype_of(logits)),
         item(int64_t(logits.element_size())),
-        vocab(checked_vocab(logits, tokens, mask, temperature, op)),
+        vocab(checked_vocab(op, logits, tokens, mask, temperature)),
         segments((vocab + kSegment - 1) / kSegment),
         rows(logits.sizes(), logits.strides(), logits.sizes().size() - 1),
         tokens(tokens),
         mask(mask),
-        temperature(temperature) {
-    check_options(codes, 1, params, 1, op);
-    ignore_index = codes[0];
-    number_temperature = params[0];
-  }
+        temperature(temperature),
+        ignore_index(ignore_index),
+        number_temperature(number_temperature) {}
 
-  static int64_t checked_vocab(const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
-                               const OptTensor& temperature, const char* op) {
-    const auto sizes = logits.sizes(), strides = logits.strides(), lead = tokens.sizes();
-    const size_t rank = lead.size();
-    PPO_CHECK(logits.is_cpu() && tokens.is_cpu() && sizes.size() == rank + 1, op,
-              "logits must be (..., V)");
-    for (size_t i = 0; i < rank; ++i) PPO_CHECK(sizes[i] == lead[i], op, "shape of tokens");
-    PPO_CHECK(sizes[rank] == 1 || (sizes[rank] > 1 && strides[rank] == 1), op,
-              "the last dimension must be contiguous");
+  static int64_t checked_vocab(const char* op, const Tensor& logits, const Tensor& tokens,
+                               const OptTensor& mask, const OptTensor& temperature) {
+    PPO_CHECK(logits.is_cpu() && tokens.is_cpu(), op, "logits must be (..., V)");
+    check_logits(logits, tokens, mask, op);
     check_like(tokens, mask, op, "mask");
-    const DType index = dtype_of(tokens);
-    PPO_CHECK(index == DType::i64 || index == DType::i32, op, "tokens must be int32 or int64");
-    PPO_CHECK(!mask || dtype_of(*mask) == DType::byte, op, "mask must be a 1-byte type");
     check_like(tokens, temperature, op, "temperature");
-    return sizes[rank];
+    return logits.sizes()[tokens.sizes().size()];
   }
 
   const char* row(int64_t i) const { return logits + rows.offset(i) * item; }
@@ -126,7 +116,7 @@ struct Outputs {
 };
 
 template <class S>
-void finish_row(const LogprobsProblem& p, int64_t row, const SoftmaxState* states,
+void finish_row(const LogitsRows& p, int64_t row, const SoftmaxState* states,
                 const Outputs<S>& out) {
   if (!p.live(row)) return out.set(row, 0, 0, 0, 0);
   const SoftmaxState all = merge(states, p.segments);
@@ -145,7 +135,7 @@ struct RowNumbers {
 
 // With g and h the gradients that arrive and l = ln p: d loss / d z_j = g (1[j = y] - p_j) - h p_j
 // (l_j + H).
-inline RowGradient row_gradient(const LogprobsProblem& p, int64_t row, const RowNumbers& x) {
+inline RowGradient row_gradient(const LogitsRows& p, int64_t row, const RowNumbers& x) {
   RowGradient out{};
   double g = x.grad_logprobs;
   const double h = x.grad_entropy;
@@ -175,6 +165,13 @@ inline RowGradient row_gradient(const LogprobsProblem& p, int64_t row, const Row
   return out;
 }
 
+// A tensor of a number per row.
+inline RowValues row_values(const char* op, const Tensor& tokens, const OptTensor& x,
+                            const char* name) {
+  check_like(tokens, x, op, name);
+  return RowValues(x);
+}
+
 inline void store_as(DType dtype, void* at, double x) {
   switch (dtype) {
     case DType::f32:
@@ -190,8 +187,8 @@ inline void store_as(DType dtype, void* at, double x) {
 
 // Logits [first, first + n) of row `row` of the gradient at `out`, which may be the logits.
 template <class Kernel>
-void write_gradient(const LogprobsProblem& p, Kernel kernel, const RowGradient& gradient,
-                    int64_t row, int64_t first, int64_t n, char* out, const RowIndex& out_rows) {
+void write_gradient(const LogitsRows& p, Kernel kernel, const RowGradient& gradient, int64_t row,
+                    int64_t first, int64_t n, char* out, const RowIndex& out_rows) {
   char* to = out + (out_rows.offset(row) + first) * p.item;
   switch (gradient.kind) {
     case RowGradient::zero:

@@ -6,39 +6,61 @@
 
 namespace ppo::cuda {
 
-// (B, T), (T, B) with `time_major`, or flat and packed.
-struct Layout {
-  bool packed, time_major;
+// A call's tensors as steps of sequences: (B, T), (T, B) where time-major, (N,) where packed.
+class Layout {
+ public:
+  Layout(const char* op, const Tensor& main, const OptTensor& cu_seqlens, bool time_major)
+      : op_(op),
+        main_(main),
+        cu_seqlens_(cu_seqlens),
+        time_major_(time_major && main.dim() == 2) {}
 
+  const char* op() const { return op_; }
+  const Tensor& main() const { return main_; }
+  bool packed() const { return cu_seqlens_.has_value(); }
+  bool time_major() const { return time_major_; }
+  SequenceLayout sequences() const {
+    const View v = strided_view(main_);
+    if (time_major_) return {nullptr, false, 0, v.cols, v.rows};
+    if (!cu_seqlens_) return {nullptr, false, 0, v.rows, v.cols};
+    const View cu = strided_view(*cu_seqlens_);
+    return {cu.data, cu.dtype == DType::i64, cu.col_stride, cu.cols - 1, v.cols};
+  }
+
+  // A tensor of the main one's shape.
+  Steps view(const Tensor& x, const char* name) const {
+    check_beside(main_, x, op_, name);
+    return steps(x);
+  }
+  Steps view(const OptTensor& x, const char* name) const { return x ? view(*x, name) : Steps{}; }
+  // A number per sequence, which its steps repeat.
+  Steps per_sequence(const OptTensor& x, const char* name) const {
+    if (!x) return {};
+    const View v = strided_view(*x);
+    STD_TORCH_CHECK(v.rows == 1 && v.cols == sequences().count, "ppo_fast::", op_, ": shape of ",
+                    name);
+    return {v.data, v.dtype, v.col_stride, 0};
+  }
+  // A fresh output of the main tensor's shape.
+  Tensor output(Output& view) const {
+    Tensor out = empty_on(main_, main_.sizes(), ScalarType::Float);
+    const Steps s = steps(out);
+    view = {data<float>(out), s.seq, s.step};
+    return out;
+  }
+
+ private:
   Steps steps(const Tensor& x) const {
     const View v = strided_view(x);
-    const int64_t seq = time_major ? v.col_stride : v.row_stride;
-    return {v.data, v.dtype, packed ? 0 : seq, time_major ? v.row_stride : v.col_stride};
+    const int64_t seq = time_major_ ? v.col_stride : v.row_stride;
+    return {v.data, v.dtype, packed() ? 0 : seq, time_major_ ? v.row_stride : v.col_stride};
   }
-  Steps steps(const OptTensor& x) const { return x ? steps(*x) : Steps{}; }
 
-  Output output(const Tensor& x) const {
-    const Steps s = steps(x);
-    return {data<float>(x), s.seq, s.step};
-  }
+  const char* op_;
+  const Tensor main_;
+  const OptTensor cu_seqlens_;
+  bool time_major_;
 };
-
-// A number per sequence.
-inline Steps per_sequence(const OptTensor& x, int64_t count, const char* op, const char* what) {
-  if (!x) return {};
-  const View v = strided_view(*x);
-  PPO_CHECK(v.rows == 1 && v.cols == count, op, what);
-  return {v.data, v.dtype, v.col_stride, 0};
-}
-
-inline SequenceLayout sequences_of(const Tensor& main, const OptTensor& cu_seqlens,
-                                   const Layout& layout) {
-  const View v = strided_view(main);
-  if (layout.time_major) return {nullptr, false, 0, v.cols, v.rows};
-  if (!cu_seqlens) return {nullptr, false, 0, v.rows, v.cols};
-  const View cu = strided_view(*cu_seqlens);
-  return {cu.data, cu.dtype == DType::i64, cu.col_stride, cu.cols - 1, v.cols};
-}
 
 enum class Regime { slabs, warps, blocks, chunks };
 
@@ -59,9 +81,9 @@ constexpr Rule kRules[] = {
 
 inline Regime regime_of(const SequenceLayout& s, const Layout& layout) {
   // Of packed sequences only the sum of the lengths is known here.
-  const int64_t average = layout.packed ? s.length / s.count : s.length;
+  const int64_t average = layout.packed() ? s.length / s.count : s.length;
   for (const Rule& rule : kRules) {
-    if ((layout.time_major || !rule.time_major) && average <= rule.average &&
+    if ((layout.time_major() || !rule.time_major) && average <= rule.average &&
         s.length <= rule.longest && s.count >= rule.fewest) {
       return rule.regime;
     }
@@ -92,28 +114,28 @@ inline Tensor workspace_for(AdvantageArgs& a, const Tensor& main, int64_t blocks
 }
 
 template <class Source>
-void run_warps(const char* op, typename Source::Args& args, const Tensor& main,
-               const Layout& layout, const Device& device) {
+void run_warps(typename Source::Args& args, const Layout& layout, const Device& device) {
   AdvantageArgs& a = args.base;
-  a.lanes = layout.packed ? kWarp : cover(a.seqs.length, kGroupSteps, kWarp);
+  a.lanes = layout.packed() ? kWarp : cover(a.seqs.length, kGroupSteps, kWarp);
   const int64_t blocks = ceil_div(a.seqs.count, kTiles * (kWarp / a.lanes));
-  const Tensor workspace = workspace_for(a, main, blocks, 0, device);
-  launch(op, advantage_warps_kernel<Source>,
+  const Tensor workspace = workspace_for(a, layout.main(), blocks, 0, device);
+  launch(layout.op(), advantage_warps_kernel<Source>,
          {dim3(unsigned(blocks)), dim3(kRowThreads), kTiles * sizeof(Moments), 1, device.stream()},
          args);
 }
 
 // One walk along every sequence, or the passes over chunks.
 template <class Source>
-void run_blocks(const char* op, typename Source::Args& args, const Tensor& main,
-                const Layout& layout, bool whole, const Device& device) {
+void run_blocks(typename Source::Args& args, const Layout& layout, bool whole,
+                const Device& device) {
+  const char* const op = layout.op();
   AdvantageArgs& a = args.base;
   const SequenceLayout& s = a.seqs;
-  a.chunks_each = layout.packed ? 0 : ceil_div(s.length, kChunkSteps);
+  a.chunks_each = layout.packed() ? 0 : ceil_div(s.length, kChunkSteps);
   const int64_t chunks =
-      layout.packed ? s.length / kChunkSteps + s.count : s.count * a.chunks_each;
+      layout.packed() ? s.length / kChunkSteps + s.count : s.count * a.chunks_each;
   const int64_t blocks = whole ? s.count : chunks;
-  const Tensor workspace = workspace_for(a, main, blocks, whole ? 0 : chunks, device);
+  const Tensor workspace = workspace_for(a, layout.main(), blocks, whole ? 0 : chunks, device);
   const LaunchConfig config{dim3(unsigned(blocks)), dim3(kRowThreads),
                             sizeof(BlockShared<Source::extras>), 1, device.stream()};
   a.pass = whole ? Pass::whole : Pass::maps;
@@ -125,10 +147,9 @@ void run_blocks(const char* op, typename Source::Args& args, const Tensor& main,
 }
 
 template <class Source>
-void run(const char* op, typename Source::Args& args, const Tensor& main, const Layout& layout,
-         Regime regime, const Device& device) {
-  if (regime == Regime::warps) return run_warps<Source>(op, args, main, layout, device);
-  run_blocks<Source>(op, args, main, layout, regime == Regime::blocks, device);
+void run(typename Source::Args& args, const Layout& layout, Regime regime, const Device& device) {
+  if (regime == Regime::warps) return run_warps<Source>(args, layout, device);
+  run_blocks<Source>(args, layout, regime == Regime::blocks, device);
 }
 
 // Without sequences: zero moments, or NaN where the offsets leave slots outside of them all.

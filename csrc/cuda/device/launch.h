@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "../../tensor/views.h"
-#include "runtime.cuh"
+#include "tensor.cuh"
 
 namespace ppo::cuda {
 
@@ -67,14 +67,25 @@ inline Tensor empty_on(const Tensor& main, Sizes sizes, ScalarType dtype) {
   return torch::stable::new_empty(main, sizes, dtype);
 }
 
-// x, if given, has main's shape and device.
+// x has main's shape and device.
+inline void check_beside(const Tensor& main, const Tensor& x, const char* op, const char* name) {
+  STD_TORCH_CHECK(same_sizes(main, x) && x.is_cuda() == main.is_cuda() &&
+                      x.get_device_index() == main.get_device_index(),
+                  "ppo_fast::", op, ": shape or device of ", name);
+}
 inline void check_beside(const Tensor& main, const OptTensor& x, const char* op,
                          const char* name) {
-  if (x) {
-    STD_TORCH_CHECK(same_sizes(main, *x) && x->is_cuda() == main.is_cuda() &&
-                        x->get_device_index() == main.get_device_index(),
-                    "ppo_fast::", op, ": shape or device of ", name);
-  }
+  if (x) check_beside(main, *x, op, name);
+}
+
+// A tensor of a number per row, of main's shape and device.
+inline RowValues row_values(const char* op, const Tensor& main, const OptTensor& x,
+                            const char* name) {
+  check_beside(main, x, op, name);
+  PPO_CHECK(!x || dtype_of(*x) == DType::f32 || dtype_of(*x) == DType::bf16 ||
+                dtype_of(*x) == DType::f16,
+            op, name);
+  return RowValues(x);
 }
 
 // f(item) with a zero of the storage type; ops/ has refused every other dtype.

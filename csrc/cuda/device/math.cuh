@@ -93,15 +93,8 @@ PPO_DEVICE PolicyTerms<float> policy_terms_of(const PolicyOptions& o, const Poli
   }
 }
 
-// codes and params as in ppo_fast/_schema.py.
-inline PolicyArg policy_arg(const std::vector<int64_t>& codes, const std::vector<double>& params,
-                            const OptTensor& moments, const OptTensor& entropy_coef,
-                            const OptTensor& kl_coef, bool has_ref, const char* op) {
-  check_options(codes, 5, params, 10, op);
-  PolicyOptions o = policy_options(codes, params);
-  o.has_ref = has_ref;
-  o.whiten = moments.has_value();
-  if (moments) check_moments(*moments, op);
+inline PolicyArg policy_arg(const PolicyOptions& o, const OptTensor& moments,
+                            const OptTensor& entropy_coef, const OptTensor& kl_coef) {
   return {o,
           PolicyConsts<float>(o),
           scalar_of(entropy_coef, o.entropy_coef),

@@ -3,10 +3,10 @@
 
 namespace ppo::cuda {
 
-LossCall::LossCall(const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
-                   const ReduceOptions& reduce, const OptTensor& denom, const LossOutputs& out,
-                   const char* op)
-    : device_(main), shape_(token_shape(main, op)), main_(main) {
+LossCall::LossCall(const char* op, const Tensor& main, const OptTensor& mask,
+                   const OptTensor& cu_seqlens, const ReduceOptions& reduce,
+                   const OptTensor& denom, int64_t n_grads)
+    : op_(op), device_(main), shape_(token_shape(main, op)), main_(main), out_(main, n_grads) {
   blocks_ = unsigned(std::clamp<int64_t>(shape_.tiles(), 1, kLossBlocks));
   args_.map = {nullptr, DType::i64, 0, shape_.rows, shape_.cols, shape_.total()};
   if (cu_seqlens && cu_seqlens->numel() > 1) {
@@ -15,16 +15,16 @@ LossCall::LossCall(const Tensor& main, const OptTensor& mask, const OptTensor& c
     args_.map.stride = cu_seqlens->strides()[0];
     args_.map.count = cu_seqlens->numel() - 1;
   }
-  args_.mask = column_of(mask, shape_);
+  args_.mask = view(mask, "mask");
   args_.tiles = shape_.tiles();
   args_.reduction = reduce.reduction;
   args_.denom = scalar_of(denom, reduce.denom);
   args_.counter = device_.counters(1);
-  args_.loss = data<float>(out.loss);
-  args_.scale = data<float>(out.scale);
-  args_.stats = data<double>(out.stats);
+  args_.loss = data<float>(out_.loss);
+  args_.scale = data<float>(out_.scale);
+  args_.stats = data<double>(out_.stats);
   // The second gradient begins where the first one ends.
-  args_.wide_grads = out.grads.sizes()[0] < 2 || shape_.total() % kItems == 0;
+  args_.wide_grads = out_.grads.sizes()[0] < 2 || shape_.total() % kItems == 0;
 }
 
 LossArgs LossCall::args(std::initializer_list<Column> columns, int sums) {

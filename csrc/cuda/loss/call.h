@@ -35,12 +35,20 @@ struct LossOutputs {
 // One call of a loss: its arguments, and the memory that its launches need.
 class LossCall {
  public:
-  LossCall(const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
-           const ReduceOptions& reduce, const OptTensor& denom, const LossOutputs& out,
-           const char* op);
+  LossCall(const char* op, const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
+           const ReduceOptions& reduce, const OptTensor& denom, int64_t n_grads);
 
-  const Device& device() const { return device_; }
-  const TokenShape& shape() const { return shape_; }
+  // A tensor of the main one's shape.
+  Column view(const Tensor& x, const char* name) const {
+    check_beside(main_, x, op_, name);
+    return column_of(x, shape_);
+  }
+  Column view(const OptTensor& x, const char* name) const { return x ? view(*x, name) : Column{}; }
+
+  float* grad(int64_t i) const { return out_.grad(i); }
+  std::tuple<Tensor, Tensor, Tensor, Tensor> results() const {
+    return {out_.loss, out_.stats, out_.scale, out_.grads};
+  }
   // `columns`: all but the mask. `sums`: of the kernel.
   LossArgs args(std::initializer_list<Column> columns, int sums);
   // The launch that finds every sequence's term, where tokens need them; gspo gives the columns of
@@ -51,10 +59,12 @@ class LossCall {
   }
 
  private:
+  const char* op_;
   Device device_;
   TokenShape shape_;
   LossArgs args_{};
   const Tensor main_;
+  LossOutputs out_;
   OptTensor terms_, parts_;
   unsigned blocks_;
 };

@@ -4,6 +4,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "../../ops/logits_ppo_loss.h"
 #include "../device/launch.h"
 #include "logits_ppo_loss.cuh"
 
@@ -64,7 +65,7 @@ void launch_cluster(const Device& device, const LogitsPpoArg& a, const ClusterPl
 template <class T, class O>
 void launch_two_reads(const Device& device, const LogitsPpoArg& a, const RowPlan& plan) {
   const bool alone = plan.slices == 1;  // a row is a warp's
-  const int64_t fit = kL2Bytes / (int64_t(std::max(a.vocab, 1)) * int64_t(sizeof(T)));
+  const int64_t fit = kL2Bytes / (int64_t(std::max(a.rows.vocab, 1)) * int64_t(sizeof(T)));
   const int64_t most =
       device.multiprocessors() * (alone ? kBlocks : std::max<int64_t>(1, std::min(kBlocks, fit)));
   const int64_t blocks = alone ? (a.n_rows + kReaders - 1) / kReaders : a.n_rows;
@@ -77,7 +78,7 @@ void launch_two_reads(const Device& device, const LogitsPpoArg& a, const RowPlan
 template <class T, class O>
 void launch_rows(const Device& device, const LogitsPpoArg& a) {
   if (a.n_rows == 0) return;
-  const RowPlan plan = row_plan(a.vocab);
+  const RowPlan plan = row_plan(a.rows.vocab);
   const ClusterPlan cluster = cluster_plan(plan, int(sizeof(T)));
   if (device.capability() >= 90 && plan.slices > 1 && cluster.size > 0) {
     launch_cluster<T, O>(device, a, cluster);
@@ -94,75 +95,6 @@ void launch_any(const Device& device, const LogitsPpoArg& a, DType from, DType t
   PPO_CHECK(false, kOp, "logits must be float32, bfloat16 or float16");
 }
 
-#define PPO_ARGS                                                                               \
-  Tensor logits, Tensor tokens, OptTensor mask, OptTensor temperature, OptTensor old_logprobs, \
-      Tensor advantages, OptTensor is_weights, OptTensor moments, OptTensor ref_logprobs,      \
-      Tensor weights, OptTensor entropy_coef, OptTensor kl_coef, std::vector<int64_t> codes,   \
-      std::vector<double> params
-#define PPO_PASS                                                                                  \
-  logits, tokens, mask, temperature, old_logprobs, advantages, is_weights, moments, ref_logprobs, \
-      weights, entropy_coef, kl_coef, codes, params
-
-void check_rows(const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
-                const char* op) {
-  const auto sizes = logits.sizes(), strides = logits.strides(), lead = tokens.sizes();
-  const size_t rank = lead.size();
-  PPO_CHECK(sizes.size() == rank + 1, op, "logits must be (..., V)");
-  for (size_t i = 0; i < rank; ++i) PPO_CHECK(sizes[i] == lead[i], op, "shape of tokens");
-  PPO_CHECK(sizes[rank] == 1 || (sizes[rank] > 1 && strides[rank] == 1), op,
-            "the last dimension must be contiguous");
-  PPO_CHECK(sizes[rank] < int64_t(1) << 30, op, "V must be below 2^30");
-  const DType index = dtype_of(tokens);
-  PPO_CHECK(index == DType::i64 || index == DType::i32, op, "tokens must be int32 or int64");
-  PPO_CHECK(!mask || dtype_of(*mask) == DType::byte, op, "mask must be a 1-byte type");
-}
-
-void check_values(const Tensor& tokens, const OptTensor& x, const char* op, const char* name) {
-  check_beside(tokens, x, op, name);
-  PPO_CHECK(!x || dtype_of(*x) == DType::f32 || dtype_of(*x) == DType::bf16 ||
-                dtype_of(*x) == DType::f16,
-            op, name);
-}
-
-LogitsPpoArg read_args(PPO_ARGS) {
-  check_options(codes, 4, params, 10, kOp);
-  PPO_CHECK(codes[1] != int64_t(Variant::gspo), kOp, "gspo needs whole sequences");
-  check_rows(logits, tokens, mask, kOp);
-  check_beside(tokens, mask, kOp, "mask");
-  check_values(tokens, temperature, kOp, "temperature");
-  check_values(tokens, old_logprobs, kOp, "old_logprobs");
-  check_values(tokens, advantages, kOp, "advantages");
-  check_values(tokens, is_weights, kOp, "is_weights");
-  check_values(tokens, ref_logprobs, kOp, "ref_logprobs");
-  check_values(weights.sizes().size() == 0 ? weights : tokens, weights, kOp, "weights");
-  std::vector<double> numbers(params.begin() + 1, params.end());
-  numbers.push_back(0.0);
-  const int64_t sum = int64_t(Reduction::token_sum);
-  const size_t lead = tokens.sizes().size();
-  LogitsPpoArg a{logits.const_data_ptr(),
-                 nullptr,
-                 RowIndex(logits.sizes(), logits.strides(), lead),
-                 RowIndex(),
-                 RowValues(tokens),
-                 RowValues(mask),
-                 RowValues(temperature),
-                 RowValues(old_logprobs),
-                 RowValues(advantages),
-                 RowValues(is_weights),
-                 RowValues(ref_logprobs),
-                 RowValues(weights),
-                 nullptr,
-                 nullptr,
-                 0,
-                 codes[0],
-                 int(logits.sizes()[lead]),
-                 float(1.0 / params[0]),
-                 policy_arg({codes[1], codes[2], codes[3], sum, 1}, numbers, moments, entropy_coef,
-                            kl_coef, ref_logprobs.has_value(), kOp)};
-  a.n_rows = a.logits_at.rows();
-  return a;
-}
-
 // Where the gradient goes: rows of V, contiguous within each.
 struct Target {
   void* data;
@@ -174,46 +106,72 @@ Target target_of(const Tensor& out) {
   return {out.mutable_data_ptr(), dtype_of(out), RowIndex(sizes, strides, sizes.size() - 1)};
 }
 
-std::tuple<Tensor, Tensor> run(const Tensor& logits, const Tensor& tokens, const Target& to,
-                               LogitsPpoArg a) {
-  const Device device(logits);
-  Tensor logprobs = empty_on(logits, tokens.sizes(), ScalarType::Float);
-  Tensor entropy = empty_on(logits, tokens.sizes(), ScalarType::Float);
-  a.out = to.data;
-  a.out_at = to.rows;
-  a.logprobs = data<float>(logprobs);
-  a.entropy = data<float>(entropy);
-  launch_any(device, a, dtype_of(logits), to.dtype);
-  return {logprobs, entropy};
-}
+struct LogitsPpoOnCuda {
+  using Args = LogitsPpoArg;
 
-std::tuple<Tensor, Tensor, Tensor> logits_ppo_loss(PPO_ARGS) {
-  const LogitsPpoArg a = read_args(PPO_PASS);
-  Tensor out = empty_on(logits, logits.sizes(), logits.scalar_type());
-  auto [logprobs, entropy] = run(logits, tokens, target_of(out), a);
-  return {logprobs, entropy, out};
-}
+  static LogitsRows rows(const char* op, const Tensor& logits, const Tensor& tokens,
+                         const OptTensor& mask, const OptTensor& temperature, int64_t ignore_index,
+                         double number_temperature) {
+    return logits_rows(op, logits, tokens, mask, temperature, ignore_index, number_temperature);
+  }
+  static RowValues values(const char* op, const Tensor& tokens, const OptTensor& x,
+                          const char* name) {
+    return row_values(op, tokens, x, name);
+  }
+  static PolicyArg policy(const PolicyOptions& options, const OptTensor& moments,
+                          const OptTensor& entropy_coef, const OptTensor& kl_coef) {
+    return policy_arg(options, moments, entropy_coef, kl_coef);
+  }
+  // Log-probabilities and entropies; the gradient goes to the target.
+  static std::tuple<Tensor, Tensor> into(const Target& to, const Tensor& logits,
+                                         const Tensor& tokens, LogitsPpoArg& a) {
+    const Device device(logits);
+    Tensor logprobs = empty_on(logits, tokens.sizes(), ScalarType::Float);
+    Tensor entropy = empty_on(logits, tokens.sizes(), ScalarType::Float);
+    a.n_rows = a.rows.at.rows();
+    a.out = to.data;
+    a.out_at = to.rows;
+    a.logprobs = data<float>(logprobs);
+    a.entropy = data<float>(entropy);
+    launch_any(device, a, dtype_of(logits), to.dtype);
+    return {logprobs, entropy};
+  }
+};
 
-std::tuple<Tensor, Tensor> logits_ppo_loss_inplace(PPO_ARGS) {
-  return run(logits, tokens, target_of(logits), read_args(PPO_PASS));
-}
+struct OutOfPlace : LogitsPpoOnCuda {
+  using Result = std::tuple<Tensor, Tensor, Tensor>;
+  static Result run(const Tensor& logits, const Tensor& tokens, LogitsPpoArg& a) {
+    Tensor out = empty_on(logits, logits.sizes(), logits.scalar_type());
+    auto [logprobs, entropy] = into(target_of(out), logits, tokens, a);
+    return {logprobs, entropy, out};
+  }
+};
+
+struct InPlace : LogitsPpoOnCuda {
+  using Result = std::tuple<Tensor, Tensor>;
+  static Result run(const Tensor& logits, const Tensor& tokens, LogitsPpoArg& a) {
+    return into(target_of(logits), logits, tokens, a);
+  }
+};
 
 // fp32 rows take a bf16 gradient, each from its own start on.
-std::tuple<Tensor, Tensor> logits_ppo_loss_bf16(PPO_ARGS) {
-  PPO_CHECK(dtype_of(logits) == DType::f32, kOp, "logits must be float32");
-  const LogitsPpoArg a = read_args(PPO_PASS);
-  const auto sizes = logits.sizes(), strides = logits.strides();
-  std::vector<int64_t> doubled(strides.begin(), strides.end());
-  for (int64_t& stride : doubled) stride *= 2;
-  const RowIndex rows(sizes, Sizes(doubled.data(), doubled.size()), sizes.size() - 1);
-  return run(logits, tokens, {logits.mutable_data_ptr(), DType::bf16, rows}, a);
-}
+struct Bf16InPlace : LogitsPpoOnCuda {
+  using Result = std::tuple<Tensor, Tensor>;
+  static Result run(const Tensor& logits, const Tensor& tokens, LogitsPpoArg& a) {
+    PPO_CHECK(dtype_of(logits) == DType::f32, kOp, "logits must be float32");
+    const auto sizes = logits.sizes(), strides = logits.strides();
+    std::vector<int64_t> doubled(strides.begin(), strides.end());
+    for (int64_t& stride : doubled) stride *= 2;
+    const RowIndex rows(sizes, Sizes(doubled.data(), doubled.size()), sizes.size() - 1);
+    return into({logits.mutable_data_ptr(), DType::bf16, rows}, logits, tokens, a);
+  }
+};
 
 }  // namespace
 }  // namespace ppo::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_fast, PPO_CUDA_KEY, m) {
-  m.impl("logits_ppo_loss.cuda", TORCH_BOX(&ppo::cuda::logits_ppo_loss));
-  m.impl("logits_ppo_loss_.cuda", TORCH_BOX(&ppo::cuda::logits_ppo_loss_inplace));
-  m.impl("logits_ppo_loss_bf16_.cuda", TORCH_BOX(&ppo::cuda::logits_ppo_loss_bf16));
+  m.impl("logits_ppo_loss.cuda", TORCH_BOX(&ppo::logits_ppo_loss<ppo::cuda::OutOfPlace>));
+  m.impl("logits_ppo_loss_.cuda", TORCH_BOX(&ppo::logits_ppo_loss<ppo::cuda::InPlace>));
+  m.impl("logits_ppo_loss_bf16_.cuda", TORCH_BOX(&ppo::logits_ppo_loss<ppo::cuda::Bf16InPlace>));
 }

@@ -8,27 +8,17 @@ namespace ppo::cuda {
 
 // By value in the kernels' parameters.
 struct LogitsPpoArg {
-  const void* logits;  // (rows, V)
-  void* out;
-  RowIndex logits_at, out_at;
-  RowValues tokens, mask, temperature;  // (rows,)
-  RowValues old_logprobs, advantages, is_weights, ref_logprobs, weights;
-  float *logprobs, *entropy;  // (rows,) contiguous
-  int64_t n_rows, ignore_index;
-  int vocab;
-  float inv_temperature;
+  LogitsRows rows;
   PolicyArg policy;
+  RowValues old_logprobs, advantages, is_weights, ref_logprobs, weights;  // (rows,)
+  void* out;                                                              // (rows, V)
+  RowIndex out_at;
+  float *logprobs, *entropy;  // (rows,) contiguous
+  int64_t n_rows;
 
-  template <class T>
-  PPO_DEVICE const T* row(int64_t i) const {
-    return static_cast<const T*>(logits) + logits_at.offset(i);
-  }
   template <class O>
   PPO_DEVICE O* out_row(int64_t i) const {
     return static_cast<O*>(out) + out_at.offset(i);
-  }
-  PPO_DEVICE bool live(int64_t i) const {
-    return (!mask || mask.is_set(i)) && tokens.integer(i) != ignore_index;
   }
 };
 
@@ -41,11 +31,11 @@ struct TokenInputs {
 
 PPO_DEVICE TokenInputs token_inputs(const LogitsPpoArg& a, int64_t row) {
   TokenInputs t{};
-  t.live = a.live(row);
+  t.live = a.rows.live(row);
   if (!t.live) return t;
-  t.label = a.tokens.integer(row);
-  t.legal = t.label >= 0 && t.label < a.vocab;
-  t.inv_temperature = a.temperature ? 1.f / a.temperature.number(row) : a.inv_temperature;
+  t.label = a.rows.tokens.integer(row);
+  t.legal = t.label >= 0 && t.label < a.rows.vocab;
+  t.inv_temperature = a.rows.inv_temperature_at(row);
   t.old_logprob = a.old_logprobs ? a.old_logprobs.number(row) : 0.f;
   t.advantage = a.advantages.number(row);
   t.is_weight = a.is_weights ? a.is_weights.number(row) : 1.f;
@@ -94,10 +84,10 @@ struct Team {
 template <class T, class O>
 PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, SoftmaxState* states) {
   const PolicyConsts<float> c = resolve(a.policy);
-  const RowPlan plan = row_plan(a.vocab);
+  const RowPlan plan = row_plan(a.rows.vocab);
   for (int64_t r = team.first; r < a.n_rows; r += team.step) {
     const TokenInputs t = token_inputs(a, r);
-    const T* from = a.row<T>(r);
+    const T* from = a.rows.row<T>(r);
     O* to = a.out_row<O>(r);
     Outcome o{};
     GradientTerms terms{};
@@ -106,7 +96,7 @@ PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, SoftmaxState*
       for (int s = team.thread / kWarp; s < plan.slices; s += team.threads / kWarp) {
         const int first = s * plan.length;
         const SoftmaxState state =
-            slice_state(from, first, min(first + plan.length, a.vocab), t.inv_temperature);
+            slice_state(from, first, min(first + plan.length, a.rows.vocab), t.inv_temperature);
         if (lane_id() == 0) states[s] = state;
       }
       const float label_logit = t.legal ? widen(from[t.label]) : 0.f;
@@ -116,11 +106,12 @@ PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, SoftmaxState*
     }
     if (team.thread == 0) store_outcome(a, r, t.live, o);
     if (terms.zero) {
-      write_zeros(to, 0, a.vocab, team.thread, team.threads);
+      write_zeros(to, 0, a.rows.vocab, team.thread, team.threads);
     } else if constexpr (sizeof(O) < sizeof(T)) {
-      write_gradient(from, to, 0, a.vocab, terms, team.thread, team.threads, [&] { team.sync(); });
+      write_gradient(from, to, 0, a.rows.vocab, terms, team.thread, team.threads,
+                     [&] { team.sync(); });
     } else {
-      write_gradient(from, to, 0, a.vocab, terms, team.thread, team.threads, [] {});
+      write_gradient(from, to, 0, a.rows.vocab, terms, team.thread, team.threads, [] {});
     }
     team.sync();  // `states` are read
   }
@@ -135,7 +126,7 @@ __global__ void __launch_bounds__(kTwoReadThreads, 1)
   SoftmaxState* states = shared_memory<SoftmaxState>();
   const int warps = int(blockDim.x) / kWarp;
   Team team{int(threadIdx.x), int(blockDim.x), int64_t(blockIdx.x), int64_t(gridDim.x), true};
-  if (row_plan(a.vocab).slices == 1) {
+  if (row_plan(a.rows.vocab).slices == 1) {
     states += warp_id();
     team = {lane_id(), kWarp, team.first * warps + warp_id(), team.step * warps, false};
   }
@@ -176,7 +167,7 @@ struct Held {
 
   PPO_DEVICE explicit Held(const LogitsPpoArg& a) {
     const int size = int(cluster_size()), rank = int(cluster_rank());
-    const RowPlan plan = row_plan(a.vocab);
+    const RowPlan plan = row_plan(a.rows.vocab);
     state = shared_memory<ClusterState>();
     stages = shared_memory<unsigned char>() + kStagesAt;
     bytes = int(stage_bytes(plan, size, int(sizeof(T))));
@@ -184,7 +175,7 @@ struct Held {
     first_slice = rank * slices;
     length = plan.length;
     first = first_slice * length;
-    end = min(first + slices * length, a.vocab);
+    end = min(first + slices * length, a.rows.vocab);
     first_row = int64_t(blockIdx.x) / size;
     row_step = int64_t(gridDim.x) / size;
     rows = (a.n_rows - first_row + row_step - 1) / row_step;
@@ -288,11 +279,11 @@ PPO_DEVICE void move_rows(const LogitsPpoArg& a, const Held<T>& held) {
       mbarrier_wait(&held.state->done[n % kStages], unsigned(n / kStages - 1));
       if constexpr (sizeof(T) == sizeof(O)) {
         T* to = a.out_row<T>(before);
-        if (leaves_in_bulk(a.row<T>(before), to)) store_row(held, to, n - kStages);
+        if (leaves_in_bulk(a.rows.row<T>(before), to)) store_row(held, to, n - kStages);
       }
     }
     if (n + 1 < held.rows) next = token_inputs(a, held.row(n + 1));  // while the gradient leaves
-    if (n < held.rows) load_row(held, a.row<T>(held.row(n)), t, n);
+    if (n < held.rows) load_row(held, a.rows.row<T>(held.row(n)), t, n);
   }
   if (lane_id() == 0) bulk_wait<0>();
 }
@@ -335,7 +326,7 @@ template <class T, class O>
 PPO_DEVICE void work_on_rows(const LogitsPpoArg& a, const Held<T>& held, int workers) {
   int64_t turn = 0;  // rows exchanged
   for (int64_t n = 0; n < held.rows; ++n) {
-    const T* from = a.row<T>(held.row(n));
+    const T* from = a.rows.row<T>(held.row(n));
     O* to = a.out_row<O>(held.row(n));
     T* here = held.stage(n, phase_of(from)) - held.first;
     mbarrier_wait(&held.state->full[n % kStages], unsigned(n / kStages));
@@ -346,7 +337,7 @@ PPO_DEVICE void work_on_rows(const LogitsPpoArg& a, const Held<T>& held, int wor
     if (t.live) {
       exchange<T>(held, here, t, turn, workers);
       const float label_logit = t.legal ? held.state->label_logit[turn % 2] : 0.f;
-      o = outcome(merged(held.state->states[turn % 2], row_plan(a.vocab).slices), label_logit,
+      o = outcome(merged(held.state->states[turn % 2], row_plan(a.rows.vocab).slices), label_logit,
                   t.inv_temperature, t.legal);
       terms = token_gradient(a, held.state->policy, t, o, label_logit);
       ++turn;

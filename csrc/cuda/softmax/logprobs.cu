@@ -1,5 +1,6 @@
 // token_logprobs on the GPU: log-probability and entropy of one token per row of logits, and the
 // gradient with respect to the logits.
+#include "../../ops/logprobs.h"
 #include "../device/launch.h"
 #include "logprobs.cuh"
 
@@ -9,43 +10,6 @@ namespace {
 // Slices shorter than that are not worth a bulk copy; longer ones do not fit.
 constexpr int kLeastStreamed = 1024, kMostStreamed = 16 * 1024;
 constexpr size_t kSharedPerBlock = 227 * 1024;
-
-int checked_vocab(const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
-                  const OptTensor& temperature, const char* op) {
-  const auto sizes = logits.sizes(), strides = logits.strides(), lead = tokens.sizes();
-  const size_t rank = lead.size();
-  PPO_CHECK(sizes.size() == rank + 1, op, "logits must be (..., V)");
-  for (size_t i = 0; i < rank; ++i) PPO_CHECK(sizes[i] == lead[i], op, "shape of tokens");
-  const int64_t vocab = sizes[rank];
-  PPO_CHECK(vocab == 1 || (vocab > 1 && strides[rank] == 1), op,
-            "the last dimension must be contiguous");
-  PPO_CHECK(vocab < (int64_t(1) << 30), op, "V must be less than 2^30");
-  const DType index = dtype_of(tokens);
-  PPO_CHECK(index == DType::i64 || index == DType::i32, op, "tokens must be int32 or int64");
-  PPO_CHECK(!mask || dtype_of(*mask) == DType::byte, op, "mask must be a 1-byte type");
-  PPO_CHECK(logits.is_cuda() == tokens.is_cuda(), op, "device of tokens");
-  check_beside(tokens, mask, op, "mask");
-  check_beside(tokens, temperature, op, "temperature");
-  return int(vocab);
-}
-
-LogprobsRows rows_of(const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
-                     const OptTensor& temperature, const std::vector<int64_t>& codes,
-                     const std::vector<double>& params, const char* op) {
-  check_options(codes, 1, params, 1, op);
-  LogprobsRows r{};
-  r.vocab = checked_vocab(logits, tokens, mask, temperature, op);
-  r.logits = logits.const_data_ptr();
-  r.at = RowIndex(logits.sizes(), logits.strides(), logits.sizes().size() - 1);
-  r.tokens = RowValues(tokens);
-  r.mask = RowValues(mask);
-  r.temperature = RowValues(temperature);
-  r.ignore_index = codes[0];
-  r.inv_temperature = float(1.0 / params[0]);
-  r.count = r.at.rows();
-  r.plan = row_plan(r.vocab);
-  return r;
-}
 
 // How the slices of some rows are spread over the device. Nothing here changes a row's bits.
 struct Spread {
@@ -123,66 +87,58 @@ void backward(const Device& device, const Tensor& like, const LogprobsGradient& 
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_fwd(Tensor logits, Tensor tokens,
-                                                        OptTensor mask, OptTensor temperature,
-                                                        std::vector<int64_t> codes,
-                                                        std::vector<double> params) {
-  const Device device(logits);
-  const auto fresh = [&] { return empty_on(logits, tokens.sizes(), ScalarType::Float); };
-  auto result = std::make_tuple(fresh(), fresh(), fresh(), fresh());
-  LogprobsForward a{};
-  a.rows = rows_of(logits, tokens, mask, temperature, codes, params, "logprobs_fwd");
-  a.logprobs = data<float>(std::get<0>(result));
-  a.entropy = data<float>(std::get<1>(result));
-  a.row_max = data<float>(std::get<2>(result));
-  a.log_sum = data<float>(std::get<3>(result));
-  for_dtype(dtype_of(logits), [&](auto item) { forward<decltype(item)>(device, logits, a); });
-  return result;
-}
+struct LogprobsOnCuda {
+  static LogprobsRows rows(const char* op, const Tensor& logits, const Tensor& tokens,
+                           const OptTensor& mask, const OptTensor& temperature,
+                           int64_t ignore_index, double number_temperature) {
+    LogprobsRows r{
+        logits_rows(op, logits, tokens, mask, temperature, ignore_index, number_temperature)};
+    r.count = r.at.rows();
+    r.plan = row_plan(r.vocab);
+    return r;
+  }
+  static RowValues values(const char* op, const Tensor& tokens, const OptTensor& x,
+                          const char* name) {
+    return row_values(op, tokens, x, name);
+  }
 
-// Writes the gradient to `out`, of the logits' shape and dtype or they themselves.
-void write(const Tensor& out, const OptTensor& grad_logprobs, const OptTensor& grad_entropy,
-           const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
-           const OptTensor& temperature, const Tensor& entropy, const Tensor& row_max,
-           const Tensor& log_sum, const std::vector<int64_t>& codes,
-           const std::vector<double>& params, const char* op) {
-  const Device device(logits);
-  check_beside(tokens, grad_logprobs, op, "grad_logprobs");
-  check_beside(tokens, grad_entropy, op, "grad_entropy");
-  check_beside(tokens, entropy, op, "entropy");
-  check_beside(tokens, row_max, op, "row_max");
-  check_beside(tokens, log_sum, op, "log_sum");
-  LogprobsGradient a{};
-  a.rows = rows_of(logits, tokens, mask, temperature, codes, params, op);
-  a.out = out.mutable_data_ptr();
-  a.out_at = RowIndex(out.sizes(), out.strides(), out.sizes().size() - 1);
-  const LogprobsUpstream up{RowValues(grad_logprobs), RowValues(grad_entropy), RowValues(entropy),
-                            RowValues(row_max), RowValues(log_sum)};
-  for_dtype(dtype_of(logits), [&](auto item) { backward<decltype(item)>(device, logits, a, up); });
-}
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits,
+                                                            const Tensor& tokens,
+                                                            const LogprobsRows& rows) {
+    const Device device(logits);
+    const auto fresh = [&] { return empty_on(logits, tokens.sizes(), ScalarType::Float); };
+    auto result = std::make_tuple(fresh(), fresh(), fresh(), fresh());
+    LogprobsForward a{};
+    a.rows = rows;
+    a.logprobs = data<float>(std::get<0>(result));
+    a.entropy = data<float>(std::get<1>(result));
+    a.row_max = data<float>(std::get<2>(result));
+    a.log_sum = data<float>(std::get<3>(result));
+    for_dtype(dtype_of(logits),
+              [&](auto item) { cuda::forward<decltype(item)>(device, logits, a); });
+    return result;
+  }
 
-Tensor logprobs_bwd(OptTensor grad_logprobs, OptTensor grad_entropy, Tensor logits, Tensor tokens,
-                    OptTensor mask, OptTensor temperature, Tensor entropy, Tensor row_max,
-                    Tensor log_sum, std::vector<int64_t> codes, std::vector<double> params) {
-  Tensor out = empty_on(logits, logits.sizes(), logits.scalar_type());
-  write(out, grad_logprobs, grad_entropy, logits, tokens, mask, temperature, entropy, row_max,
-        log_sum, codes, params, "logprobs_bwd");
-  return out;
-}
-
-void logprobs_bwd_inplace(OptTensor grad_logprobs, OptTensor grad_entropy, Tensor logits,
-                          Tensor tokens, OptTensor mask, OptTensor temperature, Tensor entropy,
-                          Tensor row_max, Tensor log_sum, std::vector<int64_t> codes,
-                          std::vector<double> params) {
-  write(logits, grad_logprobs, grad_entropy, logits, tokens, mask, temperature, entropy, row_max,
-        log_sum, codes, params, "logprobs_bwd_");
-}
+  static Tensor like(const Tensor& logits) {
+    return empty_on(logits, logits.sizes(), logits.scalar_type());
+  }
+  static void backward(const Tensor& logits, const LogprobsRows& rows, const LogprobsUpstream& up,
+                       const Tensor& out) {
+    const Device device(logits);
+    LogprobsGradient a{};
+    a.rows = rows;
+    a.out = out.mutable_data_ptr();
+    a.out_at = RowIndex(out.sizes(), out.strides(), out.sizes().size() - 1);
+    for_dtype(dtype_of(logits),
+              [&](auto item) { cuda::backward<decltype(item)>(device, logits, a, up); });
+  }
+};
 
 }  // namespace
 }  // namespace ppo::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_fast, PPO_CUDA_KEY, m) {
-  m.impl("logprobs_fwd.cuda", TORCH_BOX(&ppo::cuda::logprobs_fwd));
-  m.impl("logprobs_bwd.cuda", TORCH_BOX(&ppo::cuda::logprobs_bwd));
-  m.impl("logprobs_bwd_.cuda", TORCH_BOX(&ppo::cuda::logprobs_bwd_inplace));
+  m.impl("logprobs_fwd.cuda", TORCH_BOX(&ppo::logprobs_fwd<ppo::cuda::LogprobsOnCuda>));
+  m.impl("logprobs_bwd.cuda", TORCH_BOX(&ppo::logprobs_bwd<ppo::cuda::LogprobsOnCuda>));
+  m.impl("logprobs_bwd_.cuda", TORCH_BOX(&ppo::logprobs_bwd_inplace<ppo::cuda::LogprobsOnCuda>));
 }

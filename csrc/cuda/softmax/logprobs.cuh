@@ -85,26 +85,11 @@ PPO_DEVICE void store_slice(T* out, const T* held, int first, int end) {
 constexpr int kLogprobsThreads = 256, kLogprobsBlocks = 3;  // of a multiprocessor
 
 // Rows [first, first + count) of the logits, cut into slices, and which warp takes which.
-struct LogprobsRows {
-  const void* logits;  // (rows, V)
-  RowIndex at;
-  RowValues tokens, mask, temperature;  // (rows,)
-  int64_t first, count, ignore_index;
-  float inv_temperature;
-  int vocab, stage_bytes;  // of one slice in shared memory
+struct LogprobsRows : LogitsRows {
+  int64_t first, count;
+  int stage_bytes;  // of one slice in shared memory
   RowPlan plan;
   int run;  // consecutive slices of one row that a warp takes; a power of two
-
-  template <class T>
-  PPO_DEVICE const T* row(int64_t i) const {
-    return static_cast<const T*>(logits) + at.offset(i);
-  }
-  PPO_DEVICE bool live(int64_t i) const {
-    return (!mask || mask.is_set(i)) && tokens.integer(i) != ignore_index;
-  }
-  PPO_DEVICE float inv_temperature_at(int64_t i) const {
-    return temperature ? 1.f / temperature.number(i) : inv_temperature;
-  }
 };
 
 struct LogprobsForward {

@@ -4,6 +4,7 @@
 // alone: not from the grid, the block, the cluster, nor where the row starts in memory.
 #pragma once
 
+#include "../device/launch.h"
 #include "../device/math.cuh"
 #include "../device/reduce.cuh"
 
@@ -18,6 +19,45 @@ constexpr float kLowest = -3.4028234663852886e38f;  // finite: without a logit, 
 // exp(-200) is 0 in fp32, so clamping there changes nothing but 0 * -inf. It drops a NaN
 // (fmaxf(NaN, x) = x), which is why the factor beside it comes from the unclamped argument.
 constexpr float kZeroExp = -200.f;
+
+// Logits (rows, V) with each row's token, mask and temperature.
+struct LogitsRows {
+  const void* logits;
+  RowIndex at;
+  RowValues tokens, mask, temperature;  // (rows,)
+  int64_t ignore_index;
+  float inv_temperature;  // of all rows, without a tensor of temperatures
+  int vocab;
+
+  template <class T>
+  PPO_DEVICE const T* row(int64_t i) const {
+    return static_cast<const T*>(logits) + at.offset(i);
+  }
+  PPO_DEVICE bool live(int64_t i) const {
+    return (!mask || mask.is_set(i)) && tokens.integer(i) != ignore_index;
+  }
+  PPO_DEVICE float inv_temperature_at(int64_t i) const {
+    return temperature ? 1.f / temperature.number(i) : inv_temperature;
+  }
+};
+
+inline LogitsRows logits_rows(const char* op, const Tensor& logits, const Tensor& tokens,
+                              const OptTensor& mask, const OptTensor& temperature,
+                              int64_t ignore_index, double number_temperature) {
+  check_logits(logits, tokens, mask, op);
+  const size_t rank = tokens.sizes().size();
+  PPO_CHECK(logits.sizes()[rank] < (int64_t(1) << 30), op, "V must be less than 2^30");
+  PPO_CHECK(logits.is_cuda() == tokens.is_cuda(), op, "device of tokens");
+  check_beside(tokens, mask, op, "mask");
+  return {logits.const_data_ptr(),
+          RowIndex(logits.sizes(), logits.strides(), rank),
+          RowValues(tokens),
+          RowValues(mask),
+          row_values(op, tokens, temperature, "temperature"),
+          ignore_index,
+          float(1.0 / number_temperature),
+          int(logits.sizes()[rank])};
+}
 
 // A row is `slices` pieces of `length` columns, the last one shorter, a warp each.
 struct RowPlan {

@@ -1,0 +1,31 @@
+// ppo_loss's arguments, read once for every device.
+#pragma once
+
+#include "../loss_options.h"
+
+namespace ppo {
+
+// `On` is a device, as for value_loss; its policy(...) adds to the options what may be a tensor.
+template <class On>
+std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
+    Tensor logprobs, OptTensor old_logprobs, Tensor advantages, OptTensor mask,
+    OptTensor is_weights, OptTensor moments, OptTensor entropy, OptTensor ref_logprobs,
+    OptTensor cu_seqlens, OptTensor entropy_coef, OptTensor kl_coef, OptTensor denom,
+    std::vector<int64_t> codes, std::vector<double> params) {
+  constexpr const char* op = "ppo_loss";
+  check_options(codes, 5, params, 10, op);
+  const PolicyOptions options =
+      policy_options(&codes[0], &params[0], ref_logprobs.has_value(), moments, op);
+  const ReduceOptions reduce = reduce_options(codes[3], params[9]);
+  typename On::Call call(op, logprobs, mask, cu_seqlens, reduce, denom, codes[4]);
+  typename On::Args a{{}, On::policy(options, moments, entropy_coef, kl_coef)};
+  a.logprobs = call.view(logprobs, "logprobs");
+  a.old_logprobs = call.view(old_logprobs, "old_logprobs");
+  a.advantages = call.view(advantages, "advantages");
+  a.is_weights = call.view(is_weights, "is_weights");
+  a.entropy = call.view(entropy, "entropy");
+  a.ref_logprobs = call.view(ref_logprobs, "ref_logprobs");
+  return On::run(call, a);
+}
+
+}  // namespace ppo
