@@ -10,7 +10,7 @@
 
 namespace ppo {
 
-// D = 0 stands for "the reduction's own".
+// The divisor D of a loss; without `has_denom` it is the reduction's own.
 struct ReduceOptions {
   Reduction reduction;
   double denom;
@@ -60,7 +60,7 @@ inline ValueOptions value_options(const std::vector<int64_t>& codes,
   return {Form(codes[0]), p[0], p[1], reduce_options(codes[1], p[2])};
 }
 
-// The options with the numbers of CPU tensors in place. Whitening is shifted and unbiased, 1e-8
+// The options, with the values of CPU tensors filled in. Whitening is shifted and unbiased, 1e-8
 // added to the variance; without a variance everything whitens to 0.
 inline PolicyOptions with_tensors(PolicyOptions o, const OptTensor& moments,
                                   const OptTensor& entropy_coef, const OptTensor& kl_coef) {

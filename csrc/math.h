@@ -1,12 +1,12 @@
 // Token maths of the losses, shared by the CPU's vectors, fp64 and CUDA (no include guard).
 //
-// Everything is a template over a lane type T and uses only the vocabulary of cpu/simd/simd.h,
-// into whose namespace it goes: set1, select, first_n, vfma, vabs, vmin, vmax, round_even, pow2
-// and the operators. A CUDA build provides the same words for one float. loss_options.h comes
-// first.
+// Everything is a template over a lane type T and uses only the vocabulary of cpu/simd/simd.h, and
+// goes into the namespace of its includer: set1, select, first_n, vfma, vabs, vmin, vmax,
+// round_even, pow2 and the operators. cuda/device/math.cuh provides the same words for one float.
+// Include loss_options.h first.
 namespace ppo::PPO_ISA {
 
-// As torch.clamp: NaN passes.
+// torch.clamp: a NaN stays NaN.
 template <class T>
 PPO_INLINE T clamp(T x, T lo, T hi) {
   return vmin(hi, vmax(lo, x));
@@ -29,7 +29,7 @@ PPO_INLINE ExpParts<T> exp_parts_fp32(T x) {
   const T n = round_even(bounded * set1<T>(0x1.715476p+0f));
   // ln2 in two parts, the first short enough that n times it is exact.
   const T r = vfma(n, set1<T>(-0x1.7f7d1cp-20f), vfma(n, set1<T>(-0x1.62e4p-1f), bounded));
-  // Estrin's order: what bounds the losses is the latency of this chain.
+  // Estrin's order: the latency of this chain bounds the speed of the losses.
   const T r2 = r * r;
   const T q0 = vfma(set1<T>(1.66666672e-1f), r, set1<T>(0.5f));
   const T q1 = vfma(set1<T>(8.33331048e-3f), r, set1<T>(4.16664667e-2f));
@@ -56,7 +56,7 @@ PPO_INLINE ExpParts<T> exp_parts(T x) {
   }
 }
 
-// The numbers of a policy loss in every lane.
+// Constants of a policy loss, broadcast to every lane.
 template <class T>
 struct PolicyConsts {
   T clip_lo, clip_hi, dual_clip, d_min, d_max, entropy_coef, kl_coef, kl_clamp, kl_ratio_clip;
@@ -78,22 +78,22 @@ struct PolicyConsts {
   PPO_INLINE static T of(double x) { return set1<T>(scalar_t<T>(x)); }
 };
 
-// One token per lane; whatever is absent: old_logprobs the current ones, is_weight 1, the rest 0.
-// A masked lane holds zeros (and is_weight and seq_ratio anything finite).
+// Inputs of one token per lane. Absent old_logprobs are the current ones, an absent is_weight is
+// 1, other absent inputs are 0. Masked lanes hold zeros, and any finite is_weight and seq_ratio.
 template <class T>
 struct PolicyToken {
   T logprobs, old_logprobs, advantage, is_weight, ref_logprobs, seq_ratio;
 };
 
-// Undivided terms: the loss is policy + kl_coef kl - entropy_coef entropy (linear: without its KL,
-// which is in the policy term); grad is its derivative by logprobs.
+// Loss terms of one token per lane, before the division by D: loss = policy + kl_coef kl -
+// entropy_coef entropy (linear: the policy term holds the KL). grad = d loss / d logprobs.
 template <class T>
 struct PolicyTerms {
   T policy, kl, grad, d, k3, ratio;
   mask_t<T> clip_low, clip_high, clip_dual, clip_eps;
 };
 
-// Whitened advantage; the mean is subtracted in two parts, the variance may be 0 (rstd = 0).
+// Whitened advantage. The mean is subtracted in two parts; rstd is 0 where the variance is.
 template <class T>
 PPO_INLINE T whiten_advantage(const PolicyConsts<T>& c, T advantage) {
   return ((advantage - c.adv_mean_hi) - c.adv_mean_lo) * c.adv_rstd;
@@ -124,9 +124,9 @@ PPO_INLINE KlTerm<T> kl_term(const PolicyOptions& o, const PolicyConsts<T>& c, T
 }
 
 // Schulman et al. 2017 (clip, penalty); Ye et al. 2020 (dual clip); Zheng et al. 2025 (gspo);
-// MiniMax-M1 2025 (cispo). NaN counts as unclipped, so that it shows in loss and gradient; an
-// advantage of 0 gives 0 beside a ratio that overflows, as the exact product would.
-// `inside` promises that the log-ratio's clamp is within kExpInside.
+// MiniMax-M1 2025 (cispo). A NaN ratio counts as unclipped, so the NaN shows in loss and gradient.
+// An advantage of 0 times a ratio that overflows gives 0, as the exact product would. `inside`
+// promises that the log-ratio's clamp is within kExpInside.
 template <Variant variant, bool inside, class T>
 PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConsts<T>& c,
                                        const PolicyToken<T>& t) {

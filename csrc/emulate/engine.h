@@ -1,6 +1,6 @@
-// One CUDA launch on a CPU: every CUDA thread is a fiber, the blocks of a cluster are resident
-// together, clusters run one after the other. Fibers switch only where they wait, so a data race
-// does not show; everything else that breaks a kernel does, as an exception that names it.
+// Emulator of CUDA launches on a CPU: every CUDA thread is a fiber, the blocks of a cluster are
+// resident together, clusters run one after the other. Fibers switch only where they wait, so data
+// races do not show; every other fault of a kernel ends in an exception that names it.
 #pragma once
 
 #include <cstddef>
@@ -31,11 +31,11 @@ struct Geometry {
 // collectives, on damaged shared memory and on counters left behind.
 void run(const Geometry& geometry, const std::function<void()>& body);
 
-// Words for blocks to arrive at; every launch must leave them at 0.
+// Arrival counters of blocks; every launch must leave them at 0.
 constexpr unsigned kCounters = 32768;
 unsigned* counters();
 
-// What follows is called by device code, inside run().
+// Functions for device code, called inside run().
 
 // Threads that wait for each other at one place of the program. `what` and `line` say which:
 // threads that meet at different places have diverged.
@@ -54,7 +54,8 @@ class Barrier {
   uint64_t epoch_ = 0;
 };
 
-// The slots of a warp's collectives: alternating sets, as a lane may be one collective ahead.
+// Slots of a warp's collectives, in two alternating sets, because a lane may be one collective
+// ahead.
 struct Warp {
   Barrier barrier{32};
   uint64_t slots[2][32];
@@ -89,7 +90,7 @@ Barrier& cluster_barrier();
 // Lets other threads run until *word differs from value.
 void wait_while(const volatile uint64_t* word, uint64_t value, const char* what);
 
-// Where `p`, in this block's shared memory, stands in that of the cluster's block `rank`.
+// Address of `p` of this block's shared memory in that of the cluster's block `rank`.
 void* in_block(const void* p, unsigned rank);
 // Fails unless [p, p + bytes) is within this block's shared memory.
 void check_shared(const void* p, size_t bytes, const char* what);
@@ -100,7 +101,7 @@ void defer_copy(void* to, const void* from, size_t bytes, std::function<void()> 
 
 }  // namespace ppo::emulate
 
-// How many launches there have been, for tests.
+// Number of launches so far, for tests.
 extern "C" {
 inline __attribute__((visibility("default"))) uint64_t ppo_fast_emulated_launches = 0;
 }

@@ -1,5 +1,5 @@
-// CUDA's words for a C++ compiler: what device code of csrc/cuda may use, on the fibers of
-// engine.h. A word that is missing here is a compile error of the emulated build: add it.
+// CUDA C++ for a host compiler: the part that csrc/cuda uses, over the fibers of engine.h. A
+// missing function is a compile error of the emulated build: add it here.
 #pragma once
 
 #include <atomic>
@@ -67,7 +67,7 @@ To bits_as(From x) {
   return out;
 }
 
-// Every lane's value; the lanes of a warp must all be here.
+// Values of all lanes of a warp; all of them must take part.
 template <class T>
 struct Lanes {
   const uint64_t* slots;
@@ -257,9 +257,9 @@ inline float max(float a, float b) { return std::fmax(a, b); }
 inline double min(double a, double b) { return std::fmin(a, b); }
 inline double max(double a, double b) { return std::fmax(a, b); }
 
-// Bulk copies, barriers in shared memory and clusters: csrc/cuda/device/runtime.cuh says what they
-// promise. Copies happen as late as they may, so that what is read or overwritten too early shows
-// as NaN or as wrong data.
+// Bulk copies, barriers in shared memory and clusters: contracts in csrc/cuda/device/runtime.cuh.
+// Copies happen as late as allowed, so that data read or overwritten too early shows as NaN or as
+// wrong data.
 namespace ppo::cuda {
 
 // Arrivals and bytes still missing in the current phase.

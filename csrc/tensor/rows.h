@@ -1,4 +1,5 @@
-// Row i of a tensor of any rank: leading dimensions collapsed where their strides allow.
+// Row index: element offset of row i of a tensor of any rank, on the CPU. Leading dimensions are
+// collapsed where strides allow.
 #pragma once
 
 #include <array>
@@ -28,7 +29,7 @@ class RowIndex {
 
   int64_t rows() const { return rows_; }
 
-  // In elements from the tensor's start.
+  // Offset in elements from the tensor's start.
   int64_t offset(int64_t row) const {
     if (depth_ == 1) return row * stride_[0];
     int64_t at = 0;
@@ -46,7 +47,7 @@ class RowIndex {
   std::array<int64_t, kMaxRank> size_, stride_;  // innermost first
 };
 
-// One value per row, of any dtype and strides; absent where the tensor is.
+// Per-row values of an optional tensor, of any dtype and strides; false if there is no tensor.
 class RowValues {
  public:
   RowValues() : RowValues(nullptr) {}

@@ -16,8 +16,8 @@ struct fp16 {
 
 enum class DType { f32, bf16, f16, f64, byte, i32, i64 };
 
-// Element (r, c) of a (rows, cols) tensor stands at data + (r * row_stride + c * col_stride)
-// elements. A stride of 0 repeats an element; an absent tensor is a constant with both strides 0.
+// Element (r, c) of a (rows, cols) tensor is at data + (r * row_stride + c * col_stride) elements.
+// A stride of 0 repeats an element; an absent tensor is a constant with both strides 0.
 struct View {
   const void* data;
   DType dtype;

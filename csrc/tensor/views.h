@@ -1,4 +1,5 @@
-// From torch tensors to Views, and fresh outputs. Include it before foreach_isa.h.
+// Views of torch tensors, checks of arguments, and the CPU's outputs, threads and merged partial
+// results. Include it before foreach_isa.h.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -62,7 +63,7 @@ inline DType dtype_of(const Tensor& x) {
   }
 }
 
-// (B, T) as rows of T; (N,) as one row; 0-d as 1 x 1.
+// 2-D view of a CPU tensor: (B, T) as it is, (N,) as one row, 0-d as 1 x 1.
 inline View view_of(const Tensor& x) {
   const auto sizes = x.sizes();
   const auto strides = x.strides();
@@ -100,12 +101,12 @@ inline double read_at(const View& v, int64_t row, int64_t col) {
 inline int64_t read_int(const View& v, int64_t row, int64_t col) {
   return v.dtype == DType::i64 ? *at<int64_t>(v, row, col) : *at<int32_t>(v, row, col);
 }
-// A 0-d coefficient tensor of any float dtype, or the number where it is absent.
+// Value of an optional 0-d tensor of any float dtype; `number` if absent.
 inline double scalar_or(const OptTensor& x, double number) {
   return x ? read_at(view_of(*x), 0, 0) : number;
 }
 
-// cu_seqlens (S+1,), int32 or int64, as int64.
+// cu_seqlens (S+1,), int32 or int64, converted to int64.
 inline std::vector<int64_t> read_cu_seqlens(const Tensor& x) {
   const View v = view_of(x);
   std::vector<int64_t> out(static_cast<size_t>(v.cols));
@@ -113,7 +114,7 @@ inline std::vector<int64_t> read_cu_seqlens(const Tensor& x) {
   return out;
 }
 
-// x is a CPU tensor of the main tensor's shape.
+// Check: x is a CPU tensor of the main tensor's shape.
 inline void check_like(const Tensor& main, const Tensor& x, const char* op, const char* name) {
   STD_TORCH_CHECK(x.is_cpu() && same_sizes(main, x), "ppo_fast::", op, ": shape of ", name);
 }
@@ -121,7 +122,7 @@ inline void check_like(const Tensor& main, const OptTensor& x, const char* op, c
   if (x) check_like(main, *x, op, name);
 }
 
-// Logits (..., V) with a contiguous last dimension, tokens (...) of integers, a mask of bytes.
+// Check: logits (..., V) with a contiguous last dimension, integer tokens (...), a 1-byte mask.
 inline void check_logits(const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
                          const char* op) {
   const auto sizes = logits.sizes(), strides = logits.strides(), lead = tokens.sizes();
@@ -135,14 +136,14 @@ inline void check_logits(const Tensor& logits, const Tensor& tokens, const OptTe
   PPO_CHECK(!mask || dtype_of(*mask) == DType::byte, op, "mask must be a 1-byte type");
 }
 
-// The number of codes and params is part of the schema.
+// Check: the schema fixes the number of codes and params.
 inline void check_options(const std::vector<int64_t>& codes, size_t n_codes,
                           const std::vector<double>& params, size_t n_params, const char* op) {
   PPO_CHECK(codes.size() == n_codes && params.size() == n_params, op,
             "wrong number of codes or params");
 }
 
-// Offsets start at 0, never decrease and end at n.
+// Check: offsets start at 0, never decrease and end at n.
 inline void check_cu_seqlens(const std::vector<int64_t>& cu, int64_t n, const char* op) {
   bool good = !cu.empty() && cu.front() == 0 && cu.back() == n;
   for (size_t i = 1; good && i < cu.size(); ++i) good = cu[i - 1] <= cu[i];
@@ -176,14 +177,14 @@ inline T* data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// float64 (3,), any stride.
+// Check: moments are float64 (3,), any stride.
 inline void check_moments(const Tensor& moments, const char* op) {
   PPO_CHECK(moments.sizes().size() == 1 && moments.sizes()[0] == 3 && is_double(moments), op,
             "moments must be float64 (3,)");
 }
 
-// f(begin, end) over [0, n) on torch's threads, at least `grain` items each. f must not throw, and
-// what it computes for an item must not depend on where the range was cut.
+// Calls f(begin, end) over [0, n) on torch's threads, at least `grain` items per call. f must not
+// throw, and its result for an item must not depend on where the range was cut.
 template <class Fn>
 inline void parallel_for(int64_t n, int64_t grain, const Fn& f) {
   if (n <= grain) {
@@ -193,8 +194,8 @@ inline void parallel_for(int64_t n, int64_t grain, const Fn& f) {
   torch::stable::parallel_for(0, n, grain, f);
 }
 
-// Asks for huge pages under memory that nothing has touched yet: 2 MB a fault instead of 4 KB. A
-// hint: it changes no content, and failing is harmless.
+// Requests huge pages for untouched memory: one page fault per 2 MB instead of 4 KB. The request
+// is a hint: it changes no content, and failure is harmless.
 inline void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t(1) << 21;
@@ -204,7 +205,7 @@ inline void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t 
 #endif
 }
 
-// Partials of three, merged in order as Chan, Golub and LeVeque (1979) do.
+// Merges (count, mean, M2) partial results in order (Chan, Golub and LeVeque 1979).
 inline void merge_moments(const std::vector<double>& partials, double* out) {
   double n = 0, mean = 0, m2 = 0;
   for (size_t i = 0; i + 2 < partials.size(); i += 3) {

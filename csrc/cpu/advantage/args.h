@@ -1,4 +1,4 @@
-// The arguments of the advantage kernels, the layouts they come from, and the units of work.
+// Arguments of the advantage kernels, the layouts of tensors behind them, and work items.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,9 @@
 
 namespace ppo {
 
-// Sequence s has `steps` steps, or with packed offsets the flat slots [offsets[s], offsets[s +
-// 1]). A View of a packed tensor has row stride 0, so that (s, slot) addresses the flat slot.
+// Starts and lengths of sequences: `steps` steps each or, with packed offsets, the flat slots
+// [offsets[s], offsets[s + 1]). A View of a packed tensor has row stride 0, so that (s, slot)
+// addresses the flat slot.
 struct SequenceLayout {
   const int64_t* offsets;
   int64_t count, steps;
@@ -45,12 +46,13 @@ struct RlhfArgs {
   double kl_coef, kl_clamp, reward_min, reward_max;
 };
 
-// Time-major, an item is a multiple of kLineSequences wide (their steps share a cache line) but
-// for the last one, and no wider than what is swept together.
+// Width limits of time-major work items. Except for the last, an item is a multiple of
+// kLineSequences wide (16 fp32 steps share a cache line); no item is wider than one sweep,
+// kSlabSequences.
 constexpr int64_t kLineSequences = 16, kSlabSequences = 512;
 
-// Sequences [begin, end), for one thread; (count, mean, M2) of their live advantages goes to
-// `moments`.
+// Sequences [begin, end), processed by one thread; the kernel writes (count, mean, M2) of their
+// live advantages to `moments`.
 struct WorkItem {
   int64_t begin, end;
   double* moments;
@@ -74,20 +76,20 @@ class Layout {
   const Tensor& main() const { return main_; }
   bool packed() const { return packed_; }
   bool time_major() const { return time_major_; }
-  // Valid as long as this lives.
+  // Valid while this Layout lives.
   SequenceLayout sequences() const {
     if (packed_) return {offsets_.data(), int64_t(offsets_.size()) - 1, 0};
     const View v = steps(main_);
     return {nullptr, v.rows, v.cols};
   }
 
-  // A tensor of the main one's shape.
+  // View of a tensor of the main tensor's shape.
   View view(const Tensor& x, const char* name) const {
     check_like(main_, x, op_, name);
     return steps(x);
   }
   View view(const OptTensor& x, const char* name) const { return x ? view(*x, name) : View{}; }
-  // A number per sequence, which its steps repeat.
+  // View of a number per sequence, repeated for every step.
   View per_sequence(const OptTensor& x, const char* name) const {
     if (!x) return {};
     const View v = view_of(*x);
@@ -95,7 +97,7 @@ class Layout {
                     name);
     return v.transposed();
   }
-  // A fresh output of the main tensor's shape.
+  // New output of the main tensor's shape; `view` becomes its view.
   Tensor output(View& view) const {
     Tensor out = empty(main_.sizes(), compute_dtype(main_));
     view = steps(out);
@@ -115,8 +117,8 @@ class Layout {
   std::vector<int64_t> offsets_;
 };
 
-// Work items cut from the sequences' lengths alone: sums over an item, then over the items in
-// order, have the same bits on any number of threads.
+// Work items, cut by the sequences' lengths alone: moments of each item, merged in order, have the
+// same bits on any number of threads.
 class WorkItems {
  public:
   WorkItems(const SequenceLayout& seqs, bool columns) {
@@ -153,7 +155,7 @@ class WorkItems {
   std::vector<WorkItem> items_;
 };
 
-// Runs the kernel over every sequence and gives the moments (3,).
+// Runs the kernel over all sequences; returns the moments (3,).
 template <class Kernel, class Args>
 Tensor run_items(Kernel kernel, const Args& args, bool columns) {
   const WorkItems items(args.base.seqs, columns);

@@ -1,7 +1,7 @@
-// Eight consecutive steps at a time, the unit of the advantage recurrences (no include guard, see
-// foreach_isa.h). Chunks are anchored at their sequence's first step. A Row has one sequence, its
-// steps along the lanes of a vector; a Column has a sequence in every lane. Both do the same
-// operations for every step, so a sequence's bits depend on neither.
+// Chunks of eight consecutive steps, the unit of the advantage recurrences, and the scan tree
+// inside them (no include guard, see foreach_isa.h). Chunks start at their sequence's first step.
+// A Row holds one sequence, steps along the lanes of a vector; a Column holds one sequence per
+// lane. Both do the same operations for every step, so a sequence gets the same bits from either.
 namespace ppo::PPO_ISA {
 
 constexpr int kSteps = 8;
@@ -17,7 +17,7 @@ struct Flags {
   mask_t<Lanes> r[N];
 };
 
-// One and the same where a vector has one lane.
+// With one lane per vector, Row and Column are the same type.
 using Row = Chunk<F, kSteps / lanes<F>>;
 template <class T>
 using Column = Chunk<T, kSteps>;
@@ -27,7 +27,7 @@ constexpr int sequences = C::count * lanes<typename C::T> / kSteps;
 template <class C>
 using flags_t = Flags<typename C::T, C::count>;
 
-// The steps [t, t + steps) of `seqs` sequences from `seq` on, whose first step is column `first`.
+// Steps [t, t + steps) of the sequences [seq, seq + seqs), which start at column `first`.
 struct Place {
   int64_t seq, first, t, steps, seqs;
 
@@ -96,7 +96,7 @@ PPO_INLINE bool any(const Flags<T, N>& m) {
   return yes;
 }
 
-// The slots that exist.
+// Flags of the slots that exist.
 template <class C>
 PPO_INLINE flags_t<C> present(const Place& at) {
   using T = typename C::T;
@@ -109,7 +109,7 @@ PPO_INLINE flags_t<C> present(const Place& at) {
   return m;
 }
 
-// Lanes `stride` elements apart; the others are 0.
+// Loads n lanes, `stride` elements apart; the other lanes are 0.
 template <class T, class P>
 PPO_INLINE T load_apart(const P* p, int64_t stride, int64_t n) {
   if (stride == 1 || lanes<T> == 1) return load_first<T>(p, n);
@@ -134,7 +134,7 @@ PPO_INLINE C load_as(const View& v, const Place& at) {
   return c;
 }
 
-// Slots that do not exist read as 0, and are not touched.
+// Loads a chunk; slots that do not exist read as 0 and are not touched.
 template <class C>
 C load_chunk(const View& v, const Place& at) {
   if constexpr (sizeof(scalar_t<typename C::T>) == 8) {
@@ -154,7 +154,8 @@ C load_chunk(const View& v, const Place& at) {
   return load_as<C, uint8_t>(v, at);
 }
 
-// Whole chunks of the computation's own type, neighbours in the lanes' direction.
+// Whether whole chunks can be loaded as they are: the computation's own type, contiguous along the
+// lanes.
 template <class C>
 PPO_INLINE bool direct(const View& v) {
   using T = typename C::T;
@@ -172,7 +173,7 @@ PPO_INLINE void store_direct(S* p, int64_t stride, const C& c) {
   for (const auto& x : c.r) store(p, x), p += stride;
 }
 
-// Into an output, contiguous in the lanes' direction.
+// Stores a chunk to an output, contiguous along the lanes.
 template <class C>
 PPO_INLINE void store_chunk(const View& v, const Place& at, const C& c) {
   using T = typename C::T;
@@ -184,8 +185,8 @@ PPO_INLINE void store_chunk(const View& v, const Place& at, const C& c) {
   }
 }
 
-// The neighbours of the later half of every 2s steps, for its earlier half: in a Column element
-// `half_of(i, s)` for i, in a Row `later_half` where `earlier_half` is set.
+// Sklansky level s: every step in the first half of a 2s-block reads the first step of the second
+// half. Column: register `half_of(i, s)`. Row: shuffle `later_half`, blended by `earlier_half`.
 PPO_INLINE constexpr bool is_earlier(int i, int s) { return (i & s) == 0; }
 PPO_INLINE constexpr int half_of(int i, int s) { return (i | s) & ~(s - 1); }
 
@@ -209,7 +210,7 @@ PPO_INLINE void fold_cut(Flags<T, kSteps>& cut, const Column<T>& a, Column<T>& b
     cut.r[i] = cut.r[i] | cut.r[half_of(i, s)];
   }
 }
-// Step i + 1's, and `carried` for the last one.
+// x shifted by one step: step i gets step i + 1, the last step gets `carried`.
 template <class T>
 PPO_INLINE Column<T> next_step(const Column<T>& x, T carried) {
   Column<T> y;
@@ -217,7 +218,7 @@ PPO_INLINE Column<T> next_step(const Column<T>& x, T carried) {
   y.r[kSteps - 1] = carried;
   return y;
 }
-// The same where the next chunk follows in memory, at p.
+// The same shift for a chunk at p whose successor follows in memory.
 template <class T, class S>
 PPO_INLINE Column<T> next_in_memory(const Column<T>& x, const S*, T carried) {
   return next_step(x, carried);
@@ -226,7 +227,7 @@ template <class T>
 PPO_INLINE T first_step(const Column<T>& x) {
   return x.r[0];
 }
-// x at the first flagged step from each on, and `carried` where there is none.
+// For every step, x at the first flagged step from there on; `carried` if there is none.
 template <class T>
 PPO_INLINE Column<T> first_flagged(const Flags<T, kSteps>& m, const Column<T>& x, T carried) {
   Column<T> y;

@@ -1,4 +1,4 @@
-// gae, once per instruction set (no include guard, see foreach_isa.h).
+// GAE kernels, compiled once per instruction set (no include guard, see foreach_isa.h).
 #include "chunk.h"
 #include "sweep.h"
 
@@ -30,7 +30,7 @@ struct GaeJob {
     if (straight && at.full<C>()) {
       if (const int64_t done = whole_chunks(at, chunks, carried, moments)) return done;
     }
-    // A copy: what a function is given the address of does not stay in registers.
+    // A local copy: a variable whose address is passed to a function does not stay in registers.
     Carried<T> carried_here = carried;
     M live;
     const C advantage = any_chunk(Place(at), carried_here, live);
@@ -45,7 +45,8 @@ struct GaeJob {
            a.lam.data || a.own_lambda;
   }
 
-  // From `at` on as long as no step is masked, all that is carried in registers.
+  // Processes whole chunks from `at` on until one has a masked step; the carried state stays in
+  // registers. Returns the number of chunks done.
   PPO_INLINE int64_t whole_chunks(Place at, int64_t chunks, Carried<T>& carried,
                                   OpenMoments<T>& moments) const {
     constexpr int kGroup = C::count == 1 ? OpenMoments<T>::kRecent : 1;
@@ -66,7 +67,7 @@ struct GaeJob {
     return done;
   }
 
-  // The first step of a chunk in memory.
+  // Pointers to the first step of a chunk.
   struct Straight {
     const S *reward, *value;
     S *advantages, *returns;
@@ -87,11 +88,11 @@ struct GaeJob {
     }
   };
 
-  // The chunk at `m` and the n - 1 before it, the last in time first; `m` is then before them.
+  // Processes the chunk at `m` and the n - 1 before it, latest first, and moves `m` before them.
   template <int n>
   PPO_INLINE void whole_group(Straight& m, bool ends, Carried<T>& carried,
                               OpenMoments<T>& moments) const {
-    // As many as leave the compiler registers.
+    // As many chunks at once as fit into registers.
     constexpr int kAtOnce = n < 4 ? n : 4;
     Chunk<T, n * C::count> group;
     at_once<kAtOnce>(m, ends, carried, group.r);
@@ -135,7 +136,7 @@ struct GaeJob {
     return yes;
   }
 
-  // A constant for Rows.
+  // Stride between steps: 1, a constant, for Rows.
   PPO_INLINE static int64_t between_steps(const View& v) {
     return C::count == 1 ? 1 : v.col_stride;
   }
@@ -143,7 +144,7 @@ struct GaeJob {
     return ppo::at<S>(v, at.seq, at.first + at.t);
   }
 
-  // The same operations with whatever was given. Masked inputs are selected away.
+  // The general chunk: any optional inputs and masks. Selection removes masked inputs.
   C any_chunk(const Place& at, Carried<T>& carried, M& live) {
     const Recursion& how = args.base;
     const M exists = present<C>(at);
@@ -188,7 +189,8 @@ struct GaeJob {
     return select(live, load_chunk<C>(v, at), masked);
   }
 
-  // gamma * lambda, in double until the last rounding, times c; 1 where a step is as if absent.
+  // Factors of the recurrence: gamma * lambda, in double until the last rounding, times c; 1 where
+  // a step does not move the recurrence.
   C factors(const View& lam, bool per_step, const Powers<C>& number, const Place& at,
             const M& live, const M& moves) const {
     C a = number.level[0];

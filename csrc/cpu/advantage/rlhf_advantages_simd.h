@@ -1,12 +1,12 @@
-// rlhf_advantages, once per instruction set (no include guard, see foreach_isa.h): KL-shaped
-// rewards with the score in its place, then the recurrence of gae.
+// Kernels of rlhf_advantages: KL-shaped rewards plus the score, then the recurrence of gae (no
+// include guard, see foreach_isa.h).
 #include "../../math.h"
 #include "chunk.h"
 #include "sweep.h"
 
 namespace ppo::PPO_ISA {
 
-// The last non-zero byte of columns [first, first + n) of a row, or -1.
+// Column of the last non-zero byte in columns [first, first + n) of a row, or -1.
 inline int64_t last_set(const View& mask, int64_t row, int64_t first, int64_t n) {
   const uint8_t* p = ppo::at<uint8_t>(mask, row, first);
   int64_t i = n;
@@ -20,7 +20,7 @@ inline int64_t last_set(const View& mask, int64_t row, int64_t first, int64_t n)
   return i > 0 ? first + i - 1 : -1;
 }
 
-// Always a sequence at a time: a Row, or a Column of one lane.
+// One sequence at a time: C is a Row, or a Column of one lane.
 template <class C>
 struct RlhfJob {
   using T = typename C::T;
@@ -104,7 +104,7 @@ struct RlhfJob {
     return options;
   }
 
-  // One step's flag.
+  // Flags with one step set.
   static M only(int step) {
     S each[kSteps] = {};
     each[step] = 1;
@@ -118,7 +118,7 @@ struct RlhfJob {
     return x;
   }
 
-  // The KL estimate of the live steps, 0 elsewhere.
+  // KL estimate of the live steps; 0 elsewhere.
   PPO_INLINE C estimate(const Place& at, const M& live) const {
     const T none = set1<T>(0);
     C x = select(live, load_chunk<C>(args.logprobs, at) - load_chunk<C>(args.ref_logprobs, at),

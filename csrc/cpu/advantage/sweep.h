@@ -1,16 +1,16 @@
-// The recurrence A = b + a * A', backwards, a chunk of steps at a time (no include guard, see
-// foreach_isa.h). Inside a chunk a fixed tree (Sklansky 1960) joins the steps' affine maps, and
-// from chunk to chunk the result is carried: a sequence's bits do not depend on the batch, the
-// padding, the packing, the layout or the number of threads.
+// The recurrence A = b + a * A', computed backwards in chunks of steps, and the sweeps over
+// sequences (no include guard, see foreach_isa.h). Inside a chunk a fixed tree (Sklansky 1960)
+// composes the steps' affine maps; chunks pass on one carried value. A sequence's bits therefore
+// depend neither on batch, padding, packing and layout nor on the number of threads.
 namespace ppo::PPO_ISA {
 
-// What goes from a chunk to the one before it.
+// State carried from a chunk to the one before it.
 template <class T>
 struct Carried {
   T advantage, for_return, next_value;
 };
 
-// A constant factor's products after 0, 1, 2 and 3 levels of the tree.
+// Products of a constant factor after 0, 1, 2 and 3 levels of the tree.
 template <class C>
 struct Powers {
   using T = typename C::T;
@@ -26,9 +26,9 @@ struct Powers {
   }
 };
 
-// One factor for all steps, of n chunks, the last in time first: each stage for all of them before
-// the next, for a chunk's own stages are a chain of latencies. `carried` waits for one operation a
-// chunk, its own: a longer chain from chunk to chunk would bound the speed of a long row.
+// Recurrence of n chunks, latest first, with one factor for all steps. The chunks are processed
+// stage by stage, so that their independent latencies overlap. Between chunks only one FMA depends
+// on `carried`; a longer dependency would limit long rows.
 template <class C, int n>
 PPO_INLINE void recur(const Powers<C>& by, C (&b)[n], typename C::T& carried) {
   using T = typename C::T;
@@ -42,7 +42,8 @@ PPO_INLINE void recur(const Powers<C>& by, C (&b)[n], typename C::T& carried) {
   }
 }
 
-// A factor for each step; where `cut`, A = b whatever follows (by selection: 0 * NaN is NaN).
+// Recurrence of one chunk with a factor per step. Where `cut`, A = b whatever follows (by
+// selection, because 0 * NaN is NaN).
 template <class C>
 PPO_INLINE C recur(C a, C b, const flags_t<C>* cut, typename C::T& carried) {
   C result;
@@ -62,7 +63,7 @@ PPO_INLINE C recur(C a, C b, const flags_t<C>* cut, typename C::T& carried) {
   return result;
 }
 
-// V of the next step that moves.
+// Value of the next step that moves the recurrence.
 template <class C>
 PPO_INLINE C next_values(const C& value, const flags_t<C>& moves, bool all_move,
                          typename C::T& carried) {
@@ -77,9 +78,9 @@ PPO_INLINE C next_values(const C& value, const flags_t<C>& moves, bool all_move,
   return next;
 }
 
-// Count, mean and squares of a stream of vectors. kRecent of them are added in their own precision
-// before they go to the sums in double: as many roundings of it, far below the elements' own
-// error.
+// Count, mean and squares of a stream of vectors. Groups of kRecent vectors are summed in their
+// own precision before the sums in double take them: kRecent roundings, far below the elements'
+// own error.
 template <class T>
 struct OpenMoments {
   static constexpr int kRecent = 8;
@@ -92,7 +93,7 @@ struct OpenMoments {
   PPO_INLINE OpenMoments()
       : some(set1<T>(0)), some_squares(some), pivot(some), n_recent(0), count(0) {}
 
-  // Whole groups of kRecent are added at once, without storing their deviations on the way.
+  // Groups of kRecent vectors are added at once, without storing their deviations.
   template <int N>
   PPO_INLINE void add(const Chunk<T, N>& x) {
     if (count == 0) pivot = lane_of(x.r[0], 0);
@@ -145,7 +146,7 @@ struct OpenMoments {
     some = some_squares = set1<T>(0);
     n_recent = 0;
   }
-  // What overflows is formed again in double.
+  // A sum that overflows is recomputed in double.
   PPO_INLINE void promote(T total, T squared, const T* d, int n) {
     if (all(squared < set1<T>(FLT_MAX))) {
       sum.add(total), squares.add(squared);
@@ -179,8 +180,9 @@ Carried<T> at_the_end(const Recursion& how, int64_t seq, int64_t seqs) {
   return {zero, zero, boot};
 }
 
-// A sequence at a time, from its last chunk to its first. job.advance(place, chunks, carried,
-// sums) does at least the chunk at `place`, at most `chunks`, and says how many.
+// Sweep over sequences one by one, each from its last chunk to its first. job.advance(place,
+// chunks, carried, moments) processes the chunk at `place` and at most `chunks` in all, and
+// returns their number.
 template <class C, class Job>
 void sweep_rows(Job& job, const Recursion& how, const WorkItem* item, const WorkItem* end) {
   using T = typename C::T;
@@ -200,7 +202,8 @@ void sweep_rows(Job& job, const Recursion& how, const WorkItem* item, const Work
   }
 }
 
-// A chunk of all the items' sequences before the chunk that precedes it: neighbours in memory.
+// Sweep over all sequences of the items together, one chunk of each before the preceding chunks: a
+// chunk's steps are neighbours in memory.
 template <class C, class Job>
 void sweep_slab(Job& job, const Recursion& how, const WorkItem* begin, const WorkItem* end) {
   using T = typename C::T;
@@ -222,8 +225,8 @@ void sweep_slab(Job& job, const Recursion& how, const WorkItem* begin, const Wor
     moments[item - begin].write(item->moments);
 }
 
-// Time-major: as many items at once as make a slab, so that memory is read along its lines and
-// each page is visited once.
+// Time-major sweep: as many items together as make a slab, so that memory is read along its lines
+// and each page is visited once.
 template <class C, class Job>
 void sweep_columns(Job& job, const Recursion& how, const WorkItem* item, const WorkItem* end) {
   while (item < end) {

@@ -1,4 +1,4 @@
-// What the loss kernels are given: plain data, the same for every instruction set.
+// Arguments of the loss kernels: plain data, the same for every instruction set.
 #pragma once
 
 #include <algorithm>
@@ -8,11 +8,11 @@
 
 namespace ppo {
 
-// Tokens of one unit of work, a multiple of every kRun. Blocks are cut from the flat token order
+// Tokens of one block of work, a multiple of every kRun. Blocks are cut by the flat token order
 // alone, so that no sum depends on the number of threads.
 inline constexpr int64_t kBlock = 1024;
 
-// Which flat slots each sequence owns: rows of `steps` slots, or [offsets[s], offsets[s + 1]).
+// Flat slots of every sequence: rows of `steps` slots, or [offsets[s], offsets[s + 1]).
 struct SequenceMap {
   const int64_t* offsets;
   int64_t count, steps;
@@ -20,16 +20,19 @@ struct SequenceMap {
   int64_t begin(int64_t s) const { return offsets ? offsets[s] : s * steps; }
   int64_t end(int64_t s) const { return offsets ? offsets[s + 1] : (s + 1) * steps; }
   int64_t tokens() const { return end(count - 1); }
-  // Of the sequences that start at `slot` or before, the last: the only one that is not empty.
+  // Sequence of a slot: the last one that starts at `slot` or before, the only one of those that
+  // is not empty.
   int64_t find(int64_t slot) const {
     if (!offsets) return slot / steps;
     return std::upper_bound(offsets, offsets + count + 1, slot) - offsets - 1;
   }
-  // A view of rows is addressed by (sequence, step), a flat one by its slot: its row stride is 0.
+  // Column of a slot in a View: its step in a view of rows; the slot itself in a flat view, whose
+  // row stride is 0.
   int64_t column(int64_t s, int64_t slot) const { return offsets ? slot : slot - s * steps; }
 };
 
-// Per sequence: weight is null where every token weighs 1. Gradients are divided by D.
+// Arguments that all losses share. weight: per sequence, null if every token weighs 1. Gradients
+// are divided by D.
 struct LossArgs {
   SequenceMap seqs;
   View mask;
@@ -37,7 +40,7 @@ struct LossArgs {
   double inverse_denom;
 };
 
-// Absent tensors have null data; the gradients are contiguous, null where nobody wants them.
+// Absent tensors have null data. Gradients are contiguous, null if not requested.
 struct PolicyArgs {
   LossArgs base;
   PolicyOptions policy;

@@ -1,3 +1,4 @@
+// Sequences, divisors and results of a loss call on the CPU.
 #include "driver.h"
 
 namespace ppo {

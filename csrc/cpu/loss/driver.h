@@ -1,4 +1,5 @@
-// What the policy and the value loss share around their kernels: sequences, weights, D, blocks.
+// Driver of the policy and value losses around their kernels: sequences, weights, D, blocks,
+// results.
 #pragma once
 
 #include <cmath>
@@ -10,7 +11,8 @@ namespace ppo {
 
 using LossStats = std::array<double, kNStats>;
 
-// Sequences of a loss call, how many unmasked tokens each has, and the weights that follow.
+// Sequences of a loss call, their counts of unmasked tokens, and the weights that follow from
+// those.
 class LossSequences {
  public:
   LossSequences(const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
@@ -36,11 +38,11 @@ class LossSequences {
   int64_t width_ = 0, n_tokens_ = 0, n_seqs_ = 0;
 };
 
-// At least this many tokens for every thread.
+// Least number of tokens per thread.
 inline constexpr int64_t kGrain = 8 * kBlock;
 
-// block(first, last, stats) over all slots, on torch's threads; the sum of all blocks' statistics,
-// added in their order.
+// Calls block(first, last, stats) for all slots on torch's threads; returns the sum of all blocks'
+// statistics, added in order.
 template <class Block>
 LossStats sum_blocks(int64_t tokens, const Block& block) {
   LossStats total{};
@@ -57,27 +59,27 @@ LossStats sum_blocks(int64_t tokens, const Block& block) {
     total[kRatioMin] = std::min(total[kRatioMin], part[kRatioMin]);
     total[kRatioMax] = std::max(total[kRatioMax], part[kRatioMax]);
   }
-  // Minima and maxima of lanes drop NaN, sums keep it.
+  // Minima and maxima over lanes drop a NaN; sums keep it.
   if (std::isnan(total[kRatio])) total[kRatioMin] = total[kRatioMax] = total[kRatio];
   return total;
 }
 
-// As many gradients as were asked for, in one tensor (count, *shape): an allocator keeps one large
-// block where it hands two back to the system, to be faulted in again by the next call.
+// The requested gradients in one tensor (count, *shape). Allocators keep one large block, but
+// return two to the system, and the next call would fault them in again.
 struct Gradients {
   Tensor all;
   Gradients(const Tensor& main, int64_t count);
-  // The storage of gradient i, or null where it was not asked for.
+  // Storage of gradient i; null if not requested.
   void* at(int64_t i) const;
 };
 
-// One call of a loss: views of its tensors, its sequences, D, its gradients.
+// One loss call: views of its tensors, its sequences, D and gradients.
 class LossCall {
  public:
   LossCall(const char* op, const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
            ReduceOptions reduce, const OptTensor& denom, int64_t n_grads);
 
-  // A tensor of the main one's shape.
+  // View of a tensor of the main tensor's shape.
   View view(const Tensor& x, const char* name) const {
     check_like(main_, x, op_, name);
     return view_of(x);
@@ -89,7 +91,8 @@ class LossCall {
   double own_denom() const { return seqs_.own_denom(reduce_.reduction); }
   LossArgs args() const { return seqs_.args(reduce_); }
   void* grad(int64_t i) const { return grads_.at(i); }
-  // (loss = sum / D, stats, scale, grads). The gradients are divided already: scale is 1.
+  // (loss, stats, scale, grads) with loss = sum / D. The gradients are already divided: scale is
+  // 1.
   std::tuple<Tensor, Tensor, Tensor, Tensor> results(const LossStats& stats, double sum) const;
 
  private:

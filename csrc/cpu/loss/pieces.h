@@ -1,17 +1,18 @@
-// Reading the tokens of a loss in pieces of one sequence (no include guard, see foreach_isa.h).
+// Pieces: runs of a loss's tokens within one sequence, and the lanes over them (no include guard,
+// see foreach_isa.h).
 namespace ppo::PPO_ISA {
 
-// Tokens summed before their sums go on in double: 64 additions in an fp32 lane cost 6 bits at
-// worst, a whole block on the one lane of ppo::scalar would cost 10.
+// Tokens that are summed in T before the sums go on in double: 64 additions in an fp32 lane lose
+// at most 6 bits; a whole block in the one lane of ppo::scalar would lose 10.
 template <class T>
 constexpr int64_t kRun = sizeof(scalar_t<T>) == 8 ? kBlock : 64 * lanes<T>;
 
-// Up to kBlock consecutive slots of one sequence; `flat` is the first one.
+// At most kBlock consecutive slots of one sequence; `flat` is the first of them.
 struct Piece {
   int64_t sequence, column, flat, size;
 };
 
-// The piece that starts at `slot`, cut at the sequence's end and at `last`.
+// Piece from `slot` to the end of its sequence or to `last`, whichever comes first.
 inline Piece piece_at(const SequenceMap& seqs, int64_t slot, int64_t last) {
   const int64_t s = seqs.find(slot);
   const int64_t end = seqs.end(s) < last ? seqs.end(s) : last;
@@ -23,7 +24,7 @@ struct Buffer {
   alignas(64) scalar_t<T> data[kBlock];
 };
 
-// The piece's values as scalars of T, or null where the tensor is absent.
+// Values of the piece as scalars of T; null if the tensor is absent.
 template <class T>
 inline const scalar_t<T>* fetch_piece(const View& v, const Piece& p, Buffer<T>& buffer) {
   if (!v.data) return nullptr;
@@ -34,8 +35,8 @@ inline const uint8_t* fetch_mask(const View& v, const Piece& p, uint8_t* buffer)
   return fetch_bytes(v, p.sequence, p.column, p.size, buffer);
 }
 
-// Which of the lanes i .. i + lanes<T> of a piece hold a token: all of them unmasked, all of them,
-// or only those before the piece's end.
+// Lanes with a live token: `every` (all exist, none is masked), `masked` (all exist, some are
+// masked), `tail` (only the lanes before the piece's end exist).
 enum class LaneMask { every, masked, tail };
 
 template <class T, LaneMask which>
@@ -43,14 +44,14 @@ struct Lanes {
   int64_t i, left;
   mask_t<T> live;
 
-  // x, and 0 in a dead slot.
+  // x in live lanes, 0 in dead ones.
   PPO_INLINE T only(T x) const {
     return which == LaneMask::every ? x : select(live, x, set1<T>(0));
   }
   PPO_INLINE T read(const scalar_t<T>* p) const {
     return only(which == LaneMask::tail ? load_n<T>(p + i, left, 0) : load<T>(p + i));
   }
-  // Dead slots get 0.
+  // Dead lanes write 0.
   PPO_INLINE void write(scalar_t<T>* p, T x) const {
     if (which == LaneMask::tail) {
       store_n(p + i, only(x), left);
@@ -60,13 +61,14 @@ struct Lanes {
   }
 };
 
-// Of the `left` slots from i on, those that are unmasked.
+// Flags of the unmasked slots among the `left` slots from i on.
 template <class T>
 PPO_INLINE mask_t<T> live_lanes(const uint8_t* mask, int64_t i, int64_t left) {
   return mask ? load_mask_n<T>(mask + i, left) : first_n<T>(left);
 }
 
-// step.tokens(lanes) over a piece; step.nothing(lanes) where all of them are dead.
+// Calls step.tokens(lanes) for every vector of a piece, step.nothing(lanes) if all its lanes are
+// dead.
 template <class T, class Step>
 PPO_INLINE void each_lanes(const uint8_t* mask, int64_t size, const Step& step) {
   int64_t i = 0;

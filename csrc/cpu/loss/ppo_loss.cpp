@@ -9,7 +9,7 @@
 namespace ppo {
 namespace {
 
-// gspo: every sequence's mean log-ratio, before the pass that needs it.
+// Mean log-ratio of every sequence, for gspo alone, computed before the pass that needs it.
 std::vector<double> mean_log_ratios(const PolicyArgs& args, const LossSequences& seqs, bool fp64) {
   if (args.policy.variant != Variant::gspo) return {};
   const auto mean = fp64 ? &scalar::mean_log_ratio<double> : PPO_SELECT(mean_log_ratio_f);

@@ -1,4 +1,5 @@
-// One pass over a range of tokens: gradients and undivided sums (no include guard).
+// Policy loss kernel: gradients and undivided sums from one pass over a range of tokens (no
+// include guard, see foreach_isa.h).
 #include "../../math.h"
 #include "pieces.h"
 
@@ -6,7 +7,7 @@ namespace ppo::PPO_ISA {
 
 template <class T>
 struct PolicySums {
-  // Of this piece, unweighted; of the pieces before it, weighted where the loss is.
+  // Sums of the current piece, unweighted; then of the pieces before it, weighted if the loss is.
   T policy, entropy, kl;
   T loss_before, policy_before, entropy_before, kl_before;
   T d, d_sq, k3, ratio, ratio_sq, ratio_min, ratio_max;
@@ -37,10 +38,10 @@ struct PolicySums {
     ratio_min = vmin(every ? x.ratio : select(at.live, x.ratio, ratio_min), ratio_min);
     ratio_max = vmax(every ? x.ratio : select(at.live, x.ratio, ratio_max), ratio_max);
   }
-  // After the last token of a piece: all of its tokens have the same weight.
+  // Closes a piece: all of its tokens have the same weight.
   template <Variant variant>
   PPO_INLINE void close_piece(T weight, const PolicyConsts<T>& c) {
-    // The KL of the linear variant is in its policy term.
+    // The linear variant's policy term holds its KL.
     const T with_kl = variant == Variant::linear ? policy : vfma(c.kl_coef, kl, policy);
     const T loss = vfma(-c.entropy_coef, entropy, with_kl);
     loss_before = vfma(weight, loss, loss_before);
@@ -74,7 +75,7 @@ struct PolicyBuffers {
   uint8_t mask[kBlock];
 };
 
-// Rows of one piece. Absent old_logprobs are the current ones.
+// Inputs and outputs of one piece. Absent old_logprobs are the current ones.
 template <class T>
 struct PolicyRows {
   const scalar_t<T>*logprobs, *old_logprobs, *advantages, *is_weights, *entropy, *ref_logprobs;
@@ -137,14 +138,14 @@ struct PolicyStep {
   }
 };
 
-// What most trainers ask for is compiled apart, with fewer live registers.
+// The usual options of most trainers, compiled apart with fewer live registers.
 inline bool usual(const PolicyArgs& a) {
   const PolicyOptions& o = a.policy;
   return o.estimator == Estimator::k3 && !o.straight_through && !o.has_dual &&
          !a.is_weights.data && o.log_ratio_min >= -kExpInside && o.log_ratio_max <= kExpInside;
 }
 
-// Slots [first, last), at most kRun<T> of them; adds their sums to stats.
+// Processes slots [first, last), at most kRun<T>; adds their sums to stats.
 template <Variant variant, bool is_usual, class T>
 void policy_run(const PolicyArgs& a, int64_t first, int64_t last, double* stats) {
   PolicyBuffers<T> buffers;
@@ -175,7 +176,7 @@ void policy_runs(const PolicyArgs& a, int64_t first, int64_t last, double* stats
   }
 }
 
-// Gradients of slots [first, last), a block; adds their sums to stats (kNStats).
+// Writes the gradients of slots [first, last), a block; adds their sums to stats (kNStats).
 template <class T>
 void policy_block(const PolicyArgs& a, int64_t first, int64_t last, double* stats) {
   switch (a.policy.variant) {
@@ -193,8 +194,8 @@ void policy_block(const PolicyArgs& a, int64_t first, int64_t last, double* stat
   }
 }
 
-// Mean clamped log-ratio of sequence s over its `live` tokens, for gspo. In double, so that where
-// the padding stands is lost in the rounding to T.
+// Mean clamped log-ratio of sequence s over its `live` tokens, for gspo; summed in double, so that
+// the position of padding does not survive the rounding to T.
 template <class T>
 double mean_log_ratio(const PolicyArgs& a, int64_t s, int64_t live) {
   Buffer<T> logprobs, old_logprobs;
@@ -219,7 +220,7 @@ double mean_log_ratio(const PolicyArgs& a, int64_t s, int64_t live) {
   return sum.total() / double(live);
 }
 
-// Names that PPO_SELECT can take: F is a different type for every instruction set.
+// Names for PPO_SELECT: F is a different type for every instruction set.
 inline void policy_block_f(const PolicyArgs& a, int64_t first, int64_t last, double* stats) {
   policy_block<F>(a, first, last, stats);
 }

@@ -1,4 +1,5 @@
-// One pass over a range of tokens: gradients and undivided sums (no include guard).
+// Value loss kernel: gradients and undivided sums from one pass over a range of tokens (no include
+// guard, see foreach_isa.h).
 #include "pieces.h"
 
 namespace ppo::PPO_ISA {
@@ -7,7 +8,7 @@ template <class T>
 struct ValueSums {
   T loss;
   int64_t clipped = 0;
-  // In double: explained variance is a small difference of these.
+  // Sums in double: explained variance is a small difference of them.
   Acc<T> ret, ret_sq, err, err_sq;
 
   PPO_INLINE ValueSums() { loss = set1<T>(0); }
@@ -27,7 +28,7 @@ struct ValueBuffers {
   uint8_t mask[kBlock];
 };
 
-// Rows of one piece. Absent old_values are the values.
+// Inputs and outputs of one piece. Absent old_values are the values.
 template <class T>
 struct ValueRows {
   const scalar_t<T>*values, *old_values, *returns;
@@ -49,15 +50,15 @@ struct ValueRows {
   }
 };
 
-// Loss over the options' scale, half its gradient over the same, and whether the clip is active.
+// Loss and half its gradient, both divided by the options' scale, and whether the clip is active.
 template <class T>
 struct ValueTerms {
   T loss, half_grad;
   mask_t<T> clipped;
 };
 
-// The clipped value loss of OpenAI's ppo2 (max), or its clipped prediction alone (SB3).
-// Comparisons and minima pass over a NaN, so one in the old value is put where it shows.
+// Clipped value loss of OpenAI's ppo2 (max), or its clipped prediction alone (SB3). Comparisons
+// and minima ignore a NaN, so a NaN old value is written to the results explicitly.
 template <class T>
 PPO_INLINE ValueTerms<T> value_terms(Form form, T clip, T value, T old, T target) {
   const T zero = set1<T>(0), e = value - target;
@@ -102,7 +103,7 @@ struct ValueStep {
   }
 };
 
-// Slots [first, last), at most kRun<T> of them; adds their sums to stats.
+// Processes slots [first, last), at most kRun<T>; adds their sums to stats.
 template <class T>
 void value_run(const ValueArgs& a, int64_t first, int64_t last, double* stats) {
   ValueBuffers<T> buffers;
@@ -116,7 +117,7 @@ void value_run(const ValueArgs& a, int64_t first, int64_t last, double* stats) {
   sums.flush(stats);
 }
 
-// Gradients of slots [first, last), a block; adds their sums to stats (kNStats).
+// Writes the gradients of slots [first, last), a block; adds their sums to stats (kNStats).
 template <class T>
 void value_block(const ValueArgs& a, int64_t first, int64_t last, double* stats) {
   for (; first < last; first += kRun<T>) {
@@ -124,7 +125,7 @@ void value_block(const ValueArgs& a, int64_t first, int64_t last, double* stats)
   }
 }
 
-// A name that PPO_SELECT can take: F is a different type for every instruction set.
+// A name for PPO_SELECT: F is a different type for every instruction set.
 inline void value_block_f(const ValueArgs& a, int64_t first, int64_t last, double* stats) {
   value_block<F>(a, first, last, stats);
 }

@@ -1,20 +1,21 @@
-// Compiles the header named by PPO_KERNEL once per instruction set, as ppo::scalar, ppo::avx2 and
-// ppo::avx512 (PPO_ISA is the name). In csrc/cpu/<family>/<op>.cpp:
+// Instruction sets: the choice of one at run time and, where PPO_KERNEL names a header, that
+// header compiled once per instruction set, as ppo::scalar, ppo::avx2 and ppo::avx512 (PPO_ISA is
+// the name). In csrc/cpu/<family>/<op>.cpp:
 //
 //   #define PPO_KERNEL "../<family>/<op>_simd.h"
 //   #include "../simd/foreach_isa.h"
-//   ... PPO_SELECT(row_kernel)(args) runs the one for this CPU.
+//   ... PPO_SELECT(row_kernel)(args) runs the kernel for this CPU.
 //
 // With PPO_EIGHT_LANES defined first, AVX-512 machines run kernels of eight lanes too, with the
 // registers and masked operations of AVX-512VL (PPO_MASKED is defined): ppo::avx512vl.
 //
 // A kernel header, and every header of ours that it includes (csrc/math.h), has no include guard
-// and puts all its code into `namespace ppo::PPO_ISA`; simd.h and fetch.h are already there.
-// Outside headers must be included before this file, at the baseline target: an inline function of
-// std compiled here for AVX-512 could be the copy that the linker keeps for everyone. For the same
-// reason kernel code calls libm as ::exp, not std::exp(float). In GCC neither
-// lambdas nor implicit constructors inherit the pragma's target, so kernels are plain functions,
-// and parallel_for lambdas outside only call them.
+// and puts all its code into `namespace ppo::PPO_ISA`; simd.h is already included. Outside headers
+// must be included before this file, at the baseline target: an inline function of std compiled
+// here for AVX-512 could be the copy that the linker keeps for all callers. For the same reason
+// kernel code calls libm as ::exp, not std::exp(float). In GCC neither lambdas nor implicit
+// constructors inherit the pragma's target, so kernels are plain functions, and parallel_for
+// lambdas outside only call them.
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -33,7 +34,7 @@ namespace ppo {
 enum class Isa { scalar, avx2, avx512 };
 
 const char* isa_name(Isa isa);
-Isa best_isa();    // the widest one that this CPU has
+Isa best_isa();    // the widest of this CPU
 Isa active_isa();  // best_isa(), or PPO_FAST_ISA, or what set_isa() chose
 // Throws std::invalid_argument for an unknown name or one that this CPU lacks; "auto" resets.
 void set_isa(const char* name);
@@ -53,8 +54,7 @@ inline Fn select_isa([[maybe_unused]] Fn scalar, [[maybe_unused]] Fn avx2,
 
 }  // namespace ppo
 
-// PPO_SELECT(fn)(args) calls ppo::<isa>::fn of the active instruction set; PPO_SELECT(fn<A, B>)
-// too.
+// PPO_SELECT(fn)(args) calls ppo::<isa>::fn of the active instruction set; fn may be fn<A, B>.
 #if PPO_X86 && defined(PPO_EIGHT_LANES)
 #define PPO_SELECT(...)                                                     \
   ::ppo::select_isa(&::ppo::scalar::__VA_ARGS__, &::ppo::avx2::__VA_ARGS__, \

@@ -1,3 +1,4 @@
+// The choice of an instruction set: the CPU's best, PPO_FAST_ISA's, or set_isa's.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>

@@ -12,11 +12,12 @@
 //   vmin(a, b) = a < b ? a : b  vmax(a, b) = a > b ? a : b     so a NaN in either gives b
 //   any(m)  all(m)  count(m)
 //   reduce_add(x)  reduce_min(x)  reduce_max(x)     in one fixed order
-//   vexp  vexpm1  (1-2 ulp, -inf -> 0 / -1, overflow -> inf, NaN -> NaN)  vexp_neg (see
-//   simd_math.h) vlog(float), vlog(double) Acc<T> sum in double: add(x), add_square(x), total()
+//   vexp  vexpm1      1-2 ulp; -inf -> 0 / -1, overflow -> inf, NaN -> NaN
+//   vexp_neg(x)       for x in [-105, 1], cheaper
+//   vlog(float)  vlog(double)
+//   Acc<T>            sum in double: add(x), add_square(x), total()
 // The fp32 functions run the same operations in every lane and tail. Multiply-add is never
-// contracted
-// (-ffp-contract=off), vfma is fused wherever the instruction set has it.
+// contracted (-ffp-contract=off); vfma is fused wherever the instruction set can.
 namespace ppo::PPO_ISA {
 
 template <class T>
@@ -120,8 +121,8 @@ PPO_INLINE mask_t<T> first_n(int64_t n) {
 }
 
 PPO_INLINE double vfma(double a, double b, double c) { return __builtin_fma(a, b, c); }
-// Baseline x86 has no fused instruction and libm's emulation is slow; one rounding more is fine
-// here.
+// Baseline x86 has no fused instruction and libm's emulation is slow; one more rounding is
+// acceptable.
 #if PPO_ISA_WIDTH > 1 || !PPO_X86
 PPO_INLINE float vfma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
@@ -147,7 +148,8 @@ PPO_INLINE double reduce_min(double x) { return x; }
 PPO_INLINE float reduce_max(float x) { return x; }
 PPO_INLINE double reduce_max(double x) { return x; }
 
-// Used by simd_math.h. The integer n of pow2 is read from the low bits of n + 1.5 * 2^23.
+// Helpers of the elementary functions below. The integer n of pow2 is read from the low bits of n
+// + 1.5 * 2^23.
 PPO_INLINE float round_even(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
 PPO_INLINE float pow2(float n) { return as_float((as_bits(n + 0x1.8p23f) << 23) + 0x3f800000u); }
 
@@ -170,7 +172,7 @@ PPO_INLINE void add_deviation(ScalarAcc& sum, ScalarAcc& squares, double x, doub
 
 namespace ppo::PPO_ISA {
 
-// The first n lanes from p as numbers, bytes as 0 and 1; the others are 0.
+// Loads the first n lanes from p as numbers, bytes as 0 and 1; the other lanes are 0.
 template <class T, class P>
 PPO_INLINE T load_first(const P* p, int64_t n) {
   return n >= lanes<T> ? load<T>(p) : load_n<T>(p, n, 0);
@@ -216,7 +218,7 @@ inline void gather(const Storage* p, int64_t stride, int64_t n, T* out) {
   }
 }
 
-// Widen n contiguous 2-byte elements.
+// Widens n contiguous 2-byte elements.
 template <class Storage>
 inline void widen_row(const Storage* p, int64_t n, float* out) {
   int64_t i = 0;
@@ -237,8 +239,9 @@ inline const T* fetch_as(const View& v, int64_t row, int64_t col, int64_t n, T* 
   return buffer;
 }
 
-// Pointer to elements (row, col) .. (row, col + n) as T: into the tensor itself where it is T and
-// contiguous along the row, else into `buffer` (room for n), converted. Any stride, 0 included.
+// Pointer to elements (row, col) .. (row, col + n) as T: into the tensor itself if it is T and
+// contiguous along the row, else into `buffer` (room for n), converted. Strides may be any, 0
+// included.
 template <class T>
 inline const T* fetch(const View& v, int64_t row, int64_t col, int64_t n, T* buffer) {
   constexpr DType own = sizeof(T) == 8 ? DType::f64 : DType::f32;
@@ -255,7 +258,7 @@ inline const T* fetch(const View& v, int64_t row, int64_t col, int64_t n, T* buf
   }
 }
 
-// The same for a 1-byte mask or flag: bytes, non-zero is true.
+// The same for a 1-byte mask or flag; non-zero is true.
 inline const uint8_t* fetch_bytes(const View& v, int64_t row, int64_t col, int64_t n,
                                   uint8_t* buffer) {
   const uint8_t* p = at<uint8_t>(v, row, col);
@@ -296,12 +299,12 @@ PPO_INLINE T vexp(T x) {
   return ((expm1_reduced(r) + set1<T>(1.f)) * pow2(half)) * pow2(n - half);
 }
 
-// exp of it is exactly 0: below it nothing changes, and 0 * x stays 0 where a logit is -inf.
+// Argument whose exp is exactly 0. Clamping there keeps 0 * x at 0 where a logit is -inf.
 template <class T>
 constexpr scalar_t<T> kLowest = sizeof(scalar_t<T>) == 8 ? -750 : -105;
 
-// exp for x in [-105, 1] (or NaN), cheaper; what is below the normal range (x < -87.3) may give 0,
-// and exp(-105) does.
+// exp for x in [-105, 1] or NaN, cheaper. Results below the normal range (x < -87.3) may be 0, and
+// exp(-105) is.
 template <class T>
 PPO_INLINE T vexp_neg(T x) {
   const auto [n, r] = reduce_exp(x);

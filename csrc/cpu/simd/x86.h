@@ -1,5 +1,4 @@
-// Eight fp32 lanes of AVX2 or sixteen of AVX-512 (no include guard; simd.h says what each function
-// promises).
+// Vectors of eight fp32 lanes (AVX2) or sixteen (AVX-512) (no include guard; contracts in simd.h).
 namespace ppo::PPO_ISA {
 
 #if PPO_ISA_WIDTH == 8

@@ -1,4 +1,5 @@
-// ppo_fast::logits_ppo_loss.cpu: a row stays in the cache between its softmax and its gradient.
+// ppo_fast::logits_ppo_loss.cpu: log-probabilities and the policy loss's gradient, row by row,
+// while a row's logits are in the cache.
 #include "../../ops/logits_ppo_loss.h"
 
 #include <memory>
@@ -7,7 +8,8 @@
 
 namespace ppo {
 
-// One token's constants; what is absent: old_logprobs the current ones, is_weight 1, the rest 0.
+// Inputs of one token. Absent old_logprobs are the current ones, an absent is_weight is 1,
+// ref_logprobs 0.
 struct TokenValues {
   double logprobs, old_logprobs, advantage, is_weight, ref_logprobs;
 };
@@ -59,7 +61,7 @@ void row_pass(const LogitsPpoArgs& p, int64_t row, SoftmaxState* states, const O
                             {double(S(weight * slope)), double(S(-weight * p.policy.entropy_coef)),
                              out.entropy[row], out.row_max[row], out.log_sum[row]});
   }
-  // A row without a distribution, or a token out of it, shows in the gradient whatever its slopes.
+  // A row without a distribution, or a label outside it, gives a NaN gradient whatever its slopes.
   if (live && out.logprobs[row] != out.logprobs[row]) gradient.kind = RowGradient::nan;
   const auto kernel = PPO_SELECT(softmax_gradient);
   segments([&](int64_t first, int64_t n) {
@@ -97,7 +99,7 @@ struct LogitsPpoOnCpu {
                               const OptTensor& entropy_coef, const OptTensor& kl_coef) {
     return with_tensors(options, moments, entropy_coef, kl_coef);
   }
-  // Log-probabilities and entropies; the gradient goes to `out`.
+  // Writes the gradient to `out`; returns log-probabilities and entropies.
   static std::tuple<Tensor, Tensor> into(const Tensor& out, const Tensor& tokens,
                                          const LogitsPpoArgs& a) {
     char* const to = data<char>(out);

@@ -1,5 +1,5 @@
-// A row's softmax and gradient, and between them one token's policy loss (no include guard, see
-// foreach_isa.h).
+// Slope of one token's policy loss, with the softmax and gradient kernels of its row (no include
+// guard, see foreach_isa.h).
 #include "../../math.h"
 #include "logprobs_simd.h"
 

@@ -1,5 +1,5 @@
 // ppo_fast::logprobs_fwd.cpu and logprobs_bwd.cpu: log-probability and entropy of one label per
-// row of logits, and the gradient with respect to the logits.
+// row of logits, and the gradient by the logits.
 #include "../../ops/logprobs.h"
 
 #include <memory>
@@ -47,7 +47,8 @@ struct Upstream {
 void backward(const LogitsRows& p, const Upstream& up, char* out, const RowIndex& out_rows) {
   const int64_t rows = p.rows.rows();
   std::unique_ptr<RowGradient[]> gradients(new RowGradient[size_t(rows)]);
-  // Before any logit is overwritten: a row's segments may run on several threads.
+  // All row gradients come first, before any logit is overwritten: a row's segments may run on
+  // several threads.
   parallel_for(rows, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       gradients[size_t(row)] = p.live(row) ? row_gradient(p, row, up.at(row)) : RowGradient{};

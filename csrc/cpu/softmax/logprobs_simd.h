@@ -1,4 +1,4 @@
-// Softmax statistics of a segment of a row of logits, and its gradient (no include guard, see
+// Kernels over a segment of a row of logits: softmax state and gradient (no include guard, see
 // foreach_isa.h).
 namespace ppo::PPO_ISA {
 
@@ -43,7 +43,7 @@ PPO_INLINE Sums<T> block_sums(const P* x, int64_t n, T inv_temperature, T neg_ma
   Sums<T> a{set1<T>(0), set1<T>(0)}, b = a;
   int64_t i = 0;
   for (; i + 2 * lanes<T> <= n; i += 2 * lanes<T>) {
-    // One lane at a time is too slow to wait for memory, and a prefetch stops GCC's vectoriser.
+    // The one-lane loop never waits for memory, and a prefetch would stop GCC's vectoriser.
     if constexpr (lanes<T> > 1) {
       const char* ahead = reinterpret_cast<const char*>(x + i) + kPrefetchBytes;
       __builtin_prefetch(ahead);
@@ -60,13 +60,12 @@ template <class T>
 struct Running {
   scalar_t<T> inv_temperature;
   scalar_t<T> peak = -__builtin_inff();  // the largest logit so far
-  scalar_t<T> max =
-      kMostNegative<T>;  // its z, but finite, so that a logit of -inf minus it is -inf
+  scalar_t<T> max = kMostNegative<T>;  // z of peak, but finite: a logit of -inf minus max is -inf
   T sum = set1<T>(0), dot = set1<T>(0);
 
   PPO_INLINE explicit Running(scalar_t<T> inv) : inv_temperature(inv) {}
 
-  // Rare after the first blocks of a row: the sums so far are rescaled to the new maximum.
+  // Rescales the sums to a new maximum; rare after the first blocks of a row.
   PPO_INLINE void raise(T block_peak) {
     peak = reduce_max(block_peak);
     const scalar_t<T> before = max;

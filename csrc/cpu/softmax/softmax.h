@@ -1,5 +1,4 @@
-// Rows of logits on the CPU: their arguments, the softmax of a row from its segments, its
-// gradient.
+// Rows of logits on the CPU: arguments, softmax from the states of segments, and gradient.
 #pragma once
 
 #include <cmath>
@@ -11,28 +10,28 @@
 
 namespace ppo {
 
-// A row is worked on in segments of this many logits, merged in order: the bits of a row depend on
-// V alone, and few long rows still occupy every thread.
+// Logits per segment of a row. Segments are merged in order: the bits of a row depend on V alone,
+// and a few long rows still occupy every thread.
 constexpr int64_t kSegment = 32768;
 
-// Of one segment, with z = logit * inv_temperature: max z, sum e^(z - max), sum (z - max) e^(z -
-// max).
+// Softmax state of a segment. With z = logit * inv_temperature: max z, sum e^(z - max), sum (z -
+// max) e^(z - max).
 struct SoftmaxState {
   double max, sum, dot;
 };
 
-// d loss / d logit_j = p_j (slope * ln p_j + offset) for every j but the token, which gets
-// `label_term`.
+// Gradient of a row: d loss / d logit_j = p_j (slope * ln p_j + offset) for every column j but the
+// label, which gets `label_term`.
 struct RowGradient {
   enum Kind : int { zero, nan, live } kind;
   int64_t label;
   double inv_temperature, row_max, log_sum, slope, offset, label_term;
 };
 
-// Rows of fewer logits than this together are not worth another thread.
+// Least number of logits per thread.
 constexpr int64_t kLogitGrain = 16384;
 
-// Logits (..., V) row by row, with each row's token, mask and temperature.
+// Logits (..., V) by rows, with every row's token (label), mask and temperature.
 struct LogitsRows {
   const char* logits;
   DType dtype;
@@ -72,12 +71,12 @@ struct LogitsRows {
   double inv_temperature(int64_t i) const {
     return narrowed(1.0 / (temperature ? temperature.number(i) : number_temperature));
   }
-  // To the precision that the kernels compute in, so that forward and backward see the same value.
+  // x rounded to the precision of the kernels, so that forward and backward see the same value.
   double narrowed(double x) const { return dtype == DType::f64 ? x : double(float(x)); }
   double logit(const char* row, int64_t j) const {
     return read_at({row, dtype, 1, vocab, 0, 1}, 0, j);
   }
-  // f(row, first, n) for every segment of every row, in parallel.
+  // Calls f(task, row, first, n) for every segment of every row, in parallel.
   template <class Fn>
   void for_segments(const Fn& f) const {
     const int64_t length = vocab < kSegment ? vocab : kSegment;
@@ -92,7 +91,7 @@ struct LogitsRows {
 };
 
 inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-// Everything in units of the largest maximum, in the order of the segments.
+// State of a row from those of its segments, in order, relative to the largest maximum.
 inline SoftmaxState merge(const SoftmaxState* states, int64_t n) {
   SoftmaxState all{states[0].max, 0, 0};
   for (int64_t i = 1; i < n; ++i) all.max = states[i].max > all.max ? states[i].max : all.max;
@@ -128,13 +127,13 @@ void finish_row(const LogitsRows& p, int64_t row, const SoftmaxState* states,
   out.set(row, z - log_sum, log_sum - all.dot / all.sum, all.max, log_sum);
 }
 
-// What a row's gradient is made of: what arrives, and the forward's results.
+// Inputs of a row's gradient: incoming gradients and the forward's results.
 struct RowNumbers {
   double grad_logprobs, grad_entropy, entropy, row_max, log_sum;
 };
 
-// With g and h the gradients that arrive and l = ln p: d loss / d z_j = g (1[j = y] - p_j) - h p_j
-// (l_j + H).
+// Gradient of a row. With the incoming gradients g and h, l = ln p and the label y: d loss / d z_j
+// = g (1[j = y] - p_j) - h p_j (l_j + H).
 inline RowGradient row_gradient(const LogitsRows& p, int64_t row, const RowNumbers& x) {
   RowGradient out{};
   double g = x.grad_logprobs;
@@ -165,7 +164,7 @@ inline RowGradient row_gradient(const LogitsRows& p, int64_t row, const RowNumbe
   return out;
 }
 
-// A tensor of a number per row.
+// Checked view of a tensor with a number per row.
 inline RowValues row_values(const char* op, const Tensor& tokens, const OptTensor& x,
                             const char* name) {
   check_like(tokens, x, op, name);
@@ -185,7 +184,8 @@ inline void store_as(DType dtype, void* at, double x) {
   }
 }
 
-// Logits [first, first + n) of row `row` of the gradient at `out`, which may be the logits.
+// Writes columns [first, first + n) of row `row` of the gradient at `out`, which may be the
+// logits.
 template <class Kernel>
 void write_gradient(const LogitsRows& p, Kernel kernel, const RowGradient& gradient, int64_t row,
                     int64_t first, int64_t n, char* out, const RowIndex& out_rows) {

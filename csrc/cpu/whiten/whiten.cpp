@@ -1,4 +1,4 @@
-// moments.cpu and whiten.cpu: checks, layouts and threads around the kernels in whiten_simd.h.
+// ppo_fast::moments.cpu and whiten.cpu: arguments and threads around the kernels of whiten_simd.h.
 #include "../../tensor/rows.h"
 
 namespace ppo {
@@ -10,7 +10,7 @@ struct FlatView {
   RowIndex rows;
   View view;  // of a row; null data where absent
 
-  // Row `row` as the view's row 0.
+  // View whose row 0 is row i.
   View row(int64_t i, size_t element_size) const {
     View v = view;
     v.data = static_cast<const char*>(view.data) + size_t(rows.offset(i)) * element_size;
@@ -22,7 +22,7 @@ struct WhitenArgs {
   FlatView x, mask;
   size_t x_size;  // of an element, in bytes
   int64_t cols;
-  // whiten: y = (x - mean) * scale + add where kept; `flat` makes that `add` alone.
+  // whiten: y = (x - mean) * scale + add where kept; y = add if `flat`.
   double mean, scale, add;
   bool flat;
   void* out;

@@ -1,8 +1,8 @@
-// Moments and whitening of a range of flat slots, once per instruction set (no include guard, see
+// Kernels of moments and whitening over a range of flat slots (no include guard, see
 // foreach_isa.h).
 namespace ppo::PPO_ISA {
 
-// Loops over consecutive elements: the widest lane type with a given scalar.
+// Widest lane type with a given scalar, for loops over consecutive elements.
 template <class S>
 struct WidestOf {
   using type = F;
@@ -24,7 +24,7 @@ struct MomentSum {
   // An implicit constructor would not inherit the pragma's target.
   PPO_INLINE MomentSum() : count(0), pivot(0) {}
 
-  // Elements of x[0, n) whose `live` (bytes or S) is not 0; null: all of them.
+  // Adds the elements of x[0, n) whose `live` (bytes or S) is not 0; all if `live` is null.
   template <class Live>
   void add(const S* x, const Live* live, int64_t n) {
     if (count == 0 && !find_pivot(x, live, n)) return;
@@ -71,7 +71,7 @@ struct MomentSum {
   }
 };
 
-// Consecutive slots of one row, converted.
+// Consecutive slots of one row, converted to S.
 template <class S>
 struct WhitenPiece {
   static constexpr int64_t kMost = 1024;
@@ -104,7 +104,7 @@ void moment_block(const WhitenArgs& a, int64_t first, int64_t last, double* out)
 template <class S>
 void whiten_block(const WhitenArgs& a, int64_t first, int64_t last) {
   using V = widest<S>;
-  // The mean in two parts: one rounding of it would shift every element alike.
+  // The mean is in two parts: rounding it once would shift every element alike.
   const V high = set1<V>(S(a.mean)), low = set1<V>(S(a.mean - double(S(a.mean))));
   const V scale = set1<V>(S(a.scale)), add = set1<V>(S(a.add)), zero = set1<V>(0);
   S* out = static_cast<S*>(a.out);

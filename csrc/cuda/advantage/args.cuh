@@ -1,4 +1,5 @@
-// What the advantage kernels are given, by value: plain data (the twin of cpu/advantage/args.h).
+// Arguments of the advantage kernels, passed by value: plain data (on the CPU:
+// cpu/advantage/args.h).
 #pragma once
 
 #include "../../options.h"
@@ -7,21 +8,22 @@
 
 namespace ppo::cuda {
 
-// Step t of sequence s stands at data + s * seq + (first slot of s + t) * step elements; the first
-// slot is 0 unless sequences are packed, and `seq` is 0 where they are. Absent: null data.
+// Tensor of steps: step t of sequence s is at data + s * seq + (first slot of s + t) * step
+// elements. Without packing the first slot is 0; with packing `seq` is 0. Null data if absent.
 struct Steps {
   const void* data;
   DType dtype;
   int64_t seq, step;
 };
 
-// An fp32 output, laid out as `Steps`.
+// fp32 output, laid out as `Steps`.
 struct Output {
   float* data;
   int64_t seq, step;
 };
 
-// `length` steps each, or with offsets (count + 1,) into `length` flat slots.
+// Starts and lengths of sequences: `length` steps each, or offsets (count + 1,) into `length` flat
+// slots.
 struct SequenceLayout {
   const void* offsets;
   bool wide;  // 64-bit offsets
@@ -29,11 +31,11 @@ struct SequenceLayout {
   int64_t count, length;
 };
 
-// What a block does: walk along a sequence (whole), or take one chunk of one and leave its map
-// (maps), or apply to it the maps that were left for the later ones (apply).
+// Task of a block: a whole sequence (whole), or one chunk, of which it stores the map (maps) or to
+// which it applies the stored maps of the later chunks (apply).
 enum class Pass : int { whole, maps, apply };
 
-// The first and the last live step of a chunk, from its start; -1: none.
+// First and last live step of a chunk, counted from its start; -1: none.
 struct ChunkLive {
   int first, last;
 };

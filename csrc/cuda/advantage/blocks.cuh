@@ -1,6 +1,7 @@
-// Long sequences: a block walks along one, a chunk at a time and a tile in each warp; or, where
-// sequences are few, every chunk has a block of its own and two launches: one leaves each chunk's
-// map, the next applies those of the later chunks, from the last to the nearest.
+// Kernel for long sequences. Either a block walks along a sequence, chunk by chunk with one tile
+// per warp; or, for few sequences, every chunk has its own block and there are two launches: the
+// first stores each chunk's map, the second applies the maps of the later chunks, from the last to
+// the nearest.
 #pragma once
 
 #include "walk.cuh"
@@ -17,20 +18,21 @@ struct BlockShared {
   Moments moments[kTiles];
 };
 
-// Chunks of the sequences before `seq`. Where packed, every sequence has room for a chunk more
-// than lie within it: then no sum over the others' lengths is needed.
+// Number of chunks before sequence `seq`. With packing every sequence has room for one extra
+// chunk, which saves a sum over the other sequences' lengths.
 PPO_DEVICE int64_t chunks_before(const AdvantageArgs& args, int64_t seq) {
   if (args.chunks_each) return seq * args.chunks_each;
   return offset_at(args.seqs, seq) / kChunkSteps + seq;
 }
 
-// A block's part of a sequence: chunks [begin, end). `slot` is its first chunk's index.
+// Work of a block: chunks [begin, end) of a sequence. `slot` is the index of the sequence's first
+// chunk.
 struct Work {
   Sequence span;
   int64_t slot, begin, end, chunks;
 };
 
-// The sequence of a chunk; all lanes of a warp call it.
+// Sequence of a chunk; called by all lanes of a warp.
 PPO_DEVICE int64_t sequence_of_chunk(const AdvantageArgs& args, int64_t index) {
   if (args.chunks_each) return index / args.chunks_each;
   int64_t before = 0;
@@ -74,8 +76,8 @@ PPO_DEVICE int64_t last_live_in_block(const Steps& mask, const Sequence& span, i
   return -1;
 }
 
-// Of the chunks [begin, end) of a sequence, the first or the last with a live step: that step, or
-// -1. All lanes of a warp call it.
+// First, then last live step within chunks [begin, end) of a sequence, or -1; called by all lanes
+// of a warp.
 PPO_DEVICE int64_t first_live_of_chunks(const ChunkLive* live, int64_t begin, int64_t end) {
   for (; begin < end; begin += kWarp) {
     const int64_t c = begin + lane_id();
@@ -99,7 +101,7 @@ PPO_DEVICE int64_t last_live_of_chunks(const ChunkLive* live, int64_t end) {
   return -1;
 }
 
-// The value behind a chunk: of the next step that moves the recurrence, or the bootstrap.
+// Value behind a chunk: that of the next step that moves the recurrence, or the bootstrap.
 template <class Row>
 PPO_DEVICE float next_behind(const AdvantageArgs& args, const Work& w, const Row& row) {
   const int64_t behind = w.end * kChunkSteps;
@@ -115,7 +117,7 @@ PPO_DEVICE float next_behind(const AdvantageArgs& args, const Work& w, const Row
   return value[0];
 }
 
-// What enters a chunk from the n - 1 behind it, at most; maps[0] is the nearest. A warp.
+// State that enters a chunk from the n chunks behind it; maps[0] is the nearest. Called by a warp.
 template <bool kExtras>
 PPO_DEVICE Later fold_chunks(const AffineMap<kExtras>* maps, int64_t n) {
   Later later{0.f, 0.f};
@@ -129,7 +131,7 @@ PPO_DEVICE Later fold_chunks(const AffineMap<kExtras>* maps, int64_t n) {
   return later;
 }
 
-// The tiles behind this warp's in its chunk; `all` becomes the chunk's map.
+// Map of the tiles behind this warp's in its chunk; `all` becomes the chunk's map.
 template <bool kExtras>
 PPO_DEVICE AffineMap<kExtras> fold_tiles(const AffineMap<kExtras>* totals,
                                          AffineMap<kExtras>& all) {
@@ -143,7 +145,8 @@ PPO_DEVICE AffineMap<kExtras> fold_tiles(const AffineMap<kExtras>* totals,
   return behind;
 }
 
-// The value behind this warp's tile; `next`, that behind the chunk, becomes the one before it.
+// Value behind this warp's tile. `next` enters as the value behind the chunk and leaves as the
+// value behind the chunk before.
 PPO_DEVICE float next_of_tile(const NextValue* next_values, float& next) {
   float mine = next;
 #pragma unroll
@@ -154,7 +157,7 @@ PPO_DEVICE float next_of_tile(const NextValue* next_values, float& next) {
   return mine;
 }
 
-// One chunk: the map of it, after its steps are finished.
+// Processes one chunk and returns its map.
 template <class Source>
 PPO_DEVICE AffineMap<Source::extras> take_chunk(const AdvantageArgs& args, const Sequence& span,
                                                 int64_t t,
@@ -222,7 +225,7 @@ __global__ void __launch_bounds__(kRowThreads, Source::resident)
   if (args.base.pass != Pass::maps) leave(args.base, moments, shared.moments);
 }
 
-// Which steps of every chunk are live, for the two passes.
+// First and last live step of every chunk, for the two passes.
 static __global__ void __launch_bounds__(kRowThreads)
     chunk_live_kernel(const __grid_constant__ AdvantageArgs args) {
   auto& shared = *shared_memory<BlockShared<false>>();

@@ -21,7 +21,7 @@ void run_as(GaeArgs& args, const Layout& layout) {
          args);
 }
 
-// Any optional input but mask and bootstrap, or two lambdas.
+// Whether there is an optional input other than mask and bootstrap, or two lambdas.
 bool has_extras(const GaeArgs& a) {
   return a.next_values.data || a.terminated.data || a.truncated.data || a.rho.data || a.c.data ||
          a.lam.data || a.lam_returns.data || a.base.decay != a.decay_returns;

@@ -1,11 +1,12 @@
-// gae's steps: four of them at a time, from memory to what the recurrence takes.
+// Steps of gae, loaded and decoded in groups of four, and the kernel for time-major gae.
 #pragma once
 
 #include "walk.cuh"
 
 namespace ppo::cuda {
 
-// `kExtras`: any of the optional inputs, or two lambdas. Otherwise rewards, values and a mask.
+// Steps of gae. kExtras: any of the optional inputs, or two lambdas; otherwise rewards, values, a
+// mask and a bootstrap.
 template <bool kExtras>
 struct GaeSource {
   using Args = GaeArgs;
@@ -75,7 +76,8 @@ struct GaeSource {
   PPO_DEVICE void store(const Sequence&, int64_t, const StepGroupOf<kExtras>&) const {}
 
  private:
-  // What the mask keeps of an input, else its neutral content; that everywhere where it is absent.
+  // The input where the mask keeps it, `neutral` elsewhere; `neutral` everywhere if the input is
+  // absent.
   PPO_DEVICE static void kept_or(const Steps& v, const Quad& raw, unsigned live, float neutral,
                                  float* x) {
     cuda::decode(raw, v.dtype, x);
@@ -84,7 +86,7 @@ struct GaeSource {
     for (int i = 0; i < kGroupSteps; ++i) x[i] = kept >> i & 1 ? x[i] : neutral;
   }
 
-  // gamma * lambda, in double until the last rounding, times c.
+  // Factors of the recurrence: gamma * lambda, in double until the last rounding, times c.
   PPO_DEVICE void decays(const Steps& lam, const Quad& raw, bool per_step, unsigned live,
                          float number, const float* c, float* decay) const {
     cuda::decode(raw, lam.dtype, decay);
@@ -99,7 +101,9 @@ struct GaeSource {
 
 constexpr int kSlab = 2 * kGroupSteps;  // steps of a thread
 constexpr int kSlabs = kTileSteps / kSlab;
-// Sequences side by side; half as many where a thread needs more than 128 registers.
+// Time-major gae: neighbouring threads hold neighbouring sequences, and the threads of one
+// sequence a slab of its steps each, so that every load is coalesced without a transpose. kAbreast
+// sequences lie side by side, half as many if a thread needs more than 128 registers.
 template <bool kExtras>
 constexpr int kAbreast = kExtras ? 16 : 32;
 template <bool kExtras>
@@ -112,13 +116,14 @@ struct SlabShared {
   Moments moments[kSlabThreads<kExtras> / kWarp];
 };
 
-// Where a thread stands: in column `column`, `slabs` rows from `first` on share a sequence, and
-// `index` is this one among them.
+// Position of a thread's slab: the rows [first, first + slabs) of `column` share a sequence, and
+// `index` is this thread's place among them.
 struct Slab {
   int column, first, index, slabs;
 };
 
-// The value behind this slab; `next`, that behind the tile, becomes the one before it.
+// Value behind this slab. `next` enters as the value behind the tile and leaves as the value
+// behind the tile before.
 template <bool kExtras>
 PPO_DEVICE float next_of_slab(const SlabShared<kExtras>& shared, const Slab& at, float& next) {
   float mine = next;

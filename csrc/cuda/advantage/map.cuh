@@ -1,9 +1,9 @@
-// A -> a A + b, and the tree in which such maps of steps are composed.
+// Affine maps A -> a A + b of steps, and the tree that composes them.
 //
 // A sequence is cut, from its start, into groups of 4 steps, tiles of 32 groups and chunks of 8
-// tiles. StepGroups are composed one step after the other; a tile's groups in a binary tree; a
-// chunk's tiles one after the other; chunks are applied one after the other, all of them last
-// first. Who computes a node differs from kernel to kernel, the nodes do not: a sequence's bits
+// tiles. The steps of a group are composed one after the other, the groups of a tile in a binary
+// tree, the tiles of a chunk one after the other; chunks are applied one after the other, always
+// last first. Kernels differ in which thread computes a node, not in the nodes: a sequence's bits
 // depend neither on the kernel nor on padding, batching and packing. (The identity composes
 // exactly.)
 #pragma once
@@ -17,13 +17,13 @@ constexpr int kTileSteps = kGroupSteps * kWarp;
 constexpr int kTiles = 8;
 constexpr int kChunkSteps = kTileSteps * kTiles;
 
-// What enters a step from the later ones: the advantage, and the one that makes the return.
+// State that enters a step from the later ones: the advantage, and the one that forms the return.
 struct Later {
   float advantage, for_return;
 };
 
-// `kExtras`: the return has a lambda of its own, and steps may cut the recurrence. A cut map
-// forgets its argument by selection: 0 * NaN would not.
+// Affine map of steps. With kExtras (see GaeSource) it holds a second pair for the returns' own
+// lambda, and may be cut: a cut map drops its argument by selection, because 0 * NaN is NaN.
 template <bool kExtras>
 struct AffineMap {
   float a = 1.f, b = 0.f;
@@ -88,8 +88,8 @@ PPO_DEVICE AffineMap<kExtras> of_lane(const AffineMap<kExtras>& x, int lane) {
   return m;
 }
 
-// One level of the binary tree: `total` is this side's map, `other` its sibling's; `behind` is
-// composed of what lies between this side's steps and its block's end.
+// One level of the binary tree: `total` is this side's map, `other` its sibling's, `behind` the
+// composition of the steps between this side and the end of its subtree.
 template <bool kExtras>
 PPO_DEVICE void climb(bool earlier, const AffineMap<kExtras>& other, AffineMap<kExtras>& behind) {
   behind = select(earlier, compose(behind, other), behind);
@@ -100,8 +100,8 @@ PPO_DEVICE AffineMap<kExtras> joined(bool earlier, const AffineMap<kExtras>& tot
   return compose(select(earlier, total, other), select(earlier, other, total));
 }
 
-// A group in each lane, `lanes` of them a tile: `total` becomes the tile's map; returns the map of
-// the groups behind this lane's.
+// Scan over `lanes` lanes, one group each, that make a tile: `total` becomes the tile's map;
+// returns the map of the groups behind this lane's.
 template <bool kExtras>
 PPO_DEVICE AffineMap<kExtras> scan_lanes(AffineMap<kExtras>& total, int lanes) {
   AffineMap<kExtras> behind;
@@ -114,20 +114,20 @@ PPO_DEVICE AffineMap<kExtras> scan_lanes(AffineMap<kExtras>& total, int lanes) {
   return behind;
 }
 
-// The first step, in time, of a run of steps that moves the recurrence: its value is the next
-// value of the last that moves before.
+// First step in time of a run of steps that moves the recurrence, if any: the value that the step
+// before the run bootstraps from.
 struct NextValue {
   bool any;
   float value;
 };
 
-// The lanes of this lane's sequence, `lanes` of them, that hold a next value.
+// Lanes of this lane's sequence (`lanes` lanes) that hold a next value.
 PPO_DEVICE unsigned lanes_with_value(const NextValue& mine, int lanes) {
   const unsigned group = lanes == kWarp ? kAllLanes : (1u << lanes) - 1u;
   return __ballot_sync(kAllLanes, mine.any) & (group << (lane_id() / lanes * lanes));
 }
 
-// The value of the first lane of `valued`, else `otherwise`.
+// Value of the first lane of `valued`; `otherwise` if there is none.
 PPO_DEVICE float first_value(unsigned valued, const NextValue& mine, float otherwise) {
   const int lane = valued ? __ffs(int(valued)) - 1 : lane_id();
   const float value = __shfl_sync(kAllLanes, mine.value, lane);

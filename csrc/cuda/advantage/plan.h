@@ -1,4 +1,4 @@
-// What gae.cu and rlhf_advantages.cu share on the host: layouts, the choice of kernel, launches.
+// Host side of the advantage kernels: layouts, the choice of kernel, launches.
 #pragma once
 
 #include "../device/launch.h"
@@ -27,13 +27,13 @@ class Layout {
     return {cu.data, cu.dtype == DType::i64, cu.col_stride, cu.cols - 1, v.cols};
   }
 
-  // A tensor of the main one's shape.
+  // View of a tensor of the main tensor's shape.
   Steps view(const Tensor& x, const char* name) const {
     check_beside(main_, x, op_, name);
     return steps(x);
   }
   Steps view(const OptTensor& x, const char* name) const { return x ? view(*x, name) : Steps{}; }
-  // A number per sequence, which its steps repeat.
+  // View of a number per sequence, repeated for every step.
   Steps per_sequence(const OptTensor& x, const char* name) const {
     if (!x) return {};
     const View v = strided_view(*x);
@@ -41,7 +41,7 @@ class Layout {
                     name);
     return {v.data, v.dtype, v.col_stride, 0};
   }
-  // A fresh output of the main tensor's shape.
+  // New output of the main tensor's shape; `view` becomes its view.
   Tensor output(Output& view) const {
     Tensor out = empty_on(main_, main_.sizes(), ScalarType::Float);
     const Steps s = steps(out);
@@ -64,8 +64,8 @@ class Layout {
 
 enum class Regime { slabs, warps, blocks, chunks };
 
-// The first rule that fits decides. Not tuned yet: counted from the multiprocessors of a large GPU
-// (132) and the steps that a block takes at once.
+// Rules for the choice of kernel; the first that fits decides. Untuned: derived from the
+// multiprocessors of a large GPU (132) and the steps that a block takes at once.
 struct Rule {
   Regime regime;
   bool time_major;                   // only there
@@ -80,7 +80,7 @@ constexpr Rule kRules[] = {
 };
 
 inline Regime regime_of(const SequenceLayout& s, const Layout& layout) {
-  // Of packed sequences only the sum of the lengths is known here.
+  // For packed sequences only the sum of their lengths is known here.
   const int64_t average = layout.packed() ? s.length / s.count : s.length;
   for (const Rule& rule : kRules) {
     if ((layout.time_major() || !rule.time_major) && average <= rule.average &&
@@ -91,7 +91,7 @@ inline Regime regime_of(const SequenceLayout& s, const Layout& layout) {
   return Regime::chunks;
 }
 
-// `lanes` that cover `steps`, `each` of them in one: a power of two, at most `most`.
+// Number of lanes that cover `steps`, `each` steps per lane: a power of two, at most `most`.
 inline int cover(int64_t steps, int64_t each, int most) {
   int lanes = 1;
   while (lanes < most && lanes * each < steps) lanes *= 2;
@@ -100,7 +100,7 @@ inline int cover(int64_t steps, int64_t each, int most) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Gives a launch its workspace, which must live until then.
+// Workspace of a launch, which must live until the launch is enqueued.
 inline Tensor workspace_for(AdvantageArgs& a, const Tensor& main, int64_t blocks, int64_t chunks,
                             const Device& device) {
   const int64_t bytes = blocks * int64_t(sizeof(Moments)) +
@@ -124,7 +124,7 @@ void run_warps(typename Source::Args& args, const Layout& layout, const Device& 
          args);
 }
 
-// One walk along every sequence, or the passes over chunks.
+// Launches one walk along every sequence, or the passes over chunks.
 template <class Source>
 void run_blocks(typename Source::Args& args, const Layout& layout, bool whole,
                 const Device& device) {
@@ -152,7 +152,7 @@ void run(typename Source::Args& args, const Layout& layout, Regime regime, const
   run_blocks<Source>(args, layout, regime == Regime::blocks, device);
 }
 
-// Without sequences: zero moments, or NaN where the offsets leave slots outside of them all.
+// Results without sequences: zero moments, or NaN if there are slots outside of all sequences.
 template <class... Out>
 void without_sequences(const Tensor& main, Out... out) {
   const double value = main.numel() == 0 ? 0.0 : std::numeric_limits<double>::quiet_NaN();

@@ -1,4 +1,4 @@
-// The steps of rlhf_advantages: KL-shaped rewards with the score in its place.
+// Steps of rlhf_advantages: KL-shaped rewards plus the score.
 #pragma once
 
 #include "../device/math.cuh"

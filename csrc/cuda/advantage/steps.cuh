@@ -1,4 +1,4 @@
-// Four consecutive steps of a sequence: loaded from and stored to memory of any layout, and the
+// Groups of four consecutive steps of a sequence: loads and stores in any layout, and the
 // recurrence over them.
 #pragma once
 
@@ -10,7 +10,7 @@ namespace ppo::cuda {
 struct Sequence {
   int64_t seq, first, steps;  // `first`: its first slot where packed, else 0
 
-  // How many of the four steps from t exist.
+  // Number of the four steps from t that exist.
   PPO_DEVICE int exist(int64_t t) const {
     const int64_t n = steps - t;
     return n >= kGroupSteps ? kGroupSteps : n > 0 ? int(n) : 0;
@@ -21,7 +21,7 @@ PPO_DEVICE int64_t given_offset(const SequenceLayout& s, int64_t i) {
   return s.wide ? static_cast<const int64_t*>(s.offsets)[i * s.stride]
                 : int64_t(static_cast<const int32_t*>(s.offsets)[i * s.stride]);
 }
-// Whatever the offsets hold, nothing outside is touched.
+// Offset clamped to the slots, so that invalid offsets touch nothing outside.
 PPO_DEVICE int64_t offset_at(const SequenceLayout& s, int64_t i) {
   const int64_t at = given_offset(s, i);
   return at < 0 ? 0 : at > s.length ? s.length : at;
@@ -34,8 +34,8 @@ PPO_DEVICE Sequence sequence_at(const SequenceLayout& s, int64_t seq) {
   return {seq, first, end > first ? end - first : 0};
 }
 
-// Hides where a number comes from. A walk touches memory in some fifty places; a pointer kept for
-// each of them from step to step would take more registers than there are.
+// x, of unknown origin to the compiler. A walk accesses memory in some fifty places; keeping a
+// pointer for each from step to step would take more registers than there are.
 PPO_DEVICE int64_t formed_anew(int64_t x) {
 #ifndef PPO_EMULATE
   asm volatile("" : "+l"(x));
@@ -54,13 +54,13 @@ PPO_DEVICE bool together(const T* p, int64_t step, int n) {
          reinterpret_cast<uintptr_t>(p) % (kGroupSteps * sizeof(T)) == 0;
 }
 
-// The bits of four steps as loaded: fp32 words, or halves in the first two. Decoding waits for
-// memory, loading does not.
+// Bits of four steps as loaded: fp32 words, or 2-byte elements in the first two words. Decoding
+// waits for memory, loading does not.
 struct alignas(16) Quad {
   uint32_t word[4];
 };
 
-// The first n of the four steps from t; 0 elsewhere.
+// Loads the first n of the four steps from t; 0 elsewhere.
 PPO_DEVICE Quad load_quad(const Steps& v, const Sequence& s, int64_t t, int n) {
   Quad q = {{0, 0, 0, 0}};
   if (v.dtype == DType::f32) {
@@ -98,8 +98,8 @@ PPO_DEVICE void decode(const Quad& q, DType dtype, float* x) {
   }
 }
 
-// The flag bytes of the first n of four steps; steps that do not exist are not set. Without flags,
-// all are.
+// Flag bytes of the first n of four steps; 0 for steps that do not exist. Without flags all
+// existing steps are set.
 PPO_DEVICE uint32_t load_flags(const Steps& v, const Sequence& s, int64_t t, int n) {
   const uint32_t exist = n == kGroupSteps ? ~0u : (1u << 8 * n) - 1u;
   if (!v.data) return 0x01010101u & exist;
@@ -112,7 +112,7 @@ PPO_DEVICE uint32_t load_flags(const Steps& v, const Sequence& s, int64_t t, int
   }
   return bytes;
 }
-// Bit i: flag i is set.
+// Bit i is set if flag i is.
 PPO_DEVICE unsigned flag_bits(uint32_t bytes) {
   unsigned bits = 0;
 #pragma unroll
@@ -120,7 +120,7 @@ PPO_DEVICE unsigned flag_bits(uint32_t bytes) {
   return bits;
 }
 
-// One number of a sequence that has steps, as `Steps` that repeat it.
+// Number of a sequence, from `Steps` that repeat it.
 PPO_DEVICE float number_of(const Steps& v, const Sequence& s, float absent) {
   if (!v.data) return absent;
   float x[kGroupSteps];
@@ -165,7 +165,7 @@ PPO_DEVICE NextValue next_value_of(const StepGroup& u) {
   return next;
 }
 
-// The maps from a group's end to each of its steps.
+// Maps from a group's end to each of its steps.
 template <bool kExtras>
 struct Suffixes {
   AffineMap<kExtras> map[kGroupSteps];  // without their cuts, which are
@@ -197,7 +197,7 @@ PPO_DEVICE AffineMap<kExtras> map_of_step(const StepGroupOf<kExtras>& u, int i, 
   return m;
 }
 
-// `next` is the value behind the group.
+// Recurrence over a group; `next` is the value behind the group.
 template <bool kExtras>
 PPO_DEVICE Suffixes<kExtras> recur(const StepGroupOf<kExtras>& u, float next, float gamma,
                                    float decay) {
@@ -214,7 +214,8 @@ PPO_DEVICE Suffixes<kExtras> recur(const StepGroupOf<kExtras>& u, float next, fl
   return s;
 }
 
-// Applies the maps to what enters the group, stores, and adds the live advantages to the moments.
+// Applies the maps to the state that enters the group, stores the results, and adds the live
+// advantages to the moments.
 template <bool kExtras>
 PPO_DEVICE void finish(const AdvantageArgs& args, const Sequence& span, int64_t t,
                        const StepGroupOf<kExtras>& u, const Suffixes<kExtras>& maps,

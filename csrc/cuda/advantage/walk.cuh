@@ -1,20 +1,22 @@
-// What the kernels that walk along sequences share: the order of loads, the moments.
+// Walks along sequences: prefetched groups, moments, and the kernel for short sequences (`lanes`
+// lanes of a warp hold one, or a warp walks along it).
 #pragma once
 
 #include "steps.cuh"
 
 namespace ppo::cuda {
 
-// Kernels say how many blocks of them a multiprocessor shall hold at least, 1 too: else ptxas
-// stops at an occupancy of its own choosing and spills a few registers.
+// Kernels always state the least number of resident blocks per multiprocessor, even 1: otherwise
+// ptxas chooses an occupancy and spills a few registers.
 constexpr int kRowThreads = kTiles * kWarp;
 
-// One lane's groups, last first and `stride` steps apart. A group's inputs are asked for while the
-// one before it is computed, and its mask one group earlier still, as masked steps are not read.
+// Prefetched groups of one lane, last first and `stride` steps apart. A group's inputs are loaded
+// while the previous group is computed, and its mask one group earlier still, because masked steps
+// are not read.
 template <class Source>
 class StepGroups {
  public:
-  // From the group at t down to the one at or after `begin`.
+  // Starts at the group at t; the last group is at or after `begin`.
   PPO_DEVICE StepGroups(const Source& source, const typename Source::Row& row,
                         const Sequence& span, int64_t t, int64_t begin, int stride)
       : source_(source), row_(row), span_(span), begin_(begin), stride_(stride) {
@@ -45,7 +47,7 @@ class StepGroups {
   typename Source::Raw raw_;
 };
 
-// The last live step of this thread's group at t, or -1.
+// Last live step of this thread's group at t, or -1.
 PPO_DEVICE int64_t last_live_of_group(const Steps& mask, const Sequence& span, int64_t t) {
   const unsigned bits = flag_bits(load_flags(mask, span, t, span.exist(t)));
   return bits ? t + 31 - __clz(int(bits)) : -1;
@@ -69,8 +71,8 @@ PPO_DEVICE bool offsets_rise(const SequenceLayout& s) {
   return good;
 }
 
-// The moments of a block, from those of its threads. Offsets that no sequences can have make them
-// NaN; the last block then makes every output NaN, written or not.
+// Stores a block's moments. Invalid offsets make them NaN; the last block then makes every output
+// NaN, written or not.
 PPO_DEVICE void leave(const AdvantageArgs& args, const MomentSum& mine, Moments* scratch) {
   constexpr double kNan = __builtin_nan("");
   const bool bad = __syncthreads_or(!offsets_rise(args.seqs));
@@ -92,7 +94,7 @@ PPO_DEVICE void leave(const AdvantageArgs& args, const MomentSum& mine, Moments*
   poison(args.kl);
 }
 
-// Every lane of a warp: `tiles` is the same in all.
+// Last live step of a sequence; called by every lane of a warp with the same `tiles`.
 PPO_DEVICE int64_t last_live_in_warp(const Steps& mask, const Sequence& span, int64_t tiles,
                                      int lanes) {
   const unsigned group = (lanes == kWarp ? kAllLanes : (1u << lanes) - 1u)

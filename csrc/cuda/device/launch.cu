@@ -1,4 +1,4 @@
-// What launch.h promises of a device: its limits, its stream, its counters.
+// Device of launch.h: its limits, stream and counters.
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -32,7 +32,7 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// Limits that are asked for on every call, looked up once per device.
+// Limits of a device, looked up once.
 struct Limits {
   int capability, multiprocessors;
 };
@@ -48,15 +48,16 @@ const Limits& limits_of(int device) {
   return known[device] = {10 * major + minor, count};
 }
 
-// Zeroed device memory, handed out in pieces and never taken back: the current piece of one
-// device, and what its streams have.
+// Zeroed device memory, handed out in pieces and never taken back: the rest of the current slab of
+// one device, and the pieces of its streams.
 struct Slab {
   unsigned* free = nullptr;
   size_t left = 0;
   std::map<cudaStream_t, unsigned*> of_stream;
 };
 
-// Allowed while another stream is being captured: nothing here belongs to a graph.
+// New zeroed memory. Capture of another stream must not forbid this: nothing here belongs to a
+// graph.
 unsigned* zeroed(size_t n) {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
@@ -103,7 +104,7 @@ unsigned* Device::counters(unsigned n) const {
   static std::map<int, Slab> slabs;
   const std::lock_guard<std::mutex> lock(mutex);
   Slab& slab = slabs[index_];
-  // A graph may be replayed on any stream, beside that stream's own launches.
+  // A graph may be replayed on any stream, concurrently with that stream's own launches.
   if (capture != cudaStreamCaptureStatusNone) return take(slab, n);
   unsigned*& found = slab.of_stream[stream_];
   if (!found) found = take(slab, kMaxCounters);

@@ -19,7 +19,7 @@ constexpr bool kEmulated = false;
 using Stream = cudaStream_t;
 #endif
 
-// The device and current stream of a tensor; current as long as this lives.
+// Device and current stream of a tensor; current while this object lives.
 class Device {
  public:
   explicit Device(const Tensor& main);
@@ -27,12 +27,12 @@ class Device {
   int index() const { return index_; }
   int capability() const;  // 80, 90, 100: major * 10 + minor
   int multiprocessors() const;
-  // Clusters of a kernel that fit the device at once.
+  // Number of clusters of a kernel that are resident at once.
   template <class Kernel>
   int clusters(Kernel kernel, unsigned threads, size_t shared_bytes, unsigned cluster) const;
 
-  // `n` zeros, at most kMaxCounters, for blocks to arrive at. Launches on one stream share them,
-  // so a kernel leaves them at 0; one that is being captured into a graph gets its own.
+  // Arrival counters of blocks: `n` zeros, at most kMaxCounters. Launches on one stream share
+  // them, so a kernel leaves them at 0; a launch captured into a graph gets counters of its own.
   unsigned* counters(unsigned n) const;
   static constexpr unsigned kMaxCounters = 32768;
 
@@ -51,7 +51,7 @@ struct LaunchConfig {
   Stream stream;
 };
 
-// (B, T) as rows of T; (N,) as one row; 0-d as 1 x 1; on any device.
+// 2-D view of a tensor on any device: (B, T) as it is, (N,) as one row, 0-d as 1 x 1.
 inline View strided_view(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
   const size_t rank = sizes.size();
@@ -67,7 +67,7 @@ inline Tensor empty_on(const Tensor& main, Sizes sizes, ScalarType dtype) {
   return torch::stable::new_empty(main, sizes, dtype);
 }
 
-// x has main's shape and device.
+// Check: x has main's shape and device.
 inline void check_beside(const Tensor& main, const Tensor& x, const char* op, const char* name) {
   STD_TORCH_CHECK(same_sizes(main, x) && x.is_cuda() == main.is_cuda() &&
                       x.get_device_index() == main.get_device_index(),
@@ -78,7 +78,7 @@ inline void check_beside(const Tensor& main, const OptTensor& x, const char* op,
   if (x) check_beside(main, *x, op, name);
 }
 
-// A tensor of a number per row, of main's shape and device.
+// Checked view of a tensor with a number per row, of main's shape and device.
 inline RowValues row_values(const char* op, const Tensor& main, const OptTensor& x,
                             const char* name) {
   check_beside(main, x, op, name);
@@ -88,7 +88,7 @@ inline RowValues row_values(const char* op, const Tensor& main, const OptTensor&
   return RowValues(x);
 }
 
-// f(item) with a zero of the storage type; ops/ has refused every other dtype.
+// Calls f with a zero of the storage type; ops/ has refused every other dtype.
 template <class Fn>
 void for_dtype(DType dtype, const Fn& f) {
   if (dtype == DType::f32) return f(float{});
@@ -112,7 +112,7 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchConfig& con
   emulate::run(geometry, [&] { std::apply(kernel, values); });
 }
 #else
-// A launch as the runtime wants it. More shared memory than every kernel may have is asked for.
+// Launch request in the runtime's form. Shared memory beyond the default limit is requested first.
 struct Request {
   cudaLaunchAttribute cluster{};
   cudaLaunchConfig_t how{};

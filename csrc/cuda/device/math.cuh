@@ -1,7 +1,6 @@
-// The vocabulary of cpu/simd/simd.h for one float on host and device, so that csrc/math.h runs
-// here: ppo::cuda::policy_terms and the rest. Multiply-add is fused where it says vfma and nowhere
-// else
-// (-fmad=false, -ffp-contract=off).
+// Token maths on host and device: the vocabulary of cpu/simd/simd.h for one float, csrc/math.h
+// over it as ppo::cuda::policy_terms and the rest, and a policy loss's options. Multiply-add is
+// fused where it says vfma and nowhere else (-fmad=false, -ffp-contract=off).
 #pragma once
 
 #include <cmath>
@@ -52,8 +51,8 @@ PPO_INLINE float pow2(float n) {
 
 namespace ppo::cuda {
 
-// By value in a kernel's parameters; `consts` are formed on the host, but for what `resolve`
-// reads.
+// Options of a policy loss, by value in a kernel's parameters. `consts` are formed on the host,
+// except for the numbers that `resolve` reads.
 struct PolicyArg {
   PolicyOptions options;
   PolicyConsts<float> consts;
@@ -62,7 +61,7 @@ struct PolicyArg {
   int64_t moments_stride;
 };
 
-// The constants, with the coefficients and the whitening that live on the device.
+// Constants with the coefficients and the whitening from device memory filled in.
 PPO_DEVICE PolicyConsts<float> resolve(const PolicyArg& a) {
   PolicyConsts<float> c = a.consts;
   if (a.entropy_coef.data) c.entropy_coef = float(read(a.entropy_coef));
@@ -78,7 +77,7 @@ PPO_DEVICE PolicyConsts<float> resolve(const PolicyArg& a) {
   return c;
 }
 
-// The variant chosen at run time; never gspo, whose ratio is its sequence's.
+// Terms of the variant chosen at run time; never gspo, whose ratio belongs to the sequence.
 PPO_DEVICE PolicyTerms<float> policy_terms_of(const PolicyOptions& o, const PolicyConsts<float>& c,
                                               const PolicyToken<float>& t) {
   switch (o.variant) {

@@ -1,4 +1,4 @@
-// Reductions in one fixed order, and the block that arrives last.
+// Reductions in one fixed order, the last-block pattern, and moments of a stream.
 #pragma once
 
 #include "runtime.cuh"
@@ -24,7 +24,7 @@ struct Min {
   }
 };
 
-// Of all lanes of the warp, the same bits in every lane (op must commute).
+// Reduction over the lanes of a warp, the same bits in every lane (op must commute).
 template <class T, class Op>
 PPO_DEVICE T warp_reduce(T x, Op op) {
 #pragma unroll
@@ -36,8 +36,8 @@ PPO_DEVICE T warp_sum(T x) {
   return warp_reduce(x, Add{});
 }
 
-// Of all threads of the block (1-D, at most 1024), the same bits in every thread. `scratch`, in
-// shared memory, has room for one T per warp; it may be used again after a barrier.
+// Reduction over the threads of a block (1-D, at most 1024), the same bits in every thread.
+// `scratch`, in shared memory, has room for one T per warp; it may be used again after a barrier.
 template <class T, class Op>
 PPO_DEVICE T block_reduce(T x, Op op, T* scratch) {
   x = warp_reduce(x, op);
@@ -52,9 +52,9 @@ PPO_DEVICE T block_sum(T x, T* scratch) {
   return block_reduce(x, Add{}, scratch);
 }
 
-// Whether `expected - 1` blocks have passed this counter before; all threads call it and get the
-// same answer. What every block wrote to global memory before can be read after by the last one
-// (with plain loads, not __ldg). The last one leaves the counter at 0 for the next launch.
+// Last-block test: true in the last of `expected` blocks to call it. All threads call it and get
+// the same answer. The last block may then read what every block wrote to global memory before
+// (with plain loads, not __ldg), and has reset the counter to 0 for the next launch.
 PPO_DEVICE bool arrives_last(unsigned* counter, unsigned expected) {
   __syncthreads();  // every thread's writes precede thread 0's arrival
   bool last = false;
@@ -71,7 +71,7 @@ struct Moments {
   double n, mean, m2;
 };
 
-// As Chan, Golub and LeVeque (1979); exact where a side is empty.
+// Merged moments (Chan, Golub and LeVeque 1979); exact if one side is empty.
 PPO_DEVICE Moments merge(const Moments& a, const Moments& b) {
   if (a.n == 0.0) return b;
   if (b.n == 0.0) return a;
@@ -79,8 +79,9 @@ PPO_DEVICE Moments merge(const Moments& a, const Moments& b) {
   return {n, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.n * share};
 }
 
-// One thread's stream. Sums are of x - pivot, in double; the pivot is the first element, so that
-// equal elements give exactly zero deviation and a large common mean costs no digits.
+// Moments of one thread's stream. Sums are of x - pivot, in double; the pivot is the first
+// element, so that equal elements give exactly zero deviation and a large common mean costs no
+// digits.
 struct MomentSum {
   double pivot = 0.0, sum = 0.0, squares = 0.0;
   int64_t n = 0;
@@ -99,8 +100,8 @@ struct MomentSum {
   }
 };
 
-// Of all threads of the block, in thread order, the same bits in every thread. `scratch`, in
-// shared memory, has room for one per warp; it may be used again after a barrier.
+// Moments over the threads of a block, in thread order, the same bits in every thread. `scratch`,
+// in shared memory, has room for one per warp; it may be used again after a barrier.
 PPO_DEVICE Moments block_moments(Moments x, Moments* scratch) {
 #pragma unroll 1
   for (int by = 1; by < kWarp; by *= 2) {
@@ -116,8 +117,8 @@ PPO_DEVICE Moments block_moments(Moments x, Moments* scratch) {
   return x;
 }
 
-// Leaves this block's moments (the same in all threads) in parts[block]; the last of `blocks`
-// blocks merges them in index order into out (3,). Whether this was the last block.
+// Stores this block's moments (the same in all threads) to parts[block]; the last of `blocks`
+// blocks merges all parts in index order into out (3,). Returns whether this was the last block.
 PPO_DEVICE bool leave_moments(const Moments& mine, int64_t block, int64_t blocks, Moments* parts,
                               double* out, unsigned* counter, Moments* scratch) {
   if (threadIdx.x == 0) parts[block] = mine;

@@ -1,5 +1,5 @@
-// The language of this folder's device code: CUDA C++, or its emulation on a CPU (csrc/emulate).
-// No torch headers.
+// Device language: CUDA C++, or its emulation on a CPU (csrc/emulate), and functions for what only
+// PTX can say. No torch headers.
 #pragma once
 
 #include <cstddef>
@@ -53,8 +53,8 @@ PPO_DEVICE float fast_exp2(float x) {
 // (PTX ISA: cp.async.bulk, mbarrier). sm_90 and later: a kernel that calls them is launched there
 // alone, and traps elsewhere. Addresses and sizes of copies are multiples of 16 bytes.
 
-// In shared memory. A phase ends when `arrivals` threads have arrived and all expected bytes are
-// there; the next one begins at once.
+// Barrier in shared memory. A phase ends when `arrivals` threads have arrived and all expected
+// bytes are there; the next phase begins at once.
 struct alignas(8) Mbarrier {
   uint64_t state;
 };
@@ -69,7 +69,7 @@ PPO_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// One thread initialises; then fence_mbarrier_init() and a barrier before anyone uses it.
+// Called by one thread; before the first use, fence_mbarrier_init() and a barrier follow.
 PPO_DEVICE void mbarrier_init(Mbarrier* bar, unsigned arrivals) {
   PPO_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)),
            "r"(arrivals) : "memory");
@@ -80,12 +80,12 @@ PPO_DEVICE void fence_mbarrier_init() {
 PPO_DEVICE void mbarrier_arrive(Mbarrier* bar) {
   PPO_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 }
-// Arrive, and have the current phase wait for this many bytes more.
+// Arrives, and makes the current phase wait for `bytes` more bytes.
 PPO_DEVICE void mbarrier_arrive_expect(Mbarrier* bar, unsigned bytes) {
   PPO_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)),
            "r"(bytes) : "memory");
 }
-// Until the phase of this parity (0 for the first one, then 1, 0, ...) is over.
+// Waits until the phase of this parity (0 for the first phase, then 1, 0, ...) is over.
 PPO_DEVICE void mbarrier_wait(Mbarrier* bar, unsigned parity) {
   uint32_t over = 0;
   while (!over) {
@@ -97,8 +97,9 @@ PPO_DEVICE void mbarrier_wait(Mbarrier* bar, unsigned parity) {
   }
 }
 
-// One thread issues; the bytes count at `bar`, where mbarrier_arrive_expect announced them. The
-// lines are the first to leave the L2 again: what is read once should not push out what is not.
+// Bulk load, issued by one thread; its bytes count at `bar`, where mbarrier_arrive_expect
+// announced them. The lines are evicted from the L2 first: data read once should not displace
+// other data.
 PPO_DEVICE void bulk_load(void* shared, const void* global, unsigned bytes, Mbarrier* bar) {
   PPO_SM90(
       "{\n .reg .b64 policy;\n"
@@ -108,29 +109,30 @@ PPO_DEVICE void bulk_load(void* shared, const void* global, unsigned bytes, Mbar
       "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(bar)) : "memory");
 }
 
-// One thread issues, after a barrier that follows every writer's fence_async_proxy().
+// Bulk store, issued by one thread after a barrier that follows every writer's
+// fence_async_proxy().
 PPO_DEVICE void bulk_store(void* global, const void* shared, unsigned bytes) {
   PPO_SM90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
                __cvta_generic_to_global(global)),
            "r"(shared_address(shared)), "r"(bytes) : "memory");
 }
-// This thread's stores since the last one form a group.
+// Closes a group of this thread's stores: those since the last call.
 PPO_DEVICE void bulk_commit() { PPO_SM90("cp.async.bulk.commit_group;" :: : "memory"); }
-// Until all but the last `pending` groups of this thread have read their shared memory: it may be
-// written again. A block must not end before all have.
+// Waits until all but the last `pending` groups of this thread have read their shared memory,
+// which may then be written again. A block must not end before all groups have.
 template <int pending>
 PPO_DEVICE void bulk_wait_read() {
   PPO_SM90("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
-// The same until what they wrote can be read.
+// Waits until the writes of all but the last `pending` groups can be read.
 template <int pending>
 PPO_DEVICE void bulk_wait() {
   PPO_SM90("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory");
 }
-// This thread's writes to shared memory become visible to the bulk stores issued after a barrier.
+// Makes this thread's writes to shared memory visible to bulk stores issued after a barrier.
 PPO_DEVICE void fence_async_proxy() { PPO_SM90("fence.proxy.async.shared::cta;" :: : "memory"); }
 
-// Blocks of one cluster and each other's shared memory (sm_90 and later).
+// Access of a cluster's blocks to each other's shared memory (sm_90 and later).
 
 PPO_DEVICE unsigned cluster_rank() {
   unsigned rank = 0;
@@ -143,8 +145,8 @@ PPO_DEVICE unsigned cluster_size() {
   return size;
 }
 
-// Every thread of the cluster; what was written before arriving can be read after waiting, in
-// other blocks' shared memory too. A block must not end while others may still read its own.
+// Cluster barrier, called by every thread: writes before arriving, also to other blocks' shared
+// memory, can be read after waiting. A block must not end while others may still read its own.
 PPO_DEVICE void cluster_arrive() {
   PPO_SM90("barrier.cluster.arrive.release.aligned;" :: : "memory");
 }
@@ -154,7 +156,7 @@ PPO_DEVICE void cluster_sync() {
   cluster_wait();
 }
 
-// Where this block's shared `p` stands in block `rank` of the cluster: plain loads and stores.
+// Address of block `rank`'s copy of this block's `shared`, for plain loads and stores.
 template <class T>
 PPO_DEVICE T* cluster_map(T* shared, unsigned rank) {
   uint64_t at = 0;
@@ -162,8 +164,7 @@ PPO_DEVICE T* cluster_map(T* shared, unsigned rank) {
   return reinterpret_cast<T*>(at);
 }
 
-// mbarrier_arrive at the barrier that stands at `bar` in block `rank`'s shared memory; releases
-// this thread's writes to the cluster.
+// mbarrier_arrive at block `rank`'s copy of `bar`; releases this thread's writes to the cluster.
 PPO_DEVICE void mbarrier_arrive_at(Mbarrier* bar, unsigned rank) {
   PPO_SM90(
       "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -171,7 +172,7 @@ PPO_DEVICE void mbarrier_arrive_at(Mbarrier* bar, unsigned rank) {
           shared_address(bar)),
       "r"(rank) : "memory");
 }
-// mbarrier_wait that sees what other blocks of the cluster wrote before they arrived.
+// mbarrier_wait that acquires the writes of other blocks of the cluster before their arrival.
 PPO_DEVICE void mbarrier_wait_cluster(Mbarrier* bar, unsigned parity) {
   uint32_t over = 0;
   while (!over) {

@@ -1,4 +1,5 @@
-// Storage types as floats, one at a time and 16 bytes at a time.
+// Tensors in device code: elements and 16-byte vectors as floats, numbers that may be tensors, and
+// rows of any rank.
 #pragma once
 
 #include "../../tensor/views.h"
@@ -27,7 +28,7 @@ PPO_DEVICE float widen(float x) { return x; }
 PPO_DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 PPO_DEVICE float widen(fp16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 template <class P>
 PPO_DEVICE P narrow(float x);
 template <>
@@ -44,7 +45,7 @@ PPO_DEVICE fp16 narrow<fp16>(float x) {
 }
 #endif
 
-// Element `at` of a tensor whose dtype only the launch knows.
+// Element `at` of a tensor whose dtype is known only at run time.
 PPO_DEVICE float read_float(const void* data, DType dtype, int64_t at) {
   if (dtype == DType::f32) return static_cast<const float*>(data)[at];
   if (dtype == DType::bf16) return widen(static_cast<const bf16*>(data)[at]);
@@ -55,7 +56,7 @@ PPO_DEVICE int64_t read_index(const void* data, DType dtype, int64_t at) {
                              : static_cast<const int32_t*>(data)[at];
 }
 
-// 16 bytes of P.
+// Elements of P in 16 bytes.
 template <class P>
 constexpr int kPerVector = 16 / int(sizeof(P));
 
@@ -87,7 +88,7 @@ PPO_DEVICE uint4 pack(const float (&x)[kPerVector<P>]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The 16 bytes that start `shift` bytes into the 32 of (low, high); shift a multiple of 2, < 16.
+// 16 bytes from byte `shift` of the 32 bytes (low, high); shift is a multiple of 2 below 16.
 PPO_DEVICE uint4 shifted(const uint4& low, const uint4& high, int shift) {
   const uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
   uint32_t pick[5];  // whole words first, then the bits within them
@@ -120,7 +121,8 @@ inline ScalarArg scalar_of(const OptTensor& x, double number) {
            : ScalarArg{nullptr, DType::f32, number};
 }
 
-// Leading dimensions, collapsed where their strides allow.
+// Row index: element offset of row i of a tensor of any rank, passed by value (on the CPU:
+// csrc/tensor/rows.h). Leading dimensions are collapsed where strides allow.
 class RowIndex {
  public:
   RowIndex() = default;
@@ -142,7 +144,7 @@ class RowIndex {
 
   int64_t rows() const { return rows_; }
 
-  // In elements from the tensor's start.
+  // Offset in elements from the tensor's start.
   PPO_HOST_DEVICE int64_t offset(int64_t row) const {
     if (depth_ == 1) return row * stride_[0];
     uint32_t rest = uint32_t(row);
@@ -164,7 +166,7 @@ class RowIndex {
   int64_t stride_[kMaxDepth] = {};
 };
 
-// One value per row, of any dtype and strides; absent where the tensor is.
+// Per-row values of an optional tensor, of any dtype and strides; false if there is no tensor.
 class RowValues {
  public:
   RowValues() = default;

@@ -1,5 +1,5 @@
-// Per-token tensors, read four consecutive flat slots a thread whatever their layout, so that the
-// layout changes no bit of a sum.
+// Per-token tensors, read by each thread in four consecutive flat slots whatever their layout, so
+// that the layout changes no bit of a sum.
 #pragma once
 
 #include "tensor.cuh"
@@ -10,8 +10,8 @@ constexpr int kItems = 4;  // of a thread
 constexpr int kTokenThreads = 256;
 constexpr int kTile = kItems * kTokenThreads;
 
-// Slot i of row r stands at i * stride + r * skip elements, as the rows of a (rows, cols) tensor
-// do: skip is what its row stride is more than cols * stride. Absent: null data.
+// Tensor of tokens by flat slots: slot i, in row r, is element i * stride + r * skip. For a (rows,
+// cols) tensor skip = row stride - cols * stride. Null data if absent.
 struct Column {
   const void* data;
   DType dtype;
@@ -19,7 +19,7 @@ struct Column {
   int64_t stride, skip;
 };
 
-// Which row a slot of one tile is in.
+// Rows of the slots of one tile.
 struct TileRows {
   int64_t row, left;  // of the tile's first slot: its row, and how many slots that still has
   uint32_t cols;
@@ -28,21 +28,21 @@ struct TileRows {
       : row(first / n_cols),
         left(n_cols - first % n_cols),
         cols(uint32_t(n_cols < kTile ? n_cols : kTile)) {}
-  // A later row may be as short as it likes, the first one is only as far as `left`.
+  // Row of slot i. Rows after the first may be shorter than a tile.
   PPO_DEVICE int64_t of(int i) const {
     return i < left ? row : row + 1 + int64_t(uint32_t(i - int(left)) / cols);
   }
 };
 
-// The slots first .. first + count of this thread, at most kItems.
+// Slots [first, first + count) of this thread, at most kItems.
 struct Slots {
   int64_t first;
   int count;
   int64_t row[kItems];
 };
 
-// What a thread read of one tensor, not converted yet: all loads are under way before the first
-// value is needed.
+// Unconverted words that a thread has loaded from one tensor: all loads are issued before the
+// first value is needed.
 struct Raw {
   uint32_t words[kItems];
 };
@@ -74,7 +74,7 @@ PPO_DEVICE Raw load_raw(const Column& c, const Slots& s) {
   return raw;
 }
 
-// What load_raw() read, as fp32; 0 where the tensor is absent.
+// Loaded words converted to fp32; 0 if the tensor is absent.
 struct Values {
   float at[kItems];
 };
@@ -98,7 +98,7 @@ PPO_DEVICE Values values_of(const Column& c, const Slots& s, const Raw& raw) {
   return v;
 }
 
-// Bit k: slot k is there and the mask keeps it; an absent mask keeps all.
+// Bit k is set if slot k exists and the mask keeps it; an absent mask keeps all.
 PPO_DEVICE uint32_t live_items(const Column& mask, const Slots& s) {
   const uint32_t there = (1u << s.count) - 1u;
   if (!mask.data) return there;
@@ -119,7 +119,7 @@ PPO_DEVICE uint32_t live_items(const Column& mask, const Slots& s) {
   return live;
 }
 
-// x[k] for the slots that are there; `out` is contiguous, aligned to 16 bytes where `wide`.
+// Stores x[k] for the slots that exist; `out` is contiguous, and aligned to 16 bytes if `wide`.
 PPO_DEVICE void store_items(float* out, bool wide, const Slots& s, const float (&x)[kItems]) {
   if (wide && s.count == kItems) {
     *reinterpret_cast<float4*>(out + s.first) = make_float4(x[0], x[1], x[2], x[3]);
@@ -131,7 +131,7 @@ PPO_DEVICE void store_items(float* out, bool wide, const Slots& s, const float (
   }
 }
 
-// This thread's slots of a tile. `cols` is 0 where no row number is needed.
+// Slots of this thread in a tile; `cols` is 0 if no row number is needed.
 PPO_DEVICE Slots slots_of(int64_t tile, int64_t total, int64_t cols) {
   const int64_t start = tile * kTile;
   const int mine = int(threadIdx.x) * kItems;
@@ -145,7 +145,7 @@ PPO_DEVICE Slots slots_of(int64_t tile, int64_t total, int64_t cols) {
   return s;
 }
 
-// Rows of `cols` slots; flat tokens are one row.
+// Shape of (B, T) or flat (N,) tokens; the latter are one row.
 struct TokenShape {
   int64_t rows, cols;
   int64_t total() const { return rows * cols; }

@@ -1,4 +1,4 @@
-// The host side that the losses share, and the launch for their sequences.
+// LossCall: the arguments that losses share, and the launch for their sequences' terms.
 #include "call.h"
 
 namespace ppo::cuda {

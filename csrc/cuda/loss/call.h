@@ -1,4 +1,4 @@
-// What the losses share on the host: sequences, launches, outputs.
+// Host side of the losses: one call's tensors, sequences, launches and outputs.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ struct LossOutputs {
         scale(empty_on(main, {}, ScalarType::Float)),
         grads(empty_on(main, stacked(main, count), ScalarType::Float)),
         count_(count) {}
-  // Gradient i, or null where it was not asked for.
+  // Gradient i; null if not requested.
   float* grad(int64_t i) const {
     return i < count_ ? data<float>(grads) + i * (grads.numel() / count_) : nullptr;
   }
@@ -32,13 +32,13 @@ struct LossOutputs {
   int64_t count_;
 };
 
-// One call of a loss: its arguments, and the memory that its launches need.
+// One loss call: views of its tensors, its arguments, and the memory that its launches need.
 class LossCall {
  public:
   LossCall(const char* op, const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
            const ReduceOptions& reduce, const OptTensor& denom, int64_t n_grads);
 
-  // A tensor of the main one's shape.
+  // View of a tensor of the main tensor's shape.
   Column view(const Tensor& x, const char* name) const {
     check_beside(main_, x, op_, name);
     return column_of(x, shape_);
@@ -49,10 +49,10 @@ class LossCall {
   std::tuple<Tensor, Tensor, Tensor, Tensor> results() const {
     return {out_.loss, out_.stats, out_.scale, out_.grads};
   }
-  // `columns`: all but the mask. `sums`: of the kernel.
+  // Arguments of the kernel. `columns`: all but the mask. `sums`: the kernel's number of sums.
   LossArgs args(std::initializer_list<Column> columns, int sums);
-  // The launch that finds every sequence's term, where tokens need them; gspo gives the columns of
-  // its log-ratios and their bounds.
+  // Launches the kernel that finds the terms of sequences, if tokens need them; gspo gives the
+  // columns of its log-ratios and their bounds.
   void find_terms(bool ratios, const Column& now, const Column& old, float d_min, float d_max);
   LaunchConfig config(size_t shared_bytes) const {
     return {dim3(blocks_), dim3(kTokenThreads), shared_bytes, 1, device_.stream()};

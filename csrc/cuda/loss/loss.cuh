@@ -1,4 +1,4 @@
-// What the per-token losses share: tiles of tokens, their sequences' terms, the divisor.
+// Per-token losses: tiles of tokens, sums in one fixed order, and the divisor.
 #pragma once
 
 #include "../../options.h"
@@ -6,11 +6,12 @@
 
 namespace ppo::cuda {
 
-// At most; each has neighbouring tiles, and leaves one part for the last of them to merge.
+// Most blocks of a loss. Each takes neighbouring tiles and stores one part, which the last block
+// merges.
 constexpr int64_t kLossBlocks = 256;
 static_assert(kLossBlocks <= kTokenThreads, "the last block has a thread for every part");
 
-// A block's sums; those of a loss are kSums of its statistics, from kFirst on.
+// Sums of a block: kSums of the loss's statistics, from kFirst on.
 template <int kSums>
 struct LossPart {
   double sums[kSums];
@@ -18,7 +19,7 @@ struct LossPart {
   int64_t flags;  // SequenceFlag
 };
 
-// One thread's sums over its tiles.
+// Sums of one thread over its tiles.
 template <int kSums>
 struct LossSums {
   double sums[kSums] = {};
@@ -42,8 +43,9 @@ struct LossShared {
   int scratch[kWarps];
 };
 
-// Gives the lane `by` away kHalf of the first 2 * kHalf numbers and adds its others to the rest.
-// (Recursive: a loop over the halves is not unrolled, and would index registers.)
+// Exchanges kHalf of the first 2 * kHalf numbers with the lane `by` away, and adds that lane's to
+// those kept. (Recursive, because a loop over the halves is not unrolled and would index
+// registers.)
 template <int kHalf, int kSums>
 PPO_DEVICE void fold_halves(double (&x)[kSums], int by) {
   const bool upper = (lane_id() & by) != 0;
@@ -55,7 +57,7 @@ PPO_DEVICE void fold_halves(double (&x)[kSums], int by) {
   if constexpr (kHalf > 1) fold_halves<kHalf / 2>(x, by / 2);
 }
 
-// Sums kSums numbers over the warp: lane l gets that of number l * kSums / 32.
+// Sums of kSums numbers over the warp: lane l gets the sum of number l * kSums / 32.
 template <int kSums>
 PPO_DEVICE double warp_sums(double (&x)[kSums]) {
   fold_halves<kSums / 2>(x, kWarp / 2);
@@ -82,7 +84,7 @@ PPO_DEVICE void block_extremes(LossSums<kSums>& mine, LossShared<kSums>& shared)
   for (int w = 0; w < shared.kWarps; ++w) mine.ratio(shared.low[w], shared.high[w]);
 }
 
-// Thread i < kSums gets the block's sum i, in the order of its warps.
+// Sums over the block, in the order of its warps: thread i < kSums gets sum i.
 template <int kSums>
 PPO_DEVICE double block_sums(double (&x)[kSums], LossShared<kSums>& shared) {
   constexpr int kEach = kWarp / kSums;
@@ -96,7 +98,8 @@ PPO_DEVICE double block_sums(double (&x)[kSums], LossShared<kSums>& shared) {
   return total;
 }
 
-// Sequences that a block opened without an unmasked token and a later one has one of.
+// Whether the last sequence of this thread's block, without an unmasked token so far, has one in a
+// later block.
 template <int kSums>
 PPO_DEVICE int joined_sequences(const LossPart<kSums>* parts, LossShared<kSums>& shared) {
   const int blocks = int(gridDim.x), block = int(threadIdx.x);
@@ -110,7 +113,7 @@ PPO_DEVICE int joined_sequences(const LossPart<kSums>* parts, LossShared<kSums>&
   return 0;
 }
 
-// By the last block: shared.totals, and the ratio's extremes, of all parts in index order.
+// Totals of all parts in index order, and the ratio's extremes; called by the last block.
 template <int kSums>
 PPO_DEVICE LossSums<kSums> merge_parts(const LossPart<kSums>* parts, LossShared<kSums>& shared) {
   constexpr int kRows = kTokenThreads / kSums;
@@ -136,7 +139,7 @@ struct LossArgs {
   SequenceMap map;
   Column mask;
   const SequenceTerm* terms;  // per sequence; null where every token weighs 1
-  bool rows;                  // a column or the terms want row numbers
+  bool rows;                  // row numbers are needed by a column or by the terms
   bool wide_grads;            // gradients are stored 16 bytes at a time
   int64_t tiles;
   Reduction reduction;
@@ -147,7 +150,7 @@ struct LossArgs {
   double* stats;  // (kNStats,)
 };
 
-// The reduction's own D; 0 for token_sum.
+// D of the reduction itself; 0 for token_sum.
 PPO_DEVICE double own_denom(const LossArgs& a, double tokens, double seqs) {
   switch (a.reduction) {
     case Reduction::token_mean:
@@ -161,13 +164,13 @@ PPO_DEVICE double own_denom(const LossArgs& a, double tokens, double seqs) {
   }
 }
 
-// Where a loss keeps its counts among its sums, which are stats[first], stats[first + 1], ...
+// Positions of a loss's counts among its sums, which are stats[first], stats[first + 1], ...
 struct LossLayout {
   int first, tokens, seqs, loss, denom;
   bool keeps_seqs;  // else only D needs their number
 };
 
-// By one thread: loss, 1 / D, and the totals that only now are known.
+// Writes loss, 1 / D, and the totals that are known only at the end; called by one thread.
 template <int kSums>
 PPO_DEVICE void divide(const LossArgs& a, const LossLayout& at, double joined,
                        LossShared<kSums>& shared) {
@@ -182,7 +185,7 @@ PPO_DEVICE void divide(const LossArgs& a, const LossLayout& at, double joined,
   totals[at.denom] = own;
 }
 
-// After a block's last tile. The last block to arrive writes loss, scale and statistics.
+// End of a block, after its last tile. The last block writes loss, scale and statistics.
 template <int kSums>
 PPO_DEVICE void finish(const LossArgs& a, const LossLayout& at, LossSums<kSums>& mine, int flags,
                        LossShared<kSums>& shared) {
@@ -211,7 +214,7 @@ PPO_DEVICE void finish(const LossArgs& a, const LossLayout& at, LossSums<kSums>&
   }
 }
 
-// The terms of this thread's slots; 1 where every token weighs the same.
+// Terms of this thread's slots; 1 if every token weighs the same.
 PPO_DEVICE void terms_of(const LossArgs& a, const Slots& s, int64_t first_seq,
                          SequenceTerm (&out)[kItems]) {
   int64_t seq = first_seq;
@@ -224,9 +227,9 @@ PPO_DEVICE void terms_of(const LossArgs& a, const Slots& s, int64_t first_seq,
   }
 }
 
-// step.load(slots) and step.tokens(slots, live, first_seq, inputs, sums) over this block's share
-// of the tiles, and the end. What Step::kLayout is must be known when compiling: it indexes
-// registers.
+// Body of a loss kernel: step.load(slots) and step.tokens(slots, live, first_seq, inputs, sums)
+// over this block's share of the tiles, then finish(). Step::kLayout is a compile-time constant
+// because it indexes registers.
 template <int kSums, class Step>
 PPO_DEVICE void loss_kernel(const LossArgs& a, const Step& step) {
   constexpr LossLayout at = Step::kLayout;

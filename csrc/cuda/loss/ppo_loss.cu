@@ -6,7 +6,7 @@
 namespace ppo::cuda {
 namespace {
 
-// What most trainers ask for is compiled apart, with fewer live registers.
+// The usual options of most trainers, compiled apart with fewer live registers.
 bool usual(const PolicyLossArgs& a) {
   const PolicyOptions& o = a.policy.options;
   return o.estimator == Estimator::k3 && !o.straight_through && !o.has_dual &&

@@ -1,11 +1,11 @@
-// Policy loss, gradients and statistics in one pass over the tokens.
+// Policy loss kernel: loss, gradients and statistics from one pass over the tokens.
 #pragma once
 
 #include "loss.cuh"
 
 namespace ppo::cuda {
 
-// Absent tensors have null data; the gradients are contiguous, null where nobody wants them.
+// Absent tensors have null data. Gradients are contiguous, null if not requested.
 struct PolicyLossArgs {
   LossArgs base;
   PolicyArg policy;
@@ -13,13 +13,13 @@ struct PolicyLossArgs {
   float *grad_logprobs, *grad_entropy;
 };
 
-// Raw or Values.
+// Inputs of a thread's slots; T is Raw or Values.
 template <class T>
 struct PolicyInputs {
   T logprobs, old_logprobs, advantages, is_weights, entropy, ref_logprobs;
 };
 
-// Sums of a thread's slots in one tile, in fp32 but for what overflows or counts.
+// Sums over a thread's slots in one tile, in fp32 except for counts and for sums that overflow.
 struct TokenSums {
   float loss = 0.f, policy = 0.f, entropy = 0.f, kl = 0.f, d = 0.f, d_sq = 0.f, k3 = 0.f;
   float ratio = 0.f;
@@ -99,7 +99,7 @@ struct PolicyStep {
       const PolicyToken<float> t = token(in, k, terms[k].ratio);
       const PolicyTerms<float> x = policy_terms<variant, is_usual>(o, c, t);
       const float entropy = in.entropy.at[k];
-      // The KL of the linear variant is in its policy term.
+      // The linear variant's policy term holds its KL.
       const float with_kl =
           variant == Variant::linear ? x.policy : vfma(c.kl_coef, x.kl, x.policy);
       sums.loss += weight * vfma(-c.entropy_coef, entropy, with_kl);

@@ -1,4 +1,5 @@
-// Which flat slots each sequence owns, and how many sequences have an unmasked token.
+// Sequences of a loss: their flat slots, the count of those with an unmasked token, and the terms
+// that their tokens need.
 #pragma once
 
 #include "../device/math.cuh"
@@ -7,8 +8,8 @@
 
 namespace ppo::cuda {
 
-// Rows of `steps` slots, or [offsets[s], offsets[s + 1]) where there are offsets. These are not
-// checked: what is beyond the tokens counts as their end.
+// Flat slots of every sequence: rows of `steps` slots, or [offsets[s], offsets[s + 1]) if there
+// are offsets. Offsets are not checked; those beyond the tokens count as the end of the tokens.
 struct SequenceMap {
   const void* offsets;
   DType dtype;
@@ -22,8 +23,8 @@ struct SequenceMap {
   PPO_DEVICE int64_t begin(int64_t s) const { return offsets ? offset(s) : s * steps; }
   PPO_DEVICE int64_t end(int64_t s) const { return offsets ? offset(s + 1) : (s + 1) * steps; }
 
-  // Of the sequences that start at `slot` or before, the last: the only one that is not empty. For
-  // whole warps, which halve the choice five times a step.
+  // Sequence of a slot: the last one that starts at `slot` or before, the only one of those that
+  // is not empty. Called by whole warps, which halve the range five times per step.
   PPO_DEVICE int64_t find(int64_t slot) const {
     if (!offsets) return slot / steps;
     int64_t found = 0;
@@ -37,20 +38,21 @@ struct SequenceMap {
     }
     return found;
   }
-  // The same for any thread, from a sequence that starts at `slot` or before; packed ones only.
+  // The same for any thread, searching from a sequence that starts at `slot` or before; packed
+  // sequences only.
   PPO_DEVICE int64_t find_from(int64_t s, int64_t slot) const {
     while (s + 1 < count && offset(s + 1) <= slot) ++s;
     return s;
   }
 };
 
-// Which slots of a tile are unmasked: kTile bits in shared memory.
+// Unmasked slots of a tile: kTile bits in shared memory.
 constexpr int kTileWords = kTile / 32;
-static_assert(kTileWords == kWarp, "a warp sees which words are not 0");
+static_assert(kTileWords == kWarp, "one ballot of a warp finds the words that are not 0");
 
 class TileBits {
  public:
-  // All threads of the block: bit k of `live` is slot 4 * thread + k.
+  // Called by all threads of the block; bit k of `live` is slot 4 * thread + k.
   PPO_DEVICE TileBits(uint32_t* words, uint32_t live) : words_(words) {
     uint32_t word = live << (threadIdx.x % 8 * kItems);
 #pragma unroll
@@ -74,15 +76,15 @@ class TileBits {
   uint32_t some_;
 };
 
-// What a range of slots knows of the sequences that reach beyond it.
+// Facts about the sequences that cross the ends of a range of slots.
 enum SequenceFlag : int {
-  kHeadLive = 1,  // the one that began before has an unmasked token here
-  kStarts = 2,    // the last slot's sequence began here,
-  kOpen = 4,      // goes on after the range and has no unmasked token yet
+  kHeadLive = 1,  // the sequence that began before has an unmasked token here
+  kStarts = 2,    // the last slot's sequence began here
+  kOpen = 4,      // that sequence continues after the range and has no unmasked token yet
 };
 
-// `flags` of a range and of the one right after it, as one range; the sequences that the second
-// one opened for the first are the caller's to count.
+// Flags of two adjacent ranges as one range. The caller counts the open sequence of the first
+// whose first unmasked token is in the second.
 PPO_DEVICE int join_flags(int before, int after) {
   const int head = (before & kHeadLive) | (before & kStarts ? 0 : after & kHeadLive);
   if (after & kStarts) return head | (after & (kStarts | kOpen));
@@ -90,8 +92,8 @@ PPO_DEVICE int join_flags(int before, int after) {
   return head | (before & kStarts) | (open ? kOpen : 0);
 }
 
-// The sequences of the slots [start, end) of one tile, from `first` to `last`. Gives those that
-// began here and have an unmasked token here, shared out over the threads.
+// Number of sequences, of those from `first` to `last` over the slots [start, end) of one tile,
+// that begin here and have an unmasked token here; distributed over the threads.
 PPO_DEVICE int live_starts(const SequenceMap& map, const TileBits& bits, int64_t start,
                            int64_t end, int64_t first, int64_t last) {
   int live = 0;
@@ -112,14 +114,14 @@ PPO_DEVICE int edge_flags(const SequenceMap& map, const TileBits& bits, int64_t 
          (starts && !live && map.end(last) > end ? kOpen : 0);
 }
 
-// The weight of its tokens and, for gspo, its ratio.
+// Terms of a sequence: the weight of its tokens and, for gspo, its ratio.
 struct SequenceTerm {
   float weight, ratio;
 };
 
 struct SequenceTermsArgs {
   SequenceMap map;
-  Column mask, now, old;  // now and old: null where nobody asks for ratios
+  Column mask, now, old;  // now and old: null if no ratios are needed
   bool means;             // tokens weigh 1 / tokens of their sequence, else 1
   float d_min, d_max;
   int lanes;  // threads of a sequence: a warp's or the block's
@@ -128,8 +130,8 @@ struct SequenceTermsArgs {
 
 constexpr int kSequenceSteps = 4;  // loads of a thread under way
 
-// Tokens, and the sum of their clamped log-ratios in double, so that where the padding stands is
-// lost in the rounding.
+// Count of tokens, and the sum of their clamped log-ratios in double, so that the position of
+// padding does not survive rounding.
 struct SequenceSums {
   double tokens = 0.0, d = 0.0;
 };

@@ -1,11 +1,11 @@
-// Value loss, gradient and statistics in one pass over the tokens.
+// Value loss kernel: loss, gradient and statistics from one pass over the tokens.
 #pragma once
 
 #include "loss.cuh"
 
 namespace ppo::cuda {
 
-// Absent tensors have null data; the gradient is contiguous, null where nobody wants it.
+// Absent tensors have null data. The gradient is contiguous, null if not requested.
 struct ValueLossArgs {
   LossArgs base;
   Column values, old_values, returns;
@@ -18,14 +18,14 @@ struct ValueInputs {
   Raw values, old_values, returns;
 };
 
-// Loss over the scale, half its gradient over the same, and whether the clip is active.
+// Loss and half its gradient, both divided by the scale, and whether the clip is active.
 struct ValueTerms {
   float loss, half_grad;
   bool clipped;
 };
 
-// The clipped value loss of OpenAI's ppo2 (max), or its clipped prediction alone (SB3).
-// Comparisons and minima pass over a NaN, so one in the old value is put where it shows.
+// Clipped value loss of OpenAI's ppo2 (max), or its clipped prediction alone (SB3). Comparisons
+// and minima ignore a NaN, so a NaN old value is written to the results explicitly.
 PPO_DEVICE ValueTerms value_terms(Form form, float clip, float value, float old, float target) {
   const float e = value - target;
   if (form == Form::unclipped) return {e * e, e, false};
@@ -43,7 +43,7 @@ PPO_DEVICE ValueTerms value_terms(Form form, float clip, float value, float old,
 
 struct ValueStep {
   static constexpr int kFirst = kVfNTokens;
-  // The sequences are counted where D, which wants them, goes afterwards.
+  // The count of sequences uses D's place, which D takes afterwards.
   static constexpr LossLayout kLayout = {
       kFirst, 0, kVfLossDenom - kFirst, kVfLoss - kFirst, kVfLossDenom - kFirst, false};
   const ValueLossArgs& a;
@@ -67,7 +67,7 @@ struct ValueStep {
       if (!(live >> k & 1u)) continue;
       const float value = values.at[k], target = targets.at[k], old = olds.at[k];
       const ValueTerms x = value_terms(a.form, a.clip, value, old, target);
-      // In double: explained variance is a small difference of these.
+      // Sums in double: explained variance is a small difference of them.
       const double ret = double(target), err = double(target - old);
       sums[kVfLoss - kFirst] += double(terms[k].weight * (a.scale * x.loss));
       sums[kVfClip - kFirst] += double(x.clipped);

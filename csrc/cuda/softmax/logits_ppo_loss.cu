@@ -11,13 +11,13 @@
 namespace ppo::cuda {
 namespace {
 
-// A row's bits do not depend on how many warps it has.
+// Warps per block. A row's bits do not depend on them.
 constexpr int kReaders = kEmulated ? 2 : kTwoReadThreads / kWarp;
 constexpr int kWorkers = kEmulated ? 2 : kMaxWorkers;
 // Most shared memory of a block on sm_90 and sm_100.
 constexpr int kSharedBytes = 227 * 1024;
-// Rows under way, half read or half written on average, that the L2 keeps of a multiprocessor's
-// two reads (A100: 40 MB for 108), and blocks of a multiprocessor for rows of any length.
+// L2 share of a multiprocessor for rows between their two reads, on average half read or half
+// written (A100: 40 MB for 108 multiprocessors), and most blocks per multiprocessor.
 constexpr int64_t kL2Bytes = 700 * 1024;
 constexpr int64_t kBlocks = 8;
 constexpr char kOp[] = "logits_ppo_loss";
@@ -38,7 +38,7 @@ ClusterPlan cluster_plan(const RowPlan& plan, int item) {
   return {0, 0, 0};
 }
 
-// How many clusters run at once, which the runtime takes long to say.
+// Number of resident clusters, cached because the runtime's answer is slow.
 template <class T, class O>
 int64_t resident_clusters(const Device& device, const ClusterPlan& c) {
   static std::mutex mutex;
@@ -95,7 +95,7 @@ void launch_any(const Device& device, const LogitsPpoArg& a, DType from, DType t
   PPO_CHECK(false, kOp, "logits must be float32, bfloat16 or float16");
 }
 
-// Where the gradient goes: rows of V, contiguous within each.
+// Target of the gradient: rows of V, each contiguous.
 struct Target {
   void* data;
   DType dtype;
@@ -122,7 +122,7 @@ struct LogitsPpoOnCuda {
                           const OptTensor& entropy_coef, const OptTensor& kl_coef) {
     return policy_arg(options, moments, entropy_coef, kl_coef);
   }
-  // Log-probabilities and entropies; the gradient goes to the target.
+  // Writes the gradient to the target; returns log-probabilities and entropies.
   static std::tuple<Tensor, Tensor> into(const Target& to, const Tensor& logits,
                                          const Tensor& tokens, LogitsPpoArg& a) {
     const Device device(logits);
@@ -154,7 +154,7 @@ struct InPlace : LogitsPpoOnCuda {
   }
 };
 
-// fp32 rows take a bf16 gradient, each from its own start on.
+// bf16 gradient over fp32 logits: each row's gradient starts where the row does.
 struct Bf16InPlace : LogitsPpoOnCuda {
   using Result = std::tuple<Tensor, Tensor>;
   static Result run(const Tensor& logits, const Tensor& tokens, LogitsPpoArg& a) {

@@ -1,12 +1,13 @@
-// logits_ppo_loss: a token's part between its row's softmax and its row's gradient, and the kernel
-// that reads each row twice (torch-free).
+// Kernels of logits_ppo_loss: the policy loss of a token between the softmax and the gradient of
+// its row. One kernel reads each row twice; on sm_90 and later another keeps a row in the shared
+// memory of a cluster of blocks between the two, so that it is read once and written once.
 #pragma once
 
 #include "softmax.cuh"
 
 namespace ppo::cuda {
 
-// By value in the kernels' parameters.
+// Arguments, by value in the kernels' parameters.
 struct LogitsPpoArg {
   LogitsRows rows;
   PolicyArg policy;
@@ -22,7 +23,7 @@ struct LogitsPpoArg {
   }
 };
 
-// What the loss takes of one token, fetched before its row is.
+// Loss inputs of one token, fetched before its row.
 struct TokenInputs {
   bool live, legal;  // counts; and is one of the V
   int64_t label;
@@ -44,7 +45,7 @@ PPO_DEVICE TokenInputs token_inputs(const LogitsPpoArg& a, int64_t row) {
   return t;
 }
 
-// Of a live token, given its row's softmax and its logit.
+// Gradient terms of a live token's row, given the row's softmax and the label's logit.
 PPO_DEVICE GradientTerms token_gradient(const LogitsPpoArg& a, const PolicyConsts<float>& c,
                                         const TokenInputs& t, const Outcome& row,
                                         float label_logit) {
@@ -55,7 +56,7 @@ PPO_DEVICE GradientTerms token_gradient(const LogitsPpoArg& a, const PolicyConst
   const float slope = policy_terms_of(a.policy.options, c, token).grad;
   GradientTerms terms = gradient_terms(t.weight * slope, -(t.weight * c.entropy_coef), row,
                                        t.label, label_logit, t.inv_temperature, t.legal);
-  // A clamp drops a NaN, and with it the slope: the row is NaN all the same.
+  // A clamp drops a NaN and leaves a slope of 0; the row is NaN all the same.
   terms.zero = terms.zero && t.legal && row.sound;
   return terms;
 }
@@ -65,7 +66,7 @@ PPO_DEVICE void store_outcome(const LogitsPpoArg& a, int64_t row, bool live, con
   a.entropy[row] = live ? o.entropy : 0.f;
 }
 
-// A team of warps takes whole rows, one after the other.
+// Team of threads that takes whole rows, one after the other.
 struct Team {
   int thread, threads;  // of this team
   int64_t first, step;  // rows
@@ -80,7 +81,7 @@ struct Team {
   }
 };
 
-// Reads a row for its softmax, and once more, mostly out of the L2, for its gradient.
+// Reads each row for its softmax, and once more, mostly from the L2, for its gradient.
 template <class T, class O>
 PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, SoftmaxState* states) {
   const PolicyConsts<float> c = resolve(a.policy);
@@ -119,7 +120,7 @@ PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, SoftmaxState*
 
 constexpr int kTwoReadThreads = 256;
 
-// A row of one slice is a warp's, any other a block's.
+// Two-read kernel: rows of one slice take a warp each, longer rows a block each.
 template <class T, class O>
 __global__ void __launch_bounds__(kTwoReadThreads, 1)
     logits_ppo_two_reads(const __grid_constant__ LogitsPpoArg a) {
@@ -139,8 +140,10 @@ constexpr int kMaxWorkers = 16;  // warps
 constexpr int kMaxCluster = 8;   // the largest size that every device has
 constexpr int kClusterThreads = (kMaxWorkers + 1) * kWarp;
 
-// Ahead of the stages in shared memory. Of what the blocks send each other there are two sets, by
-// turn: a block may be one row ahead of the others.
+// The cluster kernel. Every block holds the same columns of each row, kStages rows at a time: one
+// is being read, one worked on, one written. Bulk copies move them, issued by the last warp; the
+// other warps compute. This state lies ahead of the stages in shared memory. Data exchanged
+// between blocks has two alternating sets, because a block may be one row ahead of the others.
 struct ClusterState {
   Mbarrier full[kStages];  // the row is there
   Mbarrier done[kStages];  // its gradient may be written
@@ -152,12 +155,13 @@ struct ClusterState {
 };
 constexpr int kStagesAt = (sizeof(ClusterState) + 127) / 128 * 128;
 
-// Bytes of a stage: a block's columns, up to 16 bytes further as the row misses 16 bytes itself.
+// Bytes of a stage: a block's columns, plus up to 16 bytes for the row's offset from 16-byte
+// alignment.
 PPO_HOST_DEVICE int64_t stage_bytes(RowPlan plan, int cluster, int item) {
   return (int64_t(plan.slices / cluster) * plan.length * item + 16 + 127) / 128 * 128;
 }
 
-// What a block holds of every row, and which rows its cluster takes.
+// A block's columns of every row, and the rows of its cluster.
 template <class T>
 struct Held {
   ClusterState* state;
@@ -180,21 +184,23 @@ struct Held {
     row_step = int64_t(gridDim.x) / size;
     rows = (a.n_rows - first_row + row_step - 1) / row_step;
   }
-  // Of all rows, this cluster's row n.
+  // Row number of this cluster's n-th row.
   PPO_DEVICE int64_t row(int64_t n) const { return first_row + n * row_step; }
-  // Where column `first` of the cluster's row n stands: as far off 16 bytes as in the logits.
+  // Address of column `first` of the cluster's n-th row in its stage, with the same offset from
+  // 16-byte alignment as in the logits.
   PPO_DEVICE T* stage(int64_t n, int phase) const {
     return reinterpret_cast<T*>(stages + int(n % kStages) * bytes) + phase;
   }
 };
 
-// A row's gradient leaves its stage by bulk copies where it misses 16 bytes by what the logits do.
+// Whether a row's gradient can leave its stage by bulk copies: it has the logits' offset from
+// 16-byte alignment.
 template <class T, class O>
 PPO_DEVICE bool leaves_in_bulk(const T* from, const O* to) {
   return sizeof(T) == sizeof(O) && phase_of(from) == phase_of(to);
 }
 
-// The whole 16 bytes of a row's held columns, and the elements before and after.
+// Whole 16-byte vectors of a row's held columns, and the elements before and after them.
 struct RowSpan {
   int head, vectors, tail;
 };
@@ -205,7 +211,7 @@ PPO_DEVICE RowSpan span_of(int phase, int n) {
   return {head, (n - head) / per, (n - head) % per};
 }
 
-// copy(offset, bytes) for piece k of a span; pieces end at the same places of every stage.
+// Calls copy(offset, bytes) for piece k of a span; pieces end at the same places of every stage.
 template <class T, class Copy>
 PPO_DEVICE void copy_piece(const Held<T>& held, const RowSpan& span, int phase, int k,
                            const Copy& copy) {
@@ -215,7 +221,7 @@ PPO_DEVICE void copy_piece(const Held<T>& held, const RowSpan& span, int phase, 
   if (from < to) copy(from - phase * int(sizeof(T)), unsigned(to - from));
 }
 
-// Row n's gradient out of its stage, by the moving warp.
+// Stores row n's gradient from its stage; called by the moving warp.
 template <class T>
 PPO_DEVICE void store_row(const Held<T>& held, T* to, int64_t n) {
   const int phase = phase_of(to), count = held.end - held.first;
@@ -247,7 +253,8 @@ PPO_DEVICE void load_pieces(const Held<T>& held, const RowSpan& span, int phase,
   }
 }
 
-// Row n and its token into their stage, by the moving warp; a row that does not count is not read.
+// Loads row n and its token into their stage; called by the moving warp. Rows that are not live
+// are not read.
 template <class T>
 PPO_DEVICE void load_row(const Held<T>& held, const T* from, const TokenInputs& t, int64_t n) {
   const int phase = phase_of(from), count = held.end - held.first;
@@ -268,7 +275,7 @@ PPO_DEVICE void load_row(const Held<T>& held, const T* from, const TokenInputs& 
   if (lane == 0) mbarrier_arrive(full);
 }
 
-// The last warp: rows come, and gradients go, through the stages in turn.
+// The moving warp, the last: rows come and gradients leave through the stages in turn.
 template <class T, class O>
 PPO_DEVICE void move_rows(const LogitsPpoArg& a, const Held<T>& held) {
   TokenInputs next = token_inputs(a, held.row(0));
@@ -288,8 +295,8 @@ PPO_DEVICE void move_rows(const LogitsPpoArg& a, const Held<T>& held) {
   if (lane_id() == 0) bulk_wait<0>();
 }
 
-// This warp's slices and the label's logit, to every block of the cluster; returns once all have
-// theirs.
+// Sends the states of this warp's slices and the label's logit to every block of the cluster;
+// returns when all blocks have everything.
 template <class T>
 PPO_DEVICE void exchange(const Held<T>& held, const T* row, const TokenInputs& t, int64_t turn,
                          int workers) {
@@ -321,7 +328,7 @@ PPO_DEVICE void leave_gradient(const Held<T>& held, const T* row, O* to, const G
   }
 }
 
-// The other warps: a row's softmax, its token, its gradient.
+// The computing warps: a row's softmax, its token's loss, its gradient.
 template <class T, class O>
 PPO_DEVICE void work_on_rows(const LogitsPpoArg& a, const Held<T>& held, int workers) {
   int64_t turn = 0;  // rows exchanged

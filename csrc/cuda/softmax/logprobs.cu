@@ -1,5 +1,5 @@
-// token_logprobs on the GPU: log-probability and entropy of one token per row of logits, and the
-// gradient with respect to the logits.
+// ppo_fast::logprobs_fwd.cuda and logprobs_bwd.cuda: log-probability and entropy of one label per
+// row of logits, and the gradient by the logits.
 #include "../../ops/logprobs.h"
 #include "../device/launch.h"
 #include "logprobs.cuh"
@@ -7,11 +7,12 @@
 namespace ppo::cuda {
 namespace {
 
-// Slices shorter than that are not worth a bulk copy; longer ones do not fit.
+// Bytes of a slice that is streamed: shorter ones are not worth a bulk copy, longer ones do not
+// fit.
 constexpr int kLeastStreamed = 1024, kMostStreamed = 16 * 1024;
 constexpr size_t kSharedPerBlock = 227 * 1024;
 
-// How the slices of some rows are spread over the device. Nothing here changes a row's bits.
+// Distribution of rows' slices over the device. Nothing here changes a row's bits.
 struct Spread {
   bool streamed;
   LaunchConfig launch;
@@ -38,7 +39,7 @@ Spread spread(const Device& device, LogprobsRows& r, int item) {
            device.stream()}};
 }
 
-// f(rows) for as many rows at a time as there are counters.
+// Calls f(rows) for as many rows at a time as there are counters.
 template <class Fn>
 void for_chunks(const LogprobsRows& all, const Fn& f) {
   const int64_t most = all.plan.slices > 1 ? Device::kMaxCounters : all.count;

@@ -1,5 +1,5 @@
-// token_logprobs: a warp per slice of a row (softmax.cuh), the slices of a row in any order on any
-// warp. On sm_90 a warp's next slices stream through shared memory while it works on one.
+// Kernels of token_logprobs: one warp per slice of a row (softmax.cuh), in any order on any warp.
+// On sm_90 and later a warp's next slices stream through shared memory while it works on one.
 #pragma once
 
 #include "softmax.cuh"
@@ -11,17 +11,17 @@ constexpr int kRingStages = 3;
 PPO_HOST_DEVICE int ring_barrier_bytes(int warps) {
   return (warps * kRingStages * int(sizeof(Mbarrier)) + 127) / 128 * 128;
 }
-// Stages of a multiple of 16 bytes.
+// Bytes of all rings of a block; stage_bytes is a multiple of 16.
 PPO_HOST_DEVICE size_t ring_bytes(int warps, int stage_bytes) {
   return size_t(ring_barrier_bytes(warps)) + size_t(warps) * kRingStages * size_t(stage_bytes);
 }
 
-// A warp's slices on their way through shared memory, in the order they were fetched.
+// Ring buffer of a warp's slices in shared memory, in the order of their fetches.
 template <class T>
 class SliceRing {
  public:
-  // This warp's ring in the block's shared memory: all warps' barriers first, then their stages.
-  // Unless `used` it touches nothing.
+  // Takes this warp's ring in the block's shared memory: the barriers of all warps first, then
+  // their stages. Touches nothing unless `used`.
   PPO_DEVICE SliceRing(int stage_bytes, bool used)
       : bars_(shared_memory<Mbarrier>() + warp_id() * kRingStages),
         memory_(shared_memory<unsigned char>() + ring_barrier_bytes(int(blockDim.x) / kWarp) +
@@ -35,8 +35,8 @@ class SliceRing {
     __syncwarp();
   }
 
-  // Start to copy row[first, end). The 16 bytes around its ends come along: they hold elements of
-  // the row, so they are there to be read. At most kRingStages are fetched and not yet dropped.
+  // Starts to copy row[first, end). The 16-byte vectors at its ends are copied whole: they hold
+  // elements of the row, so they can be read. At most kRingStages slices are in the ring.
   PPO_DEVICE void fetch(const T* row, int first, int end) {
     __syncwarp();
     if (lane_id() == 0) {
@@ -49,7 +49,7 @@ class SliceRing {
     }
     ++fetched_;
   }
-  // The next one, when it has arrived: where row[0] would stand.
+  // Waits for the next slice; returns the address where row[0] would be.
   PPO_DEVICE T* take(const T* row, int first) {
     const int stage = taken_ % kRingStages;
     mbarrier_wait(bars_ + stage, unsigned(taken_ / kRingStages));
@@ -64,9 +64,9 @@ class SliceRing {
   int stage_bytes_, fetched_ = 0, taken_ = 0;
 };
 
-// Write held[first, end), which the warp has put where the ring's copy of it stood, to out; `out`
-// and the row that was fetched start at the same distance from 16 bytes. The ring's memory is free
-// again after lane 0's bulk_wait_read.
+// Bulk-stores the slice from its ring buffer to `out`. Requires `out` and the source row to have
+// the same offset from 16-byte alignment. The ring's memory is free again after lane 0's
+// bulk_wait_read.
 template <class T>
 PPO_DEVICE void store_slice(T* out, const T* held, int first, int end) {
   constexpr int n = kPerVector<T>;
@@ -84,7 +84,8 @@ PPO_DEVICE void store_slice(T* out, const T* held, int first, int end) {
 
 constexpr int kLogprobsThreads = 256, kLogprobsBlocks = 3;  // of a multiprocessor
 
-// Rows [first, first + count) of the logits, cut into slices, and which warp takes which.
+// Rows [first, first + count) of the logits, cut into slices, and the assignment of slices to
+// warps.
 struct LogprobsRows : LogitsRows {
   int64_t first, count;
   int stage_bytes;  // of one slice in shared memory
@@ -99,7 +100,7 @@ struct LogprobsForward {
   float *logprobs, *entropy, *row_max, *log_sum;  // (rows,) contiguous
 };
 
-// (rows,) each; what is absent is 0.
+// Inputs of the gradient, (rows,) each; absent ones are 0.
 struct LogprobsUpstream {
   RowValues grad_logprobs, grad_entropy, entropy, row_max, log_sum;
 };
@@ -111,7 +112,7 @@ struct LogprobsGradient {
   const GradientTerms* terms;  // (count,)
 };
 
-// The slices of one warp: number k of them.
+// Slice number k of this warp.
 struct LogprobsSlice {
   int64_t row;  // in [0, count)
   int slice, first, end;
@@ -129,8 +130,8 @@ PPO_DEVICE LogprobsSlice slice_at(const LogprobsRows& r, int64_t k) {
           (task >> shift) < r.count};
 }
 
-// Whether this warp's state was the last one of its row; resets the count. The states of the
-// others can then be read.
+// Whether this warp's state was the last of its row; if so the count is reset and the other states
+// can be read.
 PPO_DEVICE bool completes_row(unsigned* done, int slices) {
   int last = 0;
   if (lane_id() == 0) {
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
   }
 }
 
-// What a row's gradient is made of, a thread per row: the label's logit is read before anything is
+// Gradient terms of every row, one thread each: the label's logit is read before anything is
 // overwritten in place.
 template <class T>
 __global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
@@ -223,7 +224,8 @@ __global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
     logprobs_gradient_kernel(const __grid_constant__ LogprobsGradient a) {
   const LogprobsRows& r = a.rows;
   const auto out_row = [&](int64_t i) { return static_cast<T*>(a.out) + a.out_at.offset(i); };
-  // What is copied in whole 16 bytes on its way in must be on its way out.
+  // Streamed slices are stored in 16-byte units, so input and output rows must share their
+  // alignment.
   const auto together = [&](int64_t i) { return phase_of(r.row<T>(i)) == phase_of(out_row(i)); };
   SliceRing<T> ring(r.stage_bytes, streamed);
   const auto fetch = [&](int64_t k) {
@@ -231,7 +233,7 @@ __global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
     if (!s.exists || a.terms[s.row].zero || !together(r.first + s.row)) return;
     ring.fetch(r.row<T>(r.first + s.row), s.first, s.end);
   };
-  // Into the memory that the last slice was stored from.
+  // Fetches into the memory that the last slice was stored from.
   const auto fetch_next = [&](int64_t k) {
     if (lane_id() == 0) bulk_wait_read<0>();
     fetch(k + kRingStages - 1);

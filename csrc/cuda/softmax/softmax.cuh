@@ -1,7 +1,7 @@
-// A row of logits on the GPU: how it is cut, its softmax's state, and its gradient (torch-free).
+// Rows of logits on the GPU: arguments, slices, softmax state and gradient.
 //
-// What token_logprobs and logits_ppo_loss share, so that a row's bits follow from its logits and V
-// alone: not from the grid, the block, the cluster, nor where the row starts in memory.
+// token_logprobs and logits_ppo_loss share it, so that a row's bits follow from its logits and V
+// alone: not from grid, block, cluster, or the row's position in memory.
 #pragma once
 
 #include "../device/launch.h"
@@ -16,11 +16,11 @@ constexpr int kScanVectors = 4;  // 16 bytes each, that a lane takes between two
 constexpr int kGradVectors = 2;  // in the pass that writes
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLowest = -3.4028234663852886e38f;  // finite: without a logit, m - m is 0
-// exp(-200) is 0 in fp32, so clamping there changes nothing but 0 * -inf. It drops a NaN
-// (fmaxf(NaN, x) = x), which is why the factor beside it comes from the unclamped argument.
+// exp(-200) is 0 in fp32, so clamping there changes nothing but 0 * -inf. The clamp drops a NaN
+// (fmaxf(NaN, x) = x); therefore the other factor comes from the unclamped argument.
 constexpr float kZeroExp = -200.f;
 
-// Logits (rows, V) with each row's token, mask and temperature.
+// Logits (rows, V) with every row's token (label), mask and temperature.
 struct LogitsRows {
   const void* logits;
   RowIndex at;
@@ -59,7 +59,8 @@ inline LogitsRows logits_rows(const char* op, const Tensor& logits, const Tensor
           int(logits.sizes()[rank])};
 }
 
-// A row is `slices` pieces of `length` columns, the last one shorter, a warp each.
+// Cut of a row into `slices` slices of `length` columns, the last one shorter; a warp takes one
+// slice.
 struct RowPlan {
   int slices;  // a power of two
   int length;  // a multiple of 8: slices start where the row does, modulo 16 bytes
@@ -71,19 +72,19 @@ PPO_HOST_DEVICE RowPlan row_plan(int vocab) {
   return {slices, ((vocab - 1) / slices + 8) / 8 * 8};
 }
 
-// With z = logit / temperature: max z, sum e^(z - max), sum (z - max) e^(z - max).
+// Softmax state. With z = logit / temperature: max z, sum e^(z - max), sum (z - max) e^(z - max).
 struct SoftmaxState {
   float max, sum, dot;
 };
 
-// The sums restated for the maximum top >= p.max.
+// State relative to the maximum top >= p.max.
 PPO_DEVICE SoftmaxState rescaled(SoftmaxState p, float top) {
   const float shift = fmaxf(p.max - top, kZeroExp);
   const float r = fast_exp2(shift * kLog2e);
   return {top, p.sum * r, fmaf(shift, p.sum, p.dot) * r};
 }
 
-// One lane's next logits; absent ones are -inf.
+// State extended by a lane's next logits; absent ones are -inf.
 template <int vectors, int n>
 PPO_DEVICE SoftmaxState extended(SoftmaxState p, const float (&x)[vectors][n],
                                  float inv_temperature) {
@@ -101,13 +102,13 @@ PPO_DEVICE SoftmaxState extended(SoftmaxState p, const float (&x)[vectors][n],
   return p;
 }
 
-// All lanes' states as one, the same in every lane.
+// State of all lanes together, the same in every lane.
 PPO_DEVICE SoftmaxState warp_merged(SoftmaxState p) {
   p = rescaled(p, warp_reduce(p.max, Max{}));
   return {p.max, warp_sum(p.sum), warp_sum(p.dot)};
 }
 
-// A row's slices as one, by a whole warp.
+// State of a row from those of its slices; called by a whole warp.
 PPO_DEVICE SoftmaxState merged(const SoftmaxState* states, int slices) {
   const int lane = lane_id();
   const SoftmaxState none{kLowest, 0.f, 0.f};
@@ -121,15 +122,15 @@ PPO_DEVICE SoftmaxState merged(const SoftmaxState* states, int slices) {
   return warp_merged(p);
 }
 
-// By how many elements a row misses 16 bytes.
+// Offset of the row's start from 16-byte alignment, in elements.
 template <class T>
 PPO_DEVICE int phase_of(const T* row) {
   return int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kPerVector<T>);
 }
 
-// x = row[col, col + 16 bytes), -inf from `end` on, which `inside` says is not reached. Rows whose
-// phase is not 0 are read `across` 16-byte boundaries: two loads, and what lies between. Either
-// load holds an element of the row, so that all of it is there to be read.
+// Loads x = row[col, col + 16 bytes), -inf from `end` on, which is not reached if `inside`. Rows
+// with a phase are read `across` 16-byte boundaries: two aligned loads, and the bytes between.
+// Both loads hold an element of the row, so all of their bytes can be read.
 template <class T, bool across, bool inside>
 PPO_DEVICE void load_columns(const T* row, int phase, int end, int col,
                              float (&x)[kPerVector<T>]) {
@@ -149,7 +150,7 @@ PPO_DEVICE void load_columns(const T* row, int phase, int end, int col,
   }
 }
 
-// The next `vectors` times 16 bytes of each lane, from column `at` on.
+// State extended by the next `vectors` times 16 bytes of each lane, from column `at` on.
 template <int vectors, bool across, bool inside, class T>
 PPO_DEVICE SoftmaxState scan_step(SoftmaxState p, const T* row, int phase, int end, int at,
                                   float inv_temperature) {
@@ -177,7 +178,7 @@ PPO_DEVICE SoftmaxState lane_state(const T* row, int phase, int first, int end,
   return p;
 }
 
-// Columns [first, end) of a row, by a whole warp; the result is the same in every lane.
+// State of columns [first, end) of a row, the same in every lane; called by a whole warp.
 template <class T>
 PPO_DEVICE SoftmaxState slice_state(const T* row, int first, int end, float inv_temperature) {
   const int phase = phase_of(row);
@@ -186,13 +187,13 @@ PPO_DEVICE SoftmaxState slice_state(const T* row, int first, int end, float inv_
   return warp_merged(p);
 }
 
-// What a row's softmax comes to. A row without a finite logit, or with NaN or +inf, is not sound.
+// Results of a row's softmax. A row without a finite logit, or with NaN or +inf, is not sound.
 struct Outcome {
   bool sound;
   float max, log_sum, logprob, entropy;
 };
 
-// `label` is the token's logit; legal: there is such a token.
+// Results from a row's state; legal: the label is one of the V columns.
 PPO_DEVICE Outcome outcome(SoftmaxState row, float label_logit, float inv_temperature,
                            bool legal) {
   const bool sound = row.sum > 0.f;
@@ -202,8 +203,9 @@ PPO_DEVICE Outcome outcome(SoftmaxState row, float label_logit, float inv_temper
           legal && sound ? log_sum - row.dot / sum : NAN};
 }
 
-// d loss / d logit_j = p_j (slope ln p_j + offset), but label_term at the label; with g and h the
-// loss's derivatives by log-probability and entropy H: offset = -(g + h H)/T, slope = -h/T.
+// Gradient of a row: d loss / d logit_j = p_j (slope ln p_j + offset), but label_term at the
+// label. With g and h the loss's derivatives by log-probability and entropy H, and temperature T:
+// offset = -(g + h H)/T, slope = -h/T.
 struct GradientTerms {
   float max, log_sum, inv_temperature, slope, offset, label_term;
   int label;
@@ -219,7 +221,7 @@ PPO_DEVICE GradientTerms gradient_terms(float g, float h, const Outcome& row, in
               slope = -h * inv_temperature;
   const float ln_p = shifted - row.log_sum;
   const ExpParts<float> e = exp_parts(ln_p);
-  // a p + g/T of a likely token would cancel.
+  // offset p + g/T of a likely label would cancel.
   const float label_term = fmaf(-g, e.expm1, -h * (e.exp * (fmaxf(ln_p, kZeroExp) + row.entropy)));
   return {row.max,
           row.log_sum,
@@ -236,8 +238,8 @@ PPO_DEVICE float gradient(const GradientTerms& t, float x) {
   return fast_exp2(ln_p * kLog2e) * fmaf(t.slope, fmaxf(ln_p, kZeroExp), t.offset);
 }
 
-// The gradient of x, whose first element is the row's column `col`: all of it is `inside`
-// [first, end), or what is outside is left alone.
+// Stores the gradient of x, whose first element is the row's column `col`. Either all of it is
+// `inside` [first, end), or columns outside are left alone.
 template <bool inside, class O>
 PPO_DEVICE void store_gradient(O* to, int first, int end, int col, float (&x)[kPerVector<O>],
                                const GradientTerms& t) {
@@ -258,8 +260,9 @@ PPO_DEVICE void store_gradient(O* to, int first, int end, int col, float (&x)[kP
   }
 }
 
-// The next `vectors` times 16 bytes of `to` of each thread, from column `at` on. `together`: the
-// row is read in 16 bytes too; `inside`: that, and all of them are in [first, end).
+// Gradient of the next `vectors` times 16 bytes of `to` of each thread, from column `at` on.
+// `together`: the row is also read in 16-byte vectors; `inside`: that, and all columns are in
+// [first, end).
 template <int vectors, bool inside, class T, class O, class Between>
 PPO_DEVICE void gradient_step(const T* row, O* to, int first, int end, int at, bool together,
                               const GradientTerms& t, int thread, int threads,
@@ -289,9 +292,10 @@ PPO_DEVICE void gradient_step(const T* row, O* to, int first, int end, int at, b
   }
 }
 
-// to[first, end) from row[first, end), by `threads` threads of which this is number `thread`, in
-// whole 16 bytes of `to` but for the ends. `to` may be `row`; where it is narrower and starts at
-// the same address, `between` must keep everybody's loads before anybody's stores.
+// Writes the gradient to[first, end) of row[first, end), by `threads` threads of which this is
+// number `thread`, in whole 16-byte vectors of `to` except at the ends. `to` may be `row`; where
+// it is narrower and starts at the same address, `between` must keep everybody's loads before
+// anybody's stores.
 template <class T, class O, class Between>
 PPO_DEVICE void write_gradient(const T* row, O* to, int first, int end, const GradientTerms& t,
                                int thread, int threads, const Between& between) {
@@ -316,7 +320,7 @@ PPO_DEVICE void write_gradient(const T* row, O* to, int first, int end, const Gr
   }
 }
 
-// The same for a row without a gradient.
+// Writes zeros to[first, end), the gradient of a row without one.
 template <class O>
 PPO_DEVICE void write_zeros(O* to, int first, int end, int thread, int threads) {
   constexpr int n = kPerVector<O>;

@@ -1,4 +1,4 @@
-// ppo_fast::moments.cuda and whiten.cuda.
+// ppo_fast::moments.cuda and whiten.cuda: arguments and launches.
 #include <algorithm>
 
 #include "../device/launch.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr char kOp[] = "whiten";
 
-// Row numbers cost a division each: only where a tensor is not flat.
+// Columns per row if a tensor is not flat, else 0: row numbers cost a division each.
 int64_t cols_wanted(const TokenShape& shape, const Column& x, const Column& mask) {
   return x.skip != 0 || mask.skip != 0 ? shape.cols : 0;
 }

@@ -1,4 +1,4 @@
-// Masked moments, and whitening by given ones.
+// Kernels of masked moments, and of whitening by given moments.
 #pragma once
 
 #include "../device/reduce.cuh"
@@ -6,7 +6,7 @@
 
 namespace ppo::cuda {
 
-// More blocks than run at a time only make more parts to merge.
+// Most blocks: more than run at a time would only make more parts to merge.
 constexpr int64_t kMomentBlocks = 256, kWhitenBlocks = 1024;
 
 struct MomentsArgs {
@@ -45,8 +45,8 @@ struct WhitenArgs {
   float* out;  // contiguous
 };
 
-// y = ((x - high) - low) * scale + add; the mean in two parts, as one rounding of it would shift
-// every element alike. Without a variance y = add.
+// Constants of y = ((x - high) - low) * scale + add. The mean is in two parts, because rounding it
+// once would shift every element alike. Without a variance y = add.
 struct Whitening {
   float high, low, scale, add;
   bool flat;
