@@ -41,7 +41,7 @@ struct LossArgs {
 };
 
 // Absent tensors have null data. Gradients are contiguous, null if not requested.
-struct PolicyArgs {
+struct PolicyLossArgs {
   LossArgs base;
   PolicyOptions policy;
   View logprobs, old_logprobs, advantages, is_weights, entropy, ref_logprobs;
@@ -49,7 +49,7 @@ struct PolicyArgs {
   void *grad_logprobs, *grad_entropy;
 };
 
-struct ValueArgs {
+struct ValueLossArgs {
   LossArgs base;
   View values, old_values, returns;
   void* grad_values;

@@ -10,7 +10,8 @@ namespace ppo {
 namespace {
 
 // Mean log-ratio of every sequence, for gspo alone, computed before the pass that needs it.
-std::vector<double> mean_log_ratios(const PolicyArgs& args, const LossSequences& seqs, bool fp64) {
+std::vector<double> mean_log_ratios(const PolicyLossArgs& args, const LossSequences& seqs,
+                                    bool fp64) {
   if (args.policy.variant != Variant::gspo) return {};
   const auto mean = fp64 ? &scalar::mean_log_ratio<double> : PPO_SELECT(mean_log_ratio_f);
   const int64_t count = seqs.map().count, tokens = std::max<int64_t>(seqs.tokens(), 1);
@@ -25,14 +26,14 @@ std::vector<double> mean_log_ratios(const PolicyArgs& args, const LossSequences&
 
 struct PolicyOnCpu {
   using Call = LossCall;
-  using Args = PolicyArgs;
+  using Args = PolicyLossArgs;
 
   static PolicyOptions policy(const PolicyOptions& options, const OptTensor& moments,
                               const OptTensor& entropy_coef, const OptTensor& kl_coef) {
     return with_tensors(options, moments, entropy_coef, kl_coef);
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> run(const LossCall& call, PolicyArgs& a) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> run(const LossCall& call, PolicyLossArgs& a) {
     a.base = call.args();
     a.grad_logprobs = call.grad(0);
     a.grad_entropy = call.grad(1);

@@ -83,7 +83,7 @@ struct PolicyRows {
   scalar_t<T>*grad_logprobs, *grad_entropy;
   T weight, grad_weight, seq_ratio;
 
-  PolicyRows(const PolicyArgs& a, const Piece& p, PolicyBuffers<T>& b) {
+  PolicyRows(const PolicyLossArgs& a, const Piece& p, PolicyBuffers<T>& b) {
     logprobs = fetch_piece<T>(a.logprobs, p, b.logprobs);
     old_logprobs = fetch_piece<T>(a.old_logprobs, p, b.old_logprobs);
     if (!old_logprobs) old_logprobs = logprobs;
@@ -139,7 +139,7 @@ struct PolicyStep {
 };
 
 // The usual options of most trainers, compiled apart with fewer live registers.
-inline bool usual(const PolicyArgs& a) {
+inline bool usual(const PolicyLossArgs& a) {
   const PolicyOptions& o = a.policy;
   return o.estimator == Estimator::k3 && !o.straight_through && !o.has_dual &&
          !a.is_weights.data && o.log_ratio_min >= -kExpInside && o.log_ratio_max <= kExpInside;
@@ -147,7 +147,7 @@ inline bool usual(const PolicyArgs& a) {
 
 // Processes slots [first, last), at most kRun<T>; adds their sums to stats.
 template <Variant variant, bool is_usual, class T>
-void policy_run(const PolicyArgs& a, int64_t first, int64_t last, double* stats) {
+void policy_run(const PolicyLossArgs& a, int64_t first, int64_t last, double* stats) {
   PolicyBuffers<T> buffers;
   PolicyOptions options = a.policy;
   if (is_usual) {
@@ -169,7 +169,7 @@ void policy_run(const PolicyArgs& a, int64_t first, int64_t last, double* stats)
 }
 
 template <Variant variant, bool is_usual, class T>
-void policy_runs(const PolicyArgs& a, int64_t first, int64_t last, double* stats) {
+void policy_runs(const PolicyLossArgs& a, int64_t first, int64_t last, double* stats) {
   for (; first < last; first += kRun<T>) {
     const int64_t end = first + kRun<T> < last ? first + kRun<T> : last;
     policy_run<variant, is_usual, T>(a, first, end, stats);
@@ -178,7 +178,7 @@ void policy_runs(const PolicyArgs& a, int64_t first, int64_t last, double* stats
 
 // Writes the gradients of slots [first, last), a block; adds their sums to stats (kNStats).
 template <class T>
-void policy_block(const PolicyArgs& a, int64_t first, int64_t last, double* stats) {
+void policy_block(const PolicyLossArgs& a, int64_t first, int64_t last, double* stats) {
   switch (a.policy.variant) {
     case Variant::clip:
       if (usual(a)) return policy_runs<Variant::clip, true, T>(a, first, last, stats);
@@ -197,7 +197,7 @@ void policy_block(const PolicyArgs& a, int64_t first, int64_t last, double* stat
 // Mean clamped log-ratio of sequence s over its `live` tokens, for gspo; summed in double, so that
 // the position of padding does not survive the rounding to T.
 template <class T>
-double mean_log_ratio(const PolicyArgs& a, int64_t s, int64_t live) {
+double mean_log_ratio(const PolicyLossArgs& a, int64_t s, int64_t live) {
   Buffer<T> logprobs, old_logprobs;
   uint8_t mask_buffer[kBlock];
   const PolicyConsts<T> c(a.policy);
@@ -221,10 +221,10 @@ double mean_log_ratio(const PolicyArgs& a, int64_t s, int64_t live) {
 }
 
 // Names for PPO_SELECT: F is a different type for every instruction set.
-inline void policy_block_f(const PolicyArgs& a, int64_t first, int64_t last, double* stats) {
+inline void policy_block_f(const PolicyLossArgs& a, int64_t first, int64_t last, double* stats) {
   policy_block<F>(a, first, last, stats);
 }
-inline double mean_log_ratio_f(const PolicyArgs& a, int64_t s, int64_t live) {
+inline double mean_log_ratio_f(const PolicyLossArgs& a, int64_t s, int64_t live) {
   return mean_log_ratio<F>(a, s, live);
 }
 

@@ -11,9 +11,9 @@ namespace {
 
 struct ValueOnCpu {
   using Call = LossCall;
-  using Args = ValueArgs;
+  using Args = ValueLossArgs;
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> run(const LossCall& call, ValueArgs& a,
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> run(const LossCall& call, ValueLossArgs& a,
                                                         const ValueOptions& options) {
     a.base = call.args();
     a.options = options;

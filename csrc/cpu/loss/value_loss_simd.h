@@ -36,7 +36,7 @@ struct ValueRows {
   scalar_t<T>* grad;
   T weight, grad_weight;
 
-  ValueRows(const ValueArgs& a, const Piece& p, ValueBuffers<T>& b) {
+  ValueRows(const ValueLossArgs& a, const Piece& p, ValueBuffers<T>& b) {
     values = fetch_piece<T>(a.values, p, b.values);
     old_values = fetch_piece<T>(a.old_values, p, b.old_values);
     if (!old_values) old_values = values;
@@ -105,7 +105,7 @@ struct ValueStep {
 
 // Processes slots [first, last), at most kRun<T>; adds their sums to stats.
 template <class T>
-void value_run(const ValueArgs& a, int64_t first, int64_t last, double* stats) {
+void value_run(const ValueLossArgs& a, int64_t first, int64_t last, double* stats) {
   ValueBuffers<T> buffers;
   ValueSums<T> sums;
   for (int64_t slot = first; slot < last;) {
@@ -119,14 +119,14 @@ void value_run(const ValueArgs& a, int64_t first, int64_t last, double* stats) {
 
 // Writes the gradients of slots [first, last), a block; adds their sums to stats (kNStats).
 template <class T>
-void value_block(const ValueArgs& a, int64_t first, int64_t last, double* stats) {
+void value_block(const ValueLossArgs& a, int64_t first, int64_t last, double* stats) {
   for (; first < last; first += kRun<T>) {
     value_run<T>(a, first, first + kRun<T> < last ? first + kRun<T> : last, stats);
   }
 }
 
 // A name for PPO_SELECT: F is a different type for every instruction set.
-inline void value_block_f(const ValueArgs& a, int64_t first, int64_t last, double* stats) {
+inline void value_block_f(const ValueLossArgs& a, int64_t first, int64_t last, double* stats) {
   value_block<F>(a, first, last, stats);
 }
 

@@ -54,7 +54,7 @@ int64_t resident_clusters(const Device& device, const ClusterPlan& c) {
 }
 
 template <class T, class O>
-void launch_cluster(const Device& device, const LogitsPpoArg& a, const ClusterPlan& c) {
+void launch_cluster(const Device& device, const LogitsPpoArgs& a, const ClusterPlan& c) {
   const int64_t clusters = std::min(a.n_rows, resident_clusters<T, O>(device, c));
   launch("logits_ppo_cluster", logits_ppo_cluster<T, O>,
          {dim3(unsigned(clusters * c.size)), dim3(unsigned(c.workers + 1) * kWarp), c.shared_bytes,
@@ -63,7 +63,7 @@ void launch_cluster(const Device& device, const LogitsPpoArg& a, const ClusterPl
 }
 
 template <class T, class O>
-void launch_two_reads(const Device& device, const LogitsPpoArg& a, const RowPlan& plan) {
+void launch_two_reads(const Device& device, const LogitsPpoArgs& a, const RowPlan& plan) {
   const bool alone = plan.slices == 1;  // a row is a warp's
   const int64_t fit = kL2Bytes / (int64_t(std::max(a.rows.vocab, 1)) * int64_t(sizeof(T)));
   const int64_t most =
@@ -76,7 +76,7 @@ void launch_two_reads(const Device& device, const LogitsPpoArg& a, const RowPlan
 }
 
 template <class T, class O>
-void launch_rows(const Device& device, const LogitsPpoArg& a) {
+void launch_rows(const Device& device, const LogitsPpoArgs& a) {
   if (a.n_rows == 0) return;
   const RowPlan plan = row_plan(a.rows.vocab);
   const ClusterPlan cluster = cluster_plan(plan, int(sizeof(T)));
@@ -87,7 +87,7 @@ void launch_rows(const Device& device, const LogitsPpoArg& a) {
   }
 }
 
-void launch_any(const Device& device, const LogitsPpoArg& a, DType from, DType to) {
+void launch_any(const Device& device, const LogitsPpoArgs& a, DType from, DType to) {
   if (from == DType::bf16 && to == from) return launch_rows<bf16, bf16>(device, a);
   if (from == DType::f16 && to == from) return launch_rows<fp16, fp16>(device, a);
   if (from == DType::f32 && to == from) return launch_rows<float, float>(device, a);
@@ -107,7 +107,7 @@ Target target_of(const Tensor& out) {
 }
 
 struct LogitsPpoOnCuda {
-  using Args = LogitsPpoArg;
+  using Args = LogitsPpoArgs;
 
   static LogitsRows rows(const char* op, const Tensor& logits, const Tensor& tokens,
                          const OptTensor& mask, const OptTensor& temperature, int64_t ignore_index,
@@ -124,7 +124,7 @@ struct LogitsPpoOnCuda {
   }
   // Writes the gradient to the target; returns log-probabilities and entropies.
   static std::tuple<Tensor, Tensor> into(const Target& to, const Tensor& logits,
-                                         const Tensor& tokens, LogitsPpoArg& a) {
+                                         const Tensor& tokens, LogitsPpoArgs& a) {
     const Device device(logits);
     Tensor logprobs = empty_on(logits, tokens.sizes(), ScalarType::Float);
     Tensor entropy = empty_on(logits, tokens.sizes(), ScalarType::Float);
@@ -140,7 +140,7 @@ struct LogitsPpoOnCuda {
 
 struct OutOfPlace : LogitsPpoOnCuda {
   using Result = std::tuple<Tensor, Tensor, Tensor>;
-  static Result run(const Tensor& logits, const Tensor& tokens, LogitsPpoArg& a) {
+  static Result run(const Tensor& logits, const Tensor& tokens, LogitsPpoArgs& a) {
     Tensor out = empty_on(logits, logits.sizes(), logits.scalar_type());
     auto [logprobs, entropy] = into(target_of(out), logits, tokens, a);
     return {logprobs, entropy, out};
@@ -149,7 +149,7 @@ struct OutOfPlace : LogitsPpoOnCuda {
 
 struct InPlace : LogitsPpoOnCuda {
   using Result = std::tuple<Tensor, Tensor>;
-  static Result run(const Tensor& logits, const Tensor& tokens, LogitsPpoArg& a) {
+  static Result run(const Tensor& logits, const Tensor& tokens, LogitsPpoArgs& a) {
     return into(target_of(logits), logits, tokens, a);
   }
 };
@@ -157,7 +157,7 @@ struct InPlace : LogitsPpoOnCuda {
 // bf16 gradient over fp32 logits: each row's gradient starts where the row does.
 struct Bf16InPlace : LogitsPpoOnCuda {
   using Result = std::tuple<Tensor, Tensor>;
-  static Result run(const Tensor& logits, const Tensor& tokens, LogitsPpoArg& a) {
+  static Result run(const Tensor& logits, const Tensor& tokens, LogitsPpoArgs& a) {
     PPO_CHECK(dtype_of(logits) == DType::f32, kOp, "logits must be float32");
     const auto sizes = logits.sizes(), strides = logits.strides();
     std::vector<int64_t> doubled(strides.begin(), strides.end());

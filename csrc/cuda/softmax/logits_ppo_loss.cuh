@@ -8,7 +8,7 @@
 namespace ppo::cuda {
 
 // Arguments, by value in the kernels' parameters.
-struct LogitsPpoArg {
+struct LogitsPpoArgs {
   LogitsRows rows;
   PolicyArg policy;
   RowValues old_logprobs, advantages, is_weights, ref_logprobs, weights;  // (rows,)
@@ -30,7 +30,7 @@ struct TokenInputs {
   float inv_temperature, old_logprob, advantage, is_weight, ref_logprob, weight;
 };
 
-PPO_DEVICE TokenInputs token_inputs(const LogitsPpoArg& a, int64_t row) {
+PPO_DEVICE TokenInputs token_inputs(const LogitsPpoArgs& a, int64_t row) {
   TokenInputs t{};
   t.live = a.rows.live(row);
   if (!t.live) return t;
@@ -46,7 +46,7 @@ PPO_DEVICE TokenInputs token_inputs(const LogitsPpoArg& a, int64_t row) {
 }
 
 // Gradient terms of a live token's row, given the row's softmax and the label's logit.
-PPO_DEVICE GradientTerms token_gradient(const LogitsPpoArg& a, const PolicyConsts<float>& c,
+PPO_DEVICE GradientTerms token_gradient(const LogitsPpoArgs& a, const PolicyConsts<float>& c,
                                         const TokenInputs& t, const Outcome& row,
                                         float label_logit) {
   PolicyToken<float> token{row.logprob,   a.old_logprobs ? t.old_logprob : row.logprob,
@@ -61,7 +61,7 @@ PPO_DEVICE GradientTerms token_gradient(const LogitsPpoArg& a, const PolicyConst
   return terms;
 }
 
-PPO_DEVICE void store_outcome(const LogitsPpoArg& a, int64_t row, bool live, const Outcome& o) {
+PPO_DEVICE void store_outcome(const LogitsPpoArgs& a, int64_t row, bool live, const Outcome& o) {
   a.logprobs[row] = live ? o.logprob : 0.f;
   a.entropy[row] = live ? o.entropy : 0.f;
 }
@@ -83,7 +83,7 @@ struct Team {
 
 // Reads each row for its softmax, and once more, mostly from the L2, for its gradient.
 template <class T, class O>
-PPO_DEVICE void two_reads(const LogitsPpoArg& a, const Team& team, SoftmaxState* states) {
+PPO_DEVICE void two_reads(const LogitsPpoArgs& a, const Team& team, SoftmaxState* states) {
   const PolicyConsts<float> c = resolve(a.policy);
   const RowPlan plan = row_plan(a.rows.vocab);
   for (int64_t r = team.first; r < a.n_rows; r += team.step) {
@@ -123,7 +123,7 @@ constexpr int kTwoReadThreads = 256;
 // Two-read kernel: rows of one slice take a warp each, longer rows a block each.
 template <class T, class O>
 __global__ void __launch_bounds__(kTwoReadThreads, 1)
-    logits_ppo_two_reads(const __grid_constant__ LogitsPpoArg a) {
+    logits_ppo_two_reads(const __grid_constant__ LogitsPpoArgs a) {
   SoftmaxState* states = shared_memory<SoftmaxState>();
   const int warps = int(blockDim.x) / kWarp;
   Team team{int(threadIdx.x), int(blockDim.x), int64_t(blockIdx.x), int64_t(gridDim.x), true};
@@ -169,7 +169,7 @@ struct Held {
   int bytes, slices, first_slice, length, first, end;
   int64_t rows, first_row, row_step;
 
-  PPO_DEVICE explicit Held(const LogitsPpoArg& a) {
+  PPO_DEVICE explicit Held(const LogitsPpoArgs& a) {
     const int size = int(cluster_size()), rank = int(cluster_rank());
     const RowPlan plan = row_plan(a.rows.vocab);
     state = shared_memory<ClusterState>();
@@ -277,7 +277,7 @@ PPO_DEVICE void load_row(const Held<T>& held, const T* from, const TokenInputs& 
 
 // The moving warp, the last: rows come and gradients leave through the stages in turn.
 template <class T, class O>
-PPO_DEVICE void move_rows(const LogitsPpoArg& a, const Held<T>& held) {
+PPO_DEVICE void move_rows(const LogitsPpoArgs& a, const Held<T>& held) {
   TokenInputs next = token_inputs(a, held.row(0));
   for (int64_t n = 0; n < held.rows + kStages; ++n) {
     const TokenInputs t = next;
@@ -330,7 +330,7 @@ PPO_DEVICE void leave_gradient(const Held<T>& held, const T* row, O* to, const G
 
 // The computing warps: a row's softmax, its token's loss, its gradient.
 template <class T, class O>
-PPO_DEVICE void work_on_rows(const LogitsPpoArg& a, const Held<T>& held, int workers) {
+PPO_DEVICE void work_on_rows(const LogitsPpoArgs& a, const Held<T>& held, int workers) {
   int64_t turn = 0;  // rows exchanged
   for (int64_t n = 0; n < held.rows; ++n) {
     const T* from = a.rows.row<T>(held.row(n));
@@ -365,7 +365,7 @@ PPO_DEVICE void work_on_rows(const LogitsPpoArg& a, const Held<T>& held, int wor
 
 template <class T, class O>
 __global__ void __launch_bounds__(kClusterThreads, 1)
-    logits_ppo_cluster(const __grid_constant__ LogitsPpoArg a) {
+    logits_ppo_cluster(const __grid_constant__ LogitsPpoArgs a) {
   const Held<T> held(a);
   const int workers = int(blockDim.x) / kWarp - 1;
   if (threadIdx.x == 0) {
