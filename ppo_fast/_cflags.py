@@ -1,5 +1,6 @@
-"""How the C++ and CUDA sources are compiled: shared by setup.py, the just-in-time builds and the
-tests. No imports of torch or of ppo_fast, because setup.py runs this file by its path.
+"""Compiler flags of the C++ and CUDA sources, for setup.py, the just-in-time builds and the tests.
+
+No imports of torch or of ppo_fast, because setup.py runs this file by its path.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def build_flags() -> list[str]:
 
 
 def link_flags() -> list[str]:
-    """What a build with sanitizers is linked with, too."""
+    """Further linker flags of a build with sanitizers."""
     asked = os.environ.get("PPO_FAST_SANITIZE")
     return [f"-fsanitize={asked}"] if asked else []
 

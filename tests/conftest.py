@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _on_gpu(item: pytest.Item) -> bool:
-    """Whether a test's backend computes on CUDA tensors, as `device` below decides."""
+    """True if a test's backend computes on CUDA tensors, as `device` below decides."""
     params = getattr(getattr(item, "callspec", None), "params", {})
     names = {params.get(key) for key in ("backend", "kernel", "backend_name")}
     follows = "device" in getattr(item, "fixturenames", ()) and "reference" in names
@@ -67,7 +67,7 @@ def usable(name: str) -> str:
 
 @pytest.fixture(params=("reference", *KERNELS))
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend, the law included."""
+    """Every backend, the reference included."""
     return usable(request.param)
 
 
@@ -79,7 +79,7 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the backend of this test computes."""
+    """Device on which the backend of this test computes."""
     name = next(
         request.getfixturevalue(fixture)
         for fixture in ("backend", "kernel")

@@ -147,7 +147,7 @@ def ppo_call(
 
 
 def _clear_of_kinks(call: Call, margin: float = 1e-4) -> Call:
-    """Where rounding could take the other branch, the token's ratio becomes exactly 1."""
+    """The call, with ratios of 1 for tokens that rounding could put on either side of a clip."""
     t, o = call.tensors, call.options
     new, old = t["logprobs"].double(), t["old_logprobs"].double()
     d = new - old

@@ -20,7 +20,7 @@ WITHOUT_KERNELS = {"launch"}
 
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where this run's test workers share what they have compiled."""
+    """Folder in which this run's test workers share compiled objects."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if base.name.startswith("popen-") else base) / "cuda-objects"
 

@@ -28,7 +28,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def run(device: ctypes.CDLL, name: str, size: int = 256) -> torch.Tensor | str:
-    """What the kernel left, or the message that it failed with."""
+    """The kernel's output, or the message that it failed with."""
     out, said = torch.full((size,), -1.0), ctypes.create_string_buffer(500)
     failed = device.run_case(name.encode(), ctypes.c_void_p(out.data_ptr()), said, len(said))
     return said.value.decode() if failed else out
@@ -63,7 +63,7 @@ def test_clusters_read_each_other_s_shared_memory(device: ctypes.CDLL) -> None:
 
 
 def test_bulk_copies_come_late(device: ctypes.CDLL) -> None:
-    """What is read before the wait is NaN; what is overwritten too early shows in the copy."""
+    """Data read before the wait is NaN; data overwritten too early shows in the copy."""
     out = result(device, "copies")
     assert out[:16].tolist() == [2 * i for i in range(16)] and out[16].isnan()
     assert result(device, "reused_source")[:2].tolist() == [2, 1]

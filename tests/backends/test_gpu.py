@@ -1,4 +1,4 @@
-"""What only a GPU can show: captured graphs, streams beside each other, bits over many runs, and
+"""Properties that only a GPU can show: captured graphs, parallel streams, bits over many runs, and
 more than 2^31 logits. (That results are right is tested with every other backend's.)
 """
 

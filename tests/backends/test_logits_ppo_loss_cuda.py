@@ -86,7 +86,7 @@ def narrowed(args: Args) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("vocab", [1, 37, 2048, 2056, 9001, 30001, 90000, 160001])
 def test_gradients_of_half_the_width(device: str, vocab: int) -> None:
-    """What the wide gradient rounds to, wherever the rows start."""
+    """The rounded wide gradient, wherever the rows start."""
     args = make(device, (5,) if vocab < 10000 else (2,), vocab, without=("moments",))
     logprobs, entropy, wide = op("logits_ppo_loss")(*args)
     for x, y in zip(narrowed(args), (logprobs, entropy, wide.bfloat16()), strict=True):

@@ -45,7 +45,7 @@ def same(xs: list[Tensor], ys: list[Tensor]) -> bool:
 def test_streaming_keeps_the_bits(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vocab: int
 ) -> None:
-    """What sm_90 streams, sm_80 reads where it stands; odd rows start anywhere."""
+    """Rows streamed on sm_90 and read in place on sm_80; odd rows start anywhere."""
     g = torch.Generator().manual_seed(vocab)
     logits = (4 * torch.randn(5, vocab, generator=g)).to(dtype)
     tokens = torch.randint(vocab, (5,), generator=g)

@@ -160,7 +160,7 @@ def test_offsets_on_the_host_are_checked(backend: str, op: str, offsets: list[in
 def test_offsets_on_the_device_poison(
     op: str, offsets: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the host does not look, nothing out of bounds is touched and every output is NaN."""
+    """Bad offsets that the host does not check: no access out of bounds, every output NaN."""
     backend, device = usable("triton"), "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(_checks, "offsets", lambda *_: None)  # interpreted, the host is the device
     out = run(with_offsets(op, offsets, device), backend)

@@ -25,7 +25,7 @@ def call_of(op: str, device: str = "cpu") -> Call:
 
 
 def with_tangent(call: Call, name: str, op: Any) -> Any:
-    """What the op gives when one of its arguments is dual, and the direction."""
+    """The op's result with one of its arguments dual, and the direction."""
     x = call.tensors[name].detach()
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
     with forward_ad.dual_level():
@@ -206,7 +206,7 @@ def test_a_constant_that_the_backward_reads_again_is_watched(
 
 
 def test_rows_that_were_picked_are_the_heads_own() -> None:
-    """Where some are left out, the others' constants are copies."""
+    """Constants of the rows that remain are copies where some rows are left out."""
     call = testing.linear_call((2, 3), mask="row")
     want = run(call, "cpu")
     for name in ("tokens", "temperature"):

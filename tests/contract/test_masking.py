@@ -1,4 +1,4 @@
-"""What stands in a masked slot reaches no output and no gradient, whatever it is."""
+"""The contents of masked slots reach no output and no gradient, whatever they are."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_garbage_reaches_nothing_of_the_head(
 
 @pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_ppo_loss"])
 def test_garbage_in_rows_left_out(backend: str, device: str, op: str) -> None:
-    """What row_index does not name, and ignored tokens' rows, are never read."""
+    """Rows that row_index does not name, and rows of ignored tokens, are never read."""
     extras = {"linear_ppo_loss": "head_extras"}.get(op, "extras")
     call = testing.HEADS[op]((2, 5), mask=None, device=device, **{extras: ("row_index",)})
     tokens, hidden = call.tensors["tokens"], call.tensors["hidden"].clone()

@@ -30,7 +30,7 @@ def spoilt(x: Tensor, value: float = NAN) -> Tensor:
 
 
 def only_here(x: Tensor) -> bool:
-    """Whether the spoilt slot alone is NaN."""
+    """True if the spoilt slot alone is NaN."""
     here = torch.zeros(SHAPE, dtype=torch.bool)
     here[ROW, COL] = True
     return torch.equal(x.isnan().cpu(), here)

@@ -77,7 +77,7 @@ def test_threads_do_not_meet(op: str) -> None:
 
 
 def total_of(call: Call, leaf: torch.Tensor, name: str, backend: str) -> torch.Tensor:
-    """What the backward starts from, as a function of one leaf."""
+    """The output that the backward starts from, as a function of one leaf."""
     given = call.replace(**{name: leaf})
     out = testing.output(
         getattr(ppo_fast, call.op)(**given.tensors, **given.options, backend=backend)

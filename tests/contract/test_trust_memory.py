@@ -1,4 +1,4 @@
-"""What a call allocates, keeps and writes: its outputs and workspace, nothing, its own slots."""
+"""Memory of a call: outputs and workspace are allocated, nothing is kept, own slots written."""
 
 from __future__ import annotations
 

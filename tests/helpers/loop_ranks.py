@@ -129,12 +129,12 @@ def free_port() -> int:
 
 
 def two_ranks(folder: Path) -> list[dict[str, dict[str, Any]]]:
-    """What each of two gloo processes found."""
+    """The findings of each of two gloo processes."""
     args = (str(folder), free_port())
     mp.start_processes(worker, args, nprocs=WORLD, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
 def one_process(folder: Path) -> dict[str, dict[str, Any]]:
-    """What one process finds."""
+    """The findings of one process."""
     return everything(folder, lambda sharded: Ranks())

@@ -105,7 +105,7 @@ def compiled(source: Path, folder: Path) -> Compiled:
 
 
 def kernels(log: str) -> Iterator[Kernel]:
-    """What `-Xptxas -v` reports of each kernel."""
+    """The report of `-Xptxas -v` on each kernel."""
     for part in log.split("Compiling entry function '")[1:]:
         name, architecture = re.match(r"(\w+)' for '(\w+)'", part).groups()
         stack, stores, loads = map(

@@ -82,7 +82,7 @@ ELSEWHERE = (
 
 
 def everything(t: Trainer) -> dict[str, Any]:
-    """What steps depend on, found by walking the trainer and not by asking `capture`."""
+    """The state that steps depend on, found by walking the trainer instead of asking `capture`."""
     walked = {k: v for k, v in values_of(vars(t)) if not k.startswith(ELSEWHERE)}
     timed = ("seconds", "tokens_per_second", ".dropped")
     return {k: v for k, v in walked.items() if not any(word in k for word in timed)}

@@ -63,7 +63,7 @@ def test_factors_and_caps_are_the_models_own(name: str, scale: float, cap: float
 
 
 class Halved(nn.Module):
-    """What a model's forward does with its logits, as a forward hook: a factor and a cap."""
+    """Forward hook that does to the logits what some models do: a factor and a cap."""
 
     def forward(self, module: nn.Module, args: object, out: Any) -> Any:
         out.logits = 4.0 * torch.tanh(0.5 * out.logits / 4.0)
@@ -198,7 +198,7 @@ def shifted_in_batches(module: nn.Module, args: object, out: Any) -> Any:
 
 @pytest.mark.parametrize("whose", ["policy", "reference"])
 def test_the_first_batch_is_compared_with_the_models_logits(tmp_path: Path, whose: str) -> None:
-    """What made-up tokens do not show stops the run before its first optimiser step."""
+    """A gap that made-up tokens do not show stops the run before its first optimiser step."""
     t = trainer(tmp_path)
     before = weights(t)
     getattr(t.agent, whose).model.register_forward_hook(shifted_in_batches)

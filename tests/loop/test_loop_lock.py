@@ -69,7 +69,7 @@ def test_another_process_is_refused_until_the_first_is_killed(tmp_path: Path) ->
 
 
 def everything_of(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """When each file and folder was changed last, and its content."""
+    """Time of the last change and content of each file and folder."""
     return {
         str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"")
         for p in [folder, *folder.rglob("*")]

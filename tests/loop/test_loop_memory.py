@@ -22,7 +22,7 @@ FORWARDS = 4  # of a scoring pass over 8 rows, 2 at a time; a minibatch then has
 
 
 def refused() -> None:
-    """What the CPU's allocator raises."""
+    """A request that the CPU's allocator refuses."""
     torch.empty(2**60)
 
 

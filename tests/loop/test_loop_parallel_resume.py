@@ -55,7 +55,7 @@ def ended(t: Any) -> dict[str, Any]:
 
 
 def refused(t: Any) -> str:
-    """What a save says where a file is in the folder's place."""
+    """A save's message with a file in the folder's place."""
     t.step()
     if t.ranks.first:
         (t.config.out / "checkpoints").write_text("")

@@ -95,7 +95,7 @@ def test_it_fits_a_phone_and_follows_the_dark(tmp_path: Path) -> None:
 
 
 def test_a_script_that_is_not_the_pages_own_is_refused(browser: Browser, tmp_path: Path) -> None:
-    """What the other tests rest on: the console does tell of what the policy stops."""
+    """The console reports what the policy stops, on which the other tests rely."""
     opened(browser, write(tmp_path / "a", [record(0)]))
     browser.run(
         "const s = document.createElement('script'); s.textContent = 'window.hit = 1';"

@@ -20,7 +20,7 @@ SAMPLE = {"update": 0, "prompt": "p", "completion": "c", "reward": 0.5}
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command says of a run that it does not read."""
+    """The command's message on a run that it does not read."""
     assert main(["report", str(folder)]) == 1
     assert not (folder / "report.html").exists()
     said = capsys.readouterr().err

@@ -22,7 +22,7 @@ LARGEST = sys.float_info.max
 
 
 def numbers_of(html: str) -> list[dict[str, Any]]:
-    """What the page's script reads, parsed as a browser does: NaN and Infinity are no JSON."""
+    """The data of the page's script, parsed as a browser does: NaN and Infinity are no JSON."""
 
     def no_constant(token: str) -> float:
         raise AssertionError(f"{token} is no JSON")

@@ -1,4 +1,4 @@
-"""What advantages must be, whatever computes them: identities and containment on every backend."""
+"""Identities of the advantages, and containment of bad steps, on every backend."""
 
 from __future__ import annotations
 

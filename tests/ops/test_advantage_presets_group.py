@@ -79,7 +79,7 @@ def test_verl(baseline: str) -> None:
 
 @pytest.mark.parametrize("baseline", PRESETS)
 def test_verl_lets_a_lone_response_teach(baseline: str) -> None:
-    """Where verl keeps a lone response's score, here its advantage is 0."""
+    """A lone response has advantage 0 here; verl keeps its score."""
     name, options = PRESETS[baseline]
     scores, ids = torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64), torch.tensor([0, 1, 1])
     theirs = outcome(getattr(verl(), name), scores, ids, torch.ones(3, 1), **options)

@@ -69,7 +69,7 @@ def test_sb3_with_its_flags_shifted(backend: str, device: str) -> None:
 
 
 def test_sb3_time_limits_are_truncations(backend: str, device: str) -> None:
-    """What SB3 adds to the reward at a time limit is what `truncated` and V' do by themselves."""
+    """`truncated` and V' do what SB3 does by adding to the reward at a time limit."""
     x = float32(episodes(backend))
     advantages, returns, *_ = sb3(x)
     out = ppo_fast.gae(**x.on(device).kwargs(), gamma=GAMMA, lam=LAM, backend=backend)

@@ -35,7 +35,7 @@ def _labelled(call: Call, tokens: torch.Tensor) -> Call:
 
 
 def cases() -> dict[str, Call]:
-    """What is run on one process and on two; fp32, in one chunk."""
+    """The calls that run on one process and on two; fp32, in one chunk."""
     whole = {"vocab": VOCAB, "mask": None, "ignored": False}
     logprobs = linear_call((3, 5), **whole)
     edges = torch.tensor([0, SHARE - 1, SHARE, VOCAB - 1, 3, 30])
@@ -130,7 +130,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What each rank has seen: (results by case, DTensor results, errors)."""
+    """Each rank's findings: (results by case, DTensor results, errors)."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.start_processes(worker, args=(str(folder),), nprocs=WORLD, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]

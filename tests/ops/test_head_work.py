@@ -1,4 +1,4 @@
-"""What the linear ops do not do: products of rows without a gradient, copies, whole logits."""
+"""Work that the linear ops avoid: products of rows without a gradient, copies, whole logits."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_inplace_without_a_gradient_writes_nothing(kernel: str, device: str) -> 
 
 
 def test_other_users_of_logits_written_over_notice(device: str, kernel: str) -> None:
-    """What saved the logits for its own backward raises instead of reading the gradient."""
+    """An op that saved the logits for its own backward raises instead of reading the gradient."""
     call = logits_ppo_call((2, 3), device=device)
     logits = call.tensors["logits"].clone().requires_grad_() * 1.0
     square = (logits * logits).sum()

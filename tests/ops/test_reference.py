@@ -1,4 +1,4 @@
-"""The law itself, against independent spellings: scalar loops, torch.distributions, identities."""
+"""The reference, against independent spellings: scalar loops, torch.distributions, identities."""
 
 from __future__ import annotations
 
