@@ -187,13 +187,12 @@ def ppo_kernel(
         entropy = load_token(entropies, row, col, keep, 0.0)
         if ent_ptr is not None:
             loss = tl.fma(-ent_coef, entropy, loss)
-        at = row * n_cols + col
         if grad_ent_ptr is not None:
-            grad = tl.where(keep, -(weight * ent_coef), 0.0)
-            tl.store(grad_ent_ptr + at, grad, mask=inside)
+            to_ptr = grad_ent_ptr + row * n_cols + col
+            tl.store(to_ptr, tl.where(keep, -(weight * ent_coef), 0.0), mask=inside)
         if grad_ptr is not None:
-            grad = tl.where(keep, weight * slope, 0.0)
-            tl.store(grad_ptr + at, grad, mask=inside)
+            to_ptr = grad_ptr + row * n_cols + col
+            tl.store(to_ptr, tl.where(keep, weight * slope, 0.0), mask=inside)
         loss, term = weight * loss, weight * term
         acc += tile_sums(
             keep,

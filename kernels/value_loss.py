@@ -106,8 +106,8 @@ def value_kernel(
             count = tl.load(counts_ptr + seq, mask=keep, other=1).to(tl.float32)
             weight = tl.div_rn(1.0, count)
         if grad_ptr is not None:
-            grad = tl.where(keep, weight * slope, 0.0)
-            tl.store(grad_ptr + row * n_cols + col, grad, mask=inside)
+            to_ptr = grad_ptr + row * n_cols + col
+            tl.store(to_ptr, tl.where(keep, weight * slope, 0.0), mask=inside)
         wide = tl.where(keep, target, 0.0).to(tl.float64)
         error = tl.where(keep, wide - old, 0.0)
         sums = stack8(
