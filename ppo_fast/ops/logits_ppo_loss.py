@@ -41,9 +41,10 @@ class _LogitsPPOLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, s: Scoring, policy: PolicyInputs, backend: str, inplace: bool
+        ctx: Any, logits: Tensor, constants: tuple[Scoring, PolicyInputs, str, bool]
     ) -> Any:
-        loss, stats, logprobs, entropy, dlogits = one_pass(logits, s, policy, backend, inplace)
+        loss, stats, logprobs, entropy, dlogits = one_pass(logits, *constants)
+        *_, inplace = constants
         if inplace:
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(dlogits)
@@ -56,13 +57,13 @@ class _LogitsPPOLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
-            return None, None, None, None, None
+            return None, None
         (dlogits,) = ctx.saved_tensors
         if not ctx.inplace:
-            return scaled(dlogits, grad), None, None, None, None
+            return scaled(dlogits, grad), None
         # A second backward would scale what is scaled already: the version's bump makes it raise.
         torch.autograd.graph.increment_version(dlogits)
-        return scaled_(dlogits.detach(), grad), None, None, None, None
+        return scaled_(dlogits.detach(), grad), None
 
 
 def two_passes(
@@ -166,7 +167,8 @@ def logits_ppo_loss(
         )
     grads = 2 if n_grads(logits) else 0
     if grads and variant != "gspo" and logits.dtype != torch.float16:
-        loss, stats, logprobs, entropy = _LogitsPPOLoss.apply(logits, s, policy, name, inplace)
+        constants = (s, policy, name, inplace)
+        loss, stats, logprobs, entropy = _LogitsPPOLoss.apply(logits, constants)
     else:
         loss, stats, logprobs, entropy = two_passes(logits, s, policy, name, grads, inplace)
     return HeadLoss(loss, Stats(stats), logprobs, entropy)

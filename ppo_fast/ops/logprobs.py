@@ -25,12 +25,13 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, s: Scoring, shard: Shard | None, backend: str, inplace: bool
+        ctx: Any, logits: Tensor, constants: tuple[Scoring, Shard | None, str, bool]
     ) -> Any:
+        s, shard, backend, _ = constants
         softmax = softmax_of(backend, logits, s, shard)
-        constants = saveable(s.tokens, s.mask, s.temperature_tensor)
-        ctx.save_for_backward(logits, *constants, *softmax)
-        ctx.scoring, ctx.shard, ctx.backend, ctx.inplace = s, shard, backend, inplace
+        tensors = saveable(s.tokens, s.mask, s.temperature_tensor)
+        ctx.save_for_backward(logits, *tensors, *softmax)
+        ctx.constants = constants
         ctx.set_materialize_grads(False)
         return softmax.logprobs, softmax.entropy
 
@@ -38,14 +39,15 @@ class _TokenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None, None, None
+            return None, None
         logits, tokens, mask, temperature, *numbers = ctx.saved_tensors
-        s: Scoring = ctx.scoring._replace(tokens=tokens, mask=mask, temperature_tensor=temperature)
-        softmax, shard = Softmax(*numbers), ctx.shard
+        given, shard, backend, inplace = ctx.constants
+        s: Scoring = given._replace(tokens=tokens, mask=mask, temperature_tensor=temperature)
+        softmax = Softmax(*numbers)
 
         def kernel(s: Scoring, grad_logprobs: Tensor | None) -> Tensor:
-            args = (ctx.backend, logits, s, softmax, grad_logprobs, grad_entropy)
-            if not ctx.inplace:
+            args = (backend, logits, s, softmax, grad_logprobs, grad_entropy)
+            if not inplace:
                 return calls.logprobs_bwd(*args)
             calls.logprobs_bwd_(*args)
             return logits.detach()
@@ -56,9 +58,9 @@ class _TokenLogProbs(torch.autograd.Function):
             zero = torch.zeros_like(softmax.logprobs)
             grads = [zero if x is None else x for x in (grad_logprobs, grad_entropy)]
             dlogits = shard.gradient(kernel, logits.detach(), s, softmax, *grads)
-        if ctx.inplace:
+        if inplace:
             torch.autograd.graph.increment_version(logits)
-        return dlogits, None, None, None, None
+        return dlogits, None
 
 
 @derivatives("logits")
@@ -127,8 +129,8 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of checked arguments, differentiable where the logits are."""
     if torch.is_grad_enabled() and logits.requires_grad:
-        args = (logits, s, shard, backend, inplace_backward)
-        out: tuple[Tensor, Tensor] = _TokenLogProbs.apply(*args)
+        constants = (s, shard, backend, inplace_backward)
+        out: tuple[Tensor, Tensor] = _TokenLogProbs.apply(logits, constants)
         return out
     softmax = softmax_of(backend, logits, s, shard)
     return softmax.logprobs, softmax.entropy

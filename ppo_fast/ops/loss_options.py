@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ppo_fast import _checks
-from ppo_fast._boundary.options import PolicyOptions
+from ppo_fast._boundary.options import PolicyOptions, policy_options
 from ppo_fast._boundary.schema import ESTIMATORS, REDUCTIONS, VARIANTS
 
 Coefficient = float | Tensor
@@ -57,7 +57,7 @@ class LossOptions(NamedTuple):
         clip_high = number(op, "clip_high", self.clip_high, 0.0)
         dual_clip = self._dual(op)
         log_ratio_min, log_ratio_max = log_ratio_bounds(op, self.log_ratio_clamp)
-        return PolicyOptions(
+        return policy_options(
             variant=variant,
             estimator=estimator,
             straight_through=straight_through,

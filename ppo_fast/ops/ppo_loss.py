@@ -25,11 +25,9 @@ class _PPOLoss(torch.autograd.Function):
         ctx: Any,
         logprobs: Tensor,
         entropy: Tensor | None,
-        mask: Tensor | None,
-        policy: PolicyInputs,
-        grads: int,
-        backend: str,
+        constants: tuple[Tensor | None, PolicyInputs, int, str],
     ) -> Any:
+        mask, policy, grads, backend = constants
         loss, stats, *saved = policy.loss(backend, logprobs, mask, entropy, grads)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(stats)
@@ -40,12 +38,12 @@ class _PPOLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
-            return None, None, None, None, None, None
+            return None, None, None
         scale, grads = ctx.saved_tensors
         by_logprobs, by_entropy, *_ = ctx.needs_input_grad
         grads = scaled(grads, grad * scale)
         by = grads[0] if by_logprobs else None, grads[1] if by_entropy else None
-        return *by, None, None, None, None
+        return *by, None
 
 
 @derivatives("logprobs", "entropy")
@@ -160,8 +158,8 @@ def loss_and_stats(
 ) -> tuple[Tensor, Tensor]:
     """The loss of checked arguments, differentiable by the first `grads` of its inputs."""
     if grads:
-        args = (logprobs, entropy, mask, policy, grads, backend)
-        out: tuple[Tensor, Tensor] = _PPOLoss.apply(*args)
+        constants = (mask, policy, grads, backend)
+        out: tuple[Tensor, Tensor] = _PPOLoss.apply(logprobs, entropy, constants)
         return out
     loss, stats, *_ = policy.loss(backend, logprobs, mask, entropy, 0)
     return loss, stats

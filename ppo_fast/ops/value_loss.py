@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._boundary import calls
-from ppo_fast._boundary.options import ValueOptions
+from ppo_fast._boundary.options import ValueOptions, value_options
 from ppo_fast._boundary.schema import FORMS
 from ppo_fast._results import Loss, Stats
 from ppo_fast.ops.backward import detached, n_grads, once_differentiable, scaled
@@ -87,7 +87,7 @@ def value_loss(
         got = "None" if old_values is None else "a tensor"
         raise ValueError(f"{_OP}: old_values must be None if and only if clip is, got {got}")
     divisor, divisor_tensor = check_denom(_OP, denom, values)
-    options = ValueOptions(
+    options = value_options(
         form=0 if clip is None else form_code,
         reduction=check_reduction(_OP, reduction, denom, values, cu_seqlens),
         clip=0.0 if clip is None else _checks.number(_OP, "clip", clip, 0.0),
