@@ -10,6 +10,8 @@ import pytest
 HELD = [
     ("kernels", "gae.py"),
     ("kernels", "logits_ppo_loss.py"),
+    ("csrc/cpu", "gae.cpp"),
+    ("csrc/cuda", "logits_ppo_loss.cu"),
 ]
 
 
