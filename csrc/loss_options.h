@@ -1,11 +1,11 @@
-// The losses' options, from the schema's codes and params (ppo_fast/_schema.py).
+// The losses' options, from the codes and params of their schemas (ppo_fast/_boundary).
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-#include "options.h"
+#include "codes.h"
 #include "tensor/views.h"
 
 namespace ppo {
@@ -36,19 +36,34 @@ inline ReduceOptions reduce_options(int64_t reduction, double denom) {
   return {Reduction(reduction), denom, denom > 0.0};
 }
 
-// codes: [variant, estimator, straight_through]; p: [clip_low, clip_high, dual_clip,
-// log_ratio_min, log_ratio_max, entropy_coef, kl_coef, kl_clamp, kl_ratio_clip].
-inline PolicyOptions policy_options(const int64_t* codes, const double* p, bool has_ref,
+// Check: the schema fixes the number of codes and params.
+inline void check_options(const std::vector<int64_t>& codes, int n_codes,
+                          const std::vector<double>& params, int n_params, const char* op) {
+  PPO_CHECK(codes.size() == size_t(n_codes) && params.size() == size_t(n_params), op,
+            "wrong number of codes or params");
+}
+
+inline PolicyOptions policy_options(const std::vector<int64_t>& codes,
+                                    const std::vector<double>& params, bool has_ref,
                                     const OptTensor& moments, const char* op) {
+  using C = PolicyCodes;
+  using P = PolicyParams;
+  check_options(codes, C::count, params, P::count, op);
   PolicyOptions o{};
-  o.variant = Variant(codes[0]);
-  o.estimator = Estimator(codes[1]);
-  o.straight_through = codes[2] != 0;
-  o.clip_low = p[0], o.clip_high = p[1], o.dual_clip = p[2];
-  o.log_ratio_min = p[3], o.log_ratio_max = p[4];
-  o.entropy_coef = p[5], o.kl_coef = p[6], o.kl_clamp = p[7], o.kl_ratio_clip = p[8];
-  o.has_dual = std::isfinite(p[2]);
-  o.has_kl_ratio_clip = std::isfinite(p[8]);
+  o.variant = Variant(codes[C::variant]);
+  o.estimator = Estimator(codes[C::estimator]);
+  o.straight_through = codes[C::straight_through] != 0;
+  o.clip_low = params[P::clip_low];
+  o.clip_high = params[P::clip_high];
+  o.dual_clip = params[P::dual_clip];
+  o.log_ratio_min = params[P::log_ratio_min];
+  o.log_ratio_max = params[P::log_ratio_max];
+  o.entropy_coef = params[P::entropy_coef];
+  o.kl_coef = params[P::kl_coef];
+  o.kl_clamp = params[P::kl_clamp];
+  o.kl_ratio_clip = params[P::kl_ratio_clip];
+  o.has_dual = std::isfinite(o.dual_clip);
+  o.has_kl_ratio_clip = std::isfinite(o.kl_ratio_clip);
   o.has_ref = has_ref;
   o.whiten = moments.has_value();
   if (moments) check_moments(*moments, op);
@@ -56,8 +71,12 @@ inline PolicyOptions policy_options(const int64_t* codes, const double* p, bool 
 }
 
 inline ValueOptions value_options(const std::vector<int64_t>& codes,
-                                  const std::vector<double>& p) {
-  return {Form(codes[0]), p[0], p[1], reduce_options(codes[1], p[2])};
+                                  const std::vector<double>& params, const char* op) {
+  using C = ValueCodes;
+  using P = ValueParams;
+  check_options(codes, C::count, params, P::count, op);
+  return {Form(codes[C::form]), params[P::clip], params[P::scale],
+          reduce_options(codes[C::reduction], params[P::denom])};
 }
 
 // The options, with the values of CPU tensors filled in. Whitening is shifted and unbiased, 1e-8

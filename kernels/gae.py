@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codes import MASKED_CARRY
 from .common import (
     Strided,
     block_moments,
@@ -19,7 +20,6 @@ from .common import (
     reduce_moments,
     strided,
 )
-from .options import MASKED_CARRY
 from .scan import (
     NO_STEP,
     check_offsets,
@@ -195,42 +195,48 @@ def gae(
     cu_seqlens: Tensor | None,
     rho: Tensor | None,
     c: Tensor | None,
-    lam: Tensor | None,
-    lam_returns: Tensor | None,
-    codes: list[int],
-    params: list[float],
+    lam_adv_tensor: Tensor | None,
+    lam_ret_tensor: Tensor | None,
+    masked: int,
+    time_major: bool,
+    lam_adv_per_step: bool,
+    lam_ret_per_step: bool,
+    gamma: float,
+    lam_adv: float,
+    lam_ret: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ppo_fast/_schema.py; (advantages, returns, moments)."""
-    masked, time_major, lam_steps, lam_ret_steps = codes
-    gamma, lam_number, lam_ret_number = params
+    """The op of ppo_fast/_boundary/schema.py: (advantages, returns, moments)."""
     f32, f64 = ({"dtype": t, "device": rewards.device} for t in (torch.float32, torch.float64))
     adv, ret = (torch.empty(rewards.shape, **f32) for _ in range(2))
-    grid = grid_of(rewards, cu_seqlens, bool(time_major))
+    grid = grid_of(rewards, cu_seqlens, time_major)
     if rewards.numel() == 0 or grid.n_seqs == 0:
         return adv, ret, torch.zeros(3, **f64)
     flags = [flag_bytes(x) for x in (mask, terminated, truncated)]
     tensors = (rewards, values, flags[0], next_values, *flags[1:], rho, c)
-    arguments = [arg for x in tensors for arg in strided(x, bool(time_major))]
-    for tensor, per_step in ((lam, lam_steps), (lam_returns, lam_ret_steps)):
+    arguments = [arg for x in tensors for arg in strided(x, time_major)]
+    for tensor, per_step in (
+        (lam_adv_tensor, lam_adv_per_step),
+        (lam_ret_tensor, lam_ret_per_step),
+    ):
         if tensor is not None and tensor.dim() == 1 and not per_step:
             arguments += (tensor, tensor.stride(0), 0)  # a λ per packed sequence
         else:
-            arguments += strided(tensor, bool(time_major))
+            arguments += strided(tensor, time_major)
     parts, moments = torch.empty(3, grid.programs, **f64), torch.empty(3, **f64)
     gamma_high = struct.unpack("f", struct.pack("f", gamma))[0]
-    numbers = (gamma_high, gamma - gamma_high, gamma * lam_number, gamma * lam_ret_number)
+    numbers = (gamma_high, gamma - gamma_high, gamma * lam_adv, gamma * lam_ret)
     constants = grid.constants() | {
         "CARRY": mask is None or masked == MASKED_CARRY.value,
-        "LAM_STEPS": bool(lam_steps),
-        "LAM_RET_STEPS": bool(lam_ret_steps),
-        "OWN_LAMBDA": lam_returns is not lam or lam_number != lam_ret_number,
+        "LAM_STEPS": lam_adv_per_step,
+        "LAM_RET_STEPS": lam_ret_per_step,
+        "OWN_LAMBDA": lam_ret_tensor is not lam_adv_tensor or lam_adv != lam_ret,
     }
     with on_device(rewards):
         gae_kernel[(grid.programs,)](
             *arguments,
             *(bootstrap, 0 if bootstrap is None else bootstrap.stride(0)),
             *(cu_seqlens, check_offsets(cu_seqlens, grid.length)),
-            *(adv, ret, *strided(adv, bool(time_major))[1:], parts, moments, counter(rewards)),
+            *(adv, ret, *strided(adv, time_major)[1:], parts, moments, counter(rewards)),
             *(grid.n_seqs, grid.length, *numbers),
             **constants,
         )

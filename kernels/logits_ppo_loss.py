@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .codes import PolicyCodes, PolicyParams
 from .common import (
     LAUNCH,
     MAX_REGISTERS,
@@ -213,8 +214,8 @@ def tiling_constants(tiling: config.RowTiling, segments: int) -> dict[str, Any]:
 def _run(out: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """The launch. Fills `out`: the logits themselves, or like them; `args` are the schema's."""
     logits, tokens, mask, temperatures, old, adv, is_weights, moments, ref, weights, *rest = args
-    ent_coef, kl_coef, (ignore_index, *codes), params = rest
-    temperature, clip_low, clip_high, *numbers = params
+    entropy_coef, kl_coef, temperature, ignore_index, codes, params = rest
+    c, p = PolicyCodes(*codes), PolicyParams(*params)
     vocab = logits.shape[-1]
     tiling = config.forward_tiling(vocab)
     segments = max(1, triton.cdiv(vocab, tiling.segment))
@@ -232,10 +233,12 @@ def _run(out: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
                 break
             source, target = block.args[:3], block.args[-3:]
             logits_ppo_kernel[(min(n_rows, count),)](
-                *(*block.args, moments, ent_coef, kl_coef),
+                *(*block.args, moments, entropy_coef, kl_coef),
                 *(x.view(-1)[block.start :] for x in (logprobs, entropy)),
                 *(block.inner, vocab, n_rows, segments, 1.0 / temperature, ignore_index),
-                *(*codes, 1.0 - clip_low, 1.0 + clip_high, *numbers),
+                *(c.variant, c.estimator, c.straight_through, 1.0 - p.clip_low, 1.0 + p.clip_high),
+                *(p.dual_clip, p.log_ratio_min, p.log_ratio_max),
+                *(p.entropy_coef, p.kl_coef, p.kl_clamp, p.kl_ratio_clip),
                 ALIGN=min(alignment(*source), alignment(*target)),
                 **constants,
             )
@@ -243,7 +246,7 @@ def _run(out: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def logits_ppo_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """See ppo_fast/_schema.py; (logprobs, entropy, dlogits), the last contiguous."""
+    """The op of ppo_fast/_boundary/schema.py: (logprobs, entropy, contiguous dlogits)."""
     logits = args[0]
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     return *_run(out, *args), out

@@ -154,25 +154,27 @@ def logprobs_fwd(
     logits: Tensor,
     tokens: Tensor,
     mask: Tensor | None,
-    temperature: Tensor | None,
-    codes: list[int],
-    params: list[float],
+    temperature_tensor: Tensor | None,
+    temperature: float,
+    ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ppo_fast/_schema.py; (logprobs, entropy, row_max, log_sum), fp32, shaped as tokens."""
+    """The op of ppo_fast/_boundary/schema.py: four of fp32, shaped as tokens."""
     outs = tuple(
         torch.empty(tokens.shape, dtype=torch.float32, device=logits.device) for _ in range(4)
     )
     vocab = logits.shape[-1]
     tiling = config.forward_tiling(vocab)
     segments = max(1, triton.cdiv(vocab, tiling.segment))
-    scalars = (1.0 / params[0], codes[0])
+    scalars = (1.0 / temperature, ignore_index)
     merge = {
         "ROWS": config.ROW_SCALARS.block,
         "SEGMENTS": triton.next_power_of_2(segments),
         "num_warps": config.ROW_SCALARS.warps,
     }
     with on_device(logits):
-        for block in row_blocks(tokens.shape, logits, tokens, flag_bytes(mask), temperature):
+        for block in row_blocks(
+            tokens.shape, logits, tokens, flag_bytes(mask), temperature_tensor
+        ):
             n_rows = block.outer * block.inner
             if n_rows == 0:
                 break

@@ -143,11 +143,13 @@ def dlogits_kernel(
 
 def _write(out: Tensor, *args: Any) -> None:
     """The launches. Fill `out`: the logits themselves, or like them; `args` are the schema's."""
-    grad_logprobs, grad_entropy, logits, tokens, mask, temperature, *saved, codes, params = args
+    grad_logprobs, grad_entropy, logits, tokens, mask, temperature_tensor, *rest = args
+    *saved, temperature, ignore_index = rest
     vocab = logits.shape[-1]
     tiling = config.gradient_tiling(vocab)
     segments = triton.cdiv(vocab, tiling.segment)
-    inputs = (logits, tokens, flag_bytes(mask), temperature, grad_logprobs, grad_entropy, out)
+    mask = flag_bytes(mask)
+    inputs = (logits, tokens, mask, temperature_tensor, grad_logprobs, grad_entropy, out)
     with on_device(logits):
         for block in row_blocks(tokens.shape, *inputs):
             n_rows = block.outer * block.inner
@@ -157,7 +159,7 @@ def _write(out: Tensor, *args: Any) -> None:
             labels = logits.new_empty(n_rows, dtype=torch.int32)
             terms_kernel[(triton.cdiv(n_rows, config.ROW_SCALARS.block),)](
                 *(*block.args[:-3], *(x.view(-1)[block.start :] for x in saved), terms, labels),
-                *(block.inner, vocab, n_rows, 1.0 / params[0], codes[0]),
+                *(block.inner, vocab, n_rows, 1.0 / temperature, ignore_index),
                 ROWS=config.ROW_SCALARS.block,
                 num_warps=config.ROW_SCALARS.warps,
                 **LAUNCH,
@@ -172,7 +174,7 @@ def _write(out: Tensor, *args: Any) -> None:
 
 
 def logprobs_bwd(*args: Any) -> Tensor:
-    """See ppo_fast/_schema.py; dlogits, contiguous, in the dtype of the logits."""
+    """The op of ppo_fast/_boundary/schema.py: dlogits, contiguous, in the dtype of the logits."""
     logits = args[2]
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _write(out, *args)

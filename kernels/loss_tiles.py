@@ -10,6 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .codes import (
+    N_STATS,
+    REDUCTION_SEQ_MEAN_TOKEN_MEAN,
+    REDUCTION_SEQ_MEAN_TOKEN_SUM_NORM,
+    REDUCTION_TOKEN_MEAN,
+    REDUCTION_TOKEN_SUM,
+)
 from .common import (
     LAUNCH,
     MAX_REGISTERS,
@@ -20,13 +27,6 @@ from .common import (
     load_flag,
     pair_sum,
     strided,
-)
-from .options import (
-    N_STATS,
-    REDUCTION_SEQ_MEAN_TOKEN_MEAN,
-    REDUCTION_SEQ_MEAN_TOKEN_SUM_NORM,
-    REDUCTION_TOKEN_MEAN,
-    REDUCTION_TOKEN_SUM,
 )
 
 PARTS_STEP = tl.constexpr(128)  # parts and counts per step of the merge

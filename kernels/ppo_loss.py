@@ -10,6 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codes import (
+    N_SUMS,
+    REDUCTION_SEQ_MEAN_TOKEN_MEAN,
+    VARIANT_GSPO,
+    PolicyCodes,
+    PolicyParams,
+)
 from .common import (
     Strided,
     coefficient,
@@ -34,7 +41,6 @@ from .loss_tiles import (
     token_offset,
     token_slots,
 )
-from .options import N_SUMS, REDUCTION_SEQ_MEAN_TOKEN_MEAN, VARIANT_GSPO
 from .token_loss import At, PolicyOptions, clamped_log_ratio, policy_loss, whitened
 
 # Positions in STATS_FIELDS. Of its first 16 sums, N_SEQS and LOSS_DENOM are formed at the end; a
@@ -232,28 +238,30 @@ def ppo_loss(
     entropy: Tensor | None,
     ref_logprobs: Tensor | None,
     cu_seqlens: Tensor | None,
-    entropy_coef: Tensor | None,
-    kl_coef: Tensor | None,
-    denom: Tensor | None,
+    entropy_coef_tensor: Tensor | None,
+    kl_coef_tensor: Tensor | None,
+    denom_tensor: Tensor | None,
     codes: list[int],
     params: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ppo_fast/_schema.py; (loss, stats, scale, grads)."""
-    clip_low, clip_high, dual_clip, log_min, log_max, *coefs = params
-    bounds = (log_min, log_max) if codes[0] == VARIANT_GSPO.value else None
-    *codes, n_grads = codes
-    loss, stats, scale, grads = outputs = empty_outputs(logprobs, n_grads)
+    """The op of ppo_fast/_boundary/schema.py: (loss, stats, scale, grads)."""
+    c, p = PolicyCodes(*codes), PolicyParams(*params)
+    gspo = c.variant == VARIANT_GSPO.value
+    bounds = (p.log_ratio_min, p.log_ratio_max) if gspo else None
+    loss, stats, scale, grads = outputs = empty_outputs(logprobs, c.n_grads)
     mask = flag_bytes(mask)
     tensors = (logprobs, old_logprobs, advantages, mask, is_weights, entropy, ref_logprobs)
     with on_device(logprobs):
-        tiles = plan(logprobs, old_logprobs, mask, cu_seqlens, codes[3], bounds)
+        tiles = plan(logprobs, old_logprobs, mask, cu_seqlens, c.reduction, bounds)
         parts = stats.new_empty(tiles.programs, WIDTH.value)
         ppo_kernel[(tiles.programs,)](
             *(arg for x in tensors for arg in strided(x)),
-            *(moments, cu_seqlens, tiles.counts, tiles.means, entropy_coef, kl_coef, denom),
-            *(*grads, *[None] * (2 - n_grads), loss, scale, stats, parts, counter(logprobs)),
-            *(*tiles.sizes, *codes, 1.0 - clip_low, 1.0 + clip_high, dual_clip),
-            *(log_min, log_max, *coefs),
+            *(moments, cu_seqlens, tiles.counts, tiles.means),
+            *(entropy_coef_tensor, kl_coef_tensor, denom_tensor),
+            *(*grads, *[None] * (2 - c.n_grads), loss, scale, stats, parts, counter(logprobs)),
+            *(*tiles.sizes, c.variant, c.estimator, c.straight_through, c.reduction),
+            *(1.0 - p.clip_low, 1.0 + p.clip_high, p.dual_clip, p.log_ratio_min, p.log_ratio_max),
+            *(p.entropy_coef, p.kl_coef, p.kl_clamp, p.kl_ratio_clip, p.denom),
             **tiles.constants,
         )
     return outputs

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codes import MASKED_CARRY, SCORE_AT_FIRST_PAD, SCORE_AT_PER_TOKEN
 from .common import (
     Strided,
     block_moments,
@@ -19,7 +20,6 @@ from .common import (
     reduce_moments,
     strided,
 )
-from .options import MASKED_CARRY, SCORE_AT_FIRST_PAD, SCORE_AT_PER_TOKEN
 from .scan import (
     NO_STEP,
     check_offsets,
@@ -152,18 +152,24 @@ def rlhf_advantages(
     mask: Tensor,
     bootstrap: Tensor | None,
     cu_seqlens: Tensor | None,
-    kl_coef: Tensor | None,
-    codes: list[int],
-    params: list[float],
+    kl_coef_tensor: Tensor | None,
+    masked: int,
+    estimator: int,
+    score_at: int,
+    gamma: float,
+    lam: float,
+    kl_coef: float,
+    kl_clamp: float,
+    reward_min: float,
+    reward_max: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See ppo_fast/_schema.py; (advantages, returns, rewards, kl, moments)."""
-    gamma, lam, *numbers = params
-    device, place = logprobs.device, codes[2]
+    """The op of ppo_fast/_boundary/schema.py: (advantages, returns, rewards, kl, moments)."""
+    device = logprobs.device
     outs = [torch.empty(logprobs.shape, dtype=torch.float32, device=device) for _ in range(4)]
     grid = grid_of(logprobs, cu_seqlens)
     if logprobs.numel() == 0 or grid.n_seqs == 0:
         return (*outs, torch.zeros(3, dtype=torch.float64, device=device))
-    if place == SCORE_AT_PER_TOKEN.value:
+    if score_at == SCORE_AT_PER_TOKEN.value:
         score = strided(scores)
     else:
         score = (scores, scores.stride(0), 0)
@@ -176,9 +182,10 @@ def rlhf_advantages(
             *score,
             *arguments,
             *(bootstrap, 0 if bootstrap is None else bootstrap.stride(0)),
-            *(cu_seqlens, check_offsets(cu_seqlens, grid.length), kl_coef),
+            *(cu_seqlens, check_offsets(cu_seqlens, grid.length), kl_coef_tensor),
             *(*outs, *strided(outs[0])[1:], parts, moments, counter(logprobs)),
-            *(grid.n_seqs, grid.length, *codes, gamma, gamma * lam, *numbers),
+            *(grid.n_seqs, grid.length, masked, estimator, score_at, gamma, gamma * lam),
+            *(kl_coef, kl_clamp, reward_min, reward_max),
             **grid.constants(),
         )
     return (*outs, moments)

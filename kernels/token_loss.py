@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .common import clamp, expm1, expm1_minus, load_f32
-from .options import (
+from .codes import (
     ESTIMATOR_ABS,
     ESTIMATOR_K1,
     ESTIMATOR_K2,
@@ -20,6 +19,7 @@ from .options import (
     VARIANT_LINEAR,
     VARIANT_PENALTY,
 )
+from .common import clamp, expm1, expm1_minus, load_f32
 
 
 class PolicyOptions(NamedTuple):

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codes import FORM_CLIPPED, FORM_MAX, N_SUMS, ValueCodes, ValueParams
 from .common import Strided, clamp, counter, flag_bytes, is_last, on_device, strided
 from .loss_tiles import (
     Counts,
@@ -20,7 +21,6 @@ from .loss_tiles import (
     stack8,
     token_slots,
 )
-from .options import FORM_CLIPPED, FORM_MAX, N_SUMS
 
 # The sums are STATS_FIELDS[16:24]; the divisor is formed at the end.
 FIRST = tl.constexpr(16)
@@ -139,22 +139,22 @@ def value_loss(
     returns: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    denom: Tensor | None,
+    denom_tensor: Tensor | None,
     codes: list[int],
     params: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ppo_fast/_schema.py; (loss, stats, scale, grads)."""
-    *codes, n_grads = codes
-    loss, stats, scale, grads = outputs = empty_outputs(values, n_grads)
+    """The op of ppo_fast/_boundary/schema.py: (loss, stats, scale, grads)."""
+    c, p = ValueCodes(*codes), ValueParams(*params)
+    loss, stats, scale, grads = outputs = empty_outputs(values, c.n_grads)
     tensors = (values, old_values, returns, flag_bytes(mask))
     with on_device(values):
-        tiles = plan(values, None, mask, cu_seqlens, codes[1])
+        tiles = plan(values, None, mask, cu_seqlens, c.reduction)
         parts = stats.new_empty(tiles.programs, WIDTH.value)
         value_kernel[(tiles.programs,)](
             *(arg for x in tensors for arg in strided(x)),
-            *(cu_seqlens, tiles.counts, denom),
-            *(*grads, *[None] * (1 - n_grads), loss, scale, stats, parts, counter(values)),
-            *(*tiles.sizes, *codes, *params),
+            *(cu_seqlens, tiles.counts, denom_tensor),
+            *(*grads, *[None] * (1 - c.n_grads), loss, scale, stats, parts, counter(values)),
+            *(*tiles.sizes, c.form, c.reduction, p.clip, p.scale, p.denom),
             **tiles.constants,
         )
     return outputs

@@ -130,9 +130,15 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def whiten(
-    x: Tensor, mask: Tensor | None, moments: Tensor, codes: list[int], params: list[float]
+    x: Tensor,
+    mask: Tensor | None,
+    moments: Tensor,
+    shift_mean: bool,
+    unbiased: bool,
+    eps_at_std: bool,
+    eps: float,
 ) -> Tensor:
-    """See ppo_fast/_schema.py; fp32, contiguous, shaped as x."""
+    """The op of ppo_fast/_boundary/schema.py: fp32, contiguous, shaped as x."""
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     with on_device(x):
         for block in row_blocks(x.shape, x, flag_bytes(mask)):
@@ -141,7 +147,7 @@ def whiten(
                 break
             whiten_kernel[(triton.cdiv(n, BLOCK),)](
                 *(*block.args, moments, out.view(-1)[block.start :], block.inner, n),
-                *(*codes, *params),
+                *(int(shift_mean), int(unbiased), int(eps_at_std), eps),
                 DENSE=_dense(block),
                 **CONSTANTS,
             )

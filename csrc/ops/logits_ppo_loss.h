@@ -10,18 +10,18 @@ namespace ppo {
 // the kernels take, and its run(logits, tokens, args) computes.
 template <class On>
 typename On::Result logits_ppo_loss(Tensor logits, Tensor tokens, OptTensor mask,
-                                    OptTensor temperature, OptTensor old_logprobs,
+                                    OptTensor temperature_tensor, OptTensor old_logprobs,
                                     Tensor advantages, OptTensor is_weights, OptTensor moments,
                                     OptTensor ref_logprobs, Tensor weights, OptTensor entropy_coef,
-                                    OptTensor kl_coef, std::vector<int64_t> codes,
-                                    std::vector<double> params) {
+                                    OptTensor kl_coef, double temperature, int64_t ignore_index,
+                                    std::vector<int64_t> codes, std::vector<double> params) {
   constexpr const char* op = "logits_ppo_loss";
-  check_options(codes, 4, params, 10, op);
-  PPO_CHECK(Variant(codes[1]) != Variant::gspo, op, "gspo needs whole sequences");
   const PolicyOptions options =
-      policy_options(&codes[1], &params[1], ref_logprobs.has_value(), moments, op);
-  typename On::Args a{On::rows(op, logits, tokens, mask, temperature, codes[0], params[0]),
-                      On::policy(options, moments, entropy_coef, kl_coef)};
+      policy_options(codes, params, ref_logprobs.has_value(), moments, op);
+  PPO_CHECK(options.variant != Variant::gspo, op, "gspo needs whole sequences");
+  typename On::Args a{
+      On::rows(op, logits, tokens, mask, temperature_tensor, ignore_index, temperature),
+      On::policy(options, moments, entropy_coef, kl_coef)};
   a.old_logprobs = On::values(op, tokens, old_logprobs, "old_logprobs");
   a.advantages = On::values(op, tokens, advantages, "advantages");
   a.is_weights = On::values(op, tokens, is_weights, "is_weights");

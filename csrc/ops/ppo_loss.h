@@ -13,11 +13,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
     OptTensor cu_seqlens, OptTensor entropy_coef, OptTensor kl_coef, OptTensor denom,
     std::vector<int64_t> codes, std::vector<double> params) {
   constexpr const char* op = "ppo_loss";
-  check_options(codes, 5, params, 10, op);
   const PolicyOptions options =
-      policy_options(&codes[0], &params[0], ref_logprobs.has_value(), moments, op);
-  const ReduceOptions reduce = reduce_options(codes[3], params[9]);
-  typename On::Call call(op, logprobs, mask, cu_seqlens, reduce, denom, codes[4]);
+      policy_options(codes, params, ref_logprobs.has_value(), moments, op);
+  const ReduceOptions reduce =
+      reduce_options(codes[PolicyCodes::reduction], params[PolicyParams::denom]);
+  typename On::Call call(op, logprobs, mask, cu_seqlens, reduce, denom,
+                         codes[PolicyCodes::n_grads]);
   typename On::Args a{{}, On::policy(options, moments, entropy_coef, kl_coef)};
   a.logprobs = call.view(logprobs, "logprobs");
   a.old_logprobs = call.view(old_logprobs, "old_logprobs");

@@ -1,7 +1,7 @@
 // rlhf_advantages' arguments, read once for every device.
 #pragma once
 
-#include "../options.h"
+#include "../codes.h"
 #include "../tensor/views.h"
 
 namespace ppo {
@@ -10,29 +10,28 @@ namespace ppo {
 template <class On>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rlhf_advantages(
     Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask,
-    OptTensor bootstrap, OptTensor cu_seqlens, OptTensor kl_coef, std::vector<int64_t> codes,
-    std::vector<double> params) {
-  constexpr const char* op = "rlhf_advantages";
-  check_options(codes, 3, params, 6, op);
-  const typename On::Layout layout(op, logprobs, cu_seqlens, false);
+    OptTensor bootstrap, OptTensor cu_seqlens, OptTensor kl_coef_tensor, int64_t masked,
+    int64_t estimator, int64_t score_at, double gamma, double lam, double kl_coef, double kl_clamp,
+    double reward_min, double reward_max) {
+  const typename On::Layout layout("rlhf_advantages", logprobs, cu_seqlens, false);
   typename On::Args a{};
   a.base.seqs = layout.sequences();
   a.base.values = layout.view(values, "values");
   a.base.mask = layout.view(mask, "mask");
   a.base.bootstrap = layout.per_sequence(bootstrap, "bootstrap");
-  a.base.carry = Masked(codes[0]) == Masked::carry;
-  a.base.gamma = params[0];
-  a.base.decay = params[0] * params[1];
+  a.base.carry = Masked(masked) == Masked::carry;
+  a.base.gamma = gamma;
+  a.base.decay = gamma * lam;
   a.logprobs = layout.view(logprobs, "logprobs");
   a.ref_logprobs = layout.view(ref_logprobs, "ref_logprobs");
-  a.estimator = Estimator(codes[1]);
-  a.score_at = ScoreAt(codes[2]);
+  a.estimator = Estimator(estimator);
+  a.score_at = ScoreAt(score_at);
   a.scores = a.score_at == ScoreAt::per_token ? layout.view(scores, "scores")
                                               : layout.per_sequence(scores, "scores");
-  a.kl_coef = On::scalar(kl_coef, params[2]);
-  a.kl_clamp = params[3];
-  a.reward_min = params[4];
-  a.reward_max = params[5];
+  a.kl_coef = On::scalar(kl_coef_tensor, kl_coef);
+  a.kl_clamp = kl_clamp;
+  a.reward_min = reward_min;
+  a.reward_max = reward_max;
   return On::run(a, layout);
 }
 

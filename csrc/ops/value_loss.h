@@ -14,9 +14,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss(Tensor values, OptTensor o
                                                       std::vector<int64_t> codes,
                                                       std::vector<double> params) {
   constexpr const char* op = "value_loss";
-  check_options(codes, 3, params, 3, op);
-  const ValueOptions options = value_options(codes, params);
-  typename On::Call call(op, values, mask, cu_seqlens, options.reduce, denom, codes[2]);
+  const ValueOptions options = value_options(codes, params, op);
+  typename On::Call call(op, values, mask, cu_seqlens, options.reduce, denom,
+                         codes[ValueCodes::n_grads]);
   typename On::Args a{};
   a.values = call.view(values, "values");
   a.old_values = call.view(old_values, "old_values");

@@ -136,13 +136,6 @@ inline void check_logits(const Tensor& logits, const Tensor& tokens, const OptTe
   PPO_CHECK(!mask || dtype_of(*mask) == DType::byte, op, "mask must be a 1-byte type");
 }
 
-// Check: the schema fixes the number of codes and params.
-inline void check_options(const std::vector<int64_t>& codes, size_t n_codes,
-                          const std::vector<double>& params, size_t n_params, const char* op) {
-  PPO_CHECK(codes.size() == n_codes && params.size() == n_params, op,
-            "wrong number of codes or params");
-}
-
 // Check: offsets start at 0, never decrease and end at n.
 inline void check_cu_seqlens(const std::vector<int64_t>& cu, int64_t n, const char* op) {
   bool good = !cu.empty() && cu.front() == 0 && cu.back() == n;

@@ -42,7 +42,7 @@ def logprobs_fwd(backend: str, logits: Tensor, s: Scoring) -> Softmax:
     """Softmax numbers of every row of `logits` (..., V), fp32 (fp64 for fp64)."""
     return Softmax(
         *_LOGPROBS_FWD[backend](
-            logits, s.tokens, s.mask, s.temperature_tensor, [s.ignore_index], [s.temperature]
+            logits, s.tokens, s.mask, s.temperature_tensor, s.temperature, s.ignore_index
         )
     )
 
@@ -91,8 +91,8 @@ def _backward(
         softmax.entropy,
         softmax.row_max,
         softmax.log_sum,
-        [s.ignore_index],
-        [s.temperature],
+        s.temperature,
+        s.ignore_index,
     )
 
 
@@ -198,8 +198,10 @@ def _one_pass(
         weights,
         options.entropy_coef_tensor,
         options.kl_coef_tensor,
-        options.logits_codes(s.ignore_index),
-        options.logits_params(s.temperature),
+        s.temperature,
+        s.ignore_index,
+        options.codes(0),
+        options.params(),
     )
 
 
@@ -261,8 +263,13 @@ def gae(
         c,
         lam_adv.tensor,
         lam_ret.tensor,
-        [masked, int(time_major), lam_adv.per_step, lam_ret.per_step],
-        [gamma, lam_adv.number, lam_ret.number],
+        masked,
+        bool(time_major),
+        lam_adv.per_step,
+        lam_ret.per_step,
+        gamma,
+        lam_adv.number,
+        lam_ret.number,
     )
     return out
 
@@ -298,8 +305,15 @@ def rlhf_advantages(
         bootstrap,
         cu_seqlens,
         kl_coef_tensor,
-        [masked, estimator, score_at],
-        [gamma, lam, kl_coef, kl_clamp, reward_min, reward_max],
+        masked,
+        estimator,
+        score_at,
+        gamma,
+        lam,
+        kl_coef,
+        kl_clamp,
+        reward_min,
+        reward_max,
     )
     return out
 
@@ -319,10 +333,10 @@ def whiten(
     shift_mean: bool,
     unbiased: bool,
     eps: float,
-    eps_at_std: int,
+    eps_at_std: bool,
 ) -> Tensor:
     """The standardised tensor, in x's shape; masked slots are 0."""
     out: Tensor = _WHITEN[backend](
-        x, mask, moments, [int(shift_mean), int(unbiased), eps_at_std], [eps]
+        x, mask, moments, bool(shift_mean), bool(unbiased), eps_at_std, eps
     )
     return out

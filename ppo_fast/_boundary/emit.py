@@ -1,6 +1,7 @@
 """Generator of the codes for C++ and Triton: `python -m ppo_fast._boundary.emit [--check]`.
 
-Writes `csrc/options.h` and `kernels/options.py` from the tables of `schema.py` and `_results.py`.
+Writes `csrc/codes.h` and `kernels/codes.py` from the tables of `schema.py`, `options.py` and
+`_results.py`.
 `--check` writes nothing and fails if either is out of date.
 """
 
@@ -11,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from ppo_fast._boundary.options import PACKED
 from ppo_fast._boundary.schema import ENUM_CODES
 from ppo_fast._results import N_STATS, N_SUMS, STATS_FIELDS
 
@@ -19,13 +21,15 @@ _COMMAND = "python -m ppo_fast._boundary.emit"
 _WIDTH = 99
 
 _CPP = """\
-// Codes of the options, and slots of the statistics.
+// Codes of the options, places of the losses' numbers, and slots of the statistics.
 // Written by `{command}`.
 #pragma once
 
 namespace ppo {{
 
 {enums}
+
+{packed}
 
 enum Stat : int {{
 {stats}
@@ -35,7 +39,9 @@ enum Stat : int {{
 """
 
 _PYTHON = '''\
-"""Codes of the options as Triton constants. Written by `{command}`."""
+"""Codes of the options for Triton. Written by `{command}`."""
+
+from typing import NamedTuple
 
 import triton.language as tl
 
@@ -44,12 +50,15 @@ import triton.language as tl
 # The statistics: N_SUMS sums, then the smallest and the largest ratio.
 N_STATS = tl.constexpr({n_stats})
 N_SUMS = tl.constexpr({n_sums})
+
+
+{packed}
 '''
 
 
 def emitted() -> dict[str, str]:
     """Path in the repository -> text."""
-    return {"csrc/options.h": _cpp(), "kernels/options.py": _python()}
+    return {"csrc/codes.h": _cpp(), "kernels/codes.py": _python()}
 
 
 def stale(root: Path) -> list[str]:
@@ -59,17 +68,27 @@ def stale(root: Path) -> list[str]:
 
 def _cpp() -> str:
     enums = "\n".join(_cpp_enum(name, options) for name, options in ENUM_CODES.items())
+    packed = "\n".join(_cpp_packed(name, fields) for name, (fields, _) in PACKED.items())
     names = [*STATS_FIELDS, "n_stats"]
     stats = "\n".join(f"  k{name.title().replace('_', '')}," for name in names)
-    return _CPP.format(command=_COMMAND, enums=enums, stats=stats)
+    return _CPP.format(command=_COMMAND, enums=enums, packed=packed, stats=stats)
 
 
 def _cpp_enum(name: str, options: tuple[str, ...]) -> str:
-    values = [option.replace("-", "_") for option in options]
-    line = f"enum class {name} : int {{ {', '.join(values)} }};"
+    return _enumerators(f"enum class {name} : int", [x.replace("-", "_") for x in options])
+
+
+def _cpp_packed(name: str, fields: tuple[str, ...]) -> str:
+    enumerators = _enumerators("enum : int", [*fields, "count"], indent="  ")
+    return f"struct {name} {{\n{enumerators}\n}};"
+
+
+def _enumerators(head: str, values: list[str], indent: str = "") -> str:
+    line = f"{indent}{head} {{ {', '.join(values)} }};"
     if len(line) <= _WIDTH:
         return line
-    return "\n".join([f"enum class {name} : int {{", *(f"  {value}," for value in values), "};"])
+    lines = [f"{head} {{", *(f"  {value}," for value in values), "};"]
+    return "\n".join(indent + x for x in lines)
 
 
 def _python() -> str:
@@ -80,7 +99,16 @@ def _python() -> str:
         lines = [f"{prefix}_{v} = tl.constexpr({code})" for code, v in enumerate(values)]
         blocks.append("\n".join(lines))
     codes = "\n\n".join(blocks)
-    return _PYTHON.format(command=_COMMAND, codes=codes, n_stats=N_STATS, n_sums=N_SUMS)
+    packed = "\n\n\n".join(_python_packed(name, *row) for name, row in PACKED.items())
+    numbers = {"n_stats": N_STATS, "n_sums": N_SUMS}
+    return _PYTHON.format(command=_COMMAND, codes=codes, packed=packed, **numbers)
+
+
+def _python_packed(name: str, fields: tuple[str, ...], kind: str) -> str:
+    loss, vector = re.findall("[A-Z][a-z]+", name)
+    text = f"`{vector.lower()}` of a {loss.lower()} loss, in order."
+    lines = [f"class {name}(NamedTuple):", f'    """{text}"""', ""]
+    return "\n".join([*lines, *(f"    {field}: {kind}" for field in fields)])
 
 
 def main(argv: list[str] | None = None, root: Path = _ROOT) -> int:

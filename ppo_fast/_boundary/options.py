@@ -14,6 +14,29 @@ from ppo_fast._boundary.schema import REDUCTIONS
 
 _TOKEN_SUM = REDUCTIONS.index("token-sum")
 
+# Order of the losses' numbers in `codes` and `params`, and their type; `emit.py` writes it for C++
+# and Triton.
+PACKED = {
+    "PolicyCodes": (("variant", "estimator", "straight_through", "reduction", "n_grads"), "int"),
+    "PolicyParams": (
+        (
+            "clip_low",
+            "clip_high",
+            "dual_clip",
+            "log_ratio_min",
+            "log_ratio_max",
+            "entropy_coef",
+            "kl_coef",
+            "kl_clamp",
+            "kl_ratio_clip",
+            "denom",
+        ),
+        "float",
+    ),
+    "ValueCodes": (("form", "reduction", "n_grads"), "int"),
+    "ValueParams": (("clip", "scale", "denom"), "float"),
+}
+
 
 class PolicyOptions(NamedTuple):
     """Options of a policy loss: codes of `schema.py`, bounds that are inf where absent.
@@ -44,11 +67,11 @@ class PolicyOptions(NamedTuple):
         return self._replace(reduction=_TOKEN_SUM, denom=0.0, denom_tensor=None)
 
     def codes(self, n_grads: int) -> list[int]:
-        """The integers of `ppo_loss`."""
+        """PolicyCodes of `PACKED`."""
         return [self.variant, self.estimator, self.straight_through, self.reduction, n_grads]
 
     def params(self) -> list[float]:
-        """The floats of `ppo_loss`."""
+        """PolicyParams of `PACKED`."""
         return [
             self.clip_low,
             self.clip_high,
@@ -61,15 +84,6 @@ class PolicyOptions(NamedTuple):
             self.kl_ratio_clip,
             self.denom,
         ]
-
-    def logits_codes(self, ignore_index: int) -> list[int]:
-        """The integers of `logits_ppo_loss`."""
-        return [ignore_index, self.variant, self.estimator, self.straight_through]
-
-    def logits_params(self, temperature: float) -> list[float]:
-        """The floats of `logits_ppo_loss`: those of `ppo_loss` without the divisor."""
-        *params, _ = self.params()
-        return [temperature, *params]
 
 
 def policy_options(
@@ -125,11 +139,11 @@ class ValueOptions(NamedTuple):
     denom_tensor: Tensor | None
 
     def codes(self, n_grads: int) -> list[int]:
-        """The integers of `value_loss`."""
+        """ValueCodes of `PACKED`."""
         return [self.form, self.reduction, n_grads]
 
     def params(self) -> list[float]:
-        """The floats of `value_loss`."""
+        """ValueParams of `PACKED`."""
         return [self.clip, self.scale, self.denom]
 
 
@@ -187,4 +201,4 @@ class Lambda(NamedTuple):
 
     number: float
     tensor: Tensor | None
-    per_step: int
+    per_step: bool

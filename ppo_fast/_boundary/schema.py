@@ -2,9 +2,9 @@
 
 `calls.py` has a function for each; it calls `torch.ops.ppo_fast.<op>.<backend>`. The C++ extension
 adds the implementations of the `cpu` overloads when it is loaded, and those of the `cuda` ones
-where it was built with them; the `triton` ones import `kernels/` on their first call. Options that
-are numbers travel in `codes` (integers) and `params` (floats), because every further argument
-costs call time. Their order is written beside each schema.
+where it was built with them; the `triton` ones import `kernels/` on their first call. The numbers
+of the losses travel in `codes` (integers) and `params` (floats): as arguments of their own they
+would cost 1.5 µs a call.
 """
 
 from __future__ import annotations
@@ -42,64 +42,62 @@ ENUM_CODES = {
     "ScoreAt": SCORE_AT,
 }
 
-# codes: [ignore_index]; params: [temperature]. `temperature` the tensor replaces the number.
+# A tensor `<name>_tensor`, where given, replaces the number `<name>` and stays on the device.
 _LOGPROBS_FWD = (
-    "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperature, int[] codes,"
-    " float[] params) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)"
+    "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperature_tensor, float temperature,"
+    " int ignore_index) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)"
 )
 _LOGPROBS_BWD_ARGS = (
     "(Tensor? grad_logprobs, Tensor? grad_entropy, {logits} logits, Tensor tokens, Tensor? mask,"
-    " Tensor? temperature, Tensor entropy, Tensor row_max, Tensor log_sum, int[] codes,"
-    " float[] params)"
+    " Tensor? temperature_tensor, Tensor entropy, Tensor row_max, Tensor log_sum,"
+    " float temperature, int ignore_index)"
 )
-# codes: [variant, estimator, straight_through, reduction, n_grads]
-# params: [clip_low, clip_high, dual_clip, log_ratio_min, log_ratio_max, entropy_coef, kl_coef,
-#          kl_clamp, kl_ratio_clip, denom]; an absent bound is inf (-inf for log_ratio_min), an
-# absent denom is 0. The tensors entropy_coef, kl_coef and denom replace the numbers.
+# codes and params: PolicyCodes and PolicyParams of options.py.
 # grads is (n_grads, *shape): by logprobs, by entropy; the gradients are scale times it. scale is
 # 1/D, or 1 from a backend that knew D beforehand.
 _PPO_LOSS = (
     "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, Tensor? is_weights,"
     " Tensor? moments, Tensor? entropy, Tensor? ref_logprobs, Tensor? cu_seqlens,"
-    " Tensor? entropy_coef, Tensor? kl_coef, Tensor? denom, int[] codes, float[] params)"
-    " -> (Tensor loss, Tensor stats, Tensor scale, Tensor grads)"
+    " Tensor? entropy_coef_tensor, Tensor? kl_coef_tensor, Tensor? denom_tensor, int[] codes,"
+    " float[] params) -> (Tensor loss, Tensor stats, Tensor scale, Tensor grads)"
 )
 # One read of the logits for log-probability, loss slope and gradient. `weights` is w/D of every
 # token, or 0-d for all; gspo, whose slopes need whole sequences first, has no one-pass op.
-# codes: [ignore_index, variant, estimator, straight_through]
-# params: [temperature], then ppo_loss's without denom.
+# codes and params: those of ppo_loss, of which reduction, n_grads and denom are not used.
 _LOGITS_PPO_LOSS_ARGS = (
-    "({logits} logits, Tensor tokens, Tensor? mask, Tensor? temperature, Tensor? old_logprobs,"
-    " Tensor advantages, Tensor? is_weights, Tensor? moments, Tensor? ref_logprobs,"
-    " Tensor weights, Tensor? entropy_coef, Tensor? kl_coef, int[] codes, float[] params)"
+    "({logits} logits, Tensor tokens, Tensor? mask, Tensor? temperature_tensor,"
+    " Tensor? old_logprobs, Tensor advantages, Tensor? is_weights, Tensor? moments,"
+    " Tensor? ref_logprobs, Tensor weights, Tensor? entropy_coef_tensor, Tensor? kl_coef_tensor,"
+    " float temperature, int ignore_index, int[] codes, float[] params)"
 )
 # The head's form, of fp32 logits: row r's gradient is bfloat16 and starts where row r does, so it
 # is `logits.view(bfloat16)[..., :V]`.
-# codes: [form, reduction, n_grads]; params: [clip, scale, denom]; form 0 is unclipped.
+# codes and params: ValueCodes and ValueParams of options.py; form 0 is unclipped.
 _VALUE_LOSS = (
     "(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens,"
-    " Tensor? denom, int[] codes, float[] params)"
+    " Tensor? denom_tensor, int[] codes, float[] params)"
     " -> (Tensor loss, Tensor stats, Tensor scale, Tensor grads)"
 )
-# codes: [masked, time_major, lam_per_step, lam_returns_per_step]
-# params: [gamma, lam, lam_returns]; the tensors lam and lam_returns replace the numbers and are
-# expanded to the rewards' shape ((S,) when packed and per sequence).
+# The lambdas' tensors are expanded to the rewards' shape ((S,) when packed and per sequence).
 _GAE = (
     "(Tensor rewards, Tensor values, Tensor? mask, Tensor? next_values, Tensor? bootstrap,"
     " Tensor? terminated, Tensor? truncated, Tensor? cu_seqlens, Tensor? rho, Tensor? c,"
-    " Tensor? lam, Tensor? lam_returns, int[] codes, float[] params)"
+    " Tensor? lam_adv_tensor, Tensor? lam_ret_tensor, int masked, bool time_major,"
+    " bool lam_adv_per_step, bool lam_ret_per_step, float gamma, float lam_adv, float lam_ret)"
     " -> (Tensor advantages, Tensor returns, Tensor moments)"
 )
-# codes: [masked, estimator, score_at]
-# params: [gamma, lam, kl_coef, kl_clamp, reward_min, reward_max]
 _RLHF_ADVANTAGES = (
     "(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask,"
-    " Tensor? bootstrap, Tensor? cu_seqlens, Tensor? kl_coef, int[] codes, float[] params)"
+    " Tensor? bootstrap, Tensor? cu_seqlens, Tensor? kl_coef_tensor, int masked, int estimator,"
+    " int score_at, float gamma, float lam, float kl_coef, float kl_clamp, float reward_min,"
+    " float reward_max)"
     " -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl, Tensor moments)"
 )
 _MOMENTS = "(Tensor x, Tensor? mask) -> Tensor"
-# codes: [shift_mean, unbiased, eps_at_std]; params: [eps]
-_WHITEN = "(Tensor x, Tensor? mask, Tensor moments, int[] codes, float[] params) -> Tensor"
+_WHITEN = (
+    "(Tensor x, Tensor? mask, Tensor moments, bool shift_mean, bool unbiased, bool eps_at_std,"
+    " float eps) -> Tensor"
+)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -125,11 +123,12 @@ def _fake_logits_loss(logits: Tensor, tokens: Tensor, *_: Any) -> tuple[Tensor, 
 
 def _fake_loss(main: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *_, codes, _ = args
+    *_, n_grads = codes
     return (
         _empty(main, ()),
         _empty(main, (N_STATS,), torch.float64),
         _empty(main, ()),
-        _empty(main, (codes[-1], *main.shape)),
+        _empty(main, (n_grads, *main.shape)),
     )
 
 

@@ -160,11 +160,11 @@ def _check_lambdas(
 
 def _check_lambda(name: str, lam: Any, rewards: Tensor, count: int, time_major: bool) -> Lambda:
     if not isinstance(lam, Tensor):
-        return Lambda(_checks.number(_OP, name, lam, 0.0, 1.0), None, 0)
+        return Lambda(_checks.number(_OP, name, lam, 0.0, 1.0), None, False)
     if lam.shape == rewards.shape:
         _checks.alike(_OP, rewards, time_major=time_major, **{name: lam})
-        return Lambda(0.0, lam.detach(), 1)
+        return Lambda(0.0, lam.detach(), True)
     _checks.sized(_OP, name, lam, rewards, (count,), "(B,)")
     if rewards.dim() == 2:
         lam = (lam if time_major else lam[:, None]).expand(rewards.shape)
-    return Lambda(0.0, lam.detach(), 0)
+    return Lambda(0.0, lam.detach(), False)

@@ -48,7 +48,7 @@ def whiten(
     """
     x = _checks.main(_OP, "x", x).detach()
     mask = _checks.flags(_OP, "mask", mask, x.shape, x.device)
-    eps_at_std = _checks.choice(_OP, "eps_at", eps_at, _EPS_AT)
+    _checks.choice(_OP, "eps_at", eps_at, _EPS_AT)
     eps = _checks.number(_OP, "eps", eps, 0.0)
     name = _backend.select(_OP, backend, x)
     if moments is None:
@@ -72,5 +72,5 @@ def whiten(
         shift_mean=shift_mean,
         unbiased=unbiased,
         eps=eps,
-        eps_at_std=eps_at_std,
+        eps_at_std=eps_at == "std",
     )

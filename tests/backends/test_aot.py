@@ -78,7 +78,7 @@ def test_every_kernel_is_registered() -> None:
 
 
 def test_codes_are_the_schema_s() -> None:
-    from ppo_fast.kernels import options
+    from ppo_fast.kernels import codes
 
     tuples = {
         "VARIANT": schema.VARIANTS,
@@ -94,7 +94,7 @@ def test_codes_are_the_schema_s() -> None:
         for code, name in enumerate(names)
     }
     want |= {"N_STATS": _results.N_STATS, "N_SUMS": _results.N_SUMS}
-    got = {k: v.value for k, v in vars(options).items() if k.isupper()}
+    got = {k: v.value for k, v in vars(codes).items() if k.isupper()}
     assert got == want
 
 
@@ -123,11 +123,11 @@ def test_launches_are_registered(vocab: int, dtype: torch.dtype) -> None:
     with launches.watch() as launched:
         for keep, temperature in ((None, None), (mask, torch.ones(2, 3))):
             args = (keep, temperature)
-            _, *saved = logprobs.logprobs_fwd(logits, tokens, *args, [-100], [1.0])
+            _, *saved = logprobs.logprobs_fwd(logits, tokens, *args, 1.0, -100)
             for grads in ((torch.ones(2, 3), None), (None, torch.ones(()).expand(2, 3))):
-                logprobs.logprobs_bwd(*grads, logits, tokens, *args, *saved, [-100], [1.0])
+                logprobs.logprobs_bwd(*grads, logits, tokens, *args, *saved, 1.0, -100)
             moments = whiten.moments(logits[..., 0], keep)
-            whiten.whiten(logits[..., 0], keep, moments, [1, 1, 0], [1e-8])
+            whiten.whiten(logits[..., 0], keep, moments, True, True, False, 1e-8)
     assert launched == {
         e.kernel.__name__
         for stem in ("logprobs", "logprobs_grad", "whiten")

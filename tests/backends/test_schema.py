@@ -12,6 +12,7 @@ from head_helpers import short_chunks
 import ppo_fast
 from ppo_fast import testing
 from ppo_fast._boundary import emit, schema
+from ppo_fast._boundary.options import PACKED, PolicyOptions, ValueOptions
 
 ROOT = Path(__file__).parents[2]
 DOUBLE = torch.float64
@@ -41,14 +42,14 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
         entropy,
         row_max,
         entropy + 1,
-        [-100],
-        [1.0],
+        1.0,
+        -100,
     )
     none = None
     token = (logs - 3, x(3, 5), x(3, 5).abs(), moments, logs - 3.2, x(3, 5).abs(), none, none)
-    one_pass = (tokens, mask, temperature, *token, [-100, 0, 2, 1], [1.0, *PPO[1][:-1]])
+    one_pass = (tokens, mask, temperature, *token, 1.0, -100, [0, 2, 1, 1, 0], PPO[1])
     return {
-        "logprobs_fwd": (logits, tokens, mask, temperature, [-100], [1.0]),
+        "logprobs_fwd": (logits, tokens, mask, temperature, 1.0, -100),
         "logprobs_bwd": back,
         "logprobs_bwd_": (*back[:2], logits.clone(), *back[3:]),
         "ppo_loss": (logs, logs + 0.1, x(3, 5), mask, x(3, 5).abs(), moments, entropy, logs - 0.2,
@@ -58,12 +59,24 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
         "logits_ppo_loss_bf16_": (logits.clone(), *one_pass),
         "value_loss": (logs, logs + 0.1, x(3, 5), mask, none, none, [1, 2, 1], [0.2, 0.5, 0.0]),
         "gae": (x(3, 5), x(3, 5), mask, none, x(3), mask, none, none, none, none, none, none,
-                [0, 0, 0, 0], [0.99, 0.95, 0.95]),
-        "rlhf_advantages": (x(3), logs, logs + 0.1, x(3, 5), mask, x(3), none, none, [0, 0, 1],
-                            [0.99, 0.95, 0.1, 5.0, -3.0, 3.0]),
+                0, False, False, False, 0.99, 0.95, 0.95),
+        "rlhf_advantages": (x(3), logs, logs + 0.1, x(3, 5), mask, x(3), none, none, 0, 0, 1,
+                            0.99, 0.95, 0.1, 5.0, -3.0, 3.0),
         "moments": (x(3, 5), mask),
-        "whiten": (x(3, 5), mask, moments, [1, 1, 0], [1e-8]),
+        "whiten": (x(3, 5), mask, moments, True, True, False, 1e-8),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [PolicyOptions, ValueOptions])
+def test_packed_numbers_have_the_order_of_the_table(kind: Any) -> None:
+    """Every field in its place, by numbers that differ."""
+    numbers = kind(*range(len(kind._fields)))
+    name = kind.__name__.removesuffix("Options")
+    packed = {"Codes": numbers.codes(99), "Params": numbers.params()}
+    for vector, values in packed.items():
+        fields, _ = PACKED[name + vector]
+        want = [99 if field == "n_grads" else getattr(numbers, field) for field in fields]
+        assert values == want
 
 
 def test_the_generated_codes_are_up_to_date() -> None:
@@ -77,7 +90,7 @@ def test_codes_that_are_out_of_date_are_named_and_written(
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(text + "\n")
     assert emit.main(["--check"], tmp_path) == 1
-    assert "csrc/options.h, kernels/options.py" in capsys.readouterr().err
+    assert "csrc/codes.h, kernels/codes.py" in capsys.readouterr().err
     assert emit.main([], tmp_path) == 0 and emit.stale(tmp_path) == []
 
 

@@ -266,6 +266,13 @@ PYTHON = (
         "head_parallel",
     ),
     Mutant(
+        "bounds of the clip swapped at the boundary",
+        "ppo_fast/_boundary/options.py",
+        "            self.clip_low,\n            self.clip_high,\n",
+        "            self.clip_high,\n            self.clip_low,\n",
+        "ppo_loss",
+    ),
+    Mutant(
         "a divisor that forgets rows left out",
         "ppo_fast/ops/linear_ppo_loss.py",
         "return policy.divided_by(policy.denom(self.counted))",

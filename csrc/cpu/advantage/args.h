@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../../options.h"
+#include "../../codes.h"
 #include "../../tensor/views.h"
 
 namespace ppo {

@@ -2,7 +2,7 @@
 // cpu/advantage/args.h).
 #pragma once
 
-#include "../../options.h"
+#include "../../codes.h"
 #include "../device/reduce.cuh"
 #include "../device/tensor.cuh"
 

@@ -8,7 +8,7 @@
 
 namespace ppo::cuda {
 
-// (loss, stats, scale, grads) of ppo_fast/_schema.py; grads is (count, *shape).
+// (loss, stats, scale, grads) of ppo_fast/_boundary/schema.py; grads is (count, *shape).
 struct LossOutputs {
   Tensor loss, stats, scale, grads;
 

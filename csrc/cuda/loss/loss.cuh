@@ -1,7 +1,7 @@
 // Per-token losses: tiles of tokens, sums in one fixed order, and the divisor.
 #pragma once
 
-#include "../../options.h"
+#include "../../codes.h"
 #include "sequences.cuh"
 
 namespace ppo::cuda {

@@ -1,4 +1,6 @@
-"""Codes of the options as Triton constants. Written by `python -m ppo_fast._boundary.emit`."""
+"""Codes of the options for Triton. Written by `python -m ppo_fast._boundary.emit`."""
+
+from typing import NamedTuple
 
 import triton.language as tl
 
@@ -33,3 +35,44 @@ SCORE_AT_PER_TOKEN = tl.constexpr(2)
 # The statistics: N_SUMS sums, then the smallest and the largest ratio.
 N_STATS = tl.constexpr(26)
 N_SUMS = tl.constexpr(24)
+
+
+class PolicyCodes(NamedTuple):
+    """`codes` of a policy loss, in order."""
+
+    variant: int
+    estimator: int
+    straight_through: int
+    reduction: int
+    n_grads: int
+
+
+class PolicyParams(NamedTuple):
+    """`params` of a policy loss, in order."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    log_ratio_min: float
+    log_ratio_max: float
+    entropy_coef: float
+    kl_coef: float
+    kl_clamp: float
+    kl_ratio_clip: float
+    denom: float
+
+
+class ValueCodes(NamedTuple):
+    """`codes` of a value loss, in order."""
+
+    form: int
+    reduction: int
+    n_grads: int
+
+
+class ValueParams(NamedTuple):
+    """`params` of a value loss, in order."""
+
+    clip: float
+    scale: float
+    denom: float

@@ -1,4 +1,4 @@
-// Codes of the options, and slots of the statistics.
+// Codes of the options, places of the losses' numbers, and slots of the statistics.
 // Written by `python -m ppo_fast._boundary.emit`.
 #pragma once
 
@@ -16,6 +16,31 @@ enum class Reduction : int {
 enum class Form : int { unclipped, max, clipped };
 enum class Masked : int { carry, zero };
 enum class ScoreAt : int { last_token, first_pad, per_token };
+
+struct PolicyCodes {
+  enum : int { variant, estimator, straight_through, reduction, n_grads, count };
+};
+struct PolicyParams {
+  enum : int {
+    clip_low,
+    clip_high,
+    dual_clip,
+    log_ratio_min,
+    log_ratio_max,
+    entropy_coef,
+    kl_coef,
+    kl_clamp,
+    kl_ratio_clip,
+    denom,
+    count,
+  };
+};
+struct ValueCodes {
+  enum : int { form, reduction, n_grads, count };
+};
+struct ValueParams {
+  enum : int { clip, scale, denom, count };
+};
 
 enum Stat : int {
   kNTokens,
