@@ -156,7 +156,7 @@ def test_unshifted_flags_are_refused() -> None:
         "stable_baselines3",
         "2.9",
         "sb3",
-        (Swap("gae", own.place, unshifted, view=own.view)),
+        (Swap("gae", own.place, unshifted, view=own.view),),
     )
     method = RolloutBuffer.compute_returns_and_advantage
     message = r"sb3: gae: .*advantages.*the original gives"
