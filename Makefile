@@ -44,6 +44,9 @@ TESTS_openrlhf := openrlhf openrlhf_own
 TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors
 TESTS_compat := compat compat_arrays
 
+# Dozens of processes import torch in a run of the tests: what Python compiled is kept for the next.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test test-long docs mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz lint bench clean
 
 train: $(STAMP)

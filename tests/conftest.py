@@ -19,6 +19,11 @@ import hypothesis
 import ppo_fast
 from ppo_fast import testing
 
+if os.environ.get("TRITON_INTERPRET") == "1" and ppo_fast.backends()["triton"] is None:
+    import interpreter
+
+    interpreter.patch_once_a_launch()
+
 KERNELS = ("cpu", "triton", "cuda")
 ON_GPU = ("triton", "cuda")  # without a GPU, interpreted and emulated; neither has float64
 

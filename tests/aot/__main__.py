@@ -2,8 +2,8 @@
 
     python tests/aot [--long] [--stem logprobs ...] [--target sm_90 ...] [--jobs 2] [--report]
 
-It runs without TRITON_INTERPRET, in `--jobs` processes. One JSON line per compilation on stdout;
-the exit status is 1 if any failed.
+It runs without TRITON_INTERPRET, in `--jobs` processes, or in this one for 1. One JSON line per
+compilation on stdout; the exit status is 1 if any failed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from aot import ROOT, TARGETS, Case, compile_case, pairs, product, registry
@@ -28,6 +29,16 @@ def jobs_of(options: argparse.Namespace) -> list[tuple[str, Case, str]]:
         for case in cases if options.long else pairs(cases):
             jobs += [(name, case, target) for target in options.target]
     return jobs
+
+
+def compilations(jobs: list[tuple[str, Case, str]], processes: int) -> Iterator[dict[str, Any]]:
+    """The results, computed here or in so many processes of their own."""
+    if processes == 1:
+        yield from map(compile_case, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from pool.map(compile_case, jobs, chunksize=1)
 
 
 def report(results: list[dict[str, Any]]) -> None:
@@ -54,12 +65,10 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="resources per kernel, to stderr")
     options = parser.parse_args()
     jobs = jobs_of(options)
-    context = multiprocessing.get_context("spawn")
     results = []
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for result in pool.map(compile_case, jobs, chunksize=1):
-            results.append(result)
-            print(json.dumps(result), flush=True)
+    for result in compilations(jobs, options.jobs):
+        results.append(result)
+        print(json.dumps(result), flush=True)
     if options.report:
         report(results)
     return int(any("error" in r for r in results))

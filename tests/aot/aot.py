@@ -68,13 +68,18 @@ def pairs(cases: list[Case]) -> list[Case]:
     """A subset of the cases with every pair of values that occurs in them (greedy cover)."""
     varying = [k for k in cases[0] if len({repr(c[k]) for c in cases}) > 1]
     keys = list(itertools.combinations(varying, 2)) or [(k, k) for k in varying]
-    covers = [{(a, repr(c[a]), b, repr(c[b])) for a, b in keys} for c in cases]
-    missing = set().union(*covers)
+    bits: dict[tuple[str, ...], int] = {}  # a pair of values -> its bit
+    covers = []
+    for case in cases:
+        texts = {k: repr(case[k]) for k in varying}
+        found = ((a, texts[a], b, texts[b]) for a, b in keys)
+        covers.append(sum(1 << bits.setdefault(pair, len(bits)) for pair in found))
+    missing = (1 << len(bits)) - 1
     chosen = [] if missing else [cases[0]]
     while missing:
-        best = max(range(len(cases)), key=lambda i: len(covers[i] & missing))
+        best = max(range(len(cases)), key=lambda i: (covers[i] & missing).bit_count())
         chosen.append(cases[best])
-        missing -= covers[best]
+        missing &= ~covers[best]
     return chosen
 
 

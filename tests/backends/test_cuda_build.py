@@ -18,16 +18,9 @@ pytestmark = pytest.mark.skipif(nvcc.nvcc() is None, reason="there is no nvcc to
 WITHOUT_KERNELS = {"launch"}
 
 
-@pytest.fixture(scope="session")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder in which this run's test workers share compiled objects."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if base.name.startswith("popen-") else base) / "cuda-objects"
-
-
 @pytest.mark.parametrize("source", nvcc.SOURCES, ids=lambda path: path.stem)
-def test_compiles_without_spills(source: Path, objects: Path) -> None:
-    built = nvcc.compiled(source, objects)
+def test_compiles_without_spills(source: Path) -> None:
+    built = nvcc.compiled(source)
     assert built.status == 0, built.log
     kernels = list(nvcc.kernels(built.log))
     expected = (
@@ -50,10 +43,10 @@ def test_the_report_is_read() -> None:
     assert list(nvcc.kernels(report)) == [nvcc.Kernel("_Zk", "sm_80", 16, 20, 255)]
 
 
-def code_of(objects: Path, stem: str, pattern: str, architecture: str) -> list[nvcc.Instruction]:
+def code_of(stem: str, pattern: str, architecture: str) -> list[nvcc.Instruction]:
     """The machine code of the one kernel whose mangled name matches."""
     (source,) = (path for path in nvcc.SOURCES if path.stem == stem)
-    built = nvcc.compiled(source, objects)
+    built = nvcc.compiled(source)
     assert built.status == 0, built.log
     if nvcc.disassembler() is None:
         pytest.skip("there is no cuobjdump to read machine code with")
@@ -77,10 +70,10 @@ def narrow(loop: collections.Counter[str], kinds: tuple[str, ...]) -> list[str]:
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize("dtype", ["f", r"\w*bf16E", r"\w*fp16E"], ids=["fp32", "bf16", "fp16"])
-def test_logprobs_reads_16_bytes_a_load(objects: Path, dtype: str, architecture: str) -> None:
+def test_logprobs_reads_16_bytes_a_load(dtype: str, architecture: str) -> None:
     """64 bytes of logits a turn in whole vectors, whatever a row's alignment; one exponential each
     and one for the rescaling; lanes stay apart."""
-    code = code_of(objects, "logprobs", f"logprobs_forward_kernelI{dtype}Lb0E", architecture)
+    code = code_of("logprobs", f"logprobs_forward_kernelI{dtype}Lb0E", architecture)
     group = 16 if dtype == "f" else 32
     for loop in hot_loops(code, group):
         assert not narrow(loop, ("LDG", "STG", "LD.", "ST."))
@@ -91,32 +84,30 @@ def test_logprobs_reads_16_bytes_a_load(objects: Path, dtype: str, architecture:
 
 @pytest.mark.parametrize("architecture", ["sm_90a", "sm_100"])
 @pytest.mark.parametrize("dtype", ["f", r"\w*bf16E", r"\w*fp16E"], ids=["fp32", "bf16", "fp16"])
-def test_logprobs_streams_through_shared_memory(
-    objects: Path, dtype: str, architecture: str
-) -> None:
+def test_logprobs_streams_through_shared_memory(dtype: str, architecture: str) -> None:
     """sm_90 and later: bulk copies in and out, 16 bytes at a time in shared memory."""
-    forward = code_of(objects, "logprobs", f"logprobs_forward_kernelI{dtype}Lb1E", architecture)
+    forward = code_of("logprobs", f"logprobs_forward_kernelI{dtype}Lb1E", architecture)
     names = {x.name for x in forward}
     assert "UBLKCP.S.G" in names and "UBLKCP.G.S" not in names
     for loop in hot_loops(forward, 16 if dtype == "f" else 32):
         assert not narrow(loop, ("LDS", "LDG", "LD."))
         assert loop["LDS.128"] >= 4
-    gradient = code_of(objects, "logprobs", f"logprobs_gradient_kernelI{dtype}Lb1E", architecture)
+    gradient = code_of("logprobs", f"logprobs_gradient_kernelI{dtype}Lb1E", architecture)
     assert {"UBLKCP.S.G", "UBLKCP.G.S", "LDS.128", "STS.128"} <= {x.name for x in gradient}
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
-def test_logprobs_gradient_moves_16_bytes(objects: Path, architecture: str) -> None:
-    code = code_of(objects, "logprobs", r"logprobs_gradient_kernelI\w*bf16ELb0E", architecture)
+def test_logprobs_gradient_moves_16_bytes(architecture: str) -> None:
+    code = code_of("logprobs", r"logprobs_gradient_kernelI\w*bf16ELb0E", architecture)
     for loop in hot_loops(code, 16):
         assert loop["LDG.E.128"] >= 2 and loop["STG.E.128"] >= 2
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize("walk", ["warps", "blocks"])
-def test_advantages_move_16_bytes(objects: Path, walk: str, architecture: str) -> None:
+def test_advantages_move_16_bytes(walk: str, architecture: str) -> None:
     """Rewards and values before the loop and in it; advantages and returns."""
-    code = code_of(objects, "gae", f"advantage_{walk}_kernelI\\w*GaeSourceILb0E", architecture)
+    code = code_of("gae", f"advantage_{walk}_kernelI\\w*GaeSourceILb0E", architecture)
     names = collections.Counter(x.name for x in code)
     assert names["LDG.E.128"] >= 4 and names["STG.E.128"] >= 2
 
@@ -133,12 +124,12 @@ def test_advantages_move_16_bytes(objects: Path, walk: str, architecture: str) -
     ],
 )
 def test_tokens_move_16_bytes(
-    objects: Path, stem: str, kernel: str, loads: int, stores: int, architecture: str
+    stem: str, kernel: str, loads: int, stores: int, architecture: str
 ) -> None:
     """Four fp32 tokens an access, of every tensor and gradient that is laid out for it."""
     wide = collections.Counter(
         x.name.split(".")[0]
-        for x in code_of(objects, stem, kernel, architecture)
+        for x in code_of(stem, kernel, architecture)
         if x.name.endswith(".128")
     )
     assert (wide["LDG"], wide["STG"]) == (loads, stores)

@@ -1,5 +1,5 @@
-"""Compiling csrc/cuda/*/*.cu without a GPU, once for all tests and test workers, and reading what
-the compiler and the disassembler say of the kernels.
+"""Compilation of csrc/cuda/*/*.cu without a GPU, once for all test workers and the next run, and a
+reader of what the compiler and the disassembler say of the kernels.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch.utils import cpp_extension
 
 from ppo_fast import _cflags
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+OBJECTS = ROOT / "build/cuda-tests"
 SOURCES = [Path(path) for path in _cflags.cuda_sources(CSRC)]
 # Every warning is an error, the compiler's as the assembler's, and the assembler reports.
 STRICT = ("-Werror=all-warnings", "-Xcompiler=-Wall,-Werror,-Wno-unknown-pragmas", "-Xptxas=-v")
@@ -68,9 +70,16 @@ def command(source: Path, target: Path) -> list[str]:
     ]
 
 
+@cache
+def version() -> str:
+    """The compiler's and torch's."""
+    said = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True)
+    return said.stdout + torch.__version__
+
+
 def digest(source: Path) -> str:
-    """Of all that a compilation depends on: the source, every header, the command."""
-    state = hashlib.sha256(" ".join(command(source, Path("out"))).encode())
+    """Of all that a compilation depends on: source, every header, command and versions."""
+    state = hashlib.sha256(" ".join([version(), *command(source, Path("out"))]).encode())
     for path in (source, *sorted(p for e in ("*.h", "*.cuh") for p in CSRC.rglob(e))):
         state.update(path.read_bytes())
     return state.hexdigest()[:24]
@@ -85,23 +94,24 @@ class Compiled(NamedTuple):
 
 
 @cache
-def compiled(source: Path, folder: Path) -> Compiled:
-    """The source compiled into `folder`, by whichever test worker is first."""
-    base = folder / f"{source.stem}-{digest(source)}"
-    base.parent.mkdir(parents=True, exist_ok=True)
-    with open(base.with_suffix(".lock"), "w") as lock:
+def compiled(source: Path) -> Compiled:
+    """The source compiled, by whichever test worker is first; the newest object alone is kept."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    base = OBJECTS / f"{source.stem}-{digest(source)}"
+    log, target = base.with_suffix(".log"), base.with_suffix(".o")
+    with open(OBJECTS / f"{source.stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        log = base.with_suffix(".log")
         if not log.exists():
+            for old in OBJECTS.glob(f"{source.stem}-*"):
+                old.unlink()
             done = subprocess.run(
-                command(source, base.with_suffix(".o")),
-                capture_output=True,
-                text=True,
-                check=False,
+                command(source, target), capture_output=True, text=True, check=False
             )
-            log.write_text(f"{done.returncode}\n{done.stdout}{done.stderr}")
+            complete = log.with_suffix(".tmp")
+            complete.write_text(f"{done.returncode}\n{done.stdout}{done.stderr}")
+            complete.rename(log)
     status, _, said = log.read_text().partition("\n")
-    return Compiled(base.with_suffix(".o"), said, int(status))
+    return Compiled(target, said, int(status))
 
 
 def kernels(log: str) -> Iterator[Kernel]:

@@ -184,18 +184,23 @@ def test_a_refused_resume_changes_nothing(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["updates"] == 3
 
 
-def test_a_reward_that_changes_the_working_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mover", ["script", "reward"])
+def test_a_working_folder_that_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mover: str
 ) -> None:
+    """Relative paths are those of where the trainer was made."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
 
     def reward(prompts: list[str], texts: list[str]) -> list[float]:
-        os.chdir(tmp_path / "elsewhere")
+        if mover == "reward":
+            os.chdir(tmp_path / "elsewhere")
         return letters(prompts, texts)
 
     kept = Path("sub/rows.jsonl")
     t = trainer(Path("run"), reward, updates=2, save_every=1, save_transitions=kept)
+    if mover == "script":
+        os.chdir(tmp_path / "elsewhere")
     t.run(QUIET)
     assert not list((tmp_path / "elsewhere").iterdir())
     names = {p.name for p in (tmp_path / "run").iterdir()}
