@@ -43,7 +43,7 @@ def test_another_process_computes_the_same_bits(backend_name: str, tmp_path: Pat
     if backend == "cuda" and torch.cuda.is_available():
         pytest.skip("the digest is of CPU tensors; the emulated GPU stands for the kernels' maths")
     code = (
-        "import sys; sys.path[:0] = ['tests', 'tests/contract'];"
+        "import sys; sys.path[:0] = ['tests', 'tests/helpers', 'tests/contract'];"
         f"import conftest, test_trust_hosts; print(test_trust_hosts.digest({backend!r}))"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
