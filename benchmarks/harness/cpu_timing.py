@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 import time
 from pathlib import Path
@@ -42,15 +44,20 @@ def sampler(bound: Bound) -> Sampler:
 
 
 def peak_mb(bound: Bound) -> float | None:
-    """Peak resident MB of one call beyond the memory before it; None where Linux cannot say."""
+    """Peak resident MB of one call beyond the memory before it; None where Linux cannot say.
+
+    What earlier calls have freed goes back to the system first: the call would use it unseen.
+    """
     if bound.prepare is not None:
         bound.prepare()
+    gc.collect()
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
         before = _status_kb("VmRSS")
         bound.call()
         return max(0.0, (_status_kb("VmHWM") - before) / 1024)
-    except OSError:
+    except (OSError, AttributeError):  # no such file, or another C library than glibc
         return None
 
 

@@ -46,12 +46,12 @@ _GENERATED = (
 
 
 def cpu_model() -> str:
-    """The processor's own name."""
+    """The processor's own name, without trade marks."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
         if found:
-            return found.group(1).strip()
+            return re.sub(r"\((?:R|TM)\)| Processor$", "", found.group(1).strip())
     return platform.processor() or platform.machine()
 
 

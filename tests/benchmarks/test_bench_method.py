@@ -73,6 +73,24 @@ def test_a_short_call_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert log == ["prepare", "x"]
 
 
+def test_a_peak_counts_memory_that_an_earlier_call_freed() -> None:
+    """40 MB in blocks that the allocator keeps for reuse, below one that is still in use."""
+    n, size = 400, 100 * 1024
+
+    def call() -> None:
+        blocks = [torch.zeros(size // 4) for _ in range(n)]
+        blocks.clear()
+
+    blocks = [torch.zeros(size // 4) for _ in range(n)]
+    above = torch.zeros(size // 4)
+    blocks.clear()
+    peak = cpu_timing.peak_mb(Bound(call, dict))
+    if peak is None:
+        pytest.skip("the system does not tell a process's peak of resident memory")
+    assert peak >= 0.95 * n * size / 2**20
+    assert above.numel() == size // 4
+
+
 @pytest.mark.parametrize("q, value", [(0, 1.0), (0.2, 1.8), (0.5, 3.0), (0.8, 4.2), (1, 5.0)])
 def test_percentiles(q: float, value: float) -> None:
     assert timing.percentile([5.0, 1.0, 4.0, 2.0, 3.0], q) == pytest.approx(value)
