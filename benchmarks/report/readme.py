@@ -61,9 +61,12 @@ CHINESE = Words(
 
 
 def section(files: pages.Files, words: Words = ENGLISH) -> str:
-    """Text between the markers of a README: a table a machine, and whether a GPU was measured."""
+    """Text between the markers of a README: tables, and whether a GPU was measured.
+
+    Of the CPUs, and of the GPUs, the machine measured last has a table.
+    """
     lines: list[str] = []
-    for path, results in files.items():
+    for path, results in latest(files).items():
         facts = results.runs[0]
         versions = facts["versions"]["torch"]
         named = {"title": tables.title(facts), "threads": facts["threads"], "torch": versions}
@@ -74,6 +77,12 @@ def section(files: pages.Files, words: Words = ENGLISH) -> str:
     if not any("gpu" in run for results in files.values() for run in results.runs):
         lines.append(words.no_gpu)
     return "\n".join(lines).rstrip()
+
+
+def latest(files: pages.Files) -> pages.Files:
+    """The file with the latest date in its name of each kind of device."""
+    by_date = sorted(files.items(), key=lambda item: item[0].stem[-len("2026-01-31") :])
+    return dict({"gpu" in results.runs[0]: (path, results) for path, results in by_date}.values())
 
 
 def _figures(rows: list[Row], words: Words) -> tables.Cells:

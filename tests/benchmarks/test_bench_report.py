@@ -34,14 +34,18 @@ def copied(tmp_path: Path) -> Path:
 
 def test_the_committed_pages_are_made_from_committed_results() -> None:
     assert report.stale(ROOT) == []
+    files = report.newest(ROOT / "benchmarks/results")
+    for path in files:
+        assert f"](results/{path.name})" in (ROOT / "benchmarks/README.md").read_text()
     for front in report.FRONTS:
-        for path in report.newest(ROOT / "benchmarks/results"):
+        for path in readme.latest(files):
             assert f"](benchmarks/results/{path.name})" in (ROOT / front).read_text()
 
 
 def test_a_figure_that_changed_makes_every_page_stale(copied: Path) -> None:
     assert report.stale(copied) == []
-    path, held = next(iter(report.newest(copied / "benchmarks/results").items()))
+    files = readme.latest(report.newest(copied / "benchmarks/results"))
+    path, held = next(iter(files.items()))
     for changed in held.rows:
         if "median_ms" in changed:
             changed["median_ms"] *= 2 if changed["provider"].startswith("ppo_fast-cpu") else 1
@@ -146,6 +150,17 @@ def test_the_first_screen_has_four_figures_in_each_language() -> None:
         assert len(rows) == 4 and all("fp32" in row for row in rows)
     figures = [re.findall(r"\d+(?:[.,]\d+)*", text) for text in sections]
     assert figures[0] == figures[1]
+
+
+def test_the_first_screen_has_the_machine_measured_last() -> None:
+    rows = [row(GAE, "ppo_fast-cpu", 2.0, run=0), row(GAE, "loop", 8.0, run=0)]
+    names = ["a-cpu-avx2-2026-01-02", "b-cpu-avx2-2025-12-31", "c-gpu-2025-01-01"]
+    runs = [FACTS, FACTS, FACTS | {"gpu": "a GPU"}]
+    files = {
+        Path(f"{name}.json"): Results([run], rows) for name, run in zip(names, runs, strict=True)
+    }
+    found = re.findall(r"\[(\S+)\.json\]", readme.section(files))
+    assert found == ["c-gpu-2025-01-01", "a-cpu-avx2-2026-01-02"]
 
 
 def test_a_figure_that_is_absent_leaves_its_row_out() -> None:
