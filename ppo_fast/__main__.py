@@ -110,6 +110,8 @@ def _stopped(error: Exception, config: TrainConfig) -> str | None:
         return f"{raised}stopped: {error}"
     foreseen = (
         loop.CheckpointError,
+        loop.DataError,
+        loop.RewardError,
         loop.RunLockedError,
         ModuleNotFoundError,
         loop.TransitionsError,

@@ -37,7 +37,7 @@ class Workload:
     def __init__(self, trainer: Trainer, batch: int, steps: int, eos: list[int]) -> None:
         self.model, self.eos, self.steps = trainer.agent.policy.model, eos, steps
         self.backend = trainer.backend
-        prompts = trainer.prompts.next(batch)
+        prompts = [prompt.text for prompt in trainer.prompts.next(batch)]
         self.tokens, self.attention = encode(trainer.tokenizer, prompts, trainer.device)
         self.generator = torch.Generator(trainer.device).manual_seed(0)
 

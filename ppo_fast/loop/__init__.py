@@ -2,6 +2,7 @@
 
 from ppo_fast.loop.checkpoint.checkpoints import CheckpointError
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.data.own import DataError, read_prompts
 from ppo_fast.loop.data.transitions import TransitionsError
 from ppo_fast.loop.log.lock import RunLockedError
 from ppo_fast.loop.model.agent import NonFiniteGradientError
@@ -13,6 +14,7 @@ from ppo_fast.loop.run import Outcome, Trainer, train
 
 __all__ = [
     "CheckpointError",
+    "DataError",
     "NoRewardError",
     "NonFiniteGradientError",
     "OutOfMemoryStopError",
@@ -26,5 +28,6 @@ __all__ = [
     "TransitionsError",
     "UnsupportedModelError",
     "processes",
+    "read_prompts",
     "train",
 ]

@@ -33,7 +33,7 @@ def parse(args: list[str]) -> TrainConfig:
     parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", type=Path, default=[], metavar="FILE")
     chosen, rest = parser.parse_known_args(args)
-    every = [argument for path in chosen.config for argument in arguments(path)] + rest
+    every = [argument for path in chosen.config for argument in arguments(path)] + _joined(rest)
     return tyro.cli(
         TrainConfig,
         args=every,
@@ -42,6 +42,14 @@ def parse(args: list[str]) -> TrainConfig:
         description=_DESCRIPTION,
         config=(tyro.conf.SuppressFixed,),  # what was given is no option
     )
+
+
+def _joined(args: list[str]) -> list[str]:
+    """The arguments with the rewards that are given one by one as one, with commas between."""
+    parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--reward", action="append", default=[])
+    chosen, rest = parser.parse_known_args(args)
+    return [f"--reward={','.join(chosen.reward)}", *rest] if len(chosen.reward) > 1 else args
 
 
 def _names(args: list[str]) -> Given:

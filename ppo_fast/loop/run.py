@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from rich.console import Console
 from ppo_fast.loop import rewards, tasks
 from ppo_fast.loop.checkpoint.checkpoints import Checkpoints
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.data.prompts import columns_of
 from ppo_fast.loop.data.replay import TransitionStream, TransitionWriter, open_transitions
 from ppo_fast.loop.files import require_file, require_folder
 from ppo_fast.loop.log import recorder
@@ -52,9 +53,11 @@ class Outcome:
 class Trainer(PPO):
     """PPO on one model, with a folder for its log, checkpoints and model.
 
-    `model` is any transformers causal LM and is trained in place, `reward` a function
-    fn(prompts, completions) -> list[float]. Stored transitions in the place of prompts come with
-    their rewards: nothing is sampled, and `reward` is not called.
+    `model` is any transformers causal LM and is trained in place. `prompts` are texts, or rows of
+    a `config.prompt_field`, a text or a list of messages, and of columns. `reward` is a function
+    fn(prompts, completions, **columns) -> list[float], which gets the prompts as they are in the
+    rows and those columns that its signature takes. Stored transitions in the place of prompts
+    come with their rewards: nothing is sampled, and `reward` is not called.
 
     `run` does all updates, `step` one. Making a trainer touches no file: the first of the two
     takes the folder `config.out`.
@@ -65,7 +68,7 @@ class Trainer(PPO):
         config: TrainConfig,
         model: Any,
         tokenizer: Any,
-        prompts: list[str] | TransitionStream,
+        prompts: Iterable[Any] | TransitionStream,
         reward: rewards.RewardFn,
         ranks: Ranks | None = None,
     ) -> None:
@@ -243,13 +246,14 @@ def load_trainer(
     """A trainer of what `config` names: model, prompts or transitions, and reward."""
     config = config.resolved().absolute()
     device = device_of(config)
-    task = tasks.load_task(config)
+    task = tasks.load_task(config, report)
+    reward = rewards.load_reward(config, task.reward, device)
+    if config.transitions is None:
+        rewards.taken(reward, columns_of(task.rows))  # raises for one that is not there
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model, task.texts[:200], device)
-    task = task.as_chat(tokenizer) if config.chat else task
-    reward = rewards.load_reward(config, task.reward, task.references, device)
     source = (
-        task.prompts
+        task.rows
         if config.transitions is None
         else open_transitions(
             config.transitions,

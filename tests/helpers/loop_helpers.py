@@ -40,6 +40,8 @@ def trainer(
     reward: RewardFn = letters,
     dtype: torch.dtype = torch.float32,
     ranks: Ranks | None = None,
+    prompts: list[Any] = TEXTS,
+    model_of: tuple[Any, Any] | None = None,
     **options: Any,
 ) -> Trainer:
     """A trainer of the tiny model: 8 prompts, 6 new tokens, one trainable layer of two."""
@@ -56,13 +58,17 @@ def trainer(
         "device": "cpu",
     }
     config = TrainConfig(out=out, **(defaults | options))
-    return Trainer(config, *tiny(dtype), TEXTS, reward, ranks)
+    return Trainer(config, *(model_of or tiny(dtype)), prompts, reward, ranks)
+
+
+def rollout_of(t: Trainer) -> Rollout:
+    """Completions of the next prompts."""
+    return t.sampler.rollout([p.text for p in t.prompts.next(t.config.batch)], t.backend)
 
 
 def batch_of(t: Trainer, scores: Scores | None = None) -> tuple[Rollout, Batch, Plan]:
     """A rollout, the batch made of it and the plan its old log-probs were scored in."""
-    prompts = t.prompts.next(t.config.batch)
-    rollout = t.sampler.rollout(prompts, t.backend)
+    rollout = rollout_of(t)
     scores = scores or Scores([0.1 * i for i in range(t.config.batch)])
     seqs, plan = rollout.seqs.kept(scores), t.plan()
     scored = score(t.agent, seqs, [rows for part in plan for rows in part], t.backend)

@@ -15,8 +15,8 @@ import ppo_fast
 from ppo_fast.__main__ import main
 from ppo_fast.loop import TrainConfig
 from ppo_fast.loop.compare import PHASES, compare, largest
-from ppo_fast.loop.data.packages import opening_words
-from ppo_fast.loop.data.prompts import PromptStream
+from ppo_fast.loop.data.packages import openings
+from ppo_fast.loop.data.prompts import Prompt, PromptStream, Row, as_rows
 from ppo_fast.loop.log.history import fifths
 from ppo_fast.loop.log.meter import measured
 from ppo_fast.loop.ppo import adapt_penalty, adapt_reward_kl
@@ -67,12 +67,13 @@ def test_quick_fills_in_only_what_was_not_given() -> None:
 
 def test_prompts_are_opening_words_and_come_once_a_pass() -> None:
     texts = ["a b c d", "one two three", "x  y\nz w"]
-    assert opening_words(texts, 3) == ["a b c", "x y z"]
-    stream = PromptStream(["a", "b", "c"], seed=0)
-    assert sorted(stream.next(3)) == ["a", "b", "c"]
-    assert sorted(stream.next(2) + stream.next(1)) == ["a", "b", "c"]
+    assert openings(texts, 3) == [("a b c", "d"), ("x y z", "w")]
+    prompts = [Prompt(text, Row(text)) for text in ("a", "b", "c")]
+    stream = PromptStream(prompts, seed=0)
+    assert sorted(stream.next(3)) == prompts
+    assert sorted(stream.next(2) + stream.next(1)) == prompts
     with pytest.raises(ValueError, match="must not be empty"):
-        PromptStream([], seed=0)
+        as_rows([])
 
 
 def test_the_tiny_model_learns_its_reward(tmp_path: Path) -> None:

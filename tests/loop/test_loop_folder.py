@@ -15,6 +15,7 @@ from test_loop_save_fails import small_files
 
 from ppo_fast.__main__ import main
 from ppo_fast.loop import CheckpointError, Trainer
+from ppo_fast.loop.data.prompts import Prompt, Row
 from ppo_fast.loop.log.recorder import cut_back
 from ppo_fast.loop.model.export import save_model
 from ppo_fast.loop.rewards import letters
@@ -84,7 +85,8 @@ def test_a_line_that_the_disk_refuses_is_named(tmp_path: Path, name: str, limit:
     t.begin()
     if name == "samples.jsonl":
         t.recorder.update = lambda record: None  # type: ignore[method-assign]  # it is longer
-        t.prompts.next = lambda n: ["a long prompt " * 20] * n  # type: ignore[method-assign]
+        long = "a long prompt " * 20
+        t.prompts.next = lambda n: [Prompt(long, Row(long))] * n  # type: ignore[method-assign]
     with small_files(limit), pytest.raises(OSError, match=f"{name}: .*File too large"):
         t.step()
 

@@ -25,8 +25,8 @@ class Lengths:
 
 
 def made(out: Path) -> Trainer:
-    references = dict.fromkeys(TEXTS, "of great warmth and wit")
-    return trainer(out, Discriminator(Lengths(), references, seed=0))  # type: ignore[arg-type]
+    rows = [{"prompt": text, "reference": "of great warmth and wit"} for text in TEXTS]
+    return trainer(out, Discriminator(Lengths(), seed=0), prompts=rows)  # type: ignore[arg-type]
 
 
 def test_a_discriminator_is_part_of_the_checkpoint(tmp_path: Path) -> None:

@@ -142,8 +142,8 @@ def train(module: Path, code: str, *options: str, reward: str = "verdicts:judge"
 
 def test_the_command_shows_the_first_error_and_fails(module: Path, capsys: Any) -> None:
     code = """
-        def judge(prompts, completions, answer):
-            return [1.0] * len(completions)
+        def judge(prompts, completions, answer=None):
+            return [float(text == answer[0]) for text in completions]
     """
     assert train(module, code) == 1
     said = capsys.readouterr()
@@ -153,6 +153,16 @@ def test_the_command_shows_the_first_error_and_fails(module: Path, capsys: Any) 
         in (said.err.splitlines()[-1])
     )
     assert "done:" not in said.out and not (module.parent / "out" / "model").exists()
+
+
+def test_the_command_names_a_column_that_is_not_there(module: Path, capsys: Any) -> None:
+    code = """
+        def judge(prompts, completions, answer):
+            return [1.0] * len(completions)
+    """
+    assert train(module, code) == 1
+    said = "stopped: reward judge takes answer, which must be columns of the data; there are"
+    assert capsys.readouterr().err.startswith(said)
 
 
 @pytest.mark.parametrize(

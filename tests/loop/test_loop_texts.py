@@ -16,7 +16,7 @@ from transition_rows import GOOD, jsonl, pa, pq
 
 from ppo_fast.__main__ import main
 from ppo_fast.loop import TransitionsError
-from ppo_fast.loop.data.prompts import PromptStream
+from ppo_fast.loop.data.prompts import Row, as_rows
 from ppo_fast.loop.data.transitions import Limits, read_transitions
 from ppo_fast.loop.sampling.sampler import encode
 from ppo_fast.loop.values import tokens_within
@@ -39,7 +39,6 @@ NO_TEXTS = [
     (None, "a text, got None"),
     (7, "a text, got 7"),
     (b"bytes", "a text, got b'bytes'"),
-    ([{"role": "user", "content": "x" * 99}], r"a text, got \[\{'role': 'user', 'content': 'xxx"),
 ]
 
 
@@ -49,19 +48,27 @@ def test_a_prompt_that_is_no_text_is_named(bad: Any, message: str) -> None:
     with pytest.raises(ValueError, match=r"prompts\[1\] must be " + message):
         encode(tokenizer, ["fine", bad], CPU)
     with pytest.raises(ValueError, match=r"prompts\[1\] must be " + message):
-        PromptStream(["fine", bad], seed=0)
+        as_rows(["fine", bad])
+    with pytest.raises(ValueError, match=r"prompts\[1\]: prompt must be " + message):
+        as_rows([{"prompt": "fine"}, {"prompt": bad}])
 
 
-@pytest.mark.parametrize("prompts", ["one text", b"ab", {"prompt": ["a", "b"]}])
+class Frame(list[str]):
+    """A data frame as far as iteration goes."""
+
+    columns = ("prompt",)
+
+
+@pytest.mark.parametrize("prompts", ["one text", b"ab", {"prompt": ["a", "b"]}, Frame(["prompt"])])
 def test_prompts_that_are_no_list_are_refused(prompts: Any) -> None:
     """They would be read letter by letter, or by the names of their columns."""
-    with pytest.raises(ValueError, match="prompts must be a list of texts, got "):
-        PromptStream(prompts, seed=0)
+    with pytest.raises(ValueError, match="prompts must be a list of texts or rows, got "):
+        as_rows(prompts)
 
 
 def test_prompts_of_other_kinds_of_list() -> None:
-    stream = PromptStream((f"prompt {i}" for i in range(2)), seed=0)  # type: ignore[arg-type]
-    assert sorted(stream.next(2)) == ["prompt 0", "prompt 1"]
+    rows = as_rows(f"prompt {i}" for i in range(2))
+    assert rows == [Row("prompt 0"), Row("prompt 1")]
 
 
 @pytest.mark.parametrize("escaped", [True, False])

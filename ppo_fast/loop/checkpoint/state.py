@@ -26,6 +26,9 @@ FREE = {
     "tensorboard",
     "save_transitions",
     "transitions",  # their digest is among the prompts
+    "data",  # so is that of its prompts and columns
+    "prompt_field",
+    "data_split",
 }
 
 

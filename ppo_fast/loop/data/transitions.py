@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ppo_fast.loop.data.tables import Numbered, TableError, json_rows, parquet_rows
 from ppo_fast.loop.values import described, is_fp32, require_text, shown, tokens_within
 
 FIELDS = ("prompt", "prompt_tokens", "tokens", "logprobs", "reward", "truncated")
@@ -57,7 +57,10 @@ def read_transitions(path: Path, encode: Encode, limits: Limits) -> Transitions:
         TransitionsError: another suffix, no file, no row at all, or no good one.
         ModuleNotFoundError: parquet without pyarrow.
     """
-    readers = {".jsonl": _json_rows, ".parquet": _parquet_rows}
+    readers: dict[str, Callable[[Path], Numbered]] = {
+        ".jsonl": json_rows,
+        ".parquet": lambda path: parquet_rows(path, FIELDS),
+    }
     if path.suffix not in readers:
         raise TransitionsError(f"transitions must be a .jsonl or .parquet file, got {path}")
     if not path.is_file():
@@ -66,60 +69,21 @@ def read_transitions(path: Path, encode: Encode, limits: Limits) -> Transitions:
             f"transitions must be a file that exists, got {path}{what and f', {what}'}"
         )
     found = Transitions()
-    for line, row in readers[path.suffix](path):
-        try:
-            if isinstance(row, ValueError):
-                raise row
-            found.rows.append(_checked(row, encode, limits))
-        except ValueError as error:
-            found.faults.append(f"{path}:{line}: {error}")
+    try:
+        for line, row in readers[path.suffix](path):
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                found.rows.append(_checked(row, encode, limits))
+            except ValueError as error:
+                found.faults.append(f"{path}:{line}: {error}")
+    except TableError as error:
+        raise TransitionsError(f"transitions {error}") from error
     if not found.rows:
         faults = len(found.faults)
         why = f"all {faults} rows are bad, the first: {found.faults[0]}" if faults else "no rows"
         raise TransitionsError(f"transitions {path}: {why}")
     return found
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value or the error of reading it) of every line that is not blank."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield number, ValueError(f"not a line of JSON: {error}")
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, its known fields)."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{error}; reading {path} needs: pip install 'ppo_fast[transitions]'"
-        ) from None
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            known = [name for name in FIELDS if name in file.schema_arrow.names]
-            for batch in file.iter_batches(columns=known):
-                for i in range(len(batch)):
-                    number += 1
-                    yield number, _parquet_row(batch, i)
-    except ArrowException as error:
-        raise TransitionsError(f"transitions {path}: not a parquet file: {error}") from None
-
-
-def _parquet_row(batch: Any, i: int) -> Any:
-    """Row `i` of a record batch, or a ValueError with the field that is no UTF-8."""
-    row = {}
-    for name in batch.schema.names:
-        try:
-            row[name] = batch.column(name)[i].as_py()
-        except UnicodeDecodeError as error:
-            return ValueError(f"{name} must be UTF-8, got {shown(error.object)}")
-    return row
 
 
 def _checked(row: Any, encode: Encode, limits: Limits) -> Transition:

@@ -1,6 +1,6 @@
-"""Reward functions fn(prompts, completions) -> list[float], and calling them safely."""
+"""Reward functions fn(prompts, completions, **columns) -> list[float], and safe calls of them."""
 
-from ppo_fast.loop.rewards.calls import RewardError, RewardFn, RewardLengthError
+from ppo_fast.loop.rewards.calls import RewardError, RewardFn, RewardLengthError, taken
 from ppo_fast.loop.rewards.load import REWARDS, load_reward
 from ppo_fast.loop.rewards.scoring import rewarded, score, shaped
 from ppo_fast.loop.rewards.text import letters
@@ -18,4 +18,5 @@ __all__ = [
     "rewarded",
     "score",
     "shaped",
+    "taken",
 ]

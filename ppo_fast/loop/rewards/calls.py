@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Set, Sized
 from itertools import islice
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
 from ppo_fast.loop.rewards.settings import settings_kept
 from ppo_fast.loop.values import shown
 
-RewardFn = Callable[[list[str], list[str]], list[float]]
+RewardFn = Callable[..., list[float]]
+"""fn(prompts, completions, **columns): of the data's columns it gets those its signature takes."""
 
 
 class RewardError(ValueError):
@@ -23,25 +24,82 @@ class RewardLengthError(RewardError):
     """The reward function returned no list that has one entry for each sample."""
 
 
+class NoAnswerError(ConnectionError):
+    """A server gave no rewards for a batch, nor would it for each sample alone."""
+
+
 class Raised(NamedTuple):
     """An exception of the reward function in the place of a value."""
 
     error: BaseException
 
 
+class Wanted(NamedTuple):
+    """Columns that a signature names, the required ones among them, and whether it takes any."""
+
+    named: list[str]
+    required: list[str]
+    any: bool
+
+
+def wanted(reward: RewardFn) -> Wanted:
+    """The columns that a reward function takes after prompts and completions, its first two."""
+    try:
+        parameters = list(inspect.signature(reward).parameters.values())
+    except (TypeError, ValueError):  # compiled code that says nothing of its arguments
+        return Wanted([], [], any=False)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = [p for p in parameters[2:] if p.kind in kinds]
+    return Wanted(
+        [p.name for p in named],
+        [p.name for p in named if p.default is p.empty],
+        any(p.kind is p.VAR_KEYWORD for p in parameters),
+    )
+
+
+def taken(reward: RewardFn, names: Iterable[str]) -> list[str]:
+    """The columns that a reward function gets, of those with `names`.
+
+    Raises RewardError where it needs one that is not there.
+    """
+    names, of = list(names), wanted(reward)
+    missing = [name for name in of.required if name not in names]
+    if missing:
+        raise RewardError(
+            f"reward {_name(reward)} takes {', '.join(missing)}, which must be columns of the"
+            f" data; there are {', '.join(names) or 'none'}"
+        )
+    return [name for name in names if of.any or name in of.named]
+
+
+def _name(reward: object) -> str:
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
 def ask(
-    reward: RewardFn, prompts: list[str], completions: list[str]
+    reward: RewardFn,
+    prompts: list[Any],
+    completions: list[str],
+    columns: Mapping[str, list[Any]] | None = None,
 ) -> tuple[list[object], BaseException | None]:
     """Each sample's value or `Raised`, and what the call for all of them raised.
 
-    Where that one raises anything but KeyboardInterrupt, each sample is asked for alone.
+    Where that one raises anything but KeyboardInterrupt or NoAnswerError, each sample is asked for
+    alone.
     """
+    given = columns or {}
+    given = {name: given[name] for name in taken(reward, given)}
     try:
-        return _call(reward, prompts, completions), None
+        return _call(reward, prompts, completions, given), None
     except (RewardLengthError, KeyboardInterrupt):
         raise
+    except NoAnswerError as error:
+        return [Raised(error)] * len(prompts), error
     except BaseException as error:  # sys.exit and the like included: it costs samples, not the run
-        alone = [_call_one(reward, p, c) for p, c in zip(prompts, completions, strict=True)]
+        alone = []
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            own = {name: values[i : i + 1] for name, values in given.items()}
+            alone.append(_call_one(reward, prompt, completion, own))
         return alone, error
 
 
@@ -63,20 +121,28 @@ def as_number(value: object) -> float | None:
         return None
 
 
-def _call(reward: RewardFn, prompts: list[str], completions: list[str]) -> list[object]:
-    n = len(prompts)
+def _call(
+    reward: RewardFn, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]
+) -> list[object]:
     with settings_kept():
-        rewards = reward(list(prompts), list(completions))
-        out = list(islice(_rows(rewards, n), n + 1))
+        own = {name: list(values) for name, values in columns.items()}
+        return checked(reward(list(prompts), list(completions), **own), len(prompts))
+
+
+def checked(rewards: Any, n: int) -> list[object]:
+    """The `n` entries that a reward function returned; RewardLengthError for another number."""
+    out = list(islice(_rows(rewards, n), n + 1))
     if len(out) == n:
         return out
     got = len(rewards) if isinstance(rewards, Sized) else "more" if len(out) > n else len(out)
     raise RewardLengthError(f"reward must return {n} numbers, got {got}")
 
 
-def _call_one(reward: RewardFn, prompt: str, completion: str) -> object:
+def _call_one(
+    reward: RewardFn, prompt: Any, completion: str, columns: dict[str, list[Any]]
+) -> object:
     try:
-        return _call(reward, [prompt], [completion])[0]
+        return _call(reward, [prompt], [completion], columns)[0]
     except (RewardLengthError, KeyboardInterrupt):
         raise
     except BaseException as error:

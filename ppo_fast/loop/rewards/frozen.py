@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.loop.data.packages import References, TaskError, package_folder
+from ppo_fast.loop.data.chat import context
+from ppo_fast.loop.data.packages import TaskError, package_folder
+from ppo_fast.loop.data.prompts import Messages
 from ppo_fast.loop.model.load import NO_CODE, SAFE, check_vocabulary, load_model
 from ppo_fast.loop.rewards.calls import RewardFn
 
@@ -23,23 +25,24 @@ def likelihood(name: str | None, device: torch.device) -> RewardFn:
     """
     model, tokenizer = load_model(name or "smollm2", [], device)
 
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
-        return mean_logprobs(model, tokenizer, prompts, completions)
+    def reward(prompts: list[str | Messages], completions: list[str]) -> list[float]:
+        contexts = [context(prompt, tokenizer) for prompt in prompts]
+        return mean_logprobs(model, tokenizer, contexts, completions)
 
     return reward
 
 
-def cross_entropy(name: str | None, device: torch.device, references: References) -> RewardFn:
-    """Minus the cross-entropy (nats a token) of the reference text after the completion.
+def cross_entropy(name: str | None, device: torch.device) -> RewardFn:
+    """Minus the cross-entropy (nats a token) of the column `reference` after the completion.
 
     A completion that says what the reference says makes it easy to predict for the frozen model
     `name`, which does not see the prompt.
     """
     model, tokenizer = load_model(name or "smollm2", [], device)
 
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+    def reward(prompts: list[str], completions: list[str], reference: list[str]) -> list[float]:
         contexts = [text + "\n" for text in completions]
-        return mean_logprobs(model, tokenizer, contexts, [references[p] for p in prompts])
+        return mean_logprobs(model, tokenizer, contexts, reference)
 
     return reward
 
@@ -96,15 +99,15 @@ class Encoder:
         return torch.cat(parts)
 
 
-def similarity(name: str | None, device: torch.device, references: References) -> RewardFn:
-    """Cosine in [-1, 1] between the embeddings of completion and reference.
+def similarity(name: str | None, device: torch.device) -> RewardFn:
+    """Cosine in [-1, 1] between the embeddings of completion and column `reference`.
 
     Reimers and Gurevych 2019, Sentence-BERT.
     """
     encode = Encoder(name, device)
 
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
-        cosines = encode(completions) * encode([references[p] for p in prompts])
+    def reward(prompts: list[str], completions: list[str], reference: list[str]) -> list[float]:
+        cosines = encode(completions) * encode(reference)
         return cosines.sum(1).tolist()
 
     return reward
@@ -131,8 +134,9 @@ def classifier(name: str | None, device: torch.device) -> RewardFn:
         )
 
     @torch.no_grad()
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
-        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+    def reward(prompts: list[str | Messages], completions: list[str]) -> list[float]:
+        both = zip(prompts, completions, strict=True)
+        texts = [context(prompt, tokenizer) + text for prompt, text in both]
         parts = [model(**inputs).logits for inputs in _tokenized(tokenizer, texts, device)]
         logits = torch.cat(parts)
         return (logits[:, -1] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).tolist()

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from ppo_fast.loop.data.packages import References
 from ppo_fast.loop.rewards.frozen import Encoder
 
 
@@ -14,14 +13,12 @@ class Discriminator:
     """Generative adversarial imitation (Ho and Ermon 2016) on sentence embeddings.
 
     D is the probability that a text is a demonstration; the reward is -log(1 - D), at least 0.
-    Every call scores its completions first and then takes one step of D on them against the
-    references of the same prompts, so the reward is a moving target and falls as D learns.
+    Every call scores its completions first and then takes one step of D on them against the column
+    `reference`, so the reward is a moving target and falls as D learns.
     """
 
-    def __init__(
-        self, encoder: Encoder, references: References, seed: int, lr: float = 3e-3
-    ) -> None:
-        self.encoder, self.references = encoder, references
+    def __init__(self, encoder: Encoder, seed: int, lr: float = 3e-3) -> None:
+        self.encoder = encoder
         width, device = encoder.model.config.hidden_size, encoder.model.device
         with torch.random.fork_rng(devices=[]):  # the policy's random numbers stay its own
             torch.manual_seed(seed)
@@ -29,9 +26,10 @@ class Discriminator:
         self.net = net.to(device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr)
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
-        fake = self.encoder(completions)
-        real = self.encoder([self.references[p] for p in prompts])
+    def __call__(
+        self, prompts: list[str], completions: list[str], reference: list[str]
+    ) -> list[float]:
+        fake, real = self.encoder(completions), self.encoder(reference)
         with torch.no_grad():
             rewards = softplus(self.net(fake).squeeze(1)).tolist()
         with torch.enable_grad():

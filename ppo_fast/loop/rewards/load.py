@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from ppo_fast.loop.config import TrainConfig
-from ppo_fast.loop.data.packages import References, TaskError, failing_as
+from ppo_fast.loop.data.packages import TaskError, failing_as
 from ppo_fast.loop.rewards import text
+from ppo_fast.loop.rewards.answer import answer
 from ppo_fast.loop.rewards.calls import RewardFn
+from ppo_fast.loop.rewards.http import HttpReward
+from ppo_fast.loop.rewards.weighted import WeightedSum
 from ppo_fast.loop.values import shown
 
 
 class Source(NamedTuple):
-    """Options, device, and a task's own reward and reference texts, of which rewards are made."""
+    """Options, device, and a task's own reward, of which rewards are made."""
 
     config: TrainConfig
-    own: RewardFn
-    references: References
+    own: RewardFn | None
     device: torch.device
 
 
 _Maker = Callable[[Source], RewardFn]
 
 
-def _frozen(name: str, with_references: bool = False) -> _Maker:
+def _frozen(name: str) -> _Maker:
     """A reward of `frozen.py`, imported when it is asked for: it loads transformers."""
 
     def make(source: Source) -> RewardFn:
         module = importlib.import_module("ppo_fast.loop.rewards.frozen")
-        references = [source.references] if with_references else []
-        made: RewardFn = getattr(module, name)(
-            source.config.reward_model, source.device, *references
-        )
+        made: RewardFn = getattr(module, name)(source.config.reward_model, source.device)
         return made
 
     return make
@@ -46,46 +47,68 @@ def _gail(source: Source) -> RewardFn:
     from ppo_fast.loop.rewards.gail import Discriminator
 
     encoder = Encoder(source.config.reward_model, source.device)
-    return Discriminator(encoder, source.references, source.config.seed)
+    return Discriminator(encoder, source.config.seed)
+
+
+def _own(source: Source) -> RewardFn:
+    if source.own is None:
+        raise TaskError("reward 'task' is that of a task, and data has none: name another one")
+    return source.own
 
 
 REWARDS: dict[str, _Maker] = {
-    "task": lambda source: source.own,
+    "task": _own,
     "vader": lambda source: text.vader(),
     "letters": lambda source: text.letters,
-    "rouge": lambda source: text.rouge(source.references),
-    "chrf": lambda source: text.chrf(source.references),
+    "rouge": lambda source: text.rouge(),
+    "chrf": lambda source: text.chrf(),
     "likelihood": _frozen("likelihood"),
-    "cross_entropy": _frozen("cross_entropy", with_references=True),
-    "similarity": _frozen("similarity", with_references=True),
+    "cross_entropy": _frozen("cross_entropy"),
+    "similarity": _frozen("similarity"),
     "classifier": _frozen("classifier"),
     "gail": _gail,
+    "answer": lambda source: answer,
 }
 
 
-def load_reward(
-    config: TrainConfig, own: RewardFn, references: References, device: torch.device
-) -> RewardFn:
-    """The function that `config.reward` names: one of `REWARDS`, or "module:function".
+def load_reward(config: TrainConfig, own: RewardFn | None, device: torch.device) -> RewardFn:
+    """The function that `config.reward` names, or the weighted sum of several.
 
-    `own` is the task's reward, `references` has a text for each prompt.
+    A name is one of `REWARDS`, "module:function", or an address of HTTP; `own` is the task's.
     """
-    name = config.reward
-    with failing_as(f"reward {name!r}"):
-        return (
-            REWARDS[name](Source(config, own, references, device))
-            if name in REWARDS
-            else _imported(name)
-        )
+    source = Source(config, own, device)
+    found = []
+    for name in config.reward.split(","):
+        with failing_as(f"reward {name!r}"):
+            found.append(_load(name, source))
+    weights = config.weights()
+    return found[0] if weights == [1.0] else WeightedSum(found, weights)
 
 
-def _imported(name: str) -> RewardFn:
+def _load(name: str, source: Source) -> RewardFn:
+    if name in REWARDS:
+        return REWARDS[name](source)
+    if name.startswith(("http://", "https://")):
+        return HttpReward(name)
     module, _, function = name.partition(":")
     if not module or not function:
         raise TaskError(
-            f'reward must be one of {", ".join(REWARDS)} or "module:function", got {name!r}'
+            f'reward must be one of {", ".join(REWARDS)}, "module:function" or "http://...",'
+            f" got {name!r}"
         )
-    found = importlib.import_module(module)
+    return _imported(name, module, function)
+
+
+def _imported(name: str, module: str, function: str) -> RewardFn:
+    folder = os.getcwd()
+    if folder not in sys.path and "" not in sys.path:  # the command begins with its own folder
+        sys.path.insert(0, folder)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise ModuleNotFoundError(f"reward {name!r}: {error}, in {folder} neither") from None
     if not hasattr(found, function):
         raise TaskError(f"reward {name!r}: module {module!r} has no function {function!r}")
     loaded: RewardFn = getattr(found, function)

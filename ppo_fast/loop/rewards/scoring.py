@@ -7,8 +7,10 @@ import math
 import threading
 import time
 import traceback
+from typing import Any
 
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.data.prompts import Columns
 from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.rewards.calls import Raised, RewardFn, as_number, ask
 from ppo_fast.loop.rewards.settings import settings_kept
@@ -20,27 +22,36 @@ _late: dict[int, threading.Thread] = {}
 
 
 def score(
-    reward: RewardFn, prompts: list[str], completions: list[str], timeout: float | None = None
+    reward: RewardFn,
+    prompts: list[Any],
+    completions: list[str],
+    timeout: float | None = None,
+    columns: Columns | None = None,
 ) -> Scores:
     """Reward every completion; drop those without a number that is finite in fp32.
 
-    One call for the batch. Where that call raises, each sample is called alone, so that only
-    those that raise are lost. A list of the wrong length raises `RewardLengthError`, because then
-    no reward can be assigned to its sample. All of it together may take `timeout` seconds; after
-    that the whole batch is dropped. The call itself cannot be stopped: it goes on in a thread that
-    does not keep the process alive. A reward may have state, so no call begins beside a late one:
-    the next batch waits for that to end, in its own `timeout` seconds, or is dropped too.
+    One call for the batch, with those of its `columns` that the function takes. Where that call
+    raises, each sample is called alone, so that only those that raise are lost. A list of the
+    wrong length raises `RewardLengthError`, because then no reward can be assigned to its sample.
+    All of it together may take `timeout` seconds; after that the whole batch is dropped. The call
+    itself cannot be stopped: it goes on in a thread that does not keep the process alive. A reward
+    may have state, so no call begins beside a late one: the next batch waits for that to end, in
+    its own `timeout` seconds, or is dropped too.
 
     The reward gets lists of its own, and settings of the process that it changes are put back.
     """
     if timeout is None:
-        return _score(reward, prompts, completions)
+        return _score(reward, prompts, completions, columns)
     with settings_kept():  # those that a late call changed
-        return _in_time(reward, prompts, completions, timeout)
+        return _in_time(reward, prompts, completions, timeout, columns)
 
 
 def _in_time(
-    reward: RewardFn, prompts: list[str], completions: list[str], timeout: float
+    reward: RewardFn,
+    prompts: list[Any],
+    completions: list[str],
+    timeout: float,
+    columns: Columns | None,
 ) -> Scores:
     start = time.monotonic()
     late = _late.pop(id(reward), None)
@@ -55,7 +66,7 @@ def _in_time(
 
     def work() -> None:
         try:
-            ended.append(_score(reward, prompts, completions))
+            ended.append(_score(reward, prompts, completions, columns))
         except BaseException as error:  # raised again below, where the caller can see it
             ended.append(error)
 
@@ -93,12 +104,13 @@ def shaped(scores: Scores, ended: list[bool], clip: float | None, eos_penalty: f
 def rewarded(
     reward: RewardFn,
     config: TrainConfig,
-    prompts: list[str],
+    prompts: list[Any],
     completions: list[str],
     ended: list[bool],
+    columns: Columns | None = None,
 ) -> Scores:
     """`score` and then `shaped`, as a run's options ask."""
-    raw = score(reward, prompts, completions, config.reward_timeout)
+    raw = score(reward, prompts, completions, config.reward_timeout, columns)
     return shaped(raw, ended, config.score_clip, config.missing_eos_penalty)
 
 
@@ -106,8 +118,10 @@ def _dropped(n: int, reason: str) -> Scores:
     return Scores([0.0] * n, dict.fromkeys(range(n), reason), late=True)
 
 
-def _score(reward: RewardFn, prompts: list[str], completions: list[str]) -> Scores:
-    raw, error = ask(reward, prompts, completions)
+def _score(
+    reward: RewardFn, prompts: list[Any], completions: list[str], columns: Columns | None
+) -> Scores:
+    raw, error = ask(reward, prompts, completions, columns)
     scores = Scores([0.0] * len(raw))
     errors = [] if error is None else [error]
     for i, value in enumerate(raw):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppo_fast.loop.data.packages import References, require
+from ppo_fast.loop.data.packages import require
 from ppo_fast.loop.rewards.calls import RewardFn
 
 
@@ -22,31 +22,31 @@ def vader() -> RewardFn:
     return reward
 
 
-def rouge(references: References, words: int = 8, length_penalty: float = 0.1) -> RewardFn:
-    """ROUGE-L F1 against the reference, in [0, 1] (Lin 2004).
+def rouge(words: int = 8, length_penalty: float = 0.1) -> RewardFn:
+    """ROUGE-L F1 against the column `reference`, in [0, 1] (Lin 2004).
 
     Each word of the completion beyond `words` costs `length_penalty`.
     """
     scorer = require("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"])
 
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+    def reward(prompts: list[str], completions: list[str], reference: list[str]) -> list[float]:
         out = []
-        for prompt, text in zip(prompts, completions, strict=True):
-            f1 = scorer.score(references[prompt], text)["rougeL"].fmeasure
+        for wanted, text in zip(reference, completions, strict=True):
+            f1 = scorer.score(wanted, text)["rougeL"].fmeasure
             out.append(float(f1) - length_penalty * max(0, len(text.split()) - words))
         return out
 
     return reward
 
 
-def chrf(references: References) -> RewardFn:
-    """chrF2, character n-grams shared with the reference, in [0, 1] (Popović 2015)."""
+def chrf() -> RewardFn:
+    """chrF2, character n-grams shared with the column `reference`, in [0, 1] (Popović 2015)."""
     metric = require("sacrebleu", "sacrebleu").CHRF()
 
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+    def reward(prompts: list[str], completions: list[str], reference: list[str]) -> list[float]:
         return [
-            float(metric.sentence_score(text.strip(), [references[prompt]]).score) / 100
-            for prompt, text in zip(prompts, completions, strict=True)
+            float(metric.sentence_score(text.strip(), [wanted]).score) / 100
+            for wanted, text in zip(reference, completions, strict=True)
         ]
 
     return reward
