@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,10 @@ def resumed(out: Path) -> Trainer:
 
 
 def values_of(
-    thing: Any, path: str = "", seen: set[int] | None = None
+    thing: Any, path: str = "", seen: dict[int, Any] | None = None
 ) -> Iterator[tuple[str, Any]]:
     """Every number, string, tensor and random stream that an object leads to, by its path."""
-    seen = set() if seen is None else seen
+    seen = {} if seen is None else seen  # by their ids, which stay theirs while they are held
     if isinstance(thing, torch.Tensor):
         yield path, (thing.dtype, thing.detach().flatten().tolist())
     elif isinstance(thing, torch.Generator):
@@ -55,8 +55,8 @@ def values_of(
     elif isinstance(thing, int | float | str | bytes | Path | None):
         yield path, repr(thing)
     elif id(thing) not in seen:
-        seen.add(id(thing))
-        if isinstance(thing, dict):
+        seen[id(thing)] = thing
+        if isinstance(thing, Mapping):
             for i, (key, value) in enumerate(thing.items()):
                 yield from values_of(value, f"{path}.{key if isinstance(key, str) else i}", seen)
         elif isinstance(thing, list | tuple | set | array):
