@@ -114,6 +114,7 @@ def test_records_of_csv_are_counted_by_their_lines(tmp_path: Path) -> None:
         ("gone.jsonl", None, "data must be a file that exists, got .*gone.jsonl"),
         ("empty.jsonl", "", "empty.jsonl: no rows"),
         ("bad.jsonl", "1\n2\n", "all 2 rows are bad, the first: .*bad.jsonl:1: a row must be"),
+        ("open.csv", 'prompt\nfine\n"open', r"open.csv:3: not a record of CSV"),
         ("bad.parquet", "no", "bad.parquet: not a parquet file"),
     ],
 )

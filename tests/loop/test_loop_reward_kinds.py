@@ -42,8 +42,8 @@ def with_default(prompts: list[str], texts: list[str], other: Any = None) -> lis
 
 
 def test_a_reward_gets_the_columns_that_its_signature_takes() -> None:
-    def answering(prompts: list[str], answer: list[str]) -> list[float]:
-        return [float(len(text)) for text in answer]  # the completions, whatever it calls them
+    def answering(questions: list[str], texts: list[str]) -> list[float]:
+        return [float(len(text)) for text in texts]  # the completions, whatever it calls them
 
     wanted = {
         plain: [],
@@ -60,6 +60,24 @@ def test_a_reward_gets_the_columns_that_its_signature_takes() -> None:
     assert list(got.values()) == [[1.0, 1.0], [3.0, 4.0], [2.0, 2.0], [5.0, 5.0], [2.0, 1.0]]
     with pytest.raises(RewardError, match=r"takes level, .* columns of the data; there are none"):
         taken(by_level, [])
+
+
+def test_arguments_in_another_order_are_refused() -> None:
+    """They are given by place: such a function would take prompts for completions."""
+
+    def by_name(completions: list[str], answer: list[str], **rest: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    def swapped(completions: list[str], prompts: list[str]) -> list[float]:
+        return [0.0] * len(completions)
+
+    def a_column(prompts: list[str], answer: list[str]) -> list[float]:
+        return [0.0] * len(prompts)
+
+    for reward in (by_name, swapped, a_column):
+        with pytest.raises(RewardError, match="must take prompts and completions as its first"):
+            taken(reward, COLUMNS)
+    assert taken(every, ["prompts", "completions", "level"]) == ["level"]
 
 
 def test_a_sample_that_raises_is_asked_for_with_its_own_columns() -> None:

@@ -39,8 +39,10 @@ def csv_rows(path: Path) -> Numbered:
             except StopIteration:
                 return
             except (csv.Error, UnicodeDecodeError) as error:
-                yield reader.line_num, ValueError(f"not a record of CSV: {error}")
-                return  # where the next one begins is not known
+                # Where the next record begins is not known: what follows would be left out.
+                raise TableError(
+                    f"{path}:{reader.reader.line_num}: not a record of CSV: {error}"
+                ) from None
             names = reader.fieldnames or []
             if None in row or None in row.values():
                 n = sum(value is not None for value in row.values())

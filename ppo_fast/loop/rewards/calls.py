@@ -35,8 +35,12 @@ class Raised(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Columns that a signature names, the required ones among them, and whether it takes any."""
+    """The first two arguments of a signature, the columns that it names, and whether it takes any.
 
+    `required` are those of the named ones that have no default.
+    """
+
+    first: list[str]
     named: list[str]
     required: list[str]
     any: bool
@@ -47,10 +51,11 @@ def wanted(reward: RewardFn) -> Wanted:
     try:
         parameters = list(inspect.signature(reward).parameters.values())
     except (TypeError, ValueError):  # compiled code that says nothing of its arguments
-        return Wanted([], [], any=False)
+        return Wanted([], [], [], any=False)
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named = [p for p in parameters[2:] if p.kind in kinds]
     return Wanted(
+        [p.name for p in parameters[:2]],
         [p.name for p in named],
         [p.name for p in named if p.default is p.empty],
         any(p.kind is p.VAR_KEYWORD for p in parameters),
@@ -60,16 +65,24 @@ def wanted(reward: RewardFn) -> Wanted:
 def taken(reward: RewardFn, names: Iterable[str]) -> list[str]:
     """The columns that a reward function gets, of those with `names`.
 
-    Raises RewardError where it needs one that is not there.
+    Raises RewardError where it needs one that is not there, and where its first two arguments,
+    which are given by their place, have the names of others.
     """
     names, of = list(names), wanted(reward)
+    for i, name in enumerate(of.first):
+        own = ("prompts", "completions")[i]
+        if name != own and (name in ("prompts", "completions") or name in names):
+            raise RewardError(
+                f"reward {_name(reward)} must take prompts and completions as its first two"
+                f" arguments, got {', '.join(of.first)}"
+            )
     missing = [name for name in of.required if name not in names]
     if missing:
         raise RewardError(
             f"reward {_name(reward)} takes {', '.join(missing)}, which must be columns of the"
             f" data; there are {', '.join(names) or 'none'}"
         )
-    return [name for name in names if of.any or name in of.named]
+    return [n for n in names if n in of.named or (of.any and n not in of.first)]
 
 
 def _name(reward: object) -> str:
