@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -37,13 +37,13 @@ class BrokenError(RuntimeError):
         self.provider = provider
 
 
-class Worker:
-    """A process that measures one case at a time."""
+class Child:
+    """A process that answers requests, lines of JSON on its stdin, with lines on its stdout."""
 
-    def __init__(self, env: Environment) -> None:
+    def __init__(self, command: Sequence[str], env: Environment) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (stop closes it)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.harness.worker"],
+            command,
             cwd=ROOT,
             env={**os.environ, **dict(env)},
             text=True,
@@ -60,23 +60,22 @@ class Worker:
             self._lines.put(line)
         self._lines.put("")
 
-    def ask(self, request: dict[str, Any], silence: float) -> dict[str, Outcome]:
-        """The outcomes of a request; raises BrokenError."""
+    def send(self, request: dict[str, Any]) -> None:
+        """Hand over a request."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died: the reader says so below
+        with contextlib.suppress(BrokenPipeError):  # it died: `receive` says so
             print(json.dumps(request), file=self._process.stdin, flush=True)
-        at_work = ""
-        while True:
-            try:
-                line = self._lines.get(timeout=silence)
-            except queue.Empty:
-                raise BrokenError(at_work, f"hung: no sign of life for {silence:g} s") from None
-            if not line:
-                raise BrokenError(at_work, f"crashed: {self._last_words()}")
-            message = json.loads(line)
-            if "at_work" not in message:
-                return {name: Outcome(**fields) for name, fields in message.items()}
-            at_work = message["at_work"]
+
+    def receive(self, silence: float, at_work: str = "") -> dict[str, Any]:
+        """The next answer; raises BrokenError, which names what was at work."""
+        try:
+            line = self._lines.get(timeout=silence)
+        except queue.Empty:
+            raise BrokenError(at_work, f"hung: no sign of life for {silence:g} s") from None
+        if not line:
+            raise BrokenError(at_work, f"crashed: {self._last_words()}")
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     def _last_words(self) -> str:
         """The exit status, and the last line on stderr."""
@@ -86,9 +85,27 @@ class Worker:
         return f"exit status {status}" + (f", {said[-1][:200]}" if said else "")
 
     def stop(self) -> None:
+        """End the process."""
         self._process.kill()
         self._process.wait()
         self._errors.close()
+
+
+class Worker(Child):
+    """A process that measures one case at a time."""
+
+    def __init__(self, env: Environment) -> None:
+        super().__init__([sys.executable, "-m", "benchmarks.harness.worker"], env)
+
+    def ask(self, request: dict[str, Any], silence: float) -> dict[str, Outcome]:
+        """The outcomes of a request; raises BrokenError."""
+        self.send(request)
+        at_work = ""
+        while True:
+            message = self.receive(silence, at_work)
+            if "at_work" not in message:
+                return {name: Outcome(**fields) for name, fields in message.items()}
+            at_work = message["at_work"]
 
 
 class Workers:
@@ -131,20 +148,27 @@ class Workers:
             self._stop(env)
 
 
-def _requests() -> Iterator[dict[str, Any]]:
+def requests() -> Iterator[dict[str, Any]]:
+    """What the parent of this process sends it."""
     for line in sys.stdin:
         yield json.loads(line)
 
 
-def main() -> None:
-    """Answer each request on stdin: providers as they are at work, then the outcomes."""
+def answering() -> Callable[[dict[str, Any]], None]:
+    """A function that answers the parent; all else that is printed goes to stderr from now on."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a peer prints is no answer
 
     def say(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=answers, flush=True)
 
-    for request in _requests():
+    return say
+
+
+def main() -> None:
+    """Answer each request on stdin: providers as they are at work, then the outcomes."""
+    say = answering()
+    for request in requests():
         case = Case.from_json(request["case"])
         outcomes = measure(
             case,

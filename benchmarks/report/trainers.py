@@ -1,0 +1,168 @@
+"""One update beside a trainer: the goals, and the tables of their rows.
+
+A row is one side of a comparison. Beside the fields that every timed row has, it has the fastest
+update (`min_ms`), the first one (`first_ms`), processor time (`cpu_ms`), the phases (`phases_ms`),
+the mean reward of every update, the trainer's version and what was counted. A side whose work is
+not that of the others is "red", and nothing is divided by its time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from benchmarks.ops.case import Case, Shape
+from benchmarks.ops.op import Goal
+from benchmarks.report import tables
+from benchmarks.report.judge import Verdict, verdicts
+from benchmarks.report.results import Row, by_case
+
+OURS = "ppo_fast"
+OP, UPDATE = "trainer", "update"
+PHASES = ("rollout", "scoring", "update")
+_GB = 2**10  # in the MB of a row
+
+
+def case(name: str, sequences: int, new_tokens: int, dtype: str = "fp32") -> Case:
+    """The case of a comparison: `name` says the algorithm and whose body the critic has."""
+    return Case(OP, UPDATE, Shape(name, (sequences, new_tokens)), dtype)
+
+
+PPO_16 = case("ppo-shared", 16, 16)
+PPO_64 = case("ppo-shared", 16, 64)
+PPO_64_BF16 = case("ppo-shared", 16, 64, "bf16")
+PPO_16_SEPARATE = case("ppo-separate", 16, 16)
+GRPO_64 = case("grpo", 32, 64)
+
+
+def _at_most(of: Case, against: str, must: float, aim: float) -> Goal:
+    return Goal(of, OURS, against, must, aim, faster=False)
+
+
+GOALS = (
+    _at_most(PPO_16, "trl-ppo", 0.75, 0.6),
+    _at_most(PPO_64, "trl-ppo", 0.65, 0.5),
+    _at_most(PPO_64_BF16, "trl-ppo", 0.85, 0.7),
+    _at_most(PPO_64_BF16, "trl-ppo-fp32", 0.4, 0.3),
+    _at_most(GRPO_64, "trl-grpo", 0.75, 0.5),
+)
+
+
+class Words(NamedTuple):
+    """Words of one language for the table of a README."""
+
+    heads: list[str]
+    kinds: dict[str, str]
+    sizes: str
+    seconds: str
+
+
+ENGLISH = Words(
+    heads=["one update of SmolLM2-135M, all layers", "TRL", "ppo_fast", "gain", "peak memory"],
+    kinds={
+        "ppo-shared": "PPO, critic on the policy's body",
+        "ppo-separate": "PPO, critic with a body of its own",
+        "grpo": "GRPO",
+    },
+    sizes="{}: {} sequences of {} new tokens, {}",
+    seconds="{} s",
+)
+CHINESE = Words(
+    heads=["SmolLM2-135M 的一次更新，训练所有层", "TRL", "ppo_fast", "倍数", "峰值内存"],
+    kinds={
+        "ppo-shared": "PPO，价值头接在策略模型上",
+        "ppo-separate": "PPO，价值模型独立",
+        "grpo": "GRPO",
+    },
+    sizes="{}：{} 条序列，各 {} 个新词元，{}",
+    seconds="{} 秒",
+)
+
+
+def found(rows: list[Row]) -> list[Verdict]:
+    """Verdicts on the goals of the comparisons in which all did the same work."""
+    good = [row for block in by_case(rows).values() if _equal(block) for row in block]
+    return verdicts(good, [goal for goal in GOALS if goal.case in by_case(good)])
+
+
+def _equal(block: Iterable[Row]) -> bool:
+    return all(row["status"] == "ok" for row in block)
+
+
+def _name(of: Case, words: Words = ENGLISH) -> str:
+    kind = words.kinds.get(of.shape.name, of.shape.name)
+    return words.sizes.format(kind, *of.shape.dims, of.dtype)
+
+
+def _seconds(milliseconds: float) -> str:
+    return tables.number(milliseconds / 1e3)
+
+
+def cells(block: list[Row]) -> tables.Cells:
+    """A line per side: seconds an update, where they go, memory, reward, and ours over theirs."""
+    timed, equal = tables.timed(block), _equal(block)
+    own = timed.get(OURS)
+    heads = ["", "s, median", "least", "first", "processor s"]
+    heads += [*PHASES, "peak GiB", "reward, first", "last", "updates", "ppo_fast over it"]
+    lines = [heads]
+    for name, row in timed.items():
+        ratio = own and equal and name != OURS
+        times = (row[key] for key in ("median_ms", "min_ms", "first_ms", "cpu_ms"))
+        lines.append(
+            [
+                f"{name} {row['version']}",
+                *map(_seconds, times),
+                *(_seconds(row["phases_ms"][phase]) for phase in PHASES),
+                tables.number(row["peak_mb"] / _GB),
+                *(f"{row['rewards'][at]:.3f}" for at in (0, -1)),
+                str(row["samples"]),
+                f"{tables.number(own['median_ms'] / row['median_ms'])}×" if ratio else "-",
+            ]
+        )
+    return lines if timed else []
+
+
+def section(rows: list[Row]) -> Iterator[str]:
+    """Lines of benchmarks/README.md: a table for each comparison, and the goals."""
+    for of, block in by_case(rows).items():
+        yield from (f"**{_name(of)}**", "")
+        table = cells(block)
+        if table:
+            yield from (*tables.markdown(table), "")
+        yield from (f"- {name}: `{note}`" for name, note in tables.notes(block))
+        if tables.notes(block):
+            yield ""
+    goals = found(rows)
+    if goals:
+        yield from (*tables.markdown(tables.goal_cells(goals)), "")
+
+
+def summary(rows: list[Row], words: Words) -> tables.Cells:
+    """Heads and a line per comparison for a README; nothing where none had equal work."""
+    lines = []
+    for of, block in by_case(rows).items():
+        timed = tables.timed(block)
+        own = timed.pop(OURS, None)
+        if own is None or not _equal(block) or not timed:
+            continue
+        peer = next(iter(timed.values()))
+        memory = [tables.number(row["peak_mb"] / _GB) for row in (peer, own)]
+        lines.append(
+            [
+                _name(of, words),
+                *(words.seconds.format(_seconds(row["median_ms"])) for row in (peer, own)),
+                f"{tables.number(peer['median_ms'] / own['median_ms'])}×",
+                f"{memory[0]} → {memory[1]} GiB",
+            ]
+        )
+    return [words.heads, *lines] if lines else []
+
+
+def terminal(rows: list[Row]) -> list[str]:
+    """The tables for a terminal."""
+    out: list[str] = []
+    for of, block in by_case(rows).items():
+        out += ["", _name(of), *("  " + line for line in tables.aligned(cells(block)))]
+        out += [f"  {name}: {note}" for name, note in tables.notes(block)]
+    goals = found(rows)
+    return [*out, "", *tables.verdict_table(goals)] if goals else out
