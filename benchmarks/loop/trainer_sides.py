@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,30 +119,28 @@ def _counted_ops(meter: Meter) -> dict[str, Callable[..., Any]]:
     """The loop's ops, counting the tokens of their calls."""
     import ppo_fast
 
-    def counting(name: str, tokens: Callable[..., int]) -> Callable[..., Any]:
+    def counting(name: str, count: Callable[..., None]) -> Callable[..., Any]:
         op = getattr(ppo_fast, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = op(*args, **kwargs)
-            tokens(result[0], *args)
+            count(result[0], *args)
             return result
 
         return call
 
-    counts = lambda: meter.counts  # noqa: E731
-
     def policy(loss: torch.Tensor, *args: torch.Tensor) -> None:
         if loss.requires_grad:
-            counts().trained_tokens += args[2].numel()
-            counts().forwards += 1
+            meter.counts.trained_tokens += args[2].numel()
+            meter.counts.forwards += 1
 
     def value(loss: torch.Tensor, values: torch.Tensor, *args: torch.Tensor) -> None:
         if loss.requires_grad:
-            counts().value_tokens += values.numel()
+            meter.counts.value_tokens += values.numel()
 
     def scored(logprobs: torch.Tensor, *args: torch.Tensor) -> None:
         if not logprobs.requires_grad:
-            counts().logprobs += logprobs.numel()
+            meter.counts.logprobs += logprobs.numel()
 
     counters = {
         "linear_ppo_loss": policy,
@@ -294,34 +293,36 @@ def _trl_ppo(work: Work, folder: Path, meter: Meter, asker: Asker) -> None:
         callbacks=[_at_each_update(1, meter, asker)],
     )
     _require_precision(trainer, work)
-    _count_trl_ppo(trainer, ppo_trainer, work, meter)
-    trainer.train()
+    with mock.patch.multiple(ppo_trainer, **_counted_trl_ppo(trainer, ppo_trainer, work, meter)):
+        trainer.train()
 
 
 def _require_precision(trainer: Any, work: Work) -> None:
+    """PPOTrainer's accelerator reads ACCELERATE_MIXED_PRECISION and not the argument `bf16`."""
     wanted = "bf16" if work.dtype == "bfloat16" else "no"
     if trainer.accelerator.mixed_precision != wanted:
         raise ValueError(f"TRL must run in {wanted}, got {trainer.accelerator.mixed_precision}")
 
 
-def _count_trl_ppo(trainer: Any, module: Any, work: Work, meter: Meter) -> None:
-    """Count and time the calls of PPOTrainer.train; the process is TRL's own, nothing is undone."""
+def _counted_trl_ppo(
+    trainer: Any, module: Any, work: Work, meter: Meter
+) -> dict[str, Callable[..., Any]]:
+    """Functions that PPOTrainer.train calls, which count; its own methods are wrapped here."""
     generation, log_softmax = module.batch_generation, module.selective_log_softmax
     accumulate, pad = trainer.accelerator.accumulate, trainer.processing_class.pad_token_id
-    scoring: list[Any] = []
+    scored_from: list[float] = []
 
     def generate(model: Any, queries: torch.Tensor, *args: Any) -> Any:
         with meter.phase("rollout"):
             out, logits = generation(model, queries, *args)
         meter.counts.prompted([[t for t in row if t != pad] for row in queries.tolist()])
         meter.counts.response_tokens += int((out[:, queries.shape[1] :] != pad).sum())
-        scoring.append(meter.phase("scoring"))
-        scoring[0].__enter__()
+        scored_from.append(time.perf_counter())
         return out, logits
 
     def accumulated(model: Any) -> Any:
-        if scoring:
-            scoring.pop().__exit__(None, None, None)
+        if scored_from:  # the first micro-batch
+            meter.phases["scoring"] = time.perf_counter() - scored_from.pop()
         return accumulate(model)
 
     def counted(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -336,9 +337,9 @@ def _count_trl_ppo(trainer: Any, module: Any, work: Work, meter: Meter) -> None:
         if torch.is_grad_enabled():
             meter.counts.value_tokens += len(output) * work.new_tokens
 
-    module.batch_generation, module.selective_log_softmax = generate, counted
     trainer.accelerator.accumulate = accumulated
     trainer.value_model.score.register_forward_hook(valued)
+    return {"batch_generation": generate, "selective_log_softmax": counted}
 
 
 def _trl_grpo(work: Work, folder: Path, meter: Meter, asker: Asker) -> None:

@@ -5,7 +5,8 @@
     python -m benchmarks.report --compare a.json b.json  ratios of medians
 
 The pages are benchmarks/README.md and the text between the markers of README.md and
-README.zh-CN.md, made from the newest file of each machine in benchmarks/results.
+README.zh-CN.md, made from the newest file of each machine in benchmarks/results, and in its folder
+`trainers`.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ def between_markers(text: str, inner: str) -> str:
 def generated(root: Path) -> dict[Path, str]:
     """Each page's path and the text that it should have."""
     files = newest(root / "benchmarks/results")
+    beside = newest(root / "benchmarks/results/trainers")
     fronts = {root / name: words for name, words in FRONTS.items()}
-    return {root / "benchmarks/README.md": pages.page(files)} | {
-        path: between_markers(path.read_text(), readme.section(files, words))
+    return {root / "benchmarks/README.md": pages.page(files, beside)} | {
+        path: between_markers(path.read_text(), readme.section(files, words, beside))
         for path, words in fronts.items()
     }
 

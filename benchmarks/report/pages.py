@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.harness.machine import slug
 from benchmarks.ops.registry import GOALS
-from benchmarks.report import glance, plots, tables
+from benchmarks.report import glance, plots, tables, trainers
 from benchmarks.report.judge import Verdict, verdicts
 from benchmarks.report.results import Results, Row, by_case
 
@@ -29,6 +29,23 @@ does not. Peak MB is memory beyond what was allocated before the call.
 
 **Goals.** *Must reach* is the figure that the project requires of itself on a case, *aim* the
 better one that it works towards; `SHORT` marks a figure that misses its bound.
+"""
+_TRAINERS = """## One update beside TRL
+
+`make bench-trainers` makes an environment for each trainer and runs every comparison, in twelve
+minutes; `python -m benchmarks.loop.bench_trainers --help` has the options, and `--save-results`
+writes [results/trainers](results). SmolLM2-135M, all layers trained with AdamW, two threads. The
+sides take turns and are never at work at once. Each counts what it does: the tokens of prompts and
+responses, those with a gradient, forwards, optimiser steps, weights that a step moved. Where one
+count differs from the other side's there is no ratio.
+
+PPO: 16 prompts, 2 epochs of 2 minibatches of 8. GRPO: 8 prompts of 4 completions, 1 epoch of 2
+minibatches of 16 in micro-batches of 8. No completion ends before its last token. The reward is
+the share of letters. The critic is a head on the policy's body, which TRL runs once more for it,
+or has a body of its own. bf16 is accelerate's mixed precision in TRL, which leaves its sampling
+and its reference in fp32. TRL's PPO takes the old log-probabilities from its sampling, the loop
+computes them again. *Scoring* lies between sampling and the first training forward; *first* is the
+first update, which is in no median.
 """
 
 
@@ -58,9 +75,13 @@ def _shortfall(verdict: Verdict) -> str:
     return f"- `{tables.goal_name(goal)}`: {reached}, must reach {must}"
 
 
-def page(files: Files) -> str:
-    """benchmarks/README.md."""
-    lines = [_INTRO]
+def page(files: Files, beside: Files | None = None) -> str:
+    """benchmarks/README.md, from the files of the ops and from those of whole trainers."""
+    lines = [_INTRO, _TRAINERS]
+    for path, results in (beside or {}).items():
+        lines += [f"### {tables.title(results.runs[0])}: one update", ""]
+        lines += [f"[{path.name}](results/trainers/{path.name})", "", *_runs(results), ""]
+        lines += trainers.section(results.rows)
     for path, results in files.items():
         lines += [
             f"## {tables.title(results.runs[0])}",

@@ -1,4 +1,4 @@
-"""Four figures for the first screen of README.md, in each language, made from results alone."""
+"""Figures for the first screen of README.md, in each language, made from results alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.ops.gae import GAE, GPU_GAE
 from benchmarks.ops.linear_ppo_loss import GPU_LINEAR_LOSS, LINEAR_LOSS_BOTH
 from benchmarks.ops.ppo_loss import GPU_PPO_LOSS, PPO_LOSS_BOTH
 from benchmarks.ops.token_logprobs import GPU_LOGPROBS_FORWARD, LOGPROBS_FORWARD
-from benchmarks.report import pages, tables
+from benchmarks.report import pages, tables, trainers
 from benchmarks.report.results import Row, by_case
 
 # The figure's name in the texts, its cases (of a CPU, of a GPU), and whether it is peak memory.
@@ -30,6 +30,7 @@ class Words(NamedTuple):
     loop: str
     comma: str
     no_gpu: str
+    trainers: trainers.Words
 
 
 ENGLISH = Words(
@@ -44,6 +45,7 @@ ENGLISH = Words(
     loop="{} (loop over tokens, as in trainers)",
     comma=", ",
     no_gpu="No figure has been measured on a GPU yet.",
+    trainers=trainers.ENGLISH,
 )
 CHINESE = Words(
     figures={
@@ -57,13 +59,15 @@ CHINESE = Words(
     loop="{}（训练器中逐词元的循环）",
     comma="，",
     no_gpu="目前还没有在 GPU 上测得的数据。",
+    trainers=trainers.CHINESE,
 )
 
 
-def section(files: pages.Files, words: Words = ENGLISH) -> str:
+def section(files: pages.Files, words: Words = ENGLISH, beside: pages.Files | None = None) -> str:
     """Text between the markers of a README: tables, and whether a GPU was measured.
 
-    Of the CPUs, and of the GPUs, the machine measured last has a table.
+    Of the CPUs, and of the GPUs, the machine measured last has a table; so has the one on which
+    whole updates were measured last beside other trainers, the files of which are `beside`.
     """
     lines: list[str] = []
     for path, results in latest(files).items():
@@ -74,6 +78,12 @@ def section(files: pages.Files, words: Words = ENGLISH) -> str:
         cells = [words.heads, *_figures(results.rows, words)]
         if len(cells) > 1:
             lines += [words.machine.format(**named), "", *tables.markdown(cells), ""]
+    for path, results in latest(beside or {}).items():
+        cells = trainers.summary(results.rows, words.trainers)
+        if cells:
+            title = tables.title(results.runs[0])
+            line = words.trainers.machine.format(title=title, file=path.name)
+            lines += [line, "", *tables.markdown(cells), ""]
     if not any("gpu" in run for results in files.values() for run in results.runs):
         lines.append(words.no_gpu)
     return "\n".join(lines).rstrip()

@@ -55,6 +55,7 @@ class Words(NamedTuple):
     kinds: dict[str, str]
     sizes: str
     seconds: str
+    machine: str
 
 
 ENGLISH = Words(
@@ -66,6 +67,8 @@ ENGLISH = Words(
     },
     sizes="{}: {} sequences of {} new tokens, {}",
     seconds="{} s",
+    machine="Whole updates in turn with TRL, of equal work, which each side counts; {title}"
+    " ([{file}](benchmarks/results/trainers/{file})):",
 )
 CHINESE = Words(
     heads=["SmolLM2-135M 的一次更新，训练所有层", "TRL", "ppo_fast", "倍数", "峰值内存"],
@@ -76,6 +79,8 @@ CHINESE = Words(
     },
     sizes="{}：{} 条序列，各 {} 个新词元，{}",
     seconds="{} 秒",
+    machine="与 TRL 轮流执行的完整更新，双方工作量相同且经过计数；{title}"
+    "（[{file}](benchmarks/results/trainers/{file})）：",
 )
 
 

@@ -16,9 +16,11 @@ from trainers import needs
 needs("trl", "1.16")
 
 import trl_grpo_run
+from trainer_sides_helpers import prepared, updates
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils
 
+from benchmarks.loop.equal_work import Work, differences
 from ppo_fast import integrations, testing
 from ppo_fast.integrations import trl_grpo
 
@@ -235,3 +237,14 @@ def test_another_librarys_patch_is_refused(
     with pytest.raises(integrations.ForeignPatchError, match=r"own any more.*liger_kernel"):
         trl_grpo.apply(("linear_logprobs", "logprobs"))
     assert ChunkedLogProbFunction.apply == apply and not trl_grpo.integration.calls
+
+
+def test_it_does_the_work_of_the_loop_in_the_benchmark(tmp_path: Path) -> None:
+    work = Work("grpo", 4, 3, group=2, epochs=2, minibatches=2, micro_batch=2, kl_coef=0.04)
+    folder = prepared(tmp_path)
+    theirs, ours = (updates(side, work, folder, 3) for side in ("trl-grpo", "ppo_fast"))
+    for own, other in zip(ours, theirs, strict=True):
+        assert differences(own.counts, other.counts) == []
+        assert other.counts.trained_tokens == 2 * 8 * 3 and other.counts.value_tokens == 0
+        assert other.counts.logprobs == 2 * 8 * 3 and other.counts.optimizer_steps == 4
+        assert min(other.phases.values()) > 0 and 0.0 <= other.reward <= 1.0

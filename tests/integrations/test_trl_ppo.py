@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from trainers import needs
 needs("trl", "1.12")
 
 import trl_ppo_run
+from trainer_sides_helpers import prepared, updates
 from trl.experimental.ppo import ppo_trainer
 from trl.trainer import utils
 
+from benchmarks.loop.equal_work import Work, differences
 from ppo_fast import integrations
 from ppo_fast.integrations import trl_ppo
 
@@ -76,3 +79,22 @@ def test_the_other_version_is_refused() -> None:
         integrations.WrongVersionError, match=r"written for trl 1\.16, found 1\.12"
     ):
         trl_grpo.apply()
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_it_does_the_work_of_the_loop_in_the_benchmark(tmp_path: Path, critic: str) -> None:
+    work = Work("ppo", 4, 3, epochs=2, minibatches=2, micro_batch=2, critic=critic)
+    folder = prepared(tmp_path)
+    theirs, ours = (updates(side, work, folder, 3) for side in ("trl-ppo", "ppo_fast"))
+    for own, other in zip(ours, theirs, strict=True):
+        assert differences(own.counts, other.counts) == []
+        assert other.counts.trained_tokens == other.counts.value_tokens == 2 * 4 * 3
+        assert other.counts.logprobs == 2 * 4 * 3 and other.counts.optimizer_steps == 4
+        assert min(other.phases.values()) > 0 and 0.0 <= other.reward <= 1.0
+
+
+def test_a_micro_batch_below_the_minibatch_is_refused(tmp_path: Path) -> None:
+    """TRL would step the optimiser after each, and not after the minibatch."""
+    work = Work("ppo", 4, 3, minibatches=2, micro_batch=1, critic="shared")
+    with pytest.raises(ValueError, match="micro_batch must be a minibatch for TRL's PPO, got 1"):
+        updates("trl-ppo", work, tmp_path, 1)
