@@ -47,7 +47,7 @@ TESTS_compat := compat compat_arrays
 # Dozens of processes import torch in a run of the tests: what Python compiled is kept for the next.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-long docs mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz lint bench clean
+.PHONY: train test test-long docs mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz lint bench bench-trainers clean
 
 train: $(STAMP)
 	THP_MEM_ALLOC_ENABLE=1 $(RUN) -m ppo_fast train $(ARGS)
@@ -84,6 +84,10 @@ $(TRAINERS:%=test-%): test-%: $(VENV)/trainers/%/.installed
 ifeq ($(KEEP),)
 .NOTPARALLEL:
 endif
+
+bench-trainers: $(VENV)/trainers/trl-ppo/.installed $(VENV)/trainers/trl-grpo/.installed
+	$(RUN) -m benchmarks.loop.bench_trainers --trl-ppo $(VENV)/trainers/trl-ppo/bin/python \
+		--trl-grpo $(VENV)/trainers/trl-grpo/bin/python $(ARGS)
 
 bench: $(BENCH_STAMP)
 	$(RUN) -m pytest benchmarks --benchmark-only --minutes 11 $(ARGS)

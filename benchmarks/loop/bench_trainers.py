@@ -44,46 +44,35 @@ class Side(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Sides that take turns; the last is ppo_fast's loop. `share` is its part of the minutes."""
+    """Sides that take turns. `seconds` is about what their starts and three updates each take."""
 
     case: Case
     sides: list[Side]
-    share: float
+    seconds: float
 
     @property
     def name(self) -> str:
-        of = self.case
-        return f"{of.shape.name}:{of.shape}" + ("" if of.dtype == "fp32" else f":{of.dtype}")
+        return f"{self.case.shape.name}:{self.case.shape}"
 
 
-def _pair(case: Case, kind: str, work: Work, share: float) -> Comparison:
-    return Comparison(
-        case, [Side(kind, kind, work), Side(trainers.OURS, trainers.OURS, work)], share
-    )
+def _sides(kind: str, work: Work, *dtypes: str) -> list[Side]:
+    """The trainer of that kind and ppo_fast's loop, in fp32 and in the other dtypes."""
+    return [
+        Side(kind + suffix, kind, dataclasses.replace(work, dtype=dtype))
+        for kind in (kind, trainers.OURS)
+        for suffix, dtype in (("", "float32"), *((f"-{trainers.BF16}", d) for d in dtypes))
+    ]
 
 
 _PPO = Work("ppo", 16, 64, critic="shared")
-_BF16 = dataclasses.replace(_PPO, dtype="bfloat16")
+_SHORT = dataclasses.replace(_PPO, new_tokens=16)
+_SEPARATE = dataclasses.replace(_SHORT, critic="separate")
 _GRPO = Work("grpo", 8, 64, group=4, epochs=1, kl_coef=0.04)
 COMPARISONS = (
-    _pair(trainers.PPO_16, "trl-ppo", dataclasses.replace(_PPO, new_tokens=16), 1.0),
-    _pair(trainers.PPO_64, "trl-ppo", _PPO, 2.0),
-    Comparison(
-        trainers.PPO_64_BF16,
-        [
-            Side("trl-ppo", "trl-ppo", _BF16),
-            Side("trl-ppo-fp32", "trl-ppo", _PPO),
-            Side(trainers.OURS, trainers.OURS, _BF16),
-        ],
-        2.5,
-    ),
-    _pair(
-        trainers.PPO_16_SEPARATE,
-        "trl-ppo",
-        dataclasses.replace(_PPO, new_tokens=16, critic="separate"),
-        1.0,
-    ),
-    _pair(trainers.GRPO_64, "trl-grpo", _GRPO, 2.5),
+    Comparison(trainers.PPO_64, _sides("trl-ppo", _PPO, "bfloat16"), 310.0),
+    Comparison(trainers.GRPO_64, _sides("trl-grpo", _GRPO), 240.0),
+    Comparison(trainers.PPO_16, _sides("trl-ppo", _SHORT), 90.0),
+    Comparison(trainers.PPO_16_SEPARATE, _sides("trl-ppo", _SEPARATE), 110.0),
 )
 
 
@@ -134,12 +123,13 @@ def measure(
 ) -> list[Row]:
     """Rows of a comparison after a first update each and up to `rounds` more in turn.
 
-    No round begins that would pass `seconds`, but the first always does. Raises BrokenError.
+    No round begins of which more than half would pass `seconds`, but for the first. Raises
+    BrokenError.
     """
     end = time.monotonic() + seconds
-    names = [side.name for side in comparison.sides]
+    sides, names = comparison.sides, [side.name for side in comparison.sides]
     taken: dict[str, list[Update]] = {name: [] for name in names}
-    turns = Turns(comparison.sides, folder, interpreters)
+    turns = Turns(sides, folder, interpreters)
     try:
         for turn in range(rounds + 1):
             begun = time.monotonic()
@@ -148,16 +138,17 @@ def measure(
                 update = turns.update(name)
                 taken[name].append(update)
                 print(f"{comparison.name} {name}: {update.seconds:.1f} s", file=sys.stderr)
-            if turn and 2 * time.monotonic() - begun > end:
+            now = time.monotonic()
+            if turn and now + (now - begun) / 2 > end:
                 break
     finally:
         turns.stop()
-    return [_row(comparison.case, name, taken, turns.versions[name]) for name in names]
+    return [_row(comparison.case, side, taken, turns.versions[side.name]) for side in sides]
 
 
-def _row(case: Case, name: str, taken: dict[str, list[Update]], version: str) -> Row:
+def _row(case: Case, side: Side, taken: dict[str, list[Update]], version: str) -> Row:
+    name, ours = side.name, taken[trainers.OURS]
     first, *timed = taken[name]
-    ours = taken[trainers.OURS]
     unequal = [
         f"update {i}: {found}"
         for i, (own, other) in enumerate(zip(ours, taken[name], strict=True))
@@ -186,6 +177,7 @@ def _row(case: Case, name: str, taken: dict[str, list[Update]], version: str) ->
         "cpu_ms": milliseconds([update.cpu_seconds for update in timed]),
         "phases_ms": {p: milliseconds([u.phases[p] for u in timed]) for p in PHASES},
         "rewards": [round(update.reward, 4) for update in taken[name]],
+        "work": dataclasses.asdict(side.work),
         "counts": dataclasses.asdict(timed[-1].counts),
     }
 
@@ -225,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     for kind in {side.kind for c in chosen for side in c.sides} & interpreters.keys():
         if not interpreters[kind].is_file():
             parser.error(f"--{kind} must be a Python interpreter, got {interpreters[kind]}")
-    interpreters = {kind: str(path) for kind, path in interpreters.items()}
+    interpreters = {kind: str(path.absolute()) for kind, path in interpreters.items()}
     facts, rows, good = describe(), [], True
     end = time.monotonic() + 60 * given.minutes
     print(tables.describe_facts(facts), flush=True)
@@ -235,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         sizes = {side.work.prompts for c in chosen for side in c.sides}
         prepare(Path(folder), given.model, sizes)
         for at, comparison in enumerate(chosen):
-            share = comparison.share / sum(c.share for c in chosen[at:])
+            share = comparison.seconds / sum(c.seconds for c in chosen[at:])
             comparison = comparison._replace(case=_of_model(comparison.case, given.model))
             seconds = share * (end - time.monotonic())
             try:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,7 +103,7 @@ def loop_options(work: Work, folder: Path) -> dict[str, Any]:
             "model": str(folder / MODEL),
             "data": str(prompt_file(folder, work.prompts)),
             "reward": "letters",
-            "out": folder / f"run-{os.getpid()}",
+            "out": Path(tempfile.mkdtemp(dir=folder)),
             "device": "cpu",
             "batch": work.prompts,
             "updates": _FOREVER,
@@ -198,7 +198,7 @@ def _trl_model(folder: Path, kind: str = "AutoModelForCausalLM", **options: Any)
 def _trl_arguments(work: Work, folder: Path) -> dict[str, Any]:
     """Arguments that both of TRL's trainers share with the loop."""
     return {
-        "output_dir": str(folder / f"run-{os.getpid()}"),
+        "output_dir": tempfile.mkdtemp(dir=folder),
         "use_cpu": True,
         "bf16": work.dtype == "bfloat16",
         "gradient_checkpointing": False,

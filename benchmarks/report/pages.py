@@ -34,7 +34,7 @@ _TRAINERS = """## One update beside TRL
 
 `make bench-trainers` makes an environment for each trainer and runs every comparison, in twelve
 minutes; `python -m benchmarks.loop.bench_trainers --help` has the options, and `--save-results`
-writes [results/trainers](results). SmolLM2-135M, all layers trained with AdamW, two threads. The
+writes into the folder `trainers` of [results](results). SmolLM2-135M, all layers trained with AdamW, two threads. The
 sides take turns and are never at work at once. Each counts what it does: the tokens of prompts and
 responses, those with a gradient, forwards, optimiser steps, weights that a step moved. Where one
 count differs from the other side's there is no ratio.

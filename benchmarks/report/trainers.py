@@ -17,33 +17,35 @@ from benchmarks.report import tables
 from benchmarks.report.judge import Verdict, verdicts
 from benchmarks.report.results import Row, by_case
 
-OURS = "ppo_fast"
+OURS, BF16 = "ppo_fast", "bf16"
 OP, UPDATE = "trainer", "update"
 PHASES = ("rollout", "scoring", "update")
 _GB = 2**10  # in the MB of a row
 
 
-def case(name: str, sequences: int, new_tokens: int, dtype: str = "fp32") -> Case:
-    """The case of a comparison: `name` says the algorithm and whose body the critic has."""
-    return Case(OP, UPDATE, Shape(name, (sequences, new_tokens)), dtype)
+def case(name: str, sequences: int, new_tokens: int) -> Case:
+    """The case of a comparison: `name` says the algorithm and whose body the critic has.
+
+    Sides in fp32 are compared, and those whose names end in -bf16.
+    """
+    return Case(OP, UPDATE, Shape(name, (sequences, new_tokens)))
 
 
 PPO_16 = case("ppo-shared", 16, 16)
 PPO_64 = case("ppo-shared", 16, 64)
-PPO_64_BF16 = case("ppo-shared", 16, 64, "bf16")
 PPO_16_SEPARATE = case("ppo-separate", 16, 16)
 GRPO_64 = case("grpo", 32, 64)
 
 
-def _at_most(of: Case, against: str, must: float, aim: float) -> Goal:
-    return Goal(of, OURS, against, must, aim, faster=False)
+def _at_most(of: Case, against: str, must: float, aim: float | None, own: str = OURS) -> Goal:
+    return Goal(of, own, against, must, aim, faster=False)
 
 
 GOALS = (
     _at_most(PPO_16, "trl-ppo", 0.75, 0.6),
     _at_most(PPO_64, "trl-ppo", 0.65, 0.5),
-    _at_most(PPO_64_BF16, "trl-ppo", 0.85, 0.7),
-    _at_most(PPO_64_BF16, "trl-ppo-fp32", 0.4, 0.3),
+    _at_most(PPO_64, "trl-ppo", 0.4, 0.3, f"{OURS}-{BF16}"),
+    _at_most(PPO_64, f"trl-ppo-{BF16}", 0.85, None, f"{OURS}-{BF16}"),
     _at_most(GRPO_64, "trl-grpo", 0.75, 0.5),
 )
 
@@ -54,6 +56,7 @@ class Words(NamedTuple):
     heads: list[str]
     kinds: dict[str, str]
     sizes: str
+    comma: str
     seconds: str
     machine: str
 
@@ -65,7 +68,8 @@ ENGLISH = Words(
         "ppo-separate": "PPO, critic with a body of its own",
         "grpo": "GRPO",
     },
-    sizes="{}: {} sequences of {} new tokens, {}",
+    sizes="{}: {} sequences of {} new tokens",
+    comma=", ",
     seconds="{} s",
     machine="Whole updates in turn with TRL, of equal work, which each side counts; {title}"
     " ([{file}](benchmarks/results/trainers/{file})):",
@@ -77,7 +81,8 @@ CHINESE = Words(
         "ppo-separate": "PPO，价值模型独立",
         "grpo": "GRPO",
     },
-    sizes="{}：{} 条序列，各 {} 个新词元，{}",
+    sizes="{}：{} 条序列，各 {} 个新词元",
+    comma="，",
     seconds="{} 秒",
     machine="与 TRL 轮流执行的完整更新，双方工作量相同且经过计数；{title}"
     "（[{file}](benchmarks/results/trainers/{file})）：",
@@ -94,9 +99,17 @@ def _equal(block: Iterable[Row]) -> bool:
     return all(row["status"] == "ok" for row in block)
 
 
+def _ours(provider: str) -> bool:
+    return provider.startswith(OURS)
+
+
+def _precision(provider: str) -> str:
+    return BF16 if provider.endswith(f"-{BF16}") else "fp32"
+
+
 def _name(of: Case, words: Words = ENGLISH) -> str:
     kind = words.kinds.get(of.shape.name, of.shape.name)
-    return words.sizes.format(kind, *of.shape.dims, of.dtype)
+    return words.sizes.format(kind, *of.shape.dims)
 
 
 def _seconds(milliseconds: float) -> str:
@@ -106,13 +119,13 @@ def _seconds(milliseconds: float) -> str:
 def cells(block: list[Row]) -> tables.Cells:
     """A line per side: seconds an update, where they go, memory, reward, and ours over theirs."""
     timed, equal = tables.timed(block), _equal(block)
-    own = timed.get(OURS)
+    own = [row for name, row in timed.items() if _ours(name)]
     heads = ["", "s, median", "least", "first", "processor s"]
-    heads += [*PHASES, "peak GiB", "reward, first", "last", "updates", "ppo_fast over it"]
-    lines = [heads]
+    heads += [*PHASES, "peak GiB", "reward, first", "last", "updates"]
+    lines = [[*heads, *(f"{row['provider']} over it" for row in own)]]
     for name, row in timed.items():
-        ratio = own and equal and name != OURS
         times = (row[key] for key in ("median_ms", "min_ms", "first_ms", "cpu_ms"))
+        ratios = (tables.number(other["median_ms"] / row["median_ms"]) + "×" for other in own)
         lines.append(
             [
                 f"{name} {row['version']}",
@@ -121,7 +134,7 @@ def cells(block: list[Row]) -> tables.Cells:
                 tables.number(row["peak_mb"] / _GB),
                 *(f"{row['rewards'][at]:.3f}" for at in (0, -1)),
                 str(row["samples"]),
-                f"{tables.number(own['median_ms'] / row['median_ms'])}×" if ratio else "-",
+                *(["-"] * len(own) if _ours(name) or not equal else ratios),
             ]
         )
     return lines if timed else []
@@ -143,23 +156,24 @@ def section(rows: list[Row]) -> Iterator[str]:
 
 
 def summary(rows: list[Row], words: Words) -> tables.Cells:
-    """Heads and a line per comparison for a README; nothing where none had equal work."""
+    """Heads and a line per comparison and precision for a README; none for unequal work."""
     lines = []
     for of, block in by_case(rows).items():
-        timed = tables.timed(block)
-        own = timed.pop(OURS, None)
-        if own is None or not _equal(block) or not timed:
-            continue
-        peer = next(iter(timed.values()))
-        memory = [tables.number(row["peak_mb"] / _GB) for row in (peer, own)]
-        lines.append(
-            [
-                _name(of, words),
-                *(words.seconds.format(_seconds(row["median_ms"])) for row in (peer, own)),
-                f"{tables.number(peer['median_ms'] / own['median_ms'])}×",
-                f"{memory[0]} → {memory[1]} GiB",
-            ]
-        )
+        timed = tables.timed(block) if _equal(block) else {}
+        peers = {_precision(name): row for name, row in timed.items() if not _ours(name)}
+        for name, own in timed.items():
+            if not _ours(name) or _precision(name) not in peers:
+                continue
+            peer = peers[_precision(name)]
+            memory = [tables.number(row["peak_mb"] / _GB) for row in (peer, own)]
+            lines.append(
+                [
+                    f"{_name(of, words)}{words.comma}{_precision(name)}",
+                    *(words.seconds.format(_seconds(row["median_ms"])) for row in (peer, own)),
+                    f"{tables.number(peer['median_ms'] / own['median_ms'])}×",
+                    f"{memory[0]} → {memory[1]} GiB",
+                ]
+            )
     return [words.heads, *lines] if lines else []
 
 

@@ -138,15 +138,16 @@ def test_bad_options(options: list[str], said: str, capsys: pytest.CaptureFixtur
 
 def test_every_comparison_is_one_that_a_goal_or_a_reader_can_find() -> None:
     names = [comparison.name for comparison in COMPARISONS]
-    assert len(set(names)) == len(names) and "ppo-shared:16x64:bf16" in names
+    assert len(set(names)) == len(names) and "ppo-shared:16x64" in names
     assert {goal.case for goal in trainers.GOALS} <= {c.case for c in COMPARISONS}
     for comparison in COMPARISONS:
-        assert comparison.sides[-1].name == trainers.OURS
+        assert trainers.OURS in {side.name for side in comparison.sides}
         for side in comparison.sides:
             assert comparison.case.shape.dims == (side.work.sequences, side.work.new_tokens)
+            assert side.name.endswith("-bf16") == (side.work.dtype == "bfloat16")
         for goal in trainers.GOALS:
             if goal.case == comparison.case:
-                assert goal.against in {side.name for side in comparison.sides}
+                assert {goal.provider, goal.against} <= {side.name for side in comparison.sides}
 
 
 def made(provider: str, seconds: float, **fields: object) -> Row:
@@ -158,29 +159,34 @@ def made(provider: str, seconds: float, **fields: object) -> Row:
 
 
 def test_the_pages_have_a_table_and_the_verdicts() -> None:
-    held = Results([FACTS], [made("trl-ppo", 4.0), made("ppo_fast", 2.0)])
+    rows = [made("trl-ppo", 4.0), made("trl-ppo-bf16", 3.0)]
+    held = Results([FACTS], [*rows, made("ppo_fast", 2.0), made("ppo_fast-bf16", 1.0)])
     beside = {Path("some-cpu-avx2-2026-01-02.json"): held}
     text = pages.page({}, beside)
     assert "](results/trainers/some-cpu-avx2-2026-01-02.json)" in text
     (line,) = lines_with(text, "| trl-ppo 1 |")
-    cells = (
-        "4.00 | 3.60 | 8.00 | 7.60 | 0.300 | 0.200 | 0.500 | 8.00 | 0.500 | 0.750 | 25 | 0.500×"
+    cells = "4.00 | 3.60 | 8.00 | 7.60 | 0.300 | 0.200 | 0.500 | 8.00 | 0.500 | 0.750 | 25"
+    assert line == f"| trl-ppo 1 | {cells} | 0.500× | 0.250× |"
+    assert lines_with(
+        text, "ppo_fast against trl-ppo |", "| 0.500× | ≤ 0.65× | met | ≤ 0.5× | met |"
     )
-    assert line == f"| trl-ppo 1 | {cells} |"
-    assert lines_with(text, "against trl-ppo", "| 0.500× | ≤ 0.65× | met | ≤ 0.5× | met |")
+    assert lines_with(text, "ppo_fast-bf16 against trl-ppo |", "| 0.250× | ≤ 0.4× | met |")
+    assert lines_with(text, "ppo_fast-bf16 against trl-ppo-bf16 |", "| 0.333× | ≤ 0.85× | met |")
     for words in (readme.ENGLISH, readme.CHINESE):
         front = readme.section({}, words, beside)
-        (line,) = lines_with(front, "2.00×")
-        assert line.endswith("| 2.00× | 8.00 → 4.00 GiB |") and "PPO" in line and "fp32" in line
+        (full,), (half,) = (lines_with(front, "PPO", dtype, "GiB |") for dtype in ("fp32", "bf16"))
+        assert full.endswith("| 2.00× | 8.00 → 4.00 GiB |")
+        assert half.endswith("| 3.00× | 6.00 → 2.00 GiB |")
         assert "](benchmarks/results/trainers/some-cpu-avx2-2026-01-02.json)" in front
 
 
 def test_unequal_work_is_said_and_judged_nowhere() -> None:
     red = made("trl-ppo", 4.0, status="red", detail="update 1: prompt_tokens 5 against 6")
     rows = [red, made("ppo_fast", 2.0)]
+    assert trainers.cells(rows)[1][-1] == "-"
     text = "\n".join(trainers.section(rows))
     assert "- trl-ppo: `red: update 1: prompt_tokens 5 against 6`" in text
-    assert "×" not in text.replace("16 × 64", "") and trainers.found(rows) == []
+    assert "×" not in text and trainers.found(rows) == []
     assert trainers.summary(rows, readme.ENGLISH.trainers) == []
 
 
