@@ -148,6 +148,8 @@ class TrainConfig:
     """Checkpoints that stay, the newest."""
     resume: bool = False
     """Go on from the newest whole checkpoint of `out`; without one the run starts anew."""
+    overwrite: bool = False
+    """Take a folder that holds a run; its files go once the first update is made."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """"bfloat16" stores frozen weights and runs the forwards in it; trainable ones stay in fp32,
     because Adam's steps are mostly smaller than bf16's spacing."""
@@ -163,8 +165,9 @@ class TrainConfig:
     timeout: float = 120.0
     """Seconds after which a rank that waits for another one gives up."""
 
-    compare: int = 3
-    """Repeats of the comparison with the reference backend after training; 0 leaves it out."""
+    compare: int = 0
+    """Repeats of the comparison with the reference backend after training, of some eight updates
+    in all for three of them; 0 leaves it out."""
 
     def __new__(cls, *values: Any, **options: Any) -> TrainConfig:
         """Note which options are given, which `__init__` cannot tell from defaults."""
@@ -234,6 +237,7 @@ def _check(config: TrainConfig) -> None:
     _require(config, "seed", -(2**63) <= config.seed < 2**64, "in [-2**63, 2**64)")
     _check_weights(config)
     _require(config, "data", not (config.data and config.transitions), "absent with transitions")
+    _require(config, "overwrite", not (config.overwrite and config.resume), "off with resume")
     both = config.transitions and config.save_transitions
     _require(config, "save_transitions", not both, "absent with transitions")
     ok = 1 <= config.minibatches <= config.batch

@@ -23,6 +23,7 @@ FREE = {
     "save_every",
     "keep_checkpoints",
     "resume",
+    "overwrite",
     "tensorboard",
     "save_transitions",
     "transitions",  # their digest is among the prompts
