@@ -64,7 +64,8 @@ class Trainer(PPO):
     a `config.prompt_field`, a text or a list of messages, and of columns. `reward` is a function
     fn(prompts, completions, **columns) -> list[float], which gets the prompts as they are in the
     rows and those columns that its signature takes. Stored transitions in the place of prompts
-    come with their rewards: nothing is sampled, and `reward` is not called.
+    come with their rewards: nothing is sampled, and `reward` is not called. `held_out` are prompts
+    too, to evaluate on every `config.eval_every` updates.
 
     `run` does all updates, `step` one. Making a trainer touches no file: the first of the two
     takes the folder `config.out`.
@@ -78,14 +79,15 @@ class Trainer(PPO):
         prompts: Iterable[Any] | TransitionStream,
         reward: rewards.RewardFn,
         ranks: Ranks | None = None,
+        held_out: Iterable[Any] | None = None,
     ) -> None:
-        super().__init__(config, model, tokenizer, prompts, reward, ranks)
+        super().__init__(config, model, tokenizer, prompts, reward, ranks, held_out)
         self.begun = False
         self.lock = RunLock(self.config.out)
         self.recorder = recorder.Recorder(self.config, self.backend)
         self.checkpoints = Checkpoints(self.config, self.ranks, self.recorder.sync)
         path = self.config.save_transitions
-        self.writer = None if path is None else TransitionWriter(path, self.eos)
+        self.writer = None if path is None else TransitionWriter(path)
 
     def begin(self, say: Say = print) -> None:
         """Take the folder, and resume or start with an empty log; a resume is reported to `say`.
@@ -143,6 +145,7 @@ class Trainer(PPO):
                     while self.updates < self.config.updates and not self.ranks.any(stop.asked):
                         record = self.step()
                         self.watch.tell(say)
+                        _say_evaluation(self.config, record, say)
                         show(record, self.history)
                         self.checkpoints.after_step(self, say)
                 interrupted = self.updates < self.config.updates
@@ -187,6 +190,21 @@ class Trainer(PPO):
         self.history = History(lines)
         for text in lacking:
             say(f"warning: {text}")
+
+
+def _say_evaluation(config: TrainConfig, record: Record, say: Say) -> None:
+    """Tell the evaluations in a record: before the first update, and after this one."""
+    done = f"after {record['update'] + 1} updates"
+    done = f"after {record['update'] + 1} updates"
+    for end, when in (("_before", "before the first update"), ("", done)):
+        if f"eval_reward{end}" not in record:
+            continue
+        text = f"evaluation {when}: mean reward {record[f'eval_reward{end}']:+.3f}"
+        if config.eval_samples > 1:
+            text += f", best of {config.eval_samples} {record[f'eval_best{end}']:+.3f}"
+        if lost := record.get(f"eval_dropped{end}"):
+            text += f", {lost} without a reward"
+        say(text)
 
 
 def require_places(folder: Path) -> None:
@@ -277,6 +295,7 @@ def load_trainer(
     reward = rewards.load_reward(config, task.reward, device)
     if config.transitions is None:
         rewards.taken(reward, columns_of(task.rows))  # raises for one that is not there
+    held = tasks.load_held_out(config, report)
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model, task.texts[:200], device)
     source = (
@@ -293,7 +312,7 @@ def load_trainer(
             report=report,
         )
     )
-    return Trainer(config, model, tokenizer, source, reward, ranks)
+    return Trainer(config, model, tokenizer, source, reward, ranks, held)
 
 
 def train(

@@ -14,12 +14,12 @@ from rich.console import Console
 import ppo_fast
 from ppo_fast.__main__ import main
 from ppo_fast.loop import TrainConfig
+from ppo_fast.loop.coefficients import adapt_penalty, adapt_reward_kl
 from ppo_fast.loop.compare import PHASES, compare, largest
 from ppo_fast.loop.data.packages import openings
 from ppo_fast.loop.data.prompts import Prompt, PromptStream, Row, as_rows
 from ppo_fast.loop.log.history import fifths
 from ppo_fast.loop.log.meter import measured
-from ppo_fast.loop.ppo import adapt_penalty, adapt_reward_kl
 
 
 @pytest.mark.parametrize(

@@ -167,10 +167,11 @@ class Checkpoints:
 
     def _require_same(self, run: Stateful, tree: Tree) -> None:
         ours, theirs = self._own_identity(run), tree["identity"]
-        # An option that the checkpoint lacks came later, and was as it is by default.
+        # An option that the checkpoint lacks came later, and was as it is by default. What else it
+        # lacks was not looked at then.
         theirs = {k: v for k, v in DEFAULTS.items() if k in ours} | theirs
         for key in theirs.keys() | ours.keys():
-            if ours.get(key) != theirs.get(key):
+            if key in theirs and ours.get(key) != theirs[key]:
                 raise CheckpointError(
                     f"resume: {key} is {ours.get(key)!r}, the checkpoint's is {theirs.get(key)!r}"
                 )
