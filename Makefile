@@ -49,8 +49,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test test-long docs mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz lint bench bench-trainers clean
 
+# The folder of a run that names none is the demonstration's own, and is written anew.
 train: $(STAMP)
-	THP_MEM_ALLOC_ENABLE=1 $(RUN) -m ppo_fast train $(ARGS)
+	THP_MEM_ALLOC_ENABLE=1 $(RUN) -m ppo_fast train --compare 3 \
+		$(if $(filter --out% --resume%,$(ARGS)),,--overwrite) $(ARGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not long" $(ARGS)

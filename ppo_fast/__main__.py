@@ -52,6 +52,7 @@ def _train(args: list[str]) -> int:
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 
+        from ppo_fast.loop import RunExistsError
         from ppo_fast.loop.cli import ConfigError, parse
     except ModuleNotFoundError as error:
         print(f"{error}; `ppo-fast train` needs: pip install 'ppo_fast[train]'", file=sys.stderr)
@@ -74,7 +75,7 @@ def _train(args: list[str]) -> int:
         if said is None:
             raise
         print(said, file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, RunExistsError) else 1
 
 
 def _run(config: TrainConfig, console: Console) -> int:
@@ -103,7 +104,7 @@ def _stopped(error: Exception, config: TrainConfig) -> str | None:
         return str(error)
     kept = (loop.RewardLengthError, loop.NonFiniteGradientError, loop.OutOfMemoryStopError)
     if isinstance(error, kept):
-        return f"stopped: {error}; log, plot and model are in {config.out}"
+        return f"stopped: {error}; what was made is in {config.out}"
     if isinstance(error, (loop.NoRewardError, TaskError)):
         # What a reward or a task raised, and where.
         raised = "" if error.__cause__ is None else traceback_of(error.__cause__) + "\n"
@@ -155,7 +156,8 @@ def _print_outcome(console: Console, outcome: Outcome) -> None:
             f"mean reward: first fifth {outcome.first:+.3f}, last fifth {outcome.last:+.3f}"
             f" ({change:+.3f}); curve: {outcome.plot}"
         )
-    console.print(f"model: {outcome.model}")
+    if outcome.model is not None:
+        console.print(f"model: {outcome.model}")
 
 
 def _compare(console: Console, config: TrainConfig, trainer: Trainer) -> None:

@@ -69,7 +69,7 @@ def measure(config: TrainConfig) -> tuple[Case, Parts]:
         for _ in range(WATCHED):
             state.restore()
             with watched(trainer.device) as seconds:
-                replay(trainer, *trainer.last_batch, backend)
+                replay(trainer, trainer.last_batch, backend)
             for op, taken in seconds.items():
                 parts[op].setdefault(name, Outcome("ok")).samples.append(taken)
     shape = Shape(config.model, (config.batch, config.max_new_tokens))

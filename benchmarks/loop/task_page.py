@@ -34,7 +34,11 @@ def collect(folder: Path) -> Curves:
         records = [json.loads(line) for line in path.read_text().splitlines()]
         entry = found.setdefault(
             path.parent.parent.name,
-            {"task": config["task"], "reward": config["reward"], "seeds": {}},
+            {
+                "task": _task(config),
+                "reward": config["reward"].partition(":")[2] or config["reward"],
+                "seeds": {},
+            },
         )
         entry["seeds"][path.parent.name] = {
             "rewards": [round(r["reward"], 4) for r in records],
@@ -42,6 +46,13 @@ def collect(folder: Path) -> Curves:
             "seconds": round(sum(sum(r["seconds"].values()) for r in records)),
         }
     return found
+
+
+def _task(config: dict[str, Any]) -> str:
+    """A run's task or file, and its baseline where it has no critic."""
+    name = Path(config["data"]).name if config.get("data") else str(config["task"])
+    advantages = config.get("advantages", "gae")
+    return name if advantages == "gae" else f"{name} ({advantages})"
 
 
 def gain(entry: dict[str, Any]) -> tuple[float, float, float, float]:

@@ -10,7 +10,7 @@ from ppo_fast.loop.model.layers import UnsupportedModelError
 from ppo_fast.loop.model.memory import OutOfMemoryStopError
 from ppo_fast.loop.ranks.ranks import RankFailedError, processes
 from ppo_fast.loop.rewards import NoRewardError, RewardError, RewardLengthError
-from ppo_fast.loop.run import Outcome, Trainer, train
+from ppo_fast.loop.run import Outcome, RunExistsError, Trainer, train
 
 __all__ = [
     "CheckpointError",
@@ -22,6 +22,7 @@ __all__ = [
     "RankFailedError",
     "RewardError",
     "RewardLengthError",
+    "RunExistsError",
     "RunLockedError",
     "TrainConfig",
     "Trainer",

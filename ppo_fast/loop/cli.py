@@ -77,6 +77,10 @@ def arguments(path: Path) -> list[str]:
         name = key.replace("_", "-")
         if isinstance(value, bool):
             found.append(f"--{name}" if value else f"--no-{name}")
+        elif key == "stop" and isinstance(value, list) and value:
+            found += [f"--{name}", *map(str, value)]
+        elif key == "stop" and value == []:
+            continue
         elif isinstance(value, list | dict):
             raise ConfigError(f"{path}: {key} must be a single value, got {value!r:.60}")
         else:

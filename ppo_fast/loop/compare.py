@@ -10,8 +10,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ppo_fast.loop.data.experience import Batch, Plan, advantages, weighted
-from ppo_fast.loop.data.sequences import Scores
+from ppo_fast.loop.data.experience import Batch, Experience, Plan, advantages, weighted
 from ppo_fast.loop.log.meter import Measurement, measured
 from ppo_fast.loop.ppo import PPO
 from ppo_fast.loop.score import score
@@ -90,7 +89,7 @@ def compare(trainer: PPO, repeats: int) -> Comparison:
     for repeat in range(repeats + 1):
         for backend in backends:
             state.restore()
-            batch, plan, took = replay(trainer, *trainer.last_batch, backend)
+            batch, plan, took = replay(trainer, trainer.last_batch, backend)
             if repeat:
                 for phase, measurement in took.items():
                     runs[backend][phase].append(measurement)
@@ -112,13 +111,14 @@ def largest(tensors: list[Tensor]) -> float:
 
 
 def replay(
-    trainer: PPO, prompts: list[str], scores: Scores, backend: str
+    trainer: PPO, sample: Experience, backend: str
 ) -> tuple[Batch, Plan, dict[str, Measurement]]:
-    """One whole step with the last batch's prompts and rewards."""
+    """One whole step with the prompts and rewards of a sample, in completions made anew."""
     took: dict[str, Measurement] = {}
     with measured(trainer.device) as took["rollout"]:
-        rollout = trainer.sampler.rollout(prompts, backend)
-    seqs, plan = rollout.seqs.kept(scores), trainer.plan()
+        rollout = trainer.sampler.rollout(sample.prompts, backend)
+    seqs = sample._replace(rollout=rollout).learnt(trainer.config)
+    plan, scores = trainer.plan(), sample.scores
     with measured(trainer.device) as took["scoring"]:
         scored = score(trainer.agent, seqs, [rows for part in plan for rows in part], backend)
     with measured(trainer.device) as took["advantages"]:
@@ -138,7 +138,8 @@ def _gradients(trainer: PPO, batch: Batch, plan: Plan, backend: str) -> tuple[fl
         stats = accumulate(agent, batch, minibatch, trainer.loss_kl_coef, backend)
         if stats is not None:
             computed = stats.compute()
-            loss = computed["loss"] + agent.config.vf_coef * computed["value_loss"]
+            critic = 0.0 if agent.critic is None else computed["value_loss"]
+            loss = computed["loss"] + agent.config.vf_coef * critic
             break
     gradients = [p.grad for p in agent.parameters if p.grad is not None]
     agent.optimizer.zero_grad(set_to_none=True)

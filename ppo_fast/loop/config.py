@@ -12,9 +12,25 @@ from typing import Any, Literal
 
 import torch
 
-from ppo_fast.loop.presets import QUICK, TASK_DEFAULTS
+from ppo_fast.loop.presets import ADVANTAGE_DEFAULTS, QUICK, TASK_DEFAULTS
 
 Variant = Literal["clip", "gspo", "cispo", "penalty", "linear"]
+Estimator = Literal["k1", "k2", "k3", "abs"]
+LossEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"]
+Advantages = Literal[
+    "gae",
+    "grpo",
+    "grpo-batch-std",
+    "grpo-passk",
+    "rloo",
+    "dr_grpo",
+    "opo",
+    "maxrl",
+    "reinforce++",
+]
+Reduction = Literal[
+    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+]
 _FP32 = torch.finfo(torch.float32)
 # Bounds that inf switches off.
 _BOUNDS = {"max_grad_norm", "vf_clip", "score_clip", "is_truncation", "kl_stop"}
@@ -59,12 +75,20 @@ class TrainConfig:
     """Weights of several rewards, with commas between; absent, all are 1."""
     reward_model: str | None = None
     """Path or hub name of the model that a reward reads; only "classifier" has no default."""
+    http_timeout: float = 60.0
+    """Seconds that one try of a reward over HTTP may take."""
+    http_retries: int = 3
+    """Tries after the first one, with 1, 2, 4, ... seconds between."""
     reward_timeout: float | None = None
     """Seconds that the rewards of a batch may take; a batch that takes longer is dropped."""
     score_clip: float | None = None
     """Bound of the rewards, on both sides."""
     missing_eos_penalty: float = 0.0
     """Taken off the reward of a completion that did not end by itself."""
+    overlong_buffer: int = 0
+    """Last tokens of `max_new_tokens` over which a penalty of the length grows, evenly, to
+    `overlong_penalty` (soft overlong punishment, Yu et al. 2025, DAPO, section 3.4)."""
+    overlong_penalty: float = 1.0
     out: Path = Path("runs/default")
     """Folder of the log, the plot, the samples and the model."""
     quick: bool = False
@@ -82,10 +106,17 @@ class TrainConfig:
     """Rollouts, each followed by `epochs` passes over it."""
     batch: int = 16
     """Prompts per rollout."""
+    group: int = 1
+    """Completions of each prompt."""
+    dynamic_filtering: int = 0
+    """Rollouts, at most, that an update may take to fill its batch with groups whose rewards
+    differ (dynamic sampling, Yu et al. 2025, DAPO, section 3.2); 0 takes them as they are."""
     prompt_words: int = 6
     chat: bool = False
     """Give the prompts to the model as a user's message, in the tokenizer's chat template."""
     max_new_tokens: int = 16
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, beside the EOS; what the reward sees ends before them."""
     temperature: float = 1.0
     """Divides the logits in sampling and in every scoring forward."""
 
@@ -97,6 +128,14 @@ class TrainConfig:
     lr: float = 3e-4
     warmup: int = 8
     """Updates over which the learning rate rises to `lr`: Adam's first steps are its largest."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls from the end of `warmup` to the last update, where it is
+    `lr_end` of its largest."""
+    lr_end: float = 0.0
+    critic_lr: float | None = None
+    """Learning rate of the critic, on the same schedule; absent, that of the policy."""
+    weight_decay: float = 0.0
+    """AdamW's, of matrices alone: norms and biases do not decay."""
     max_grad_norm: float = 1.0
     train_layers: int = 6
     """Trainable layers, counted from the top, with the final norm; 0 trains the whole model."""
@@ -110,22 +149,38 @@ class TrainConfig:
     shuffle: bool = True
     """Takes the transitions in a fresh order each pass; off, in the file's."""
     keep_truncated: bool = True
-    """Off leaves out transitions flagged `truncated` (overlong filtering, Yu et al. 2025)."""
+    """Off takes completions that did not end by themselves out of the loss, and leaves out
+    transitions flagged `truncated` (overlong filtering, Yu et al. 2025). Own ones still count in
+    their group's baseline."""
     save_transitions: Path | None = None
     """A .jsonl to write own samples to, as transitions."""
 
     variant: Variant = "clip"
     clip: float = 0.2
     """Half-width of the ratio's clip range."""
+    clip_low: float | None = None
+    """The half-width below 1, in place of `clip`."""
+    clip_high: float | None = None
+    """The half-width above 1, in place of `clip` (clip higher, Yu et al. 2025, DAPO)."""
+    dual_clip: float | None = None
+    """Bound of ratio times advantage where that is negative (Ye et al. 2020), above 1."""
+    reduction: Reduction = "token-mean"
+    """How a minibatch's tokens become its policy loss. "seq-mean-token-sum-norm" divides by the
+    sequences times `max_new_tokens` (Liu et al. 2025, Dr. GRPO)."""
     entropy_coef: float = 0.0
     loss_kl_coef: float | None = None
     """KL coefficient inside the loss: the reference KL of clip, gspo and cispo (default 0), the
     pull of "linear" (0.05), the first coefficient of "penalty" (1.0, then adaptive)."""
+    loss_kl_estimator: LossEstimator = "k3"
+    """Estimate of that KL (Schulman 2020); "+" takes k2's gradient."""
     kl_stop: float | None = None
     """Ends an update's epochs once KL(old, new) per token exceeds 1.5 times this."""
     penalty_target: float = 0.01
     """KL(old, new) per token that the coefficient of "penalty" aims at."""
 
+    advantages: Advantages = "gae"
+    """"gae" by a critic, or a baseline of `group_advantages` by the other completions of the
+    prompt, without a critic; `kl_coef` then weighs the sequence's KL in its score."""
     critic: Literal["shared", "separate"] = "shared"
     """A head on the policy's last hidden state, or on a copy of the model."""
     vf_coef: float = 0.1
@@ -135,10 +190,25 @@ class TrainConfig:
 
     kl_coef: float = 0.03
     """Weight of the per-token KL to the frozen reference in the reward."""
+    kl_estimator: Estimator = "k1"
+    """Estimate of that KL (Schulman 2020)."""
     kl_target: float | None = None
     """KL per sequence; given, `kl_coef` adapts to it (Ziegler et al. 2019)."""
     kl_horizon: float = 10000.0
     """Sequences over which the adaptive `kl_coef` moves by its largest relative error."""
+
+    eval_every: int = 0
+    """Updates between evaluations, also before the first update and after the last; 0 makes
+    none."""
+    eval_data: str | None = None
+    """Prompts to evaluate on, as `data` takes them. Without them, and without `eval_split`, the
+    last `eval_prompts` prompts are held out of training."""
+    eval_split: str | None = None
+    """The split of `data` to evaluate on."""
+    eval_prompts: int = 64
+    """Prompts of an evaluation, at most."""
+    eval_samples: int = 1
+    """Completions of each; the log has their mean reward, and the mean of each prompt's best."""
 
     tensorboard: bool = False
     """Also write the log's numbers for TensorBoard, into the folder `tensorboard` of `out`."""
@@ -148,6 +218,8 @@ class TrainConfig:
     """Checkpoints that stay, the newest."""
     resume: bool = False
     """Go on from the newest whole checkpoint of `out`; without one the run starts anew."""
+    overwrite: bool = False
+    """Take a folder that holds a run; its files go once the first update is made."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """"bfloat16" stores frozen weights and runs the forwards in it; trainable ones stay in fp32,
     because Adam's steps are mostly smaller than bf16's spacing."""
@@ -163,8 +235,9 @@ class TrainConfig:
     timeout: float = 120.0
     """Seconds after which a rank that waits for another one gives up."""
 
-    compare: int = 3
-    """Repeats of the comparison with the reference backend after training; 0 leaves it out."""
+    compare: int = 0
+    """Repeats of the comparison with the reference backend after training, of some eight updates
+    in all for three of them; 0 leaves it out."""
 
     def __new__(cls, *values: Any, **options: Any) -> TrainConfig:
         """Note which options are given, which `__init__` cannot tell from defaults."""
@@ -188,8 +261,14 @@ class TrainConfig:
 
     def _replaced(self) -> dict[str, Any]:
         own = TASK_DEFAULTS.get(self.task, {}) | (QUICK if self.quick else {})
+        own |= ADVANTAGE_DEFAULTS.get(self.advantages, {})
         given: Given = vars(self)["_given"]
         return {name: value for name, value in own.items() if name not in given}
+
+    @property
+    def sequences(self) -> int:
+        """Completions of one update."""
+        return self.batch * self.group
 
     def weights(self) -> list[float]:
         """The weight of each reward."""
@@ -211,33 +290,67 @@ def _check(config: TrainConfig) -> None:
         _check_number(config, option.name, str(option.type))
     for name in ("updates", "batch", "prompt_words", "max_new_tokens", "epochs"):
         _require(config, name, getattr(config, name) >= 1, "at least 1")
-    for name in ("micro_batch", "keep_checkpoints"):
+    for name in ("micro_batch", "keep_checkpoints", "group", "eval_prompts", "eval_samples"):
         _require(config, name, getattr(config, name) >= 1, "at least 1")
-    for name in ("missing_eos_penalty", "save_every"):
+    for name in ("missing_eos_penalty", "save_every", "eval_every", "http_retries"):
         _require(config, name, getattr(config, name) >= 0, "at least 0")
     optimisation = ("temperature", "lr", "max_grad_norm", "clip", "vf_clip", "kl_horizon")
-    for name in (*optimisation, "timeout"):
+    for name in (*optimisation, "timeout", "http_timeout"):
         _require(config, name, getattr(config, name) > 0, "positive")
-    coefficients = ("warmup", "vf_coef", "kl_coef", "entropy_coef")
+    coefficients = ("warmup", "vf_coef", "kl_coef", "entropy_coef", "weight_decay")
     for name in ("train_layers", "lora_rank", "compare", *coefficients):
         _require(config, name, getattr(config, name) >= 0, "at least 0")
+    for name in ("overlong_buffer", "overlong_penalty", "dynamic_filtering"):
+        _require(config, name, getattr(config, name) >= 0, "at least 0")
     optional = ("reward_timeout", "score_clip", "kl_stop", "kl_target", "penalty_target")
-    for name in (*optional, "is_truncation"):
+    for name in (*optional, "is_truncation", "clip_low", "clip_high", "critic_lr"):
         value = getattr(config, name)
         _require(config, name, value is None or value > 0, "positive")
     for name in ("timeout", "reward_timeout"):  # what waiting for a thread takes
         most = threading.TIMEOUT_MAX
         _require(config, name, (getattr(config, name) or 0) <= most, f"at most {most:g}")
-    _require(config, "clip", config.clip <= 1, "at most 1")
-    for name in ("gamma", "lam"):
+    for name in ("clip", "clip_low"):
+        _require(config, name, (getattr(config, name) or 0) <= 1, "at most 1")
+    _require(config, "dual_clip", config.dual_clip is None or config.dual_clip > 1, "above 1")
+    bounded = config.dual_clip is None or config.variant in ("clip", "gspo")
+    _require(config, "dual_clip", bounded, f"absent with variant {config.variant}")
+    below = config.variant != "linear" or (config.loss_kl_coef or 0) < 1
+    _require(config, "loss_kl_coef", below, "below 1 with variant linear")
+    for name in ("gamma", "lam", "lr_end"):
         _require(config, name, 0 <= getattr(config, name) <= 1, "in [0, 1]")
     _require(config, "seed", -(2**63) <= config.seed < 2**64, "in [-2**63, 2**64)")
     _check_weights(config)
     _require(config, "data", not (config.data and config.transitions), "absent with transitions")
+    _require(config, "overwrite", not (config.overwrite and config.resume), "off with resume")
     both = config.transitions and config.save_transitions
     _require(config, "save_transitions", not both, "absent with transitions")
-    ok = 1 <= config.minibatches <= config.batch
-    _require(config, "minibatches", ok, f"in [1, {config.batch}]")
+    _check_sampling(config)
+    ok = 1 <= config.minibatches <= config.sequences
+    _require(config, "minibatches", ok, f"in [1, {config.sequences}]")
+
+
+def _check_sampling(config: TrainConfig) -> None:
+    """Options of groups, lengths, stops and evaluation, which depend on each other."""
+    grouped = config.advantages != "gae"
+    _require(config, "group", not grouped or config.group > 1, f"above 1 with {config.advantages}")
+    one = config.critic_lr is None or not grouped
+    _require(config, "critic_lr", one, f"absent with {config.advantages}, which has no critic")
+    filters = config.dynamic_filtering == 0 or config.group > 1
+    _require(config, "dynamic_filtering", filters, "0 with a group of 1")
+    own = ("group", "dynamic_filtering", "eval_every", "stop")
+    for name in (*own, "advantages") if config.transitions else ():
+        default = TrainConfig.__dataclass_fields__[name].default
+        _require(config, name, getattr(config, name) == default, f"{default!r} with transitions")
+    fits = config.overlong_buffer <= config.max_new_tokens
+    _require(config, "overlong_buffer", fits, f"at most {config.max_new_tokens} (max_new_tokens)")
+    _require(config, "stop", all(config.stop), "texts that are not empty")
+    both = config.eval_data is not None and config.eval_split is not None
+    _require(config, "eval_split", not both, "absent with eval_data")
+    named = config.eval_split is None or config.data is not None
+    _require(config, "eval_split", named, "absent without data")
+    for name in ("eval_data", "eval_split"):
+        made = getattr(config, name) is None or config.eval_every > 0
+        _require(config, name, made, "absent with eval_every 0")
 
 
 def _check_weights(config: TrainConfig) -> None:

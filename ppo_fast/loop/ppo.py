@@ -10,14 +10,17 @@ from typing import Any
 import torch
 
 from ppo_fast._backend import select
-from ppo_fast.loop import rewards
+from ppo_fast.loop import evaluate, rewards
 from ppo_fast.loop.checkpoint import state
+from ppo_fast.loop.coefficients import adapt_penalty, adapt_reward_kl, lr_share
+from ppo_fast.loop.collect import Collector
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.data.chat import rendered
 from ppo_fast.loop.data.experience import Experience, Plan, advantages, make_plan, weighted
-from ppo_fast.loop.data.prompts import PromptStream, as_rows, columns_of
+from ppo_fast.loop.data.prompts import Prompt, PromptStream, Row, as_rows, columns_of
 from ppo_fast.loop.data.replay import TransitionStream
 from ppo_fast.loop.data.sequences import Scores, Sequences
+from ppo_fast.loop.evaluate import Evaluation
 from ppo_fast.loop.log.history import History, Record
 from ppo_fast.loop.log.meter import Phases
 from ppo_fast.loop.model.agent import Agent
@@ -25,9 +28,9 @@ from ppo_fast.loop.model.first_batch import FirstBatch
 from ppo_fast.loop.model.load import check_vocabulary
 from ppo_fast.loop.model.trial import check_is_causal_lm
 from ppo_fast.loop.ranks.ranks import Ranks
-from ppo_fast.loop.sampling.sampler import Sampler, completions
+from ppo_fast.loop.sampling.sampler import Sampler
 from ppo_fast.loop.score import score
-from ppo_fast.loop.update import update
+from ppo_fast.loop.update import numbers, update
 
 _STORED_CAP = 2.0  # of the importance weights of stored transitions, where none is given
 _LOSS_KL = {"linear": 0.05, "penalty": 1.0}
@@ -47,17 +50,19 @@ class PPO:
         prompts: Iterable[Any] | TransitionStream,
         reward: rewards.RewardFn,
         ranks: Ranks | None = None,
+        held_out: Iterable[Any] | None = None,
     ) -> None:
         self.ranks = ranks or Ranks()
         config = config.absolute()
         torch.manual_seed(config.seed)
         self.config, self.tokenizer, self.reward = config, tokenizer, reward
         self.stored = isinstance(prompts, TransitionStream)
-        self.prompts: PromptStream | TransitionStream = (
-            prompts
-            if isinstance(prompts, TransitionStream)
-            else self._prompt_stream(prompts, tokenizer)
-        )
+        held: list[Prompt] = []
+        self.prompts: PromptStream | TransitionStream
+        if isinstance(prompts, TransitionStream):
+            self.prompts = prompts
+        else:
+            self.prompts, held = self._prompt_streams(prompts, held_out)
         check_is_causal_lm(model)
         check_vocabulary(model, tokenizer)
         self.agent = Agent(model, config, self.ranks, sampled=not self.stored)
@@ -66,6 +71,8 @@ class PPO:
         asked = None if config.backend == "auto" else config.backend
         self.backend = select("train", asked, self.agent.parameters[0])
         self.sampler = Sampler(self.agent, tokenizer, config, self.device)
+        self.collector = Collector(config, self.sampler, reward, self.ranks, self.backend)
+        self.evaluation = Evaluation(self.collector, held) if held else None
         self.shuffling = torch.Generator().manual_seed(config.seed)
         self.is_cap = config.is_truncation or (_STORED_CAP if self.stored else None)
         self.kl_coef = config.kl_coef
@@ -74,60 +81,69 @@ class PPO:
         self.watch = rewards.Watch()
         self.history = History()
         self.updates = 0
-        self.last_batch: tuple[list[str], Scores] | None = None
+        self.last_batch: Experience | None = None
 
     def iteration(self) -> tuple[Record, Experience]:
         """One update: its record for the log, and the samples that it learnt from."""
         phases = Phases(self.device)
-        sample = self._collect(phases)
-        seqs, scores = sample.rollout.seqs.kept(sample.scores), sample.scores
+        before = self.evaluation.measure(phases) if self.evaluation and not self.updates else {}
+        sample, told = self._collect(phases)
+        seqs = sample.learnt(self.config)
         record: Record = {
             "update": self.updates,
-            "reward": scores.mean,
-            "dropped": scores.faults,
+            **told,
+            "dropped": sample.scores.faults,
             "batch": len(sample.prompts),
             "seconds": phases.seconds,
+            **{f"{name}_before": value for name, value in before.items()},
         }
         if seqs.mask.any():
             record |= self._learn(sample, seqs, phases)
-            self.last_batch = None if self.stored else (sample.prompts, scores)
-        took = sum(phases.seconds.values())
+            self.last_batch = None if self.stored else sample
+        took = sum(s for phase, s in phases.seconds.items() if phase != "evaluation")
         tokens = int(sample.rollout.seqs.mask.sum())
         record["tokens_per_second"] = tokens / took if took else math.nan
         self.updates += 1
+        if self.evaluation and self.evaluation.due(self.updates):
+            record |= self.evaluation.measure(phases)
         self.history.append(record)
         return record, sample
 
-    def _prompt_stream(self, prompts: Iterable[Any], tokenizer: Any) -> PromptStream:
-        """The texts that the model reads, and a check that the reward's columns are there."""
+    def _prompt_streams(
+        self, prompts: Iterable[Any], held_out: Iterable[Any] | None
+    ) -> tuple[PromptStream, list[Prompt]]:
+        """The texts that the model reads in training and in evaluations.
+
+        A check that the reward's columns are there.
+        """
         c = self.config
-        rows = as_rows(prompts, c.prompt_field)
-        stream = PromptStream(rendered(rows, tokenizer, c.chat, c.system), c.seed)
-        rewards.taken(self.reward, columns_of(rows))  # raises for one that is not there
-        return stream
+        rows, held = as_rows(prompts, c.prompt_field), list[Row]()
+        if c.eval_every == 0:
+            if held_out is not None:
+                raise ValueError("held_out must be absent with eval_every 0, got prompts")
+        elif held_out is None:
+            rows, held = evaluate.held_out(rows, c.eval_prompts)
+        else:
+            held = as_rows(held_out, c.prompt_field)[: c.eval_prompts]
+        if held and rewards.learns(self.reward):
+            raise ValueError(
+                f"eval_every must be 0 with a reward that learns from calls, got {c.eval_every}"
+            )
+        for some in (rows, held) if held else (rows,):
+            rewards.taken(self.reward, columns_of(some))  # raises for one that is not there
+        made, tested = (rendered(x, self.tokenizer, c.chat, c.system) for x in (rows, held))
+        return PromptStream(made, c.seed), tested
 
-    def _collect(self, phases: Phases) -> Experience:
+    def _collect(self, phases: Phases) -> tuple[Experience, Record]:
         """The samples of one update: stored ones, or sampled and rewarded now."""
-        taken = self.prompts.next(self.config.batch)
-        if isinstance(taken, Experience):
-            return taken
-        prompts = [prompt.text for prompt in taken]
+        if isinstance(self.prompts, TransitionStream):
+            sample = self.prompts.next(self.config.batch)
+            return sample, {"reward": sample.scores.mean}
 
-        # 1. Sample a completion of each prompt.
-        with phases.timed("rollout"):
-            rollout = self.sampler.rollout(prompts, self.backend)
-        texts, ended = completions(self.tokenizer, rollout.seqs), rollout.seqs.ended(self.eos)
-
-        # 2. Reward them, on the first rank.
-        def rewarded() -> Scores:
-            rows = [prompt.row for prompt in taken]
-            plain, columns = [row.prompt for row in rows], columns_of(rows)
-            scores = rewards.rewarded(self.reward, self.config, plain, texts, ended, columns)
+        def check(scores: Scores) -> Scores:
             return self.watch.checked(scores, self.history.column("reward").tolist())
 
-        with phases.timed("reward"):
-            scores = self.ranks.from_first(rewarded)
-        return Experience(prompts, texts, rollout, scores)
+        return self.collector.groups(self.prompts.next, phases, check)
 
     def _learn(self, sample: Experience, seqs: Sequences, phases: Phases) -> Record:
         """Learn from the rewarded sequences `seqs`; the rest of the record."""
@@ -152,12 +168,12 @@ class PPO:
             batch, weighing = weighted(batch, rollout, self.is_cap)
 
         # 6. Update policy and critic.
-        lr = c.lr * min(1.0, (self.updates + 1) / max(1, c.warmup))
-        self.agent.set_lr(lr)
+        share = lr_share(c, self.updates)
+        self.agent.set_lr(share)
         with phases.timed("update"):
             done = update(self.agent, batch, plan, self.loss_kl_coef, self.shuffling, self.backend)
         record: Record = {
-            "lr": lr,
+            "lr": c.lr * share,
             "kl": kl,
             "kl_coef": self.kl_coef,
             "loss_kl_coef": self.loss_kl_coef,
@@ -166,8 +182,10 @@ class PPO:
             **done.record(),
             **weighing,
         }
+        if c.critic_lr is not None:
+            record["critic_lr"] = c.critic_lr * share
         if done.stats is not None:
-            record |= done.stats.compute()
+            record |= numbers(self.agent, done.stats)
 
         # 7. Move the KL coefficients towards their targets.
         if c.kl_target is not None:
@@ -187,7 +205,7 @@ class PPO:
         """The minibatches of a first epoch."""
         c = self.config
         forward = c.micro_batch * self.ranks.size
-        return make_plan(c.batch, c.minibatches, forward, self.shuffling)
+        return make_plan(c.sequences, c.minibatches, forward, self.shuffling)
 
     def state_dict(self) -> state.Tree:
         """Everything that updates change, as tensors and JSON values; tensors are the live ones.
@@ -228,30 +246,12 @@ class PPO:
         options = dataclasses.asdict(self.config)
         used = {"device": self.device.type, "backend": self.backend}
         kept = {k: v for k, v in (options | used).items() if k not in state.FREE}
-        if self.config.data is not None and isinstance(self.prompts, PromptStream):
+        kept["stop"] = list(self.config.stop)  # as JSON has it
+        if isinstance(self.prompts, PromptStream):
             kept["the columns' sha256"] = self.prompts.columns_digest()
+        if self.config.lr_schedule != "constant":
+            kept["updates, which the schedule needs,"] = self.config.updates
         return kept | {
             "the prompts' sha256": self.prompts.digest(),
             "the frozen weights' sha256": state.digest_of_frozen(self.agent),
         }
-
-
-def adapt_reward_kl(coef: float, kl: float, target: float, n: int, horizon: float) -> float:
-    """The next coefficient of the KL in the reward, after `n` sequences of mean KL `kl` (nats).
-
-    Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2: it
-    grows by the factor 1 + clip(kl / target - 1, ±0.2) * n / horizon.
-    """
-    error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return coef * (1.0 + error * n / horizon)
-
-
-def adapt_penalty(coef: float, kl: float, target: float) -> float:
-    """The next coefficient of KL(old, new) in `variant="penalty"`, `kl` in nats per token.
-
-    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", section 4: halved when the
-    KL that an update ended with is below target / 1.5, doubled when above target * 1.5.
-    """
-    if kl < target / 1.5:
-        return coef / 2.0
-    return coef * 2.0 if kl > target * 1.5 else coef

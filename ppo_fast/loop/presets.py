@@ -1,4 +1,4 @@
-"""Options that `quick` and each task put in place of the defaults: data only."""
+"""Options that `quick`, tasks and baselines put in place of the defaults: data only."""
 
 from __future__ import annotations
 
@@ -38,4 +38,20 @@ TASK_DEFAULTS: dict[str, dict[str, object]] = {
         "kl_coef": 0.003,
     },
     "qa": {"updates": 15, "max_new_tokens": 6, "train_layers": 4, "lr": 2e-4, "warmup": 4},
+}
+
+
+# What each baseline of groups puts in place of the defaults: eight prompts, four times each, and
+# the KL where its paper has it. RLOO and REINFORCE++ keep it in the reward.
+_GROUPS: dict[str, object] = {"batch": 8, "group": 4}
+_NO_KL: dict[str, object] = {**_GROUPS, "kl_coef": 0.0}
+ADVANTAGE_DEFAULTS: dict[str, dict[str, object]] = {
+    "grpo": {**_NO_KL, "loss_kl_coef": 0.04},  # Shao et al. 2024, DeepSeekMath, section 4.2
+    "grpo-batch-std": _NO_KL,
+    "grpo-passk": _NO_KL,
+    "dr_grpo": _NO_KL,
+    "opo": _NO_KL,
+    "maxrl": _NO_KL,
+    "rloo": _GROUPS,
+    "reinforce++": _GROUPS,
 }

@@ -39,7 +39,10 @@ Say = Callable[[str], None]
 
 @dataclass
 class Outcome:
-    """End of a run. `first` and `last` are the mean rewards of its outer fifths."""
+    """End of a run. `first` and `last` are the mean rewards of its outer fifths.
+
+    `model` is None where no optimiser step was made.
+    """
 
     rewards: list[float]
     first: float
@@ -47,7 +50,11 @@ class Outcome:
     kl: float
     interrupted: bool
     plot: Path | None
-    model: Path
+    model: Path | None
+
+
+class RunExistsError(FileExistsError):
+    """A folder holds a run, which is neither to be resumed nor to be overwritten."""
 
 
 class Trainer(PPO):
@@ -57,7 +64,8 @@ class Trainer(PPO):
     a `config.prompt_field`, a text or a list of messages, and of columns. `reward` is a function
     fn(prompts, completions, **columns) -> list[float], which gets the prompts as they are in the
     rows and those columns that its signature takes. Stored transitions in the place of prompts
-    come with their rewards: nothing is sampled, and `reward` is not called.
+    come with their rewards: nothing is sampled, and `reward` is not called. `held_out` are prompts
+    too, to evaluate on every `config.eval_every` updates.
 
     `run` does all updates, `step` one. Making a trainer touches no file: the first of the two
     takes the folder `config.out`.
@@ -71,28 +79,30 @@ class Trainer(PPO):
         prompts: Iterable[Any] | TransitionStream,
         reward: rewards.RewardFn,
         ranks: Ranks | None = None,
+        held_out: Iterable[Any] | None = None,
     ) -> None:
-        super().__init__(config, model, tokenizer, prompts, reward, ranks)
+        super().__init__(config, model, tokenizer, prompts, reward, ranks, held_out)
         self.begun = False
         self.lock = RunLock(self.config.out)
         self.recorder = recorder.Recorder(self.config, self.backend)
         self.checkpoints = Checkpoints(self.config, self.ranks, self.recorder.sync)
         path = self.config.save_transitions
-        self.writer = None if path is None else TransitionWriter(path, self.eos)
+        self.writer = None if path is None else TransitionWriter(path)
 
     def begin(self, say: Say = print) -> None:
         """Take the folder, and resume or start with an empty log; a resume is reported to `say`.
 
-        Raises `RunLockedError` where another run goes on in the folder, `CheckpointError` over the
-        checkpoints of an unfinished run that is not to be resumed, or where the one to resume
-        differs, and OSError where something else is in a file's place. Then nothing is changed.
-        The lock is held on return; `close` releases it.
+        Raises `RunLockedError` where another run goes on in the folder, `RunExistsError` where one
+        is in it that is neither to be resumed nor overwritten, `CheckpointError` where the one to
+        resume differs, and OSError where something else is in a file's place. Then nothing is
+        changed. The lock is held on return; `close` releases it. A run that is overwritten stays
+        until the first update is made.
         """
         self.ranks.from_first(self._take_folder)
         try:
             if self.config.resume:
                 self.checkpoints.resume(self, say)
-            if self.ranks.first:
+            if self.ranks.first and not self.config.overwrite:
                 self._open_log(say)
         except BaseException:
             self.lock.release()
@@ -110,6 +120,8 @@ class Trainer(PPO):
         record, sample = self.iteration()
         if self.ranks.first:
             update = record["update"]
+            if not self.recorder.open:
+                self._open_log(print)
             if self.writer is not None:
                 self.writer.write(update, sample)
             self.recorder.update(record)
@@ -119,10 +131,10 @@ class Trainer(PPO):
     def run(self, console: Console) -> Outcome:
         """Train to the end, or to Ctrl-C. However it ends, log, plot and model are written.
 
-        Only a model that learnt nothing, because nothing was rewarded, is not.
+        Only a model that no optimiser step has changed is not.
         """
-        interrupted, learnt, plot = False, True, None
-        folder, say = self.config.out, functools.partial(console.print, markup=False)
+        interrupted, plot, folder = False, None, None
+        say = functools.partial(console.print, markup=False)
         if self.begun:
             self.ranks.from_first(self.lock.hold)
         else:
@@ -133,23 +145,21 @@ class Trainer(PPO):
                     while self.updates < self.config.updates and not self.ranks.any(stop.asked):
                         record = self.step()
                         self.watch.tell(say)
+                        _say_evaluation(self.config, record, say)
                         show(record, self.history)
                         self.checkpoints.after_step(self, say)
                 interrupted = self.updates < self.config.updates
                 self.checkpoints.finish(self)
             except KeyboardInterrupt:
                 interrupted = True
-            except rewards.NoRewardError:
-                learnt = bool(self.agent.optimizer.state)
-                raise
             except RankFailedError as error:
                 say(f"{error}; what there is will be written")
                 raise
             finally:
                 stop.ending = True
                 try:
-                    if learnt:
-                        folder = export.export(self.agent, self.tokenizer, folder)
+                    if self.agent.optimizer.state:
+                        folder = export.export(self.agent, self.tokenizer, self.config.out)
                 finally:
                     plot = self.close()
         means = self.history.column("reward").tolist()
@@ -162,29 +172,39 @@ class Trainer(PPO):
         Returns the curve's path if there is any update.
         """
         try:
-            return self.recorder.close(self.history) if self.ranks.first and self.begun else None
+            return self.recorder.close(self.history) if self.recorder.open else None
         finally:
             self.lock.release()
 
     def _take_folder(self) -> None:
-        """Lock the folder and clear what a finished run left of checkpoints."""
+        """Lock the folder, which must have room for this run."""
         require_places(self.config.out)
-        self.lock.claim()
-        try:
-            if not self.config.resume:
-                self.checkpoints.clear()
-        except BaseException:
-            self.lock.release()
-            raise
+        self.lock.claim(lambda: require_new(self.config))
 
     def _open_log(self, say: Say) -> None:
         if not self.config.resume:
+            self.checkpoints.clear()
             self.recorder.begin()
             return
         lines, lacking = self.recorder.resume(self.updates)
         self.history = History(lines)
         for text in lacking:
             say(f"warning: {text}")
+
+
+def _say_evaluation(config: TrainConfig, record: Record, say: Say) -> None:
+    """Tell the evaluations in a record: before the first update, and after this one."""
+    done = f"after {record['update'] + 1} updates"
+    done = f"after {record['update'] + 1} updates"
+    for end, when in (("_before", "before the first update"), ("", done)):
+        if f"eval_reward{end}" not in record:
+            continue
+        text = f"evaluation {when}: mean reward {record[f'eval_reward{end}']:+.3f}"
+        if config.eval_samples > 1:
+            text += f", best of {config.eval_samples} {record[f'eval_best{end}']:+.3f}"
+        if lost := record.get(f"eval_dropped{end}"):
+            text += f", {lost} without a reward"
+        say(text)
 
 
 def require_places(folder: Path) -> None:
@@ -195,6 +215,30 @@ def require_places(folder: Path) -> None:
         export.require_model_folder(folder / name)
     for name in ("checkpoints", "tensorboard"):
         require_folder(folder / name, link=True)
+
+
+def require_new(config: TrainConfig) -> None:
+    """Raise `RunExistsError` for a run that is in the place of this one, and would be lost."""
+    if config.resume or config.overwrite:
+        return
+    out = config.out
+    logs = [path for name in recorder.LINES if _size(path := out / name)]
+    folders = [out / name for name in ("checkpoints", *export.FOLDERS)]
+    found = [*logs, *(path for path in folders if path.is_dir() and any(path.iterdir()))]
+    if found:
+        raise RunExistsError(
+            f"out {out} holds a run ({', '.join(path.name for path in found)}): --resume goes on"
+            " with it, --overwrite makes a new one in its place, or give another --out"
+        )
+    stored = config.save_transitions
+    if stored is not None and _size(stored):
+        raise RunExistsError(
+            f"save_transitions {stored} is there: --overwrite writes another in its place"
+        )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 class Stop:
@@ -245,11 +289,13 @@ def load_trainer(
 ) -> Trainer:
     """A trainer of what `config` names: model, prompts or transitions, and reward."""
     config = config.resolved().absolute()
+    require_new(config)
     device = device_of(config)
     task = tasks.load_task(config, report)
     reward = rewards.load_reward(config, task.reward, device)
     if config.transitions is None:
         rewards.taken(reward, columns_of(task.rows))  # raises for one that is not there
+    held = tasks.load_held_out(config, report)
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model, task.texts[:200], device)
     source = (
@@ -266,7 +312,7 @@ def load_trainer(
             report=report,
         )
     )
-    return Trainer(config, model, tokenizer, source, reward, ranks)
+    return Trainer(config, model, tokenizer, source, reward, ranks, held)
 
 
 def train(

@@ -40,7 +40,9 @@ def _score(agent: Agent, seqs: Sequences, parts: list[Tensor], backend: str) -> 
         with torch.enable_grad():
             out = forward(agent, rows, output)
         own = logprobs(agent, agent.policy, out.hidden, out.logits, rows, backend)
-        old[part], values[part] = rows.unflatten(own), rows.unflatten(out.values.detach())
+        old[part] = rows.unflatten(own)
+        if out.values is not None:
+            values[part] = rows.unflatten(out.values.detach())
     return Scored(old, ref, values, frozen_out)
 
 

@@ -105,6 +105,15 @@ def load_task(config: TrainConfig, report: Callable[[str], None] = print) -> Tas
     return task
 
 
+def load_held_out(config: TrainConfig, report: Callable[[str], None] = print) -> list[Row] | None:
+    """The user's data to evaluate on that the options name."""
+    if config.eval_data is not None:
+        return read_prompts(config.eval_data, config.prompt_field, config.data_split, report)
+    if config.eval_split is not None and config.data is not None:
+        return read_prompts(config.data, config.prompt_field, config.eval_split, report)
+    return None
+
+
 def _words(row: Row) -> str:
     """The text in a row's prompt."""
     if isinstance(row.prompt, str):

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.data.experience import Batch, Plan, make_plan
 from ppo_fast.loop.data.sequences import Sequences
 from ppo_fast.loop.model.agent import Agent
 from ppo_fast.loop.model.tower import Tower
+
+_OF_CRITIC = ("value_loss", "vf_clip_frac", "explained_variance")
 
 
 @dataclass
@@ -101,13 +104,13 @@ def accumulate(
     over the ranks, does not depend on the split. `unchanged` says that the weights are still those
     the old log-probs came from. Returns None, and adds nothing, when no token is left.
     """
-    tokens = sum(batch.seqs.mask[rows].sum() for rows in minibatch)
-    if tokens == 0:
+    divisors = _divisors(agent.config, batch.seqs.mask[torch.cat(minibatch)])
+    if divisors.tokens == 0:
         return None
     total: ppo_fast.Stats | None = None
     for rows in agent.pieces(minibatch):
         part = batch.rows(rows)
-        policy, loss, stats = _loss(agent, part, tokens, loss_kl_coef, backend)
+        policy, loss, stats = _loss(agent, part, divisors, loss_kl_coef, backend)
         if unchanged:
             part.require_ratio_one(policy.logprobs)
         loss.backward()
@@ -115,23 +118,56 @@ def accumulate(
     return total
 
 
+def numbers(agent: Agent, stats: ppo_fast.Stats) -> dict[str, float]:
+    """The statistics for the log: without those of a critic where there is none.
+
+    The op knows no width of packed sequences, so the divisor of "seq-mean-token-sum-norm" is put
+    in here.
+    """
+    out, config = stats.compute(), agent.config
+    if config.reduction == "seq-mean-token-sum-norm":
+        divisor = (out["n_seqs"] or 1.0) * config.max_new_tokens
+        for name in ("loss", "policy_loss"):
+            out[name] = float(stats.field(name)) / divisor
+    of_critic = () if agent.critic is not None else _OF_CRITIC
+    return {name: value for name, value in out.items() if name not in of_critic}
+
+
+class _Divisors(NamedTuple):
+    """What a minibatch's policy loss and value loss divide by; the latter is its tokens."""
+
+    policy: Tensor
+    tokens: Tensor
+
+
+def _divisors(config: TrainConfig, mask: Tensor) -> _Divisors:
+    tokens = mask.sum()
+    if config.reduction == "token-mean":
+        return _Divisors(tokens, tokens)
+    norm = config.reduction == "seq-mean-token-sum-norm"
+    return _Divisors(mask.any(1).sum() * (config.max_new_tokens if norm else 1), tokens)
+
+
 def _loss(
-    agent: Agent, part: Batch, divisor: Tensor, loss_kl_coef: float, backend: str
+    agent: Agent, part: Batch, divisors: _Divisors, loss_kl_coef: float, backend: str
 ) -> tuple[ppo_fast.HeadLoss, Tensor, ppo_fast.Stats]:
-    """Policy loss, plus `vf_coef` times value loss, of one micro-batch, sums over `divisor`."""
+    """Policy loss, plus `vf_coef` times value loss, of one micro-batch, over the divisors."""
     config, seqs, scored = agent.config, part.seqs, part.scored
     out = forward(agent, seqs, scored.frozen_out)
     tokens, old, advantages = (seqs.flat(x) for x in (seqs.response, scored.old, part.advantages))
     options: dict[str, Any] = {
         "variant": config.variant,
-        "clip_low": config.clip,
-        "clip_high": config.clip,
+        "clip_low": config.clip if config.clip_low is None else config.clip_low,
+        "clip_high": config.clip if config.clip_high is None else config.clip_high,
+        "dual_clip": config.dual_clip,
         "advantage_moments": part.moments,
         "is_weights": None if part.is_weights is None else seqs.flat(part.is_weights),
         "entropy_coef": config.entropy_coef,
         "ref_logprobs": None if config.variant == "penalty" else seqs.flat(scored.ref),
         "kl_coef": loss_kl_coef,
-        "denom": divisor,
+        "kl_estimator": config.loss_kl_estimator,
+        "reduction": config.reduction,
+        "denom": divisors.policy,
         "cu_seqlens": seqs.cu_seqlens(),
         "backend": backend,
     }
@@ -153,12 +189,14 @@ def _loss(
             inplace=backend != "reference",
             **options,
         )
+    if out.values is None:
+        return policy, policy.loss, policy.stats
     value = ppo_fast.value_loss(
         out.values,
         seqs.flat(scored.values),
         seqs.flat(part.returns),
         clip=config.vf_clip,
-        denom=divisor,
+        denom=divisors.tokens,
         backend=backend,
     )
     loss = policy.loss + config.vf_coef * value.loss
@@ -166,11 +204,11 @@ def _loss(
 
 
 class Forward(NamedTuple):
-    """Last hidden states (n, H), logits (n, V) where they are formed, and values (n,)."""
+    """Last hidden states (n, H), logits (n, V) where they are formed, values (n,) of a critic."""
 
     hidden: Tensor
     logits: Tensor | None
-    values: Tensor
+    values: Tensor | None
 
 
 def forward(agent: Agent, seqs: Sequences, frozen_out: Tensor | None) -> Forward:
@@ -180,7 +218,8 @@ def forward(agent: Agent, seqs: Sequences, frozen_out: Tensor | None) -> Forward
         logits, hidden = agent.policy.logits(seqs, frozen_out)
     else:
         hidden = agent.policy.hidden(seqs, frozen_out)
-    return Forward(hidden, logits, agent.critic(hidden, seqs, frozen_out))
+    values = None if agent.critic is None else agent.critic(hidden, seqs, frozen_out)
+    return Forward(hidden, logits, values)
 
 
 def logprobs(

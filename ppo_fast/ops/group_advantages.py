@@ -10,60 +10,122 @@ from ppo_fast._boundary.schema import compute_dtype
 from ppo_fast.ops.forward_mode import derivatives
 
 _OP = "group_advantages"
-_BASELINES = ("grpo", "rloo", "reinforce++", "dr_grpo")
-_EPS = 1e-6
 
 
 @derivatives()
-def group_advantages(scores: Tensor, group_ids: Tensor, *, baseline: str = "grpo") -> Tensor:
+def group_advantages(
+    scores: Tensor,
+    group_ids: Tensor,
+    *,
+    baseline: str = "grpo",
+    eps: float = 1e-6,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """One advantage per response, against the responses to the same prompt.
 
     With m and σ the mean and the unbiased standard deviation of a response's group of n scores:
 
-    - "grpo": (s − m) / (σ + 1e-6) (Shao et al. 2024, DeepSeekMath, section 4.1.2);
+    - "grpo": (s − m) / (σ + eps) (Shao et al. 2024, DeepSeekMath, section 4.1.2);
+    - "grpo-batch-std": the same with σ over all responses (Hu et al. 2025, REINFORCE++; TRL's
+      `scale_rewards="batch"`);
+    - "grpo-passk": (best − second) / (σ + eps) for a group's best response, 0 for the others
+      (Tang et al. 2025, "Optimizing Language Models for Inference Time Objectives");
     - "rloo": s − the mean of the other n − 1 (Ahmadian et al. 2024, "Back to Basics");
     - "dr_grpo": s − m (Liu et al. 2025, "Understanding R1-Zero-Like Training");
+    - "opo": s − Σ|y|s / Σ|y|, |y| a response's length (Hao et al. 2025, "On-Policy RL with Optimal
+      Reward Baseline");
+    - "maxrl": (s − m) / (m + eps), for scores that are not negative (Tajwar et al. 2026, "Maximum
+      Likelihood Reinforcement Learning");
     - "reinforce++": s − m, then whitened over all responses, 1e-8 added to the variance
       (Hu et al. 2025, REINFORCE++, the variant with a baseline).
 
     A response without another in its group, or whose group's scores are all equal, has nothing to
     be compared with: its advantage is exactly 0 ("reinforce++": before whitening). A score that is
-    not finite leaves no finite advantage in its group, and none at all in "reinforce++".
+    not finite leaves no finite advantage in its group, and none at all in "reinforce++" and
+    "grpo-batch-std".
 
     Args:
         scores: `(n,)` fp32, bf16, fp16 or fp64, of every response.
         group_ids: `(n,)` int32 or int64, equal where the prompt is; in any order.
+        eps: what "grpo", its two forms and "maxrl" add to the divisor (TRL adds 1e-4).
+        lengths: `(n,)` int32 or int64, tokens of every response; for "opo".
 
     Returns:
         `(n,)` fp32 (fp64 for fp64 scores), detached, computed in fp64 without asking the device.
 
     Raises:
-        ValueError: shape, device or baseline. TypeError: dtype.
+        ValueError: shape, device, baseline or a negative eps, lengths with another baseline or
+            absent with "opo". TypeError: dtype.
         NotImplementedError: a forward-mode tangent, as the op has no derivative.
     """
-    if _checks.floating(_OP, "scores", scores).dim() != 1:
-        raise ValueError(f"{_OP}: scores must have shape (n,), got {tuple(scores.shape)}")
-    _checks.indices(_OP, "group_ids", group_ids, scores.shape, scores.device)
-    _checks.choice(_OP, "baseline", baseline, _BASELINES)
+    _check(scores, group_ids, baseline, eps, lengths)
     s = scores.detach().double()
     groups = _Groups(group_ids)
-    count, total = groups.sum(torch.ones_like(s)), groups.sum(s)
-    centred = s - total / count
+    count = groups.sum(torch.ones_like(s))
+    mean = groups.sum(s) / count
+    zero = s - s  # NaN of a score that is not finite
     alone = (count < 2) | groups.all_equal(s)
-    centred = torch.where(alone, s - s, centred)  # 0, or NaN of a score that is not finite
-    if baseline == "grpo":
+    centred = torch.where(alone, zero, s - mean)
+    if baseline in ("grpo", "grpo-passk"):
         deviation = (groups.sum(centred * centred) / (count - 1).clamp(min=1)).sqrt()
-        out = centred / (deviation + _EPS)
+        if baseline == "grpo-passk":
+            centred = torch.where(alone, centred, groups.lead(s, centred - centred))
+        out = centred / (deviation + eps)
+    elif baseline == "grpo-batch-std":
+        out = centred / (_variance(s).sqrt() + eps)
     elif baseline == "rloo":
         out = centred * count / (count - 1).clamp(min=1)
+    elif baseline == "opo" and lengths is not None:
+        weights = lengths.detach().double()
+        tokens = groups.sum(weights)
+        out = torch.where(alone, zero, s - groups.sum(weights * s) / tokens.clamp(min=1))
+    elif baseline == "maxrl":
+        out = centred / (mean + eps)
     elif baseline == "reinforce++":
-        mean = centred.sum() / max(1, s.numel())
-        variance = ((centred - mean) ** 2).sum() / max(1, s.numel() - 1)
-        whitened = (centred - mean) / (variance + 1e-8).sqrt()
+        variance = _variance(centred)
+        whitened = (centred - _mean(centred)) / (variance + 1e-8).sqrt()
         out = torch.where(variance == 0, torch.zeros_like(centred), whitened)
     else:
         out = centred
     return out.to(compute_dtype(scores))
+
+
+_BASELINES = (
+    "grpo",
+    "grpo-batch-std",
+    "grpo-passk",
+    "rloo",
+    "dr_grpo",
+    "opo",
+    "maxrl",
+    "reinforce++",
+)
+
+
+def _check(
+    scores: Tensor, group_ids: Tensor, baseline: str, eps: float, lengths: Tensor | None
+) -> None:
+    if _checks.floating(_OP, "scores", scores).dim() != 1:
+        raise ValueError(f"{_OP}: scores must have shape (n,), got {tuple(scores.shape)}")
+    _checks.indices(_OP, "group_ids", group_ids, scores.shape, scores.device)
+    _checks.choice(_OP, "baseline", baseline, _BASELINES)
+    _checks.number(_OP, "eps", eps, 0.0)
+    if (lengths is not None) != (baseline == "opo"):
+        given = "absent" if lengths is None else "given"
+        raise ValueError(
+            f"{_OP}: lengths must be there for 'opo' alone, got them {given} with {baseline!r}"
+        )
+    if lengths is not None:
+        _checks.indices(_OP, "lengths", lengths, scores.shape, scores.device)
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.sum() / max(1, x.numel())
+
+
+def _variance(x: Tensor) -> Tensor:
+    """The unbiased variance, 0 of fewer than two numbers."""
+    return ((x - _mean(x)) ** 2).sum() / max(1, x.numel() - 1)
 
 
 class _Groups:
@@ -88,6 +150,27 @@ class _Groups:
     def all_equal(self, x: Tensor) -> Tensor:
         """True for members whose group holds one value only."""
         return self._reduce(x, "max") == self._reduce(x, "min")
+
+    def lead(self, x: Tensor, others: Tensor) -> Tensor:
+        """A group's largest value minus its second, at the largest; `others` elsewhere.
+
+        Of a member alone in its group the result means nothing.
+        Where two are the largest, their lead is 0 at either.
+        """
+        if x.numel() == 0:
+            return x
+        # Members ascending within their group: its last one leads.
+        order = self.order[self.by_value(x)]
+        ranked = x[order]
+        after = self.group.new_full((1,), -1)
+        last = self.group != torch.cat([self.group[1:], after])
+        gap = ranked - torch.cat([ranked[:1], ranked[:-1]])
+        return others.scatter(0, order, torch.where(last, gap, others[order]))
+
+    def by_value(self, x: Tensor) -> Tensor:
+        """Places in the order of groups, ascending by value within each."""
+        inner = x[self.order].argsort(stable=True)
+        return inner[self.group[inner].argsort(stable=True)]
 
     def _reduce(self, x: Tensor, how: str) -> Tensor:
         if x.numel() == 0:

@@ -35,6 +35,7 @@ _ASIDE = {
     "save_every",
     "keep_checkpoints",
     "resume",
+    "overwrite",
     "save_transitions",
 }
 

@@ -157,29 +157,36 @@ def test_a_divisor_on_the_device(backend: str, device: str) -> None:
 
 
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 2])
+APART = ("grpo", "grpo-passk", "rloo", "dr_grpo", "opo", "maxrl")
+TOGETHER = ("reinforce++", "grpo-batch-std")
 
 
 @pytest.mark.case("X19")
 @pytest.mark.parametrize("score", [NAN, math.inf, -math.inf])
-@pytest.mark.parametrize("baseline", ["grpo", "rloo", "dr_grpo", "reinforce++"])
+@pytest.mark.parametrize("baseline", [*APART, *TOGETHER])
 def test_group_advantages(baseline: str, score: float) -> None:
-    """Other groups keep their numbers; whitened together they have none, and never 0."""
+    """Other groups keep their numbers; scaled together they have none, and never 0."""
     good = torch.tensor([1.0, 2.0, 0.0, 5.0, 1.0, 3.0])
     bad = good.clone()
     bad[1] = score
-    got, want = (group_advantages(x, GROUPS, baseline=baseline) for x in (bad, good))
+    lengths = torch.arange(1, 7) if baseline == "opo" else None
+    got, want = (
+        group_advantages(x, GROUPS, baseline=baseline, lengths=lengths) for x in (bad, good)
+    )
     assert not got[:3].isfinite().any() and not (got[:3] == 0).any()
-    if baseline == "reinforce++":
+    if baseline in TOGETHER:
         assert got.isnan().all()
     else:
         assert torch.equal(got[3:], want[3:])
 
 
 @pytest.mark.case("X19")
-@pytest.mark.parametrize("baseline", ["grpo", "rloo", "dr_grpo"])
+@pytest.mark.parametrize("baseline", APART)
 def test_a_score_alone_in_its_group(baseline: str) -> None:
     """It has nothing to be compared with, but is no 0; nor are equal infinities."""
+    options = {"baseline": baseline, "lengths": torch.ones_like(GROUPS)}
+    options = options if baseline == "opo" else {"baseline": baseline}
     alone = torch.tensor([1.0, 2.0, 0.0, 5.0, 1.0, NAN])
-    assert group_advantages(alone, GROUPS, baseline=baseline)[5].isnan()
+    assert group_advantages(alone, GROUPS, **options)[5].isnan()
     equal = torch.tensor([1.0, 2.0, 0.0, math.inf, math.inf, 0.0])
-    assert group_advantages(equal, GROUPS, baseline=baseline)[3:5].isnan().all()
+    assert group_advantages(equal, GROUPS, **options)[3:5].isnan().all()

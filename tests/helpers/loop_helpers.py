@@ -42,6 +42,7 @@ def trainer(
     ranks: Ranks | None = None,
     prompts: list[Any] = TEXTS,
     model_of: tuple[Any, Any] | None = None,
+    held_out: list[Any] | None = None,
     **options: Any,
 ) -> Trainer:
     """A trainer of the tiny model: 8 prompts, 6 new tokens, one trainable layer of two."""
@@ -58,19 +59,20 @@ def trainer(
         "device": "cpu",
     }
     config = TrainConfig(out=out, **(defaults | options))
-    return Trainer(config, *(model_of or tiny(dtype)), prompts, reward, ranks)
+    return Trainer(config, *(model_of or tiny(dtype)), prompts, reward, ranks, held_out)
 
 
 def rollout_of(t: Trainer) -> Rollout:
     """Completions of the next prompts."""
-    return t.sampler.rollout([p.text for p in t.prompts.next(t.config.batch)], t.backend)
+    taken = [p.text for p in t.prompts.next(t.config.batch) for _ in range(t.config.group)]
+    return t.sampler.rollout(taken, t.backend)
 
 
 def batch_of(t: Trainer, scores: Scores | None = None) -> tuple[Rollout, Batch, Plan]:
     """A rollout, the batch made of it and the plan its old log-probs were scored in."""
     rollout = rollout_of(t)
-    scores = scores or Scores([0.1 * i for i in range(t.config.batch)])
-    seqs, plan = rollout.seqs.kept(scores), t.plan()
+    scores = scores or Scores([0.1 * i for i in range(t.config.sequences)])
+    seqs, plan = rollout.seqs.kept(scores.kept), t.plan()
     scored = score(t.agent, seqs, [rows for part in plan for rows in part], t.backend)
     batch, _ = advantages(t.config, t.kl_coef, seqs, scored, scores, t.backend)
     return rollout, batch, plan

@@ -235,22 +235,6 @@ def test_a_lost_log_is_told(tmp_path: Path) -> None:
     assert told[-1] == "warning: the log lacks some of the first 2 updates"
 
 
-def test_an_unfinished_run_is_not_overwritten(tmp_path: Path) -> None:
-    t = seeded(tmp_path)
-    t.step()
-    t.checkpoints.save(t)
-    log = (tmp_path / "log.jsonl").read_bytes()
-    for start in (lambda fresh: fresh.step(), lambda fresh: fresh.run(QUIET)):
-        with pytest.raises(CheckpointError, match="unfinished run: --resume goes on with it"):
-            start(seeded(tmp_path))
-    assert (tmp_path / "log.jsonl").read_bytes() == log
-    seeded(tmp_path, updates=2, resume=True).run(QUIET)
-    t = seeded(tmp_path, updates=5)
-    t.step()
-    t.checkpoints.save(t)
-    assert t.checkpoints.numbers() == [1] and t.history.column("update")[0] == 0
-
-
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     seeded(tmp_path, keep_checkpoints=1).run(QUIET)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [ENDED]

@@ -150,7 +150,8 @@ def test_the_lock_lasts_from_the_begin_of_a_run_to_its_end(tmp_path: Path) -> No
 
 def test_of_two_trainers_that_began_before_either_runs_one_is_refused(tmp_path: Path) -> None:
     """The later one emptied the log."""
-    first, second = trainer(tmp_path, updates=2), trainer(tmp_path, updates=2, seed=1)
+    first = trainer(tmp_path, updates=2)
+    second = trainer(tmp_path, updates=2, seed=1, overwrite=True)
     first.step(), second.step()
     with pytest.raises(RunLockedError, match=f"is in use by another run .process {os.getpid()} "):
         first.run(QUIET)

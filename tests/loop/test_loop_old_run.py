@@ -22,6 +22,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from ppo_fast.loop import TrainConfig, Trainer
+from ppo_fast.loop.checkpoint.checkpoints import DEFAULTS
 from ppo_fast.loop.checkpoint.folder import TENSORS, read
 from ppo_fast.loop.model.load import load_model
 
@@ -103,9 +104,12 @@ def test_the_old_run_holds_what_a_checkpoint_holds(tmp_path: Path) -> None:
     before = read(out / "checkpoints" / "update-000002")
     resumed(out).run(Console(quiet=True))
     after = read(out / "checkpoints" / "update-000004")
-    # An option that the older version did not have stands at None, which is what is not there.
+    # An option that the older version did not have stands at its default.
     younger = after["identity"].keys() - before["identity"].keys()
-    assert after["identity"] == before["identity"] | dict.fromkeys(younger)
+    assert younger - DEFAULTS.keys() == {"the columns' sha256"}
+    added = {name: after["identity"][name] for name in younger}
+    assert {name: DEFAULTS.get(name, added[name]) for name in younger} == added
+    assert after["identity"] == before["identity"] | added
     assert before["state"].keys() == after["state"].keys()
     assert before["state"]["weights"].keys() == after["state"]["weights"].keys()
     assert (OLD / "run" / "checkpoints" / "update-000002" / TENSORS).stat().st_size < 200_000

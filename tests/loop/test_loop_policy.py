@@ -92,7 +92,8 @@ def test_an_eos_at_once_is_an_empty_completion_of_one_token() -> None:
     assert rollout.seqs.mask.tolist() == [[True], [True]]
     ended = rollout.seqs._replace(tokens=rollout.seqs.tokens.clone())
     ended.tokens[:, -1] = tokenizer.eos_token_id
-    assert completions(tokenizer, ended) == ["", ""]
+    eos = [tokenizer.eos_token_id]
+    assert completions(tokenizer, ended, eos) == (["", ""], [True, True])
 
 
 @pytest.mark.parametrize("head", ["linear", "logits"])

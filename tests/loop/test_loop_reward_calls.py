@@ -19,7 +19,7 @@ import torch
 from loop_helpers import trainer, weights
 from rich.console import Console
 
-from ppo_fast.loop import RewardLengthError
+from ppo_fast.loop import RewardLengthError, TrainConfig
 from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.rewards import letters, score, shaped
 
@@ -202,9 +202,10 @@ def test_a_raising_reward_is_called_once_more_for_each_sample() -> None:
 
 def test_a_score_that_shaping_takes_out_of_fp32_is_dropped() -> None:
     scores = Scores([-LARGEST, -LARGEST, 1.0])
-    got = shaped(scores, [False, True, False], None, 1e38)
+    config = TrainConfig(missing_eos_penalty=1e38)
+    got = shaped(scores, config, [False, True, False], [1] * 3)
     assert got.values == [0.0, -LARGEST, 1.0 - 1e38] and list(got.faults) == [0]
-    assert got.faults[0] == "reward -3.40282e+38 became -4.40282e+38 by clip and EOS penalty"
+    assert got.faults[0] == "reward -3.40282e+38 became -4.40282e+38 by clip and penalties"
     assert scores.faults == {} and scores.values[0] == -LARGEST
 
 

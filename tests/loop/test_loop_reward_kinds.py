@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,6 +99,19 @@ def test_a_weighted_sum() -> None:
     short = WeightedSum([lambda p, c: [1.0], letters], [1.0, 1.0])
     with pytest.raises(RewardLengthError, match="must return 2 numbers, got 1"):
         score(short, ["p", "q"], ["ab", "a1"])
+
+
+def test_the_log_has_the_mean_of_each_reward(tmp_path: Path) -> None:
+    """Before its weight, over the samples that it has a number for."""
+    reward = WeightedSum([letters, lambda p, c: [4.0] * 7 + [None]], [1.0, -0.5], ["a", "b:c"])
+    record, sample = trainer(tmp_path, reward).iteration()
+    assert record["rewards"]["b:c"] == 4.0 and list(sample.scores.faults) == [7]
+    shares = sample.scores.parts["a"]
+    assert shares == letters(sample.prompts, sample.texts)
+    assert record["rewards"]["a"] == pytest.approx(sum(shares) / 8)
+    assert record["reward"] == pytest.approx(sum(shares[:7]) / 7 - 2.0)
+    twice = WeightedSum([letters, letters], [1.0, 1.0], ["letters", "letters"])
+    assert twice.names == ["letters 1", "letters 2"]
 
 
 def test_a_weighted_sum_takes_what_its_rewards_take() -> None:

@@ -190,9 +190,21 @@ def test_making_a_discriminator_draws_no_number_of_the_runs(tmp_path: Path) -> N
 
 def test_clip_and_eos_penalty() -> None:
     scores = Scores([3.0, -3.0, 0.5, 0.0], {3: "reward returned nan"})
-    got = shaped(scores, [True, False, False, False], clip=2.0, eos_penalty=1.0)
+    config = TrainConfig(score_clip=2.0, missing_eos_penalty=1.0)
+    got = shaped(scores, config, [True, False, False, False], [1] * 4)
     assert got.values == [2.0, -3.0, -0.5, 0.0] and got.faults == scores.faults
-    assert shaped(scores, [True] * 4, None, 1.0).values == scores.values
+    config = TrainConfig(missing_eos_penalty=1.0)
+    assert shaped(scores, config, [True] * 4, [1] * 4).values == scores.values
+
+
+def test_the_overlong_penalty_grows_over_the_buffer() -> None:
+    """DAPO's equation 13, of a completion of n tokens of at most 20 with a buffer of 8."""
+    config = TrainConfig(max_new_tokens=20, overlong_buffer=8, overlong_penalty=2.0)
+    lengths = [1, 12, 13, 16, 20]
+    got = shaped(Scores([1.0] * 5), config, [True] * 5, lengths)
+    assert got.values == [1.0, 1.0, 1.0 - 2.0 / 8, 1.0 - 2.0 * 4 / 8, -1.0]
+    off = TrainConfig(max_new_tokens=20)
+    assert shaped(Scores([1.0] * 5), off, [True] * 5, lengths).values == [1.0] * 5
 
 
 def test_a_run_pays_for_the_missing_eos(tmp_path: Path) -> None:
@@ -202,7 +214,8 @@ def test_a_run_pays_for_the_missing_eos(tmp_path: Path) -> None:
         row[kept][-1].item()
         for row, kept in zip(rollout.seqs.response, rollout.seqs.mask, strict=True)
     ]
-    scores = rewarded(t.reward, t.config, TEXTS, TEXTS, rollout.seqs.ended(t.eos))
+    _, ended = t.sampler.completions(rollout.seqs)
+    scores = rewarded(t.reward, t.config, TEXTS, TEXTS, ended, [6] * 8)
     assert scores.values == [2.0 if token in t.eos else 1.25 for token in last]
     assert 1.25 in scores.values
 

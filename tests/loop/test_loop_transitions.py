@@ -186,7 +186,7 @@ def test_a_resumed_run_goes_on_after_the_updates_it_keeps(tmp_path: Path) -> Non
     t.step(), t.step(), t.step()
     with path.open("a") as file:
         file.write('{"update": 1, "tok')  # a kill while writing
-    again = trainer(tmp_path / "b", save_transitions=path)
+    again = trainer(tmp_path / "b", save_transitions=path, overwrite=True)
     again.updates = 2
     again.step()
     updates = [json.loads(line)["update"] for line in path.read_text().splitlines()]
@@ -235,7 +235,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     records = [json.loads(x) for x in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
     assert [r["n_tokens"] > 0 and 0.5 < r["is_ess"] <= 1 for r in records] == [True, True]
     own.write_text("")
-    assert main([*options, *stored]) == 1
+    assert main([*options, *stored, "--overwrite"]) == 1
     assert "no rows" in capsys.readouterr().err
 
 

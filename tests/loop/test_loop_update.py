@@ -167,7 +167,7 @@ def test_default_backend_and_reference_train_alike(tmp_path: Path, options: dict
     """
     runs = []
     for backend in ("auto", "reference"):
-        t = trainer(tmp_path, dtype=torch.float64, backend=backend, **options)
+        t = trainer(tmp_path / backend, dtype=torch.float64, backend=backend, **options)
         runs.append(([t.step() for _ in range(3)], weights(t)))
     (fast, fast_weights), (plain, plain_weights) = runs
     for name in ("reward", "kl", "loss", "value_loss", "entropy", "ref_kl", "grad_norm"):

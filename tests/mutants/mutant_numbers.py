@@ -99,8 +99,8 @@ NUMBERS = (
     Mutant(
         "a NaN score alone in its group is 0",
         "ppo_fast/ops/group_advantages.py",
-        "torch.where(alone, s - s, centred)",
-        "torch.where(alone, torch.zeros_like(s), centred)",
+        "centred = torch.where(alone, zero, s - mean)",
+        "centred = torch.where(alone, torch.zeros_like(s), s - mean)",
         "nan",
     ),
     Mutant(

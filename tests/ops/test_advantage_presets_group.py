@@ -36,6 +36,8 @@ def verl() -> types.SimpleNamespace:
         "compute_grpo_outcome_advantage",
         "compute_reinforce_plus_plus_baseline_outcome_advantage",
         "compute_rloo_outcome_advantage",
+        "compute_opo_outcome_advantage",
+        "compute_grpo_passk_outcome_advantage",
         verl_F=helpers,
         defaultdict=collections.defaultdict,
     )
@@ -75,6 +77,20 @@ def test_verl(baseline: str) -> None:
     assert_near(ours[ids == 2], theirs[ids == 2], size, GROUP + 1)
     spread = min(float(scores[ids == i].std()) for i in (0, 1)) if baseline == "grpo" else 1.0
     assert_near(ours[ids < 2], theirs[ids < 2], float(scores.abs().max()) / spread, GROUP + 1)
+
+
+def test_verl_opo_and_passk() -> None:
+    """Lengths are verl's response masks; a group of equal scores teaches nothing here."""
+    scores, ids = scores_and_groups()
+    mask = rollout(torch.float64, "right", ROWS, STEPS).mask
+    theirs = outcome(verl().compute_opo_outcome_advantage, scores, ids, mask)
+    ours = ppo_fast.group_advantages(scores, ids, baseline="opo", lengths=mask.sum(1))
+    assert_near((ours[:, None] * mask)[ids < 2], theirs[ids < 2], float(scores.abs().max()), GROUP)
+    theirs = outcome(verl().compute_grpo_passk_outcome_advantage, scores, ids, mask, config={})
+    ours = ppo_fast.group_advantages(scores, ids, baseline="grpo-passk")[:, None] * mask
+    spread = min(float(scores[ids == i].std()) for i in (0, 1))
+    assert_near(ours, theirs, float(scores.abs().max()) / spread, GROUP + 1)
+    assert int((ours != 0).any(1).sum()) == 2
 
 
 @pytest.mark.parametrize("baseline", PRESETS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from typing import Protocol
 
 from safetensors import SafetensorError
 
-from ppo_fast.loop.checkpoint.folder import DAMAGED, finished, read, sync, write
+from ppo_fast.loop.checkpoint.folder import DAMAGED, read, sync, write
 from ppo_fast.loop.checkpoint.state import Tree
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.ranks.ranks import Ranks
 
 Say = Callable[[str], None]
+# As JSON keeps them.
+DEFAULTS: Tree = json.loads(json.dumps(dataclasses.asdict(TrainConfig()), default=str))
 
 
 class Stateful(Protocol):
@@ -65,17 +68,9 @@ class Checkpoints:
         return self.folder / f"update-{updates:06d}"
 
     def clear(self) -> None:
-        """Remove the checkpoints of a finished run; CheckpointError for those of another one."""
-        numbers = self.numbers()
-        if not numbers:
-            return
-        newest = self.path(numbers[-1])
-        if not finished(newest):
-            raise CheckpointError(
-                f"{newest} belongs to an unfinished run: --resume goes on with it;"
-                f" remove {self.folder} to start anew, or give another --out"
-            )
-        shutil.rmtree(self.folder)
+        """Remove the checkpoints of a former run."""
+        if self.numbers():
+            shutil.rmtree(self.folder)
 
     def resume(self, run: Stateful, say: Say) -> None:
         """Put the run where the newest whole checkpoint left it; without any it starts anew.
@@ -172,8 +167,11 @@ class Checkpoints:
 
     def _require_same(self, run: Stateful, tree: Tree) -> None:
         ours, theirs = self._own_identity(run), tree["identity"]
+        # An option that the checkpoint lacks came later, and was as it is by default. What else it
+        # lacks was not looked at then.
+        theirs = {k: v for k, v in DEFAULTS.items() if k in ours} | theirs
         for key in theirs.keys() | ours.keys():
-            if ours.get(key) != theirs.get(key):
+            if key in theirs and ours.get(key) != theirs[key]:
                 raise CheckpointError(
                     f"resume: {key} is {ours.get(key)!r}, the checkpoint's is {theirs.get(key)!r}"
                 )

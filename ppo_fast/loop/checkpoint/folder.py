@@ -71,15 +71,6 @@ def _manifest(folder: Path) -> Tree:
     return manifest
 
 
-def finished(folder: Path) -> bool:
-    """True for the last checkpoint of its run."""
-    try:
-        updates: int = _manifest(folder)["updates"]
-    except DAMAGED:
-        return False
-    return int(folder.name.removeprefix("update-")) >= updates
-
-
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """JSON values with `{"tensor": name}` in place of tensors, which go into `tensors`."""
     if isinstance(value, Tensor):

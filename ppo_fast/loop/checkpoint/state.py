@@ -23,21 +23,28 @@ FREE = {
     "save_every",
     "keep_checkpoints",
     "resume",
+    "overwrite",
     "tensorboard",
     "save_transitions",
     "transitions",  # their digest is among the prompts
     "data",  # so is that of its prompts and columns
     "prompt_field",
     "data_split",
+    "http_timeout",
+    "http_retries",
+    "eval_every",  # what it holds out of training is missing among the prompts
+    "eval_data",
+    "eval_split",
+    "eval_prompts",
+    "eval_samples",
 }
 
 
 def trainable(agent: Agent) -> dict[str, Tensor]:
-    """The trainable parameters by name, in the optimiser's order, sharded or not."""
-    modules = {"policy": agent.policy.model, "critic": agent.critic}
+    """The trainable parameters by name, sharded or not."""
     names = [
         f"{kind}.{name}"
-        for kind, module in modules.items()
+        for kind, module in agent.modules.items()
         for name, p in module.named_parameters()
         if p.requires_grad
     ]
@@ -69,14 +76,18 @@ def load_agent_state(agent: Agent, state: Tree) -> None:
         for name, p in named.items():
             p.copy_(split(state["weights"][name], p))
     moments = {
-        i: {k: split(x, p) for k, x in state["optimizer"][name].items()}
-        for i, (name, p) in enumerate(named.items())
+        p: {k: split(x, p) for k, x in state["optimizer"][name].items()}
+        for name, p in named.items()
     }
+    ordered = [p for group in agent.optimizer.param_groups for p in group["params"]]
     groups = agent.optimizer.state_dict()["param_groups"]
     for group, lr in zip(groups, state["lr"], strict=True):
         group["lr"] = lr
     agent.optimizer.load_state_dict(
-        {"state": {i: s for i, s in moments.items() if s}, "param_groups": groups}
+        {
+            "state": {i: s for i, p in enumerate(ordered) if (s := moments[p])},
+            "param_groups": groups,
+        }
     )
     agent.memory.halved, agent.skips = state["halved"], state["skips"]
 
@@ -84,7 +95,8 @@ def load_agent_state(agent: Agent, state: Tree) -> None:
 def digest_of_frozen(agent: Agent) -> str:
     """The sha256 of every frozen weight: the base under the trained ones, and the reference."""
     digest, seen, full = hashlib.sha256(), set(), _full(agent)
-    for module in (agent.policy.model, agent.reference.model, agent.critic):
+    critic = [] if agent.critic is None else [agent.critic]
+    for module in (agent.policy.model, agent.reference.model, *critic):
         for name, p in module.named_parameters():
             if p.requires_grad or id(p) in seen:  # towers share what is frozen
                 continue

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import ppo_fast
 from ppo_fast.loop.config import TrainConfig
@@ -17,20 +18,64 @@ Plan = list[list[Tensor]]
 class Experience(NamedTuple):
     """One update's samples: prompts and completions as texts and as tokens, and their rewards.
 
-    `token_rewards` (B, R) takes the place of the scores where every token has a reward of its own.
+    `ended[i]` says whether completion i ended by itself. `token_rewards` (B, R) takes the place of
+    the scores where every token has a reward of its own.
     """
 
     prompts: list[str]
     texts: list[str]
     rollout: Rollout
     scores: Scores
+    ended: list[bool]
     token_rewards: Tensor | None = None
+
+    def learnt(self, config: TrainConfig) -> Sequences:
+        """The sequences, masked where they have no reward, or are truncated and not to be kept."""
+        pairs = zip(self.scores.kept, self.ended, strict=True)
+        return self.rollout.seqs.kept(
+            [kept and (end or config.keep_truncated) for kept, end in pairs]
+        )
+
+    def rows(self, index: list[int]) -> Experience:
+        """The samples at `index`."""
+        seqs, logprobs = self.rollout
+        rows = torch.tensor(index, device=logprobs.device)
+        return Experience(
+            [self.prompts[i] for i in index],
+            [self.texts[i] for i in index],
+            Rollout(seqs.rows(rows), logprobs[rows]),
+            self.scores.rows(index),
+            [self.ended[i] for i in index],
+            None if self.token_rewards is None else self.token_rewards[rows],
+        )
+
+
+def joined(samples: list[Experience]) -> Experience:
+    """Samples of several rollouts in one, as wide as the longest prompt and response ask for."""
+    before = max(s.rollout.seqs.prompt_width for s in samples)
+    after = max(s.rollout.logprobs.shape[1] for s in samples)
+    wide = []
+    for sample in samples:
+        seqs, logprobs = sample.rollout
+        left, right = before - seqs.prompt_width, after - logprobs.shape[1]
+        tokens, attention = (pad(x, (left, right)) for x in seqs[:2])
+        mask, logprobs = pad(seqs.mask, (0, right)), pad(logprobs, (0, right))
+        wide.append((tokens, attention, mask, logprobs))
+    *columns, logprobs = (torch.cat(column) for column in zip(*wide, strict=True))
+    return Experience(
+        [text for s in samples for text in s.prompts],
+        [text for s in samples for text in s.texts],
+        Rollout(Sequences(*columns), logprobs),
+        Scores.joined([s.scores for s in samples]),
+        [end for s in samples for end in s.ended],
+    )
 
 
 class Scored(NamedTuple):
     """Constants of one batch: old policy, reference and value of each response token, (B, R).
 
-    `frozen_out` (B, P + R, H) is the frozen layers' output, None when nothing is frozen.
+    The values are 0 without a critic. `frozen_out` (B, P + R, H) is the frozen layers' output,
+    None when nothing is frozen.
     """
 
     old: Tensor
@@ -40,13 +85,16 @@ class Scored(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Everything an update reads. Per-token tensors are (B, R) fp32 and constant."""
+    """Everything an update reads. Per-token tensors are (B, R) fp32 and constant.
+
+    The loss whitens the advantages by their `moments`, None for those of groups.
+    """
 
     seqs: Sequences
     scored: Scored
     advantages: Tensor
     returns: Tensor
-    moments: ppo_fast.Moments
+    moments: ppo_fast.Moments | None
     is_weights: Tensor | None = None
 
     def rows(self, index: Tensor) -> Batch:
@@ -85,7 +133,11 @@ def advantages(
     backend: str,
     token_rewards: Tensor | None = None,
 ) -> tuple[Batch, float]:
-    """The batch an update reads, and its mean KL to the reference per sequence (nats)."""
+    """The batch an update reads, and its mean KL to the reference per sequence (nats).
+
+    With a baseline of groups, of `config.group` neighbours each, every token of a completion has
+    the advantage of its score less `kl_coef` times its KL. Without a critic there are no returns.
+    """
     given = scored.old.new_tensor(scores.values) if token_rewards is None else token_rewards
     out = ppo_fast.rlhf_advantages(
         given,
@@ -94,13 +146,33 @@ def advantages(
         scored.values,
         seqs.mask,
         kl_coef=kl_coef,
+        kl_estimator=config.kl_estimator,
         score_at="last-token" if token_rewards is None else "per-token",
         gamma=config.gamma,
         lam=config.lam,
         backend=backend,
     )
     kl = float(out.kl.sum()) / max(1, sum(scores.kept))
-    return Batch(seqs, scored, out.advantages, out.returns, out.moments), kl
+    if config.advantages == "gae":
+        return Batch(seqs, scored, out.advantages, out.returns, out.moments), kl
+    shaped = given.double() - kl_coef * out.kl.sum(1, dtype=torch.float64)
+    of_group = _of_groups(config, seqs, scores, shaped).to(scored.old.dtype)
+    spread = torch.where(seqs.mask, of_group[:, None], torch.zeros_like(scored.old))
+    return Batch(seqs, scored, spread, torch.zeros_like(spread), None), kl
+
+
+def _of_groups(config: TrainConfig, seqs: Sequences, scores: Scores, shaped: Tensor) -> Tensor:
+    """The advantage of each completion, (B,) fp64, against the rewarded ones of its group."""
+    kept = torch.tensor(scores.kept, device=shaped.device)
+    groups = torch.arange(len(shaped), device=shaped.device) // config.group
+    lengths = seqs.attention[:, -seqs.mask.shape[1] :].sum(1)
+    out = ppo_fast.group_advantages(
+        shaped[kept],
+        groups[kept],
+        baseline=config.advantages,
+        lengths=lengths[kept] if config.advantages == "opo" else None,
+    )
+    return torch.zeros_like(shaped).masked_scatter(kept, out)
 
 
 class Importance(NamedTuple):

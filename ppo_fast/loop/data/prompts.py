@@ -115,4 +115,6 @@ class PromptStream:
 
 
 def _sha256(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, default=repr).encode()).hexdigest()
+    """Over JSON; of a value that it has no form for, the kind counts alone."""
+    text = json.dumps(values, default=lambda value: type(value).__qualname__)
+    return hashlib.sha256(text.encode()).hexdigest()

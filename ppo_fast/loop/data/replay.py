@@ -131,6 +131,7 @@ class TransitionStream:
             texts,
             Rollout(seqs, logprobs.to(self._device)),
             Scores([sum(r.rewards) for r in rows]),
+            [not r.truncated for r in rows],
             rewards.to(self._device),
         )
 
@@ -138,12 +139,11 @@ class TransitionStream:
 class TransitionWriter:
     """Writes the samples of each update as lines of JSON that `read_transitions` reads back.
 
-    `eos` are the tokens that end a response; one that ends with none of them was truncated.
     Samples without a reward are left out. A resumed run goes on after the updates that it keeps.
     """
 
-    def __init__(self, path: Path, eos: list[int]) -> None:
-        self._path, self._eos, self._begun = path, eos, False
+    def __init__(self, path: Path) -> None:
+        self._path, self._begun = path, False
 
     def write(self, update: int, sample: Experience) -> None:
         """Append the samples of one update."""
@@ -159,21 +159,20 @@ class TransitionWriter:
 
     def _rows(self, update: int, sample: Experience) -> Iterator[dict[str, Any]]:
         seqs, scores = sample.rollout.seqs, sample.scores
-        width = seqs.tokens.shape[1] - seqs.mask.shape[1]
+        width = seqs.prompt_width
         columns = (seqs.tokens, seqs.attention.bool(), seqs.mask, sample.rollout.logprobs)
         rows = zip(*(x.cpu() for x in columns), strict=True)
         for i, (tokens, attended, mask, logprobs) in enumerate(rows):
             if i in scores.faults:
                 continue
-            response = tokens[width:][mask].tolist()
             yield {
                 "update": update,
                 "prompt": sample.prompts[i],
                 "prompt_tokens": tokens[:width][attended[:width]].tolist(),
-                "tokens": response,
+                "tokens": tokens[width:][mask].tolist(),
                 "logprobs": logprobs[mask].tolist(),
                 "reward": scores.values[i],
-                "truncated": response[-1] not in self._eos,
+                "truncated": not sample.ended[i],
             }
 
 

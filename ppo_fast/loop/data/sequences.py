@@ -26,19 +26,19 @@ class Sequences(NamedTuple):
         """The response tokens, (B, R)."""
         return self.tokens[:, -self.mask.shape[1] :]
 
+    @property
+    def prompt_width(self) -> int:
+        """Columns of the prompts, P."""
+        return self.tokens.shape[1] - self.mask.shape[1]
+
     def rows(self, index: Tensor) -> Sequences:
         """The sequences at `index`."""
         return Sequences(*(x[index] for x in self))
 
-    def kept(self, scores: Scores) -> Sequences:
-        """The same sequences with those without a reward masked out."""
-        kept = torch.tensor(scores.kept, device=self.mask.device)
+    def kept(self, rows: list[bool]) -> Sequences:
+        """The same sequences with all rows but the true ones masked out."""
+        kept = torch.tensor(rows, device=self.mask.device)
         return self._replace(mask=self.mask & kept[:, None])
-
-    def ended(self, eos: list[int]) -> list[bool]:
-        """True for each response that reached one of the tokens `eos`."""
-        stops = torch.tensor(eos, device=self.tokens.device)
-        return (torch.isin(self.response, stops) & self.mask).any(1).tolist()
 
     def flat(self, x: Tensor) -> Tensor:
         """Values of a (B, R) tensor at the n kept tokens, (n,)."""
@@ -78,12 +78,14 @@ class Rollout(NamedTuple):
 class Scores:
     """One reward per sample, 0 for a dropped one, and the reason for each drop.
 
-    `errors` are the exceptions behind the faults, one of each place that raised. `late` says that
-    the call ran out of time.
+    `parts` are the rewards that make up each one where they are several, by name, NaN where one is
+    missing. `errors` are the exceptions behind the faults, one of each place that raised. `late`
+    says that the call ran out of time.
     """
 
     values: list[float]
     faults: dict[int, str] = field(default_factory=dict)
+    parts: dict[str, list[float]] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list, compare=False, repr=False)
     late: bool = field(default=False, repr=False)
 
@@ -91,6 +93,29 @@ class Scores:
     def kept(self) -> list[bool]:
         """True for each sample with a reward."""
         return [i not in self.faults for i in range(len(self.values))]
+
+    @property
+    def differ(self) -> bool:
+        """True where two samples have rewards, and not the same one."""
+        return len({v for v, kept in zip(self.values, self.kept, strict=True) if kept}) > 1
+
+    def rows(self, index: list[int]) -> Scores:
+        """The scores at `index`."""
+        faults = {k: self.faults[i] for k, i in enumerate(index) if i in self.faults}
+        parts = {name: [values[i] for i in index] for name, values in self.parts.items()}
+        return Scores([self.values[i] for i in index], faults, parts)
+
+    @classmethod
+    def joined(cls, scores: list[Scores]) -> Scores:
+        """The scores of several batches in one."""
+        out = cls([])
+        for one in scores:
+            first = len(out.values)
+            out.values += one.values
+            out.faults |= {first + i: reason for i, reason in one.faults.items()}
+            for name, values in one.parts.items():
+                out.parts.setdefault(name, []).extend(values)
+        return out
 
     @property
     def mean(self) -> float:

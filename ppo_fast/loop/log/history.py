@@ -29,9 +29,11 @@ NUMBERS = (
     "explained_variance",
     "entropy",
     "rollout_gap_mean",
+    "eval_reward",
+    "eval_best",
 )
 # Not finite in runs that go well, too: no sample of a batch has a reward; all returns are equal.
-_MAY_LACK = ("reward", "explained_variance")
+_MAY_LACK = ("reward", "explained_variance", "eval_reward", "eval_best")
 
 
 class History:

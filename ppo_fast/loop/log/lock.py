@@ -7,6 +7,7 @@ import secrets
 import socket
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -39,10 +40,11 @@ class RunLock:
         self._claim = f"{self._owner}\n{secrets.token_hex(8)}\n"
         self._file: IO[str] | None = None
 
-    def claim(self) -> None:
+    def claim(self, check: Callable[[], None] = lambda: None) -> None:
         """Take the folder for a trainer; a warning where there are no locks.
 
-        Raises `RunLockedError` where a run goes on in it.
+        Raises `RunLockedError` where a run goes on in it, and what `check` does, which sees the
+        folder under the lock: then it stays the last trainer's.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         require_file(self._path)
@@ -51,6 +53,11 @@ class RunLock:
                 f"no lock on {self.folder}, so a second run there goes unnoticed: {reason}",
                 stacklevel=2,
             )
+        try:
+            check()
+        except BaseException:
+            self.release()
+            raise
         with naming(self._path):
             self._path.write_text(self._claim, encoding="utf-8")
 

@@ -44,10 +44,10 @@ class Phases:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Time a block as the phase `name`."""
+        """Time a block as the phase `name`, or as a part of it."""
         with timed(self.device) as result:
             yield
-        self.seconds[name] = result.seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + result.seconds
 
 
 @contextmanager

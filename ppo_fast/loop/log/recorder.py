@@ -26,6 +26,7 @@ FILES = LOG, SAMPLES, CONFIG, VERSIONS, REWARD_CURVE = (
     "versions.json",
     "reward.png",
 )
+LINES = (LOG, SAMPLES)
 SAMPLED = 4  # samples kept of every update
 
 
@@ -43,6 +44,11 @@ class Recorder:
         self._files: dict[str, IO[str]] = {}
         self._board: Board | None = None
 
+    @property
+    def open(self) -> bool:
+        """True from `begin` or `resume` on."""
+        return bool(self._files)
+
     def begin(self) -> None:
         """Start with an empty log."""
         self._open("w")
@@ -50,7 +56,7 @@ class Recorder:
 
     def resume(self, updates: int) -> tuple[list[Record], list[str]]:
         """Cut log and samples back to `updates` updates; the log, and what is missing in words."""
-        for name in (LOG, SAMPLES):
+        for name in LINES:
             _opened(self.folder / name, "a").close()
         _, lacking = cut_back(self.folder / SAMPLES, updates)
         lines, damaged = cut_back(self.folder / LOG, updates)
@@ -103,7 +109,7 @@ class Recorder:
         return path if history else None
 
     def _open(self, mode: str) -> None:
-        self._files = {name: _opened(self.folder / name, mode) for name in (LOG, SAMPLES)}
+        self._files = {name: _opened(self.folder / name, mode) for name in LINES}
 
     def _describe(self, done: int | None) -> None:
         """Write options and versions, and begin TensorBoard's files after `done` updates."""

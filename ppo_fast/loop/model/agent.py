@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.model.adapters import add_adapters
@@ -46,12 +46,15 @@ class Agent:
             try_model(self.policy, sampled)
             if config.head == "linear":
                 self.policy.product(), self.reference.product()
-        body = self.policy.copy() if config.critic == "separate" else None
         weight = model.get_output_embeddings().weight
         # fp32 for half-precision models, fp64 for fp64 ones, as the ops compute
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.critic = Critic(weight.shape[1], body, weight.device, self.dtype)
-        trained = [self.policy] if body is None else [self.policy, body]
+        trained = [self.policy]
+        self.critic: Critic | None = None  # a baseline of groups needs none
+        if config.advantages == "gae":
+            body = self.policy.copy() if config.critic == "separate" else None
+            self.critic = Critic(weight.shape[1], body, weight.device, self.dtype)
+            trained += [] if body is None else [body]
         if config.gradient_checkpointing:
             for tower in trained:
                 recompute(tower.layers, tower.split)
@@ -62,12 +65,28 @@ class Agent:
             self.whole = whole
             for tower in (*trained, self.reference):
                 shard(tower.model, list(tower.layers))
-            shard(self.critic.head, [])
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.parameters += [p for p in self.critic.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, eps=1e-5, weight_decay=0.0, fused=True
-        )
+            if self.critic is not None:
+                shard(self.critic.head, [])
+        self.parameters = [p for module in self.modules.values() for p in _trainable(module)]
+        self.optimizer = torch.optim.AdamW(self._groups(), lr=config.lr, eps=1e-5, fused=True)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What is trained, by name."""
+        critic = {} if self.critic is None else {"critic": self.critic}
+        return {"policy": self.policy.model} | critic
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups: by learning rate, and matrices apart where weights decay."""
+        c, found = self.config, dict[tuple[float, float], list[Tensor]]()
+        for name, module in self.modules.items():
+            lr = c.lr if name == "policy" or c.critic_lr is None else c.critic_lr
+            for p in _trainable(module):
+                found.setdefault((lr, c.weight_decay if p.dim() > 1 else 0.0), []).append(p)
+        return [
+            {"params": params, "lr": lr, "initial_lr": lr, "weight_decay": decay}
+            for (lr, decay), params in found.items()
+        ]
 
     def _towers(self, model: Any) -> tuple[Tower, Tower]:
         """Policy and frozen reference: a copy, or the policy with its adapters switched off."""
@@ -124,7 +143,11 @@ class Agent:
         """This rank's rows of each micro-batch, in halves once memory has run out."""
         return self.memory.pieces([self.ranks.share(rows) for rows in parts])
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the coming optimiser steps."""
+    def set_lr(self, share: float) -> None:
+        """Set the coming optimiser steps' learning rates, as a share of the options'."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = share * group["initial_lr"]
+
+
+def _trainable(module: nn.Module) -> list[Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]

@@ -1,6 +1,12 @@
 """Reward functions fn(prompts, completions, **columns) -> list[float], and safe calls of them."""
 
-from ppo_fast.loop.rewards.calls import RewardError, RewardFn, RewardLengthError, taken
+from ppo_fast.loop.rewards.calls import (
+    RewardError,
+    RewardFn,
+    RewardLengthError,
+    learns,
+    taken,
+)
 from ppo_fast.loop.rewards.load import REWARDS, load_reward
 from ppo_fast.loop.rewards.scoring import rewarded, score, shaped
 from ppo_fast.loop.rewards.text import letters
@@ -13,6 +19,7 @@ __all__ = [
     "RewardFn",
     "RewardLengthError",
     "Watch",
+    "learns",
     "letters",
     "load_reward",
     "rewarded",

@@ -85,6 +85,11 @@ def taken(reward: RewardFn, names: Iterable[str]) -> list[str]:
     return [n for n in names if n in of.named or (of.any and n not in of.first)]
 
 
+def learns(reward: object) -> bool:
+    """True for a reward with a state, which its calls change."""
+    return bool(reward.state_dict()) if hasattr(reward, "state_dict") else False
+
+
 def _name(reward: object) -> str:
     return getattr(reward, "__name__", type(reward).__name__)
 

@@ -82,14 +82,14 @@ def load_reward(config: TrainConfig, own: RewardFn | None, device: torch.device)
         with failing_as(f"reward {name!r}"):
             found.append(_load(name, source))
     weights = config.weights()
-    return found[0] if weights == [1.0] else WeightedSum(found, weights)
+    return found[0] if weights == [1.0] else WeightedSum(found, weights, config.reward.split(","))
 
 
 def _load(name: str, source: Source) -> RewardFn:
     if name in REWARDS:
         return REWARDS[name](source)
     if name.startswith(("http://", "https://")):
-        return HttpReward(name)
+        return HttpReward(name, source.config.http_timeout, source.config.http_retries)
     module, _, function = name.partition(":")
     if not module or not function:
         raise TaskError(

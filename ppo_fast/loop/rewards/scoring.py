@@ -14,6 +14,7 @@ from ppo_fast.loop.data.prompts import Columns
 from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.rewards.calls import Raised, RewardFn, as_number, ask
 from ppo_fast.loop.rewards.settings import settings_kept
+from ppo_fast.loop.rewards.weighted import Sum, WeightedSum
 from ppo_fast.loop.values import described, is_fp32, shown
 
 _SHOWN = 120  # characters of a value that is no reward
@@ -81,23 +82,28 @@ def _in_time(
     return ended[0]
 
 
-def shaped(scores: Scores, ended: list[bool], clip: float | None, eos_penalty: float) -> Scores:
-    """The same scores, clipped to ±`clip`, minus `eos_penalty` for each completion without EOS.
+def shaped(scores: Scores, config: TrainConfig, ended: list[bool], lengths: list[int]) -> Scores:
+    """The same scores, clipped to ±`score_clip`, less the penalties of the options.
 
-    `ended[i]` says whether completion i reached its EOS. Dropped samples stay as they are, and one
+    `missing_eos_penalty` is taken off each completion i without `ended[i]`. `overlong_penalty` is
+    taken off one of `max_new_tokens` tokens, and evenly less off shorter ones until none is off
+    those that leave `overlong_buffer` tokens unused. Dropped samples stay as they are, and one
     that then has no number of fp32 is dropped too.
     """
-    bound = math.inf if clip is None else clip
+    bound = math.inf if config.score_clip is None else config.score_clip
+    buffer = config.overlong_buffer
     out = dataclasses.replace(scores, values=list(scores.values), faults=dict(scores.faults))
-    for i, (value, end) in enumerate(zip(scores.values, ended, strict=True)):
+    for i, (value, end, n) in enumerate(zip(scores.values, ended, lengths, strict=True)):
         if i in scores.faults:
             continue
-        number = max(-bound, min(bound, value)) - (0.0 if end else eos_penalty)
+        number = max(-bound, min(bound, value)) - (0.0 if end else config.missing_eos_penalty)
+        if buffer and (over := n - (config.max_new_tokens - buffer)) > 0:
+            number -= config.overlong_penalty * over / buffer
         if is_fp32(number):
             out.values[i] = number
         else:
             out.values[i] = 0.0
-            out.faults[i] = f"reward {value:g} became {number:g} by clip and EOS penalty"
+            out.faults[i] = f"reward {value:g} became {number:g} by clip and penalties"
     return out
 
 
@@ -107,11 +113,12 @@ def rewarded(
     prompts: list[Any],
     completions: list[str],
     ended: list[bool],
+    lengths: list[int],
     columns: Columns | None = None,
 ) -> Scores:
     """`score` and then `shaped`, as a run's options ask."""
     raw = score(reward, prompts, completions, config.reward_timeout, columns)
-    return shaped(raw, ended, config.score_clip, config.missing_eos_penalty)
+    return shaped(raw, config, ended, lengths)
 
 
 def _dropped(n: int, reason: str) -> Scores:
@@ -135,6 +142,10 @@ def _score(
             scores.faults[i] = (
                 f"reward returned {shown(value, _SHOWN)}{', infinite in fp32' if wide else ''}"
             )
+    if isinstance(reward, WeightedSum):
+        lost = (math.nan,) * len(reward.names)
+        rows = zip(*(v.parts if isinstance(v, Sum) else lost for v in raw), strict=True)
+        scores.parts = {name: list(row) for name, row in zip(reward.names, rows, strict=False)}
     scores.errors = list({place(error): error for error in reversed(errors)}.values())[::-1]
     return scores
 

@@ -9,26 +9,41 @@ from typing import Any
 from ppo_fast.loop.rewards.calls import RewardFn, as_number, checked, taken, wanted
 
 
+class Sum(float):
+    """A weighted sum that knows its `parts`, the rewards before they were weighted."""
+
+    parts: tuple[float, ...]
+
+
 class WeightedSum:
     """Sum of weight · reward; NaN, which drops a sample, where one of them gives no number.
 
-    Each is called with the columns that it takes.
+    Each is called with the columns that it takes; `names` are theirs, each once.
     """
 
-    def __init__(self, rewards: list[RewardFn], weights: list[float]) -> None:
+    def __init__(
+        self, rewards: list[RewardFn], weights: list[float], names: list[str] | None = None
+    ) -> None:
         self.rewards, self.weights = rewards, weights
+        names = names or [getattr(reward, "__name__", type(reward).__name__) for reward in rewards]
+        self.names = [n if names.count(n) == 1 else f"{n} {i}" for i, n in enumerate(names, 1)]
         self.__signature__ = _signature(rewards)
 
     def __call__(
         self, prompts: list[Any], completions: list[str], **columns: list[Any]
     ) -> list[float]:
-        totals = [0.0] * len(prompts)
-        for reward, weight in zip(self.rewards, self.weights, strict=True):
+        parts = []
+        for reward in self.rewards:
             own = {name: list(columns[name]) for name in taken(reward, columns)}
             values = checked(reward(list(prompts), list(completions), **own), len(prompts))
-            for i, value in enumerate(values):
-                number = as_number(value)
-                totals[i] += math.nan if number is None else weight * number
+            numbers = [as_number(value) for value in values]
+            parts.append([math.nan if number is None else number for number in numbers])
+        totals: list[float] = []
+        for row in zip(*parts, strict=True):
+            weighted = (w * value for w, value in zip(self.weights, row, strict=True))
+            total = Sum(sum(weighted))
+            total.parts = row
+            totals.append(total)
         return totals
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ def generate(
     backend: str,
     rows: Tensor | None = None,
     total: int | None = None,
+    stopped: Callable[[Tensor], Tensor] | None = None,
 ) -> Rollout:
     """Sample one completion per left-padded prompt, tokens and attention (B, P).
 
-    A completion ends with its first token among `eos`, which is its own, or with its
-    `max_new_tokens`-th. One step holds (B, V) logits and keeps (B,) numbers of them.
+    A completion ends with its first token among `eos`, which is its own, with the first for which
+    `stopped` is True, (n,) bool of the responses (n, t) so far, or with its `max_new_tokens`-th.
+    One step holds (B, V) logits and keeps (B,) numbers of them.
 
     These prompts are the rows `rows`, (B,) int64, of a batch of `total` (all of it by default).
     Token t of row i is drawn with number (t, i) of the `max_new_tokens * total` uniforms that
@@ -75,6 +78,8 @@ def generate(
         response[going, t], mask[going, t] = token[alive], True
         logprobs[going, t] = scored[alive].double()
         alive &= ~torch.isin(token, stops)
+        if stopped is not None:
+            alive &= ~stopped(response[held, : t + 1]).to(alive.device)
         left = int(alive.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break

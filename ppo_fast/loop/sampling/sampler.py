@@ -16,7 +16,10 @@ from ppo_fast.loop.values import require_text, tokens_within
 
 
 class Sampler:
-    """Completions of a run's prompts, drawn from `generator`; each ends with one of `eos`."""
+    """Completions of a run's prompts, drawn from `generator`.
+
+    Each ends with one of the tokens `eos`, or with one of the texts `config.stop`.
+    """
 
     def __init__(
         self, agent: Agent, tokenizer: Any, config: TrainConfig, device: torch.device
@@ -25,7 +28,9 @@ class Sampler:
         self.eos = eos_ids(agent.policy.model, tokenizer)
         self.generator = torch.Generator(device).manual_seed(config.seed)
 
-    def rollout(self, prompts: list[str], backend: str) -> Rollout:
+    def rollout(
+        self, prompts: list[str], backend: str, generator: torch.Generator | None = None
+    ) -> Rollout:
         """One completion per prompt: each rank samples those of its share, for every rank."""
         agent, model, config = self.agent, self.agent.policy.model, self.config
         limit = prompt_limit(model, config.max_new_tokens)
@@ -39,8 +44,9 @@ class Sampler:
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 eos=self.eos,
-                generator=self.generator,
+                generator=generator or self.generator,
                 backend=backend,
+                stopped=self._stopped if config.stop else None,
                 rows=rows,
                 total=len(tokens),
             )
@@ -48,6 +54,37 @@ class Sampler:
         gather, end = agent.ranks.gather, next(iter(self.eos), 0)
         seqs = Sequences(*(gather(x, f) for x, f in zip(mine.seqs, (end, 0, 0), strict=True)))
         return Rollout(seqs, gather(mine.logprobs, 0))
+
+    def completions(self, seqs: Sequences) -> tuple[list[str], list[bool]]:
+        """The text of each response, and whether it ended by itself."""
+        return completions(self.tokenizer, seqs, self.eos, self.config.stop)
+
+    def _stopped(self, responses: Tensor) -> Tensor:
+        rows = responses.tolist()
+        return torch.tensor([_stops(self.tokenizer, row, self.config.stop) for row in rows])
+
+
+def completions(
+    tokenizer: Any, seqs: Sequences, eos: list[int], stops: tuple[str, ...] = ()
+) -> tuple[list[str], list[bool]]:
+    """The text of each response and whether it ended, with a token of `eos` or a text of `stops`.
+
+    The text is without that end and what follows it, and without padding.
+    """
+    texts, ended = [], []
+    for row, kept in zip(seqs.response.cpu(), seqs.mask.cpu(), strict=True):
+        tokens = row[kept].tolist()
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        places = [text.find(stop) for stop in stops]
+        texts.append(text[: min((at for at in places if at >= 0), default=None)])
+        ended.append(any(token in eos for token in tokens) or _stops(tokenizer, tokens, stops))
+    return texts, ended
+
+
+def _stops(tokenizer: Any, tokens: list[int], stops: tuple[str, ...]) -> bool:
+    """True for tokens whose text holds one of `stops`, which may be that of a special token."""
+    text = tokenizer.decode(tokens) if stops else ""
+    return any(stop in text for stop in stops)
 
 
 def encode(
@@ -79,11 +116,3 @@ def encode(
     tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return tokens.to(device), attention.to(device)
-
-
-def completions(tokenizer: Any, seqs: Sequences) -> list[str]:
-    """The text of each response, without its EOS and padding."""
-    return [
-        tokenizer.decode(row[kept], skip_special_tokens=True)
-        for row, kept in zip(seqs.response.cpu(), seqs.mask.cpu(), strict=True)
-    ]
