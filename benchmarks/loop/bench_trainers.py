@@ -213,11 +213,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(argv)
     chosen = [comparison for comparison in COMPARISONS if comparison.name in given.only]
-    interpreters = {kind: vars(given)[kind.replace("-", "_")] for kind in ("trl-ppo", "trl-grpo")}
-    for kind in {side.kind for c in chosen for side in c.sides} & interpreters.keys():
-        if not interpreters[kind].is_file():
-            parser.error(f"--{kind} must be a Python interpreter, got {interpreters[kind]}")
-    interpreters = {kind: str(path.absolute()) for kind, path in interpreters.items()}
+    interpreters, needed = (
+        {trainers.OURS: sys.executable},
+        {s.kind for c in chosen for s in c.sides},
+    )
+    for kind in ("trl-ppo", "trl-grpo"):
+        path = vars(given)[kind.replace("-", "_")].absolute()
+        if kind in needed and not path.is_file():
+            parser.error(f"--{kind} must be a Python interpreter, got {path}")
+        interpreters[kind] = str(path)
     facts, rows, good = describe(), [], True
     end = time.monotonic() + 60 * given.minutes
     print(tables.describe_facts(facts), flush=True)
@@ -234,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
                 made = measure(
                     comparison,
                     Path(folder),
-                    {trainers.OURS: sys.executable, **interpreters},
+                    interpreters,
                     given.rounds,
                     seconds,
                 )

@@ -56,7 +56,6 @@ def _ppo_fast(work: Work, folder: Path, meter: Meter, asker: Asker) -> None:
 
     trainer = load_trainer(TrainConfig(**loop_options(work, folder)), lambda line: None)
     trainer.sampler.eos = []
-    trainer.reward = meter.rewarded(trainer.reward)
     sampled = trainer.sampler.rollout
 
     def rollout(*args: Any) -> Any:
@@ -74,7 +73,7 @@ def _ppo_fast(work: Work, folder: Path, meter: Meter, asker: Asker) -> None:
             asker.wait()
             meter.begin()
             record = trainer.step()
-            seconds = record["seconds"]
+            meter.reward, seconds = record["reward"], record["seconds"]
             meter.phases["rollout"] = seconds["rollout"]
             meter.phases["scoring"] = sum(seconds[k] for k in ("reward", "scoring", "advantages"))
             asker.take(meter.end())

@@ -33,11 +33,11 @@ better one that it works towards; `SHORT` marks a figure that misses its bound.
 _TRAINERS = """## One update beside TRL
 
 `make bench-trainers` makes an environment for each trainer and runs every comparison, in twelve
-minutes; `python -m benchmarks.loop.bench_trainers --help` has the options, and `--save-results`
-writes into the folder `trainers` of [results](results). SmolLM2-135M, all layers trained with AdamW, two threads. The
-sides take turns and are never at work at once. Each counts what it does: the tokens of prompts and
-responses, those with a gradient, forwards, optimiser steps, weights that a step moved. Where one
-count differs from the other side's there is no ratio.
+minutes. `python -m benchmarks.loop.bench_trainers --help` has the options; `--save-results` writes
+into the folder `trainers` of [results](results). SmolLM2-135M, all layers trained with AdamW, two
+threads. The sides take turns and are never at work at once. Each counts what it does: the tokens
+of prompts and responses, those with a gradient, forwards, optimiser steps, weights that a step
+moved. Where one count differs from the other side's there is no ratio.
 
 PPO: 16 prompts, 2 epochs of 2 minibatches of 8. GRPO: 8 prompts of 4 completions, 1 epoch of 2
 minibatches of 16 in micro-batches of 8. No completion ends before its last token. The reward is
