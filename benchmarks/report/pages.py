@@ -42,10 +42,10 @@ moved. Where one count differs from the other side's there is no ratio.
 PPO: 16 prompts, 2 epochs of 2 minibatches of 8. GRPO: 8 prompts of 4 completions, 1 epoch of 2
 minibatches of 16 in micro-batches of 8. No completion ends before its last token. The reward is
 the share of letters. The critic is a head on the policy's body, which TRL runs once more for it,
-or has a body of its own. bf16 is accelerate's mixed precision in TRL, which leaves its sampling
-and its reference in fp32. TRL's PPO takes the old log-probabilities from its sampling, the loop
-computes them again. *Scoring* lies between sampling and the first training forward; *first* is the
-first update, which is in no median.
+or has a body of its own. bf16 in TRL is accelerate's mixed precision, which leaves the sampling
+and the scoring of its PPO in fp32. TRL's PPO takes the old log-probabilities from its sampling,
+the loop computes them again. *Scoring* lies between sampling and the first training forward;
+*first* is the first update, which is in no median.
 """
 
 
