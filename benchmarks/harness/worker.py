@@ -149,7 +149,7 @@ class Workers:
 
 
 def requests() -> Iterator[dict[str, Any]]:
-    """What the parent of this process sends it."""
+    """Requests that the parent of this process sends."""
     for line in sys.stdin:
         yield json.loads(line)
 
