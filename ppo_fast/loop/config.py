@@ -129,8 +129,8 @@ class TrainConfig:
     warmup: int = 8
     """Updates over which the learning rate rises to `lr`: Adam's first steps are its largest."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls from the end of `warmup` to the last update, where it is
-    `lr_end` of its largest."""
+    """Course of the learning rate from the end of `warmup` on; one that falls does so towards
+    `lr_end`, a share of it."""
     lr_end: float = 0.0
     critic_lr: float | None = None
     """Learning rate of the critic, on the same schedule; absent, that of the policy."""
@@ -165,8 +165,8 @@ class TrainConfig:
     dual_clip: float | None = None
     """Bound of ratio times advantage where that is negative (Ye et al. 2020), above 1."""
     reduction: Reduction = "token-mean"
-    """How a minibatch's tokens become its policy loss. "seq-mean-token-sum-norm" divides by the
-    sequences times `max_new_tokens` (Liu et al. 2025, Dr. GRPO)."""
+    """Mean or sum that makes a minibatch's policy loss of its tokens. "seq-mean-token-sum-norm"
+    divides by the sequences times `max_new_tokens` (Liu et al. 2025, Dr. GRPO)."""
     entropy_coef: float = 0.0
     loss_kl_coef: float | None = None
     """KL coefficient inside the loss: the reference KL of clip, gspo and cispo (default 0), the
