@@ -1,7 +1,7 @@
 """A minimal PPO loop for transformers causal language models, built on the ops of ppo_fast."""
 
 from ppo_fast.loop.checkpoint.checkpoints import CheckpointError
-from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.config import OptionError, TrainConfig
 from ppo_fast.loop.data.own import DataError, read_prompts
 from ppo_fast.loop.data.transitions import TransitionsError
 from ppo_fast.loop.log.lock import RunLockedError
@@ -17,6 +17,7 @@ __all__ = [
     "DataError",
     "NoRewardError",
     "NonFiniteGradientError",
+    "OptionError",
     "OutOfMemoryStopError",
     "Outcome",
     "RankFailedError",

@@ -19,20 +19,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ppo_fast.loop import rewards, tasks
+from ppo_fast.loop import preflight, rewards, tasks
 from ppo_fast.loop.checkpoint.checkpoints import Checkpoints
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.data.chat import rendered
 from ppo_fast.loop.data.prompts import columns_of
 from ppo_fast.loop.data.replay import TransitionStream, TransitionWriter, open_transitions
-from ppo_fast.loop.files import require_file, require_folder
 from ppo_fast.loop.log import recorder
 from ppo_fast.loop.log.history import History, Record, fifths
 from ppo_fast.loop.log.lock import RunLock
 from ppo_fast.loop.log.progress import progress_bar
 from ppo_fast.loop.model import export
-from ppo_fast.loop.model.load import load_model
+from ppo_fast.loop.model.load import from_outside, load_tokenizer, load_weights
 from ppo_fast.loop.ppo import PPO
 from ppo_fast.loop.ranks.ranks import RankFailedError, Ranks, device_of
+from ppo_fast.loop.sampling.sampler import check_lengths
 
 Say = Callable[[str], None]
 
@@ -168,7 +169,7 @@ class Trainer(PPO):
 
     def _take_folder(self) -> None:
         """Lock the folder and clear what a finished run left of checkpoints."""
-        require_places(self.config.out)
+        preflight.require_places(self.config.out)
         self.lock.claim()
         try:
             if not self.config.resume:
@@ -185,16 +186,6 @@ class Trainer(PPO):
         self.history = History(lines)
         for text in lacking:
             say(f"warning: {text}")
-
-
-def require_places(folder: Path) -> None:
-    """Raise OSError where something else stands in the place of a file or folder of a run."""
-    for name in recorder.FILES:
-        require_file(folder / name)
-    for name in export.FOLDERS:
-        export.require_model_folder(folder / name)
-    for name in ("checkpoints", "tensorboard"):
-        require_folder(folder / name, link=True)
 
 
 class Stop:
@@ -243,15 +234,27 @@ def deferred_signals(say: Callable[[str], None], hold: bool = False) -> Iterator
 def load_trainer(
     config: TrainConfig, report: Callable[[str], None] = print, ranks: Ranks | None = None
 ) -> Trainer:
-    """A trainer of what `config` names: model, prompts or transitions, and reward."""
+    """A trainer of what `config` names: model, prompts or transitions, and reward.
+
+    What can be checked without the model's weights is checked before they are loaded. Raises
+    OptionError, which names the option, and ModuleNotFoundError for a package that one needs.
+    """
     config = config.resolved().absolute()
     device = device_of(config)
+    context = preflight.check(config, device, ranks is None or ranks.first).context
     task = tasks.load_task(config, report)
+    with from_outside("model", config.model):
+        tokenizer = load_tokenizer(config.model, task.texts[:200])
+    if config.transitions is None:
+        limit = None if context is None else context - config.max_new_tokens
+        texts = rendered(task.rows, tokenizer, config.chat, config.system)
+        check_lengths(tokenizer, [prompt.text for prompt in texts], limit)
     reward = rewards.load_reward(config, task.reward, device)
     if config.transitions is None:
         rewards.taken(reward, columns_of(task.rows))  # raises for one that is not there
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model(config.model, task.texts[:200], device)
+    with from_outside("model", config.model):
+        model = load_weights(config.model, tokenizer, device)
     source = (
         task.rows
         if config.transitions is None

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ppo_fast.loop.checkpoint.folder import DAMAGED, finished, read, sync, write
 from ppo_fast.loop.checkpoint.state import Tree
-from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.config import OptionError, TrainConfig
 from ppo_fast.loop.ranks.ranks import Ranks
 
 Say = Callable[[str], None]
@@ -40,6 +40,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or a run cannot go on from the one it was given."""
 
 
+class OtherRunError(CheckpointError, OptionError):
+    """The folder's checkpoints are those of another run, or of this one with other options."""
+
+
 class Checkpoints:
     """The checkpoints of a run, `out/checkpoints/update-000010` and so on.
 
@@ -65,13 +69,13 @@ class Checkpoints:
         return self.folder / f"update-{updates:06d}"
 
     def clear(self) -> None:
-        """Remove the checkpoints of a finished run; CheckpointError for those of another one."""
+        """Remove the checkpoints of a finished run; OtherRunError for those of another one."""
         numbers = self.numbers()
         if not numbers:
             return
         newest = self.path(numbers[-1])
         if not finished(newest):
-            raise CheckpointError(
+            raise OtherRunError(
                 f"{newest} belongs to an unfinished run: --resume goes on with it;"
                 f" remove {self.folder} to start anew, or give another --out"
             )
@@ -80,8 +84,8 @@ class Checkpoints:
     def resume(self, run: Stateful, say: Say) -> None:
         """Put the run where the newest whole checkpoint left it; without any it starts anew.
 
-        Raises `CheckpointError` where there are checkpoints but none is whole, or where the run
-        differs from the saved one in more than `state.FREE`.
+        Raises `CheckpointError` where there are checkpoints but none is whole, and `OtherRunError`
+        where the run differs from the saved one in more than `state.FREE`.
         """
         numbers = self.numbers()
         for number in reversed(numbers):
@@ -172,13 +176,16 @@ class Checkpoints:
 
     def _require_same(self, run: Stateful, tree: Tree) -> None:
         ours, theirs = self._own_identity(run), tree["identity"]
-        for key in theirs.keys() | ours.keys():
-            if ours.get(key) != theirs.get(key):
-                raise CheckpointError(
-                    f"resume: {key} is {ours.get(key)!r}, the checkpoint's is {theirs.get(key)!r}"
-                )
+        # The run's order, in which the options come first and the weights' digest last.
+        different = [
+            f"{key} is {ours.get(key)!r}, the checkpoint's is {theirs.get(key)!r}"
+            for key in dict.fromkeys((*ours, *theirs))
+            if ours.get(key) != theirs.get(key)
+        ]
+        if different:
+            raise OtherRunError(f"resume: {'; '.join(different)}")
         if self.config.updates < tree["state"]["updates"]:
-            raise CheckpointError(
+            raise OtherRunError(
                 f"resume: updates must be at least the {tree['state']['updates']} that the"
                 f" checkpoint has, got {self.config.updates}"
             )
