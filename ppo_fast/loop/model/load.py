@@ -11,6 +11,7 @@ import torch
 
 from ppo_fast.loop.config import OptionError
 from ppo_fast.loop.data.packages import package_folder
+from ppo_fast.loop.data.sequences import context_of
 from ppo_fast.loop.model.layers import UnsupportedModelError, vocabulary
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -41,10 +42,8 @@ def size_of(name: str) -> Size:
 
     with from_outside("model", name):
         config: Any = AutoConfig.from_pretrained(name, **NO_CODE)
-    text = config.get_text_config()
-    return Size(
-        getattr(text, "num_hidden_layers", None), getattr(text, "max_position_embeddings", None)
-    )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    return Size(layers, context_of(config))
 
 
 @contextmanager
@@ -169,7 +168,7 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def prompt_limit(model: Any, max_new_tokens: int) -> int | None:
     """The longest prompt, in tokens, that leaves room in the context; None: it has no bound."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     return None if context is None else context - max_new_tokens
 
 
