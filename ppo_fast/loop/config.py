@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ppo_fast.loop.presets import ADVANTAGE_DEFAULTS, QUICK, TASK_DEFAULTS
+from ppo_fast.loop.presets import ADVANTAGE_DEFAULTS, QUICK, TASK_DEFAULTS, TINY
 
 Variant = Literal["clip", "gspo", "cispo", "penalty", "linear"]
 Estimator = Literal["k1", "k2", "k3", "abs"]
@@ -34,6 +34,10 @@ Reduction = Literal[
 _FP32 = torch.finfo(torch.float32)
 # Bounds that inf switches off.
 _BOUNDS = {"max_grad_norm", "vf_clip", "score_clip", "is_truncation", "kl_stop"}
+
+
+class OptionError(ValueError):
+    """An option, or what it names, of which no run can be made: `ppo-fast train` ends with 2."""
 
 
 class Given(frozenset[str]):
@@ -138,7 +142,8 @@ class TrainConfig:
     """AdamW's, of matrices alone: norms and biases do not decay."""
     max_grad_norm: float = 1.0
     train_layers: int = 6
-    """Trainable layers, counted from the top, with the final norm; 0 trains the whole model."""
+    """Trainable layers, counted from the top, with the final norm; 0 trains the whole model, and
+    is the default of "tiny"."""
 
     is_truncation: float | None = None
     """Cap of the importance weights min(exp(old - sampler's log-prob), cap) on the policy loss;
@@ -263,6 +268,8 @@ class TrainConfig:
         own = TASK_DEFAULTS.get(self.task, {}) | (QUICK if self.quick else {})
         own |= ADVANTAGE_DEFAULTS.get(self.advantages, {})
         given: Given = vars(self)["_given"]
+        if (self.model if "model" in given else own.get("model", self.model)) == "tiny":
+            own |= TINY
         return {name: value for name, value in own.items() if name not in given}
 
     @property
@@ -285,7 +292,7 @@ class TrainConfig:
 
 
 def _check(config: TrainConfig) -> None:
-    """Raise ValueError for an option out of its range; the message names it and its value."""
+    """Raise OptionError for an option out of its range; the message names it and its value."""
     for option in dataclasses.fields(config):
         _check_number(config, option.name, str(option.type))
     for name in ("updates", "batch", "prompt_words", "max_new_tokens", "epochs"):
@@ -378,4 +385,4 @@ def _check_number(config: TrainConfig, name: str, kind: str) -> None:
 
 def _require(config: TrainConfig, name: str, ok: object, wanted: str) -> None:
     if not ok:
-        raise ValueError(f"TrainConfig: {name} must be {wanted}, got {getattr(config, name)}")
+        raise OptionError(f"TrainConfig: {name} must be {wanted}, got {getattr(config, name)}")

@@ -58,6 +58,21 @@ def test_sampler_and_training_forward_agree_in_two_updates(tmp_path: Path, name:
         assert record["rollout_gap_max"] < allowed_gap(torch.float32)
 
 
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("name", ["cohere", "falcon"])
+def test_both_heads_give_one_update(tmp_path: Path, name: str, layers: int, critic: str) -> None:
+    """A model that scales its logits, and one whose layers return tuples."""
+    heads = [
+        made(tmp_path / head, build(name), head=head, train_layers=layers, critic=critic).step()
+        for head in ("linear", "logits")
+    ]
+    for record in heads:
+        assert record["steps"] == 4 and record["rollout_gap_max"] < allowed_gap(torch.float32)
+    for number in ("reward", "kl", "policy_loss", "value_loss", "grad_norm"):
+        assert heads[0][number] == pytest.approx(heads[1][number], rel=1e-3, abs=1e-5)
+
+
 def test_padding_that_moves_log_probs_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="RecurrentGemmaForCausalLM lets padding move"):
         t = made(tmp_path, build("recurrent_gemma"))

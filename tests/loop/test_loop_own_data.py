@@ -245,7 +245,7 @@ def test_the_command_learns_from_a_file(
     assert "rows.jsonl: 8 prompts, 0 bad rows left out" in capsys.readouterr().out
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert sum(line["reward"] for line in log) / 2 == pytest.approx(3.5)  # one pass in two updates
-    assert main(["train", "--data", "rows.jsonl", *small, "--out", "other"]) == 1
+    assert main(["train", "--data", "rows.jsonl", *small, "--out", "other"]) == 2
     assert "reward 'task' is that of a task, and data has none" in capsys.readouterr().err
 
 

@@ -69,7 +69,15 @@ WHOLE_ONLY = {
 OVERFLOWING = {"gemma3n_text"}
 
 
-def made(out: Path, model: Any, head: Any, layers: int) -> Trainer:
+COMBINATIONS = [
+    (head, layers, critic)
+    for head in ("linear", "logits")
+    for layers in (0, 1)
+    for critic in ("shared", "separate")
+]
+
+
+def made(out: Path, model: Any, head: Any, layers: int, critic: Any = "shared") -> Trainer:
     config = TrainConfig(
         out=out,
         updates=2,
@@ -80,6 +88,7 @@ def made(out: Path, model: Any, head: Any, layers: int) -> Trainer:
         warmup=0,
         train_layers=layers,
         head=head,
+        critic=critic,
         model="mine",
         device="cpu",
         save_every=0,
@@ -91,11 +100,10 @@ def made(out: Path, model: Any, head: Any, layers: int) -> Trainer:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layers", [0, 1])
-@pytest.mark.parametrize("head", ["linear", "logits"])
+@pytest.mark.parametrize(("head", "layers", "critic"), COMBINATIONS)
 @pytest.mark.parametrize("name", TYPES)
 def test_it_agrees_or_is_refused_by_name(
-    tmp_path: Path, name: str, head: str, layers: int
+    tmp_path: Path, name: str, head: str, layers: int, critic: str
 ) -> None:
     if name in UNBUILT:
         with pytest.raises(Exception, match=UNBUILT[name]):
@@ -105,11 +113,11 @@ def test_it_agrees_or_is_refused_by_name(
     refusal = REFUSED.get(name) or (WHOLE_ONLY.get(name) if layers else None)
     if refusal:
         with pytest.raises(UnsupportedModelError, match=refusal) as caught:
-            made(tmp_path / "out", model, head, layers)
+            made(tmp_path / "out", model, head, layers, critic)
         assert type(model).__name__ in str(caught.value)
         assert not (tmp_path / "out").exists()
         return
-    t = made(tmp_path / "out", model, head, layers)
+    t = made(tmp_path / "out", model, head, layers, critic)
     if name in OVERFLOWING:
         with pytest.raises(NonFiniteGradientError):
             t.step()

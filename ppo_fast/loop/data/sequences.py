@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,13 @@ class Sequences(NamedTuple):
         index = self.mask.flatten().nonzero().squeeze(1)
         flat = values.new_zeros(self.mask.numel()).index_copy(0, index, values)
         return flat.view(self.mask.shape)
+
+
+def context_of(config: Any) -> int | None:
+    """Most tokens that a model of a transformers `config` reads at once; None: it has no bound."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((length for length in found if length is not None), None)
 
 
 def position_ids(attention: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ppo_fast.loop.data.packages import require_installed
+
 # Tags as TRL's PPO trainer groups them (trl 1.12, experimental/ppo): the objective, the policy's
 # update, the losses and what is watched.
 TAGS = {
@@ -30,6 +32,11 @@ TAGS = {
 }
 
 
+def require_tensorboard() -> None:
+    """Raise ModuleNotFoundError where TensorBoard is not installed."""
+    require_installed("tensorboard", "tensorboard", "pip install tensorboard")
+
+
 class Board:
     """Writes every finite number of a record, and the phases' seconds, at its update.
 
@@ -37,12 +44,9 @@ class Board:
     """
 
     def __init__(self, folder: Path, done: int | None = None) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "--tensorboard needs the package tensorboard: pip install tensorboard"
-            ) from error
+        require_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder), purge_step=done)
 
     def update(self, record: dict[str, Any]) -> None:
