@@ -17,7 +17,7 @@ from ppo_fast.loop.data.chat import rendered
 from ppo_fast.loop.data.experience import Experience, Plan, advantages, make_plan, weighted
 from ppo_fast.loop.data.prompts import PromptStream, as_rows, columns_of
 from ppo_fast.loop.data.replay import TransitionStream
-from ppo_fast.loop.data.sequences import Scores, Sequences
+from ppo_fast.loop.data.sequences import Scores, Sequences, lengths
 from ppo_fast.loop.log.history import History, Record
 from ppo_fast.loop.log.meter import Phases
 from ppo_fast.loop.model.agent import Agent
@@ -84,6 +84,8 @@ class PPO:
         record: Record = {
             "update": self.updates,
             "reward": scores.mean,
+            "reward_std": scores.std,
+            **lengths(sample.rollout.seqs, self.eos),
             "dropped": scores.faults,
             "batch": len(sample.prompts),
             "seconds": phases.seconds,

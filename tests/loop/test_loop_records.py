@@ -16,6 +16,7 @@ from loop_helpers import trainer
 from rich.console import Console
 
 import ppo_fast
+from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.log.fields import FieldError
 from ppo_fast.loop.log.history import NUMBERS, History
 from ppo_fast.loop.log.progress import progress_bar, summary
@@ -39,6 +40,38 @@ def test_seconds_and_tokens_per_second(tmp_path: Path) -> None:
         tokens = record["n_tokens"] / t.config.epochs
         assert record["tokens_per_second"] * sum(seconds.values()) == pytest.approx(tokens)
         assert record["batch"] == 8 and record["lr"] == t.config.lr
+
+
+def test_lengths_ends_and_spread_of_an_update(tmp_path: Path) -> None:
+    """Counted again from the stored samples, of which those without a reward are left out."""
+
+    def reward(prompts: list[str], texts: list[str]) -> list[float]:
+        return [math.nan, *[float(i) for i in range(1, len(texts))]]
+
+    t = trainer(tmp_path)
+    t.sampler.eos = list(range(0, t.agent.policy.model.config.vocab_size, 8))  # likelier ends
+    t.reward = lambda prompts, texts: [float(i) for i in range(len(texts))]
+    record, sample = t.iteration()
+    width = sample.rollout.seqs.mask.shape[1]
+    responses = [
+        [token for token, kept in zip(row[-width:], mask, strict=True) if kept]
+        for row, mask in zip(
+            sample.rollout.seqs.tokens.tolist(), sample.rollout.seqs.mask.tolist(), strict=True
+        )
+    ]
+    ended = [row[-1] in t.eos for row in responses]
+    assert True in ended and False in ended
+    assert record["response_length"] == sum(map(len, responses)) / 8
+    assert record["ended"] == sum(ended) / 8
+    assert record["reward_std"] == pytest.approx(math.sqrt((8**2 - 1) / 12))
+    t.reward = reward
+    record, sample = t.iteration()
+    assert sample.scores.faults and record["reward_std"] == 2.0  # of 1 to 7
+
+
+def test_no_reward_has_no_spread() -> None:
+    assert math.isnan(Scores([0.0, 0.0], {0: "late", 1: "late"}).std)
+    assert Scores([0.0, 0.7], {0: "late"}).std == 0.0
 
 
 def test_samples_are_lines_of_json(tmp_path: Path) -> None:

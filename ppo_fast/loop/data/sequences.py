@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -67,6 +68,15 @@ def position_ids(attention: Tensor) -> Tensor:
     return (attention.cumsum(-1) - 1).clamp(min=0)
 
 
+def lengths(seqs: Sequences, eos: list[int]) -> dict[str, float]:
+    """`response_length`, mean tokens a response with its EOS, and `ended`, the share with one."""
+    ended = seqs.ended(eos)
+    return {
+        "response_length": float(seqs.mask.sum()) / len(ended),
+        "ended": sum(ended) / len(ended),
+    }
+
+
 class Rollout(NamedTuple):
     """Sampled sequences and the sampler's own log-probability of every token, (B, R) fp32."""
 
@@ -97,3 +107,9 @@ class Scores:
         """Mean reward of the kept samples, NaN without any."""
         kept = [v for i, v in enumerate(self.values) if i not in self.faults]
         return sum(kept) / len(kept) if kept else math.nan
+
+    @property
+    def std(self) -> float:
+        """Standard deviation (divided by n) of the kept samples' rewards, NaN without any."""
+        kept = [v for i, v in enumerate(self.values) if i not in self.faults]
+        return statistics.pstdev(kept) if kept else math.nan
