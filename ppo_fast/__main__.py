@@ -144,18 +144,24 @@ def _reasons(error: BaseException | None) -> str:
 
 
 def _print_outcome(console: Console, outcome: Outcome) -> None:
+    """Print reward, KL and paths, a line each."""
+    from ppo_fast.loop.log.progress import say
+
     updates = len(outcome.rewards)
     ended = "interrupted after" if outcome.interrupted else "done:"
-    console.print(
-        f"{ended} {updates} updates, KL to the reference {outcome.kl:.2f} nats a sequence"
+    say(
+        console,
+        f"{ended} {updates} updates, KL to the reference {outcome.kl:.2f} nats a sequence",
     )
     if updates:
         change = outcome.last - outcome.first
-        console.print(
+        say(
+            console,
             f"mean reward: first fifth {outcome.first:+.3f}, last fifth {outcome.last:+.3f}"
-            f" ({change:+.3f}); curve: {outcome.plot}"
+            f" ({change:+.3f})",
         )
-    console.print(f"model: {outcome.model}")
+        say(console, f"curve: {outcome.plot}")
+    say(console, f"model: {outcome.model}")
 
 
 def _compare(console: Console, config: TrainConfig, trainer: Trainer) -> None:
@@ -163,16 +169,18 @@ def _compare(console: Console, config: TrainConfig, trainer: Trainer) -> None:
     if config.compare == 0 or trainer.last_batch is None:
         return
     from ppo_fast.loop.compare import compare
+    from ppo_fast.loop.log.progress import say
 
     if trainer.backend == "reference":
-        console.print("ran on the reference backend, so there is nothing to compare it with")
+        say(console, "ran on the reference backend, so there is nothing to compare it with")
         return
     with console.status("comparing with the reference backend"):
         result = compare(trainer, config.compare)
     console.print(result.table(f"one update, medians of {config.compare} on {trainer.device}"))
-    console.print(
+    say(
+        console,
         f"largest difference: loss {result.loss_difference:.2e} (loss {result.loss:.4f}),"
-        f" gradients {result.gradient_difference:.2e} (largest {result.gradient:.2e})"
+        f" gradients {result.gradient_difference:.2e} (largest {result.gradient:.2e})",
     )
 
 

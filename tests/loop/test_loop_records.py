@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 import tracemalloc
 from pathlib import Path
@@ -19,7 +20,7 @@ import ppo_fast
 from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.log.fields import FieldError
 from ppo_fast.loop.log.history import NUMBERS, History
-from ppo_fast.loop.log.progress import progress_bar, summary
+from ppo_fast.loop.log.progress import example, progress_bar, say, summary
 from ppo_fast.loop.log.tensorboard import TAGS
 from ppo_fast.loop.log.versions import versions
 
@@ -126,29 +127,109 @@ def test_summary_says_what_there_is() -> None:
     assert summary({"reward": math.nan, "tokens_per_second": 10.0}) == "tokens/s 10"
 
 
-def test_progress_prints_faults_alarms_and_a_line_a_tenth() -> None:
-    out = io.StringIO()
-    console = Console(file=out, width=200)
+def watched(console: Console, records: list[dict], updates: int, samples: list[dict]) -> str:
+    """What the console's file has after a run of `records`."""
     history = History()
-    with progress_bar(console, 0, 20) as show:
-        for i in range(20):
-            faults = {3: "reward [b]returned[/b] nan"} if i == 7 else {}
-            clipped = 0.9 if i > 10 else 0.1
-            record = {
-                "update": i,
-                "reward": 0.5,
-                "kl": 1.0,
-                "clip_frac": clipped,
-                "dropped": faults,
-            }
+    with progress_bar(console, 0, updates) as show:
+        for record in records:
             history.append(record)
-            show(record, history)
-    lines = [line for line in out.getvalue().splitlines() if line.startswith("update")]
+            show(record, history, samples)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def numbers(update: int, **changes: object) -> dict:
+    return {"update": update, "reward": 0.5, "kl": 1.0, "clip_frac": 0.1, "dropped": {}} | changes
+
+
+def piped() -> Console:
+    return Console(file=io.StringIO(), width=80)
+
+
+def test_progress_prints_faults_alarms_and_a_line_a_tenth() -> None:
+    records = [
+        numbers(
+            i,
+            clip_frac=0.9 if i > 10 else 0.1,
+            dropped={3: "reward [b]returned[/b] nan"} if i == 7 else {},
+        )
+        for i in range(20)
+    ]
+    lines = watched(piped(), records, 20, []).splitlines()
     assert lines.count("update 7: sample 3 dropped: reward [b]returned[/b] nan") == 1
-    assert sum("ratios saturate: 58% of the tokens are clipped" in line for line in lines) == 1
-    assert sum(line.startswith("update 13: ratios saturate") for line in lines) == 1
-    assert sum(line.endswith("reward +0.500, KL 1.00, clip 0.10") for line in lines) == 5
+    said = "update 13: ratios saturate: 58% of the tokens are clipped and give no gradient."
+    assert [line.startswith(said) for line in lines].count(True) == 1  # on one line
+    ends = [f"{n} of 20 updates: reward +0.500, KL 1.00, clip" for n in range(2, 21, 2)]
+    assert [line[:-5] for line in lines if " of 20 updates" in line] == ends
     assert len(lines) == 12
+
+
+@pytest.mark.parametrize(
+    ("done", "updates", "said"),
+    [
+        (60, 60, list(range(6, 61, 6))),
+        (19, 19, [*range(2, 19, 2), 19]),
+        (4, 4, [1, 2, 3, 4]),
+        (45, 400, [40, 45]),  # stopped
+    ],
+)
+def test_samples_are_shown_about_ten_times_and_at_the_end(
+    done: int, updates: int, said: list[int]
+) -> None:
+    samples = [
+        {"prompt": "one\nfilm \x1b[31m[red]", "completion": ":smile: " * 40, "reward": 0.25},
+        {"prompt": "not this one", "completion": "", "reward": 0.0},
+    ]
+    lines = watched(piped(), [numbers(i) for i in range(done)], updates, samples).splitlines()
+    assert [int(line.split()[0]) for line in lines if " updates: " in line] == said
+    texts = [line for line in lines if " updates: " not in line]
+    assert texts[0::2] == ["  prompt: one film \\x1b[31m[red]"] * len(said)
+    assert texts[1::2] == ["  +0.250: " + (":smile: " * 8)[:63] + "..."] * len(said)
+
+
+def test_samples_without_a_reward_or_a_text() -> None:
+    sample = {"prompt": "a film", "completion": "", "fault": "late"}
+    assert example([sample]) == ["   prompt: a film", "  dropped: (empty)"]
+    assert example([]) == []
+
+
+def test_an_alarm_that_returns_is_told_once_more_and_counted() -> None:
+    bad = {i + k for i in (10, 40, 70, 100) for k in range(8)}
+    records = [numbers(i, clip_frac=0.9 if i in bad else 0.0) for i in range(120)]
+    out = watched(piped(), records, 120, [])
+    lines = [line for line in out.splitlines() if "ratios saturate" in line]
+    assert [line[:30] for line in lines[:2]] == [
+        "update 12: ratios saturate: 54",
+        "update 42: again, ratios satur",
+    ]
+    assert lines[2:] == ["ratios saturate: set in 4 times, at updates 12, 42, 72, 102"]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_bar_fits_and_names_its_times(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, no_color=True)
+    records = [numbers(i, tokens_per_second=123456.0) for i in range(3)]
+    out = watched(console, records, 10_000, [])
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out).replace("\r", "\n").splitlines()
+    assert max(map(len, drawn)) <= width
+    bars = [line for line in drawn if line.startswith("training")]
+    assert re.search(
+        r" 3/10000 elapsed \d:\d\d:\d\d left (\d:\d\d:\d\d|-:--:--)$", bars[-1].strip()
+    )
+    assert drawn[drawn.index(bars[-1]) + 1].strip() == summary(records[-1])
+
+
+def test_nothing_is_wrapped_or_marked_up_in_a_pipe() -> None:
+    console = piped()
+    path = "/a folder/" + "long/" * 30 + "reward.png"
+    say(console, f"curve: {path}")
+    say(console, "[bold]plain[/bold] :smile: \x1b[2J\ttab\ntwo")
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        f"curve: {path}",
+        "[bold]plain[/bold] :smile: \\x1b[2J\\ttab",
+        "two",
+    ]
 
 
 def test_history_has_the_numbers_that_are_there() -> None:

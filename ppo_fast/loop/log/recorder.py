@@ -70,16 +70,21 @@ class Recorder:
             with naming(self.folder / "tensorboard"):
                 self._board.update(record)
 
-    def samples(self, update: int, prompts: list[str], completions: list[str], s: Scores) -> None:
-        """Append the first completions of an update, each with its reward or its fault."""
-        file = self._files[SAMPLES]
+    def samples(
+        self, update: int, prompts: list[str], completions: list[str], s: Scores
+    ) -> list[Record]:
+        """Append the first completions of an update, each with its reward or its fault.
+
+        Returns what was written.
+        """
+        file, written = self._files[SAMPLES], list[Record]()
         for i, (prompt, text) in enumerate(zip(prompts[:SAMPLED], completions, strict=False)):
             verdict = {"fault": s.faults[i]} if i in s.faults else {"reward": s.values[i]}
-            sample = {"update": update, "prompt": prompt, "completion": text} | verdict
-            with naming(self.folder / SAMPLES):
-                file.write(json.dumps(sample) + "\n")
+            written.append({"update": update, "prompt": prompt, "completion": text} | verdict)
         with naming(self.folder / SAMPLES):
+            file.writelines(json.dumps(sample) + "\n" for sample in written)
             file.flush()
+        return written
 
     def sync(self) -> None:
         """Have log and samples on the disk, so that no checkpoint is ahead of them."""
