@@ -27,9 +27,7 @@ FILES = LOG, SAMPLES, CONFIG, VERSIONS = (
 # Numbers that the report needs besides those of the alarms.
 _DRAWN = (
     "reward_std",
-    "eval_reward",
     "eval_best",
-    "response_length",
     "ended",
     "value_loss",
     "ess",

@@ -20,6 +20,7 @@ import ppo_fast
 from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.log.fields import FieldError
 from ppo_fast.loop.log.history import NUMBERS, History
+from ppo_fast.loop.log.plot import plot
 from ppo_fast.loop.log.progress import example, progress_bar, say, summary
 from ppo_fast.loop.log.tensorboard import TAGS
 from ppo_fast.loop.log.versions import versions
@@ -230,6 +231,33 @@ def test_nothing_is_wrapped_or_marked_up_in_a_pipe() -> None:
         "[bold]plain[/bold] :smile: \\x1b[2J\\ttab",
         "two",
     ]
+
+
+def test_the_plot_has_evaluations_where_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[dict[tuple[str, str], list[list[float]]]] = []
+    save = Figure.savefig
+
+    def seen(figure: Figure, *arguments: object, **options: object) -> None:
+        lines = [line for axes in figure.axes for line in axes.get_lines()]
+        names = [(line.axes.get_ylabel(), line.get_label()) for line in lines]
+        data = [[column.tolist() for column in line.get_data()] for line in lines]
+        drawn.append(dict(zip(names, data, strict=True)))
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", seen)
+    records = [numbers(i, response_length=9.0 - i) for i in range(4)]
+    plot(History(records), tmp_path / "a.png")
+    assert ("reward", "evaluation") not in drawn[0]
+    lengths = drawn[0]["response length\n(tokens)", "_child0"]
+    assert lengths == [[0, 1, 2, 3], [9, 8, 7, 6]]
+    records[1]["eval_reward"], records[3]["eval_reward"] = 0.25, 0.75
+    plot(History(records), tmp_path / "b.png")
+    assert drawn[1]["reward", "evaluation"] == [[1, 3], [0.25, 0.75]]
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_history_has_the_numbers_that_are_there() -> None:

@@ -29,9 +29,11 @@ NUMBERS = (
     "explained_variance",
     "entropy",
     "rollout_gap_mean",
+    "response_length",
+    "eval_reward",
 )
 # Not finite in runs that go well, too: no sample of a batch has a reward; all returns are equal.
-_MAY_LACK = ("reward", "explained_variance")
+_MAY_LACK = ("reward", "explained_variance", "eval_reward")
 
 
 class History:
