@@ -114,6 +114,7 @@ def _stopped(error: Exception, config: TrainConfig) -> str | None:
         loop.RewardError,
         loop.RunLockedError,
         ModuleNotFoundError,
+        loop.TrackerError,
         loop.TransitionsError,
         loop.UnsupportedModelError,
     )

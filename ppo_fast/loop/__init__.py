@@ -5,6 +5,7 @@ from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.data.own import DataError, read_prompts
 from ppo_fast.loop.data.transitions import TransitionsError
 from ppo_fast.loop.log.lock import RunLockedError
+from ppo_fast.loop.log.trackers import TrackerError
 from ppo_fast.loop.model.agent import NonFiniteGradientError
 from ppo_fast.loop.model.layers import UnsupportedModelError
 from ppo_fast.loop.model.memory import OutOfMemoryStopError
@@ -23,6 +24,7 @@ __all__ = [
     "RewardError",
     "RewardLengthError",
     "RunLockedError",
+    "TrackerError",
     "TrainConfig",
     "Trainer",
     "TransitionsError",

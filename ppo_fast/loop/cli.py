@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from ppo_fast.loop.config import Given, TrainConfig
+from ppo_fast.loop.log import trackers
 
 _DESCRIPTION = """PPO on a causal language model. The default fine-tunes SmolLM2-135M-Instruct
 to continue film reviews with positive sentiment; --task names other things to learn.
@@ -20,7 +21,7 @@ are given, and options beside it go before it."""
 
 
 class ConfigError(ValueError):
-    """A configuration file that cannot be read as options."""
+    """Options that cannot be read, or whose trackers are not there."""
 
 
 def parse(args: list[str]) -> TrainConfig:
@@ -28,13 +29,13 @@ def parse(args: list[str]) -> TrainConfig:
 
     Options of `--config FILE` come first, so that those given by hand override them; both count as
     given. Raises `ConfigError` for a file that is not there, is not a JSON object, or has an
-    unknown key.
+    unknown key, and for a tracker that is unknown or not installed.
     """
     parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", type=Path, default=[], metavar="FILE")
     chosen, rest = parser.parse_known_args(args)
     every = [argument for path in chosen.config for argument in arguments(path)] + _joined(rest)
-    return tyro.cli(
+    config = tyro.cli(
         TrainConfig,
         args=every,
         default=TrainConfig(_given=_names(every)),
@@ -42,14 +43,22 @@ def parse(args: list[str]) -> TrainConfig:
         description=_DESCRIPTION,
         config=(tyro.conf.SuppressFixed,),  # what was given is no option
     )
+    try:
+        trackers.check(config)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise ConfigError(str(error)) from None
+    return config
 
 
 def _joined(args: list[str]) -> list[str]:
-    """The arguments with the rewards that are given one by one as one, with commas between."""
-    parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--reward", action="append", default=[])
-    chosen, rest = parser.parse_known_args(args)
-    return [f"--reward={','.join(chosen.reward)}", *rest] if len(chosen.reward) > 1 else args
+    """The arguments with rewards or trackers given one by one as one, with commas between."""
+    for name in ("reward", "track"):
+        parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
+        parser.add_argument(f"--{name}", action="append", default=[], dest="given")
+        chosen, rest = parser.parse_known_args(args)
+        if len(chosen.given) > 1:
+            args = [f"--{name}={','.join(chosen.given)}", *rest]
+    return args
 
 
 def _names(args: list[str]) -> Given:

@@ -181,9 +181,9 @@ class Trainer(PPO):
 
     def _open_log(self, say: Say) -> None:
         if not self.config.resume:
-            self.recorder.begin()
+            self.recorder.begin(say)
             return
-        lines, lacking = self.recorder.resume(self.updates)
+        lines, lacking = self.recorder.resume(self.updates, say)
         self.history = History(lines)
         for text in lacking:
             say(f"warning: {text}")

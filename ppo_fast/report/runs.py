@@ -43,6 +43,7 @@ _ASIDE = {
     "seed",
     "out",
     "tensorboard",
+    "track",
     "compare",
     "save_every",
     "keep_checkpoints",

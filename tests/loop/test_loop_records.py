@@ -1,4 +1,4 @@
-"""Records of a run as it goes on: log, samples, versions, TensorBoard, progress."""
+"""Records of a run as it goes on: log, samples, versions, plot, progress."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from ppo_fast.loop.log.fields import FieldError
 from ppo_fast.loop.log.history import NUMBERS, History
 from ppo_fast.loop.log.plot import plot
 from ppo_fast.loop.log.progress import example, progress_bar, say, summary
-from ppo_fast.loop.log.tensorboard import TAGS
 from ppo_fast.loop.log.versions import versions
 
 QUIET = Console(quiet=True)
@@ -96,30 +95,6 @@ def test_versions(tmp_path: Path) -> None:
     assert found["ppo_fast"] == ppo_fast.__version__ and found["torch"] == torch.__version__
     assert found["python"] == sys.version.split()[0]
     assert found["backend"] == t.backend != "auto"
-
-
-def test_tensorboard_has_the_numbers_of_the_log(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    trainer(tmp_path, tensorboard=True).run(QUIET)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    records = lines_of(tmp_path / "log.jsonl")
-    assert set(TAGS.values()) <= set(events.Tags()["scalars"])
-    for name, tag in TAGS.items():
-        scalars = events.Scalars(tag)
-        assert [e.step for e in scalars] == [0, 1, 2]
-        assert [e.value for e in scalars] == pytest.approx([r[name] for r in records], rel=1e-6)
-    assert len(events.Scalars("seconds/rollout")) == 3
-
-
-def test_tensorboard_that_is_missing_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
-        trainer(tmp_path, tensorboard=True).step()
 
 
 def test_summary_says_what_there_is() -> None:

@@ -24,6 +24,7 @@ FREE = {
     "keep_checkpoints",
     "resume",
     "tensorboard",
+    "track",
     "save_transitions",
     "transitions",  # their digest is among the prompts
     "data",  # so is that of its prompts and columns
