@@ -104,7 +104,7 @@ def test_summary_says_what_there_is() -> None:
 
 
 def watched(console: Console, records: list[dict], updates: int, samples: list[dict]) -> str:
-    """What the console's file has after a run of `records`."""
+    """Text on the console after a run of `records`."""
     history = History()
     with progress_bar(console, 0, updates) as show:
         for record in records:
