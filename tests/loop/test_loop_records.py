@@ -169,6 +169,13 @@ def test_samples_without_a_reward_or_a_text() -> None:
     assert example([]) == []
 
 
+def test_of_a_long_prompt_both_ends_are_shown() -> None:
+    prompt = "Answer the question.\n" + "x" * 10_000 + "\x1b 4 + 3 = ?"
+    line = example([{"prompt": prompt, "completion": "c", "reward": 0.0}])[0]
+    assert line.startswith("  prompt: Answer the question. x ... xxx") and len(line) == 10 + 66
+    assert line.endswith("xxx\\x1b 4 + 3 = ?")
+
+
 def test_an_alarm_that_returns_is_told_once_more_and_counted() -> None:
     bad = {i + k for i in (10, 40, 70, 100) for k in range(8)}
     records = [numbers(i, clip_frac=0.9 if i in bad else 0.0) for i in range(120)]

@@ -36,6 +36,7 @@ _LABELS = {
     "tokens_per_second": "tokens/s",
 }
 _TIMES = 10  # samples shown over a run
+_SHOWN = 66  # characters of a text, with which its line fits 80 columns
 
 Show = Callable[[Record, History, list[Record]], None]
 
@@ -113,11 +114,18 @@ def example(samples: list[Record]) -> list[str]:
         return []
     first = samples[0]
     verdict = "dropped" if "fault" in first else f"{first['reward']:+.3f}"
-    lines = {"prompt": first["prompt"], verdict: first["completion"]}
+    completion = one_line(first["completion"], _SHOWN)
+    lines = {"prompt": _both_ends(first["prompt"]), verdict: completion}
     width = max(map(len, lines))
-    return [
-        f"  {name:>{width}}: {one_line(text, 66) or '(empty)'}" for name, text in lines.items()
-    ]
+    return [f"  {name:>{width}}: {text or '(empty)'}" for name, text in lines.items()]
+
+
+def _both_ends(text: str) -> str:
+    """A prompt on one line; of a long one the beginning and the end, where the question is."""
+    line = one_line(text, 10 * len(text) + _SHOWN)  # whole, however many characters are escaped
+    if len(line) <= _SHOWN:
+        return line
+    return f"{line[: _SHOWN // 3]} ... {line[5 + _SHOWN // 3 - _SHOWN :]}"
 
 
 def set_in(found: list[Alarm], update: int) -> list[str]:
