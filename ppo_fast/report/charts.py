@@ -42,7 +42,7 @@ class Plotted(NamedTuple):
 
 
 SECTIONS: dict[str, tuple[Plotted, ...]] = {
-    "Reward": (
+    "Reward and responses": (
         Plotted("reward", "Reward", "reward", "mean of the batch"),
         Plotted("reward_std", "Spread of the rewards", "reward", "std of the batch", when="there"),
         Plotted(
