@@ -115,7 +115,7 @@ def _stopped(error: Exception, config: TrainConfig) -> str | None:
     raised = "" if cause is None else traceback_of(cause) + "\n"
     if isinstance(error, (loop.OptionError, ModuleNotFoundError)):
         return raised + _refusal(error)
-    if isinstance(error, (loop.CheckpointError, loop.RewardError)):
+    if isinstance(error, (loop.CheckpointError, loop.RewardError, loop.TrackerError)):
         return f"{raised}stopped: {error}"
     if isinstance(error, (OSError, SafetensorError)):  # a disk that is full, mostly
         return f"stopped: {_reasons(error)}"
@@ -148,19 +148,25 @@ def _reasons(error: BaseException | None) -> str:
 
 
 def _print_outcome(console: Console, outcome: Outcome) -> None:
+    """Print reward, KL and paths, a line each."""
+    from ppo_fast.loop.log.progress import say
+
     updates = len(outcome.rewards)
     ended = "interrupted after" if outcome.interrupted else "done:"
-    console.print(
-        f"{ended} {updates} updates, KL to the reference {outcome.kl:.2f} nats a sequence"
+    say(
+        console,
+        f"{ended} {updates} updates, KL to the reference {outcome.kl:.2f} nats a sequence",
     )
     if updates:
         change = outcome.last - outcome.first
-        console.print(
+        say(
+            console,
             f"mean reward: first fifth {outcome.first:+.3f}, last fifth {outcome.last:+.3f}"
-            f" ({change:+.3f}); curve: {outcome.plot}"
+            f" ({change:+.3f})",
         )
+        say(console, f"curve: {outcome.plot}")
     if outcome.model is not None:
-        console.print(f"model: {outcome.model}")
+        say(console, f"model: {outcome.model}")
 
 
 def _compare(console: Console, config: TrainConfig, trainer: Trainer) -> None:
@@ -168,16 +174,18 @@ def _compare(console: Console, config: TrainConfig, trainer: Trainer) -> None:
     if config.compare == 0 or trainer.last_batch is None:
         return
     from ppo_fast.loop.compare import compare
+    from ppo_fast.loop.log.progress import say
 
     if trainer.backend == "reference":
-        console.print("ran on the reference backend, so there is nothing to compare it with")
+        say(console, "ran on the reference backend, so there is nothing to compare it with")
         return
     with console.status("comparing with the reference backend"):
         result = compare(trainer, config.compare)
     console.print(result.table(f"one update, medians of {config.compare} on {trainer.device}"))
-    console.print(
+    say(
+        console,
         f"largest difference: loss {result.loss_difference:.2e} (loss {result.loss:.4f}),"
-        f" gradients {result.gradient_difference:.2e} (largest {result.gradient:.2e})"
+        f" gradients {result.gradient_difference:.2e} (largest {result.gradient:.2e})",
     )
 
 

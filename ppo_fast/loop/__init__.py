@@ -5,6 +5,7 @@ from ppo_fast.loop.config import OptionError, TrainConfig
 from ppo_fast.loop.data.own import DataError, read_prompts
 from ppo_fast.loop.data.transitions import TransitionsError
 from ppo_fast.loop.log.lock import RunLockedError
+from ppo_fast.loop.log.trackers import TrackerError
 from ppo_fast.loop.model.agent import NonFiniteGradientError
 from ppo_fast.loop.model.layers import UnsupportedModelError
 from ppo_fast.loop.model.memory import OutOfMemoryStopError
@@ -26,6 +27,7 @@ __all__ = [
     "RewardLengthError",
     "RunExistsError",
     "RunLockedError",
+    "TrackerError",
     "TrainConfig",
     "Trainer",
     "TransitionsError",

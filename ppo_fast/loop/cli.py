@@ -57,11 +57,14 @@ def parse(args: list[str]) -> TrainConfig:
 
 
 def _joined(args: list[str]) -> list[str]:
-    """The arguments with the rewards that are given one by one as one, with commas between."""
-    parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--reward", action="append", default=[])
-    chosen, rest = parser.parse_known_args(args)
-    return [f"--reward={','.join(chosen.reward)}", *rest] if len(chosen.reward) > 1 else args
+    """The arguments with rewards or trackers given one by one as one, with commas between."""
+    for name in ("reward", "track"):
+        parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
+        parser.add_argument(f"--{name}", action="append", default=[], dest="given")
+        chosen, rest = parser.parse_known_args(args)
+        if len(chosen.given) > 1:
+            args = [f"--{name}={','.join(chosen.given)}", *rest]
+    return args
 
 
 def _names(args: list[str]) -> Given:

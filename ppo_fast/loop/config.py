@@ -216,7 +216,10 @@ class TrainConfig:
     """Completions of each; the log has their mean reward, and the mean of each prompt's best."""
 
     tensorboard: bool = False
-    """Also write the log's numbers for TensorBoard, into the folder `tensorboard` of `out`."""
+    """The same as `track` with "tensorboard"."""
+    track: str | None = None
+    """Trackers that also get the log's numbers, given one by one or with commas: "tensorboard",
+    into the folder of that name in `out`, or one of accelerate's, as "wandb" or "mlflow"."""
     save_every: int = 10
     """Updates between checkpoints, written also at Ctrl-C and at the end; 0 writes none."""
     keep_checkpoints: int = 2
@@ -283,6 +286,11 @@ class TrainConfig:
         if self.reward_weights is None:
             return [1.0] * n
         return [float(weight) for weight in self.reward_weights.split(",")]
+
+    def trackers(self) -> list[str]:
+        """The names in `track`, each once, with that of TensorBoard where `tensorboard` is set."""
+        names = [name.strip() for name in (self.track or "").split(",") if name.strip()]
+        return list(dict.fromkeys(["tensorboard"] * self.tensorboard + names))
 
     def absolute(self) -> TrainConfig:
         """The options with absolute paths, which stay where they are when the process moves."""

@@ -92,6 +92,8 @@ class PPO:
         record: Record = {
             "update": self.updates,
             **told,
+            **sample.lengths(),
+            "reward_std": sample.scores.std,
             "dropped": sample.scores.faults,
             "batch": len(sample.prompts),
             "seconds": phases.seconds,

@@ -14,8 +14,7 @@ from ppo_fast._backend import select
 from ppo_fast.loop.config import OptionError, TrainConfig
 from ppo_fast.loop.data.transitions import require_readable
 from ppo_fast.loop.files import require_file, require_folder
-from ppo_fast.loop.log import recorder
-from ppo_fast.loop.log.tensorboard import require_tensorboard
+from ppo_fast.loop.log import recorder, trackers
 from ppo_fast.loop.model import export
 from ppo_fast.loop.model.adapters import require_peft
 from ppo_fast.loop.model.layers import check_train_layers
@@ -34,8 +33,7 @@ def check(config: TrainConfig, device: torch.device, first: bool) -> Size:
     """
     if config.lora_rank:
         require_peft()
-    if config.tensorboard:
-        require_tensorboard()
+    trackers.check(config)
     _check_backend(config, device)
     if config.transitions is not None:
         require_readable(config.transitions)

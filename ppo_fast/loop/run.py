@@ -25,10 +25,9 @@ from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.data.chat import rendered
 from ppo_fast.loop.data.prompts import columns_of
 from ppo_fast.loop.data.replay import TransitionStream, TransitionWriter, open_transitions
-from ppo_fast.loop.log import recorder
+from ppo_fast.loop.log import progress, recorder
 from ppo_fast.loop.log.history import History, Record, fifths
 from ppo_fast.loop.log.lock import RunLock
-from ppo_fast.loop.log.progress import progress_bar
 from ppo_fast.loop.model import export
 from ppo_fast.loop.model.load import from_outside, load_tokenizer, load_weights
 from ppo_fast.loop.ppo import PPO
@@ -80,6 +79,7 @@ class Trainer(PPO):
     ) -> None:
         super().__init__(config, model, tokenizer, prompts, reward, ranks, held_out)
         self.begun = False
+        self.samples: list[Record] = []  # of the last update, as they are logged
         self.lock = RunLock(self.config.out)
         self.recorder = recorder.Recorder(self.config, self.backend)
         self.checkpoints = Checkpoints(self.config, self.ranks, self.recorder.sync)
@@ -122,7 +122,9 @@ class Trainer(PPO):
             if self.writer is not None:
                 self.writer.write(update, sample)
             self.recorder.update(record)
-            self.recorder.samples(update, sample.prompts, sample.texts, sample.scores)
+            self.samples = self.recorder.samples(
+                update, sample.prompts, sample.texts, sample.scores
+            )
         return record
 
     def run(self, console: Console) -> Outcome:
@@ -131,19 +133,19 @@ class Trainer(PPO):
         Only a model that no optimiser step has changed is not.
         """
         interrupted, plot, folder = False, None, None
-        say = functools.partial(console.print, markup=False)
+        say = functools.partial(progress.say, console)
         if self.begun:
             self.ranks.from_first(self.lock.hold)
         else:
             self.begin(say)
         with deferred_signals(say, hold=self.ranks.size > 1) as stop:
             try:
-                with progress_bar(console, self.updates, self.config.updates) as show:
+                with progress.progress_bar(console, self.updates, self.config.updates) as show:
                     while self.updates < self.config.updates and not self.ranks.any(stop.asked):
                         record = self.step()
                         self.watch.tell(say)
                         _say_evaluation(self.config, record, say)
-                        show(record, self.history)
+                        show(record, self.history, self.samples)
                         self.checkpoints.after_step(self, say)
                 interrupted = self.updates < self.config.updates
                 self.checkpoints.finish(self)
@@ -181,9 +183,9 @@ class Trainer(PPO):
     def _open_log(self, say: Say) -> None:
         if not self.config.resume:
             self.checkpoints.clear()
-            self.recorder.begin()
+            self.recorder.begin(say)
             return
-        lines, lacking = self.recorder.resume(self.updates)
+        lines, lacking = self.recorder.resume(self.updates, say)
         self.history = History(lines)
         for text in lacking:
             say(f"warning: {text}")
@@ -292,6 +294,7 @@ def train(
     config: TrainConfig, console: Console, ranks: Ranks | None = None
 ) -> tuple[Trainer, Outcome]:
     """Load what `config` names, train, and return the trainer with the outcome."""
-    console.print(f"loading {config.resolved().model}")
-    trainer = load_trainer(config, lambda line: console.print(line, markup=False), ranks)
+    say = functools.partial(progress.say, console)
+    say(f"loading {config.resolved().model}")
+    trainer = load_trainer(config, say, ranks)
     return trainer, trainer.run(console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -129,3 +130,9 @@ class Scores:
         """Mean reward of the kept samples, NaN without any."""
         kept = [v for i, v in enumerate(self.values) if i not in self.faults]
         return sum(kept) / len(kept) if kept else math.nan
+
+    @property
+    def std(self) -> float:
+        """Standard deviation (divided by n) of the kept samples' rewards, NaN without any."""
+        kept = [v for i, v in enumerate(self.values) if i not in self.faults]
+        return statistics.pstdev(kept) if kept else math.nan
