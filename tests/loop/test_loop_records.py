@@ -51,7 +51,7 @@ def test_lengths_ends_and_spread_of_an_update(tmp_path: Path) -> None:
 
     t = trainer(tmp_path)
     t.sampler.eos = list(range(0, t.agent.policy.model.config.vocab_size, 8))  # likelier ends
-    t.reward = lambda prompts, texts: [float(i) for i in range(len(texts))]
+    t.collector.reward = lambda prompts, texts: [float(i) for i in range(len(texts))]
     record, sample = t.iteration()
     width = sample.rollout.seqs.mask.shape[1]
     responses = [
@@ -65,7 +65,7 @@ def test_lengths_ends_and_spread_of_an_update(tmp_path: Path) -> None:
     assert record["response_length"] == sum(map(len, responses)) / 8
     assert record["ended"] == sum(ended) / 8
     assert record["reward_std"] == pytest.approx(math.sqrt((8**2 - 1) / 12))
-    t.reward = reward
+    t.collector.reward = reward
     record, sample = t.iteration()
     assert sample.scores.faults and record["reward_std"] == 2.0  # of 1 to 7
 

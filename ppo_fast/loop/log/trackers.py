@@ -79,7 +79,9 @@ def check(config: TrainConfig) -> None:
             own = name not in tracking.LoggerType.list()
             there = own or name in map(str, tracking.get_available_trackers())
         if not there:
-            raise ModuleNotFoundError(f"track {name} needs its package: pip install {name}")
+            raise ModuleNotFoundError(
+                f"No module named {name!r}; track {name} needs: pip install {name}"
+            )
 
 
 class Board:
