@@ -79,7 +79,6 @@ class Trainer(PPO):
     ) -> None:
         super().__init__(config, model, tokenizer, prompts, reward, ranks, held_out)
         self.begun = False
-        self.samples: list[Record] = []  # of the last update, as they are logged
         self.lock = RunLock(self.config.out)
         self.recorder = recorder.Recorder(self.config, self.backend)
         self.checkpoints = Checkpoints(self.config, self.ranks, self.recorder.sync)
@@ -122,9 +121,7 @@ class Trainer(PPO):
             if self.writer is not None:
                 self.writer.write(update, sample)
             self.recorder.update(record)
-            self.samples = self.recorder.samples(
-                update, sample.prompts, sample.texts, sample.scores
-            )
+            self.recorder.samples(update, sample.prompts, sample.texts, sample.scores)
         return record
 
     def run(self, console: Console) -> Outcome:
@@ -145,7 +142,7 @@ class Trainer(PPO):
                         record = self.step()
                         self.watch.tell(say)
                         _say_evaluation(self.config, record, say)
-                        show(record, self.history, self.samples)
+                        show(record, self.history, self.recorder.sampled)
                         self.checkpoints.after_step(self, say)
                 interrupted = self.updates < self.config.updates
                 self.checkpoints.finish(self)

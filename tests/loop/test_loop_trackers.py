@@ -202,9 +202,9 @@ def test_options_of_a_former_run_are_read_back(tmp_path: Path, spy: Any) -> None
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("wandb", "track wandb needs its package: pip install wandb"),
-        ("mlflow", "track mlflow needs its package: pip install mlflow"),
-        ("tensorboard", "track tensorboard needs its package: pip install tensorboard"),
+        ("wandb", "No module named 'wandb'; track wandb needs: pip install wandb"),
+        ("mlflow", "No module named 'mlflow'; track mlflow needs: pip install mlflow"),
+        ("tensorboard", "No module named 'tensorboard'; track tensorboard needs: pip install tensorboard"),
         ("nope", "track must be of aim, clearml, comet_ml, dvclive, mlflow, "),
         ("all", "track must be of aim, "),
     ],

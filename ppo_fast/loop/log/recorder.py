@@ -40,6 +40,7 @@ class Recorder:
 
     def __init__(self, config: TrainConfig, backend: str) -> None:
         self.folder = config.out
+        self.sampled: list[Record] = []  # of the last update, as they are logged
         self._config, self._backend = config, backend
         self._files: dict[str, IO[str]] = {}
         self._board: Board | None = None
@@ -84,21 +85,15 @@ class Recorder:
         if self._trackers is not None:
             self._trackers.update(record)
 
-    def samples(
-        self, update: int, prompts: list[str], completions: list[str], s: Scores
-    ) -> list[Record]:
-        """Append the first completions of an update, each with its reward or its fault.
-
-        Returns what was written.
-        """
-        file, written = self._files[SAMPLES], list[Record]()
+    def samples(self, update: int, prompts: list[str], completions: list[str], s: Scores) -> None:
+        """Append the first completions of an update, each with its reward or its fault."""
+        file, self.sampled = self._files[SAMPLES], []
         for i, (prompt, text) in enumerate(zip(prompts[:SAMPLED], completions, strict=False)):
             verdict = {"fault": s.faults[i]} if i in s.faults else {"reward": s.values[i]}
-            written.append({"update": update, "prompt": prompt, "completion": text} | verdict)
+            self.sampled.append({"update": update, "prompt": prompt, "completion": text} | verdict)
         with naming(self.folder / SAMPLES):
-            file.writelines(json.dumps(sample) + "\n" for sample in written)
+            file.writelines(json.dumps(sample) + "\n" for sample in self.sampled)
             file.flush()
-        return written
 
     def sync(self) -> None:
         """Have log and samples on the disk, so that no checkpoint is ahead of them."""
