@@ -11,6 +11,7 @@ import torch
 
 import ppo_fast
 from ppo_fast._backend import select
+from ppo_fast.loop.checkpoint.checkpoints import Checkpoints
 from ppo_fast.loop.config import OptionError, TrainConfig
 from ppo_fast.loop.data.transitions import require_readable
 from ppo_fast.loop.files import require_file, require_folder
@@ -20,6 +21,7 @@ from ppo_fast.loop.model import export
 from ppo_fast.loop.model.adapters import require_peft
 from ppo_fast.loop.model.layers import check_train_layers
 from ppo_fast.loop.model.load import Size, size_of
+from ppo_fast.loop.ranks.ranks import Ranks
 
 
 def check(config: TrainConfig, device: torch.device, first: bool) -> Size:
@@ -37,6 +39,8 @@ def check(config: TrainConfig, device: torch.device, first: bool) -> Size:
         require_readable(config.transitions)
     if first:
         _check_places(config)
+        if not config.resume:
+            Checkpoints(config, Ranks()).require_finished()
     size = size_of(config.model)
     if size.layers is not None:
         check_train_layers(config.train_layers, size.layers)

@@ -70,16 +70,18 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove the checkpoints of a finished run; OtherRunError for those of another one."""
+        self.require_finished()
+        if self.numbers():
+            shutil.rmtree(self.folder)
+
+    def require_finished(self) -> None:
+        """Raise OtherRunError where the newest checkpoint is not the last one of its run."""
         numbers = self.numbers()
-        if not numbers:
-            return
-        newest = self.path(numbers[-1])
-        if not finished(newest):
+        if numbers and not finished(newest := self.path(numbers[-1])):
             raise OtherRunError(
                 f"{newest} belongs to an unfinished run: --resume goes on with it;"
                 f" remove {self.folder} to start anew, or give another --out"
             )
-        shutil.rmtree(self.folder)
 
     def resume(self, run: Stateful, say: Say) -> None:
         """Put the run where the newest whole checkpoint left it; without any it starts anew.
