@@ -16,6 +16,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaForC
 from ppo_fast.loop import TrainConfig, Trainer, UnsupportedModelError
 from ppo_fast.loop.model.decoder import Decoder
 from ppo_fast.loop.model.layers import decoder_layers, freeze_below
+from ppo_fast.loop.model.load import prompt_limit
 from ppo_fast.loop.model.rounding import allowed_gap
 from ppo_fast.loop.rewards import letters
 
@@ -71,6 +72,11 @@ def test_both_heads_give_one_update(tmp_path: Path, name: str, layers: int, crit
         assert record["steps"] == 4 and record["rollout_gap_max"] < allowed_gap(torch.float32)
     for number in ("reward", "kl", "policy_loss", "value_loss", "grad_norm"):
         assert heads[0][number] == pytest.approx(heads[1][number], rel=1e-3, abs=1e-5)
+
+
+def test_a_context_by_another_name_bounds_prompts() -> None:
+    assert prompt_limit(build("mpt"), 12) == prompt_limit(build("llama"), 12) == 500
+    assert prompt_limit(build("mamba"), 12) is None
 
 
 def test_padding_that_moves_log_probs_is_said(tmp_path: Path) -> None:

@@ -178,10 +178,16 @@ def test_a_resume_tells_all_that_differs_in_one_order(
 
 
 @pytest.mark.usefixtures("rows")
-def test_a_folder_in_use_or_unfinished_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    t = trainer(Path("run"), save_every=1)
+def test_a_folder_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    t = trainer(Path("run"))
     t.begin()
     assert "run is in use by another run (process" in refusal(capsys, "--batch 4")
+    t.close()
+
+
+@pytest.mark.usefixtures("unloaded", "rows")
+def test_the_folder_of_an_unfinished_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    t = trainer(Path("run"), save_every=1)
     t.step()
     t.checkpoints.after_step(t, print)
     t.close()

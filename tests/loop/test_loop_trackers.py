@@ -204,7 +204,7 @@ def test_options_of_a_former_run_are_read_back(tmp_path: Path, spy: Any) -> None
     [
         ("wandb", "No module named 'wandb'; track wandb needs: pip install wandb"),
         ("mlflow", "No module named 'mlflow'; track mlflow needs: pip install mlflow"),
-        ("tensorboard", "No module named 'tensorboard'; track tensorboard needs: pip install tensorboard"),
+        ("tensorboard", "No module named 'tensorboard'; track tensorboard needs: "),
         ("nope", "track must be of aim, clearml, comet_ml, dvclive, mlflow, "),
         ("all", "track must be of aim, "),
     ],
