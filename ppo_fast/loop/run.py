@@ -98,7 +98,9 @@ class Trainer(PPO):
         try:
             if self.config.resume:
                 self.checkpoints.resume(self, say)
-            if self.ranks.first and not self.config.overwrite:
+            if self.ranks.first and self.config.overwrite:
+                self.recorder.track(say)
+            elif self.ranks.first:
                 self._open_log(say)
         except BaseException:
             self.lock.release()
@@ -154,7 +156,7 @@ class Trainer(PPO):
             finally:
                 stop.ending = True
                 try:
-                    if self.agent.optimizer.state:
+                    if self.agent.optimizer.state and (self.recorder.open or not self.ranks.first):
                         folder = export.export(self.agent, self.tokenizer, self.config.out)
                 finally:
                     plot = self.close()
@@ -168,7 +170,7 @@ class Trainer(PPO):
         Returns the curve's path if there is any update.
         """
         try:
-            return self.recorder.close(self.history) if self.recorder.open else None
+            return self.recorder.close(self.history) if self.ranks.first and self.begun else None
         finally:
             self.lock.release()
 
@@ -179,8 +181,8 @@ class Trainer(PPO):
 
     def _open_log(self, say: Say) -> None:
         if not self.config.resume:
-            self.checkpoints.clear()
             self.recorder.begin(say)
+            self.checkpoints.clear()
             return
         lines, lacking = self.recorder.resume(self.updates, say)
         self.history = History(lines)
@@ -268,6 +270,7 @@ def load_trainer(
     if config.transitions is None:
         rewards.taken(reward, columns_of(task.rows))  # raises for one that is not there
     torch.manual_seed(config.seed)
+    report(f"loading {config.model}")
     with from_outside("model", config.model):
         model = load_weights(config.model, tokenizer, device)
     source = (
@@ -291,7 +294,5 @@ def train(
     config: TrainConfig, console: Console, ranks: Ranks | None = None
 ) -> tuple[Trainer, Outcome]:
     """Load what `config` names, train, and return the trainer with the outcome."""
-    say = functools.partial(progress.say, console)
-    say(f"loading {config.resolved().model}")
-    trainer = load_trainer(config, say, ranks)
+    trainer = load_trainer(config, functools.partial(progress.say, console), ranks)
     return trainer, trainer.run(console)

@@ -12,7 +12,7 @@ from ppo_fast.loop.log.history import mean
 from ppo_fast.report.runs import Group
 
 WIDTH, HEIGHT = 420.0, 250.0
-LEFT, RIGHT, TOP, BOTTOM = 76.0, 22.0, 12.0, 46.0
+LEFT, RIGHT, TOP, BOTTOM = 82.0, 22.0, 12.0, 46.0
 # A longer run is drawn in this many points, each the mean over some updates.
 POINTS = 500
 # Smaller numbers are drawn as 0: ticks between them would be no floats.

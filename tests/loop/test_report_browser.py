@@ -48,7 +48,7 @@ def test_curves_are_drawn_and_read_under_the_pointer(browser: Browser, tmp_path:
     lengths = browser.run(
         "return [...document.querySelectorAll('path.line')].map(p => p.getTotalLength())"
     )
-    assert min(lengths) > 300  # of the 322 units between the axes
+    assert min(lengths) > 300  # of the 316 units between the axes
     browser.run("document.querySelector('figure').scrollIntoView()")
     box = browser.run(
         "const r = document.querySelector('svg').getBoundingClientRect();"

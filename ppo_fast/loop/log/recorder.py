@@ -53,7 +53,8 @@ class Recorder:
 
     def begin(self, say: Callable[[str], None]) -> None:
         """Start with an empty log; a tracker that fails is reported to `say`."""
-        self._track(say)
+        if self._trackers is None:
+            self.track(say)
         self._open("w")
         self._describe(None)
 
@@ -62,7 +63,7 @@ class Recorder:
 
         A tracker that fails is reported to `say`.
         """
-        self._track(say)
+        self.track(say)
         for name in LINES:
             _opened(self.folder / name, "a").close()
         _, lacking = cut_back(self.folder / SAMPLES, updates)
@@ -106,21 +107,21 @@ class Recorder:
 
         A step that fails does not keep the others from being done.
         """
-        path = self.folder / REWARD_CURVE
+        path, drawn = self.folder / REWARD_CURVE, len(history) > 0 and self.open
         _run_all(
             [
                 *(functools.partial(_close, f, self.folder / n) for n, f in self._files.items()),
                 lambda: _close(self._board, self.folder / "tensorboard"),
                 lambda: _close(self._trackers, self.folder),
-                lambda: plot(history, path) if history else None,
+                lambda: plot(history, path) if drawn else None,
             ]
         )
-        return path if history else None
+        return path if drawn else None
 
     def _open(self, mode: str) -> None:
         self._files = {name: _opened(self.folder / name, mode) for name in LINES}
 
-    def _track(self, say: Callable[[str], None]) -> None:
+    def track(self, say: Callable[[str], None]) -> None:
         """Start the trackers, before any file is changed."""
         check(self._config)
         self._trackers = Trackers(self._config, say)
