@@ -12,6 +12,7 @@ from loop_helpers import TEXTS, tiny
 from model_zoo import SPECIAL, TYPES, build
 
 from ppo_fast.loop import NonFiniteGradientError, TrainConfig, Trainer, UnsupportedModelError
+from ppo_fast.loop.model.layers import decoder_layers
 from ppo_fast.loop.model.rounding import excess_gap, has_routed_experts
 from ppo_fast.loop.rewards import letters
 
@@ -110,6 +111,8 @@ def test_it_agrees_or_is_refused_by_name(
             build(name)
         return
     model = build(name)
+    said = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    assert said is None or said >= len(decoder_layers(model))  # so that no early check is wrong
     refusal = REFUSED.get(name) or (WHOLE_ONLY.get(name) if layers else None)
     if refusal:
         with pytest.raises(UnsupportedModelError, match=refusal) as caught:
