@@ -12,7 +12,8 @@ from loop_helpers import TEXTS, tiny
 from model_zoo import SPECIAL, TYPES, build
 
 from ppo_fast.loop import NonFiniteGradientError, TrainConfig, Trainer, UnsupportedModelError
-from ppo_fast.loop.model.rounding import excess_gap, has_routed_experts
+from ppo_fast.loop.model.layers import decoder_layers
+from ppo_fast.loop.model.rounding import allowed_gap, has_routed_experts
 from ppo_fast.loop.rewards import letters
 
 # What cannot be made small here, and the error that says so.
@@ -110,6 +111,8 @@ def test_it_agrees_or_is_refused_by_name(
             build(name)
         return
     model = build(name)
+    said = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    assert said is None or said >= len(decoder_layers(model))  # so that no early check is wrong
     refusal = REFUSED.get(name) or (WHOLE_ONLY.get(name) if layers else None)
     if refusal:
         with pytest.raises(UnsupportedModelError, match=refusal) as caught:
@@ -122,8 +125,9 @@ def test_it_agrees_or_is_refused_by_name(
         with pytest.raises(NonFiniteGradientError):
             t.step()
         return
-    gaps = torch.tensor([t.step()["rollout_gap_max"] for _ in range(2)])
-    assert excess_gap(gaps, torch.float32, has_routed_experts(model)) is None
+    # A near tie of experts that is broken otherwise moves single tokens by more than rounding.
+    which = "rollout_gap_mean" if has_routed_experts(model) else "rollout_gap_max"
+    assert max(t.step()[which] for _ in range(2)) <= allowed_gap(torch.float32)
     assert t.updates == 2
 
 
