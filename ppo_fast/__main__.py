@@ -26,6 +26,8 @@ _USAGE = """usage: ppo-fast COMMAND [OPTIONS]
   report  one HTML page of one or more runs (ppo-fast report --help)
   info    versions and usable backends
   bench   measure the ops beside their peers (ppo-fast bench --help lists the options)
+
+  --version  the version alone
 """
 
 
@@ -37,9 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     if command == "report":
         return _report(args)
     if command == "info":
-        return _info()
+        return _info(args)
     if command == "bench":
         return _bench(args)
+    if command in ("-V", "--version"):
+        print(f"ppo_fast {ppo_fast.__version__}")
+        return 0
     print(_USAGE, end="")
     if command in ("-h", "--help"):
         return 0
@@ -52,15 +57,15 @@ def _train(args: list[str]) -> int:
         from rich.console import Console
         from transformers.utils.logging import disable_progress_bar
 
-        from ppo_fast.loop import RunExistsError
-        from ppo_fast.loop.cli import ConfigError, parse
+        from ppo_fast.loop import OptionError
+        from ppo_fast.loop.cli import parse
     except ModuleNotFoundError as error:
         print(f"{error}; `ppo-fast train` needs: pip install 'ppo_fast[train]'", file=sys.stderr)
         return 1
     try:
         config = parse(args)
-    except ConfigError as error:
-        print(f"ppo-fast train: {error}", file=sys.stderr)
+    except OptionError as error:
+        print(_refusal(error), file=sys.stderr)
         return 2
     _write_any_text()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
@@ -75,7 +80,7 @@ def _train(args: list[str]) -> int:
         if said is None:
             raise
         print(said, file=sys.stderr)
-        return 2 if isinstance(error, RunExistsError) else 1
+        return 2 if isinstance(error, (OptionError, ModuleNotFoundError)) else 1
 
 
 def _run(config: TrainConfig, console: Console) -> int:
@@ -105,24 +110,22 @@ def _stopped(error: Exception, config: TrainConfig) -> str | None:
     kept = (loop.RewardLengthError, loop.NonFiniteGradientError, loop.OutOfMemoryStopError)
     if isinstance(error, kept):
         return f"stopped: {error}; what was made is in {config.out}"
-    if isinstance(error, (loop.NoRewardError, TaskError)):
-        # What a reward or a task raised, and where.
-        raised = "" if error.__cause__ is None else traceback_of(error.__cause__) + "\n"
+    # What a reward or a task raised, and where: it may be the user's own code.
+    cause = error.__cause__ if isinstance(error, (loop.NoRewardError, TaskError)) else None
+    raised = "" if cause is None else traceback_of(cause) + "\n"
+    if isinstance(error, (loop.OptionError, ModuleNotFoundError)):
+        return raised + _refusal(error)
+    if isinstance(error, (loop.CheckpointError, loop.RewardError, loop.TrackerError)):
         return f"{raised}stopped: {error}"
-    foreseen = (
-        loop.CheckpointError,
-        loop.DataError,
-        loop.RewardError,
-        loop.RunLockedError,
-        ModuleNotFoundError,
-        loop.TransitionsError,
-        loop.UnsupportedModelError,
-    )
-    if isinstance(error, foreseen):
-        return f"stopped: {error}"
     if isinstance(error, (OSError, SafetensorError)):  # a disk that is full, mostly
         return f"stopped: {_reasons(error)}"
     return None
+
+
+def _refusal(error: Exception) -> str:
+    """One line on an option of which no run can be made."""
+    text = " ".join(str(error).removeprefix("TrainConfig: ").split())
+    return f"ppo-fast train: {text}"
 
 
 def _write_any_text() -> None:
@@ -145,19 +148,25 @@ def _reasons(error: BaseException | None) -> str:
 
 
 def _print_outcome(console: Console, outcome: Outcome) -> None:
+    """Print reward, KL and paths, a line each."""
+    from ppo_fast.loop.log.progress import say
+
     updates = len(outcome.rewards)
     ended = "interrupted after" if outcome.interrupted else "done:"
-    console.print(
-        f"{ended} {updates} updates, KL to the reference {outcome.kl:.2f} nats a sequence"
+    say(
+        console,
+        f"{ended} {updates} updates, KL to the reference {outcome.kl:.2f} nats a sequence",
     )
     if updates:
         change = outcome.last - outcome.first
-        console.print(
+        say(
+            console,
             f"mean reward: first fifth {outcome.first:+.3f}, last fifth {outcome.last:+.3f}"
-            f" ({change:+.3f}); curve: {outcome.plot}"
+            f" ({change:+.3f})",
         )
+        say(console, f"curve: {outcome.plot}")
     if outcome.model is not None:
-        console.print(f"model: {outcome.model}")
+        say(console, f"model: {outcome.model}")
 
 
 def _compare(console: Console, config: TrainConfig, trainer: Trainer) -> None:
@@ -165,16 +174,18 @@ def _compare(console: Console, config: TrainConfig, trainer: Trainer) -> None:
     if config.compare == 0 or trainer.last_batch is None:
         return
     from ppo_fast.loop.compare import compare
+    from ppo_fast.loop.log.progress import say
 
     if trainer.backend == "reference":
-        console.print("ran on the reference backend, so there is nothing to compare it with")
+        say(console, "ran on the reference backend, so there is nothing to compare it with")
         return
     with console.status("comparing with the reference backend"):
         result = compare(trainer, config.compare)
     console.print(result.table(f"one update, medians of {config.compare} on {trainer.device}"))
-    console.print(
+    say(
+        console,
         f"largest difference: loss {result.loss_difference:.2e} (loss {result.loss:.4f}),"
-        f" gradients {result.gradient_difference:.2e} (largest {result.gradient:.2e})"
+        f" gradients {result.gradient_difference:.2e} (largest {result.gradient:.2e})",
     )
 
 
@@ -198,7 +209,8 @@ def _report(args: list[str]) -> int:
     return 0
 
 
-def _info() -> int:
+def _info(args: list[str]) -> int:
+    argparse.ArgumentParser("ppo-fast info", description="Versions and backends.").parse_args(args)
     print(f"ppo_fast {ppo_fast.__version__}, Python {sys.version.split()[0]}")
     for package in ("torch", "triton", "transformers"):
         try:

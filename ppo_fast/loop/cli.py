@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import io
 import json
+import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from ppo_fast.loop.config import Given, TrainConfig
+from ppo_fast.loop.config import Given, OptionError, TrainConfig
 
 _DESCRIPTION = """PPO on a causal language model. The default fine-tunes SmolLM2-135M-Instruct
 to continue film reviews with positive sentiment; --task names other things to learn.
@@ -19,37 +22,49 @@ to continue film reviews with positive sentiment; --task names other things to l
 are given, and options beside it go before it."""
 
 
-class ConfigError(ValueError):
+class ConfigError(OptionError):
     """A configuration file that cannot be read as options."""
 
 
 def parse(args: list[str]) -> TrainConfig:
-    """The options of a command line. Ends the process as tyro does where they are wrong.
+    """The options of a command line. Ends the process as tyro does for those that are none.
 
     Options of `--config FILE` come first, so that those given by hand override them; both count as
     given. Raises `ConfigError` for a file that is not there, is not a JSON object, or has an
-    unknown key.
+    unknown key, and OptionError for an option out of its range.
     """
     parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", type=Path, default=[], metavar="FILE")
     chosen, rest = parser.parse_known_args(args)
     every = [argument for path in chosen.config for argument in arguments(path)] + _joined(rest)
-    return tyro.cli(
-        TrainConfig,
-        args=every,
-        default=TrainConfig(_given=_names(every)),
-        prog="ppo-fast train",
-        description=_DESCRIPTION,
-        config=(tyro.conf.SuppressFixed,),  # what was given is no option
-    )
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(
+                TrainConfig,
+                args=every,
+                default=TrainConfig(_given=_names(every)),
+                prog="ppo-fast train",
+                description=_DESCRIPTION,
+                config=(tyro.conf.SuppressFixed,),  # what was given is no option
+            )
+    except SystemExit as end:
+        # What tyro says in a box of an option out of its range, the error itself says in a line.
+        if isinstance(end.__context__, OptionError):
+            raise end.__context__ from None
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def _joined(args: list[str]) -> list[str]:
-    """The arguments with the rewards that are given one by one as one, with commas between."""
-    parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--reward", action="append", default=[])
-    chosen, rest = parser.parse_known_args(args)
-    return [f"--reward={','.join(chosen.reward)}", *rest] if len(chosen.reward) > 1 else args
+    """The arguments with rewards or trackers given one by one as one, with commas between."""
+    for name in ("reward", "track"):
+        parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
+        parser.add_argument(f"--{name}", action="append", default=[], dest="given")
+        chosen, rest = parser.parse_known_args(args)
+        if len(chosen.given) > 1:
+            args = [f"--{name}={','.join(chosen.given)}", *rest]
+    return args
 
 
 def _names(args: list[str]) -> Given:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ppo_fast.loop.presets import ADVANTAGE_DEFAULTS, QUICK, TASK_DEFAULTS
+from ppo_fast.loop.presets import ADVANTAGE_DEFAULTS, QUICK, TASK_DEFAULTS, TINY
 
 Variant = Literal["clip", "gspo", "cispo", "penalty", "linear"]
 Estimator = Literal["k1", "k2", "k3", "abs"]
@@ -34,6 +34,10 @@ Reduction = Literal[
 _FP32 = torch.finfo(torch.float32)
 # Bounds that inf switches off.
 _BOUNDS = {"max_grad_norm", "vf_clip", "score_clip", "is_truncation", "kl_stop"}
+
+
+class OptionError(ValueError):
+    """An option, or what it names, of which no run can be made: `ppo-fast train` ends with 2."""
 
 
 class Given(frozenset[str]):
@@ -129,8 +133,8 @@ class TrainConfig:
     warmup: int = 8
     """Updates over which the learning rate rises to `lr`: Adam's first steps are its largest."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls from the end of `warmup` to the last update, where it is
-    `lr_end` of its largest."""
+    """Course of the learning rate from the end of `warmup` on; one that falls does so towards
+    `lr_end`, a share of it."""
     lr_end: float = 0.0
     critic_lr: float | None = None
     """Learning rate of the critic, on the same schedule; absent, that of the policy."""
@@ -138,7 +142,8 @@ class TrainConfig:
     """AdamW's, of matrices alone: norms and biases do not decay."""
     max_grad_norm: float = 1.0
     train_layers: int = 6
-    """Trainable layers, counted from the top, with the final norm; 0 trains the whole model."""
+    """Trainable layers, counted from the top, with the final norm; 0 trains the whole model, and
+    is the default of "tiny"."""
 
     is_truncation: float | None = None
     """Cap of the importance weights min(exp(old - sampler's log-prob), cap) on the policy loss;
@@ -165,8 +170,8 @@ class TrainConfig:
     dual_clip: float | None = None
     """Bound of ratio times advantage where that is negative (Ye et al. 2020), above 1."""
     reduction: Reduction = "token-mean"
-    """How a minibatch's tokens become its policy loss. "seq-mean-token-sum-norm" divides by the
-    sequences times `max_new_tokens` (Liu et al. 2025, Dr. GRPO)."""
+    """Mean or sum that makes a minibatch's policy loss of its tokens. "seq-mean-token-sum-norm"
+    divides by the sequences times `max_new_tokens` (Liu et al. 2025, Dr. GRPO)."""
     entropy_coef: float = 0.0
     loss_kl_coef: float | None = None
     """KL coefficient inside the loss: the reference KL of clip, gspo and cispo (default 0), the
@@ -211,7 +216,10 @@ class TrainConfig:
     """Completions of each; the log has their mean reward, and the mean of each prompt's best."""
 
     tensorboard: bool = False
-    """Also write the log's numbers for TensorBoard, into the folder `tensorboard` of `out`."""
+    """The same as `track` with "tensorboard"."""
+    track: str | None = None
+    """Trackers that also get the log's numbers, given one by one or with commas: "tensorboard",
+    into the folder of that name in `out`, or one of accelerate's, as "wandb" or "mlflow"."""
     save_every: int = 10
     """Updates between checkpoints, written also at Ctrl-C and at the end; 0 writes none."""
     keep_checkpoints: int = 2
@@ -263,6 +271,8 @@ class TrainConfig:
         own = TASK_DEFAULTS.get(self.task, {}) | (QUICK if self.quick else {})
         own |= ADVANTAGE_DEFAULTS.get(self.advantages, {})
         given: Given = vars(self)["_given"]
+        if (self.model if "model" in given else own.get("model", self.model)) == "tiny":
+            own |= TINY
         return {name: value for name, value in own.items() if name not in given}
 
     @property
@@ -277,6 +287,11 @@ class TrainConfig:
             return [1.0] * n
         return [float(weight) for weight in self.reward_weights.split(",")]
 
+    def trackers(self) -> list[str]:
+        """The names in `track`, each once, with that of TensorBoard where `tensorboard` is set."""
+        names = [name.strip() for name in (self.track or "").split(",") if name.strip()]
+        return list(dict.fromkeys(["tensorboard"] * self.tensorboard + names))
+
     def absolute(self) -> TrainConfig:
         """The options with absolute paths, which stay where they are when the process moves."""
         paths = {name: getattr(self, name) for name in ("out", "transitions", "save_transitions")}
@@ -285,7 +300,7 @@ class TrainConfig:
 
 
 def _check(config: TrainConfig) -> None:
-    """Raise ValueError for an option out of its range; the message names it and its value."""
+    """Raise OptionError for an option out of its range; the message names it and its value."""
     for option in dataclasses.fields(config):
         _check_number(config, option.name, str(option.type))
     for name in ("updates", "batch", "prompt_words", "max_new_tokens", "epochs"):
@@ -378,4 +393,4 @@ def _check_number(config: TrainConfig, name: str, kind: str) -> None:
 
 def _require(config: TrainConfig, name: str, ok: object, wanted: str) -> None:
     if not ok:
-        raise ValueError(f"TrainConfig: {name} must be {wanted}, got {getattr(config, name)}")
+        raise OptionError(f"TrainConfig: {name} must be {wanted}, got {getattr(config, name)}")

@@ -7,6 +7,7 @@ import json
 import torch
 
 from ppo_fast.loop.collect import Collector
+from ppo_fast.loop.config import OptionError
 from ppo_fast.loop.data.prompts import Prompt, Row
 from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.log.history import mean
@@ -16,13 +17,13 @@ from ppo_fast.loop.log.meter import Phases
 def held_out(rows: list[Row], n: int) -> tuple[list[Row], list[Row]]:
     """The rows but the last `n`, and these; prompts that are among both are left to the last.
 
-    Raises ValueError where nothing is left to train on.
+    Raises OptionError where nothing is left to train on.
     """
     held = rows[-n:]
     known = {json.dumps(row.prompt) for row in held}
     left = [row for row in rows[:-n] if json.dumps(row.prompt) not in known]
     if not left:
-        raise ValueError(
+        raise OptionError(
             f"eval_prompts must leave prompts to train on, got {n} of {len(rows)}: lower it, or"
             " give eval_data"
         )

@@ -14,7 +14,7 @@ from ppo_fast.loop import evaluate, rewards
 from ppo_fast.loop.checkpoint import state
 from ppo_fast.loop.coefficients import adapt_penalty, adapt_reward_kl, lr_share
 from ppo_fast.loop.collect import Collector
-from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.config import OptionError, TrainConfig
 from ppo_fast.loop.data.chat import rendered
 from ppo_fast.loop.data.experience import Experience, Plan, advantages, make_plan, weighted
 from ppo_fast.loop.data.prompts import Prompt, PromptStream, Row, as_rows, columns_of
@@ -92,6 +92,8 @@ class PPO:
         record: Record = {
             "update": self.updates,
             **told,
+            **sample.lengths(),
+            "reward_std": sample.scores.std,
             "dropped": sample.scores.faults,
             "batch": len(sample.prompts),
             "seconds": phases.seconds,
@@ -120,13 +122,13 @@ class PPO:
         rows, held = as_rows(prompts, c.prompt_field), list[Row]()
         if c.eval_every == 0:
             if held_out is not None:
-                raise ValueError("held_out must be absent with eval_every 0, got prompts")
+                raise OptionError("held_out must be absent with eval_every 0, got prompts")
         elif held_out is None:
             rows, held = evaluate.held_out(rows, c.eval_prompts)
         else:
             held = as_rows(held_out, c.prompt_field)[: c.eval_prompts]
         if held and rewards.learns(self.reward):
-            raise ValueError(
+            raise OptionError(
                 f"eval_every must be 0 with a reward that learns from calls, got {c.eval_every}"
             )
         for some in (rows, held) if held else (rows,):

@@ -19,20 +19,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ppo_fast.loop import rewards, tasks
+from ppo_fast.loop import preflight, rewards, tasks
 from ppo_fast.loop.checkpoint.checkpoints import Checkpoints
 from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.data.chat import rendered
 from ppo_fast.loop.data.prompts import columns_of
 from ppo_fast.loop.data.replay import TransitionStream, TransitionWriter, open_transitions
-from ppo_fast.loop.files import require_file, require_folder
-from ppo_fast.loop.log import recorder
+from ppo_fast.loop.log import progress, recorder
 from ppo_fast.loop.log.history import History, Record, fifths
 from ppo_fast.loop.log.lock import RunLock
-from ppo_fast.loop.log.progress import progress_bar
 from ppo_fast.loop.model import export
-from ppo_fast.loop.model.load import load_model
+from ppo_fast.loop.model.load import from_outside, load_tokenizer, load_weights
 from ppo_fast.loop.ppo import PPO
 from ppo_fast.loop.ranks.ranks import RankFailedError, Ranks, device_of
+from ppo_fast.loop.sampling.sampler import check_lengths
 
 Say = Callable[[str], None]
 
@@ -51,10 +51,6 @@ class Outcome:
     interrupted: bool
     plot: Path | None
     model: Path | None
-
-
-class RunExistsError(FileExistsError):
-    """A folder holds a run, which is neither to be resumed nor to be overwritten."""
 
 
 class Trainer(PPO):
@@ -102,7 +98,9 @@ class Trainer(PPO):
         try:
             if self.config.resume:
                 self.checkpoints.resume(self, say)
-            if self.ranks.first and not self.config.overwrite:
+            if self.ranks.first and self.config.overwrite:
+                self.recorder.track(say)
+            elif self.ranks.first:
                 self._open_log(say)
         except BaseException:
             self.lock.release()
@@ -134,19 +132,19 @@ class Trainer(PPO):
         Only a model that no optimiser step has changed is not.
         """
         interrupted, plot, folder = False, None, None
-        say = functools.partial(console.print, markup=False)
+        say = functools.partial(progress.say, console)
         if self.begun:
             self.ranks.from_first(self.lock.hold)
         else:
             self.begin(say)
         with deferred_signals(say, hold=self.ranks.size > 1) as stop:
             try:
-                with progress_bar(console, self.updates, self.config.updates) as show:
+                with progress.progress_bar(console, self.updates, self.config.updates) as show:
                     while self.updates < self.config.updates and not self.ranks.any(stop.asked):
                         record = self.step()
                         self.watch.tell(say)
                         _say_evaluation(self.config, record, say)
-                        show(record, self.history)
+                        show(record, self.history, self.recorder.sampled)
                         self.checkpoints.after_step(self, say)
                 interrupted = self.updates < self.config.updates
                 self.checkpoints.finish(self)
@@ -158,7 +156,7 @@ class Trainer(PPO):
             finally:
                 stop.ending = True
                 try:
-                    if self.agent.optimizer.state:
+                    if self.agent.optimizer.state and (self.recorder.open or not self.ranks.first):
                         folder = export.export(self.agent, self.tokenizer, self.config.out)
                 finally:
                     plot = self.close()
@@ -172,21 +170,21 @@ class Trainer(PPO):
         Returns the curve's path if there is any update.
         """
         try:
-            return self.recorder.close(self.history) if self.recorder.open else None
+            return self.recorder.close(self.history) if self.ranks.first and self.begun else None
         finally:
             self.lock.release()
 
     def _take_folder(self) -> None:
         """Lock the folder, which must have room for this run."""
-        require_places(self.config.out)
-        self.lock.claim(lambda: require_new(self.config))
+        preflight.require_places(self.config.out)
+        self.lock.claim(lambda: preflight.require_new(self.config))
 
     def _open_log(self, say: Say) -> None:
         if not self.config.resume:
+            self.recorder.begin(say)
             self.checkpoints.clear()
-            self.recorder.begin()
             return
-        lines, lacking = self.recorder.resume(self.updates)
+        lines, lacking = self.recorder.resume(self.updates, say)
         self.history = History(lines)
         for text in lacking:
             say(f"warning: {text}")
@@ -194,7 +192,6 @@ class Trainer(PPO):
 
 def _say_evaluation(config: TrainConfig, record: Record, say: Say) -> None:
     """Tell the evaluations in a record: before the first update, and after this one."""
-    done = f"after {record['update'] + 1} updates"
     done = f"after {record['update'] + 1} updates"
     for end, when in (("_before", "before the first update"), ("", done)):
         if f"eval_reward{end}" not in record:
@@ -205,40 +202,6 @@ def _say_evaluation(config: TrainConfig, record: Record, say: Say) -> None:
         if lost := record.get(f"eval_dropped{end}"):
             text += f", {lost} without a reward"
         say(text)
-
-
-def require_places(folder: Path) -> None:
-    """Raise OSError where something else stands in the place of a file or folder of a run."""
-    for name in recorder.FILES:
-        require_file(folder / name)
-    for name in export.FOLDERS:
-        export.require_model_folder(folder / name)
-    for name in ("checkpoints", "tensorboard"):
-        require_folder(folder / name, link=True)
-
-
-def require_new(config: TrainConfig) -> None:
-    """Raise `RunExistsError` for a run that is in the place of this one, and would be lost."""
-    if config.resume or config.overwrite:
-        return
-    out = config.out
-    logs = [path for name in recorder.LINES if _size(path := out / name)]
-    folders = [out / name for name in ("checkpoints", *export.FOLDERS)]
-    found = [*logs, *(path for path in folders if path.is_dir() and any(path.iterdir()))]
-    if found:
-        raise RunExistsError(
-            f"out {out} holds a run ({', '.join(path.name for path in found)}): --resume goes on"
-            " with it, --overwrite makes a new one in its place, or give another --out"
-        )
-    stored = config.save_transitions
-    if stored is not None and _size(stored):
-        raise RunExistsError(
-            f"save_transitions {stored} is there: --overwrite writes another in its place"
-        )
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 class Stop:
@@ -287,17 +250,29 @@ def deferred_signals(say: Callable[[str], None], hold: bool = False) -> Iterator
 def load_trainer(
     config: TrainConfig, report: Callable[[str], None] = print, ranks: Ranks | None = None
 ) -> Trainer:
-    """A trainer of what `config` names: model, prompts or transitions, and reward."""
+    """A trainer of what `config` names: model, prompts or transitions, and reward.
+
+    What can be checked without the model's weights is checked before they are loaded. Raises
+    OptionError, which names the option, and ModuleNotFoundError for a package that one needs.
+    """
     config = config.resolved().absolute()
-    require_new(config)
     device = device_of(config)
+    context = preflight.check(config, device, ranks is None or ranks.first).context
     task = tasks.load_task(config, report)
+    held = tasks.load_held_out(config, report)
+    with from_outside("model", config.model):
+        tokenizer = load_tokenizer(config.model, task.texts[:200])
+    if config.transitions is None:
+        limit = None if context is None else context - config.max_new_tokens
+        texts = rendered([*task.rows, *(held or [])], tokenizer, config.chat, config.system)
+        check_lengths(tokenizer, [prompt.text for prompt in texts], limit)
     reward = rewards.load_reward(config, task.reward, device)
     if config.transitions is None:
         rewards.taken(reward, columns_of(task.rows))  # raises for one that is not there
-    held = tasks.load_held_out(config, report)
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model(config.model, task.texts[:200], device)
+    report(f"loading {config.model}")
+    with from_outside("model", config.model):
+        model = load_weights(config.model, tokenizer, device)
     source = (
         task.rows
         if config.transitions is None
@@ -319,6 +294,5 @@ def train(
     config: TrainConfig, console: Console, ranks: Ranks | None = None
 ) -> tuple[Trainer, Outcome]:
     """Load what `config` names, train, and return the trainer with the outcome."""
-    console.print(f"loading {config.resolved().model}")
-    trainer = load_trainer(config, lambda line: console.print(line, markup=False), ranks)
+    trainer = load_trainer(config, functools.partial(progress.say, console), ranks)
     return trainer, trainer.run(console)

@@ -134,7 +134,7 @@ def numbers(agent: Agent, stats: ppo_fast.Stats) -> dict[str, float]:
 
 
 class _Divisors(NamedTuple):
-    """What a minibatch's policy loss and value loss divide by; the latter is its tokens."""
+    """Divisors of a minibatch's policy loss and of its value loss, which is its tokens."""
 
     policy: Tensor
     tokens: Tensor

@@ -4,32 +4,77 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ppo_fast.loop.log.history import mean
 from ppo_fast.report.runs import Group
 
-WIDTH, HEIGHT = 420.0, 230.0
-LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 10.0, 30.0
+WIDTH, HEIGHT = 420.0, 250.0
+LEFT, RIGHT, TOP, BOTTOM = 82.0, 22.0, 12.0, 46.0
 # A longer run is drawn in this many points, each the mean over some updates.
 POINTS = 500
 # Smaller numbers are drawn as 0: ticks between them would be no floats.
 _TINY = 1e-290
 # Outliers are drawn at most so many heights away, out of sight in any case.
 _FAR = 1e6
-# Log key, title, unit, and the least value that is drawn where outliers would flatten the rest.
-CURVES = (
-    ("reward", "Reward", "mean of the batch", None),
-    ("kl", "KL to the reference", "nats a sequence", None),
-    ("clip_frac", "Clip fraction", "share of the tokens", None),
-    ("entropy", "Entropy", "nats a token", None),
-    ("value_loss", "Value loss", "", None),
-    ("explained_variance", "Explained variance", "of the returns, by the critic", -1.0),
-    ("ess", "Effective sample size", "share of the tokens", None),
-    ("grad_norm", "Gradient norm", "before clipping", None),
-    ("tokens_per_second", "Tokens per second", "of the whole update", None),
-)
+# A curve of single updates has a point at each of them, up to this number.
+_MARKED = 60
+
+
+class Plotted(NamedTuple):
+    """A number of the log: its key, the chart's title, the y axis and a remark.
+
+    `floor` is the least value that is drawn where outliers would flatten the rest. `when` says in
+    which logs it has a chart: in all, and the page says where it is lacking; in those that have
+    it; or in those that have another number than 0. `sparse` numbers are in some updates alone,
+    and their curve goes on from one to the next.
+    """
+
+    key: str
+    title: str
+    unit: str
+    remark: str = ""
+    floor: float | None = None
+    when: Literal["usual", "there", "used"] = "usual"
+    sparse: bool = False
+
+
+SECTIONS: dict[str, tuple[Plotted, ...]] = {
+    "Reward and responses": (
+        Plotted("reward", "Reward", "reward", "mean of the batch"),
+        Plotted("reward_std", "Spread of the rewards", "reward", "std of the batch", when="there"),
+        Plotted(
+            "eval_reward", "Evaluation", "reward", "mean of its prompts", when="there", sparse=True
+        ),
+        Plotted("eval_best", "Evaluation, best", "reward", when="there", sparse=True),
+        Plotted("response_length", "Response length", "tokens", "mean, with EOS", when="there"),
+        Plotted("ended", "Ended by EOS", "share of the completions", when="there"),
+    ),
+    "Policy": (
+        Plotted("kl", "KL to the reference", "nats a sequence"),
+        Plotted("clip_frac", "Clip fraction", "share of the tokens"),
+        Plotted("entropy", "Entropy", "nats a token"),
+        Plotted("ess", "Effective sample size", "share of the tokens"),
+        Plotted("grad_norm", "Gradient norm", "L2 norm", "before clipping"),
+    ),
+    "Critic": (
+        Plotted("value_loss", "Value loss", "reward squared"),
+        Plotted("explained_variance", "Explained variance", "share", "of the returns", floor=-1.0),
+    ),
+    "Schedules and speed": (
+        Plotted("lr", "Learning rate", "lr", when="there"),
+        Plotted("critic_lr", "Learning rate of the critic", "lr", when="there"),
+        Plotted("kl_coef", "KL coefficient", "reward a nat", "in the reward", when="there"),
+        Plotted("loss_kl_coef", "KL coefficient", "loss a nat", "in the loss", when="used"),
+        Plotted("tokens_per_second", "Tokens per second", "tokens/s", "of the whole update"),
+    ),
+}
+CURVES = tuple(plotted for section in SECTIONS.values() for plotted in section)
+
+
+Spread = tuple[float, float, float]  # mean, lowest and highest
 
 
 class Tick(NamedTuple):
@@ -55,9 +100,7 @@ class Curve:
 class Chart:
     """A chart ready to be drawn; without `curves` there was no number to draw."""
 
-    key: str
-    title: str
-    unit: str
+    plotted: Plotted
     updates: list[int]
     at: list[float]
     x: list[Tick]
@@ -87,45 +130,51 @@ class Scale(NamedTuple):
 
 def charts(groups: list[Group]) -> list[Chart]:
     """All charts, each with a curve per group."""
-    return [chart(groups, *curve) for curve in CURVES]
+    return [chart(groups, plotted) for plotted in CURVES]
 
 
-def chart(groups: list[Group], key: str, title: str, unit: str, floor: float | None) -> Chart:
+def chart(groups: list[Group], plotted: Plotted) -> Chart:
     """One number of the log over the updates of all groups."""
     every = sorted({update for g in groups for run in g.runs for update in run.records})
     size = math.ceil(len(every) / POINTS)
     bins = [every[i : i + size] for i in range(0, len(every), size)]
     updates = [part[0] for part in bins]
-    spreads = [[spread(g, key, part) for part in bins] for g in groups]
+    spreads = [[spread(g, plotted.key, part) for part in bins] for g in groups]
     numbers = [v for values in spreads for s in values if s for v in s]
-    if not numbers:
-        return Chart(key, title, unit, updates, [], [], [], [])
+    if not numbers or (plotted.when == "used" and not any(numbers)):
+        return Chart(plotted, updates, [], [], [], [])
     low, high = min(numbers), max(numbers)
-    low = low if floor is None else max(low, min(floor, high))
+    low = low if plotted.floor is None else max(low, min(plotted.floor, high))
     low, high = widened(low, high)
     y = Scale(low, high, HEIGHT - BOTTOM, TOP)
     x = Scale(updates[0], max(updates[-1], updates[0] + 1), LEFT, WIDTH - RIGHT)
-    x_ticks = [t for t in ticks(x.low, x.high) if t == int(t)]
+    at, drawn = [x(u) for u in updates], sparse_curve if plotted.sparse else curve
     return Chart(
-        key,
-        title,
-        unit,
+        plotted,
         updates,
-        [x(u) for u in updates],
-        [Tick(x(t), str(int(t))) for t in x_ticks],
+        at,
+        [Tick(x(t), text(t)) for t in ticks(x.low, x.high) if t == int(t)],
         [Tick(y(t), text(t)) for t in ticks(low, high)],
-        [curve(values, [x(u) for u in updates], y) for values in spreads],
+        [drawn(values, at, y) for values in spreads],
     )
 
 
-def spread(group: Group, key: str, updates: list[int]) -> tuple[float, float, float] | None:
+def spread(group: Group, key: str, updates: list[int]) -> Spread | None:
     """Mean, lowest and highest of the group's runs at some updates; None where no run has any."""
     found = [run.records.get(u, {}).get(key) for run in group.runs for u in updates]
     values = [v for v in found if v is not None]
     return (mean(values), min(values), max(values)) if values else None
 
 
-def curve(values: list[tuple[float, float, float] | None], at: list[float], y: Scale) -> Curve:
+def sparse_curve(values: list[Spread | None], at: list[float], y: Scale) -> Curve:
+    """A curve from each value to the next, over all that is not there, with its points marked."""
+    there = [(x, value) for x, value in zip(at, values, strict=True) if value is not None]
+    drawn = curve([value for _, value in there], [x for x, _ in there], y)
+    marked = [(x, y(value[0])) for x, value in there] if len(there) <= _MARKED else drawn.points
+    return Curve(drawn.line, drawn.band, marked, *_columns(values))
+
+
+def curve(values: Sequence[Spread | None], at: list[float], y: Scale) -> Curve:
     """Paths through the values that are there; a gap interrupts them."""
     stretches: list[list[tuple[float, float, float, float]]] = [[]]
     for x, value in zip(at, values, strict=True):
@@ -141,8 +190,11 @@ def curve(values: list[tuple[float, float, float] | None], at: list[float], y: S
         for part in kept
     )
     points = [(part[0][0], part[0][1]) for part in kept if len(part) == 1]
-    columns = [[None if v is None else _rounded(v[k]) for v in values] for k in range(3)]
-    return Curve(line, band, points, *columns)
+    return Curve(line, band, points, *_columns(values))
+
+
+def _columns(values: Sequence[Spread | None]) -> list[list[float | None]]:
+    return [[None if v is None else _rounded(v[k]) for v in values] for k in range(3)]
 
 
 def widened(low: float, high: float) -> tuple[float, float]:
@@ -166,10 +218,15 @@ def ticks(low: float, high: float, n: int = 4) -> list[float]:
 
 
 def text(value: float) -> str:
-    """A tick's number: four digits, thousands as k, powers of ten from 1e9 on."""
+    """A tick's number: four digits, thousands as k, powers of ten from 1e9 on and below 1e-3."""
     if 10_000 <= abs(value) < 1e9:
-        return f"{value / 1000:.4g}k"
-    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+        said = f"{value / 1000:.4g}k"
+    elif 0 < abs(value) < 1e-3:
+        digits, power = f"{value:.3e}".split("e")
+        said = f"{float(digits):g}e{int(power)}"
+    else:
+        said = f"{value:.4g}"
+    return said.replace("-", "\N{MINUS SIGN}")
 
 
 def _rounded(value: float) -> float:

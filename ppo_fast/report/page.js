@@ -33,3 +33,51 @@ for (const figure of document.querySelectorAll("figure:has(svg)")) {
     box.hidden = true;
   });
 }
+
+// Samples: each pane pages through the updates of its run, on its own.
+const card = ([prompt, completion, verdict, fault]) => {
+  const made = document.getElementById("card").content.cloneNode(true);
+  made.querySelector(".prompt bdi").textContent = prompt;
+  made.querySelector(".completion bdi").textContent = completion;
+  made.querySelector(".verdict").textContent = verdict;
+  made.querySelector(".verdict").classList.toggle("warn", fault);
+  return made;
+};
+const runs = [...document.querySelectorAll(".run")];
+for (const run of runs) {
+  let parsed;
+  const data = () => (parsed ??= JSON.parse(run.querySelector("script").textContent));
+  for (const pager of run.querySelectorAll(".pager")) {
+    const pane = pager.parentElement;
+    const slider = pager.querySelector("input");
+    const show = (place) => {
+      const { updates, cards } = data();
+      slider.value = place;
+      const at = slider.valueAsNumber;
+      slider.setAttribute("aria-valuetext", `update ${updates[at]}`);
+      pane.querySelector("h4 span").textContent = updates[at];
+      pane.querySelector("h4 small")?.toggleAttribute("hidden", updates[at] !== 0);
+      pane.querySelector(".cards").replaceChildren(...cards[at].map(card));
+    };
+    slider.addEventListener("input", () => show(slider.valueAsNumber));
+    const places = {
+      first: () => 0,
+      previous: () => slider.valueAsNumber - 1,
+      next: () => slider.valueAsNumber + 1,
+      last: () => Number(slider.max),
+    };
+    for (const button of pager.querySelectorAll("button")) {
+      button.addEventListener("click", () => show(places[button.value]()));
+    }
+    pager.hidden = false;
+  }
+}
+const chooser = document.querySelector(".chooser");
+if (chooser) {
+  const select = chooser.querySelector("select");
+  const choose = () => runs.forEach((run, i) => { run.hidden = i !== select.selectedIndex; });
+  select.addEventListener("change", choose);
+  runs.forEach((run) => { run.querySelector("h3").hidden = true; });
+  chooser.hidden = false;
+  choose();
+}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
+import json
 import math
 import os
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ppo_fast.loop.log.alarms import alarms
+from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.log.alarms import alarms, by_name
 from ppo_fast.loop.log.fields import Record
 from ppo_fast.loop.log.history import History, fifths, mean
 from ppo_fast.report import charts
@@ -18,6 +21,38 @@ from ppo_fast.report.runs import FILES, Group, Run, RunError, differing, grouped
 
 _HERE = Path(__file__).parent
 PHASES = ("rollout", "reward", "scoring", "advantages", "update")
+# Characters of a sample's text that the page has, and of all samples together.
+_LONGEST, _ROOM = 4_000, 8_000_000
+_MARKUP = 100  # characters around a sample
+
+Row = tuple[str, list[Any], bool]  # of the options: key, values, whether they differ
+
+
+class Card(NamedTuple):
+    """A sample as the page shows it; `verdict` is its reward, or its fault if `fault` is set."""
+
+    prompt: str
+    completion: str
+    verdict: str
+    fault: bool
+
+
+class Shots(NamedTuple):
+    """A run's samples: updates, ascending, the cards of each, and what was left out in words."""
+
+    run: Run
+    updates: list[int]
+    cards: list[list[Card]]
+    note: str
+
+    @property
+    def ends(self) -> list[int]:
+        """Places of the first and the last update; one where there is one."""
+        return list(dict.fromkeys([0, len(self.updates) - 1]))
+
+    def data(self) -> dict[str, Any]:
+        """Data of the page's script."""
+        return {"updates": self.updates, "cards": self.cards}
 
 
 def write_report(folders: list[Path], out: Path | None = None) -> Path:
@@ -67,6 +102,8 @@ def page(runs: list[Run]) -> str:
     # The page's policy allows this script and no other, whatever a sample holds.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     groups = grouped(runs)
+    drawn = charts.charts(groups)
+    configs = [run.config for run in runs]
     return env.get_template("page.html").render(
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
@@ -74,13 +111,21 @@ def page(runs: list[Run]) -> str:
         runs=runs,
         groups=groups,
         charts=charts,
-        drawn=charts.charts(groups),
-        phases=PHASES,
+        sections=[
+            (name, found)
+            for name, plotted in charts.SECTIONS.items()
+            if (found := [c for c in drawn if c.curves and c.plotted in plotted])
+        ],
+        lacking=[c.plotted.title for c in drawn if not c.curves and c.plotted.when == "usual"],
         rows=[(g, run, summary(run)) for g in groups for run in g.runs],
-        alarms=[(run, alarm) for run in runs for alarm in alarms(History(run.records.values()))],
+        alarms=[
+            (run, onsets)
+            for run in runs
+            for onsets in by_name(alarms(History(run.records.values()))).values()
+        ],
         seconds=[phase_seconds(g) for g in groups],
-        sampled=[(g, examples(g)) for g in groups if g.runs[0].samples],
-        config=table([run.config for run in runs]),
+        sampled=[samples(run, _ROOM // len(runs)) for run in runs if run.samples],
+        config=folded(table(configs)),
         versions=table([run.versions for run in runs]),
     )
 
@@ -112,17 +157,34 @@ def phase_seconds(group: Group) -> dict[str, float]:
     return {p: sum(r["seconds"].get(p, 0.0) for r in records) / len(records) for p in ordered}
 
 
-def examples(group: Group) -> list[tuple[int, list[Record]]]:
-    """The samples of the first and of the last update that has some, of the group's first run."""
-    samples = group.runs[0].samples
-    updates = sorted({s["update"] for s in samples})
-    return [
-        (u, [s for s in samples if s["update"] == u])
-        for u in dict.fromkeys(updates[:1] + updates[-1:])
-    ]
+def samples(run: Run, room: int) -> Shots:
+    """A run's samples, at most about `room` characters of them: else of evenly spaced updates."""
+    found: dict[int, list[Card]] = {}
+    cut = 0
+    for sample in sorted(run.samples, key=lambda sample: int(sample["update"])):
+        prompt, completion = shown(sample["prompt"]), shown(sample["completion"])
+        cut += max(len(prompt), len(completion)) > _LONGEST
+        fault = "fault" in sample
+        verdict = shown(sample["fault"]) if fault else number(sample["reward"], "{:+.3f}")
+        card = Card(_shortened(prompt), _shortened(completion), _shortened(verdict), fault)
+        found.setdefault(sample["update"], []).append(card)
+    size = sum(sum(map(len, card[:3])) + _MARKUP for cards in found.values() for card in cards)
+    every, updates = math.ceil(size / room), list(found)
+    kept = [*updates[:-1:every], updates[-1]]
+    notes = []
+    if len(kept) < len(updates):
+        notes.append(f"{len(kept)} of the {len(updates)} updates with samples, evenly spaced")
+    if cut:
+        notes.append(f"the first {_LONGEST} characters of longer texts (samples: {cut})")
+    note = f"The page has {', and '.join(notes)}; samples.jsonl has all." if notes else ""
+    return Shots(run, kept, [found[u] for u in kept], note)
 
 
-def table(dicts: list[Record]) -> list[tuple[str, list[Any], bool]]:
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+
+
+def table(dicts: list[Record]) -> list[Row]:
     """Key, value of each run (one where all agree) and whether they differ; those first."""
     differ = differing(dicts)
     keys = dict.fromkeys(key for d in dicts for key in d)
@@ -130,6 +192,17 @@ def table(dicts: list[Record]) -> list[tuple[str, list[Any], bool]]:
         (k, [d.get(k) for d in dicts] if k in differ else [dicts[0][k]], k in differ) for k in keys
     ]
     return sorted(rows, key=lambda row: not row[2])
+
+
+def folded(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of options that differ, or are not at their default, and the others."""
+    defaults = {f.name: _written(f.default) for f in dataclasses.fields(TrainConfig)}
+    plain = [r for r in rows if not r[2] and _written(r[1][0]) == defaults.get(r[0])]
+    return [row for row in rows if row not in plain], plain
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, default=str, sort_keys=True)
 
 
 def number(value: float, form: str = "{:.3f}") -> str:

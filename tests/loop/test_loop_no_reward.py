@@ -160,8 +160,10 @@ def test_the_command_names_a_column_that_is_not_there(module: Path, capsys: Any)
         def judge(prompts, completions, answer):
             return [1.0] * len(completions)
     """
-    assert train(module, code) == 1
-    said = "stopped: reward judge takes answer, which must be columns of the data; there are"
+    assert train(module, code) == 2
+    said = (
+        "ppo-fast train: reward judge takes answer, which must be columns of the data; there are"
+    )
     assert capsys.readouterr().err.startswith(said)
 
 
@@ -180,9 +182,9 @@ def test_a_reward_that_cannot_be_loaded_is_named(
     module: Path, capsys: Any, code: str, reward: str, message: str
 ) -> None:
     """Its own exceptions come with their traceback."""
-    assert train(module, code, reward=reward) == 1
+    assert train(module, code, reward=reward) == 2
     error = capsys.readouterr().err
-    assert message in error.splitlines()[-1] and "stopped: reward" in error.splitlines()[-1]
+    assert message in error.splitlines()[-1] and "ppo-fast train: reward" in error.splitlines()[-1]
     assert (str(module) in error) == (" raised " in message)
 
 
@@ -193,6 +195,6 @@ def test_a_task_that_fails_is_named(
         raise KeyError("text")
 
     monkeypatch.setitem(__import__("ppo_fast").loop.tasks.TASKS, "sentiment", broken)
-    assert train(module, "", reward="letters") == 1
+    assert train(module, "", reward="letters") == 2
     error = capsys.readouterr().err
     assert "in broken" in error and "task 'sentiment' raised KeyError: 'text'" in error

@@ -105,7 +105,7 @@ def test_the_command_refuses_before_a_model_is_loaded(
     line = f"train --model no/such/model --device cpu --out {tmp_path}"
     assert main(line.split()) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"stopped: out {tmp_path} holds a run (log.jsonl)")
+    assert said.startswith(f"ppo-fast train: out {tmp_path} holds a run (log.jsonl)")
     assert said.count("\n") == 1
     with pytest.raises(ValueError, match="overwrite must be off with resume, got True"):
         trainer(tmp_path, resume=True, overwrite=True)

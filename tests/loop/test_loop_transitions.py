@@ -235,7 +235,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     records = [json.loads(x) for x in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
     assert [r["n_tokens"] > 0 and 0.5 < r["is_ess"] <= 1 for r in records] == [True, True]
     own.write_text("")
-    assert main([*options, *stored, "--overwrite"]) == 1
+    assert main([*options, *stored, "--overwrite"]) == 2
     assert "no rows" in capsys.readouterr().err
 
 

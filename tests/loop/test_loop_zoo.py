@@ -12,7 +12,8 @@ from loop_helpers import TEXTS, tiny
 from model_zoo import SPECIAL, TYPES, build
 
 from ppo_fast.loop import NonFiniteGradientError, TrainConfig, Trainer, UnsupportedModelError
-from ppo_fast.loop.model.rounding import excess_gap, has_routed_experts
+from ppo_fast.loop.model.layers import decoder_layers
+from ppo_fast.loop.model.rounding import allowed_gap, has_routed_experts
 from ppo_fast.loop.rewards import letters
 
 # What cannot be made small here, and the error that says so.
@@ -69,7 +70,15 @@ WHOLE_ONLY = {
 OVERFLOWING = {"gemma3n_text"}
 
 
-def made(out: Path, model: Any, head: Any, layers: int) -> Trainer:
+COMBINATIONS = [
+    (head, layers, critic)
+    for head in ("linear", "logits")
+    for layers in (0, 1)
+    for critic in ("shared", "separate")
+]
+
+
+def made(out: Path, model: Any, head: Any, layers: int, critic: Any = "shared") -> Trainer:
     config = TrainConfig(
         out=out,
         updates=2,
@@ -80,6 +89,7 @@ def made(out: Path, model: Any, head: Any, layers: int) -> Trainer:
         warmup=0,
         train_layers=layers,
         head=head,
+        critic=critic,
         model="mine",
         device="cpu",
         save_every=0,
@@ -91,31 +101,33 @@ def made(out: Path, model: Any, head: Any, layers: int) -> Trainer:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layers", [0, 1])
-@pytest.mark.parametrize("head", ["linear", "logits"])
+@pytest.mark.parametrize(("head", "layers", "critic"), COMBINATIONS)
 @pytest.mark.parametrize("name", TYPES)
 def test_it_agrees_or_is_refused_by_name(
-    tmp_path: Path, name: str, head: str, layers: int
+    tmp_path: Path, name: str, head: str, layers: int, critic: str
 ) -> None:
     if name in UNBUILT:
         with pytest.raises(Exception, match=UNBUILT[name]):
             build(name)
         return
     model = build(name)
+    said = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    assert said is None or said >= len(decoder_layers(model))  # so that no early check is wrong
     refusal = REFUSED.get(name) or (WHOLE_ONLY.get(name) if layers else None)
     if refusal:
         with pytest.raises(UnsupportedModelError, match=refusal) as caught:
-            made(tmp_path / "out", model, head, layers)
+            made(tmp_path / "out", model, head, layers, critic)
         assert type(model).__name__ in str(caught.value)
         assert not (tmp_path / "out").exists()
         return
-    t = made(tmp_path / "out", model, head, layers)
+    t = made(tmp_path / "out", model, head, layers, critic)
     if name in OVERFLOWING:
         with pytest.raises(NonFiniteGradientError):
             t.step()
         return
-    gaps = torch.tensor([t.step()["rollout_gap_max"] for _ in range(2)])
-    assert excess_gap(gaps, torch.float32, has_routed_experts(model)) is None
+    # A near tie of experts that is broken otherwise moves single tokens by more than rounding.
+    which = "rollout_gap_mean" if has_routed_experts(model) else "rollout_gap_max"
+    assert max(t.step()[which] for _ in range(2)) <= allowed_gap(torch.float32)
     assert t.updates == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,9 +12,22 @@ from report_helpers import HOSTILE, bare, record, write
 from rich.console import Console
 
 from ppo_fast.__main__ import main
-from ppo_fast.report import RunError, charts, write_report
-from ppo_fast.report.page import number, page, phase_seconds, shown, summary, table
+from ppo_fast.loop.log.history import NUMBERS
+from ppo_fast.report import RunError, charts, runs, write_report
+from ppo_fast.report.page import (
+    Shots,
+    folded,
+    number,
+    page,
+    phase_seconds,
+    samples,
+    shown,
+    summary,
+    table,
+)
 from ppo_fast.report.runs import grouped, load_run, load_runs
+
+USUAL = [plotted for plotted in charts.CURVES if plotted.when == "usual"]
 
 
 def html_of(*folders: Path) -> str:
@@ -63,7 +77,10 @@ def test_gaps_interrupt_a_curve_and_lone_points_are_seen(tmp_path: Path) -> None
 
 def test_outliers_of_explained_variance_do_not_flatten_the_rest(tmp_path: Path) -> None:
     records = [record(u, explained_variance=-500.0 if u == 1 else 0.5) for u in range(4)]
-    drawn = {c.key: c for c in charts.charts(grouped(load_runs([write(tmp_path / "a", records)])))}
+    drawn = {
+        c.plotted.key: c
+        for c in charts.charts(grouped(load_runs([write(tmp_path / "a", records)])))
+    }
     ticks = [t.text for t in drawn["explained_variance"].y]
     assert ticks == ["\N{MINUS SIGN}1", "\N{MINUS SIGN}0.5", "0", "0.5"]
     assert drawn["explained_variance"].curves[0].mean[1] == -500.0
@@ -115,6 +132,132 @@ def test_differing_options_come_first(tmp_path: Path) -> None:
     assert table([{"a": 1}]) == [("a", [1], False)]
 
 
+def test_options_at_their_default_are_folded_away(tmp_path: Path) -> None:
+    options = {"lr": 3e-4, "batch": 4, "epochs": 2, "out": "runs/default", "gone": 1}
+    first, rest = folded(table([options, options | {"epochs": 3}]))
+    assert [(key, differs) for key, _, differs in first] == [
+        ("epochs", True),
+        ("batch", False),
+        ("gone", False),
+    ]
+    assert [key for key, *_ in rest] == ["lr", "out"]
+    html = html_of(write(tmp_path / "a", [record(0)], lr=3e-4, epochs=2, batch=4))
+    opened, inside = html.split("<details><summary>3 options at the default</summary>")
+    assert ">batch</th>" in opened and ">batch</th>" not in inside
+    assert inside.index(">lr</th>") < inside.index("</details>")  # with epochs and seed
+
+
+def test_curves_of_what_a_log_has(tmp_path: Path) -> None:
+    """Evaluations are joined over the updates between; a coefficient of 0 is not in use."""
+    log = [
+        record(u, response_length=8.0 - u, ended=u / 8, loss_kl_coef=0.0, critic_lr=1e-5)
+        | ({"eval_reward": 0.1 * u, "eval_best": 0.0} if u % 3 == 2 else {})
+        for u in range(8)
+    ]
+    found = charts.charts(grouped(load_runs([write(tmp_path / "a", log)])))
+    drawn = {c.plotted.key: c.curves[0] for c in found if c.curves}
+    assert {"response_length", "ended", "critic_lr", "eval_reward", "eval_best"} < set(drawn)
+    assert not {"loss_kl_coef", "reward_std", "lr"} & set(drawn)
+    evaluated = drawn["eval_reward"]
+    assert evaluated.mean == [None, None, 0.2, None, None, 0.5, None, None]
+    assert evaluated.line.count("M") == evaluated.line.count("L") == 1
+    assert [f"{x:g},{y:g}" for x, y in evaluated.points] == evaluated.line[1:].split("L")
+    log[3]["loss_kl_coef"] = 0.05
+    (used,) = [
+        c
+        for c in charts.charts(grouped(load_runs([write(tmp_path / "b", log)])))
+        if c.plotted.key == "loss_kl_coef"
+    ]
+    assert used.curves[0].mean[3] == 0.05
+
+
+def test_every_axis_has_a_name(tmp_path: Path) -> None:
+    html = html_of(write(tmp_path / "a", [record(u) for u in range(3)]))
+    names = re.findall(r'<text class="axis"[^>]*>([^<]+)</text>', html)
+    assert names[::2] == ["update"] * len(USUAL)
+    assert names[1::2] == [plotted.unit for plotted in USUAL]
+
+
+def test_every_number_that_is_drawn_is_checked_as_it_is_read() -> None:
+    assert {plotted.key for plotted in charts.CURVES} <= {*NUMBERS, *runs._DRAWN}
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(3e-4, "3e−4"), (-2.5e-5, "−2.5e−5"), (0.001, "0.001"), (0, "0"), (20_000, "20k")],
+)
+def test_ticks_are_short(value: float, said: str) -> None:
+    assert charts.text(value) == said
+
+
+def shots_of(folder: Path, rows: list[dict], room: int = 10**6) -> Shots:
+    last = max(row["update"] for row in rows)
+    run = load_run(write(folder, [record(u) for u in range(last + 1)], rows), "a")
+    return samples(run, room)
+
+
+def test_samples_of_every_update_are_in_the_page(tmp_path: Path) -> None:
+    rows = [
+        {"update": u, "prompt": f"p{u}", "completion": f"c{u}.{k}", "reward": k / 4}
+        for u in range(40)
+        for k in range(4)
+    ]
+    rows[5] = {"update": 1, "prompt": "p1", "completion": "\x1b", "fault": "late"}
+    shots = shots_of(tmp_path / "a", rows)
+    assert shots.updates == list(range(40)) and shots.note == "" and shots.ends == [0, 39]
+    assert shots.cards[7][2] == ("p7", "c7.2", "+0.500", False)
+    assert shots.cards[1][1] == ("p1", "␛", "late", True)
+    html = html_of(tmp_path / "a")
+    (data,) = re.findall(r'<script type="application/json">(\{"cards.*?)</script>', html)
+    assert json.loads(data) == {
+        "updates": shots.updates,
+        "cards": [[list(card) for card in cards] for cards in shots.cards],
+    }
+    assert html.count("c0.0") == html.count("c39.3") == 2 and html.count("c20.0") == 1
+
+
+def test_what_is_capped_of_samples_is_said(tmp_path: Path) -> None:
+    rows = [
+        {"update": u, "prompt": "x" * 100, "completion": "y" * 100, "reward": 0.0}
+        for u in range(100)
+    ]
+    rows[50]["completion"] = "z" * 5000
+    shots = shots_of(tmp_path / "a", rows, room=12_000)
+    assert shots.updates == list(range(0, 100, 3))
+    assert shots.note == (
+        "The page has 34 of the 100 updates with samples, evenly spaced, and the first 4000"
+        " characters of longer texts (samples: 1); samples.jsonl has all."
+    )
+    assert len(shots_of(tmp_path / "b", rows).cards[50][0].completion) == 4001
+
+
+def test_the_samples_of_each_run_are_there_without_a_script(tmp_path: Path) -> None:
+    folders = [
+        write(
+            tmp_path / f"seed{s}",
+            [record(u) for u in range(3)],
+            [
+                {"update": u, "prompt": "p", "completion": f"of {s} at {u}", "reward": 0.0}
+                for u in range(3)
+            ],
+            seed=s,
+        )
+        for s in range(2)
+    ]
+    static = re.sub("<script.*?</script>", "", html_of(*folders), flags=re.DOTALL)
+    for s in range(2):
+        assert f"<h3>seed{s}</h3>" in static
+        assert [f"of {s} at {u}" in static for u in range(3)] == [True, False, True]
+    assert static.count('<div class="pager" hidden>') == 4
+
+
+def test_alarms_that_return_are_one_entry(tmp_path: Path) -> None:
+    bad = {*range(10, 20), *range(60, 80)}
+    log = [record(u, clip_frac=0.9 if u in bad else 0.0) for u in range(100)]
+    html = html_of(write(tmp_path / "a", log))
+    assert html.count("ratios saturate") == 1 and "Again at update 62." in html
+
+
 def test_numbers_and_text_as_the_page_writes_them() -> None:
     assert number(-0.25, "{:+.2f}") == "\N{MINUS SIGN}0.25" and number(float("nan")) == "–"
     assert shown("a\tb\n\x00\x1b") == "a\tb\n␀␛"
@@ -124,8 +267,9 @@ def test_numbers_and_text_as_the_page_writes_them() -> None:
 def test_short_and_bare_runs(tmp_path: Path, records: list[dict]) -> None:
     html = html_of(write(tmp_path / "a", records, updates=4))
     assert f">{len(records)} of 4<" in html.replace(" class", "")
-    assert html.count("<figure") == len(charts.CURVES)
-    assert ("no number in the log" in html) == (records[0]["reward"] is None)
+    whole = records[0]["reward"] is not None
+    assert html.count("<figure") == (len(USUAL) if whole else 1)  # tokens per second
+    assert ("No number in the log: Reward, KL to the reference, Clip" in html) == (not whole)
     assert "nan" not in re.sub(
         "<(style|script).*?</(style|script)>|returned nan", "", html, flags=re.S
     )
@@ -134,9 +278,10 @@ def test_short_and_bare_runs(tmp_path: Path, records: list[dict]) -> None:
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     sample = {"update": 0, "prompt": HOSTILE, "completion": HOSTILE, "fault": HOSTILE}
     log = [record(u, dropped={str(i): HOSTILE for i in range(4)}) for u in range(6)]
-    folder = write(tmp_path / "<b>a", log, [sample], model=HOSTILE)
+    folder = write(tmp_path / "<b>a", log, [sample, sample | {"update": 3}], model=HOSTILE)
     html = write_report([folder], tmp_path / "out" / "page.html").read_text()
-    assert html.count("<script") == 1 + len(charts.CURVES)  # the page's own and each chart's data
+    # The page's own, the data of each chart, and the samples'.
+    assert html.count("<script") == 2 + len(USUAL)
     assert "<img" not in html and "<b>a" not in html
     assert html.count("&lt;/script&gt;&lt;script&gt;window.hit = 1") >= 5
     assert "samples dropped: 100% of the samples" in html
@@ -185,10 +330,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == f"page: {run / 'report.html'}"
     html = (run / "report.html").read_text()
-    assert "Before the first update" in html and "At update 1" in html and "backend" in html
-    assert html.count("<blockquote>") == 8 and html.count('<path class="line') == len(
-        charts.CURVES
-    )
+    assert "<h4>Update <span>0</span>" in html and "<h4>Update <span>1</span>" in html
+    assert html.count("<blockquote>") == 9 and "backend" in html  # one is the script's template
+    absent = {"eval_reward", "eval_best", "critic_lr", "loss_kl_coef"}
+    drawn = set(re.findall('data-chart="(.*?)"', html))
+    assert drawn == {plotted.key for plotted in charts.CURVES} - absent
+    assert html.count('<path class="line') == len(drawn)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from report_helpers import HOSTILE, bare, record, write
 
 from ppo_fast.report import charts, write_report
 
+USUAL = [plotted for plotted in charts.CURVES if plotted.when == "usual"]
 PAGES = sorted((Path(__file__).resolve().parents[2] / "docs" / "tasks").glob("*.html"))
 
 pytestmark = pytest.mark.skipif(
@@ -43,11 +44,11 @@ def test_curves_are_drawn_and_read_under_the_pointer(browser: Browser, tmp_path:
         records = [record(u, reward=factor * u) for u in range(11)]
         write(tmp_path / str(seed), records, seed=seed)
     opened(browser, tmp_path / "0", tmp_path / "1")
-    assert count(browser, "svg") == count(browser, "path.line") == len(charts.CURVES)
+    assert count(browser, "svg") == len(USUAL) and count(browser, "path.line") == len(USUAL)
     lengths = browser.run(
         "return [...document.querySelectorAll('path.line')].map(p => p.getTotalLength())"
     )
-    assert min(lengths) > 300  # of the 356 units between the axes
+    assert min(lengths) > 300  # of the 316 units between the axes
     browser.run("document.querySelector('figure').scrollIntoView()")
     box = browser.run(
         "const r = document.querySelector('svg').getBoundingClientRect();"
@@ -66,20 +67,73 @@ def test_curves_are_drawn_and_read_under_the_pointer(browser: Browser, tmp_path:
 def test_the_pages_of_the_docs_open(browser: Browser, page: Path) -> None:
     browser.open(page)
     assert browser.console() == [] and browser.requests() == [page.as_uri()]
-    assert count(browser, "path.line") >= len(charts.CURVES) - 1  # the last needs 20 updates
+    assert count(browser, "path.line") == count(browser, "svg") >= len(USUAL) - 1
 
 
 def test_hostile_samples_run_nothing(browser: Browser, tmp_path: Path) -> None:
     sample = {"update": 0, "prompt": HOSTILE, "completion": HOSTILE, "fault": HOSTILE}
-    opened(browser, write(tmp_path / "a", [record(0)], [sample], model=HOSTILE))
+    samples = [sample | {"update": u} for u in range(3)]
+    opened(browser, write(tmp_path / "a", [record(0), record(1)], samples, model=HOSTILE))
+    browser.run("document.querySelector('button[value=next]').click()")
     assert browser.run("return window.hit === undefined") is True
-    assert count(browser, "img") == 0 and count(browser, "blockquote") == 1
+    assert count(browser, "img") == 0 and count(browser, "blockquote") == 2
+    begins = "b => b.textContent.startsWith('</script><script>')"
+    begun = browser.run(f"return [...document.querySelectorAll('bdi')].map({begins})")
+    assert begun == [True] * 4
+
+
+def test_samples_are_paged_through(browser: Browser, tmp_path: Path) -> None:
+    for s in range(2):
+        samples = [
+            {"update": u, "prompt": "p", "completion": f"of {s} at {u}", "reward": u / 100}
+            if u != 13
+            else {"update": u, "prompt": "p", "completion": "", "fault": "late"}
+            for u in range(40)
+        ]
+        write(tmp_path / str(s), [record(u) for u in range(40)], samples, seed=s)
+    opened(browser, tmp_path / "0", tmp_path / "1")
+    shown = (
+        "return [...document.querySelectorAll('.pane')].filter(p => p.checkVisibility())"
+        ".map(p => [...p.querySelectorAll('h4 span, .verdict, .completion bdi')]"
+        ".map(e => e.textContent))"
+    )
+    assert browser.run(shown) == [["0", "+0.000", "of 0 at 0"], ["39", "+0.390", "of 0 at 39"]]
+    press = "document.querySelectorAll('button[value={}]')[{}].click()"
+    steps = [("next", 0, "1"), ("next", 0, "2"), ("previous", 0, "1"), ("last", 0, "39")]
+    for button, pane, at in [*steps, ("next", 0, "39"), ("first", 0, "0"), ("previous", 0, "0")]:
+        browser.run(press.format(button, pane))
+        assert browser.run(shown)[0][0] == at and browser.run(shown)[1][0] == "39"
+    browser.run("document.querySelector('input[type=range]').focus()")
+    for key, at in (("\ue014", "1"), ("\ue010", "39"), ("\ue011", "0")):  # right, end, home
+        browser.press(key)
+        assert browser.run(shown)[0][0] == at
+    browser.run(
+        "const s = document.querySelector('input[type=range]');"
+        "s.value = 13; s.dispatchEvent(new Event('input'))"
+    )
+    assert browser.run(shown)[0] == ["13", "late", ""]
+    assert count(browser, ".verdict.warn") == 1
+    browser.run(
+        "const s = document.querySelector('select');"
+        "s.selectedIndex = 1; s.dispatchEvent(new Event('change'))"
+    )
+    assert browser.run(shown) == [["0", "+0.000", "of 1 at 0"], ["39", "+0.390", "of 1 at 39"]]
+    assert browser.console() == [] and browser.requests() == []
+
+
+def test_the_first_and_last_samples_need_no_script(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", [record(u) for u in range(5)])
+    with browsing(scripts=False) as plain:
+        plain.open(write_report([folder]))
+        seen = "return [...document.querySelectorAll('.prompt bdi')].map(b => b.innerText)"
+        assert plain.run(seen) == ["prompt 0", "prompt 4"]
+        assert plain.run("return document.querySelector('.pager').checkVisibility()") is False
 
 
 @pytest.mark.parametrize("records", [[record(0)], [bare(0), bare(1)]])
 def test_runs_with_little_to_draw(browser: Browser, tmp_path: Path, records: list[dict]) -> None:
     opened(browser, write(tmp_path / "a", records))
-    numbers = sum(records[0].get(key) is not None for key, *_ in charts.CURVES)
+    numbers = sum(records[0].get(plotted.key) is not None for plotted in charts.CURVES)
     assert count(browser, "svg") == numbers
     assert count(browser, "circle") == (numbers if len(records) == 1 else 0)
 
@@ -88,6 +142,11 @@ def test_it_fits_a_phone_and_follows_the_dark(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", [record(u) for u in range(5)])
     with browsing((500, 900), dark=True) as phone:
         opened(phone, folder)
+        phone.width(400)
+        heights = "return [...document.querySelectorAll('svg text')].map(t =>"
+        # In pixels of the screen, also where it is turned.
+        heights += " t.getBBox().height * Math.hypot(t.getScreenCTM().a, t.getScreenCTM().b))"
+        assert min(phone.run(heights)) > 13
         wide = "return document.documentElement.scrollWidth - window.innerWidth"
         assert phone.run(wide) <= 0
         style = "return getComputedStyle(document.body).backgroundColor"

@@ -69,7 +69,7 @@ def test_numbers_at_the_ends_of_the_floats(tmp_path: Path, value: float) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         html = page(runs)
-        drawn = {c.key: c for c in charts.charts(grouped(runs))}
+        drawn = {c.plotted.key: c for c in charts.charts(grouped(runs))}
     reward = numbers_of(html)[0]["curves"][0]
     assert reward["mean"] == pytest.approx(rewards, rel=1e-4)
     assert reward["low"] == reward["high"] == reward["mean"]
@@ -100,7 +100,9 @@ def test_a_gain_beyond_the_floats_is_infinite_not_missing() -> None:
 
 def test_a_curve_far_outside_its_axes_keeps_a_place(tmp_path: Path) -> None:
     log = [record(u, explained_variance=-1e308 if u == 1 else 0.5) for u in range(3)]
-    drawn = {c.key: c for c in charts.charts(grouped(load_runs([write(tmp_path / "a", log)])))}
+    drawn = {
+        c.plotted.key: c for c in charts.charts(grouped(load_runs([write(tmp_path / "a", log)])))
+    }
     curve = drawn["explained_variance"].curves[0]
     assert "inf" not in curve.line and "nan" not in curve.line and curve.mean[1] == -1e308
 

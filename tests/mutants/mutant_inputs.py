@@ -72,8 +72,8 @@ INPUTS = (
     Mutant(
         "rewards are summed without their weights",
         "ppo_fast/loop/rewards/weighted.py",
-        "else weight * number",
-        "else number",
+        "(w * value for w, value",
+        "(value for w, value",
         "loop_reward_kinds",
         "weighted",
     ),

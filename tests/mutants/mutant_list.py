@@ -306,7 +306,7 @@ LOOP = (
     Mutant(
         "a stale divisor",
         "ppo_fast/loop/update.py",
-        '"denom": divisor,',
+        '"denom": divisors.policy,',
         '"denom": seqs.mask.sum(),',
         "loop_update",
     ),
@@ -340,7 +340,7 @@ LOOP = (
     ),
     Mutant(
         "the KL coefficient runs away",
-        "ppo_fast/loop/ppo.py",
+        "ppo_fast/loop/coefficients.py",
         "coef * (1.0 + error * n",
         "coef * (1.0 - error * n",
         "loop_cli",

@@ -165,7 +165,7 @@ def test_the_benchmarks_rooms_point_down(room: str) -> None:
 WINGS = {
     "data": ("config", "files", "values"),
     "ranks": ("config",),
-    "log": ("config", "files", "data"),
+    "log": ("config", "files", "values", "data"),
     "model": ("config", "files", "data", "ranks"),
     "sampling": ("config", "values", "data", "model"),
     "rewards": ("config", "values", "data", "model"),

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from ppo_fast.loop.checkpoint.folder import DAMAGED, read, sync, write
 from ppo_fast.loop.checkpoint.state import Tree
-from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.config import OptionError, TrainConfig
 from ppo_fast.loop.ranks.ranks import Ranks
 
 Say = Callable[[str], None]
@@ -41,6 +41,10 @@ class Stateful(Protocol):
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or a run cannot go on from the one it was given."""
+
+
+class OtherRunError(CheckpointError, OptionError):
+    """The folder's checkpoints are those of another run, or of this one with other options."""
 
 
 class Checkpoints:
@@ -75,8 +79,8 @@ class Checkpoints:
     def resume(self, run: Stateful, say: Say) -> None:
         """Put the run where the newest whole checkpoint left it; without any it starts anew.
 
-        Raises `CheckpointError` where there are checkpoints but none is whole, or where the run
-        differs from the saved one in more than `state.FREE`.
+        Raises `CheckpointError` where there are checkpoints but none is whole, and `OtherRunError`
+        where the run differs from the saved one in more than `state.FREE`.
         """
         numbers = self.numbers()
         for number in reversed(numbers):
@@ -170,13 +174,16 @@ class Checkpoints:
         # An option that the checkpoint lacks came later, and was as it is by default. What else it
         # lacks was not looked at then.
         theirs = {k: v for k, v in DEFAULTS.items() if k in ours} | theirs
-        for key in theirs.keys() | ours.keys():
-            if key in theirs and ours.get(key) != theirs[key]:
-                raise CheckpointError(
-                    f"resume: {key} is {ours.get(key)!r}, the checkpoint's is {theirs.get(key)!r}"
-                )
+        # The run's order, in which the options come first and the weights' digest last.
+        different = [
+            f"{key} is {ours.get(key)!r}, the checkpoint's is {theirs[key]!r}"
+            for key in dict.fromkeys((*ours, *theirs))
+            if key in theirs and ours.get(key) != theirs[key]
+        ]
+        if different:
+            raise OtherRunError(f"resume: {'; '.join(different)}")
         if self.config.updates < tree["state"]["updates"]:
-            raise CheckpointError(
+            raise OtherRunError(
                 f"resume: updates must be at least the {tree['state']['updates']} that the"
                 f" checkpoint has, got {self.config.updates}"
             )

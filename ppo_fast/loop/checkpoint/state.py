@@ -25,6 +25,7 @@ FREE = {
     "resume",
     "overwrite",
     "tensorboard",
+    "track",
     "save_transitions",
     "transitions",  # their digest is among the prompts
     "data",  # so is that of its prompts and columns

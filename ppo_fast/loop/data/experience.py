@@ -29,6 +29,12 @@ class Experience(NamedTuple):
     ended: list[bool]
     token_rewards: Tensor | None = None
 
+    def lengths(self) -> dict[str, float]:
+        """`response_length`, mean tokens a response with its end; `ended`, the share with one."""
+        n = len(self.ended)
+        tokens = float(self.rollout.seqs.mask.sum())
+        return {"response_length": tokens / n, "ended": sum(self.ended) / n}
+
     def learnt(self, config: TrainConfig) -> Sequences:
         """The sequences, masked where they have no reward, or are truncated and not to be kept."""
         pairs = zip(self.scores.kept, self.ended, strict=True)

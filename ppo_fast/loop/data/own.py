@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ppo_fast.loop.config import OptionError
 from ppo_fast.loop.data.prompts import Row, as_row
 from ppo_fast.loop.data.tables import READERS, TableError, dataset_rows
 from ppo_fast.loop.values import shown
 
 
-class DataError(ValueError):
+class DataError(OptionError):
     """Data of a user's own from which no prompt can be taken."""
 
 

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ppo_fast.loop.config import OptionError
 from ppo_fast.loop.values import described
 
 
-class TaskError(ValueError):
+class TaskError(OptionError):
     """No task or reward can be made of these options."""
 
 
@@ -21,11 +22,11 @@ class TaskError(ValueError):
 def failing_as(name: str) -> Iterator[None]:
     """Context that turns any exception into a TaskError with `name`, raised from the original.
 
-    A TaskError, a missing package and Ctrl-C say enough themselves.
+    An OptionError, a missing package and Ctrl-C say enough themselves.
     """
     try:
         yield
-    except (TaskError, ModuleNotFoundError, KeyboardInterrupt):
+    except (OptionError, ModuleNotFoundError, KeyboardInterrupt):
         raise
     except BaseException as error:  # sys.exit at import included
         raise TaskError(f"{name} raised {described(error)}") from error
@@ -37,6 +38,15 @@ def require(module: str, distribution: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}: pip install {distribution}") from None
+
+
+def require_installed(package: str, option: str, command: str) -> None:
+    """Raise ModuleNotFoundError where `option` needs a package that `command` would install.
+
+    The package is found without importing it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"No module named {package!r}; {option} needs: {command}")
 
 
 def package_folder(package: str) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from ppo_fast.loop.data.experience import Experience
-from ppo_fast.loop.data.sequences import Rollout, Scores, Sequences
+from ppo_fast.loop.data.sequences import Rollout, Scores, Sequences, context_of
 from ppo_fast.loop.data.transitions import Limits, Transition, TransitionsError, read_transitions
 from ppo_fast.loop.files import naming, replace
 
@@ -207,8 +207,7 @@ def open_transitions(
     report: Callable[[str], None],
 ) -> TransitionStream:
     """The transitions in `path` for `model`; `report` gets lines on dropped and kept rows."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = Limits(model.get_input_embeddings().num_embeddings, context)
+    limits = Limits(model.get_input_embeddings().num_embeddings, context_of(model.config))
     found = read_transitions(
         path, lambda text: tokenizer(text)["input_ids"] or [tokenizer.eos_token_id], limits
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ class Sequences(NamedTuple):
         index = self.mask.flatten().nonzero().squeeze(1)
         flat = values.new_zeros(self.mask.numel()).index_copy(0, index, values)
         return flat.view(self.mask.shape)
+
+
+def context_of(config: Any) -> int | None:
+    """Most tokens that a model of a transformers `config` reads at once; None: it has no bound."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((length for length in found if length is not None), None)
 
 
 def position_ids(attention: Tensor) -> Tensor:
@@ -122,3 +130,9 @@ class Scores:
         """Mean reward of the kept samples, NaN without any."""
         kept = [v for i, v in enumerate(self.values) if i not in self.faults]
         return sum(kept) / len(kept) if kept else math.nan
+
+    @property
+    def std(self) -> float:
+        """Standard deviation (divided by n) of the kept samples' rewards, NaN without any."""
+        kept = [v for i, v in enumerate(self.values) if i not in self.faults]
+        return statistics.pstdev(kept) if kept else math.nan

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ppo_fast.loop.config import OptionError
 from ppo_fast.loop.data.tables import Numbered, TableError, json_rows, parquet_rows
 from ppo_fast.loop.values import described, is_fp32, require_text, shown, tokens_within
 
@@ -44,8 +45,25 @@ class Transitions:
     faults: list[str] = field(default_factory=list)
 
 
-class TransitionsError(ValueError):
+class TransitionsError(OptionError):
     """A file of transitions from which nothing can be learnt."""
+
+
+_READERS: dict[str, Callable[[Path], Numbered]] = {
+    ".jsonl": json_rows,
+    ".parquet": lambda path: parquet_rows(path, FIELDS),
+}
+
+
+def require_readable(path: Path) -> None:
+    """Raise TransitionsError for no file, or one of another suffix than is read."""
+    if path.suffix not in _READERS:
+        raise TransitionsError(f"transitions must be a .jsonl or .parquet file, got {path}")
+    if not path.is_file():
+        what = "no regular file" if path.exists() else ""
+        raise TransitionsError(
+            f"transitions must be a file that exists, got {path}{what and f', {what}'}"
+        )
 
 
 def read_transitions(path: Path, encode: Encode, limits: Limits) -> Transitions:
@@ -57,20 +75,10 @@ def read_transitions(path: Path, encode: Encode, limits: Limits) -> Transitions:
         TransitionsError: another suffix, no file, no row at all, or no good one.
         ModuleNotFoundError: parquet without pyarrow.
     """
-    readers: dict[str, Callable[[Path], Numbered]] = {
-        ".jsonl": json_rows,
-        ".parquet": lambda path: parquet_rows(path, FIELDS),
-    }
-    if path.suffix not in readers:
-        raise TransitionsError(f"transitions must be a .jsonl or .parquet file, got {path}")
-    if not path.is_file():
-        what = "no regular file" if path.exists() else ""
-        raise TransitionsError(
-            f"transitions must be a file that exists, got {path}{what and f', {what}'}"
-        )
+    require_readable(path)
     found = Transitions()
     try:
-        for line, row in readers[path.suffix](path):
+        for line, row in _READERS[path.suffix](path):
             try:
                 if isinstance(row, ValueError):
                     raise row

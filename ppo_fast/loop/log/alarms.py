@@ -56,6 +56,14 @@ def alarms(history: History) -> list[Alarm]:
     return sorted(found)
 
 
+def by_name(found: list[Alarm]) -> dict[str, list[Alarm]]:
+    """The alarms of each name, by update: those after the first are returns."""
+    named: dict[str, list[Alarm]] = {}
+    for alarm in found:
+        named.setdefault(alarm.name, []).append(alarm)
+    return named
+
+
 def rolling(values: Array, n: int) -> Array:
     """Mean of the last `n` values, NaN left out; NaN until n values are there, or if all are."""
     mean = np.full(len(values), np.nan)

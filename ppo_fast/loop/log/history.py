@@ -29,6 +29,7 @@ NUMBERS = (
     "explained_variance",
     "entropy",
     "rollout_gap_mean",
+    "response_length",
     "eval_reward",
     "eval_best",
 )

@@ -16,13 +16,14 @@ try:
 except ModuleNotFoundError:  # not a POSIX system: there is no lock to take
     fcntl = None  # type: ignore[assignment]
 
+from ppo_fast.loop.config import OptionError
 from ppo_fast.loop.files import naming, require_file
 
 NAME = ".lock"
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
-class RunLockedError(RuntimeError):
+class RunLockedError(OptionError):
     """Another run has the folder."""
 
 

@@ -16,7 +16,7 @@ from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.files import naming, replace, require_file
 from ppo_fast.loop.log.history import NUMBERS, History, Record
 from ppo_fast.loop.log.plot import plot
-from ppo_fast.loop.log.tensorboard import Board
+from ppo_fast.loop.log.trackers import Board, Trackers, check
 from ppo_fast.loop.log.versions import versions
 
 FILES = LOG, SAMPLES, CONFIG, VERSIONS, REWARD_CURVE = (
@@ -34,28 +34,36 @@ class Recorder:
     """Writer of a run's folder, as the run goes on; nothing is written before `begin` or `resume`.
 
     `config.json` has the options and `versions.json` the machine and its versions; `log.jsonl` an
-    update a line, `samples.jsonl` some completions of each, every line a JSON object. TensorBoard
-    gets the log's numbers where the options ask for it.
+    update a line, `samples.jsonl` some completions of each, every line a JSON object. The trackers
+    that the options name get the log's numbers.
     """
 
     def __init__(self, config: TrainConfig, backend: str) -> None:
         self.folder = config.out
+        self.sampled: list[Record] = []  # of the last update, as they are logged
         self._config, self._backend = config, backend
         self._files: dict[str, IO[str]] = {}
         self._board: Board | None = None
+        self._trackers: Trackers | None = None
 
     @property
     def open(self) -> bool:
         """True from `begin` or `resume` on."""
         return bool(self._files)
 
-    def begin(self) -> None:
-        """Start with an empty log."""
+    def begin(self, say: Callable[[str], None]) -> None:
+        """Start with an empty log; a tracker that fails is reported to `say`."""
+        if self._trackers is None:
+            self.track(say)
         self._open("w")
         self._describe(None)
 
-    def resume(self, updates: int) -> tuple[list[Record], list[str]]:
-        """Cut log and samples back to `updates` updates; the log, and what is missing in words."""
+    def resume(self, updates: int, say: Callable[[str], None]) -> tuple[list[Record], list[str]]:
+        """Cut log and samples back to `updates` updates; the log, and what is missing in words.
+
+        A tracker that fails is reported to `say`.
+        """
+        self.track(say)
         for name in LINES:
             _opened(self.folder / name, "a").close()
         _, lacking = cut_back(self.folder / SAMPLES, updates)
@@ -75,16 +83,17 @@ class Recorder:
         if self._board is not None:
             with naming(self.folder / "tensorboard"):
                 self._board.update(record)
+        if self._trackers is not None:
+            self._trackers.update(record)
 
     def samples(self, update: int, prompts: list[str], completions: list[str], s: Scores) -> None:
         """Append the first completions of an update, each with its reward or its fault."""
-        file = self._files[SAMPLES]
+        file, self.sampled = self._files[SAMPLES], []
         for i, (prompt, text) in enumerate(zip(prompts[:SAMPLED], completions, strict=False)):
             verdict = {"fault": s.faults[i]} if i in s.faults else {"reward": s.values[i]}
-            sample = {"update": update, "prompt": prompt, "completion": text} | verdict
-            with naming(self.folder / SAMPLES):
-                file.write(json.dumps(sample) + "\n")
+            self.sampled.append({"update": update, "prompt": prompt, "completion": text} | verdict)
         with naming(self.folder / SAMPLES):
+            file.writelines(json.dumps(sample) + "\n" for sample in self.sampled)
             file.flush()
 
     def sync(self) -> None:
@@ -98,18 +107,24 @@ class Recorder:
 
         A step that fails does not keep the others from being done.
         """
-        path = self.folder / REWARD_CURVE
+        path, drawn = self.folder / REWARD_CURVE, len(history) > 0 and self.open
         _run_all(
             [
                 *(functools.partial(_close, f, self.folder / n) for n, f in self._files.items()),
                 lambda: _close(self._board, self.folder / "tensorboard"),
-                lambda: plot(history, path) if history else None,
+                lambda: _close(self._trackers, self.folder),
+                lambda: plot(history, path) if drawn else None,
             ]
         )
-        return path if history else None
+        return path if drawn else None
 
     def _open(self, mode: str) -> None:
         self._files = {name: _opened(self.folder / name, mode) for name in LINES}
+
+    def track(self, say: Callable[[str], None]) -> None:
+        """Start the trackers, before any file is changed."""
+        check(self._config)
+        self._trackers = Trackers(self._config, say)
 
     def _describe(self, done: int | None) -> None:
         """Write options and versions, and begin TensorBoard's files after `done` updates."""
@@ -117,7 +132,7 @@ class Recorder:
         replace(self.folder / CONFIG, f"{options}\n".encode())
         ran_on = json.dumps(versions(self._backend), indent=2)
         replace(self.folder / VERSIONS, f"{ran_on}\n".encode())
-        if self._config.tensorboard:
+        if "tensorboard" in self._config.trackers():
             with naming(self.folder / "tensorboard"):
                 self._board = Board(self.folder / "tensorboard", done)
 
@@ -127,7 +142,7 @@ def _opened(path: Path, mode: str) -> IO[str]:
     return path.open(mode, encoding="utf-8")
 
 
-def _close(file: IO[str] | Board | None, path: Path) -> None:
+def _close(file: IO[str] | Board | Trackers | None, path: Path) -> None:
     if file is not None:
         with naming(path):
             file.close()

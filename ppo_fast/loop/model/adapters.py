@@ -6,7 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from ppo_fast.loop.model.layers import check_frozen, decoder_layers
+from ppo_fast.loop.data.packages import require_installed
+from ppo_fast.loop.model.layers import check_frozen, check_train_layers, decoder_layers
+
+
+def require_peft() -> None:
+    """Raise ModuleNotFoundError where peft is not installed."""
+    require_installed("peft", "lora_rank", "pip install 'ppo_fast[lora]'")
 
 
 def add_adapters(model: Any, rank: int, train_layers: int) -> tuple[Any, int]:
@@ -16,15 +22,11 @@ def add_adapters(model: Any, rank: int, train_layers: int) -> tuple[Any, int]:
     The adapters' product starts at zero, so the model computes what it did (Hu et al. 2021,
     "LoRA: Low-Rank Adaptation of Large Language Models").
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{error}; lora_rank needs: pip install 'ppo_fast[lora]'"
-        ) from error
+    require_peft()
+    from peft import LoraConfig, get_peft_model
+
     layers = decoder_layers(model)
-    if train_layers > len(layers):
-        raise ValueError(f"train_layers must be at most {len(layers)}, got {train_layers}")
+    check_train_layers(train_layers, len(layers))
     split = len(layers) - train_layers if train_layers else 0
     path = next(name for name, module in model.named_modules() if module is layers)
     linear = {

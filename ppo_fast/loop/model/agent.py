@@ -72,7 +72,7 @@ class Agent:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What is trained, by name."""
+        """Modules that are trained, by name."""
         critic = {} if self.critic is None else {"critic": self.critic}
         return {"policy": self.policy.model} | critic
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.loop.config import OptionError
 from ppo_fast.loop.model.memory import out_of_memory
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(OptionError):
     """The model computes what the loop cannot train, or not as asked."""
 
 
@@ -85,15 +86,20 @@ def vocabulary(model: Any) -> int:
     return int(getattr(embeddings, "num_embeddings", None) or len(embeddings.weight))
 
 
+def check_train_layers(train_layers: int, layers: int) -> None:
+    """Raise OptionError where a model of so many `layers` has too few."""
+    if train_layers > layers:
+        raise OptionError(f"train_layers must be at most {layers}, got {train_layers}")
+
+
 def freeze_below(model: Any, train_layers: int) -> int:
     """Leave only the top `train_layers` layers and the final norm trainable (0: everything).
 
-    Returns the number of frozen layers at the bottom. Raises ValueError where a frozen layer
-    shares weights with a trainable one.
+    Returns the number of frozen layers at the bottom. Raises OptionError where there are too few,
+    or where a frozen layer shares weights with a trainable one.
     """
     layers = decoder_layers(model)
-    if train_layers > len(layers):
-        raise ValueError(f"train_layers must be at most {len(layers)}, got {train_layers}")
+    check_train_layers(train_layers, len(layers))
     if train_layers == 0:
         return 0
     model.requires_grad_(False)

