@@ -194,6 +194,13 @@ def _trl_model(folder: Path, kind: str = "AutoModelForCausalLM", **options: Any)
     return load(folder / MODEL, dtype=torch.float32, **options)
 
 
+def set_unsampled(tokenizer: Any, what: str, model: Any) -> None:
+    """Make a special token one beyond the model's embeddings, which it cannot sample."""
+    spare = model.get_input_embeddings().num_embeddings - len(tokenizer)
+    tokenizer.add_tokens([f"<spare {i}>" for i in range(spare)])
+    tokenizer.add_special_tokens({what: "<never sampled>"})
+
+
 def _trl_arguments(work: Work, folder: Path) -> dict[str, Any]:
     """Arguments that both of TRL's trainers share with the loop."""
     return {
@@ -250,9 +257,8 @@ def _trl_ppo(work: Work, folder: Path, meter: Meter, asker: Asker) -> None:
     if work.sequences != work.minibatches * work.micro_batch:
         raise ValueError(f"micro_batch must be a minibatch for TRL's PPO, got {work.micro_batch}")
     tokenizer = AutoTokenizer.from_pretrained(folder / MODEL, padding_side="left")
-    # TRL takes a sampled pad token for the end: one that has no embedding is never sampled.
-    tokenizer.add_special_tokens({"pad_token": "<never sampled>"})
     policy, reference = _trl_model(folder), _trl_model(folder)
+    set_unsampled(tokenizer, "pad_token", policy)  # TRL takes a sampled one for the end
     value = (
         SharedValue(policy)
         if work.critic == "shared"
@@ -351,8 +357,7 @@ def _trl_grpo(work: Work, folder: Path, meter: Meter, asker: Asker) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder / MODEL, padding_side="left")
     model = _trl_model(folder)
-    # Any EOS ends a completion: one that has no embedding is never sampled.
-    tokenizer.add_special_tokens({"eos_token": "<never sampled>"})
+    set_unsampled(tokenizer, "eos_token", model)
     model.generation_config.eos_token_id = None
     accumulated = work.sequences // work.minibatches // work.micro_batch
     args = GRPOConfig(

@@ -11,7 +11,7 @@ from bench_rows import FACTS, lines_with, row
 from trainer_sides_helpers import prepared, updates
 
 from benchmarks.harness.worker import BrokenError
-from benchmarks.loop import bench_trainers
+from benchmarks.loop import bench_trainers, trainer_sides
 from benchmarks.loop.bench_trainers import COMPARISONS, Comparison, Side, measure
 from benchmarks.loop.equal_work import (
     MODEL,
@@ -61,6 +61,19 @@ def test_the_loop_does_the_work_that_it_is_given(folder: Path, critic: str) -> N
         assert set(update.phases) == set(trainers.PHASES) and min(update.phases.values()) > 0
         assert sum(update.phases.values()) == pytest.approx(update.seconds)
         assert 0.0 <= update.reward <= 1.0 and update.peak_bytes > 2**20
+
+
+@pytest.mark.parametrize("what", ["pad_token", "eos_token"])
+def test_no_model_samples_the_token_that_would_end_a_completion(folder: Path, what: str) -> None:
+    """The tiny model has more embeddings than its tokenizer has tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / MODEL)
+    model = AutoModelForCausalLM.from_pretrained(folder / MODEL)
+    embeddings = model.get_input_embeddings().num_embeddings
+    assert len(tokenizer) < embeddings
+    trainer_sides.set_unsampled(tokenizer, what, model)
+    assert getattr(tokenizer, f"{what}_id") == embeddings
 
 
 def test_less_work_is_a_difference_and_more_scoring_is_none() -> None:
