@@ -27,7 +27,7 @@ from ppo_fast.loop.model.trial import check_is_causal_lm
 from ppo_fast.loop.ranks.ranks import Ranks
 from ppo_fast.loop.sampling.sampler import Sampler, completions
 from ppo_fast.loop.score import score
-from ppo_fast.loop.update import update
+from ppo_fast.loop.update import Ahead, update
 
 _STORED_CAP = 2.0  # of the importance weights of stored transitions, where none is given
 _LOSS_KL = {"linear": 0.05, "penalty": 1.0}
@@ -134,11 +134,13 @@ class PPO:
         c, rollout, scores = self.config, sample.rollout, sample.scores
         plan = self.plan()
         parts = [rows for part in plan for rows in part]
+        # Shards belong to one forward and its backward at a time.
+        ahead = Ahead() if self.first_batch.repeats and not self.ranks.sharded else None
         self.first_batch.check_head(seqs, parts)
 
         # 3. Score every token with policy, reference and critic.
         with phases.timed("scoring"):
-            scored = score(self.agent, seqs, parts, self.backend)
+            scored = score(self.agent, seqs, parts, self.backend, ahead)
         gap = (rollout.logprobs - scored.old)[seqs.mask].abs()
         if not self.stored:
             self.first_batch.check_gap(gap)
@@ -155,7 +157,10 @@ class PPO:
         lr = c.lr * min(1.0, (self.updates + 1) / max(1, c.warmup))
         self.agent.set_lr(lr)
         with phases.timed("update"):
-            done = update(self.agent, batch, plan, self.loss_kl_coef, self.shuffling, self.backend)
+            done = update(
+                self.agent, batch, plan, self.loss_kl_coef, self.shuffling, self.backend, ahead
+            )
+        self.first_batch.repeats |= done.steps > 0
         record: Record = {
             "lr": lr,
             "kl": kl,
