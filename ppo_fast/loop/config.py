@@ -103,7 +103,7 @@ class TrainConfig:
 
     is_truncation: float | None = None
     """Cap of the importance weights min(exp(old - sampler's log-prob), cap) on the policy loss;
-    absent, stored transitions take 2, and own samples are not weighed."""
+    absent, stored transitions and samples drawn in bf16 take 2, and others are not weighed."""
     transitions: Path | None = None
     """A .jsonl or .parquet of stored transitions to learn from in the place of own samples;
     docs/transitions.md has its fields."""
@@ -148,9 +148,10 @@ class TrainConfig:
     """Checkpoints that stay, the newest."""
     resume: bool = False
     """Go on from the newest whole checkpoint of `out`; without one the run starts anew."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """"bfloat16" stores frozen weights and runs the forwards in it; trainable ones stay in fp32,
-    because Adam's steps are mostly smaller than bf16's spacing."""
+    because Adam's steps are mostly smaller than bf16's spacing. "auto" is "bfloat16" where the
+    device has instructions for it."""
     lora_rank: int = 0
     """Trains adapters of this rank on the linear layers of the trainable layers (Hu et al. 2021),
     with alpha twice the rank, in place of their weights; 0 trains the weights."""

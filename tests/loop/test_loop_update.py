@@ -245,3 +245,17 @@ def test_scoring_holds_one_graph_at_a_time(
     monkeypatch.setattr("ppo_fast.loop.score.forward", watched)
     score(t.agent, rollout.seqs, [rows for part in plan for rows in part], t.backend)
     assert counts == [0] * 4
+
+
+@pytest.mark.parametrize("most", [1e-3, 1e3])
+def test_gradients_are_clipped_to_the_largest_norm_and_otherwise_left(
+    tmp_path: Path, most: float
+) -> None:
+    t = trainer(tmp_path, dtype=torch.float64, max_grad_norm=most)
+    _, batch, plan = batch_of(t)
+    before = gradient_of(t, batch, plan[0])
+    norm = float(torch.stack([g.square().sum() for g in before]).sum().sqrt())
+    assert t.agent.step() == pytest.approx(norm, rel=FP64)
+    factor = min(1.0, most / (norm + 1e-6))
+    assert_near([factor * g for g in before], gradients(t), FP64)
+    assert (factor == 1.0) == (most > 1) == all(map(torch.equal, before, gradients(t)))
