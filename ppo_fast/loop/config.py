@@ -15,6 +15,7 @@ import torch
 from ppo_fast.loop.presets import QUICK, TASK_DEFAULTS
 
 Variant = Literal["clip", "gspo", "cispo", "penalty", "linear"]
+Dtype = Literal["float32", "bfloat16", "auto"]
 _FP32 = torch.finfo(torch.float32)
 # Bounds that inf switches off.
 _BOUNDS = {"max_grad_norm", "vf_clip", "score_clip", "is_truncation", "kl_stop"}
@@ -148,7 +149,7 @@ class TrainConfig:
     """Checkpoints that stay, the newest."""
     resume: bool = False
     """Go on from the newest whole checkpoint of `out`; without one the run starts anew."""
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    dtype: Dtype = "float32"
     """"bfloat16" stores frozen weights and runs the forwards in it; trainable ones stay in fp32,
     because Adam's steps are mostly smaller than bf16's spacing. "auto" is "bfloat16" where the
     device has instructions for it."""

@@ -68,9 +68,7 @@ def update(
             def run(minibatch: list[Tensor] = minibatch) -> ppo_fast.Stats | None:
                 # Rows that memory has cut anew round differently from those that were scored.
                 unchanged = done.steps == 0 and agent.memory.halved == halved
-                return accumulate(
-                    agent, batch, minibatch, loss_kl_coef, backend, unchanged, ahead
-                )
+                return accumulate(agent, batch, minibatch, loss_kl_coef, backend, unchanged, ahead)
 
             stats = agent.memory.run(run)
             if stats is None:
@@ -182,11 +180,11 @@ class Forward(NamedTuple):
 
 
 class Ahead:
-    """The training forward that scoring made last, with its graph, for the first loss to go on from.
+    """Training forward that scoring made last, with its graph, for the first loss to go on from.
 
     It holds what any micro-batch holds between its forward and its backward, and nothing runs in
-    between that needs as much, so the peak of memory stays where it was. It is taken once, and only
-    for the rows that it was made of, in their order.
+    between that needs as much, so the peak of memory stays where it was. It is taken once, and
+    only for the rows that it was made of, in their order.
     """
 
     def __init__(self) -> None:

@@ -142,15 +142,16 @@ def test_heads_that_are_tied_or_not_train_and_save(tmp_path: Path, tied: bool) -
         assert not torch.equal(saved(TOKENS).logits, start)
 
 
-@pytest.mark.parametrize("amx, avx512, chosen", [(1, 0, "bfloat16"), (0, 1, "bfloat16"), (0, 0, "")])
+@pytest.mark.parametrize("amx, avx512", [(True, False), (False, True), (False, False)])
 def test_auto_is_bf16_where_the_cpu_multiplies_in_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amx: int, avx512: int, chosen: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    chosen = amx or avx512
     config = TrainConfig(out=tmp_path, dtype="auto", train_layers=1, model="tiny", device="cpu")
     t = Trainer(config, *tiny(), TEXTS, letters)
-    assert t.config.dtype == t.identity()["dtype"] == (chosen or "float32")
+    assert t.config.dtype == t.identity()["dtype"] == ("bfloat16" if chosen else "float32")
     assert t.agent.precision == (torch.bfloat16 if chosen else torch.float32)
     assert chosen_dtype("float32", torch.device("cpu")) == "float32"
     assert chosen_dtype("auto", torch.device("meta")) == "float32"

@@ -58,14 +58,11 @@ Tensor few_rows_linear(Tensor x, Tensor weight, OptTensor bias) {
   const std::array<int64_t, 2> sizes = {a.rows, w.rows};
   Tensor out = empty(Sizes(sizes.data(), 2), ScalarType::Float);
   const std::vector<float> packed = row_blocks(a);
-  const FewRowsArgs args{packed.data(),
-                         static_cast<const float*>(w.data),
-                         w.row_stride,
-                         bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
-                         data<float>(out),
-                         a.rows,
-                         a.cols,
-                         w.rows};
+  const FewRowsArgs args{
+      packed.data(),    static_cast<const float*>(w.data),
+      w.row_stride,     bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+      data<float>(out), a.rows,
+      a.cols,           w.rows};
   const auto kernel = PPO_SELECT(few_rows_outputs);
   const int64_t blocks = (w.rows + kOutputBlock - 1) / kOutputBlock;
   parallel_for(blocks, 2, [&](int64_t begin, int64_t end) {

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from ppo_fast.loop.config import Dtype
 from ppo_fast.loop.model.layers import UnsupportedModelError
 
 
-def chosen_dtype(asked: str, device: torch.device) -> str:
+def chosen_dtype(asked: Dtype, device: torch.device) -> Dtype:
     """The option `dtype` with "auto" decided: "bfloat16" where the device multiplies in it.
 
     That is a GPU with bf16 units, or an x86 CPU with AMX or AVX512-BF16. Elsewhere a product of
