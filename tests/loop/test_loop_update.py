@@ -197,7 +197,7 @@ def test_the_forward_of_scoring_is_the_first_of_the_update(
     """From the second update on: one forward fewer, and the same bits."""
     runs = []
     for keeps in (True, False):
-        t = trainer(tmp_path, micro_batch=micro_batch, train_layers=0, **options)
+        t = trainer(tmp_path / str(keeps), micro_batch=micro_batch, train_layers=0, **options)
         forwards: list[int] = []
         t.agent.policy.model.register_forward_hook(
             lambda model, args, out, seen=forwards: seen.append(int(torch.is_grad_enabled()))
