@@ -14,6 +14,7 @@ from ppo_fast._results import (
     Stats,
     TokenLogProbs,
 )
+from ppo_fast.ops.few_rows_linear import few_rows_linear
 from ppo_fast.ops.gae import gae
 from ppo_fast.ops.group_advantages import group_advantages
 from ppo_fast.ops.linear_logprobs import linear_token_logprobs
@@ -37,6 +38,7 @@ __all__ = [
     "Stats",
     "TokenLogProbs",
     "backends",
+    "few_rows_linear",
     "gae",
     "group_advantages",
     "linear_ppo_loss",

@@ -36,6 +36,7 @@ _GAE = HANDLES["gae"]
 _RLHF_ADVANTAGES = HANDLES["rlhf_advantages"]
 _MOMENTS = HANDLES["moments"]
 _WHITEN = HANDLES["whiten"]
+_FEW_ROWS_LINEAR = HANDLES["few_rows_linear"]
 
 
 def logprobs_fwd(backend: str, logits: Tensor, s: Scoring) -> Softmax:
@@ -339,4 +340,10 @@ def whiten(
     out: Tensor = _WHITEN[backend](
         x, mask, moments, bool(shift_mean), bool(unbiased), eps_at_std, eps
     )
+    return out
+
+
+def few_rows_linear(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (R, K) · weightᵀ + bias, (R, V) float32."""
+    out: Tensor = _FEW_ROWS_LINEAR[backend](x, weight, bias)
     return out

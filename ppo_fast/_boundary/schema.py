@@ -98,6 +98,7 @@ _WHITEN = (
     "(Tensor x, Tensor? mask, Tensor moments, bool shift_mean, bool unbiased, bool eps_at_std,"
     " float eps) -> Tensor"
 )
+_FEW_ROWS_LINEAR = "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -180,12 +181,19 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "rlhf_advantages": (_RLHF_ADVANTAGES, _fake_rlhf, "rlhf_advantages"),
     "moments": (_MOMENTS, lambda x, mask: _empty(x, (3,), torch.float64), "whiten"),
     "whiten": (_WHITEN, lambda x, *_: _empty(x), "whiten"),
+    "few_rows_linear": (
+        _FEW_ROWS_LINEAR,
+        lambda x, weight, bias: _empty(x, (x.shape[0], weight.shape[0])),
+        "few_rows_linear",
+    ),
 }
+# Ops that not every backend has.
+_BACKENDS_OF = {"logits_ppo_loss_bf16_": ("cuda",), "few_rows_linear": ("cpu",)}
 
 
 def backends_of(op: str) -> tuple[str, ...]:
     """The backends that have an overload."""
-    return ("cuda",) if op == "logits_ppo_loss_bf16_" else BACKENDS
+    return _BACKENDS_OF.get(op, BACKENDS)
 
 
 def _lazy_triton(stem: str, op: str) -> Callable[..., Any]:

@@ -31,6 +31,7 @@ Advantages = Literal[
 Reduction = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
 ]
+Dtype = Literal["float32", "bfloat16", "auto"]
 _FP32 = torch.finfo(torch.float32)
 # Bounds that inf switches off.
 _BOUNDS = {"max_grad_norm", "vf_clip", "score_clip", "is_truncation", "kl_stop"}
@@ -147,7 +148,7 @@ class TrainConfig:
 
     is_truncation: float | None = None
     """Cap of the importance weights min(exp(old - sampler's log-prob), cap) on the policy loss;
-    absent, stored transitions take 2, and own samples are not weighed."""
+    absent, stored transitions and samples drawn in bf16 take 2, and others are not weighed."""
     transitions: Path | None = None
     """A .jsonl or .parquet of stored transitions to learn from in the place of own samples;
     docs/transitions.md has its fields."""
@@ -228,9 +229,10 @@ class TrainConfig:
     """Go on from the newest whole checkpoint of `out`; without one the run starts anew."""
     overwrite: bool = False
     """Take a folder that holds a run; its files go once the first update is made."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """"bfloat16" stores frozen weights and runs the forwards in it; trainable ones stay in fp32,
-    because Adam's steps are mostly smaller than bf16's spacing."""
+    because Adam's steps are mostly smaller than bf16's spacing. "auto" is "bfloat16" where the
+    device has instructions for it."""
     lora_rank: int = 0
     """Trains adapters of this rank on the linear layers of the trainable layers (Hu et al. 2021),
     with alpha twice the rank, in place of their weights; 0 trains the weights."""

@@ -8,28 +8,33 @@ from torch import Tensor
 from ppo_fast.loop.data.experience import Scored
 from ppo_fast.loop.data.sequences import Sequences
 from ppo_fast.loop.model.agent import Agent
-from ppo_fast.loop.update import forward, logprobs
+from ppo_fast.loop.update import Ahead, forward, logprobs
 
 
-def score(agent: Agent, seqs: Sequences, parts: list[Tensor], backend: str) -> Scored:
+def score(
+    agent: Agent, seqs: Sequences, parts: list[Tensor], backend: str, ahead: Ahead | None = None
+) -> Scored:
     """Score finished sequences with policy, reference and critic.
 
     `parts` are the micro-batches of the coming first epoch: the old log-probs come from the
     training forward on exactly these rows, with gradients recorded (kernels may be chosen by
-    that), so that the first ratio is 1 to the last bit. Ranks score their share, and add up.
+    that), so that the first ratio is 1 to the last bit. The first of them comes last, and its
+    forward is left in `ahead`. Ranks score their share, and add up.
     """
-    scored = agent.memory.run(lambda: _score(agent, seqs, agent.pieces(parts), backend))
+    scored = agent.memory.run(lambda: _score(agent, seqs, agent.pieces(parts), backend, ahead))
     agent.ranks.sum_([scored.old, scored.ref, scored.values])
     agent.ranks.sum_([] if scored.frozen_out is None else [scored.frozen_out])
     return scored
 
 
 @torch.no_grad()
-def _score(agent: Agent, seqs: Sequences, parts: list[Tensor], backend: str) -> Scored:
+def _score(
+    agent: Agent, seqs: Sequences, parts: list[Tensor], backend: str, ahead: Ahead | None
+) -> Scored:
     zeros = torch.zeros(seqs.mask.shape, dtype=agent.dtype, device=seqs.mask.device)
     old, ref, values = zeros, zeros.clone(), zeros.clone()
     frozen_out: Tensor | None = None
-    for part in parts:
+    for part in reversed(parts):
         rows = seqs.rows(part)
         scored, output = _reference(agent, rows, backend)
         ref[part] = rows.unflatten(scored)
@@ -43,6 +48,9 @@ def _score(agent: Agent, seqs: Sequences, parts: list[Tensor], backend: str) -> 
         old[part] = rows.unflatten(own)
         if out.values is not None:
             values[part] = rows.unflatten(out.values.detach())
+        if ahead is not None and part is parts[0]:
+            ahead.keep(part, out)
+        del out  # or its graph would stay beside the next one's
     return Scored(old, ref, values, frozen_out)
 
 

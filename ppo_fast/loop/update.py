@@ -51,9 +51,11 @@ def update(
     loss_kl_coef: float,
     generator: torch.Generator,
     backend: str,
+    ahead: Ahead | None = None,
 ) -> Updated:
     """Run `epochs` passes over the batch; `plan` orders the first, each later one is drawn anew.
 
+    The first micro-batch goes on from the forward that scoring left in `ahead`, if there is one.
     A minibatch with no token left is skipped, as is one whose gradient is not finite. Before the
     first optimiser step every ratio must be exactly 1. An update ends early once a minibatch's
     KL(old, new) exceeds 1.5 times `kl_stop`; its gradient is thrown away.
@@ -69,7 +71,7 @@ def update(
             def run(minibatch: list[Tensor] = minibatch) -> ppo_fast.Stats | None:
                 # Rows that memory has cut anew round differently from those that were scored.
                 unchanged = done.steps == 0 and agent.memory.halved == halved
-                return accumulate(agent, batch, minibatch, loss_kl_coef, backend, unchanged)
+                return accumulate(agent, batch, minibatch, loss_kl_coef, backend, unchanged, ahead)
 
             stats = agent.memory.run(run)
             if stats is None:
@@ -97,6 +99,7 @@ def accumulate(
     loss_kl_coef: float,
     backend: str,
     unchanged: bool = False,
+    ahead: Ahead | None = None,
 ) -> ppo_fast.Stats | None:
     """Add one minibatch's gradient to the parameters, and return its statistics.
 
@@ -110,7 +113,11 @@ def accumulate(
     total: ppo_fast.Stats | None = None
     for rows in agent.pieces(minibatch):
         part = batch.rows(rows)
-        policy, loss, stats = _loss(agent, part, divisors, loss_kl_coef, backend)
+        out = None if ahead is None or not unchanged else ahead.take(rows)
+        if out is None:
+            out = forward(agent, part.seqs, part.scored.frozen_out)
+        policy, loss, stats = _loss(agent, part, out, divisors, loss_kl_coef, backend)
+        del out
         if unchanged:
             part.require_ratio_one(policy.logprobs)
         loss.backward()
@@ -149,11 +156,15 @@ def _divisors(config: TrainConfig, mask: Tensor) -> _Divisors:
 
 
 def _loss(
-    agent: Agent, part: Batch, divisors: _Divisors, loss_kl_coef: float, backend: str
+    agent: Agent,
+    part: Batch,
+    out: Forward,
+    divisors: _Divisors,
+    loss_kl_coef: float,
+    backend: str,
 ) -> tuple[ppo_fast.HeadLoss, Tensor, ppo_fast.Stats]:
     """Policy loss, plus `vf_coef` times value loss, of one micro-batch, over the divisors."""
     config, seqs, scored = agent.config, part.seqs, part.scored
-    out = forward(agent, seqs, scored.frozen_out)
     tokens, old, advantages = (seqs.flat(x) for x in (seqs.response, scored.old, part.advantages))
     options: dict[str, Any] = {
         "variant": config.variant,
@@ -209,6 +220,27 @@ class Forward(NamedTuple):
     hidden: Tensor
     logits: Tensor | None
     values: Tensor | None
+
+
+class Ahead:
+    """Training forward that scoring made last, with its graph, for the first loss to go on from.
+
+    It holds what any micro-batch holds between its forward and its backward, and nothing runs in
+    between that needs as much, so the peak of memory stays where it was. It is taken once, and
+    only for the rows that it was made of, in their order.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, Forward] | None = None
+
+    def keep(self, rows: Tensor, out: Forward) -> None:
+        """Hold the forward of the sequences `rows`."""
+        self._kept = rows, out
+
+    def take(self, rows: Tensor) -> Forward | None:
+        """The forward, if it is of `rows`; either way it is no longer held."""
+        kept, self._kept = self._kept, None
+        return kept[1] if kept is not None and torch.equal(kept[0], rows) else None
 
 
 def forward(agent: Agent, seqs: Sequences, frozen_out: Tensor | None) -> Forward:

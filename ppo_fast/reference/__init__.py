@@ -4,6 +4,7 @@ A kernel that disagrees with these functions is wrong. They take what `ops/` has
 return the public result tuples; they favour clarity over memory and speed.
 """
 
+from ppo_fast.reference.few_rows_linear import few_rows_linear
 from ppo_fast.reference.gae import gae
 from ppo_fast.reference.linear_logprobs import linear_token_logprobs
 from ppo_fast.reference.linear_ppo_loss import linear_ppo_loss
@@ -15,6 +16,7 @@ from ppo_fast.reference.value_loss import value_loss
 from ppo_fast.reference.whiten import moments, whiten
 
 __all__ = [
+    "few_rows_linear",
     "gae",
     "linear_ppo_loss",
     "linear_token_logprobs",

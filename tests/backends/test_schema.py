@@ -64,6 +64,7 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
                             0.99, 0.95, 0.1, 5.0, -3.0, 3.0),
         "moments": (x(3, 5), mask),
         "whiten": (x(3, 5), mask, moments, True, True, False, 1e-8),
+        "few_rows_linear": (x(3, 5), x(7, 5), x(7)),
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ppo_fast.loop import TrainConfig, Trainer
+from ppo_fast.loop.model.weights import chosen_dtype
 from ppo_fast.loop.rewards import letters
 from ppo_fast.loop.score import score
 from ppo_fast.loop.update import accumulate
@@ -139,3 +140,27 @@ def test_heads_that_are_tied_or_not_train_and_save(tmp_path: Path, tied: bool) -
     with torch.no_grad():
         assert torch.equal(saved(TOKENS).logits, model(TOKENS).logits)
         assert not torch.equal(saved(TOKENS).logits, start)
+
+
+@pytest.mark.parametrize("amx, avx512", [(True, False), (False, True), (False, False)])
+def test_auto_is_bf16_where_the_cpu_multiplies_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    chosen = amx or avx512
+    config = TrainConfig(out=tmp_path, dtype="auto", train_layers=1, model="tiny", device="cpu")
+    t = Trainer(config, *tiny(), TEXTS, letters)
+    assert t.config.dtype == t.identity()["dtype"] == ("bfloat16" if chosen else "float32")
+    assert t.agent.precision == (torch.bfloat16 if chosen else torch.float32)
+    assert chosen_dtype("float32", torch.device("cpu")) == "float32"
+    assert chosen_dtype("auto", torch.device("meta")) == "float32"
+
+
+def test_samples_drawn_in_bf16_are_weighed(tmp_path: Path) -> None:
+    """By weights near 1, with the option's cap where it is given; fp32 ones only with it."""
+    record = bf16(tmp_path / "a", train_layers=1).step()
+    assert record["is_mean"] == pytest.approx(1.0, abs=0.1) and record["is_ess"] > 0.9
+    assert bf16(tmp_path / "b", train_layers=1).is_cap == 2.0
+    assert bf16(tmp_path / "c", train_layers=1, is_truncation=1.5).is_cap == 1.5
+    assert "is_mean" not in trainer(tmp_path / "d").step()

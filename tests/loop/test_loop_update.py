@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from loop_helpers import batch_of, gradients, trainer, weights
 from ppo_fast.loop.data.experience import Batch, make_plan
 from ppo_fast.loop.data.sequences import Scores
 from ppo_fast.loop.run import Trainer
-from ppo_fast.loop.update import accumulate, update
+from ppo_fast.loop.score import score
+from ppo_fast.loop.update import Ahead, Forward, accumulate, forward, update
 
 # fp64 sums in another order: 2**-53 times terms and condition number below 1e4, per unit.
 FP64 = 1e-12
@@ -184,3 +187,75 @@ def test_default_backend_and_reference_agree_on_a_batch_in_fp32(tmp_path: Path) 
     mine = gradient_of(t, batch, plan[0])
     t.backend = "reference"
     assert_near(mine, gradient_of(t, batch, plan[0]), 300 * 2**-24)
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "logits"}, {"critic": "separate"}], ids=str)
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_the_forward_of_scoring_is_the_first_of_the_update(
+    tmp_path: Path, micro_batch: int, options: dict
+) -> None:
+    """From the second update on: one forward fewer, and the same bits."""
+    runs = []
+    for keeps in (True, False):
+        t = trainer(tmp_path / str(keeps), micro_batch=micro_batch, train_layers=0, **options)
+        forwards: list[int] = []
+        t.agent.policy.model.register_forward_hook(
+            lambda model, args, out, seen=forwards: seen.append(int(torch.is_grad_enabled()))
+        )
+        counts = []
+        for _ in range(3):
+            forwards.clear()
+            if not keeps:
+                t.first_batch.repeats = False
+            t.step()
+            counts.append(sum(forwards))
+        runs.append((weights(t), counts))
+    (kept, fewer), (anew, counts) = runs
+    assert all(map(torch.equal, kept, anew))
+    scoring, epochs = 8 // micro_batch, 2 * 8 // micro_batch
+    assert counts == [scoring + epochs] * 3
+    assert fewer == [scoring + epochs, *[scoring + epochs - 1] * 2]
+
+
+def test_a_forward_is_taken_once_and_for_its_rows_alone(tmp_path: Path) -> None:
+    t = trainer(tmp_path)
+    _, batch, plan = batch_of(t)
+    parts = [rows for part in plan for rows in part]
+    for rows in (parts[0].flip(0), parts[1], parts[0]):
+        ahead = Ahead()
+        score(t.agent, batch.seqs, parts, t.backend, ahead)
+        out = ahead.take(rows)
+        assert (out is not None) == (rows is parts[0]) and ahead.take(parts[0]) is None
+
+
+def test_scoring_holds_one_graph_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = trainer(tmp_path, train_layers=0)
+    rollout, _, plan = batch_of(t)
+    held: list[weakref.ref[torch.Tensor]] = []
+    counts = []
+
+    def watched(*args: Any) -> Forward:
+        counts.append(sum(hidden() is not None for hidden in held))
+        out = forward(*args)
+        held.append(weakref.ref(out.hidden))
+        return out
+
+    monkeypatch.setattr("ppo_fast.loop.score.forward", watched)
+    score(t.agent, rollout.seqs, [rows for part in plan for rows in part], t.backend)
+    assert counts == [0] * 4
+
+
+@pytest.mark.parametrize("most", [1e-3, 1e3])
+def test_gradients_are_clipped_to_the_largest_norm_and_otherwise_left(
+    tmp_path: Path, most: float
+) -> None:
+    t = trainer(tmp_path, dtype=torch.float64, max_grad_norm=most)
+    _, batch, plan = batch_of(t)
+    before = gradient_of(t, batch, plan[0])
+    norm = float(torch.stack([g.square().sum() for g in before]).sum().sqrt())
+    assert t.agent.step() == pytest.approx(norm, rel=FP64)
+    factor = min(1.0, most / (norm + 1e-6))
+    assert_near([factor * g for g in before], gradients(t), FP64)
+    assert (factor == 1.0) == (most > 1) == all(map(torch.equal, before, gradients(t)))

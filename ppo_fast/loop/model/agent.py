@@ -117,12 +117,14 @@ class Agent:
         Every rank sees the same norm. One that is not finite changes nothing and gives None; the
         third in a row raises `NonFiniteGradientError`.
         """
-        clip = torch.nn.utils.clip_grad_norm_
+        utils, most = torch.nn.utils, self.config.max_grad_norm
         if not self.ranks.sharded:  # there the backward has summed
             self.ranks.sum_([p.grad for p in self.parameters if p.grad is not None])
-        norm = clip(self.parameters, self.config.max_grad_norm)
+        norm = utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if math.isfinite(value):
+            if value > 0.999 * most:  # below, the factor is 1: a pass over every gradient less
+                utils.clip_grads_with_norm_(self.parameters, most, norm)
             self.optimizer.step()
             self.skips = 0
             return value

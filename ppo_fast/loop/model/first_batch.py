@@ -21,6 +21,8 @@ class FirstBatch:
         self.agent = agent
         self._head = agent.config.head == "linear"
         self._gap = True
+        # True once an update has shown, by ratios of exactly 1, that a forward repeats its bits.
+        self.repeats = False
 
     def check_head(self, seqs: Sequences, parts: list[Tensor]) -> None:
         """Compare the linear head with the model's own logits on a few rows.

@@ -7,7 +7,24 @@ from typing import Any
 
 import torch
 
+from ppo_fast.loop.config import Dtype
 from ppo_fast.loop.model.layers import UnsupportedModelError
+
+
+def chosen_dtype(asked: Dtype, device: torch.device) -> Dtype:
+    """The option `dtype` with "auto" decided: "bfloat16" where the device multiplies in it.
+
+    That is a GPU with bf16 units, or an x86 CPU with AMX or AVX512-BF16. Elsewhere a product of
+    bf16 numbers is slower than one of fp32 numbers.
+    """
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        units = (torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported)
+        able = device.type == "cpu" and any(unit() for unit in units)
+    return "bfloat16" if able else "float32"
 
 
 def widen(model: Any) -> bool:

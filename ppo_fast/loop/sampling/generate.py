@@ -10,6 +10,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast.loop.data.sequences import Rollout, Sequences
+from ppo_fast.loop.model.few_rows import few_rows
 from ppo_fast.loop.model.layers import UnsupportedModelError, vocabulary
 
 # Ended rows leave once they are an eighth of the batch: what that copies of the cache, over all
@@ -66,28 +67,29 @@ def generate(
     response = tokens.new_full((n, max_new_tokens), eos[0] if eos else 0)
     mask = torch.zeros_like(response, dtype=torch.bool)
     logprobs = torch.zeros_like(response, dtype=torch.float64)
-    decoder = Decoder(model, tokens, attention, max_new_tokens)
     held = torch.arange(n, device=tokens.device)  # the rows in the decoder
     alive = torch.ones_like(held, dtype=torch.bool)  # of those, the ones that have not ended
-    for t in range(max_new_tokens):
-        token = draw(decoder.logits, uniforms[t, held], temperature)
-        scored = ppo_fast.token_logprobs(
-            decoder.logits, token, temperature=temperature, backend=backend
-        ).logprobs
-        going = held[alive]
-        response[going, t], mask[going, t] = token[alive], True
-        logprobs[going, t] = scored[alive].double()
-        alive &= ~torch.isin(token, stops)
-        if stopped is not None:
-            alive &= ~stopped(response[held, : t + 1]).to(alive.device)
-        left = int(alive.sum())
-        if left == 0 or t + 1 == max_new_tokens:
-            break
-        if left <= _CROWDED * len(held):
-            kept = alive.nonzero().squeeze(1)
-            decoder.keep(kept)
-            held, token, alive = held[kept], token[kept], alive[kept]
-        decoder.step(token)
+    with few_rows(model, backend):
+        decoder = Decoder(model, tokens, attention, max_new_tokens)
+        for t in range(max_new_tokens):
+            token = draw(decoder.logits, uniforms[t, held], temperature)
+            scored = ppo_fast.token_logprobs(
+                decoder.logits, token, temperature=temperature, backend=backend
+            ).logprobs
+            going = held[alive]
+            response[going, t], mask[going, t] = token[alive], True
+            logprobs[going, t] = scored[alive].double()
+            alive &= ~torch.isin(token, stops)
+            if stopped is not None:
+                alive &= ~stopped(response[held, : t + 1]).to(alive.device)
+            left = int(alive.sum())
+            if left == 0 or t + 1 == max_new_tokens:
+                break
+            if left <= _CROWDED * len(held):
+                kept = alive.nonzero().squeeze(1)
+                decoder.keep(kept)
+                held, token, alive = held[kept], token[kept], alive[kept]
+            decoder.step(token)
     columns = (x[:, : t + 1] for x in (response, mask, logprobs.to(scored.dtype)))
     return _rollout(tokens, attention, *columns)
 
@@ -112,6 +114,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     the cdf need not be 1. fp64 keeps the widths of rare tokens far out in a large vocabulary.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    cdf = torch.softmax(wide / temperature, dim=-1).cumsum(-1, dtype=torch.float64)
+    wide = wide if temperature == 1 else wide / temperature  # the division costs a pass
+    cdf = torch.softmax(wide, dim=-1).cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
     return token.squeeze(1).clamp(max=logits.shape[-1] - 1)  # NaN logits: nothing exceeds
