@@ -236,6 +236,14 @@ CPU = (
         "whiten",
         "cpu",
     ),
+    Mutant(
+        "a second block of rows reads the first",
+        "csrc/cpu/linear/few_rows_linear_simd.h",
+        "const float* x = a.x + block * size;",
+        "const float* x = a.x;",
+        "few_rows_linear",
+        "cpu",
+    ),
 )
 
 CUDA = (
@@ -303,6 +311,13 @@ PYTHON = (
 )
 
 LOOP = (
+    Mutant(
+        "the forward of other rows is trained on",
+        "ppo_fast/loop/update.py",
+        "if kept is not None and torch.equal(kept[0], rows) else None",
+        "if kept is not None else None",
+        "loop_update",
+    ),
     Mutant(
         "a stale divisor",
         "ppo_fast/loop/update.py",
