@@ -48,7 +48,9 @@ SECTIONS: dict[str, tuple[Plotted, ...]] = {
         Plotted(
             "eval_reward", "Evaluation", "reward", "mean of its prompts", when="there", sparse=True
         ),
-        Plotted("eval_best", "Evaluation, best", "reward", when="there", sparse=True),
+        Plotted(
+            "eval_best", "Evaluation", "reward", "best of each prompt", when="there", sparse=True
+        ),
         Plotted("response_length", "Response length", "tokens", "mean, with EOS", when="there"),
         Plotted("ended", "Ended by EOS", "share of the completions", when="there"),
     ),

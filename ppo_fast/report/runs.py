@@ -15,7 +15,7 @@ from typing import Any
 
 from ppo_fast.loop.log import fields
 from ppo_fast.loop.log.fields import FieldError, Record
-from ppo_fast.loop.log.history import NUMBERS
+from ppo_fast.loop.log.history import NUMBERS, with_baseline
 
 # The files of a run that are read: its log, and what else it may have.
 FILES = LOG, SAMPLES, CONFIG, VERSIONS = (
@@ -165,6 +165,7 @@ def _named(place: str) -> Iterator[None]:
 
 def _checked(raw: Record) -> Record:
     """A record of the log with its types looked at; what is not finite is None."""
+    raw = with_baseline(raw)
     update = fields.count(raw, "update")
     numbers = {name: fields.number(raw, name) for name in (*NUMBERS, *_DRAWN) if name in raw}
     return raw | {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ppo_fast.loop.data.prompts import Row
 from ppo_fast.loop.evaluate import held_out
 from ppo_fast.loop.log.meter import Phases
 from ppo_fast.loop.rewards import letters
+from ppo_fast.report.runs import load_run
 
 QUIET = Console(quiet=True)
 
@@ -53,6 +55,11 @@ def test_the_last_prompts_are_held_out_and_not_trained_on(tmp_path: Path) -> Non
     assert ["eval_reward" in r for r in log] == [False, True, False, True]
     assert ["eval_reward_before" in r for r in log] == [True, False, False, False]
     assert all(r["eval_best"] >= r["eval_reward"] for r in log if "eval_best" in r)
+    # At update 0 the plot and the report have the evaluation before any learning.
+    drawn = t.history.column("eval_reward")
+    assert drawn[0] == log[0]["eval_reward_before"] and drawn[1] == log[1]["eval_reward"]
+    assert math.isnan(drawn[2])
+    assert load_run(tmp_path, "run").records[0]["eval_best"] == log[0]["eval_best_before"]
     assert "evaluation" in log[1]["seconds"] and "evaluation" not in log[2]["seconds"]
     told = (tmp_path / "said").read_text().splitlines()
     said = [line for line in told if line.startswith("evaluation")]

@@ -37,6 +37,16 @@ NUMBERS = (
 _MAY_LACK = ("reward", "explained_variance", "eval_reward", "eval_best")
 
 
+def with_baseline(record: Record) -> Record:
+    """The record, with the evaluation before the first update where it has none after it."""
+    before = {
+        name: record[f"{name}_before"]
+        for name in ("eval_reward", "eval_best")
+        if f"{name}_before" in record
+    }
+    return before | record
+
+
 class History:
     """The `NUMBERS` of a run's records, with how many samples each dropped and the last fault."""
 
@@ -55,6 +65,7 @@ class History:
 
         Raises `FieldError`, and adds nothing, where something else stands for a number.
         """
+        record = with_baseline(record)
         numbers = {name: fields.number(record, name) for name in NUMBERS}
         faults = list(fields.texts(record, "dropped").values())
         lost = [
