@@ -170,6 +170,24 @@ def test_a_batch_is_its_rows_one_by_one(name: str) -> None:
     assert rollout.logprobs[~rollout.seqs.mask].eq(0).all()
 
 
+def test_a_prompt_of_several_rows_is_read_once() -> None:
+    """The test above has each prompt twice: what is left out changes no token."""
+    model, (_, tokenizer) = family("llama"), tiny()
+    tokens, attention = encode(tokenizer, [*TEXTS[:3], *TEXTS[:2], TEXTS[0]], torch.device("cpu"))
+    read: list[int] = []
+    model.register_forward_pre_hook(
+        lambda model, args, given: read.append(len(given["input_ids"])), with_kwargs=True
+    )
+    with torch.no_grad():
+        decoder = Decoder(model, tokens, attention, 2)
+        assert sum(read) == 3
+        logits = decoder.logits
+        decoder.step(torch.ones(6, dtype=torch.long))
+    assert read[-1] == 6
+    for twin, first in ((3, 0), (4, 1), (5, 0)):
+        assert torch.equal(logits[twin], logits[first])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_full_attention_writes_into_one_buffer(name: str) -> None:
     model, (_, tokenizer) = family(name), tiny()

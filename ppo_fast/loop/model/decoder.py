@@ -59,25 +59,34 @@ class Decoder:
         self._cache.reorder_cache(rows)
 
     def _read(self, tokens: Tensor, attention: Tensor, steps: int) -> tuple[Tensor, Cache]:
-        """Read the prompts bucket by bucket, each without the padding in front of its longest."""
-        lengths = attention.sum(1).tolist()
+        """Read the prompts bucket by bucket, each without the padding in front of its longest.
+
+        A prompt that stands in several rows, as in a group of completions, is read once.
+        """
+        width, lengths = tokens.shape[1], attention.sum(1).tolist()
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, (row, length) in enumerate(zip(tokens.tolist(), lengths, strict=True)):
+            alike.setdefault(tuple(row[width - length :]), []).append(i)
+        groups = list(alike.values())
         spare = _FORWARD.get(tokens.device.type, _FORWARD_ELSEWHERE)
         spare = spare if self._cuts else tokens.numel()
         logits: Tensor | None = None
         layers: list[Any] = []
-        for bucket in buckets(lengths, spare):
-            rows = torch.tensor(bucket, device=tokens.device)
-            cut = tokens.shape[1] - lengths[bucket[0]]
+        for bucket in buckets([lengths[group[0]] for group in groups], spare):
+            first = torch.tensor([groups[k][0] for k in bucket], device=tokens.device)
+            cut = width - int(attention[first[0]].sum())
             part = DynamicCache(config=self.model.config)
-            read = self._forward(tokens[rows, cut:], attention[rows, cut:], part)
+            read = self._forward(tokens[first, cut:], attention[first, cut:], part)
             _check_filled(self.model, part)
             if logits is None:
-                shape = (len(tokens), tokens.shape[1], steps)
+                shape = (len(tokens), width, steps)
                 layers = [StaticLayer(layer, *shape) for layer in part.layers]
                 logits = read.new_empty(len(tokens), read.shape[1])
-            logits[rows] = read
+            rows = torch.tensor([i for k in bucket for i in groups[k]], device=tokens.device)
+            source = [at for at, k in enumerate(bucket) for _ in groups[k]]
+            logits[rows] = read[source]
             for layer, filled in zip(layers, part.layers, strict=True):
-                layer.fill(rows, filled)
+                layer.fill(rows, filled, source)
         assert logits is not None
         return logits, Cache(layers=layers)
 
@@ -115,10 +124,10 @@ class StaticLayer(DynamicLayer):
         ]
         self._show(prompt)
 
-    def fill(self, rows: Tensor, layer: Any) -> None:
-        """Take over the prompts of some rows, flush with the end of the longest."""
+    def fill(self, rows: Tensor, layer: Any, source: list[int]) -> None:
+        """Take over the prompts `source` of a layer for `rows`, flush with the longest's end."""
         for seen, filled in ((self.keys, layer.keys), (self.values, layer.values)):
-            seen[rows, :, -filled.shape[2] :] = filled
+            seen[rows, :, -filled.shape[2] :] = filled[source]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
