@@ -51,7 +51,7 @@ def test_decoding_takes_it_in_every_layer_and_reading_the_prompts_in_none() -> N
                 generator=torch.Generator().manual_seed(0),
                 backend="cpu",
             )
-        # The head has a row of each prompt that differs, by buckets; then every layer one of each token.
+        # The head has a row of each prompt, by buckets; then every layer one of each token.
         steps = 3 * len(layers(model)) if n == 8 else 0
         heads, decoded = rows[: len(rows) - steps], rows[len(rows) - steps :]
         assert sum(heads) == 8 and decoded == [n] * steps  # of the eight that differ
