@@ -223,7 +223,8 @@ def test_a_column_that_is_not_there_is_named_before_the_model_is_loaded(
     message = "takes solution, which must be columns of the data; there are answer, level"
     with pytest.raises(RewardError, match=message):
         trainer(tmp_path, reward, prompts=ROWS)
-    config = TrainConfig(data=str(written(tmp_path, ".jsonl")), reward="rouge", model="tiny")
+    data, out = str(written(tmp_path, ".jsonl")), tmp_path / "run"
+    config = TrainConfig(data=data, reward="rouge", model="tiny", out=out)
     monkeypatch.setattr("ppo_fast.loop.run.load_weights", None)
     pytest.importorskip("rouge_score")
     with pytest.raises(RewardError, match=r"takes reference, .* there are answer, level"):
