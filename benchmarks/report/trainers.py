@@ -71,7 +71,7 @@ ENGLISH = Words(
     sizes="{}: {} sequences of {} new tokens",
     comma=", ",
     seconds="{} s",
-    machine="Whole updates in turn with TRL, of equal work, which each side counts; {title}"
+    machine="Whole updates in turn with TRL, few of each, of equal work, which is counted; {title}"
     " ([{file}](benchmarks/results/trainers/{file})):",
 )
 CHINESE = Words(
@@ -84,7 +84,7 @@ CHINESE = Words(
     sizes="{}：{} 条序列，各 {} 个新词元",
     comma="，",
     seconds="{} 秒",
-    machine="与 TRL 轮流执行的完整更新，双方工作量相同且经过计数；{title}"
+    machine="与 TRL 轮流执行的完整更新（次数不多），双方工作量相同且经过计数；{title}"
     "（[{file}](benchmarks/results/trainers/{file})）：",
 )
 

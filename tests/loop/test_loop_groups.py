@@ -14,7 +14,7 @@ from rich.console import Console
 
 import ppo_fast
 from ppo_fast.loop import TrainConfig
-from ppo_fast.loop.data.experience import Experience, joined
+from ppo_fast.loop.data.experience import Experience, advantages, joined
 from ppo_fast.loop.data.sequences import Rollout, Scores, Sequences
 from ppo_fast.loop.log.meter import Phases
 from ppo_fast.loop.rewards import letters
@@ -233,6 +233,17 @@ def test_truncated_completions_leave_the_loss_and_not_the_baseline(tmp_path: Pat
     assert seqs.mask.any(1).tolist() == sample.ended
     kept = grouped(tmp_path, keep_truncated=True)
     assert sample.learnt(kept.config).mask.any(1).all()
+
+
+def test_the_kl_is_that_of_the_sequences_in_the_loss(tmp_path: Path) -> None:
+    """Truncated ones that are left out are scored by no forward, and count for no 0 either."""
+    t = grouped(tmp_path, dtype=torch.float64)
+    rollout, batch, _ = batch_of(t)
+    scores = Scores([1.0] * 8)
+    moved = batch.scored._replace(ref=batch.scored.old - 0.5)
+    seqs = rollout.seqs.kept([i < 2 for i in range(8)])
+    _, kl = advantages(t.config, 0.0, seqs, moved, scores, t.backend)
+    assert kl == pytest.approx(0.5 * int(seqs.mask.sum()) / 2, abs=FP64)
 
 
 def test_a_stop_text_ends_a_completion(tmp_path: Path) -> None:

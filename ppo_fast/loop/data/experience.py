@@ -158,7 +158,7 @@ def advantages(
         lam=config.lam,
         backend=backend,
     )
-    kl = float(out.kl.sum()) / max(1, sum(scores.kept))
+    kl = float(out.kl.sum()) / max(1, int(seqs.mask.any(1).sum()))
     if config.advantages == "gae":
         return Batch(seqs, scored, out.advantages, out.returns, out.moments), kl
     shaped = given.double() - kl_coef * out.kl.sum(1, dtype=torch.float64)
