@@ -11,9 +11,10 @@ from ppo_fast import _checks
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import PolicyOptions, TokenTensors
 from ppo_fast._results import Moments
+from ppo_fast._sequences import Sequences
 from ppo_fast.ops.backward import detached
 from ppo_fast.ops.loss_options import LossOptions, log_ratio_bounds
-from ppo_fast.reference.common import SequenceMap, own_denom, token_weights
+from ppo_fast.reference.common import own_denom, token_weights
 
 
 class PolicyInputs(NamedTuple):
@@ -52,7 +53,7 @@ class PolicyInputs(NamedTuple):
         """w / D of every slot: w over the `rows` of the loss, D over those that are `counted`."""
         reduction, dtype = self.given.reduction, self.per_token.advantages.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        w = token_weights(SequenceMap(rows, self.cu_seqlens), reduction, wide)
+        w = token_weights(Sequences(rows, self.cu_seqlens), reduction, wide)
         return _over(w, self.denom(counted))
 
     def denom(self, counted: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class PolicyInputs(NamedTuple):
         given, reduction = self.given.denom, self.given.reduction
         if given is not None:
             return torch.as_tensor(given, device=counted.device).detach()
-        own = own_denom(SequenceMap(counted, self.cu_seqlens), reduction)
+        own = own_denom(Sequences(counted, self.cu_seqlens), reduction)
         return torch.ones_like(own) if reduction == "token-sum" else own
 
     def for_reference(self, op: str) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ppo_fast._results import Loss
+from ppo_fast._sequences import Sequences
 from ppo_fast.reference.common import (
-    SequenceMap,
     clamp,
     compute,
     keep_of,
@@ -55,7 +55,7 @@ def ppo_loss(
 ) -> Loss:
     """Σ w·(policy + kl_coef·kl − entropy_coef·entropy) / D over the unmasked tokens."""
     keep = keep_of(logprobs, mask)
-    seqs = SequenceMap(keep, cu_seqlens)
+    seqs = Sequences(keep, cu_seqlens)
     new = select(keep, logprobs)
     old = new.detach() if old_logprobs is None else select(keep, old_logprobs)
     ref = None if ref_logprobs is None else select(keep, ref_logprobs)
@@ -115,7 +115,7 @@ def _surrogate(
     adv: Tensor,
     clip: tuple[float, float],
     dual_clip: float | None,
-    seqs: SequenceMap,
+    seqs: Sequences,
     kl_coef: float | Tensor,
     linear: Tensor | None,
 ) -> Surrogate:
