@@ -4,7 +4,7 @@
 
 namespace ppo {
 
-enum class Variant : int { clip, gspo, cispo, penalty, linear };
+enum class Variant : int { clip, gspo, cispo, penalty, linear, given };
 enum class Estimator : int { k1, k2, k3, abs };
 enum class Reduction : int {
   token_mean,
@@ -13,12 +13,22 @@ enum class Reduction : int {
   seq_mean_token_sum,
   seq_mean_token_sum_norm,
 };
+enum class KlWeight : int { none, ratio, score };
 enum class Form : int { unclipped, max, clipped };
 enum class Masked : int { carry, zero };
 enum class ScoreAt : int { last_token, first_pad, per_token };
 
 struct PolicyCodes {
-  enum : int { variant, estimator, straight_through, reduction, n_grads, count };
+  enum : int {
+    variant,
+    estimator,
+    straight_through,
+    reduction,
+    kl_weight,
+    by_sequence,
+    n_grads,
+    count,
+  };
 };
 struct PolicyParams {
   enum : int {
@@ -67,6 +77,12 @@ enum Stat : int {
   kRetSq,
   kErr,
   kErrSq,
+  kRolloutTokens,
+  kRolloutWeight,
+  kRolloutWeightSq,
+  kRolloutK3,
+  kRolloutRejected,
+  kRolloutMissing,
   kRatioMin,
   kRatioMax,
   kNStats,

@@ -20,7 +20,9 @@ struct ReduceOptions {
 struct PolicyOptions {
   Variant variant;
   Estimator estimator;
+  KlWeight kl_weight;
   bool straight_through, has_dual, has_kl_ratio_clip, has_ref, whiten;
+  bool by_sequence;  // the ratio is the sequence's
   double clip_low, clip_high, dual_clip, log_ratio_min, log_ratio_max;
   double entropy_coef, kl_coef, kl_clamp, kl_ratio_clip;
   double adv_mean, adv_rstd;
@@ -53,6 +55,8 @@ inline PolicyOptions policy_options(const std::vector<int64_t>& codes,
   o.variant = Variant(codes[C::variant]);
   o.estimator = Estimator(codes[C::estimator]);
   o.straight_through = codes[C::straight_through] != 0;
+  o.kl_weight = KlWeight(codes[C::kl_weight]);
+  o.by_sequence = o.variant == Variant::gspo || codes[C::by_sequence] != 0;
   o.clip_low = params[P::clip_low];
   o.clip_high = params[P::clip_high];
   o.dual_clip = params[P::dual_clip];
@@ -65,7 +69,7 @@ inline PolicyOptions policy_options(const std::vector<int64_t>& codes,
   o.has_dual = std::isfinite(o.dual_clip);
   o.has_kl_ratio_clip = std::isfinite(o.kl_ratio_clip);
   o.has_ref = has_ref;
-  o.whiten = moments.has_value();
+  o.whiten = moments.has_value() && o.variant != Variant::given;
   if (moments) check_moments(*moments, op);
   return o;
 }

@@ -80,16 +80,18 @@ struct PolicyConsts {
 
 // Inputs of one token per lane. Absent old_logprobs are the current ones, an absent is_weight is
 // 1, other absent inputs are 0. Masked lanes hold zeros, and any finite is_weight and seq_ratio.
+// seq_held: the log-ratio's clamp holds the sequence's mean.
 template <class T>
 struct PolicyToken {
   T logprobs, old_logprobs, advantage, is_weight, ref_logprobs, seq_ratio;
+  mask_t<T> seq_held;
 };
 
-// Loss terms of one token per lane, before the division by D: loss = policy + kl_coef kl -
-// entropy_coef entropy (linear: the policy term holds the KL). grad = d loss / d logprobs.
+// Loss terms of one token per lane, before the division by D: loss = policy + kl_coef weighted_kl
+// - entropy_coef entropy (linear: the policy term holds the KL). grad = d loss / d logprobs.
 template <class T>
 struct PolicyTerms {
-  T policy, kl, grad, d, k3, ratio;
+  T policy, kl, weighted_kl, grad, d, k3, ratio;
   mask_t<T> clip_low, clip_high, clip_dual, clip_eps;
 };
 
@@ -101,7 +103,7 @@ PPO_INLINE T whiten_advantage(const PolicyConsts<T>& c, T advantage) {
 
 template <class T>
 struct KlTerm {
-  T value, grad;  // grad with respect to x
+  T value, weighted, grad;  // grad: of `weighted`, with respect to x
 };
 
 // Estimators of KL from x, a difference of log-probabilities (Schulman 2020, "Approximating KL
@@ -120,27 +122,57 @@ PPO_INLINE KlTerm<T> kl_term(const PolicyOptions& o, const PolicyConsts<T>& c, T
   }
   g = select(vabs(k) > c.kl_clamp, zero, g);
   if (o.straight_through) g = o.has_kl_ratio_clip ? x * vmin(c.kl_ratio_clip, ratio) : x;
-  return {clamp(k, -c.kl_clamp, c.kl_clamp), g};
+  k = clamp(k, -c.kl_clamp, c.kl_clamp);
+  return {k, k, g};
 }
+
+// ratio x; 0 times a ratio that overflows is 0, as the exact product would be.
+template <class T>
+PPO_INLINE T times_ratio(T ratio, T x) {
+  const T zero = set1<T>(0.f);
+  return select((x == zero) & (ratio >= zero), zero, ratio * x);
+}
+
+// The term under kl_weight: W k, its gradient W k' + W' k. W is the ratio, whose gradient is 0
+// where `held` (TRL's use_bias_correction_kl), or exp(l - sg l), which is 1 (NeMo-RL).
+template <class T>
+PPO_INLINE KlTerm<T> weighted_kl(const PolicyOptions& o, const KlTerm<T>& k, T ratio,
+                                 mask_t<T> held) {
+  if (o.kl_weight == KlWeight::none) return k;
+  if (o.kl_weight == KlWeight::score) return {k.value, k.value, k.grad + k.value};
+  const T grad = k.grad + select(held, set1<T>(0.f), k.value);
+  return {k.value, times_ratio(ratio, k.value), times_ratio(ratio, grad)};
+}
+
+// The variant's ratio, and where its log-ratio's clamp holds.
+template <class T>
+struct Ratio {
+  T value;
+  mask_t<T> held;
+};
+
+// Policy term and its gradient, and where the clip and the dual clip are active.
+template <class T>
+struct Surrogate {
+  T policy, grad;
+  mask_t<T> active, dual;
+};
 
 // Schulman et al. 2017 (clip, penalty); Ye et al. 2020 (dual clip); Zheng et al. 2025 (gspo);
 // MiniMax-M1 2025 (cispo). A NaN ratio counts as unclipped, so the NaN shows in loss and gradient.
-// An advantage of 0 times a ratio that overflows gives 0, as the exact product would. `inside`
-// promises that the log-ratio's clamp is within kExpInside.
-template <Variant variant, bool inside, class T>
-PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConsts<T>& c,
-                                       const PolicyToken<T>& t) {
-  const T zero = set1<T>(0.f);
-  const T raw = t.logprobs - t.old_logprobs, d = clamp(raw, c.d_min, c.d_max);
-  const mask_t<T> held = (raw < c.d_min) | (raw > c.d_max);
-  const ExpParts<T> e = exp_parts<T, inside>(d);
-  const T ratio = variant == Variant::gspo ? t.seq_ratio : e.exp;
+// An advantage of 0 times a ratio that overflows gives 0, as the exact product would; so does an
+// is_weight of 0 times anything. given: the term is the is_weight and its gradient the advantage.
+template <Variant variant, bool usual, class T>
+PPO_INLINE Surrogate<T> surrogate(const PolicyOptions& o, const PolicyConsts<T>& c,
+                                  const PolicyToken<T>& t, const Ratio<T>& r) {
+  const T zero = set1<T>(0.f), ratio = r.value;
+  const mask_t<T> never = first_n<T>(0);
+  if constexpr (variant == Variant::given) return {t.is_weight, t.advantage, never, never};
   const T minus_a = -t.advantage;
   const T plain = minus_a * ratio, clipped = minus_a * clamp(ratio, c.clip_lo, c.clip_hi);
-  const mask_t<T> below = ratio<c.clip_lo, above = ratio> c.clip_hi, active = clipped > plain;
-
-  T policy = plain, grad = select(held, zero, plain);
-  mask_t<T> dual = first_n<T>(0), idle = (minus_a == zero) & (ratio >= zero);
+  const mask_t<T> active = clipped > plain;
+  T policy = plain, grad = select(r.held, zero, plain);
+  mask_t<T> dual = never, idle = (minus_a == zero) & (ratio >= zero);
   if constexpr (variant == Variant::clip || variant == Variant::gspo) {
     policy = select(active, clipped, plain);
     grad = select(active, zero, grad);
@@ -161,26 +193,43 @@ PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConst
       idle = idle & (ref >= zero);
     }
   }
-  if constexpr (!inside) {
-    policy = select(idle, zero, policy);
-    grad = select(idle, zero, grad);
+  if constexpr (!usual) {
+    const mask_t<T> dropped = t.is_weight == zero;
+    policy = select(dropped, zero, select(idle, zero, policy) * t.is_weight);
+    grad = select(dropped, zero, select(idle, zero, grad) * t.is_weight);
   }
-  policy = policy * t.is_weight;
-  grad = grad * t.is_weight;
+  return {policy, grad, active, dual};
+}
 
-  KlTerm<T> kl{zero, zero};
+// `usual` promises that the log-ratio's clamp is within kExpInside, that there are no is_weights
+// and no kl_weight.
+template <Variant variant, bool usual, class T>
+PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConsts<T>& c,
+                                       const PolicyToken<T>& t) {
+  const T zero = set1<T>(0.f);
+  const T raw = t.logprobs - t.old_logprobs, d = clamp(raw, c.d_min, c.d_max);
+  const ExpParts<T> e = exp_parts<T, usual>(d);
+  Ratio<T> ratio{e.exp, (raw < c.d_min) | (raw > c.d_max)};
+  if (variant == Variant::gspo || (variant == Variant::given && o.by_sequence)) {
+    ratio = {t.seq_ratio, t.seq_held};
+  }
+  const Surrogate<T> s = surrogate<variant, usual>(o, c, t, ratio);
+  KlTerm<T> kl{zero, zero, zero};
   if constexpr (variant == Variant::penalty) {
-    kl = kl_term(o, c, -d, e, ratio);
-    kl.grad = select(held, zero, -kl.grad);
+    kl = kl_term(o, c, -d, e, ratio.value);
+    kl.grad = select(ratio.held, zero, -kl.grad);
   } else if (o.has_ref) {
     const T x = t.logprobs - t.ref_logprobs;
-    kl = kl_term(o, c, x, o.estimator == Estimator::k3 ? exp_parts(-x) : e, ratio);
+    kl = kl_term(o, c, x, o.estimator == Estimator::k3 ? exp_parts(-x) : e, ratio.value);
+    if constexpr (!usual) kl = weighted_kl(o, kl, ratio.value, ratio.held);
   }
+  T grad = s.grad;
   if (variant != Variant::linear && (o.has_ref || variant == Variant::penalty)) {
     grad = vfma(c.kl_coef, kl.grad, grad);
   }
-  const mask_t<T> low = active & below, high = active & above, outside = below | above;
-  return {policy, kl.value, grad, d, e.k3, ratio, low, high, dual, outside};
+  const mask_t<T> below = ratio.value<c.clip_lo, above = ratio.value> c.clip_hi;
+  return {s.policy,         kl.value,         kl.weighted, grad,         d, e.k3, ratio.value,
+          s.active & below, s.active & above, s.dual,      below | above};
 }
 
 }  // namespace ppo::PPO_ISA

@@ -9,6 +9,7 @@ VARIANT_GSPO = tl.constexpr(1)
 VARIANT_CISPO = tl.constexpr(2)
 VARIANT_PENALTY = tl.constexpr(3)
 VARIANT_LINEAR = tl.constexpr(4)
+VARIANT_GIVEN = tl.constexpr(5)
 
 ESTIMATOR_K1 = tl.constexpr(0)
 ESTIMATOR_K2 = tl.constexpr(1)
@@ -20,6 +21,10 @@ REDUCTION_TOKEN_SUM = tl.constexpr(1)
 REDUCTION_SEQ_MEAN_TOKEN_MEAN = tl.constexpr(2)
 REDUCTION_SEQ_MEAN_TOKEN_SUM = tl.constexpr(3)
 REDUCTION_SEQ_MEAN_TOKEN_SUM_NORM = tl.constexpr(4)
+
+KL_WEIGHT_NONE = tl.constexpr(0)
+KL_WEIGHT_RATIO = tl.constexpr(1)
+KL_WEIGHT_SCORE = tl.constexpr(2)
 
 FORM_UNCLIPPED = tl.constexpr(0)
 FORM_MAX = tl.constexpr(1)
@@ -33,8 +38,8 @@ SCORE_AT_FIRST_PAD = tl.constexpr(1)
 SCORE_AT_PER_TOKEN = tl.constexpr(2)
 
 # The statistics: N_SUMS sums, then the smallest and the largest ratio.
-N_STATS = tl.constexpr(26)
-N_SUMS = tl.constexpr(24)
+N_STATS = tl.constexpr(32)
+N_SUMS = tl.constexpr(30)
 
 
 class PolicyCodes(NamedTuple):
@@ -44,6 +49,8 @@ class PolicyCodes(NamedTuple):
     estimator: int
     straight_through: int
     reduction: int
+    kl_weight: int
+    by_sequence: int
     n_grads: int
 
 

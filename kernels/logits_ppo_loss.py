@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .codes import PolicyCodes, PolicyParams
+from .codes import VARIANT_GIVEN, VARIANT_GSPO, PolicyCodes, PolicyParams
 from .common import (
     LAUNCH,
     MAX_REGISTERS,
@@ -60,7 +60,7 @@ L2_ROWS = 2
 # Arguments that Triton shall not specialise on: per-token values' strides, options, numbers.
 TOKENS = ("old", "adv", "is", "ref", "weight")
 TOKEN_STRIDES = [f"{x}_{level}" for x in TOKENS for level in ("outer", "inner")]
-CODES = ("variant", "estimator", "straight")
+CODES = ("variant", "estimator", "straight", "kl_weight")
 BOUNDS = ("ratio_low", "ratio_high", "dual_clip", "log_min", "log_max")
 NUMBERS = (*BOUNDS, "ent_coef", "kl_coef", "kl_clamp", "kl_ratio_clip")
 
@@ -114,7 +114,7 @@ def logits_ppo_kernel(
     moments_ptr, ent_coef_ptr, kl_coef_ptr,  # (3,) float64, 0-d, 0-d
     logprobs_ptr, entropy_ptr,  # (rows,) fp32 contiguous
     inner, V, n_rows, n_segments, inv_temperature, ignore_index: tl.int64,
-    variant: tl.int32, estimator: tl.int32, straight: tl.int32,
+    variant: tl.int32, estimator: tl.int32, straight: tl.int32, kl_weight: tl.int32,
     ratio_low, ratio_high, dual_clip, log_min, log_max,
     ent_coef, kl_coef, kl_clamp, kl_ratio_clip,
     LANES: tl.constexpr, UNROLL: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
@@ -139,6 +139,7 @@ def logits_ppo_kernel(
         variant,
         estimator,
         straight,
+        kl_weight,
         ratio_low,
         ratio_high,
         dual_clip,
@@ -216,6 +217,8 @@ def _run(out: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     logits, tokens, mask, temperatures, old, adv, is_weights, moments, ref, weights, *rest = args
     entropy_coef, kl_coef, temperature, ignore_index, codes, params = rest
     c, p = PolicyCodes(*codes), PolicyParams(*params)
+    if c.variant in (VARIANT_GSPO.value, VARIANT_GIVEN.value):
+        raise ValueError("logits_ppo_loss: gspo and given need whole sequences")
     vocab = logits.shape[-1]
     tiling = config.forward_tiling(vocab)
     segments = max(1, triton.cdiv(vocab, tiling.segment))
@@ -236,8 +239,9 @@ def _run(out: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
                 *(*block.args, moments, entropy_coef, kl_coef),
                 *(x.view(-1)[block.start :] for x in (logprobs, entropy)),
                 *(block.inner, vocab, n_rows, segments, 1.0 / temperature, ignore_index),
-                *(c.variant, c.estimator, c.straight_through, 1.0 - p.clip_low, 1.0 + p.clip_high),
-                *(p.dual_clip, p.log_ratio_min, p.log_ratio_max),
+                *(c.variant, c.estimator, c.straight_through, c.kl_weight),
+                *(1.0 - p.clip_low, 1.0 + p.clip_high, p.dual_clip),
+                *(p.log_ratio_min, p.log_ratio_max),
                 *(p.entropy_coef, p.kl_coef, p.kl_clamp, p.kl_ratio_clip),
                 ALIGN=min(alignment(*source), alignment(*target)),
                 **constants,

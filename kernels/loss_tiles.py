@@ -21,7 +21,6 @@ from .common import (
     LAUNCH,
     MAX_REGISTERS,
     Strided,
-    clamp,
     flag_bytes,
     load_f32,
     load_flag,
@@ -110,9 +109,8 @@ def sequence_kernel(
     mask_ptr, mask_row: tl.int64, mask_col: tl.int64,
     cu_ptr,  # (S + 1,)
     counts_ptr,  # (S,) int32
-    means_ptr,  # (S,) fp32, the mean clamped log-ratio; None: not asked for
+    means_ptr,  # (S,) fp32, the mean log-ratio; None: not asked for
     n_cols: tl.int64,
-    log_min, log_max,
     BLOCK: tl.constexpr,
 ):
     # fmt: on
@@ -134,7 +132,7 @@ def sequence_kernel(
         if means_ptr is not None and old_ptr is not None:
             log_ratio = load_token(main, seq, col, keep, 0.0)
             log_ratio -= load_token(old, seq, col, keep, 0.0)
-            total += tl.where(keep, clamp(log_ratio, log_min, log_max), 0.0)
+            total += tl.where(keep, log_ratio, 0.0)
     n = tl.sum(count)
     tl.store(counts_ptr + seq, n)
     if means_ptr is not None:
@@ -147,21 +145,21 @@ def count_sequences(
     old: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    bounds: tuple[float, float] | None = None,
+    means: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(S,) tokens and, with `bounds`, mean clamped main − old. Launch inside `on_device`."""
+    """(S,) tokens and, with `means`, mean main − old. Launch inside `on_device`."""
     n_rows, n_cols = main.shape if main.dim() == 2 else (1, main.shape[0])
     n_seqs = n_rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     counts = torch.empty(n_seqs, dtype=torch.int32, device=main.device)
-    means = None if bounds is None else torch.empty_like(counts, dtype=torch.float32)
+    mean = torch.empty_like(counts, dtype=torch.float32) if means else None
     constants = {"BLOCK": config.TOKENS.block, "num_warps": config.TOKENS.warps} | LAUNCH
     if n_seqs:
         sequence_kernel[(n_seqs,)](
             *(*strided(main), *strided(old), *strided(flag_bytes(mask))),
-            *(cu_seqlens, counts, means, n_cols, *(bounds or (0.0, 0.0))),
+            *(cu_seqlens, counts, mean, n_cols),
             **constants,
         )
-    return counts, means
+    return counts, mean
 
 
 @triton.jit
@@ -278,7 +276,7 @@ class Plan(NamedTuple):
 
     programs: int
     counts: Tensor  # int32, see Counts
-    means: Tensor | None  # (S,) fp32, gspo's mean log-ratios
+    means: Tensor | None  # (S,) fp32, mean log-ratios
     sizes: tuple[int, ...]  # n_rows, n_cols, n_tiles, n_counts, n_pieces, n_seqs
     constants: dict[str, Any]
 
@@ -289,22 +287,24 @@ def plan(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     reduction: int,
-    bounds: tuple[float, float] | None = None,
+    *,
+    means: bool = False,
+    weighted: bool = False,
 ) -> Plan:
     """The tiles, after the counting launch where one is needed. Call it `on_device`.
 
-    It is needed where tokens look up their sequence (seq-mean-token-mean; gspo, which gives
-    `bounds`), and to know which packed sequences have tokens at all.
+    It is needed where tokens look up their sequence (seq-mean-token-mean; `means`, its mean
+    log-ratio; `weighted`, its own weight), and to know which packed sequences have tokens at all.
     """
     rows, cols = main.shape if main.dim() == 2 else (1, main.shape[0])
     tile = config.token_tile(cols)
     pieces = triton.cdiv(cols, tile.cols)
     tiles = triton.cdiv(rows, tile.rows) * pieces
-    look_up = bounds is not None or reduction == REDUCTION_SEQ_MEAN_TOKEN_MEAN.value
+    look_up = means or weighted or reduction == REDUCTION_SEQ_MEAN_TOKEN_MEAN.value
     per_sequence = look_up or cu_seqlens is not None
-    means = None
+    mean = None
     if per_sequence:
-        counts, means = count_sequences(main, old, mask, cu_seqlens, bounds)
+        counts, mean = count_sequences(main, old, mask, cu_seqlens, means)
         n_counts, pieces = counts.shape[0], 1
     else:
         counts = torch.empty(tiles, dtype=torch.int32, device=main.device)
@@ -314,4 +314,4 @@ def plan(
     kind = {"PER_SEQUENCE": per_sequence, "LOOK_UP": look_up}
     constants = LAUNCH | MAX_REGISTERS | kind | shape
     sizes = (rows, cols, tiles, n_counts, pieces, n_seqs)
-    return Plan(max(1, min(tiles, config.LOSS_PROGRAMS)), counts, means, sizes, constants)
+    return Plan(max(1, min(tiles, config.LOSS_PROGRAMS)), counts, mean, sizes, constants)

@@ -1,7 +1,7 @@
 """Policy loss, gradients and all statistics: one launch, one read.
 
-Where a token needs its whole sequence first (gspo, seq-mean-token-mean), or sequences are packed,
-a launch that counts goes before it.
+Where a token needs its whole sequence first (gspo, seq-mean-token-mean, a weight per sequence), or
+sequences are packed, a launch that counts goes before it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from torch import Tensor
 from .codes import (
     N_SUMS,
     REDUCTION_SEQ_MEAN_TOKEN_MEAN,
+    VARIANT_GIVEN,
     VARIANT_GSPO,
     PolicyCodes,
     PolicyParams,
 )
 from .common import (
     Strided,
+    clamp,
     coefficient,
     counter,
     expm1_minus,
     flag_bytes,
     is_last,
+    load_f32,
     on_device,
     strided,
 )
@@ -126,7 +129,8 @@ def ppo_kernel(
     moments_ptr,  # (3,) float64
     cu_ptr,  # (S + 1,)
     counts_ptr,  # int32, see Counts
-    means_ptr,  # (S,) fp32, gspo only
+    means_ptr,  # (S,) fp32, where the ratio is the sequence's
+    seq_weight_ptr, seq_weight_step: tl.int64,  # (S,)
     ent_coef_ptr, kl_coef_ptr, denom_ptr,
     grad_ptr, grad_ent_ptr, loss_ptr, scale_ptr, stats_ptr,
     parts_ptr,  # (programs, 16) float64
@@ -134,6 +138,7 @@ def ppo_kernel(
     n_rows: tl.int64, n_cols: tl.int64, n_tiles: tl.int64, n_counts: tl.int64, n_pieces: tl.int64,
     n_seqs: tl.int64,
     variant: tl.int32, estimator: tl.int32, straight: tl.int32, reduction: tl.int32,
+    kl_weight: tl.int32,
     ratio_low, ratio_high, dual_clip, log_min, log_max,
     ent_coef, kl_coef, kl_clamp, kl_ratio_clip, denom,
     PER_SEQUENCE: tl.constexpr,  # counts holds the tokens of each sequence
@@ -154,6 +159,7 @@ def ppo_kernel(
         variant,
         estimator,
         straight,
+        kl_weight,
         ratio_low,
         ratio_high,
         dual_clip,
@@ -173,7 +179,7 @@ def ppo_kernel(
         keep = load_token_flag(mask, row, col, inside)
         logp = load_token(logprobs, row, col, keep, 0.0)
         adv = load_token(advantages, row, col, keep, 0.0)
-        adv = whitened(adv, moments_ptr)
+        adv = tl.where(variant == VARIANT_GIVEN, adv, whitened(adv, moments_ptr))
         old = At(old_ptr, token_offset(old_logprobs, row, col))
         log_ratio, unclamped = clamped_log_ratio(logp, old, keep, log_min, log_max)
         ratio = tl.exp(log_ratio)
@@ -183,8 +189,12 @@ def ppo_kernel(
             count = tl.load(counts_ptr + seq, mask=keep, other=1).to(tl.float32)
             means = reduction == REDUCTION_SEQ_MEAN_TOKEN_MEAN
             weight = tl.where(means, tl.div_rn(1.0, count), 1.0)
+            if seq_weight_ptr is not None:
+                weight *= load_f32(seq_weight_ptr, seq * seq_weight_step, keep, 1.0)
             if means_ptr is not None:
-                ratio = tl.exp(tl.load(means_ptr + seq, mask=keep, other=0.0))
+                mean = tl.load(means_ptr + seq, mask=keep, other=0.0)
+                ratio = tl.exp(clamp(mean, log_min, log_max))
+                unclamped = ((mean < log_min) | (mean > log_max)) == 0
         is_weight = At(is_ptr, token_offset(is_weights, row, col))
         ref = At(ref_ptr, token_offset(ref_logprobs, row, col))
         loss, term, kl, slope, clips, dual_clips = policy_loss(
@@ -238,6 +248,7 @@ def ppo_loss(
     entropy: Tensor | None,
     ref_logprobs: Tensor | None,
     cu_seqlens: Tensor | None,
+    sequence_weights: Tensor | None,
     entropy_coef_tensor: Tensor | None,
     kl_coef_tensor: Tensor | None,
     denom_tensor: Tensor | None,
@@ -246,20 +257,30 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op of ppo_fast/_boundary/schema.py: (loss, stats, scale, grads)."""
     c, p = PolicyCodes(*codes), PolicyParams(*params)
-    gspo = c.variant == VARIANT_GSPO.value
-    bounds = (p.log_ratio_min, p.log_ratio_max) if gspo else None
+    by_sequence = c.variant == VARIANT_GSPO.value or bool(c.by_sequence)
+    weighted = sequence_weights is not None
     loss, stats, scale, grads = outputs = empty_outputs(logprobs, c.n_grads)
     mask = flag_bytes(mask)
     tensors = (logprobs, old_logprobs, advantages, mask, is_weights, entropy, ref_logprobs)
     with on_device(logprobs):
-        tiles = plan(logprobs, old_logprobs, mask, cu_seqlens, c.reduction, bounds)
+        tiles = plan(
+            logprobs,
+            old_logprobs,
+            mask,
+            cu_seqlens,
+            c.reduction,
+            means=by_sequence,
+            weighted=weighted,
+        )
         parts = stats.new_empty(tiles.programs, WIDTH.value)
         ppo_kernel[(tiles.programs,)](
             *(arg for x in tensors for arg in strided(x)),
             *(moments, cu_seqlens, tiles.counts, tiles.means),
+            *(sequence_weights, sequence_weights.stride(0) if weighted else 0),
             *(entropy_coef_tensor, kl_coef_tensor, denom_tensor),
             *(*grads, *[None] * (2 - c.n_grads), loss, scale, stats, parts, counter(logprobs)),
             *(*tiles.sizes, c.variant, c.estimator, c.straight_through, c.reduction),
+            c.kl_weight,
             *(1.0 - p.clip_low, 1.0 + p.clip_high, p.dual_clip, p.log_ratio_min, p.log_ratio_max),
             *(p.entropy_coef, p.kl_coef, p.kl_clamp, p.kl_ratio_clip, p.denom),
             **tiles.constants,

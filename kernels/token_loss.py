@@ -14,7 +14,10 @@ from .codes import (
     ESTIMATOR_ABS,
     ESTIMATOR_K1,
     ESTIMATOR_K2,
+    KL_WEIGHT_NONE,
+    KL_WEIGHT_RATIO,
     VARIANT_CISPO,
+    VARIANT_GIVEN,
     VARIANT_GSPO,
     VARIANT_LINEAR,
     VARIANT_PENALTY,
@@ -28,6 +31,7 @@ class PolicyOptions(NamedTuple):
     variant: Any
     estimator: Any
     straight: Any  # straight-through gradient of the KL estimate
+    kl_weight: Any
     ratio_low: Any  # bounds of the clipped ratio
     ratio_high: Any
     dual_clip: Any
@@ -109,10 +113,30 @@ def kl_term(x, ratio, unclamped, options):
 
 
 @triton.jit
+def times_ratio(ratio, x):
+    """ratio·x; 0 times a ratio that overflows is 0, as the exact product would be."""
+    return tl.where((x == 0) & (ratio >= 0), 0.0, ratio * x)
+
+
+@triton.jit
+def weighted_kl(value, slope, ratio, unclamped, options):
+    """The KL term under `kl_weight`: W·k, and its derivative W·k' + W'·k.
+
+    W is the ratio, whose derivative is 0 where its log-ratio is clamped (TRL's
+    use_bias_correction_kl), or exp(l − sg l), which is 1 (NeMo-RL).
+    """
+    by_ratio = options.kl_weight == KL_WEIGHT_RATIO
+    both = slope + tl.where(by_ratio & (unclamped == 0), 0.0, value)
+    both = tl.where(by_ratio, times_ratio(ratio, both), both)
+    term = tl.where(by_ratio, times_ratio(ratio, value), value)
+    return term, tl.where(options.kl_weight == KL_WEIGHT_NONE, slope, both)
+
+
+@triton.jit
 def surrogate(logp, unclamped, ratio, adv, excess, options):
     """The policy term, its derivative, and whether the clip and the dual clip are active.
 
-    `unclamped`: the token's log-ratio is not clamped. `excess`: ρ − ρ' of the linear variant. An
+    `unclamped`: the ratio's logarithm is not clamped. `excess`: ρ − ρ' of the linear variant. An
     advantage of 0 gives 0 even if the ratio overflows, as the exact product would.
     """
     variant, kl_coef = options.variant, options.kl_coef
@@ -149,7 +173,8 @@ def surrogate(logp, unclamped, ratio, adv, excess, options):
 def policy_loss(logp, keep, adv, log_ratio, unclamped, ratio, old, is_weights, ref, options):
     """A token's loss without its entropy, policy term, KL, slope, and the two clips' activity.
 
-    `log_ratio`, `unclamped`: see `clamped_log_ratio`; `ratio` is e^log_ratio, or the sequence's.
+    `log_ratio`, `unclamped`: see `clamped_log_ratio`; `ratio` is e^log_ratio. Where the ratio is
+    the sequence's, so is `unclamped`. An is_weight of 0 drops the policy term, whatever it is.
     `old`, `is_weights`, `ref`: each an At.
     """
     excess = tl.zeros_like(ratio)
@@ -163,10 +188,17 @@ def policy_loss(logp, keep, adv, log_ratio, unclamped, ratio, old, is_weights, r
         excess = tl.where((adv == 0) & both, 0.0, ratio - ref_ratio)
     term, slope, clips, dual_clips = surrogate(logp, unclamped, ratio, adv, excess, options)
     is_weight = load_f32(is_weights.ptr, is_weights.offset, keep, 1.0)
-    term *= is_weight
-    slope *= is_weight
+    term = tl.where(is_weight == 0, 0.0, term * is_weight)
+    slope = tl.where(is_weight == 0, 0.0, slope * is_weight)
+    given = options.variant == VARIANT_GIVEN
+    term = tl.where(given, is_weight, term)
+    slope = tl.where(given, adv, slope)
+    clips = tl.where(given, clips & (clips == 0), clips)
     kl, kl_derivative = kl_term(x, ratio, unclamped, options)
+    weighted = kl
+    if ref.ptr is not None:
+        weighted, kl_derivative = weighted_kl(kl, kl_derivative, ratio, unclamped, options)
     linear = options.variant == VARIANT_LINEAR  # its KL is in the policy term
-    loss = tl.where(linear, term, tl.fma(options.kl_coef, kl, term))
+    loss = tl.where(linear, term, tl.fma(options.kl_coef, weighted, term))
     slope = tl.where(linear, slope, tl.fma(options.kl_coef, kl_derivative, slope))
     return loss, term, kl, slope, clips, dual_clips

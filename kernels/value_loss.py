@@ -61,6 +61,8 @@ def store_stats(stats_ptr, sums, own):
     j = tl.arange(0, FIRST)
     tl.store(stats_ptr + j, tl.zeros([FIRST], tl.float64))
     tl.store(stats_ptr + FIRST + i, tl.where(i == LOSS_DENOM, own, sums))
+    rest = FIRST + WIDTH + i
+    tl.store(stats_ptr + rest, tl.zeros([WIDTH], tl.float64), mask=rest < N_SUMS)
     tl.store(stats_ptr + N_SUMS, float("inf"))
     tl.store(stats_ptr + N_SUMS + 1, float("-inf"))
 

@@ -36,6 +36,12 @@ STATS_FIELDS = (
     "ret_sq",
     "err",
     "err_sq",
+    "rollout_tokens",
+    "rollout_weight",
+    "rollout_weight_sq",
+    "rollout_k3",
+    "rollout_rejected",
+    "rollout_missing",
     "ratio_min",
     "ratio_max",
 )
@@ -46,7 +52,7 @@ N_SUMS = N_STATS - 2
 class Stats(NamedTuple):
     """Sufficient statistics of one or more loss calls.
 
-    `values` is one float64 tensor `(26,)` on the loss's device, in the order of `STATS_FIELDS`:
+    `values` is one float64 tensor `(32,)` on the loss's device, in the order of `STATS_FIELDS`:
     undivided sums and counts, then the smallest and the largest ratio. `a + b` merges
     micro-batches, `all_reduce` merges ranks, `compute` is the caller's own synchronisation.
     """
@@ -69,7 +75,10 @@ class Stats(NamedTuple):
 
         `ess` is the effective sample size of the ratios as a share of the tokens,
         (Σρ)² / (n Σρ²); `kl_k1..3` estimate KL(old‖new) from log-probability differences
-        (Schulman 2020, "Approximating KL Divergence").
+        (Schulman 2020, "Approximating KL Divergence"). `rollout_*` are of the weights of an
+        off-policy correction: their mean and effective sample size, the mean k3 of KL(rollout‖old)
+        and the share of rejected tokens; `rollout_missing` counts tokens without a rollout
+        log-probability.
         """
         s = dict(zip(STATS_FIELDS, self.values.tolist(), strict=True))
         n, m = s["n_tokens"], s["vf_n_tokens"]
@@ -92,6 +101,12 @@ class Stats(NamedTuple):
         err_var = s["err_sq"] - _ratio(s["err"] ** 2, m)
         ret_var = s["ret_sq"] - _ratio(s["ret"] ** 2, m)
         out["explained_variance"] = 1.0 - _ratio(err_var, ret_var)
+        r = s["rollout_tokens"]
+        out["rollout_weight_mean"] = _ratio(s["rollout_weight"], r)
+        out["rollout_ess"] = _ratio(s["rollout_weight"] ** 2, r * s["rollout_weight_sq"])
+        out["rollout_k3"] = _ratio(s["rollout_k3"], r)
+        out["rollout_rejected_frac"] = _ratio(s["rollout_rejected"], r)
+        out["rollout_missing"] = s["rollout_missing"]
         out["n_tokens"] = n or m
         out["n_seqs"] = s["n_seqs"]
         return out

@@ -248,7 +248,9 @@ def _kl_cov(share: float, coef: float, t: TokenTerms) -> Tensor:
     return torch.where(chosen, plain + coef * t.log_ratio.abs(), plain)
 
 
-def clip(clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None) -> Surrogate:
+def clip(
+    clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
+) -> Surrogate:
     """max(−Aρ, −A·clip(ρ, 1 − clip_low, 1 + clip_high)) (Schulman et al. 2017, eq. 7).
 
     The kernels' "clip" as a surrogate, for a ratio that they do not form.

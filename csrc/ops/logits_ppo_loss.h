@@ -18,7 +18,8 @@ typename On::Result logits_ppo_loss(Tensor logits, Tensor tokens, OptTensor mask
   constexpr const char* op = "logits_ppo_loss";
   const PolicyOptions options =
       policy_options(codes, params, ref_logprobs.has_value(), moments, op);
-  PPO_CHECK(options.variant != Variant::gspo, op, "gspo needs whole sequences");
+  PPO_CHECK(!options.by_sequence && options.variant != Variant::given, op,
+            "gspo and given need whole sequences");
   typename On::Args a{
       On::rows(op, logits, tokens, mask, temperature_tensor, ignore_index, temperature),
       On::policy(options, moments, entropy_coef, kl_coef)};

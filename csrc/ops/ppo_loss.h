@@ -10,14 +10,15 @@ template <class On>
 std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
     Tensor logprobs, OptTensor old_logprobs, Tensor advantages, OptTensor mask,
     OptTensor is_weights, OptTensor moments, OptTensor entropy, OptTensor ref_logprobs,
-    OptTensor cu_seqlens, OptTensor entropy_coef, OptTensor kl_coef, OptTensor denom,
-    std::vector<int64_t> codes, std::vector<double> params) {
+    OptTensor cu_seqlens, OptTensor sequence_weights, OptTensor entropy_coef, OptTensor kl_coef,
+    OptTensor denom, std::vector<int64_t> codes, std::vector<double> params) {
   constexpr const char* op = "ppo_loss";
   const PolicyOptions options =
       policy_options(codes, params, ref_logprobs.has_value(), moments, op);
+  PPO_CHECK(options.variant != Variant::given || is_weights, op, "given needs is_weights");
   const ReduceOptions reduce =
       reduce_options(codes[PolicyCodes::reduction], params[PolicyParams::denom]);
-  typename On::Call call(op, logprobs, mask, cu_seqlens, reduce, denom,
+  typename On::Call call(op, logprobs, mask, cu_seqlens, sequence_weights, reduce, denom,
                          codes[PolicyCodes::n_grads]);
   typename On::Args a{{}, On::policy(options, moments, entropy_coef, kl_coef)};
   a.logprobs = call.view(logprobs, "logprobs");

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss(Tensor values, OptTensor o
                                                       std::vector<double> params) {
   constexpr const char* op = "value_loss";
   const ValueOptions options = value_options(codes, params, op);
-  typename On::Call call(op, values, mask, cu_seqlens, options.reduce, denom,
+  typename On::Call call(op, values, mask, cu_seqlens, OptTensor(), options.reduce, denom,
                          codes[ValueCodes::n_grads]);
   typename On::Args a{};
   a.values = call.view(values, "values");

@@ -107,6 +107,7 @@ def ppo_loss(
     mask: Tensor | None,
     entropy: Tensor | None,
     cu_seqlens: Tensor | None,
+    sequence_weights: Tensor | None,
 ) -> RawLoss:
     """Loss, statistics and `grads` (n_grads, ...): by logprobs, by entropy, to be times `scale`.
 
@@ -122,6 +123,7 @@ def ppo_loss(
         entropy,
         x.ref_logprobs,
         cu_seqlens,
+        sequence_weights,
         options.entropy_coef_tensor,
         options.kl_coef_tensor,
         options.denom_tensor,

@@ -17,7 +17,18 @@ _TOKEN_SUM = REDUCTIONS.index("token-sum")
 # Order of the losses' numbers in `codes` and `params`, and their type; `emit.py` writes it for C++
 # and Triton.
 PACKED = {
-    "PolicyCodes": (("variant", "estimator", "straight_through", "reduction", "n_grads"), "int"),
+    "PolicyCodes": (
+        (
+            "variant",
+            "estimator",
+            "straight_through",
+            "reduction",
+            "kl_weight",
+            "by_sequence",
+            "n_grads",
+        ),
+        "int",
+    ),
     "PolicyParams": (
         (
             "clip_low",
@@ -48,6 +59,8 @@ class PolicyOptions(NamedTuple):
     estimator: int
     straight_through: int  # 1: the KL term keeps its value and takes k2's gradient
     reduction: int
+    kl_weight: int
+    by_sequence: int  # 1: "given" takes the sequence's ratio, as gspo always does
     clip_low: float
     clip_high: float
     dual_clip: float
@@ -68,7 +81,15 @@ class PolicyOptions(NamedTuple):
 
     def codes(self, n_grads: int) -> list[int]:
         """PolicyCodes of `PACKED`."""
-        return [self.variant, self.estimator, self.straight_through, self.reduction, n_grads]
+        return [
+            self.variant,
+            self.estimator,
+            self.straight_through,
+            self.reduction,
+            self.kl_weight,
+            self.by_sequence,
+            n_grads,
+        ]
 
     def params(self) -> list[float]:
         """PolicyParams of `PACKED`."""
@@ -92,6 +113,8 @@ def policy_options(
     estimator: int,
     straight_through: int,
     reduction: int,
+    kl_weight: int,
+    by_sequence: int,
     clip_low: float,
     clip_high: float,
     dual_clip: float,
@@ -112,6 +135,8 @@ def policy_options(
         estimator,
         straight_through,
         reduction,
+        kl_weight,
+        by_sequence,
         clip_low,
         clip_high,
         dual_clip,

@@ -22,6 +22,8 @@ BACKENDS = ("cpu", "triton", "cuda")
 
 # Enumerations: an option's code is its index. `emit.py` writes them for C++ and Triton.
 VARIANTS = ("clip", "gspo", "cispo", "penalty", "linear")
+# "given", which callers cannot name: is_weights is the policy term and advantages its slope.
+KERNEL_VARIANTS = (*VARIANTS, "given")
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 REDUCTIONS = (
     "token-mean",
@@ -30,13 +32,15 @@ REDUCTIONS = (
     "seq-mean-token-sum",
     "seq-mean-token-sum-norm",
 )
+KL_WEIGHTS = ("none", "ratio", "score")
 FORMS = ("unclipped", "max", "clipped")
 MASKED = ("carry", "zero")
 SCORE_AT = ("last-token", "first-pad", "per-token")
 ENUM_CODES = {
-    "Variant": VARIANTS,
+    "Variant": KERNEL_VARIANTS,
     "Estimator": ESTIMATORS,
     "Reduction": REDUCTIONS,
+    "KlWeight": KL_WEIGHTS,
     "Form": FORMS,
     "Masked": MASKED,
     "ScoreAt": SCORE_AT,
@@ -54,15 +58,17 @@ _LOGPROBS_BWD_ARGS = (
 )
 # codes and params: PolicyCodes and PolicyParams of options.py.
 # grads is (n_grads, *shape): by logprobs, by entropy; the gradients are scale times it. scale is
-# 1/D, or 1 from a backend that knew D beforehand.
+# 1/D, or 1 from a backend that knew D beforehand. sequence_weights, (B,) or (S,), multiply w.
 _PPO_LOSS = (
     "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, Tensor? is_weights,"
     " Tensor? moments, Tensor? entropy, Tensor? ref_logprobs, Tensor? cu_seqlens,"
-    " Tensor? entropy_coef_tensor, Tensor? kl_coef_tensor, Tensor? denom_tensor, int[] codes,"
-    " float[] params) -> (Tensor loss, Tensor stats, Tensor scale, Tensor grads)"
+    " Tensor? sequence_weights, Tensor? entropy_coef_tensor, Tensor? kl_coef_tensor,"
+    " Tensor? denom_tensor, int[] codes, float[] params)"
+    " -> (Tensor loss, Tensor stats, Tensor scale, Tensor grads)"
 )
 # One read of the logits for log-probability, loss slope and gradient. `weights` is w/D of every
-# token, or 0-d for all; gspo, whose slopes need whole sequences first, has no one-pass op.
+# token, or 0-d for all; gspo, whose slopes need whole sequences first, and "given" have no
+# one-pass op.
 # codes and params: those of ppo_loss, of which reduction, n_grads and denom are not used.
 _LOGITS_PPO_LOSS_ARGS = (
     "({logits} logits, Tensor tokens, Tensor? mask, Tensor? temperature_tensor,"

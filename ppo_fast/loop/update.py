@@ -137,7 +137,12 @@ def numbers(agent: Agent, stats: ppo_fast.Stats) -> dict[str, float]:
         for name in ("loss", "policy_loss"):
             out[name] = float(stats.field(name)) / divisor
     of_critic = () if agent.critic is not None else _OF_CRITIC
-    return {name: value for name, value in out.items() if name not in of_critic}
+    absent = () if float(stats.field("rollout_tokens")) else ("rollout_",)
+    return {
+        name: value
+        for name, value in out.items()
+        if name not in of_critic and not name.startswith(absent)
+    }
 
 
 class _Divisors(NamedTuple):

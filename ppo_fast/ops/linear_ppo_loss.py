@@ -97,6 +97,7 @@ class _Loss:
             mask=_at(self.given.rows.keep, at),
             entropy=softmax.entropy,
             cu_seqlens=None,
+            sequence_weights=None,  # in self.weights
         )
         g, h = grads * self.weights[at]
         live = live_rows(g, h)
@@ -215,6 +216,7 @@ def linear_ppo_loss(
     dual_clip: float | None = None,
     log_ratio_clamp: Bounds = 20.0,
     is_weights: Tensor | None = None,
+    sequence_weights: Tensor | None = None,
     advantage_moments: Moments | None = None,
     entropy_coef: Coefficient = 0.0,
     ref_logprobs: Tensor | None = None,
@@ -222,6 +224,7 @@ def linear_ppo_loss(
     kl_estimator: str = "k3",
     kl_clamp: float | None = 10.0,
     kl_ratio_clip: float | None = None,
+    kl_weight: str | None = None,
     reduction: str = "token-mean",
     denom: Coefficient | None = None,
     cu_seqlens: Tensor | None = None,
@@ -271,6 +274,7 @@ def linear_ppo_loss(
         old_logprobs,
         advantages,
         is_weights=is_weights,
+        sequence_weights=sequence_weights,
         advantage_moments=advantage_moments,
         ref_logprobs=ref_logprobs,
         cu_seqlens=cu_seqlens,
@@ -285,6 +289,7 @@ def linear_ppo_loss(
             kl_estimator=kl_estimator,
             kl_clamp=kl_clamp,
             kl_ratio_clip=kl_ratio_clip,
+            kl_weight=kl_weight,
             reduction=reduction,
             denom=denom,
         ),

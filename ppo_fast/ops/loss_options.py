@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppo_fast import _checks
 from ppo_fast._boundary.options import PolicyOptions, policy_options
-from ppo_fast._boundary.schema import ESTIMATORS, REDUCTIONS, VARIANTS
+from ppo_fast._boundary.schema import ESTIMATORS, KL_WEIGHTS, REDUCTIONS, VARIANTS
 
 Coefficient = float | Tensor
 Bounds = float | tuple[float, float] | None
@@ -28,6 +28,7 @@ class LossOptions(NamedTuple):
     kl_estimator: str
     kl_clamp: float | None
     kl_ratio_clip: float | None
+    kl_weight: str | None
     reduction: str
     denom: Coefficient | None
 
@@ -62,6 +63,8 @@ class LossOptions(NamedTuple):
             estimator=estimator,
             straight_through=straight_through,
             reduction=reduction,
+            kl_weight=self._kl_weight(op),
+            by_sequence=0,
             clip_low=clip_low,
             clip_high=clip_high,
             dual_clip=dual_clip,
@@ -104,6 +107,22 @@ class LossOptions(NamedTuple):
                 f" got {self.kl_ratio_clip}"
             )
         return _checks.number(op, "kl_ratio_clip", self.kl_ratio_clip, 0.0)
+
+    def _kl_weight(self, op: str) -> int:
+        if self.kl_weight is None:
+            return 0
+        code = _checks.choice(op, "kl_weight", self.kl_weight, KL_WEIGHTS[1:]) + 1
+        clash = {
+            f"kl_estimator {self.kl_estimator!r}": self.kl_estimator[-1:] == "+",
+            f"kl_ratio_clip {self.kl_ratio_clip}": self.kl_ratio_clip is not None,
+            f"variant {self.variant!r}": self.variant in ("penalty", "linear"),
+        }
+        for what, given in clash.items():
+            if given:
+                raise ValueError(
+                    f"{op}: kl_weight must be None with {what}, got {self.kl_weight!r}"
+                )
+        return code
 
 
 def check_kl_clamp(op: str, clamp: float | None) -> float:

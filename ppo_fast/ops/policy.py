@@ -13,7 +13,7 @@ from ppo_fast._boundary.options import PolicyOptions, TokenTensors
 from ppo_fast._results import Moments
 from ppo_fast._sequences import Sequences
 from ppo_fast.ops.backward import detached
-from ppo_fast.ops.loss_options import LossOptions, log_ratio_bounds
+from ppo_fast.ops.loss_options import LossOptions, log_ratio_bounds, need_sequences
 from ppo_fast.reference.common import own_denom, token_weights
 
 
@@ -22,6 +22,7 @@ class PolicyInputs(NamedTuple):
 
     per_token: TokenTensors
     cu_seqlens: Tensor | None
+    sequence_weights: Tensor | None
     options: PolicyOptions
     given: LossOptions
 
@@ -43,6 +44,7 @@ class PolicyInputs(NamedTuple):
             mask=mask,
             entropy=entropy,
             cu_seqlens=self.cu_seqlens,
+            sequence_weights=self.sequence_weights,
         )
 
     def divided_by(self, denom: Tensor) -> PolicyInputs:
@@ -53,7 +55,7 @@ class PolicyInputs(NamedTuple):
         """w / D of every slot: w over the `rows` of the loss, D over those that are `counted`."""
         reduction, dtype = self.given.reduction, self.per_token.advantages.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        w = token_weights(Sequences(rows, self.cu_seqlens), reduction, wide)
+        w = token_weights(Sequences(rows, self.cu_seqlens), reduction, wide, self.sequence_weights)
         return _over(w, self.denom(counted))
 
     def denom(self, counted: Tensor) -> Tensor:
@@ -75,6 +77,7 @@ class PolicyInputs(NamedTuple):
             "advantage_moments": x.moments,
             "ref_logprobs": x.ref_logprobs,
             "cu_seqlens": self.cu_seqlens,
+            "sequence_weights": self.sequence_weights,
         }
 
 
@@ -92,6 +95,7 @@ def check_policy(
     advantages: Tensor,
     *,
     is_weights: Tensor | None,
+    sequence_weights: Tensor | None,
     advantage_moments: Any,
     ref_logprobs: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -99,13 +103,8 @@ def check_policy(
     has_entropy: bool,
 ) -> PolicyInputs:
     """`main` sets shape, device and precision; raises ValueError or TypeError."""
-    shape = main.shape
-    if (
-        _checks.tensor(op, "advantages", advantages).shape != shape
-        and main.dim() == 2
-        and advantages.shape == (shape[0], 1)
-    ):
-        advantages = advantages.expand(shape)
+    advantages = _widened(_checks.tensor(op, "advantages", advantages), main)
+    is_weights = _widened(is_weights, main)
     _checks.alike(
         op,
         main,
@@ -121,6 +120,7 @@ def check_policy(
         has_ref=ref_logprobs is not None,
         has_entropy=has_entropy,
     )
+    _check_sequence_weights(op, sequence_weights, main, cu_seqlens)
     tensors = TokenTensors(
         old_logprobs=detached(old_logprobs),
         advantages=detached(advantages),
@@ -128,7 +128,26 @@ def check_policy(
         ref_logprobs=detached(ref_logprobs),
         moments=_check_moments(op, advantage_moments, main),
     )
-    return PolicyInputs(tensors, cu_seqlens, checked, options)
+    return PolicyInputs(tensors, cu_seqlens, detached(sequence_weights), checked, options)
+
+
+def _widened(x: Any, main: Tensor) -> Any:
+    """(B, 1) as (B, T), without a copy; anything else as it is."""
+    shape = main.shape
+    column = isinstance(x, Tensor) and main.dim() == 2 and x.shape == (shape[0], 1)
+    return x.expand(shape) if column else x
+
+
+def _check_sequence_weights(
+    op: str, weights: Tensor | None, main: Tensor, cu_seqlens: Tensor | None
+) -> None:
+    if weights is None:
+        return
+    need_sequences(op, "sequence_weights", main, cu_seqlens)
+    count = main.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    _checks.sized(
+        op, "sequence_weights", weights, main, (count,), "(B,)" if cu_seqlens is None else "(S,)"
+    )
 
 
 def _check_moments(op: str, moments: Any, main: Tensor) -> Tensor | None:

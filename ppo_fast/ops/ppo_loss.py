@@ -59,6 +59,7 @@ def ppo_loss(
     dual_clip: float | None = None,
     log_ratio_clamp: Bounds = 20.0,
     is_weights: Tensor | None = None,
+    sequence_weights: Tensor | None = None,
     advantage_moments: Moments | None = None,
     entropy: Tensor | None = None,
     entropy_coef: Coefficient = 0.0,
@@ -67,6 +68,7 @@ def ppo_loss(
     kl_estimator: str = "k3",
     kl_clamp: float | None = 10.0,
     kl_ratio_clip: float | None = None,
+    kl_weight: str | None = None,
     reduction: str = "token-mean",
     denom: Coefficient | None = None,
     cu_seqlens: Tensor | None = None,
@@ -90,13 +92,21 @@ def ppo_loss(
         advantages: same shape, or `(B, 1)`, broadcast without a copy.
         mask: same shape, any real dtype, non-zero keeps.
         clip_low, clip_high: half-widths below and above 1; 1.0 and inf switch a bound off.
-        log_ratio_clamp: number, (low, high) or None; no gradient outside.
-        is_weights: same shape, detached, multiply the policy term only.
+        log_ratio_clamp: number, (low, high) or None; no gradient outside. Of the token's
+            log-ratio, and of the sequence's mean one in "gspo".
+        is_weights: same shape, or `(B, 1)`; detached, multiply the policy term only, and a 0 drops
+            it, whatever it is.
+        sequence_weights: `(B,)`, or `(S,)` with cu_seqlens; detached, multiply every term of their
+            sequence. D and the other statistics are as without.
         advantage_moments: whiten A on the fly: shifted, unbiased, 1e-8 added to the variance.
         entropy: same shape (nats), differentiable; `entropy_coef` times it is subtracted.
         kl_estimator: k1, k2, k3 or abs of logprobs − ref_logprobs; "+" keeps the value and takes
             k2's gradient. `kl_clamp` bounds the value, `kl_ratio_clip` ("+" only) multiplies the
             gradient by the detached min(ρ, it).
+        kl_weight: "ratio" makes the KL term ρ·kl (TRL's use_bias_correction_kl), "score"
+            exp(logprobs − sg(logprobs))·kl (NeMo-RL), the clamped kl in both, and the gradient
+            flows through the weight too; not with "+", "penalty" or "linear". `ref_kl` in the
+            statistics is without the weight.
         reduction: "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum" or
             "seq-mean-token-sum-norm"; `denom` (a number or 0-d tensor) replaces D whole.
         cu_seqlens: `(S + 1,)` int32 or int64 for packed `(N,)` inputs.
@@ -119,6 +129,7 @@ def ppo_loss(
         old_logprobs,
         advantages,
         is_weights=is_weights,
+        sequence_weights=sequence_weights,
         advantage_moments=advantage_moments,
         ref_logprobs=ref_logprobs,
         cu_seqlens=cu_seqlens,
@@ -133,6 +144,7 @@ def ppo_loss(
             kl_estimator=kl_estimator,
             kl_clamp=kl_clamp,
             kl_ratio_clip=kl_ratio_clip,
+            kl_weight=kl_weight,
             reduction=reduction,
             denom=denom,
         ),

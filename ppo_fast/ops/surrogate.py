@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ppo_fast import _checks
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import PolicyOptions, TokenTensors
-from ppo_fast._boundary.schema import KERNEL_VARIANTS, KL_WEIGHTS, compute_dtype
-from ppo_fast._results import STATS_FIELDS
+from ppo_fast._boundary.schema import KERNEL_VARIANTS, compute_dtype
 from ppo_fast._sequences import Sequences
 from ppo_fast.reference.common import keep_of, select, whitening
 from ppo_fast.reference.surrogate import Evaluated, TermInputs, TermOptions, evaluate

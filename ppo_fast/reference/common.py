@@ -28,9 +28,16 @@ def select(keep: Tensor, x: Tensor, other: float = 0.0) -> Tensor:
     )
 
 
-def token_weights(seqs: Sequences, reduction: str, dtype: torch.dtype) -> Tensor:
-    """w of every slot; 0 where masked."""
+def token_weights(
+    seqs: Sequences,
+    reduction: str,
+    dtype: torch.dtype,
+    sequence_weights: Tensor | None = None,
+) -> Tensor:
+    """w of every slot, times its sequence's weight; 0 where masked."""
     weights = seqs.keep.to(dtype)
+    if sequence_weights is not None:
+        weights = select(seqs.keep, seqs.spread(sequence_weights)).to(dtype)
     if reduction == "seq-mean-token-mean":
         weights = weights / seqs.spread(seqs.tokens.clamp(min=1)).to(dtype)
     return weights
@@ -47,14 +54,18 @@ def own_denom(seqs: Sequences, reduction: str) -> Tensor:
 
 
 def reduce_loss(
-    terms: Tensor, seqs: Sequences, reduction: str, denom: float | Tensor | None
+    terms: Tensor,
+    seqs: Sequences,
+    reduction: str,
+    denom: float | Tensor | None,
+    sequence_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ w·l / D: the 0-d loss, the weights w, and the reduction's own D (0 for "token-sum").
 
     Reductions as in verl's `agg_loss` (verl/trainer/ppo/core_algos.py).
     """
     keep, own = seqs.keep, own_denom(seqs, reduction)
-    weights = token_weights(seqs, reduction, terms.dtype)
+    weights = token_weights(seqs, reduction, terms.dtype, sequence_weights)
     if denom is None:
         divisor = torch.ones_like(own) if reduction == "token-sum" else own
     else:

@@ -22,10 +22,9 @@ from ppo_fast.reference.common import (
 
 
 class Surrogate(NamedTuple):
-    """Per-token policy term, the variant's ratio, and where the dual clip is active."""
+    """Per-token policy term, and where the dual clip is active."""
 
     terms: Tensor
-    ratio: Tensor
     dual: Tensor
 
 
@@ -41,6 +40,7 @@ def ppo_loss(
     dual_clip: float | None = None,
     log_ratio_clamp: tuple[float, float] | None = (-20.0, 20.0),
     is_weights: Tensor | None = None,
+    sequence_weights: Tensor | None = None,
     advantage_moments: Tensor | None = None,
     entropy: Tensor | None = None,
     entropy_coef: float | Tensor = 0.0,
@@ -49,6 +49,7 @@ def ppo_loss(
     kl_estimator: str = "k3",
     kl_clamp: float | None = 10.0,
     kl_ratio_clip: float | None = None,
+    kl_weight: str | None = None,
     reduction: str = "token-mean",
     denom: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -68,13 +69,19 @@ def ppo_loss(
 
     bounds = log_ratio_clamp or (float("-inf"), float("inf"))
     d = clamp(new - old, *bounds)
+    log_ratio = d if variant != "gspo" else _sequence_log_ratio(new, old, bounds, seqs)
+    weight, dropped = torch.ones_like(new), torch.zeros_like(keep)
+    if is_weights is not None:
+        weight = select(keep, is_weights).to(new.dtype)
+        dropped = weight == 0
     clip = (1.0 - clip_low, 1.0 + clip_high)
     linear = None
     if variant == "linear" and ref is not None:
         linear = kl_coef * (ref - old).clamp(*bounds).exp()
-    policy, ratio, dual = _surrogate(variant, new, d, adv, clip, dual_clip, seqs, kl_coef, linear)
-    if is_weights is not None:
-        policy = policy * select(keep, is_weights).to(new.dtype)
+    # A dropped term keeps neither value nor gradient: 0·inf is NaN.
+    acting = (torch.where(dropped, x.detach(), x) for x in (new, log_ratio))
+    policy, dual = _surrogate(variant, *acting, adv, clip, dual_clip, kl_coef, linear)
+    policy, ratio = torch.where(dropped, torch.zeros_like(new), policy * weight), log_ratio.exp()
 
     ratio_clip = None if kl_ratio_clip is None else ratio.detach().clamp(max=kl_ratio_clip)
     kl = torch.zeros_like(new)
@@ -82,13 +89,14 @@ def ppo_loss(
         kl = kl_terms(-d, kl_estimator, kl_clamp, ratio_clip)
     elif ref is not None:
         kl = kl_terms(new - ref, kl_estimator, kl_clamp, ratio_clip)
-    terms = policy if variant == "linear" else policy + kl_coef * kl
+    weighted = kl if kl_weight is None else _weighted_kl(kl, kl_weight, new, log_ratio)
+    terms = policy if variant == "linear" else policy + kl_coef * weighted
     bonus = torch.zeros_like(new) if entropy is None else select(keep, entropy).to(new.dtype)
     if entropy is not None:
         if isinstance(entropy_coef, Tensor):
             entropy_coef = entropy_coef.to(new.dtype, copy=True)
         terms = terms - entropy_coef * bonus
-    loss, weights, own = reduce_loss(terms, seqs, reduction, denom)
+    loss, weights, own = reduce_loss(terms, seqs, reduction, denom, sequence_weights)
 
     sums = {"loss": weights * terms, "policy_loss": weights * policy, "entropy": bonus}
     sums |= {"ref_kl": kl, "clip_dual": dual} | _ratio_sums(d, ratio, adv, clip)
@@ -108,14 +116,38 @@ def ppo_loss(
     )
 
 
+def _sequence_log_ratio(
+    new: Tensor, old: Tensor, bounds: tuple[float, float], seqs: Sequences
+) -> Tensor:
+    """The mean log-ratio of each token's sequence, clamped (Zheng et al. 2025).
+
+    Differentiated through the token's own log-probability, where the clamp does not hold.
+    """
+    mean = seqs.sum((new - old).detach()) / seqs.tokens.clamp(min=1).to(new.dtype)
+    own = torch.where(new.isinf(), torch.zeros_like(new), new - new.detach())  # inf − inf is NaN
+    return clamp(seqs.spread(mean) + own, *bounds)
+
+
+def _weighted_kl(kl: Tensor, kl_weight: str, new: Tensor, log_ratio: Tensor) -> Tensor:
+    """The KL estimate times the ratio (TRL's use_bias_correction_kl), or times e^(l − sg l) = 1.
+
+    The gradient flows through both factors. An estimate of 0 gives 0 beside a ratio that
+    overflows, as the exact product would.
+    """
+    if kl_weight == "score":
+        own = torch.where(new.isinf(), torch.zeros_like(new), new - new.detach())
+        return own.exp() * kl
+    idle = (kl.detach() == 0) & log_ratio.detach().exp().isposinf()
+    return torch.where(idle, torch.zeros_like(log_ratio), log_ratio).exp() * kl
+
+
 def _surrogate(
     variant: str,
     new: Tensor,
-    d: Tensor,
+    log_ratio: Tensor,
     adv: Tensor,
     clip: tuple[float, float],
     dual_clip: float | None,
-    seqs: Sequences,
     kl_coef: float | Tensor,
     linear: Tensor | None,
 ) -> Surrogate:
@@ -127,26 +159,20 @@ def _surrogate(
     clip: Schulman et al. 2017, eq. 7; dual clip: Ye et al. 2020, eq. 5; gspo: Zheng et al. 2025;
     cispo: MiniMax-M1 2025, eq. 4; penalty: Schulman et al. 2017, eq. 8.
     """
-    log_ratio, zero = d, torch.zeros_like(d)
-    if variant == "gspo":
-        mean = seqs.sum(d.detach()) / seqs.tokens.clamp(min=1).to(d.dtype)
-        # The sequence's ratio, differentiated through the token's own log-probability.
-        # inf − inf is NaN: an infinite log-ratio has a value alone.
-        log_ratio = seqs.spread(mean) + torch.where(d.isinf(), zero, d - d.detach())
-    ratio, dual = log_ratio.exp(), torch.zeros_like(d, dtype=torch.bool)
-    idle = (adv == 0) & (ratio.detach() >= 0)  # NaN is not idle
+    zero, dual = torch.zeros_like(log_ratio), torch.zeros_like(log_ratio, dtype=torch.bool)
+    idle = (adv == 0) & (log_ratio.detach().exp() >= 0)  # NaN is not idle
     if linear is not None:
         idle = idle & ~linear.isnan()
     log_ratio = torch.where(idle, zero, log_ratio)
     acting = log_ratio.exp()
     if variant == "cispo":
         terms = -acting.clamp(*clip).detach() * adv * new
-        return Surrogate(torch.where(idle, zero, terms), ratio, dual)
+        return Surrogate(torch.where(idle, zero, terms), dual)
     if variant == "penalty":
-        return Surrogate(-acting * adv, ratio, dual)
+        return Surrogate(-acting * adv, dual)
     if variant == "linear":
         penalty = 0.0 if linear is None else (kl_coef * acting - linear) * adv
-        return Surrogate(torch.where(idle, zero, -(acting * adv - penalty)), ratio, dual)
+        return Surrogate(torch.where(idle, zero, -(acting * adv - penalty)), dual)
     plain, bounded = (-adv * r for r in (acting.detach(), acting.detach().clamp(*clip)))
     # At a tie the whole gradient passes, which is what maximum and clamp give together.
     cut = bounded > plain
@@ -157,7 +183,7 @@ def _surrogate(
         terms = torch.where(dual, cap, terms)
     cut = cut | dual
     passing = torch.where(cut, log_ratio.detach(), log_ratio).exp()
-    return Surrogate(torch.where(cut, terms, -adv * passing), ratio, dual)
+    return Surrogate(torch.where(cut, terms, -adv * passing), dual)
 
 
 def _ratio_sums(

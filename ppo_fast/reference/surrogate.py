@@ -117,7 +117,9 @@ def call(surrogate: Surrogate, terms: TokenTerms) -> tuple[Tensor, Tensor | None
             raise TypeError(f"{name}: {what} must be {dtype}, got {x.dtype}")
         if x.shape != like.shape:
             shape = tuple(like.shape)
-            raise ValueError(f"{name}: {what} must have shape (R,) = {shape}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: {what} must have shape (R,) = {shape}, got {tuple(x.shape)}"
+            )
     return value, dropped
 
 
@@ -144,7 +146,9 @@ def evaluate(
         both = policy if kl is None else policy + torch.where(x.keep, kl, 0.0)
         return both, (policy, terms.log_ratio < 0, *(() if dropped is None else (dropped,)))
 
-    value, pull, (policy, below, *dropped) = torch.func.vjp(weighted_terms, new.detach(), has_aux=True)
+    value, pull, (policy, below, *dropped) = torch.func.vjp(
+        weighted_terms, new.detach(), has_aux=True
+    )
     (slope,) = pull(torch.ones_like(value) if cotangent is None else cotangent)
     slope = torch.where(x.keep, slope, 0.0)
     acting = x.acting & (x.advantages != 0) & (x.weights != 0)

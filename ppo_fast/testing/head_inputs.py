@@ -12,7 +12,14 @@ from ppo_fast.testing.calls import Call, promoted, run
 from ppo_fast.testing.inputs import Shape, Source, finish, logprobs_call, make_mask, ppo_call
 
 # What of a loss's call is not the head's.
-_LOSS = ("old_logprobs", "advantages", "is_weights", "ref_logprobs", "cu_seqlens")
+_LOSS = (
+    "old_logprobs",
+    "advantages",
+    "is_weights",
+    "ref_logprobs",
+    "cu_seqlens",
+    "sequence_weights",
+)
 
 
 def linear_call(

@@ -113,6 +113,7 @@ def ppo_call(
 ) -> Call:
     """`ppo_loss` with ratios on both sides of the clip and of `log_ratio_clamp`.
 
+    extras: entropy, ref_logprobs, is_weights, advantage_moments, sequence_weights.
     Given `logprobs` may be wider than the dtype of the rest.
     """
     source = Source(dtype, device, seed)
@@ -136,8 +137,9 @@ def ppo_call(
         "entropy": source.uniform(shape, 0.0, 3.0),
         "ref_logprobs": (logprobs - source.normal(shape, 0.7)).to(dtype),
         "cu_seqlens": offsets(shape[0], device) if packed else None,
+        "sequence_weights": source.uniform((4,) if packed else shape[:1], 0.5, 2.0),
     }
-    optional = ("entropy", "ref_logprobs", "is_weights")
+    optional = ("entropy", "ref_logprobs", "is_weights", "sequence_weights")
     tensors = {k: v for k, v in tensors.items() if k not in optional or k in extras}
     if "advantage_moments" in extras:
         moments = torch.tensor([97.0, 0.4, 390.0], dtype=torch.float64, device=device)
@@ -153,13 +155,12 @@ def _clear_of_kinks(call: Call, margin: float = 1e-4) -> Call:
     d = new - old
     keep = t["mask"] if "mask" in t else torch.ones_like(d, dtype=torch.bool)
     low, high = 1 - o["clip_low"], 1 + o["clip_high"]
-    ratio = d.clamp(-20, 20).exp()
-    if o.get("variant") == "gspo" and d.dim() == 2:
-        mean = (d.clamp(-20, 20) * keep).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(
-            min=1
-        )
-        ratio = mean.exp().expand_as(d)
     near = (d.abs() - 20).abs() < margin
+    if o.get("variant") == "gspo" and d.dim() == 2:
+        mean = (d * keep).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)
+        d = mean.expand_as(d)
+        near |= (d.abs() - 20).abs() < margin
+    ratio = d.clamp(-20, 20).exp()
     for kink in (low, high, o.get("dual_clip") or 3.0):
         near |= (ratio / kink - 1).abs() < margin
     same = t["logprobs"].to(t["old_logprobs"].dtype)

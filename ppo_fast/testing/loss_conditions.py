@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppo_fast._results import STATS_FIELDS
 from ppo_fast._sequences import Sequences
-from ppo_fast.reference.common import keep_of, whitening
+from ppo_fast.reference.common import keep_of, token_weights, whitening
 from ppo_fast.testing.calls import Call
 
 EPS64 = torch.finfo(torch.float64).eps
@@ -152,13 +152,12 @@ def ppo_condition(
     kept = seqs_value(t.get("is_weights", torch.ones_like(new)), seqs).abs()
     policy, slope = policy * kept, slope * kept
     kl, bent = _kl_of(call, d, seqs, ratio * relative, off)
+    weighted, bent = _weighted(o.get("kl_weight"), kl, bent, ratio * (1 + relative))
 
-    weight = seqs.keep.double()
-    if o["reduction"] == "seq-mean-token-mean":
-        weight = weight / seqs.spread(seqs.tokens.clamp(min=1))
+    weight = token_weights(seqs, o["reduction"], torch.float64, t.get("sequence_weights")).abs()
     klc, entc = abs(float(o.get("kl_coef", 0.0))), abs(float(o.get("entropy_coef", 0.0)))
     bonus = seqs_value(t.get("entropy", torch.zeros_like(new)), seqs).abs() + off_entropy
-    terms = policy + (0.0 if o.get("variant") == "linear" else klc) * kl + entc * bonus
+    terms = policy + (0.0 if o.get("variant") == "linear" else klc) * weighted + entc * bonus
     sums = {"loss": weight * terms, "policy_loss": weight * policy, "entropy": bonus, "ref_kl": kl}
     size = d.abs() + off
     sums |= {"kl_k1": size, "kl_k2": 1.5 * d.abs() * size, "ratio": ratio * relative}
@@ -185,12 +184,14 @@ def _ratio(call: Call, seqs: Sequences, wobble: Tensor) -> tuple[Tensor, Tensor,
         bounds = (-math.inf, math.inf) if bounds is None else (-bounds, bounds)
     gap = seqs_value(new - call.tensors.get("old_logprobs", new), seqs)
     d = gap.clamp(*bounds)
-    size = d.abs() + torch.where(gap == d, wobble, 0.0)
     if call.options.get("variant") != "gspo":
-        return d, d.exp(), 4 + size
+        return d, d.exp(), 4 + d.abs() + torch.where(gap == d, wobble, 0.0)
     n = seqs.tokens.clamp(min=1)
-    mean = seqs.spread(seqs.sum(d) / n)
-    return d, mean.exp(), 4 + seqs.spread((2 + n.sqrt() / 4) * seqs.sum(size) / n)
+    mean = seqs.sum(gap) / n
+    bounded = mean.clamp(*bounds)
+    size = (2 + n.sqrt() / 4) * seqs.sum(gap.abs() + wobble) / n
+    size = bounded.abs() + torch.where(mean == bounded, size, 0.0)
+    return d, seqs.spread(bounded.exp()), 4 + seqs.spread(size)
 
 
 def _kl_of(
@@ -207,6 +208,15 @@ def _kl_of(
     else:
         return torch.zeros_like(d), torch.zeros_like(d)
     return kl, bent * ratio if o.get("kl_ratio_clip") is not None else bent
+
+
+def _weighted(
+    kl_weight: str | None, kl: Tensor, bent: Tensor, ratio: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Conditions of the KL term under its weight: W·k, and W·k' + W'·k; `ratio` with its own."""
+    if kl_weight is None:
+        return kl, bent
+    return (kl, bent + kl) if kl_weight == "score" else (ratio * kl, ratio * (bent + kl))
 
 
 def _stats(keep: Tensor, sums: dict[str, Tensor], adds: float) -> Tensor:

@@ -11,22 +11,28 @@ AOT = (
         ppo_kernel,
         LOSS_AXES
         | token_strides("logp", "old", "adv", "mask", "is", "ent", "ref")
-        | dict.fromkeys(("variant", "estimator", "straight"), "i32")
+        | dict.fromkeys(("variant", "estimator", "straight", "kl_weight"), "i32")
+        | {"seq_weight_step": "i64"}
         | dict.fromkeys(("ratio_low", "ratio_high", "dual_clip", "log_min", "log_max"), "fp32")
         | dict.fromkeys(("ent_coef", "kl_coef", "kl_clamp", "kl_ratio_clip"), "fp32")
         | {
             "sequences": (
-                absent("cu", "means") | {"PER_SEQUENCE": False, "LOOK_UP": False},
-                absent("cu")
+                absent("cu", "means", "seq_weight") | {"PER_SEQUENCE": False, "LOOK_UP": False},
+                absent("cu", "seq_weight")
                 | pointers("*fp32", "means")
                 | {"PER_SEQUENCE": True, "LOOK_UP": True},
-                absent("cu", "means") | {"PER_SEQUENCE": True, "LOOK_UP": True},
-                absent("means")
+                absent("cu", "means", "seq_weight") | {"PER_SEQUENCE": True, "LOOK_UP": True},
+                absent("cu", "means")
+                | pointers("*fp32", "seq_weight")
+                | {"PER_SEQUENCE": True, "LOOK_UP": True},
+                absent("means", "seq_weight")
                 | pointers("*i32", "cu")
                 | {"PER_SEQUENCE": True, "LOOK_UP": False},
-                absent("means") | pointers("*i32", "cu") | {"PER_SEQUENCE": True, "LOOK_UP": True},
+                absent("means", "seq_weight")
+                | pointers("*i32", "cu")
+                | {"PER_SEQUENCE": True, "LOOK_UP": True},
                 pointers("*i64", "cu")
-                | pointers("*fp32", "means")
+                | pointers("*fp32", "means", "seq_weight")
                 | {"PER_SEQUENCE": True, "LOOK_UP": True},
             ),
             "inputs": (

@@ -17,7 +17,7 @@ from ppo_fast._boundary.options import PACKED, PolicyOptions, ValueOptions
 ROOT = Path(__file__).parents[2]
 DOUBLE = torch.float64
 OVERLOADS = [(op, backend) for op in schema.OPS for backend in schema.backends_of(op)]
-PPO = [1, 2, 1, 2, 2], [0.2, 0.3, 3.0, -20.0, 20.0, 0.01, 0.1, 10.0, 2.0, 0.0]
+PPO = [1, 2, 1, 2, 0, 0, 2], [0.2, 0.3, 3.0, -20.0, 20.0, 0.01, 0.1, 10.0, 2.0, 0.0]
 
 
 def boundary(device: str) -> dict[str, tuple[Any, ...]]:
@@ -47,13 +47,13 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
     )
     none = None
     token = (logs - 3, x(3, 5), x(3, 5).abs(), moments, logs - 3.2, x(3, 5).abs(), none, none)
-    one_pass = (tokens, mask, temperature, *token, 1.0, -100, [0, 2, 1, 1, 0], PPO[1])
+    one_pass = (tokens, mask, temperature, *token, 1.0, -100, [0, 2, 0, 1, 1, 0, 0], PPO[1])
     return {
         "logprobs_fwd": (logits, tokens, mask, temperature, 1.0, -100),
         "logprobs_bwd": back,
         "logprobs_bwd_": (*back[:2], logits.clone(), *back[3:]),
         "ppo_loss": (logs, logs + 0.1, x(3, 5), mask, x(3, 5).abs(), moments, entropy, logs - 0.2,
-                     none, none, none, none, *PPO),
+                     none, x(3).abs(), none, none, none, *PPO),
         "logits_ppo_loss": (logits, *one_pass),
         "logits_ppo_loss_": (logits.clone(), *one_pass),
         "logits_ppo_loss_bf16_": (logits.clone(), *one_pass),

@@ -19,6 +19,8 @@ OPTIONS = PolicyOptions(
     estimator=ESTIMATORS.index("k3"),
     straight_through=0,
     reduction=REDUCTIONS.index("token-sum"),
+    kl_weight=0,
+    by_sequence=0,
     clip_low=0.2,
     clip_high=0.28,
     dual_clip=INF,
@@ -153,6 +155,7 @@ def composed(args: Args) -> tuple[Tensor, Tensor, Tensor]:
         mask=keep.reshape(-1),
         entropy=softmax.entropy.reshape(-1),
         cu_seqlens=None,
+        sequence_weights=None,
     )
     slopes = grads.view(2, *s.tokens.shape) * args.weights
     grad = calls.logprobs_bwd(BACKEND, args.logits, s, softmax, *slopes)

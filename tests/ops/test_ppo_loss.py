@@ -23,6 +23,13 @@ OPTIONS: dict[str, dict[str, object]] = {
     "no kl clamp": {"kl_clamp": None},
     "ratio clip": {"kl_estimator": "k3+", "kl_ratio_clip": 1.05},
     "penalty ratio clip": {"variant": "penalty", "kl_estimator": "abs+", "kl_ratio_clip": 0.9},
+    "ratio kl": {"kl_weight": "ratio"},
+    "ratio kl clamp": {"kl_weight": "ratio", "kl_clamp": 0.05, "log_ratio_clamp": (-0.4, 0.3)},
+    "ratio gspo": {"kl_weight": "ratio", "variant": "gspo"},
+    "ratio cispo": {"kl_weight": "ratio", "variant": "cispo", "kl_estimator": "k2"},
+    "score kl": {"kl_weight": "score"},
+    "score abs": {"kl_weight": "score", "kl_estimator": "abs", "kl_clamp": 0.3},
+    "gspo clamp": {"variant": "gspo", "log_ratio_clamp": (-0.1, 0.05)},
     "denom": {"denom": 17.0},
     "negative coefficients": {"kl_coef": -0.1, "entropy_coef": -0.2},
 }

@@ -123,6 +123,11 @@ def test_every_field_by_hand(backend: str, device: str) -> None:
         "clip_frac_dual": 0.0,
         "vf_clip_frac": math.nan,
         "explained_variance": math.nan,
+        "rollout_weight_mean": math.nan,
+        "rollout_ess": math.nan,
+        "rollout_k3": math.nan,
+        "rollout_rejected_frac": math.nan,
+        "rollout_missing": 0.0,
         "n_tokens": 4.0,
         "n_seqs": 2.0,
     }
@@ -148,6 +153,20 @@ def test_ratio_extremes_merge_as_extremes() -> None:
     low[-2:] = torch.tensor([0.5, 0.9], dtype=torch.float64)
     high[-2:] = torch.tensor([0.7, 1.4], dtype=torch.float64)
     assert (Stats(low) + Stats(high)).values[-2:].tolist() == [0.5, 1.4]
+
+
+def test_rollout_fields_by_hand() -> None:
+    """Weights 0.5, 1 and 2 of four tokens, one of them rejected."""
+    fields = {"rollout_tokens": 4.0, "rollout_weight": 3.5, "rollout_weight_sq": 5.25}
+    fields |= {"rollout_k3": 0.6, "rollout_rejected": 1.0, "rollout_missing": 2.0}
+    values = torch.zeros(len(STATS_FIELDS), dtype=torch.float64)
+    for name, x in fields.items():
+        values[STATS_FIELDS.index(name)] = x
+    got = (Stats(values) + Stats(values)).compute()
+    assert got["rollout_weight_mean"] == 0.875
+    assert got["rollout_ess"] == pytest.approx(3.5**2 / (4 * 5.25), rel=1e-15)
+    assert got["rollout_k3"] == pytest.approx(0.15, rel=1e-15)
+    assert got["rollout_rejected_frac"] == 0.25 and got["rollout_missing"] == 4.0
 
 
 @pytest.mark.parametrize("cuts", [(0,), (1,), (7,), (3, 20), (0, 0, 50)])

@@ -45,7 +45,7 @@ struct PolicyLossArgs {
   LossArgs base;
   PolicyOptions policy;
   View logprobs, old_logprobs, advantages, is_weights, entropy, ref_logprobs;
-  double* mean_log_ratio;  // per sequence, gspo only
+  double* mean_log_ratio;  // per sequence, null if the ratio is the token's
   void *grad_logprobs, *grad_entropy;
 };
 

@@ -50,7 +50,8 @@ void* Gradients::at(int64_t i) const {
 }
 
 LossSequences::LossSequences(const Tensor& main, const OptTensor& mask,
-                             const OptTensor& cu_seqlens, Reduction reduction, const char* op)
+                             const OptTensor& cu_seqlens, const OptTensor& weights,
+                             Reduction reduction, const char* op)
     : mask_{} {
   const View shape = view_of(main);
   if (mask) mask_ = view_of(*mask);
@@ -69,12 +70,18 @@ LossSequences::LossSequences(const Tensor& main, const OptTensor& mask,
                    live_[size_t(s)] = count_live(mask_, map_, s);
                  }
                });
-  const bool per_sequence = reduction == Reduction::seq_mean_token_mean;
-  if (per_sequence) weight_.reserve(live_.size());
-  for (int64_t live : live_) {
+  const bool means = reduction == Reduction::seq_mean_token_mean;
+  const View given = weights ? view_of(*weights) : View{};
+  PPO_CHECK(!weights || given.cols == map_.count, op, "shape of sequence_weights");
+  if (means || weights) weight_.reserve(live_.size());
+  for (size_t s = 0; s < live_.size(); ++s) {
+    const int64_t live = live_[s];
     n_tokens_ += live;
     n_seqs_ += live > 0;
-    if (per_sequence) weight_.push_back(live > 0 ? 1.0 / double(live) : 0.0);
+    if (!means && !weights) continue;
+    const double own = weights ? read_at(given, 0, int64_t(s)) : 1.0;
+    // An empty sequence's weight may be NaN.
+    weight_.push_back(live == 0 ? 0.0 : means ? own / double(live) : own);
   }
 }
 
@@ -99,13 +106,13 @@ double LossSequences::inverse_denom(const ReduceOptions& reduce) const {
 }
 
 LossCall::LossCall(const char* op, const Tensor& main, const OptTensor& mask,
-                   const OptTensor& cu_seqlens, ReduceOptions reduce, const OptTensor& denom,
-                   int64_t n_grads)
+                   const OptTensor& cu_seqlens, const OptTensor& sequence_weights,
+                   ReduceOptions reduce, const OptTensor& denom, int64_t n_grads)
     : op_(op),
       main_(main),
       reduce_{reduce.reduction, scalar_or(denom, reduce.denom),
               reduce.has_denom || denom.has_value()},
-      seqs_(main, checked(mask), cu_seqlens, reduce.reduction, op),
+      seqs_(main, checked(mask), cu_seqlens, sequence_weights, reduce.reduction, op),
       grads_(main, n_grads) {}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> LossCall::results(const LossStats& stats,

@@ -16,7 +16,7 @@ using LossStats = std::array<double, kNStats>;
 class LossSequences {
  public:
   LossSequences(const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
-                Reduction reduction, const char* op);
+                const OptTensor& weights, Reduction reduction, const char* op);
   LossArgs args(const ReduceOptions& reduce) const {
     return {map_, mask_, weight_.empty() ? nullptr : weight_.data(), inverse_denom(reduce)};
   }
@@ -77,7 +77,8 @@ struct Gradients {
 class LossCall {
  public:
   LossCall(const char* op, const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
-           ReduceOptions reduce, const OptTensor& denom, int64_t n_grads);
+           const OptTensor& sequence_weights, ReduceOptions reduce, const OptTensor& denom,
+           int64_t n_grads);
 
   // View of a tensor of the main tensor's shape.
   View view(const Tensor& x, const char* name) const {

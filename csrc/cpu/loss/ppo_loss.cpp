@@ -9,10 +9,11 @@
 namespace ppo {
 namespace {
 
-// Mean log-ratio of every sequence, for gspo alone, computed before the pass that needs it.
+// Mean log-ratio of every sequence, where the ratio is the sequence's, before the pass that needs
+// it.
 std::vector<double> mean_log_ratios(const PolicyLossArgs& args, const LossSequences& seqs,
                                     bool fp64) {
-  if (args.policy.variant != Variant::gspo) return {};
+  if (!args.policy.by_sequence) return {};
   const auto mean = fp64 ? &scalar::mean_log_ratio<double> : PPO_SELECT(mean_log_ratio_f);
   const int64_t count = seqs.map().count, tokens = std::max<int64_t>(seqs.tokens(), 1);
   std::vector<double> out(static_cast<size_t>(count));

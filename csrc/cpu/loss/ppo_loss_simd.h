@@ -8,13 +8,14 @@ namespace ppo::PPO_ISA {
 template <class T>
 struct PolicySums {
   // Sums of the current piece, unweighted; then of the pieces before it, weighted if the loss is.
-  T policy, entropy, kl;
+  T policy, entropy, kl, weighted_kl;
   T loss_before, policy_before, entropy_before, kl_before;
   T d, d_sq, k3, ratio, ratio_sq, ratio_min, ratio_max;
   int64_t clip_low = 0, clip_high = 0, clip_dual = 0, clip_eps = 0;
 
   PPO_INLINE PolicySums() {
-    policy = entropy = kl = loss_before = policy_before = entropy_before = kl_before = set1<T>(0);
+    policy = entropy = kl = weighted_kl = set1<T>(0);
+    loss_before = policy_before = entropy_before = kl_before = set1<T>(0);
     d = d_sq = k3 = ratio = ratio_sq = set1<T>(0);
     ratio_min = set1<T>(__builtin_inff());
     ratio_max = set1<T>(-__builtin_inff());
@@ -26,6 +27,7 @@ struct PolicySums {
     policy = policy + x.policy;
     entropy = entropy + token_entropy;
     kl = kl + x.kl;
+    weighted_kl = weighted_kl + x.weighted_kl;
     d = d + x.d;
     d_sq = vfma(x.d, x.d, d_sq);
     k3 = k3 + x.k3;
@@ -39,16 +41,17 @@ struct PolicySums {
     ratio_max = vmax(every ? x.ratio : select(at.live, x.ratio, ratio_max), ratio_max);
   }
   // Closes a piece: all of its tokens have the same weight.
-  template <Variant variant>
+  template <Variant variant, bool is_usual>
   PPO_INLINE void close_piece(T weight, const PolicyConsts<T>& c) {
     // The linear variant's policy term holds its KL.
-    const T with_kl = variant == Variant::linear ? policy : vfma(c.kl_coef, kl, policy);
+    const T term = is_usual ? kl : weighted_kl;
+    const T with_kl = variant == Variant::linear ? policy : vfma(c.kl_coef, term, policy);
     const T loss = vfma(-c.entropy_coef, entropy, with_kl);
     loss_before = vfma(weight, loss, loss_before);
     policy_before = vfma(weight, policy, policy_before);
     entropy_before = entropy_before + entropy;
     kl_before = kl_before + kl;
-    policy = entropy = kl = set1<T>(0);
+    policy = entropy = kl = weighted_kl = set1<T>(0);
   }
   void flush(double* stats) const {
     stats[kLoss] += double(reduce_add(loss_before));
@@ -82,8 +85,10 @@ struct PolicyRows {
   const uint8_t* mask;
   scalar_t<T>*grad_logprobs, *grad_entropy;
   T weight, grad_weight, seq_ratio;
+  mask_t<T> seq_held;
 
-  PolicyRows(const PolicyLossArgs& a, const Piece& p, PolicyBuffers<T>& b) {
+  PolicyRows(const PolicyLossArgs& a, const PolicyConsts<T>& c, const Piece& p,
+             PolicyBuffers<T>& b) {
     logprobs = fetch_piece<T>(a.logprobs, p, b.logprobs);
     old_logprobs = fetch_piece<T>(a.old_logprobs, p, b.old_logprobs);
     if (!old_logprobs) old_logprobs = logprobs;
@@ -99,8 +104,11 @@ struct PolicyRows {
     weight = set1<T>(scalar_t<T>(token_weight));
     grad_weight = set1<T>(scalar_t<T>(token_weight * a.base.inverse_denom));
     seq_ratio = set1<T>(1);
+    seq_held = first_n<T>(0);
     if (a.mean_log_ratio) {
-      seq_ratio = exp_parts(set1<T>(scalar_t<T>(a.mean_log_ratio[p.sequence]))).exp;
+      const T mean = set1<T>(scalar_t<T>(a.mean_log_ratio[p.sequence]));
+      seq_ratio = exp_parts(clamp(mean, c.d_min, c.d_max)).exp;
+      seq_held = (mean < c.d_min) | (mean > c.d_max);
     }
   }
   static scalar_t<T>* offset(void* grad, const Piece& p) {
@@ -126,6 +134,7 @@ struct PolicyStep {
     t.is_weight = rows.is_weights ? at.read(rows.is_weights) : one;
     t.ref_logprobs = o.has_ref ? at.read(rows.ref_logprobs) : zero;
     t.seq_ratio = which == LaneMask::every ? rows.seq_ratio : select(at.live, rows.seq_ratio, one);
+    t.seq_held = rows.seq_held;
     const PolicyTerms<T> x = policy_terms<variant, is_usual>(o, c, t);
     sums.add(at, x, rows.entropy ? at.read(rows.entropy) : zero);
     if (rows.grad_logprobs) at.write(rows.grad_logprobs, rows.grad_weight * x.grad);
@@ -142,7 +151,8 @@ struct PolicyStep {
 inline bool usual(const PolicyLossArgs& a) {
   const PolicyOptions& o = a.policy;
   return o.estimator == Estimator::k3 && !o.straight_through && !o.has_dual &&
-         !a.is_weights.data && o.log_ratio_min >= -kExpInside && o.log_ratio_max <= kExpInside;
+         o.kl_weight == KlWeight::none && !a.is_weights.data && o.log_ratio_min >= -kExpInside &&
+         o.log_ratio_max <= kExpInside;
 }
 
 // Processes slots [first, last), at most kRun<T>; adds their sums to stats.
@@ -158,11 +168,11 @@ void policy_run(const PolicyLossArgs& a, int64_t first, int64_t last, double* st
   PolicySums<T> sums;
   for (int64_t slot = first; slot < last;) {
     const Piece piece = piece_at(a.base.seqs, slot, last);
-    PolicyRows<T> rows(a, piece, buffers);
+    PolicyRows<T> rows(a, consts, piece, buffers);
     if (is_usual) rows.is_weights = nullptr;
     const PolicyStep<variant, is_usual, T> step{options, consts, rows, sums};
     each_lanes<T>(rows.mask, piece.size, step);
-    sums.template close_piece<variant>(rows.weight, consts);
+    sums.template close_piece<variant, is_usual>(rows.weight, consts);
     slot += piece.size;
   }
   sums.flush(stats);
@@ -191,16 +201,17 @@ void policy_block(const PolicyLossArgs& a, int64_t first, int64_t last, double* 
       return policy_runs<Variant::penalty, false, T>(a, first, last, stats);
     case Variant::linear:
       return policy_runs<Variant::linear, false, T>(a, first, last, stats);
+    case Variant::given:
+      return policy_runs<Variant::given, false, T>(a, first, last, stats);
   }
 }
 
-// Mean clamped log-ratio of sequence s over its `live` tokens, for gspo; summed in double, so that
-// the position of padding does not survive the rounding to T.
+// Mean log-ratio of sequence s over its `live` tokens; summed in double, so that the position of
+// padding does not survive the rounding to T.
 template <class T>
 double mean_log_ratio(const PolicyLossArgs& a, int64_t s, int64_t live) {
   Buffer<T> logprobs, old_logprobs;
   uint8_t mask_buffer[kBlock];
-  const PolicyConsts<T> c(a.policy);
   Acc<T> sum;
   const SequenceMap& seqs = a.base.seqs;
   if (!a.old_logprobs.data || live == 0) return 0.0;
@@ -213,7 +224,7 @@ double mean_log_ratio(const PolicyLossArgs& a, int64_t s, int64_t live) {
     for (int64_t i = 0; i < size; i += lanes<T>) {
       const int64_t left = size - i;
       const Lanes<T, LaneMask::tail> at{i, left, live_lanes<T>(mask, i, left)};
-      sum.add(clamp(at.read(now) - at.read(old), c.d_min, c.d_max));
+      sum.add(at.read(now) - at.read(old));
     }
     slot += size;
   }

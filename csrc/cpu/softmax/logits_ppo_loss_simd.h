@@ -5,12 +5,13 @@
 
 namespace ppo::PPO_ISA {
 
-// d loss / d logprobs of one token, unweighted, on one lane of T; never gspo.
+// d loss / d logprobs of one token, unweighted, on one lane of T; neither gspo nor given.
 template <class T>
 double policy_slope(const PolicyOptions& o, const TokenValues& v) {
   const PolicyConsts<T> c(o);
   PolicyToken<T> t{T(v.logprobs),  T(v.old_logprobs), T(v.advantage),
-                   T(v.is_weight), T(v.ref_logprobs), T(1)};
+                   T(v.is_weight), T(v.ref_logprobs), T(1),
+                   first_n<T>(0)};
   if (o.whiten) t.advantage = whiten_advantage(c, t.advantage);
   switch (o.variant) {
     case Variant::cispo:
