@@ -93,7 +93,7 @@ class Correction:
         way round.
         """
         found = {name: [-math.inf, math.inf, math.inf, math.inf] for name in RANGES}
-        for key, bound in self.reject:  # type: ignore[misc]
+        for key, bound in dict(self.reject).items():
             where, _, what = str(key).rpartition("-")
             if where not in RANGES or what not in STATISTICS:
                 raise ValueError(
@@ -114,7 +114,7 @@ class Correction:
 
     def needs_sequences(self) -> bool:
         """Whether a token's weight or rejection depends on its sequence's other tokens."""
-        ranges = (str(key) for key, _ in self.reject)  # type: ignore[misc]
+        ranges = map(str, dict(self.reject))
         return self.level in ("sequence", "geometric") or any(r.startswith("seq-") for r in ranges)
 
 

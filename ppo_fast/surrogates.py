@@ -86,7 +86,7 @@ class Surrogate:
     def name(self) -> str:
         """The function's name, for messages."""
         fn = self.fn.func if isinstance(self.fn, partial) else self.fn
-        return getattr(fn, "__name__", type(fn).__name__)
+        return getattr(fn, "__name__", type(fn).__name__).removeprefix("_")
 
 
 def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
@@ -113,8 +113,8 @@ def dppo(kind: str, low: float, high: float, ratio_cap: float | None = None) -> 
     """
     if kind not in ("tv", "kl"):
         raise ValueError(f"dppo: kind must be tv or kl, got {kind!r}")
-    bounds = _positive("dppo", zero=True, low=low, high=high)
-    return Surrogate(partial(_dppo, kind, *bounds, _cap("dppo", ratio_cap)))
+    low, high = _positive("dppo", zero=True, low=low, high=high)
+    return Surrogate(partial(_dppo, kind, low, high, _cap("dppo", ratio_cap)))
 
 
 def _dppo(kind: str, low: float, high: float, cap: float | None, t: TokenTerms) -> Any:
@@ -319,7 +319,7 @@ def _rank(key: Tensor) -> Tensor:
 
 
 def _hash(x: Tensor, seed: int | Tensor) -> Tensor:
-    """A random-looking int64 ≥ 0 of each slot's number (a 64-bit finaliser; Steele et al. 2014)."""
+    """A random-looking number ≥ 0 of each slot (a 64-bit finaliser; Steele et al. 2014)."""
     bits = torch.arange(1, x.numel() + 1, device=x.device) * -7046029254386353131
     bits = bits + seed * -4658895280553007687
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):

@@ -188,7 +188,8 @@ def value_options(
 class TokenTensors(NamedTuple):
     """Per-token constants of a policy loss, each in the log-probabilities' shape.
 
-    `moments`, (3,) float64, whiten the advantages.
+    `moments`, (3,) float64, whiten the advantages. The last two are not the kernels':
+    `accepted` is False where a rejection has dropped the policy term.
     """
 
     old_logprobs: Tensor | None
@@ -196,6 +197,8 @@ class TokenTensors(NamedTuple):
     is_weights: Tensor | None
     ref_logprobs: Tensor | None
     moments: Tensor | None
+    rollout_logprobs: Tensor | None = None
+    accepted: Tensor | None = None
 
 
 class Scoring(NamedTuple):

@@ -63,7 +63,7 @@ def rollout_weights(
     check_correction(_OP, correction, main, cu_seqlens)
     args = (main.detach(), rollout_logprobs.detach(), keep)
     name = _select(backend, main)
-    weights, kept, stats = formed(name, *args, correction, cu_seqlens)
+    weights, kept, stats = formed(name, *args, correction=correction, cu_seqlens=cu_seqlens)
     if normalize:
         weights = _normalized(weights, main, keep, correction, cu_seqlens, data_group)
     return RolloutWeights(weights, kept, RolloutStats(stats))
@@ -74,6 +74,7 @@ def formed(
     old: Tensor,
     rollout: Tensor,
     mask: Tensor | None,
+    *,
     correction: Correction | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:

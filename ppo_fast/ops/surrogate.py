@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ppo_fast import _checks
 from ppo_fast._boundary import calls
-from ppo_fast._boundary.options import PolicyOptions, TokenTensors
+from ppo_fast._boundary.options import TokenTensors
 from ppo_fast._boundary.schema import KERNEL_VARIANTS, compute_dtype
+from ppo_fast._results import STATS_FIELDS
 from ppo_fast._sequences import Sequences
 from ppo_fast.reference.common import keep_of, select, whitening
 from ppo_fast.reference.surrogate import Evaluated, TermInputs, TermOptions, evaluate
@@ -23,29 +25,28 @@ _GIVEN = KERNEL_VARIANTS.index("given")
 _BLOCK, _MULTIPLE = 16384, 64
 
 
-def given(x: TokenTensors, options: PolicyOptions, value: Tensor, slope: Tensor) -> Any:
-    """Constants and options of the kernels that take the term and its slope as they are."""
-    x = x._replace(is_weights=value, advantages=slope, moments=None)
-    return x, options._replace(variant=_GIVEN)
-
-
-def of_rows(
-    policy: PolicyInputs, x: TokenTensors, logprobs: Tensor, mask: Tensor | None, entropy: Tensor
+def elementwise(
+    policy: PolicyInputs,
+    x: TokenTensors,
+    logprobs: Tensor,
+    mask: Tensor | None,
+    entropy: Tensor | None,
 ) -> Evaluated:
     """The terms of an elementwise surrogate on rows, in blocks: a row's bits do not depend on the
     others on a CPU."""
     inputs = _inputs(x, keep_of(logprobs, mask), entropy, None)
     options = _term_options(policy, None)
-    new = select(inputs.keep, logprobs.detach()).reshape(-1)
+    new = select(inputs.keep, logprobs.detach().reshape(-1))
     whole = torch.compiler.is_compiling() or not new.is_cpu
     step = max(new.shape[0], 1) if whole else _BLOCK
+    surrogate: Any = policy.surrogate
     blocks = [
-        evaluate(policy.surrogate, *_block(new, inputs, at, step, whole), options)
+        evaluate(surrogate, *_block(new, inputs, at, step, whole), options)
         for at in range(0, max(new.shape[0], 1), step)
     ]
-    columns = zip(*blocks, strict=True)
-    joined = Evaluated(*(torch.cat(c) if len(blocks) > 1 else c[0] for c in columns))
-    return Evaluated(*(part[: new.shape[0]].view(logprobs.shape) for part in joined))
+    columns = (torch.cat(c) if len(blocks) > 1 else c[0] for c in zip(*blocks, strict=True))
+    found = Evaluated(*(part[: new.shape[0]].view(logprobs.shape) for part in columns))
+    return _checked(policy, found)
 
 
 def _block(
@@ -65,21 +66,31 @@ def _block(
     return cut(new), TermInputs(*map(cut, x))
 
 
-def of_call(
+def coupled(
     policy: PolicyInputs, logprobs: Tensor, mask: Tensor | None, entropy: Tensor | None
 ) -> Evaluated:
     """The terms of a surrogate that needs the whole call, and their slopes times w/D."""
     keep = keep_of(logprobs, mask)
     known = keep.dim() == 2 or policy.cu_seqlens is not None
     seqs = Sequences(keep, policy.cu_seqlens) if known else None
-    coef = None
-    if policy.given.ratio_level == "sequence" and policy.given.kl_weight == "ratio":
-        coef = policy.given.kl_coef
+    coef = policy.given.kl_coef if _kl_inside(policy) else None
     inputs = _inputs(policy.per_token, keep, entropy, None if seqs is None else seqs.flat())
-    weights = policy.weights(keep, keep).to(inputs.advantages.dtype).reshape(-1)
+    every = keep if policy.counted is None else policy.counted
+    weights = policy.weights(keep, every).to(inputs.advantages.dtype).reshape(-1)
     new = select(keep, logprobs.detach()).reshape(-1)
-    found = evaluate(policy.surrogate, new, inputs, _term_options(policy, coef), weights)
-    return Evaluated(*(part.view(logprobs.shape) for part in found))
+    surrogate: Any = policy.surrogate
+    found = evaluate(surrogate, new, inputs, _term_options(policy, coef), weights)
+    return _checked(policy, Evaluated(*(part.view(logprobs.shape) for part in found)))
+
+
+def _checked(policy: PolicyInputs, found: Evaluated) -> Evaluated:
+    """The same; debug only: ValueError at the first slope that is not finite."""
+    if _checks.DEBUG and not bool(found.slope.isfinite().all()):
+        where = tuple(int(i) for i in (~found.slope.isfinite()).nonzero()[0])
+        name = policy.surrogate.name if policy.surrogate is not None else ""
+        got = f"got {float(found.slope[where])} at {where}"
+        raise ValueError(f"Surrogate {name!r}: slopes must be finite, {got}")
+    return found
 
 
 def _term_options(policy: PolicyInputs, kl_coef: Any) -> TermOptions:
@@ -121,7 +132,7 @@ def _inputs(
     )
 
 
-def loss(
+def surrogate_loss(
     policy: PolicyInputs,
     backend: str,
     logprobs: Tensor,
@@ -130,33 +141,48 @@ def loss(
     n_grads: int,
 ) -> calls.RawLoss:
     """(loss, stats, scale, grads) of a loss with a surrogate: its terms, then the kernel."""
-    x, options = policy.per_token, policy.options
-    if policy.couples:
-        found = of_call(policy, logprobs, mask, entropy)
+    couples = policy.surrogate_couples
+    if couples:
+        found = coupled(policy, logprobs, mask, entropy)
         slope = torch.zeros_like(found.slope)
     else:
-        found = of_rows(policy, x, logprobs, mask, entropy)
+        found = elementwise(policy, policy.per_token, logprobs, mask, entropy)
         slope = found.slope
-    check_slopes(policy, found.slope)
-    inside = policy.couples and found.value is not found.policy
-    if policy.given.kl_weight is not None and policy.given.ratio_level == "sequence" and inside:
-        options = options._replace(kl_coef=0.0, kl_coef_tensor=None)
-    tensors, options = given(x, options, found.value, slope)
-    result, stats, scale, grads = calls.ppo_loss(
-        backend,
-        logprobs,
-        tensors,
-        options,
-        n_grads,
-        mask=mask,
-        entropy=entropy,
-        cu_seqlens=policy.cu_seqlens,
-        sequence_weights=policy.sequence_weights,
+    ready = given(policy, found.value, slope)
+    out, stats, scale, grads = ready.by_kernel(backend, logprobs, mask, entropy, n_grads)
+    set_fields(
+        stats,
+        clip_low=(found.clipped & found.below).sum(),
+        clip_high=(found.clipped & ~found.below).sum(),
     )
-    _set(stats, "clip_low", (found.clipped & found.below).sum())
-    _set(stats, "clip_high", (found.clipped & ~found.below).sum())
-    if policy.couples and n_grads:
+    if _kl_inside(policy):
+        keep = keep_of(logprobs, mask)
+        terms = torch.where(keep, policy.row_weights(keep).double() * found.policy.double(), 0.0)
+        set_fields(stats, policy_loss=terms.sum())
+    if couples and n_grads:
         grads = grads * scale
         grads[0] += found.slope
         scale = torch.ones_like(scale)
-    return result, stats, scale, grads
+    return out, stats, scale, grads
+
+
+def given(policy: PolicyInputs, value: Tensor, slope: Tensor) -> PolicyInputs:
+    """The loss for the kernels' variant that takes the term and its slope as they are."""
+    x = policy.per_token._replace(is_weights=value, advantages=slope, moments=None)
+    options = policy.options._replace(variant=_GIVEN)
+    if _kl_inside(policy):
+        options = options._replace(kl_coef=0.0, kl_coef_tensor=None)
+    return policy._replace(per_token=x, options=options, surrogate=None)
+
+
+def _kl_inside(policy: PolicyInputs) -> bool:
+    """Whether the KL term's weight is a ratio of the sequence, whose gradient is no token's."""
+    x, options = policy.per_token, policy.given
+    by_sequence = options.ratio_level == "sequence" and options.kl_weight == "ratio"
+    return by_sequence and x.ref_logprobs is not None
+
+
+def set_fields(stats: Tensor, **fields: Tensor) -> None:
+    """Write sums into a loss's statistics."""
+    for name, value in fields.items():
+        stats[STATS_FIELDS.index(name)] = value.to(stats.dtype)

@@ -1,4 +1,4 @@
-"""A correction inside a loss: weights and masks from its log-probabilities, and what is counted."""
+"""A correction inside a loss: weights and masks from two log-probabilities, and what counts."""
 
 from __future__ import annotations
 

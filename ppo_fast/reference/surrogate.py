@@ -146,11 +146,14 @@ def evaluate(
         both = policy if kl is None else policy + torch.where(x.keep, kl, 0.0)
         return both, (policy, terms.log_ratio < 0, *(() if dropped is None else (dropped,)))
 
-    value, pull, (policy, below, *dropped) = torch.func.vjp(
+    value, pull, aux = torch.func.vjp(  # type: ignore[misc]
         weighted_terms, new.detach(), has_aux=True
     )
+    policy, below, *dropped = aux
     (slope,) = pull(torch.ones_like(value) if cotangent is None else cotangent)
     slope = torch.where(x.keep, slope, 0.0)
     acting = x.acting & (x.advantages != 0) & (x.weights != 0)
+    if cotangent is not None:
+        acting = acting & (cotangent != 0)
     clipped = acting & (dropped[0] if dropped else slope == 0)
     return Evaluated(value.detach(), policy.detach(), slope.detach(), clipped, below)
