@@ -209,7 +209,8 @@ PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConst
   const T zero = set1<T>(0.f);
   const T raw = t.logprobs - t.old_logprobs, d = clamp(raw, c.d_min, c.d_max);
   const ExpParts<T> e = exp_parts<T, usual>(d);
-  Ratio<T> ratio{e.exp, (raw < c.d_min) | (raw > c.d_max)};
+  const mask_t<T> held = (raw < c.d_min) | (raw > c.d_max);
+  Ratio<T> ratio{e.exp, held};
   if (variant == Variant::gspo || (variant == Variant::given && o.by_sequence)) {
     ratio = {t.seq_ratio, t.seq_held};
   }
@@ -228,8 +229,8 @@ PPO_INLINE PolicyTerms<T> policy_terms(const PolicyOptions& o, const PolicyConst
     grad = vfma(c.kl_coef, kl.grad, grad);
   }
   const mask_t<T> below = ratio.value<c.clip_lo, above = ratio.value> c.clip_hi;
-  return {s.policy,         kl.value,         kl.weighted, grad,         d, e.k3, ratio.value,
-          s.active & below, s.active & above, s.dual,      below | above};
+  const mask_t<T> low = s.active & below, high = s.active & above, outside = below | above;
+  return {s.policy, kl.value, kl.weighted, grad, d, e.k3, ratio.value, low, high, s.dual, outside};
 }
 
 }  // namespace ppo::PPO_ISA

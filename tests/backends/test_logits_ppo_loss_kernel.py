@@ -51,6 +51,15 @@ def test_estimators(device: str, estimator: str, straight: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("kl_weight", [1, 2])
+@pytest.mark.parametrize("variant", ["clip", "cispo"])
+def test_weights_of_the_kl_term(device: str, variant: str, kl_weight: int) -> None:
+    """Not the gradient of the unweighted term either."""
+    *_, weighted = assert_same(make(device, variant=variant, kl_coef=0.7, kl_weight=kl_weight))
+    *_, plain = fused(make(device, variant=variant, kl_coef=0.7))
+    assert not torch.equal(weighted, plain)
+
+
 @pytest.mark.parametrize("vocab", [1, 33, 1009, 2048, 2052, 9000])
 @pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
 def test_vocabularies(device: str, dtype: torch.dtype, vocab: int) -> None:

@@ -16,6 +16,14 @@ ROWWISE: dict[str, tuple[str, dict[str, object]]] = {
     "logprobs bf16": ("token_logprobs", {"vocab": 130, "dtype": torch.bfloat16}),
     **{f"ppo {v}": ("ppo_loss", {"variant": v, "reduction": "token-sum"}) for v in VARIANTS},
     "ppo row means": ("ppo_loss", {"reduction": "seq-mean-token-mean", "denom": 2.0}),
+    "ppo weights": (
+        "ppo_loss",
+        {
+            "reduction": "token-sum",
+            "kl_weight": "ratio",
+            "extras": ("ref_logprobs", "is_weights", "sequence_weights"),
+        },
+    ),
     "value": ("value_loss", {"reduction": "token-sum"}),
     "gae carry": ("gae", {"extras": ("bootstrap", "terminated", "rho", "c", "row_lam")}),
     "gae zero": ("gae", {"masked": "zero", "extras": ENDS}),

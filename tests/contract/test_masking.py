@@ -14,6 +14,7 @@ from ppo_fast.testing import Call, make_mask, run, same_bits
 
 GARBAGE = (math.nan, math.inf, -math.inf)
 MASKS = ("random", "row", "empty", "left")
+PPO_EXTRAS = ("entropy", "ref_logprobs", "is_weights", "advantage_moments", "sequence_weights")
 ENDS = ("next_values", "terminated", "truncated")
 
 CALLS: dict[str, tuple[str, dict[str, object]]] = {
@@ -21,6 +22,12 @@ CALLS: dict[str, tuple[str, dict[str, object]]] = {
     **{f"ppo {v}": ("ppo_loss", {"variant": v}) for v in VARIANTS},
     **{f"ppo {r}": ("ppo_loss", {"reduction": r}) for r in REDUCTIONS},
     "ppo gspo sequences": ("ppo_loss", {"variant": "gspo", "reduction": "seq-mean-token-mean"}),
+    "ppo weights": ("ppo_loss", {"kl_weight": "ratio", "extras": PPO_EXTRAS}),
+    "ppo gspo weights": (
+        "ppo_loss",
+        {"kl_weight": "ratio", "variant": "gspo", "extras": PPO_EXTRAS},
+    ),
+    "ppo score": ("ppo_loss", {"kl_weight": "score", "kl_clamp": None}),
     "ppo unclamped": ("ppo_loss", {"log_ratio_clamp": None, "kl_clamp": None}),
     "value max": ("value_loss", {}),
     "value clipped": ("value_loss", {"form": "clipped", "reduction": "seq-mean-token-mean"}),

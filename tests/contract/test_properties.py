@@ -30,7 +30,9 @@ GAE_EXTRAS = st.sampled_from(
     ]
 )
 PPO_EXTRAS = st.sets(
-    st.sampled_from(["entropy", "ref_logprobs", "is_weights", "advantage_moments"])
+    st.sampled_from(
+        ["entropy", "ref_logprobs", "is_weights", "advantage_moments", "sequence_weights"]
+    )
 )
 
 

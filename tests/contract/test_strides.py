@@ -16,6 +16,10 @@ CALLS: dict[str, tuple[str, dict[str, object]]] = {
     "logprobs": ("token_logprobs", {"vocab": 67}),
     "ppo": ("ppo_loss", {}),
     "ppo gspo": ("ppo_loss", {"variant": "gspo"}),
+    "ppo weights": (
+        "ppo_loss",
+        {"kl_weight": "ratio", "extras": ("ref_logprobs", "sequence_weights")},
+    ),
     "ppo penalty": ("ppo_loss", {"variant": "penalty", "reduction": "seq-mean-token-mean"}),
     "value": ("value_loss", {}),
     "gae": ("gae", {"extras": EXTRAS}),

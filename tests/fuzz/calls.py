@@ -105,10 +105,13 @@ def _policy(d: Draw, shape: tuple[int, ...], ends: Any, dtype: torch.dtype) -> t
         "old_logprobs": d.floats(shape, dtype) if d.tame else d.maybe(d.floats, shape, dtype),
         "advantages": d.floats((shape[0], 1) if by_row else shape, dtype),
         "mask": d.maybe(d.mask, shape),
-        "is_weights": d.maybe(d.floats, shape, dtype),
+        "is_weights": d.maybe(d.floats, (shape[0], 1) if by_row else shape, dtype),
         "ref_logprobs": d.maybe(d.floats, shape, dtype) if variant != "penalty" else None,
         "cu_seqlens": ends,
     }
+    if len(shape) == 2 or ends is not None:
+        count = shape[0] if ends is None else ends.numel() - 1
+        t["sequence_weights"] = d.maybe(d.floats, (count,), dtype)
     o = {
         "variant": variant,
         "clip_low": d.number(0.2, 1.0),
@@ -121,6 +124,8 @@ def _policy(d: Draw, shape: tuple[int, ...], ends: Any, dtype: torch.dtype) -> t
         "reduction": d.name(REDUCTIONS),
         "denom": d.number(None, None, 7.0),
     }
+    if d.one_in(3) and o["kl_estimator"][-1] != "+" and variant not in ("penalty", "linear"):
+        o["kl_weight"] = d.name(("ratio", "score"))
     if d.one_in(4):
         moments = torch.tensor([97.0, 0.4, 390.0], dtype=torch.float64)
         if not d.tame:

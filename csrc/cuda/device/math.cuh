@@ -77,7 +77,8 @@ PPO_DEVICE PolicyConsts<float> resolve(const PolicyArg& a) {
   return c;
 }
 
-// Terms of the variant chosen at run time; never gspo, whose ratio belongs to the sequence.
+// Terms of the variant chosen at run time; never gspo, whose ratio belongs to the
+// sequence, nor given.
 PPO_DEVICE PolicyTerms<float> policy_terms_of(const PolicyOptions& o, const PolicyConsts<float>& c,
                                               const PolicyToken<float>& t) {
   switch (o.variant) {

@@ -3,10 +3,18 @@
 
 namespace ppo::cuda {
 
+constexpr int64_t kTermFloats = sizeof(SequenceTerm) / sizeof(float);
+static_assert(kTermFloats * sizeof(float) == sizeof(SequenceTerm), "terms are stored as floats");
+
 LossCall::LossCall(const char* op, const Tensor& main, const OptTensor& mask,
-                   const OptTensor& cu_seqlens, const ReduceOptions& reduce,
-                   const OptTensor& denom, int64_t n_grads)
-    : op_(op), device_(main), shape_(token_shape(main, op)), main_(main), out_(main, n_grads) {
+                   const OptTensor& cu_seqlens, const OptTensor& sequence_weights,
+                   const ReduceOptions& reduce, const OptTensor& denom, int64_t n_grads)
+    : op_(op),
+      device_(main),
+      shape_(token_shape(main, op)),
+      main_(main),
+      weights_(sequence_weights),
+      out_(main, n_grads) {
   blocks_ = unsigned(std::clamp<int64_t>(shape_.tiles(), 1, kLossBlocks));
   args_.map = {nullptr, DType::i64, 0, shape_.rows, shape_.cols, shape_.total()};
   if (cu_seqlens && cu_seqlens->numel() > 1) {
@@ -15,6 +23,9 @@ LossCall::LossCall(const char* op, const Tensor& main, const OptTensor& mask,
     args_.map.stride = cu_seqlens->strides()[0];
     args_.map.count = cu_seqlens->numel() - 1;
   }
+  const int64_t sequences = cu_seqlens ? cu_seqlens->numel() - 1 : shape_.rows;
+  PPO_CHECK(!sequence_weights || sequence_weights->numel() == sequences, op,
+            "shape of sequence_weights");
   args_.mask = view(mask, "mask");
   args_.tiles = shape_.tiles();
   args_.reduction = reduce.reduction;
@@ -39,12 +50,13 @@ void LossCall::find_terms(bool ratios, const Column& now, const Column& old, flo
                           float d_max) {
   const bool means = args_.reduction == Reduction::seq_mean_token_mean;
   const SequenceMap& map = args_.map;
-  if ((!means && !ratios) || map.count == 0 || map.tokens == 0) return;
-  terms_ = empty_on(main_, {map.count, 2}, ScalarType::Float);
+  if ((!means && !ratios && !weights_) || map.count == 0 || map.tokens == 0) return;
+  terms_ = empty_on(main_, {map.count, kTermFloats}, ScalarType::Float);
   SequenceTermsArgs a{};
   a.map = map;
   a.mask = args_.mask;
   if (ratios && old.data) a.now = now, a.old = old;
+  a.weights = weights_;
   a.means = means;
   a.d_min = d_min;
   a.d_max = d_max;

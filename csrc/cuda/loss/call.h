@@ -36,7 +36,8 @@ struct LossOutputs {
 class LossCall {
  public:
   LossCall(const char* op, const Tensor& main, const OptTensor& mask, const OptTensor& cu_seqlens,
-           const ReduceOptions& reduce, const OptTensor& denom, int64_t n_grads);
+           const OptTensor& sequence_weights, const ReduceOptions& reduce, const OptTensor& denom,
+           int64_t n_grads);
 
   // View of a tensor of the main tensor's shape.
   Column view(const Tensor& x, const char* name) const {
@@ -51,8 +52,8 @@ class LossCall {
   }
   // Arguments of the kernel. `columns`: all but the mask. `sums`: the kernel's number of sums.
   LossArgs args(std::initializer_list<Column> columns, int sums);
-  // Launches the kernel that finds the terms of sequences, if tokens need them; gspo gives the
-  // columns of its log-ratios and their bounds.
+  // Launches the kernel that finds the terms of sequences, if tokens need them; `ratios` are of
+  // the columns' mean log-ratios within the bounds.
   void find_terms(bool ratios, const Column& now, const Column& old, float d_min, float d_max);
   LaunchConfig config(size_t shared_bytes) const {
     return {dim3(blocks_), dim3(kTokenThreads), shared_bytes, 1, device_.stream()};
@@ -64,6 +65,7 @@ class LossCall {
   TokenShape shape_;
   LossArgs args_{};
   const Tensor main_;
+  RowValues weights_;  // of sequences
   LossOutputs out_;
   OptTensor terms_, parts_;
   unsigned blocks_;

@@ -220,7 +220,7 @@ PPO_DEVICE void terms_of(const LossArgs& a, const Slots& s, int64_t first_seq,
   int64_t seq = first_seq;
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
-    out[k] = {1.f, 1.f};
+    out[k] = {1.f, 1.f, false};
     if (!a.terms || k >= s.count) continue;
     seq = a.map.offsets ? a.map.find_from(seq, s.first + k) : s.row[k];
     out[k] = a.terms[seq];

@@ -10,7 +10,8 @@ namespace {
 bool usual(const PolicyLossArgs& a) {
   const PolicyOptions& o = a.policy.options;
   return o.estimator == Estimator::k3 && !o.straight_through && !o.has_dual &&
-         !a.is_weights.data && o.log_ratio_min >= -kExpInside && o.log_ratio_max <= kExpInside;
+         o.kl_weight == KlWeight::none && !a.is_weights.data && o.log_ratio_min >= -kExpInside &&
+         o.log_ratio_max <= kExpInside;
 }
 
 using Kernel = void (*)(PolicyLossArgs);
@@ -25,6 +26,8 @@ Kernel kernel_for(const PolicyLossArgs& a) {
       return ppo_loss_kernel<Variant::penalty, false>;
     case Variant::linear:
       return ppo_loss_kernel<Variant::linear, false>;
+    case Variant::given:
+      return ppo_loss_kernel<Variant::given, false>;
     default:
       return usual(a) ? ppo_loss_kernel<Variant::clip, true>
                       : ppo_loss_kernel<Variant::clip, false>;
@@ -42,7 +45,7 @@ struct PolicyOnCuda {
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> run(LossCall& call, PolicyLossArgs& a) {
     const PolicyOptions& o = a.policy.options;
-    call.find_terms(o.variant == Variant::gspo, a.logprobs, a.old_logprobs, float(o.log_ratio_min),
+    call.find_terms(o.by_sequence, a.logprobs, a.old_logprobs, float(o.log_ratio_min),
                     float(o.log_ratio_max));
     a.base = call.args(
         {a.logprobs, a.old_logprobs, a.advantages, a.is_weights, a.entropy, a.ref_logprobs}, 16);

@@ -72,7 +72,7 @@ struct PolicyStep {
   }
 
   PPO_DEVICE PolicyToken<float> token(const PolicyInputs<Values>& in, int k,
-                                      float seq_ratio) const {
+                                      const SequenceTerm& sequence) const {
     PolicyToken<float> t;
     t.logprobs = in.logprobs.at[k];
     t.old_logprobs = a.old_logprobs.data ? in.old_logprobs.at[k] : t.logprobs;
@@ -80,7 +80,8 @@ struct PolicyStep {
     if (o.whiten) t.advantage = whiten_advantage(c, t.advantage);
     t.is_weight = !is_usual && a.is_weights.data ? in.is_weights.at[k] : 1.f;
     t.ref_logprobs = in.ref_logprobs.at[k];
-    t.seq_ratio = seq_ratio;
+    t.seq_ratio = sequence.ratio;
+    t.seq_held = sequence.held;
     return t;
   }
 
@@ -96,12 +97,12 @@ struct PolicyStep {
       grad[k] = grad_entropy[k] = 0.f;
       if (!(live >> k & 1u)) continue;
       const float weight = terms[k].weight;
-      const PolicyToken<float> t = token(in, k, terms[k].ratio);
+      const PolicyToken<float> t = token(in, k, terms[k]);
       const PolicyTerms<float> x = policy_terms<variant, is_usual>(o, c, t);
       const float entropy = in.entropy.at[k];
       // The linear variant's policy term holds its KL.
       const float with_kl =
-          variant == Variant::linear ? x.policy : vfma(c.kl_coef, x.kl, x.policy);
+          variant == Variant::linear ? x.policy : vfma(c.kl_coef, x.weighted_kl, x.policy);
       sums.loss += weight * vfma(-c.entropy_coef, entropy, with_kl);
       sums.policy += weight * x.policy;
       sums.entropy += entropy;

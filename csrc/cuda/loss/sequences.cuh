@@ -114,14 +114,17 @@ PPO_DEVICE int edge_flags(const SequenceMap& map, const TileBits& bits, int64_t 
          (starts && !live && map.end(last) > end ? kOpen : 0);
 }
 
-// Terms of a sequence: the weight of its tokens and, for gspo, its ratio.
+// Terms of a sequence: the weight of its tokens and, where the ratio is the sequence's, that ratio
+// and whether its log-ratio is clamped.
 struct SequenceTerm {
   float weight, ratio;
+  bool held;
 };
 
 struct SequenceTermsArgs {
   SequenceMap map;
   Column mask, now, old;  // now and old: null if no ratios are needed
+  RowValues weights;      // (S,), false if absent
   bool means;             // tokens weigh 1 / tokens of their sequence, else 1
   float d_min, d_max;
   int lanes;  // threads of a sequence: a warp's or the block's
@@ -130,8 +133,8 @@ struct SequenceTermsArgs {
 
 constexpr int kSequenceSteps = 4;  // loads of a thread under way
 
-// Count of tokens, and the sum of their clamped log-ratios in double, so that the position of
-// padding does not survive rounding.
+// Count of tokens, and the sum of their log-ratios in double, so that the position of padding does
+// not survive rounding.
 struct SequenceSums {
   double tokens = 0.0, d = 0.0;
 };
@@ -157,7 +160,7 @@ PPO_DEVICE SequenceSums sequence_sums(const SequenceTermsArgs& a, int64_t s, int
 #pragma unroll
     for (int k = 0; k < kSequenceSteps; ++k) {
       sums.tokens += live[k];
-      sums.d += live[k] ? double(clamp(d[k], a.d_min, a.d_max)) : 0.0;
+      sums.d += live[k] ? double(d[k]) : 0.0;
     }
   }
   return sums;
@@ -181,7 +184,10 @@ __global__ void __launch_bounds__(kTokenThreads)
   }
   if (s >= a.map.count || threadIdx.x % a.lanes != 0) return;
   const double n = sums.tokens > 0.0 ? sums.tokens : 1.0;
-  a.terms[s] = {a.means ? float(1.0 / n) : 1.f, exp_parts(float(sums.d / n)).exp};
+  const double own = a.weights ? double(a.weights.number(s)) : 1.0;
+  const float mean = float(sums.d / n);
+  a.terms[s] = {float(a.means ? own / n : own), exp_parts(clamp(mean, a.d_min, a.d_max)).exp,
+                mean < a.d_min || mean > a.d_max};
 }
 
 }  // namespace ppo::cuda

@@ -51,7 +51,8 @@ PPO_DEVICE GradientTerms token_gradient(const LogitsPpoArgs& a, const PolicyCons
                                         float label_logit) {
   PolicyToken<float> token{row.logprob,   a.old_logprobs ? t.old_logprob : row.logprob,
                            t.advantage,   t.is_weight,
-                           t.ref_logprob, 1.f};
+                           t.ref_logprob, 1.f,
+                           false};
   if (a.policy.moments) token.advantage = whiten_advantage(c, token.advantage);
   const float slope = policy_terms_of(a.policy.options, c, token).grad;
   GradientTerms terms = gradient_terms(t.weight * slope, -(t.weight * c.entropy_coef), row,
