@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 LEVELS = (None, "token", "sequence", "geometric")
@@ -27,6 +27,7 @@ Bound = float | tuple[float, float]
 Reject = Mapping[str, Bound] | tuple[tuple[str, Bound], ...]
 # A range's bounds: lowest and highest x, highest k2, highest k3.
 Window = tuple[float, float, float, float]
+OPEN: Window = (-math.inf, math.inf, math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Correction:
     reject: Reject = ()
     drops: str = "policy"
     count: str = "all"
+    _windows: tuple[Window, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -79,7 +81,7 @@ class Correction:
         if self.level is None and not given:
             raise ValueError("Correction: reject must be given with level None, got nothing")
         object.__setattr__(self, "reject", tuple(sorted(given.items())))
-        self.windows()
+        object.__setattr__(self, "_windows", _windows(self.reject))
 
     def bounds(self) -> tuple[float, float]:
         """The weight's bounds, 0 and inf where open."""
@@ -87,34 +89,12 @@ class Correction:
         return low, math.inf if self.high is None else _number("high", self.high)
 
     def windows(self) -> tuple[Window, ...]:
-        """What a token's or sequence's statistics must be within, one for each of `RANGES`.
-
-        The largest of −x is minus the smallest x: "seq-max-k1" bounds `seq-min`'s x, and the other
-        way round.
-        """
-        found = {name: [-math.inf, math.inf, math.inf, math.inf] for name in RANGES}
-        for key, bound in dict(self.reject).items():
-            where, _, what = str(key).rpartition("-")
-            if where not in RANGES or what not in STATISTICS:
-                raise ValueError(
-                    f"Correction: reject's keys must be <{'|'.join(RANGES)}>-"
-                    f"<{'|'.join(STATISTICS)}>, got {key!r}"
-                )
-            if what in ("k2", "k3"):
-                upper = STATISTICS.index(what)
-                found[where][upper] = min(found[where][upper], _upper(key, bound))
-                continue
-            low, high = _pair(key, bound, reciprocal=what == "k1")
-            if what == "k1":
-                low, high = -high, -low
-                where = {"seq-min": "seq-max", "seq-max": "seq-min"}.get(where, where)
-            window = found[where]
-            window[0], window[1] = max(window[0], low), min(window[1], high)
-        return tuple((a, b, c, d) for a, b, c, d in found.values())
+        """What a token's or sequence's statistics must be within, one for each of `RANGES`."""
+        return self._windows
 
     def needs_sequences(self) -> bool:
         """Whether a token's weight or rejection depends on its sequence's other tokens."""
-        ranges = map(str, dict(self.reject))
+        ranges = (str(key) for key, _ in self.reject)  # type: ignore[misc]
         return self.level in ("sequence", "geometric") or any(r.startswith("seq-") for r in ranges)
 
 
@@ -125,6 +105,33 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "drops": DROPS,
     "count": COUNTS,
 }
+
+
+def _windows(reject: tuple[tuple[str, Bound], ...]) -> tuple[Window, ...]:
+    """Windows of a sorted `reject`.
+
+    The largest of −x is minus the smallest x: "seq-max-k1" bounds `seq-min`'s x, and the other
+    way round.
+    """
+    found = {name: list(OPEN) for name in RANGES}
+    for key, bound in reject:
+        where, _, what = str(key).rpartition("-")
+        if where not in RANGES or what not in STATISTICS:
+            raise ValueError(
+                f"Correction: reject's keys must be <{'|'.join(RANGES)}>-"
+                f"<{'|'.join(STATISTICS)}>, got {key!r}"
+            )
+        if what in ("k2", "k3"):
+            upper = STATISTICS.index(what)
+            found[where][upper] = min(found[where][upper], _upper(key, bound))
+            continue
+        low, high = _pair(key, bound, reciprocal=what == "k1")
+        if what == "k1":
+            low, high = -high, -low
+            where = {"seq-min": "seq-max", "seq-max": "seq-min"}.get(where, where)
+        window = found[where]
+        window[0], window[1] = max(window[0], low), min(window[1], high)
+    return tuple((a, b, c, d) for a, b, c, d in found.values())
 
 
 def _number(name: str, value: Any) -> float:

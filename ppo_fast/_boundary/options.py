@@ -6,11 +6,13 @@ it where given and is never read by the host.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ppo_fast._boundary.schema import REDUCTIONS
+from ppo_fast.corrections import FORMS, LEVELS, OPEN, RANGES, Correction
 
 _TOKEN_SUM = REDUCTIONS.index("token-sum")
 
@@ -230,3 +232,14 @@ class Lambda(NamedTuple):
     number: float
     tensor: Tensor | None
     per_step: bool
+
+
+def rollout_options(
+    correction: Correction | None,
+) -> tuple[int, int, float, float, list[float]]:
+    """Level, form, low, high and windows of `rollout_weights`; all are open without a correction."""
+    if correction is None:
+        return LEVELS.index(None), FORMS.index("truncate"), 0.0, math.inf, list(OPEN) * len(RANGES)
+    level, form = LEVELS.index(correction.level), FORMS.index(correction.form)
+    windows = [bound for window in correction.windows() for bound in window]
+    return level, form, *correction.bounds(), windows

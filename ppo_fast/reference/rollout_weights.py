@@ -21,14 +21,16 @@ def rollout_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights (0 where masked), bool mask after the rejections, and `RolloutStats.values`.
 
-    A NaN of either at an unmasked slot gives x = 0. Without a correction the weights are 1.
+    Where x is NaN at an unmasked slot (a NaN of either, or −inf of both), x = 0. Without a correction the weights are 1.
     """
     keep = keep_of(old_logprobs, mask)
     old, rollout = select(keep, old_logprobs), select(keep, rollout_logprobs)
     seqs = Sequences(keep, cu_seqlens)
-    missing = keep & (old.isnan() | rollout.isnan())
-    x = torch.where(missing, 0.0, old - rollout)
-    old = torch.where(old.isnan(), rollout.nan_to_num(0.0), old)
+    x = old - rollout
+    missing = x.isnan()
+    x = torch.where(missing, 0.0, x)
+    known = torch.where(old.isfinite(), old, torch.where(rollout.isfinite(), rollout, 0.0))
+    old, rollout = (torch.where(missing, known, y) for y in (old, rollout))
     bounded = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = _level(correction, x, seqs)
     low, high = (0.0, float("inf")) if correction is None else correction.bounds()
@@ -39,7 +41,6 @@ def rollout_weights(
     weights = torch.where(keep, weights, 0.0)
     kept = keep if correction is None else keep & _accepted(correction, bounded, seqs)
     known = keep.dim() == 2 or cu_seqlens is not None
-    rollout = torch.where(missing, old, rollout)
     stats = _stats(old, rollout, x, weights, outside, kept, missing, seqs, known)
     return weights, kept, stats
 

@@ -153,8 +153,8 @@ def head_loss_condition(
 def _loss_of(call: Call, exact: dict[str, Tensor]) -> Call:
     """`ppo_loss` of the exact log-probabilities and entropies, over the computed rows."""
     t, o = call.tensors, call.options
-    taken = ("old_logprobs", "advantages", "is_weights", "ref_logprobs", "cu_seqlens")
-    taken += ("sequence_weights",)
+    taken = ["old_logprobs", "advantages", "is_weights", "ref_logprobs", "cu_seqlens"]
+    taken.append("sequence_weights")
     head = ("temperature", "softcap", "ignore_index", "inplace")
     options: dict[str, Any] = {k: v for k, v in o.items() if k not in head}
     counted, index = _kept(call), t.get("row_index")
