@@ -94,7 +94,7 @@ class Correction:
 
     def needs_sequences(self) -> bool:
         """Whether a token's weight or rejection depends on its sequence's other tokens."""
-        ranges = (str(key) for key, _ in self.reject)  # type: ignore[misc]
+        ranges = map(str, dict(self.reject))
         return self.level in ("sequence", "geometric") or any(r.startswith("seq-") for r in ranges)
 
 
