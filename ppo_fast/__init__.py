@@ -11,9 +11,12 @@ from ppo_fast._results import (
     Loss,
     Moments,
     RLHFAdvantages,
+    RolloutStats,
+    RolloutWeights,
     Stats,
     TokenLogProbs,
 )
+from ppo_fast.corrections import Correction
 from ppo_fast.ops.few_rows_linear import few_rows_linear
 from ppo_fast.ops.gae import gae
 from ppo_fast.ops.group_advantages import group_advantages
@@ -23,6 +26,7 @@ from ppo_fast.ops.logits_ppo_loss import logits_ppo_loss
 from ppo_fast.ops.logprobs import token_logprobs
 from ppo_fast.ops.ppo_loss import ppo_loss
 from ppo_fast.ops.rlhf_advantages import rlhf_advantages
+from ppo_fast.ops.rollout_weights import off_policy_mask, rollout_weights
 from ppo_fast.ops.value_loss import value_loss
 from ppo_fast.ops.whiten import whiten
 
@@ -31,10 +35,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Advantages",
     "BackendUnavailableError",
+    "Correction",
     "HeadLoss",
     "Loss",
     "Moments",
     "RLHFAdvantages",
+    "RolloutStats",
+    "RolloutWeights",
     "Stats",
     "TokenLogProbs",
     "backends",
@@ -44,8 +51,10 @@ __all__ = [
     "linear_ppo_loss",
     "linear_token_logprobs",
     "logits_ppo_loss",
+    "off_policy_mask",
     "ppo_loss",
     "rlhf_advantages",
+    "rollout_weights",
     "token_logprobs",
     "use_backend",
     "value_loss",
