@@ -261,9 +261,11 @@ def linear_ppo_loss(
 
     The gradients by hidden, weight and bias are formed in the forward pass, a chunk of rows at a
     time; the backward scales them. Rows without a gradient (masked, clipped, advantage 0 with no
-    other term) take no part in the gradients' products on a CPU. "gspo" and fp16 form the logits
-    twice and the gradients in the backward: in fp16 a loss scale (`torch.amp.GradScaler`) must
-    reach them before they are rounded.
+    other term) take no part in the gradients' products on a CPU. Losses whose slopes need other
+    tokens first ("gspo", a ratio of the sequence, a surrogate that couples, some corrections by the
+    current log-probabilities: docs/corrections.md) take a fourth product: they and fp16 form the
+    logits twice and the gradients in the backward, which in fp16 a loss scale
+    (`torch.amp.GradScaler`) must reach before they are rounded.
 
     Args:
         hidden, weight, bias, tokens, temperature, softcap, ignore_index, row_index,

@@ -123,8 +123,9 @@ def logits_ppo_loss(
         logits: `(B, T, V)` or `(N, V)`, as in `token_logprobs`; differentiable.
         inplace: write the gradient over the logits, which nothing else may use; their version is
             bumped, so a second backward raises. Without a gradient to form, nothing is written.
-            "gspo" and fp16 read the logits twice and form the gradient in the backward: in fp16 a
-            loss scale (`torch.amp.GradScaler`) must reach it before it is rounded.
+            "gspo", surrogates, corrections by the current log-probabilities and fp16 read the
+            logits twice and form the gradient in the backward: in fp16 a loss scale
+            (`torch.amp.GradScaler`) must reach it before it is rounded.
         tokens, temperature, ignore_index: as in `token_logprobs`. Ignored tokens are masked.
         old_logprobs, advantages, mask and the options of the loss: as in `ppo_loss`.
 
