@@ -17,6 +17,8 @@ enum class KlWeight : int { none, ratio, score };
 enum class Form : int { unclipped, max, clipped };
 enum class Masked : int { carry, zero };
 enum class ScoreAt : int { last_token, first_pad, per_token };
+enum class RolloutLevel : int { none, token, sequence, geometric };
+enum class RolloutForm : int { truncate, mask };
 
 struct PolicyCodes {
   enum : int {
@@ -50,6 +52,31 @@ struct ValueCodes {
 };
 struct ValueParams {
   enum : int { clip, scale, denom, count };
+};
+struct RolloutFields {
+  enum : int {
+    tokens,
+    missing,
+    rejected,
+    weight,
+    weight_sq,
+    below,
+    above,
+    k1,
+    k3,
+    ratio_sq,
+    seqs,
+    rejected_seqs,
+    seq_ratio_sq,
+    log_ppl,
+    rollout_log_ppl,
+    ppl,
+    rollout_ppl,
+    ppl_ratio,
+    weight_min,
+    weight_max,
+    count,
+  };
 };
 
 enum Stat : int {

@@ -4,6 +4,7 @@ Every op is one call with one result tuple, on CPU (C++) and CUDA (Triton) tenso
 the pure-PyTorch functions of `ppo_fast.reference`. Importing this module loads torch alone.
 """
 
+from ppo_fast import surrogates
 from ppo_fast._backend import BackendUnavailableError, backends, use_backend
 from ppo_fast._results import (
     Advantages,
@@ -11,9 +12,12 @@ from ppo_fast._results import (
     Loss,
     Moments,
     RLHFAdvantages,
+    RolloutStats,
+    RolloutWeights,
     Stats,
     TokenLogProbs,
 )
+from ppo_fast.corrections import Correction
 from ppo_fast.ops.few_rows_linear import few_rows_linear
 from ppo_fast.ops.gae import gae
 from ppo_fast.ops.group_advantages import group_advantages
@@ -23,20 +27,27 @@ from ppo_fast.ops.logits_ppo_loss import logits_ppo_loss
 from ppo_fast.ops.logprobs import token_logprobs
 from ppo_fast.ops.ppo_loss import ppo_loss
 from ppo_fast.ops.rlhf_advantages import rlhf_advantages
+from ppo_fast.ops.rollout_weights import off_policy_mask, rollout_weights
 from ppo_fast.ops.value_loss import value_loss
 from ppo_fast.ops.whiten import whiten
+from ppo_fast.surrogates import Surrogate, TokenTerms
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Advantages",
     "BackendUnavailableError",
+    "Correction",
     "HeadLoss",
     "Loss",
     "Moments",
     "RLHFAdvantages",
+    "RolloutStats",
+    "RolloutWeights",
     "Stats",
+    "Surrogate",
     "TokenLogProbs",
+    "TokenTerms",
     "backends",
     "few_rows_linear",
     "gae",
@@ -44,8 +55,11 @@ __all__ = [
     "linear_ppo_loss",
     "linear_token_logprobs",
     "logits_ppo_loss",
+    "off_policy_mask",
     "ppo_loss",
     "rlhf_advantages",
+    "rollout_weights",
+    "surrogates",
     "token_logprobs",
     "use_backend",
     "value_loss",

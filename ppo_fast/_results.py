@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -59,18 +60,11 @@ class Stats(NamedTuple):
     values: Tensor
 
     def __add__(self, other: Stats) -> Stats:  # type: ignore[override]
-        a, b = self.values, other.values
-        low = torch.minimum(a[N_SUMS], b[N_SUMS])
-        high = torch.maximum(a[N_SUMS + 1], b[N_SUMS + 1])
-        return Stats(torch.cat([a[:N_SUMS] + b[:N_SUMS], torch.stack([low, high])]))
+        return Stats(_merged(self.values, other.values))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Stats:
         """Merge the statistics of every rank of `group`, in rank order."""
-        merged = _gather(self.values, group)
-        total = Stats(merged[0])
-        for values in merged[1:]:
-            total = total + Stats(values)
-        return total
+        return Stats(functools.reduce(_merged, _gather(self.values, group)))
 
     def field(self, name: str) -> Tensor:
         """The raw 0-d float64 slot `name`, one of `STATS_FIELDS`."""
@@ -116,6 +110,97 @@ class Stats(NamedTuple):
         out["n_tokens"] = n or m
         out["n_seqs"] = s["n_seqs"]
         return out
+
+
+# Sums over unmasked tokens, then over sequences that have one, then the weights' extremes.
+ROLLOUT_FIELDS = (
+    "tokens",
+    "missing",
+    "rejected",
+    "weight",
+    "weight_sq",
+    "below",
+    "above",
+    "k1",
+    "k3",
+    "ratio_sq",
+    "seqs",
+    "rejected_seqs",
+    "seq_ratio_sq",
+    "log_ppl",
+    "rollout_log_ppl",
+    "ppl",
+    "rollout_ppl",
+    "ppl_ratio",
+    "weight_min",
+    "weight_max",
+)
+
+
+class RolloutStats(NamedTuple):
+    """How far a batch's samples are from the policy, and what their correction did.
+
+    `values` is one float64 tensor `(20,)` on the log-probabilities' device, in the order of
+    `ROLLOUT_FIELDS`: undivided sums, then the smallest and the largest weight. It merges as
+    `Stats` does. The names of `compute` are those of verl's `rollout_corr` metrics where both
+    have one (verl/trainer/ppo/rollout_corr_helper.py).
+    """
+
+    values: Tensor
+
+    def __add__(self, other: RolloutStats) -> RolloutStats:  # type: ignore[override]
+        return RolloutStats(_merged(self.values, other.values))
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> RolloutStats:
+        """Merge the statistics of every rank of `group`, in rank order."""
+        return RolloutStats(functools.reduce(_merged, _gather(self.values, group)))
+
+    def field(self, name: str) -> Tensor:
+        """The raw 0-d float64 slot `name`, one of `ROLLOUT_FIELDS`."""
+        return self.values[ROLLOUT_FIELDS.index(name)]
+
+    def compute(self) -> dict[str, float]:
+        """Divide the sums: one device synchronisation. A mean over nothing is NaN.
+
+        `weight_*` and `ess`, (Σw)² / (n Σw²), are of the weights before `normalize`; `frac_low`
+        and `frac_high` of the tokens whose ratio is outside of the correction's bounds; `kl` (k1)
+        and `k3_kl` estimate KL(rollout‖old) per token; `chi2_token` and `chi2_seq` are E ρ² − 1;
+        the perplexities are means of exp(−mean log-prob) over sequences, NaN without sequences.
+        """
+        s = dict(zip(ROLLOUT_FIELDS, self.values.tolist(), strict=True))
+        n, m = s["tokens"], s["seqs"]
+        mean = _ratio(s["weight"], n)
+        return {
+            "weight_mean": mean,
+            "weight_std": max(_ratio(s["weight_sq"], n) - mean * mean, 0.0) ** 0.5,
+            "weight_min": s["weight_min"] if n else float("nan"),
+            "weight_max": s["weight_max"] if n else float("nan"),
+            "ess": _ratio(s["weight"] ** 2, n * s["weight_sq"]),
+            "frac_low": _ratio(s["below"], n),
+            "frac_high": _ratio(s["above"], n),
+            "rejected_frac": _ratio(s["rejected"], n),
+            "seq_rejected_frac": _ratio(s["rejected_seqs"], m),
+            "kl": _ratio(s["k1"], n),
+            "k3_kl": _ratio(s["k3"], n),
+            "chi2_token": _ratio(s["ratio_sq"], n) - 1.0,
+            "chi2_seq": _ratio(s["seq_ratio_sq"], m) - 1.0,
+            "ppl": _ratio(s["ppl"], m),
+            "rollout_ppl": _ratio(s["rollout_ppl"], m),
+            "ppl_ratio": _ratio(s["ppl_ratio"], m),
+            "log_ppl_diff": _ratio(s["log_ppl"] - s["rollout_log_ppl"], m),
+            "missing": s["missing"],
+            "n_tokens": n,
+            "n_seqs": m,
+        }
+
+
+class RolloutWeights(NamedTuple):
+    """Weights fp32 (fp64 for fp64) and the mask after rejections, in the log-probabilities' shape,
+    and the statistics."""
+
+    weights: Tensor
+    mask: Tensor
+    stats: RolloutStats
 
 
 class Moments(NamedTuple):
@@ -183,6 +268,12 @@ class RLHFAdvantages(NamedTuple):
     rewards: Tensor
     kl: Tensor
     moments: Moments
+
+
+def _merged(a: Tensor, b: Tensor) -> Tensor:
+    """Sums added; of the last two, the smallest and the largest."""
+    low, high = torch.minimum(a[-2], b[-2]), torch.maximum(a[-1], b[-1])
+    return torch.cat([a[:-2] + b[:-2], torch.stack([low, high])])
 
 
 def _ratio(numerator: float, denominator: float) -> float:

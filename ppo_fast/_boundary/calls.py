@@ -17,8 +17,10 @@ from ppo_fast._boundary.options import (
     Softmax,
     TokenTensors,
     ValueOptions,
+    rollout_options,
 )
 from ppo_fast._boundary.schema import HANDLES
+from ppo_fast.corrections import Correction
 
 # (loss, stats, scale, grads) of the losses.
 RawLoss = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -37,6 +39,7 @@ _RLHF_ADVANTAGES = HANDLES["rlhf_advantages"]
 _MOMENTS = HANDLES["moments"]
 _WHITEN = HANDLES["whiten"]
 _FEW_ROWS_LINEAR = HANDLES["few_rows_linear"]
+_ROLLOUT_WEIGHTS = HANDLES["rollout_weights"]
 
 
 def logprobs_fwd(backend: str, logits: Tensor, s: Scoring) -> Softmax:
@@ -348,4 +351,19 @@ def whiten(
 def few_rows_linear(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (R, K) · weightᵀ + bias, (R, V) float32."""
     out: Tensor = _FEW_ROWS_LINEAR[backend](x, weight, bias)
+    return out
+
+
+def rollout_weights(
+    backend: str,
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    correction: Correction | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and the bool mask in the log-probabilities' shape, and `RolloutStats.values`."""
+    out: tuple[Tensor, Tensor, Tensor] = _ROLLOUT_WEIGHTS[backend](
+        old_logprobs, rollout_logprobs, mask, cu_seqlens, *rollout_options(correction)
+    )
     return out

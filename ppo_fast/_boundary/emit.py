@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from ppo_fast._boundary.options import PACKED
-from ppo_fast._boundary.schema import ENUM_CODES
-from ppo_fast._results import N_STATS, N_SUMS, STATS_FIELDS
+from ppo_fast._boundary.schema import CPU_ENUM_CODES, ENUM_CODES
+from ppo_fast._results import N_STATS, N_SUMS, ROLLOUT_FIELDS, STATS_FIELDS
 
 _ROOT = Path(__file__).resolve().parents[2]
 _COMMAND = "python -m ppo_fast._boundary.emit"
@@ -67,8 +67,11 @@ def stale(root: Path) -> list[str]:
 
 
 def _cpp() -> str:
-    enums = "\n".join(_cpp_enum(name, options) for name, options in ENUM_CODES.items())
-    packed = "\n".join(_cpp_packed(name, fields) for name, (fields, _) in PACKED.items())
+    codes = {**ENUM_CODES, **CPU_ENUM_CODES}
+    enums = "\n".join(_cpp_enum(name, options) for name, options in codes.items())
+    orders = {name: fields for name, (fields, _) in PACKED.items()}
+    orders["RolloutFields"] = ROLLOUT_FIELDS
+    packed = "\n".join(_cpp_packed(name, fields) for name, fields in orders.items())
     names = [*STATS_FIELDS, "n_stats"]
     stats = "\n".join(f"  k{name.title().replace('_', '')}," for name in names)
     return _CPP.format(command=_COMMAND, enums=enums, packed=packed, stats=stats)

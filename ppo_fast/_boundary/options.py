@@ -6,11 +6,13 @@ it where given and is never read by the host.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ppo_fast._boundary.schema import REDUCTIONS
+from ppo_fast.corrections import FORMS, LEVELS, OPEN, RANGES, Correction
 
 _TOKEN_SUM = REDUCTIONS.index("token-sum")
 
@@ -188,7 +190,8 @@ def value_options(
 class TokenTensors(NamedTuple):
     """Per-token constants of a policy loss, each in the log-probabilities' shape.
 
-    `moments`, (3,) float64, whiten the advantages.
+    `moments`, (3,) float64, whiten the advantages. The last two are not the kernels':
+    `accepted` is False where a rejection has dropped the policy term.
     """
 
     old_logprobs: Tensor | None
@@ -196,6 +199,8 @@ class TokenTensors(NamedTuple):
     is_weights: Tensor | None
     ref_logprobs: Tensor | None
     moments: Tensor | None
+    rollout_logprobs: Tensor | None = None
+    accepted: Tensor | None = None
 
 
 class Scoring(NamedTuple):
@@ -227,3 +232,14 @@ class Lambda(NamedTuple):
     number: float
     tensor: Tensor | None
     per_step: bool
+
+
+def rollout_options(
+    correction: Correction | None,
+) -> tuple[int, int, float, float, list[float]]:
+    """Level, form, low, high and windows of `rollout_weights`; open without a correction."""
+    if correction is None:
+        return LEVELS.index(None), FORMS.index("truncate"), 0.0, math.inf, list(OPEN) * len(RANGES)
+    level, form = LEVELS.index(correction.level), FORMS.index(correction.form)
+    windows = [bound for window in correction.windows() for bound in window]
+    return level, form, *correction.bounds(), windows

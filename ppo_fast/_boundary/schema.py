@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast._results import N_STATS
+from ppo_fast._results import N_STATS, ROLLOUT_FIELDS
+from ppo_fast.corrections import FORMS as ROLLOUT_FORMS
+from ppo_fast.corrections import LEVELS
 
 BACKENDS = ("cpu", "triton", "cuda")
 
@@ -44,6 +46,11 @@ ENUM_CODES = {
     "Form": FORMS,
     "Masked": MASKED,
     "ScoreAt": SCORE_AT,
+}
+# Enumerations of ops that the CPU alone has: C++ alone gets them.
+CPU_ENUM_CODES = {
+    "RolloutLevel": tuple(level or "none" for level in LEVELS),
+    "RolloutForm": ROLLOUT_FORMS,
 }
 
 # A tensor `<name>_tensor`, where given, replaces the number `<name>` and stays on the device.
@@ -105,6 +112,12 @@ _WHITEN = (
     " float eps) -> Tensor"
 )
 _FEW_ROWS_LINEAR = "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+# windows: `Correction.windows()`, end to end; stats are in the order of ROLLOUT_FIELDS.
+_ROLLOUT_WEIGHTS = (
+    "(Tensor old_logprobs, Tensor rollout_logprobs, Tensor? mask, Tensor? cu_seqlens, int level,"
+    " int form, float low, float high, float[] windows)"
+    " -> (Tensor weights, Tensor kept, Tensor stats)"
+)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -145,6 +158,14 @@ def _fake_gae(rewards: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 def _fake_rlhf(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return (*(_empty(logprobs) for _ in range(4)), _empty(logprobs, (3,), torch.float64))
+
+
+def _fake_rollout(old_logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (
+        _empty(old_logprobs),
+        _empty(old_logprobs, dtype=torch.bool),
+        _empty(old_logprobs, (len(ROLLOUT_FIELDS),), torch.float64),
+    )
 
 
 # op -> (schema, fake, stem of the file that implements it)
@@ -192,9 +213,14 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda x, weight, bias: _empty(x, (x.shape[0], weight.shape[0])),
         "few_rows_linear",
     ),
+    "rollout_weights": (_ROLLOUT_WEIGHTS, _fake_rollout, "rollout_weights"),
 }
 # Ops that not every backend has.
-_BACKENDS_OF = {"logits_ppo_loss_bf16_": ("cuda",), "few_rows_linear": ("cpu",)}
+_BACKENDS_OF = {
+    "logits_ppo_loss_bf16_": ("cuda",),
+    "few_rows_linear": ("cpu",),
+    "rollout_weights": ("cpu",),
+}
 
 
 def backends_of(op: str) -> tuple[str, ...]:

@@ -12,13 +12,14 @@ from ppo_fast import _checks, reference
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Softmax, TokenTensors
 from ppo_fast._results import HeadLoss, Moments, Stats
+from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, check_head
 from ppo_fast.ops.linear_logprobs import score
-from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions
-from ppo_fast.ops.policy import PolicyInputs, check_policy
+from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions, Variant
+from ppo_fast.ops.policy import PolicyInputs, check_policy, over
 from ppo_fast.ops.ppo_loss import loss_and_stats
 
 _OP = "linear_ppo_loss"
@@ -37,11 +38,13 @@ class _Tokens(NamedTuple):
         rows = reference.linear_logprobs.rows_of(given.tokens, counted, given.row_index)
         return cls(rows, counted)
 
-    def divided(self, given: HeadInputs, policy: PolicyInputs) -> PolicyInputs:
-        """The loss with its D, where the mask alone would give another."""
-        if given.row_index is None:
-            return policy
-        return policy.divided_by(policy.denom(self.counted))
+    def prepared(self, given: HeadInputs, policy: PolicyInputs) -> tuple[PolicyInputs, Tensor]:
+        """The loss with its D, where the mask alone would give another, and its own mask, with
+        all of its correction that does not wait for the log-probabilities."""
+        if given.row_index is not None:
+            policy = policy.counting(self.counted)
+        policy, mask = policy.corrected(given.options.backend, self.mask)
+        return policy, self.mask if mask is None else mask
 
 
 class _Loss:
@@ -50,24 +53,31 @@ class _Loss:
     def __init__(self, head: Head, given: HeadInputs, policy: PolicyInputs) -> None:
         self.head, self.given = head, given
         tokens = _Tokens.of(given)
-        self.mask, self.policy = tokens.mask, tokens.divided(given, policy)
-        self.weights = given.rows.pick(policy.weights(*tokens))
-        self.slopes = policy.options.per_token()
-        self.tokens = _picked(policy.per_token, given.rows)
+        self.policy, self.mask = tokens.prepared(given, policy)
+        weights = self.policy.row_weights(self.mask)
+        if not self.policy.late_denom:
+            weights = over(weights, self.policy.denom(tokens.counted))
+        self.weights, self.keep = given.rows.pick(weights), given.rows.pick(self.mask)
+        self.slopes = self.policy.options.per_token()
+        self.tokens = _picked(self.policy.per_token, given.rows)
+        self.denom: Tensor | None = None
 
     def total(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:
         """(loss, stats, logprobs, entropy) over all tokens, from the rows' two."""
         shape, rows = self.given.tokens.shape, self.given.rows
         logprobs, entropy = (rows.spread(x).view(shape) for x in (logprobs, entropy))
         backend = self.given.options.backend
-        loss, stats, *_ = self.policy.loss(backend, logprobs, self.mask, entropy, 0)
+        policy, mask = self.policy.corrected(backend, self.mask, logprobs)
+        if self.policy.late_denom:
+            self.denom = policy.denom(self.mask)
+        loss, stats, *_ = policy.loss(backend, logprobs, mask, entropy, 0)
         return loss, stats, logprobs, entropy
 
     def _fuses(self) -> bool:
         options = self.given.options
         alone = options.softcap is None and options.shard is None
         known = self.head.weight.dtype in (torch.float32, torch.bfloat16)
-        return options.backend == "cuda" and alone and known
+        return options.backend == "cuda" and alone and known and self.policy.one_pass
 
     def fused(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         """A chunk's (logprobs, entropy) and gradients: the logits' by one kernel, over z."""
@@ -88,13 +98,19 @@ class _Loss:
     def composed(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         """The same by the kernels of softmax, loss and gradient."""
         head, softmax = self.head, self.head.softmax(z, at)
+        policy = self.policy._replace(
+            per_token=_chunk(self.tokens, at), options=self.slopes, cu_seqlens=None
+        )
+        policy, keep = policy.of_rows(
+            self.given.options.backend, softmax.logprobs, self.keep[at], softmax.entropy
+        )
         *_, grads = calls.ppo_loss(
             self.given.options.backend,
             softmax.logprobs,
-            _chunk(self.tokens, at),
-            self.slopes,
+            policy.per_token,
+            policy.options,
             2,
-            mask=_at(self.given.rows.keep, at),
+            mask=keep,
             entropy=softmax.entropy,
             cu_seqlens=None,
             sequence_weights=None,  # in self.weights
@@ -122,14 +138,14 @@ class _Loss:
 def two_passes(given: HeadInputs, policy: PolicyInputs, grads: int) -> tuple[Tensor, ...]:
     """(loss, stats, logprobs, entropy) by both ops in turn: a backward forms the logits again.
 
-    For gspo, where a token's slope needs its whole sequence first, and for fp16, whose gradients
-    must not be rounded before they are multiplied by the incoming one, a loss scale mostly.
+    For losses whose slopes need other tokens first (gspo), and for fp16, whose gradients must not
+    be rounded before they are multiplied by the incoming one, a loss scale mostly.
     Without gradients (`grads` 0) there is one pass.
     """
     tokens, backend = _Tokens.of(given), given.options.backend
     logprobs, entropy = (x.view(given.tokens.shape) for x in score(given))
-    divided = tokens.divided(given, policy)
-    loss, stats = loss_and_stats(logprobs, entropy, tokens.mask, divided, grads, backend)
+    policy, mask = tokens.prepared(given, policy)
+    loss, stats = loss_and_stats(logprobs, entropy, mask, policy, grads, backend)
     return loss, stats, logprobs.detach(), entropy.detach()
 
 
@@ -149,6 +165,8 @@ def _picked(x: TokenTensors, rows: HeadRows) -> TokenTensors:
         is_weights=rows.pick_some(x.is_weights),
         ref_logprobs=rows.pick_some(x.ref_logprobs),
         moments=x.moments,
+        rollout_logprobs=rows.pick_some(x.rollout_logprobs),
+        accepted=rows.pick_some(x.accepted),
     )
 
 
@@ -160,6 +178,8 @@ def _chunk(x: TokenTensors, at: slice) -> TokenTensors:
         is_weights=_at(x.is_weights, at),
         ref_logprobs=_at(x.ref_logprobs, at),
         moments=x.moments,
+        rollout_logprobs=_at(x.rollout_logprobs, at),
+        accepted=_at(x.accepted, at),
     )
 
 
@@ -180,7 +200,7 @@ class _LinearPPOLoss(torch.autograd.Function):
             head.allocate(*ctx.needs_input_grad[:3])
             call = _Loss(head, given, policy)
             loss, stats, logprobs, entropy = call.total(*call.one_pass())
-        ctx.save_for_backward(*head.gradients())
+        ctx.save_for_backward(*head.gradients(), call.denom)
         ctx.mark_non_differentiable(stats, logprobs, entropy)
         ctx.set_materialize_grads(False)
         return loss, stats, logprobs, entropy
@@ -191,7 +211,10 @@ class _LinearPPOLoss(torch.autograd.Function):
         if grad is None:
             return None, None, None, None, None
         # The factor stays wide: rounded to the gradients' type, all of them would be off alike.
-        dx, dw, db = (None if x is None else scaled(x, grad) for x in ctx.saved_tensors)
+        *grads, denom = ctx.saved_tensors
+        if denom is not None:
+            grad = over(grad, denom)
+        dx, dw, db = (None if x is None else scaled(x, grad) for x in grads)
         return dx, dw, db, None, None
 
 
@@ -210,10 +233,12 @@ def linear_ppo_loss(
     ignore_index: int = -100,
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
-    variant: str = "clip",
+    variant: Variant = "clip",
+    ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    ratio_cap: float | None = None,
     log_ratio_clamp: Bounds = 20.0,
     is_weights: Tensor | None = None,
     sequence_weights: Tensor | None = None,
@@ -228,6 +253,8 @@ def linear_ppo_loss(
     reduction: str = "token-mean",
     denom: Coefficient | None = None,
     cu_seqlens: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    correction: Correction | None = None,
     backend: str | None = None,
 ) -> HeadLoss:
     """`ppo_loss` of the head's own log-probabilities and entropies, in three matrix products.
@@ -277,12 +304,16 @@ def linear_ppo_loss(
         sequence_weights=sequence_weights,
         advantage_moments=advantage_moments,
         ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        correction=correction,
         cu_seqlens=cu_seqlens,
         options=LossOptions(
             variant=variant,
+            ratio_level=ratio_level,
             clip_low=clip_low,
             clip_high=clip_high,
             dual_clip=dual_clip,
+            ratio_cap=ratio_cap,
             log_ratio_clamp=log_ratio_clamp,
             entropy_coef=entropy_coef,
             kl_coef=kl_coef,
@@ -303,7 +334,7 @@ def linear_ppo_loss(
 def _head_loss(given: HeadInputs, policy: PolicyInputs) -> HeadLoss:
     args = (given.hidden, given.weight, given.bias)
     grads = 2 if n_grads(*args) else 0
-    if grads and policy.given.variant != "gspo" and given.weight.dtype != torch.float16:
+    if grads and not policy.couples and given.weight.dtype != torch.float16:
         loss, stats, logprobs, entropy = _LinearPPOLoss.apply(*args, given, policy)
     else:
         loss, stats, logprobs, entropy = two_passes(given, policy, grads)

@@ -11,10 +11,11 @@ from ppo_fast import _backend, _checks, reference
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Scoring
 from ppo_fast._results import HeadLoss, Moments, Stats
+from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled, scaled_
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.logprobs import check_scoring, kept, score
-from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions
+from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions, Variant
 from ppo_fast.ops.policy import PolicyInputs, check_policy
 from ppo_fast.ops.ppo_loss import loss_and_stats
 
@@ -71,8 +72,9 @@ def two_passes(
 ) -> tuple[Tensor, ...]:
     """(loss, stats, logprobs, entropy) by both ops in turn: a backward reads the logits again.
 
-    For gspo, where a token's slope needs its whole sequence first, and for fp16, whose gradient
-    must not be rounded before it is multiplied by the incoming one, a loss scale mostly.
+    For gspo, where a token's slope needs its whole sequence first; for surrogates and corrections
+    by the current log-probabilities, which the kernel has not; and for fp16, whose gradient must
+    not be rounded before it is multiplied by the incoming one, a loss scale mostly.
     Without a gradient (`grads` 0) there is one pass.
     """
     logprobs, entropy = score(logits, s, None, backend, inplace)
@@ -91,10 +93,12 @@ def logits_ppo_loss(
     inplace: bool = False,
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
-    variant: str = "clip",
+    variant: Variant = "clip",
+    ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    ratio_cap: float | None = None,
     log_ratio_clamp: Bounds = 20.0,
     is_weights: Tensor | None = None,
     sequence_weights: Tensor | None = None,
@@ -109,6 +113,8 @@ def logits_ppo_loss(
     reduction: str = "token-mean",
     denom: Coefficient | None = None,
     cu_seqlens: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    correction: Correction | None = None,
     backend: str | None = None,
 ) -> HeadLoss:
     """`ppo_loss` of `token_logprobs(logits, tokens)` with its entropies, gradient and all.
@@ -141,12 +147,16 @@ def logits_ppo_loss(
         sequence_weights=sequence_weights,
         advantage_moments=advantage_moments,
         ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        correction=correction,
         cu_seqlens=cu_seqlens,
         options=LossOptions(
             variant=variant,
+            ratio_level=ratio_level,
             clip_low=clip_low,
             clip_high=clip_high,
             dual_clip=dual_clip,
+            ratio_cap=ratio_cap,
             log_ratio_clamp=log_ratio_clamp,
             entropy_coef=entropy_coef,
             kl_coef=kl_coef,
@@ -169,8 +179,10 @@ def logits_ppo_loss(
         return reference.logits_ppo_loss(
             logits, tokens, mask=s.mask, temperature=s.divisor(), **policy.for_reference(_OP)
         )
+    policy, keep = policy.corrected(name, s.mask)
+    s = s._replace(mask=keep)
     grads = 2 if n_grads(logits) else 0
-    if grads and variant != "gspo" and logits.dtype != torch.float16:
+    if grads and policy.one_pass and logits.dtype != torch.float16:
         constants = (s, policy, name, inplace)
         loss, stats, logprobs, entropy = _LogitsPPOLoss.apply(logits, constants)
     else:

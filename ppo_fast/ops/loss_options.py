@@ -7,10 +7,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ppo_fast import _checks
+from ppo_fast import _checks, surrogates
 from ppo_fast._boundary.options import PolicyOptions, policy_options
 from ppo_fast._boundary.schema import ESTIMATORS, KL_WEIGHTS, REDUCTIONS, VARIANTS
+from ppo_fast.reference.surrogate import LEVELS
+from ppo_fast.surrogates import Surrogate
 
+_DIVERGENCES = {"dppo-tv": "tv", "dppo-kl": "kl"}
+_CAPPED = (*_DIVERGENCES, "reinforce")
+# Variants by name: those that have kernels, and surrogates with their default options.
+NAMES = (*VARIANTS, "sapo", *_CAPPED)
+
+Variant = str | Surrogate
 Coefficient = float | Tensor
 Bounds = float | tuple[float, float] | None
 
@@ -18,10 +26,12 @@ Bounds = float | tuple[float, float] | None
 class LossOptions(NamedTuple):
     """Arguments of a policy loss that are not per-token tensors, as given."""
 
-    variant: str
+    variant: Any
+    ratio_level: str
     clip_low: float
     clip_high: float
     dual_clip: float | None
+    ratio_cap: float | None
     log_ratio_clamp: Bounds
     entropy_coef: Coefficient
     kl_coef: Coefficient
@@ -31,6 +41,62 @@ class LossOptions(NamedTuple):
     kl_weight: str | None
     reduction: str
     denom: Coefficient | None
+
+    def resolved(self, op: str) -> tuple[LossOptions, Surrogate | None]:
+        """The options by the kernels' variants, and the surrogate where none of them is meant.
+
+        A surrogate's variant is "clip", whose bounds its statistics take.
+        """
+        variant = self.variant
+        if self.ratio_cap is None and self.ratio_level == "token" and variant in VARIANTS:
+            return self, None
+        _checks.choice(op, "ratio_level", self.ratio_level, LEVELS)
+        if isinstance(variant, Surrogate):
+            label = f"Surrogate {variant.name!r}"
+        else:
+            _checks.choice(op, "variant", variant, NAMES)
+            label = repr(variant)
+        if self.ratio_cap is not None and variant not in _CAPPED:
+            raise ValueError(
+                f"{op}: ratio_cap must be None with variant {label}, got {self.ratio_cap}"
+            )
+        whole = {"gspo": ("token", "sequence-token"), "penalty": ("token",), "linear": ("token",)}
+        levels = whole.get(variant, LEVELS) if isinstance(variant, str) else LEVELS
+        if self.ratio_level not in levels:
+            raise ValueError(
+                f"{op}: ratio_level must be {' or '.join(levels)} with variant {label},"
+                f" got {self.ratio_level!r}"
+            )
+        if variant == "gspo" or (variant == "clip" and self.ratio_level == "sequence-token"):
+            return self._replace(variant="gspo", ratio_level="token"), None
+        if variant in ("penalty", "linear") or (
+            self.ratio_level == "token" and variant in VARIANTS
+        ):
+            return self, None
+        surrogate = self._surrogate(op)
+        if variant != "clip" and self.dual_clip is not None:
+            raise ValueError(f"{op}: dual_clip must be None with variant {label}")
+        return self._replace(variant="clip", dual_clip=None, ratio_cap=None), surrogate
+
+    def _surrogate(self, op: str) -> Surrogate:
+        """The variant as a surrogate."""
+        if isinstance(self.variant, Surrogate):
+            return self.variant
+        low = _checks.number(op, "clip_low", self.clip_low, 0.0, 1.0)
+        high = _checks.number(op, "clip_high", self.clip_high, 0.0)
+        cap = self.ratio_cap
+        if cap is not None and _checks.number(op, "ratio_cap", cap, 0.0) == 0.0:
+            raise ValueError(f"{op}: ratio_cap must be above 0, got {cap}")
+        if self.variant in _DIVERGENCES:
+            return surrogates.dppo(_DIVERGENCES[self.variant], low, high, cap)
+        if self.variant == "reinforce":
+            return surrogates.reinforce(cap)
+        if self.variant == "sapo":
+            return surrogates.sapo()
+        if self.variant == "cispo":
+            return surrogates.cispo(low, high)
+        dual = self._dual(op)
+        return surrogates.clip(low, high, None if dual == math.inf else dual)
 
     def checked(
         self,
@@ -49,8 +115,10 @@ class LossOptions(NamedTuple):
         variant = _checks.choice(op, "variant", self.variant, VARIANTS)
         estimator, straight_through = check_estimator(op, self.kl_estimator)
         reduction = check_reduction(op, self.reduction, self.denom, main, cu_seqlens)
-        if self.variant == "gspo":
-            need_sequences(op, "variant 'gspo'", main, cu_seqlens)
+        by_sequence = self.ratio_level != "token"
+        if self.variant == "gspo" or by_sequence:
+            what = f"ratio_level {self.ratio_level!r}" if by_sequence else "variant 'gspo'"
+            need_sequences(op, what, main, cu_seqlens)
         if not has_entropy and (entropy_t is not None or entropy != 0.0):
             raise ValueError(f"{op}: entropy must be given with entropy_coef, got None")
         self._check_reference(op, has_ref, kl_t is not None or kl != 0.0, kl)
@@ -63,8 +131,8 @@ class LossOptions(NamedTuple):
             estimator=estimator,
             straight_through=straight_through,
             reduction=reduction,
-            kl_weight=self._kl_weight(op),
-            by_sequence=0,
+            kl_weight=0 if self.kl_weight is None else self._kl_weight(op),
+            by_sequence=int(by_sequence),
             clip_low=clip_low,
             clip_high=clip_high,
             dual_clip=dual_clip,
@@ -109,8 +177,6 @@ class LossOptions(NamedTuple):
         return _checks.number(op, "kl_ratio_clip", self.kl_ratio_clip, 0.0)
 
     def _kl_weight(self, op: str) -> int:
-        if self.kl_weight is None:
-            return 0
         code = _checks.choice(op, "kl_weight", self.kl_weight, KL_WEIGHTS[1:]) + 1
         clash = {
             f"kl_estimator {self.kl_estimator!r}": self.kl_estimator[-1:] == "+",

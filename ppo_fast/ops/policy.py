@@ -1,7 +1,8 @@
-"""Validated arguments of a policy loss, and the call into its kernel."""
+"""Validated arguments of a policy loss, its correction, and the call into its kernel."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,17 @@ from torch import Tensor
 from ppo_fast import _checks
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import PolicyOptions, TokenTensors
+from ppo_fast._boundary.schema import REDUCTIONS, compute_dtype
 from ppo_fast._results import Moments
+from ppo_fast._sequences import Sequences
+from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import detached
 from ppo_fast.ops.loss_options import LossOptions, log_ratio_bounds, need_sequences
-from ppo_fast.reference.common import SequenceMap, own_denom, token_weights
+from ppo_fast.ops.rollout_weights import check_correction, formed
+from ppo_fast.ops.surrogate import elementwise, given, set_fields, surrogate_loss
+from ppo_fast.reference.common import keep_of, own_denom, token_weights
+from ppo_fast.reference.correction import corrected, counted, is_late, recounts, rollout_sums
+from ppo_fast.surrogates import Surrogate
 
 
 class PolicyInputs(NamedTuple):
@@ -24,6 +32,97 @@ class PolicyInputs(NamedTuple):
     sequence_weights: Tensor | None
     options: PolicyOptions
     given: LossOptions
+    surrogate: Surrogate | None = None  # the policy term, where no kernel has it
+    correction: Correction | None = None  # still to be formed
+    counted: Tensor | None = None  # the tokens that count in D, where they are not the mask's
+    own_denom: Tensor | None = None  # the reduction's own D, where rejections change it
+    rollout: Tensor | None = None  # `RolloutStats.values` of the correction that was formed
+
+    @property
+    def late(self) -> bool:
+        """Whether a correction waits for the current log-probabilities."""
+        return is_late(self.correction, self.per_token.old_logprobs)
+
+    @property
+    def couples(self) -> bool:
+        """Whether a slope depends on other tokens than its own, so that all must be known."""
+        if self.given.variant == "gspo" or self.surrogate_couples:
+            return True
+        c = self.correction
+        if c is None or not self.late:
+            return False
+        by_sequence = self.given.reduction == "seq-mean-token-mean" and c.count == "kept"
+        return c.needs_sequences() or (by_sequence and bool(c.reject))
+
+    @property
+    def surrogate_couples(self) -> bool:
+        """Whether the surrogate takes the whole call at once."""
+        s = self.surrogate
+        return s is not None and (s.couples or self.given.ratio_level != "token")
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether a kernel forms a token's slope from its logits alone."""
+        own = self.surrogate is None and self.correction is None
+        return own and self.given.variant != "gspo"
+
+    def corrected(
+        self, backend: str, mask: Tensor | None, logprobs: Tensor | None = None
+    ) -> tuple[PolicyInputs, Tensor | None]:
+        """The loss with its correction's weights and mask, where all they depend on is known."""
+        c, x = self.correction, self.per_token
+        now = logprobs if self.late else x.old_logprobs
+        if c is None or now is None:
+            return self, mask
+        rows = keep_of(now, mask)
+        known = rows if self.late or self.counted is None else self.counted
+        tokens, kept, stats = corrected_tokens(backend, c, now, x, known, self.cu_seqlens)
+        policy = self._replace(per_token=tokens, correction=None, rollout=stats)
+        if not recounts(c):
+            return policy, mask
+        every = rows if self.counted is None else self.counted
+        g, wide = self.given, compute_dtype(x.advantages)
+        new = counted(
+            c,
+            kept,
+            rows,
+            every,
+            self.cu_seqlens,
+            reduction=g.reduction,
+            denom=g.denom,
+            sequence_weights=self.sequence_weights,
+            dtype=wide,
+        )
+        denom = torch.as_tensor(new.denom, device=rows.device).detach()
+        reduction = REDUCTIONS.index(new.reduction)
+        options = self.options._replace(reduction=reduction, denom=0.0, denom_tensor=denom)
+        policy = policy._replace(
+            given=g._replace(reduction=new.reduction, denom=denom),
+            options=options,
+            sequence_weights=new.sequence_weights,
+            own_denom=new.own,
+        )
+        return policy, new.rows
+
+    @property
+    def late_denom(self) -> bool:
+        """Whether D waits for what a correction rejects by the current log-probabilities."""
+        c = self.correction
+        return c is not None and bool(c.reject) and c.count == "kept" and self.given.denom is None
+
+    def of_rows(
+        self, backend: str, logprobs: Tensor, keep: Tensor, entropy: Tensor
+    ) -> tuple[PolicyInputs, Tensor]:
+        """The kernels' loss of rows (R,) that do not depend on others, and its mask."""
+        policy, c = self, self.correction
+        if c is not None:
+            x, kept, _ = corrected_tokens(backend, c, logprobs, self.per_token, keep, None)
+            policy = self._replace(per_token=x, correction=None)
+            keep = keep & kept if c.drops == "all" else keep
+        if policy.surrogate is not None:
+            found = elementwise(policy, policy.per_token, logprobs, keep, entropy)
+            policy = given(policy, found.value, found.slope)
+        return policy, keep
 
     def loss(
         self,
@@ -34,43 +133,61 @@ class PolicyInputs(NamedTuple):
         n_grads: int,
     ) -> calls.RawLoss:
         """(loss, stats, scale, grads) of `n_grads` gradients."""
-        return calls.ppo_loss(
-            backend,
-            logprobs,
-            self.per_token,
-            self.options,
-            n_grads,
-            mask=mask,
-            entropy=entropy,
-            cu_seqlens=self.cu_seqlens,
-            sequence_weights=self.sequence_weights,
-        )
+        if self.correction is not None:
+            policy, mask = self.corrected(backend, mask, logprobs)
+            return policy.loss(backend, logprobs, mask, entropy, n_grads)
+        if self.surrogate is not None:
+            out = surrogate_loss(self, backend, logprobs, mask, entropy, n_grads)
+        else:
+            out = calls.ppo_loss(
+                backend,
+                logprobs,
+                self.per_token,
+                self.options,
+                n_grads,
+                mask=mask,
+                entropy=entropy,
+                cu_seqlens=self.cu_seqlens,
+                sequence_weights=self.sequence_weights,
+            )
+        if self.rollout is not None:
+            set_fields(out[1], **rollout_sums(self.rollout))
+        if self.own_denom is not None:
+            set_fields(out[1], loss_denom=self.own_denom)
+        return out
 
-    def divided_by(self, denom: Tensor) -> PolicyInputs:
-        """The same loss with another divisor, 0-d on the device."""
-        return self._replace(options=self.options._replace(denom_tensor=denom))
+    def counting(self, tokens: Tensor) -> PolicyInputs:
+        """The same loss with a D over other tokens than its mask's."""
+        denom = self.denom(tokens)
+        options = self.options._replace(denom_tensor=denom)
+        return self._replace(options=options, counted=tokens)
 
     def weights(self, rows: Tensor, counted: Tensor) -> Tensor:
         """w / D of every slot: w over the `rows` of the loss, D over those that are `counted`."""
-        reduction, dtype = self.given.reduction, self.per_token.advantages.dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        w = token_weights(
-            SequenceMap(rows, self.cu_seqlens), reduction, wide, self.sequence_weights
-        )
-        return _over(w, self.denom(counted))
+        return over(self.row_weights(rows), self.denom(counted))
+
+    def row_weights(self, rows: Tensor) -> Tensor:
+        """w of every slot, 0 where masked."""
+        seqs, wide = Sequences(rows, self.cu_seqlens), compute_dtype(self.per_token.advantages)
+        return token_weights(seqs, self.given.reduction, wide, self.sequence_weights)
 
     def denom(self, counted: Tensor) -> Tensor:
         """D, 0-d on the device; 1 for "token-sum"."""
         given, reduction = self.given.denom, self.given.reduction
         if given is not None:
             return torch.as_tensor(given, device=counted.device).detach()
-        own = own_denom(SequenceMap(counted, self.cu_seqlens), reduction)
+        own = own_denom(Sequences(counted, self.cu_seqlens), reduction)
         return torch.ones_like(own) if reduction == "token-sum" else own
 
     def for_reference(self, op: str) -> dict[str, Any]:
         """Keyword arguments of the reference."""
         x = self.per_token
-        return self.given._asdict() | {
+        given = self.given._asdict()
+        del given["ratio_cap"]
+        return given | {
+            "surrogate": self.surrogate,
+            "rollout_logprobs": x.rollout_logprobs,
+            "correction": self.correction,
             "log_ratio_clamp": log_ratio_bounds(op, self.given.log_ratio_clamp),
             "old_logprobs": x.old_logprobs,
             "advantages": x.advantages,
@@ -82,7 +199,25 @@ class PolicyInputs(NamedTuple):
         }
 
 
-def _over(w: Tensor, denom: Tensor) -> Tensor:
+def corrected_tokens(
+    backend: str,
+    correction: Correction,
+    logprobs: Tensor,
+    x: TokenTensors,
+    keep: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[TokenTensors, Tensor, Tensor]:
+    """The constants with the correction's weights, what is not rejected, and the statistics."""
+    rollout: Any = x.rollout_logprobs  # checked with the correction
+    found = corrected(
+        correction, logprobs, rollout, x.is_weights, keep, cu_seqlens, partial(formed, backend)
+    )
+    drops = correction.reject and correction.drops == "policy"
+    tokens = x._replace(is_weights=found.is_weights, accepted=found.kept if drops else None)
+    return tokens, found.kept, found.stats
+
+
+def over(w: Tensor, denom: Tensor) -> Tensor:
     """w / D, and 0 where D is not positive; a NaN passes."""
     nothing = denom <= 0
     safe = torch.where(nothing, torch.ones_like(denom), denom).to(torch.float64)
@@ -99,13 +234,19 @@ def check_policy(
     sequence_weights: Tensor | None,
     advantage_moments: Any,
     ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    correction: Correction | None,
     cu_seqlens: Tensor | None,
     options: LossOptions,
     has_entropy: bool,
 ) -> PolicyInputs:
     """`main` sets shape, device and precision; raises ValueError or TypeError."""
-    advantages = _widened(_checks.tensor(op, "advantages", advantages), main)
-    is_weights = _widened(is_weights, main)
+    options, surrogate = options.resolved(op)
+    shape = main.shape
+    if _checks.tensor(op, "advantages", advantages).shape != shape:
+        advantages = _widened(advantages, main)
+    if is_weights is not None and _checks.tensor(op, "is_weights", is_weights).shape != shape:
+        is_weights = _widened(is_weights, main)
     _checks.alike(
         op,
         main,
@@ -113,6 +254,7 @@ def check_policy(
         advantages=advantages,
         is_weights=is_weights,
         ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
     )
     checked = options.checked(
         op,
@@ -121,29 +263,33 @@ def check_policy(
         has_ref=ref_logprobs is not None,
         has_entropy=has_entropy,
     )
-    _check_sequence_weights(op, sequence_weights, main, cu_seqlens)
+    if sequence_weights is not None:
+        _check_sequence_weights(op, sequence_weights, main, cu_seqlens)
     tensors = TokenTensors(
         old_logprobs=detached(old_logprobs),
         advantages=detached(advantages),
         is_weights=detached(is_weights),
         ref_logprobs=detached(ref_logprobs),
         moments=_check_moments(op, advantage_moments, main),
+        rollout_logprobs=detached(rollout_logprobs),
     )
-    return PolicyInputs(tensors, cu_seqlens, detached(sequence_weights), checked, options)
+    if correction is not None:
+        check_correction(op, correction, main, cu_seqlens)
+        if rollout_logprobs is None:
+            raise ValueError(f"{op}: rollout_logprobs must be given with correction, got None")
+    weights = detached(sequence_weights)
+    return PolicyInputs(tensors, cu_seqlens, weights, checked, options, surrogate, correction)
 
 
-def _widened(x: Any, main: Tensor) -> Any:
+def _widened(x: Tensor, main: Tensor) -> Tensor:
     """(B, 1) as (B, T), without a copy; anything else as it is."""
-    shape = main.shape
-    column = isinstance(x, Tensor) and main.dim() == 2 and x.shape == (shape[0], 1)
-    return x.expand(shape) if column else x
+    column = main.dim() == 2 and x.shape == (main.shape[0], 1)
+    return x.expand(main.shape) if column else x
 
 
 def _check_sequence_weights(
-    op: str, weights: Tensor | None, main: Tensor, cu_seqlens: Tensor | None
+    op: str, weights: Tensor, main: Tensor, cu_seqlens: Tensor | None
 ) -> None:
-    if weights is None:
-        return
     need_sequences(op, "sequence_weights", main, cu_seqlens)
     count = main.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     _checks.sized(

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
 from ppo_fast._results import Loss, Moments, Stats
+from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions
+from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions, Variant
 from ppo_fast.ops.policy import PolicyInputs, check_policy
 
 _OP = "ppo_loss"
@@ -53,10 +54,12 @@ def ppo_loss(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    variant: str = "clip",
+    variant: Variant = "clip",
+    ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    ratio_cap: float | None = None,
     log_ratio_clamp: Bounds = 20.0,
     is_weights: Tensor | None = None,
     sequence_weights: Tensor | None = None,
@@ -72,6 +75,8 @@ def ppo_loss(
     reduction: str = "token-mean",
     denom: Coefficient | None = None,
     cu_seqlens: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    correction: Correction | None = None,
     backend: str | None = None,
 ) -> Loss:
     """Σ w·(policy + kl_coef·kl − entropy_coef·entropy) / D over the unmasked tokens.
@@ -132,12 +137,16 @@ def ppo_loss(
         sequence_weights=sequence_weights,
         advantage_moments=advantage_moments,
         ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        correction=correction,
         cu_seqlens=cu_seqlens,
         options=LossOptions(
             variant=variant,
+            ratio_level=ratio_level,
             clip_low=clip_low,
             clip_high=clip_high,
             dual_clip=dual_clip,
+            ratio_cap=ratio_cap,
             log_ratio_clamp=log_ratio_clamp,
             entropy_coef=entropy_coef,
             kl_coef=kl_coef,

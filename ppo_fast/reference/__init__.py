@@ -12,6 +12,7 @@ from ppo_fast.reference.logits_ppo_loss import logits_ppo_loss
 from ppo_fast.reference.logprobs import token_logprobs
 from ppo_fast.reference.ppo_loss import ppo_loss
 from ppo_fast.reference.rlhf_advantages import rlhf_advantages
+from ppo_fast.reference.rollout_weights import rollout_weights
 from ppo_fast.reference.value_loss import value_loss
 from ppo_fast.reference.whiten import moments, whiten
 
@@ -24,6 +25,7 @@ __all__ = [
     "moments",
     "ppo_loss",
     "rlhf_advantages",
+    "rollout_weights",
     "token_logprobs",
     "value_loss",
     "whiten",

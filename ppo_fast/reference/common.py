@@ -1,4 +1,4 @@
-"""Parts that the reference ops share: precision, masks, sequences and reductions."""
+"""Parts that the reference ops share: precision, masks and reductions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast._results import STATS_FIELDS, Stats
+from ppo_fast._sequences import Sequences
 
 
 def compute(x: Tensor) -> Tensor:
@@ -27,35 +28,8 @@ def select(keep: Tensor, x: Tensor, other: float = 0.0) -> Tensor:
     )
 
 
-class SequenceMap:
-    """Each slot's sequence: its row of `(B, T)`, or its segment of `(N,)`."""
-
-    def __init__(self, keep: Tensor, cu_seqlens: Tensor | None) -> None:
-        if keep.dim() == 2:
-            self.count = keep.shape[0]
-            self.index = torch.arange(self.count, device=keep.device)[:, None].expand(keep.shape)
-        elif cu_seqlens is not None:
-            self.count = cu_seqlens.numel() - 1
-            position = torch.arange(keep.shape[0], device=keep.device)
-            self.index = torch.bucketize(position, cu_seqlens[1:].long(), right=True)
-        else:
-            self.count = 1
-            self.index = torch.zeros(keep.shape, dtype=torch.long, device=keep.device)
-        self.keep = keep
-        self.tokens = self.sum(keep.double())
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum of `x` over the kept slots of each sequence, (S,)."""
-        flat = torch.where(self.keep, x, torch.zeros_like(x)).reshape(-1)
-        return x.new_zeros(self.count).index_add(0, self.index.reshape(-1), flat)
-
-    def spread(self, per_sequence: Tensor) -> Tensor:
-        """Each slot's own sequence's value."""
-        return per_sequence[self.index]
-
-
 def token_weights(
-    seqs: SequenceMap,
+    seqs: Sequences,
     reduction: str,
     dtype: torch.dtype,
     sequence_weights: Tensor | None = None,
@@ -69,7 +43,7 @@ def token_weights(
     return weights
 
 
-def own_denom(seqs: SequenceMap, reduction: str) -> Tensor:
+def own_denom(seqs: Sequences, reduction: str) -> Tensor:
     """The reduction's own D; 0 for "token-sum"."""
     live = (seqs.tokens > 0).sum()
     return {
@@ -81,7 +55,7 @@ def own_denom(seqs: SequenceMap, reduction: str) -> Tensor:
 
 def reduce_loss(
     terms: Tensor,
-    seqs: SequenceMap,
+    seqs: Sequences,
     reduction: str,
     denom: float | Tensor | None,
     sequence_weights: Tensor | None = None,

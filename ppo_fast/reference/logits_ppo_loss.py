@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ppo_fast._results import HeadLoss, TokenLogProbs
-from ppo_fast.reference.common import SequenceMap, keep_of, own_denom
+from ppo_fast.reference.common import keep_of
 from ppo_fast.reference.logprobs import token_logprobs
 from ppo_fast.reference.ppo_loss import ppo_loss
 
@@ -22,11 +21,14 @@ def head_loss(
     **options: Any,
 ) -> HeadLoss:
     """`ppo_loss` over `rows`, divided by the D of the slots that are `counted`."""
-    if options["denom"] is None:
-        own = own_denom(SequenceMap(counted, options["cu_seqlens"]), options["reduction"])
-        options["denom"] = torch.ones_like(own) if options["reduction"] == "token-sum" else own
     loss, stats = ppo_loss(
-        scored.logprobs, old_logprobs, advantages, rows, entropy=scored.entropy, **options
+        scored.logprobs,
+        old_logprobs,
+        advantages,
+        rows,
+        entropy=scored.entropy,
+        all_tokens=counted,
+        **options,
     )
     return HeadLoss(loss, stats, scored.logprobs.detach(), scored.entropy.detach())
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ppo_fast._results import RLHFAdvantages
-from ppo_fast.reference.common import SequenceMap, keep_of, kl_terms, select
+from ppo_fast._sequences import Sequences
+from ppo_fast.reference.common import keep_of, kl_terms, select
 from ppo_fast.reference.gae import gae
 from ppo_fast.reference.whiten import moments as moments_of
 
@@ -66,13 +67,10 @@ def _score_slots(
 
     "first-pad" is TRL's placement: one slot after the last kept one, if the sequence has it.
     """
-    seqs = SequenceMap(keep, cu_seqlens)
+    seqs = Sequences(keep, cu_seqlens)
     size = keep.shape[-1]
     position = torch.arange(size, device=keep.device).expand(keep.shape)
-    index = seqs.index.reshape(-1)
-    kept = torch.where(keep, position, -1).reshape(-1)
-    last = torch.full((seqs.count,), -1, device=keep.device)
-    last = last.scatter_reduce(0, index, kept, "amax")
+    last = seqs.max(position.double()).clamp(min=-1).long()
     if score_at == "first-pad":
         end = cu_seqlens[1:].long() if cu_seqlens is not None else torch.full_like(last, size)
         last = torch.where((last >= 0) & (last + 1 < end), last + 1, last)

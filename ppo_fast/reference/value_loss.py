@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ppo_fast._results import Loss
-from ppo_fast.reference.common import SequenceMap, clamp, keep_of, reduce_loss, select, stats_of
+from ppo_fast._sequences import Sequences
+from ppo_fast.reference.common import clamp, keep_of, reduce_loss, select, stats_of
 
 
 def value_loss(
@@ -24,7 +25,7 @@ def value_loss(
 ) -> Loss:
     """scale·max((v−R)², (clip(v)−R)²) ("max", as OpenAI's ppo2), or its clipped term alone."""
     keep = keep_of(values, mask)
-    seqs = SequenceMap(keep, cu_seqlens)
+    seqs = Sequences(keep, cu_seqlens)
     new = select(keep, values)
     target = select(keep, returns).to(new.dtype)
     old = new.detach() if old_values is None else select(keep, old_values).to(new.dtype)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.reference.common import SequenceMap, keep_of, own_denom
+from ppo_fast._sequences import Sequences
+from ppo_fast.reference.common import keep_of, own_denom
 from ppo_fast.reference.linear_logprobs import rows_of
 from ppo_fast.testing.calls import Call, run
 from ppo_fast.testing.loss_conditions import (
@@ -152,14 +153,14 @@ def head_loss_condition(
 def _loss_of(call: Call, exact: dict[str, Tensor]) -> Call:
     """`ppo_loss` of the exact log-probabilities and entropies, over the computed rows."""
     t, o = call.tensors, call.options
-    taken = ("old_logprobs", "advantages", "is_weights", "ref_logprobs", "cu_seqlens")
-    taken += ("sequence_weights",)
+    taken = ["old_logprobs", "advantages", "is_weights", "ref_logprobs", "cu_seqlens"]
+    taken.append("sequence_weights")
     head = ("temperature", "softcap", "ignore_index", "inplace")
     options: dict[str, Any] = {k: v for k, v in o.items() if k not in head}
     counted, index = _kept(call), t.get("row_index")
     tensors = {k: t[k] for k in taken if k in t} | {k: exact[k] for k in ("logprobs", "entropy")}
     tensors["mask"] = rows_of(t["tokens"], counted, index)
     if index is not None and options.get("denom") is None and options["reduction"] != "token-sum":
-        seqs = SequenceMap(counted, t.get("cu_seqlens"))
+        seqs = Sequences(counted, t.get("cu_seqlens"))
         options["denom"] = own_denom(seqs, options["reduction"]).double()
     return Call("ppo_loss", tensors, options, call.cotangents)

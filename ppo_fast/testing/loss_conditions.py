@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ppo_fast._results import STATS_FIELDS
-from ppo_fast.reference.common import SequenceMap, keep_of, token_weights, whitening
+from ppo_fast._sequences import Sequences
+from ppo_fast.reference.common import keep_of, token_weights, whitening
 from ppo_fast.testing.calls import Call
 
 EPS64 = torch.finfo(torch.float64).eps
@@ -106,7 +107,7 @@ def kl_term(
 
 
 def _policy(
-    call: Call, adv: Tensor, seqs: SequenceMap, relative: Tensor, ratio: Tensor, wobble: Tensor
+    call: Call, adv: Tensor, seqs: Sequences, relative: Tensor, ratio: Tensor, wobble: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Conditions of the policy term and of its derivative."""
     t, o = call.tensors, call.options
@@ -123,7 +124,7 @@ def _policy(
     return slope + adv.abs() * (o.get("dual_clip") or 0.0), slope
 
 
-def seqs_value(x: Tensor, seqs: SequenceMap) -> Tensor:
+def seqs_value(x: Tensor, seqs: Sequences) -> Tensor:
     """x where kept, 0 elsewhere."""
     return torch.where(seqs.keep, x, torch.zeros_like(x))
 
@@ -140,7 +141,7 @@ def ppo_condition(
     """
     t, o = call.tensors, call.options
     new = t["logprobs"]
-    seqs = SequenceMap(keep_of(new, t.get("mask")), t.get("cu_seqlens"))
+    seqs = Sequences(keep_of(new, t.get("mask")), t.get("cu_seqlens"))
     off, off_entropy = (seqs_value(x + torch.zeros_like(new), seqs) for x in wobble)
     d, ratio, relative = _ratio(call, seqs, off)
     adv = seqs_value(t["advantages"].expand_as(new), seqs)
@@ -176,7 +177,7 @@ def ppo_condition(
     }
 
 
-def _ratio(call: Call, seqs: SequenceMap, wobble: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _ratio(call: Call, seqs: Sequences, wobble: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The clamped log-ratio, the variant's ratio, and the roundings of that ratio."""
     new, bounds = call.tensors["logprobs"], call.options.get("log_ratio_clamp", 20.0)
     if not isinstance(bounds, tuple):
@@ -194,7 +195,7 @@ def _ratio(call: Call, seqs: SequenceMap, wobble: Tensor) -> tuple[Tensor, Tenso
 
 
 def _kl_of(
-    call: Call, d: Tensor, seqs: SequenceMap, ratio: Tensor, wobble: Tensor
+    call: Call, d: Tensor, seqs: Sequences, ratio: Tensor, wobble: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Conditions of the call's KL term; zeros without one."""
     t, o = call.tensors, call.options
@@ -236,7 +237,7 @@ def value_condition(call: Call, exact: dict[str, Tensor], eps: float) -> Conditi
     """e = v − R squared; the clipped value rounds by the size of its bound."""
     t, o = call.tensors, call.options
     values = t["values"]
-    seqs = SequenceMap(keep_of(values, t.get("mask")), t.get("cu_seqlens"))
+    seqs = Sequences(keep_of(values, t.get("mask")), t.get("cu_seqlens"))
     err, scale = (values - t["returns"]).abs(), o.get("scale", 0.5)
     size, slope = 3 * err**2, 2 * err
     old = t.get("old_values", values)

@@ -7,6 +7,7 @@
 //       p: fp32, bf16 or fp16 storage (double for T = double), any alignment; lanes >= n read as
 //       `fill` and are neither read nor written
 //   load_mask<T>(bytes)  load_mask_n<T>(bytes, n)  first_n<T>(n)      lanes >= n are false
+//   store_mask(bytes, m)  store_mask_n(bytes, m, n)      as bytes of 0 and 1
 //   + - * / and unary -;  < <= > >= == (false on NaN), != (true on NaN);  & | ! on masks
 //   vfma(a, b, c) = a*b + c  select(mask, a, b)  vabs  vsqrt
 //   vmin(a, b) = a < b ? a : b  vmax(a, b) = a > b ? a : b     so a NaN in either gives b
@@ -92,6 +93,10 @@ PPO_INLINE bool mask_as(Tag<float>, const uint8_t* p) { return *p != 0; }
 PPO_INLINE bool mask_as(Tag<double>, const uint8_t* p) { return *p != 0; }
 PPO_INLINE bool mask_n_as(Tag<float>, const uint8_t* p, int64_t n) { return n > 0 && *p != 0; }
 PPO_INLINE bool mask_n_as(Tag<double>, const uint8_t* p, int64_t n) { return n > 0 && *p != 0; }
+PPO_INLINE void store_mask(uint8_t* p, bool m) { *p = m; }
+PPO_INLINE void store_mask_n(uint8_t* p, bool m, int64_t n) {
+  if (n > 0) *p = m;
+}
 PPO_INLINE bool first_n_as(Tag<float>, int64_t n) { return n > 0; }
 PPO_INLINE bool first_n_as(Tag<double>, int64_t n) { return n > 0; }
 

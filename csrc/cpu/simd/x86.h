@@ -107,6 +107,18 @@ PPO_INLINE M mask_n_as(Tag<F>, const uint8_t* p, int64_t n) {
   const Staged<uint8_t> staged(p, n);
   return mask_as(Tag<F>{}, staged.part);
 }
+PPO_INLINE void store_mask(uint8_t* p, M m) {
+  const __m256i lanes = _mm256_castps_si256(m.v);
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  const __m128i bytes = _mm_and_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+}
+PPO_INLINE void store_mask_n(uint8_t* p, M m, int64_t n) {
+  Staged<uint8_t> staged;
+  store_mask(staged.part, m);
+  __builtin_memcpy(p, staged.part, n < 8 ? n * sizeof(uint8_t) : sizeof staged.part);
+}
 
 PPO_INLINE F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
 PPO_INLINE F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -262,6 +274,12 @@ PPO_INLINE M mask_as(Tag<F>, const uint8_t* p) {
 PPO_INLINE M mask_n_as(Tag<F>, const uint8_t* p, int64_t n) {
   const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(n), p);
   return {_mm_test_epi8_mask(bytes, bytes)};
+}
+PPO_INLINE void store_mask(uint8_t* p, M m) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_maskz_set1_epi8(m.v, 1));
+}
+PPO_INLINE void store_mask_n(uint8_t* p, M m, int64_t n) {
+  _mm_mask_storeu_epi8(p, first_lanes(n), _mm_maskz_set1_epi8(m.v, 1));
 }
 
 PPO_INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
