@@ -176,81 +176,84 @@ def _weigh(c: Correction | None, xs: list[float], ops: float) -> Iterator[tuple[
         yield weight, size, near, ratio < low, ratio > high
 
 
-def spelled(call: Call, sequences: list[list[int]], known: bool = True) -> Spelled:
-    """The law, token by token in Python's floats; `sequences` are flat slots."""
-    c = call.options["correction"]
-    double = call.tensors["old_logprobs"].dtype == torch.float64
-    shape, n_slots = call.tensors["old_logprobs"].shape, call.tensors["old_logprobs"].numel()
-    old = call.tensors["old_logprobs"].double().flatten().tolist()
-    rollout = call.tensors["rollout_logprobs"].double().flatten().tolist()
-    mask = call.tensors.get("mask")
-    keep = [True] * n_slots if mask is None else mask.flatten().tolist()
-    weights, size = [0.0] * n_slots, [0.0] * n_slots
-    kept, near = [False] * n_slots, [False] * n_slots
-    s, sizes = dict.fromkeys(ROLLOUT_FIELDS, 0.0), dict.fromkeys(ROLLOUT_FIELDS, 0.0)
-    s["weight_min"], s["weight_max"] = INF, -INF
+class Sums:
+    """The statistics, and the sizes of what rounds on their way."""
 
-    def add(name: str, value: float, rounded: float = 0.0) -> None:
-        s[name] += value
-        sizes[name] += abs(value) + rounded
+    def __init__(self) -> None:
+        self.values, self.sizes = (dict.fromkeys(ROLLOUT_FIELDS, 0.0) for _ in range(2))
+        self.values["weight_min"], self.values["weight_max"] = INF, -INF
 
-    for slots in ([i for i in slots if keep[i]] for slots in sequences):
-        if not slots:
-            continue
-        n = len(slots)
-        ops = (8 + n) * 2.0 ** (-52 if double else -23)
-        pairs, xs = [], []
-        for i in slots:
-            a, b = old[i], rollout[i]
-            x = a - b
-            if math.isnan(x):
-                add("missing", 1)
-                x = 0.0
-                a = b = next((v for v in (a, b) if math.isfinite(v)), 0.0)
-            pairs.append((a, b))
-            xs.append(x)
-        bounded = [min(max(x, -20.0), 20.0) for x in xs]
-        held, close = [True] * n, [False] * n
-        for key, bound in () if c is None else c.reject:
-            one, edge = _held(key, bound, bounded, ops)
-            held = [a and b for a, b in zip(held, one, strict=True)]
-            close = [a or b for a, b in zip(close, edge, strict=True)]
-        for j, (w, rounded, edge, below, above) in enumerate(_weigh(c, xs, ops)):
-            i, x, b = slots[j], xs[j], bounded[j]
-            masked = c is not None and c.form == "mask"
-            weights[i], size[i], kept[i] = w, rounded, held[j]
-            near[i] = close[j] or (edge and masked)
-            add("tokens", 1)
-            add("rejected", not held[j])
-            add("below", below)
-            add("above", above)
-            add("weight", w, rounded)
-            add("weight_sq", w * w, 2 * w * rounded)
-            add("k1", -x, abs(x))
-            add("k3", _k3(b), abs(b * math.expm1(b)))
-            add("ratio_sq", math.exp(2 * b), 2 * abs(b) * math.exp(2 * b))
-            s["weight_min"], s["weight_max"] = min(s["weight_min"], w), max(s["weight_max"], w)
-            sizes["weight_min"] = sizes["weight_max"] = max(sizes["weight_max"], rounded)
-        if not known:
-            continue
+    def add(self, name: str, value: float, rounded: float = 0.0) -> None:
+        self.values[name] += value
+        self.sizes[name] += abs(value) + rounded
+
+    def token(self, x: float, held: bool, weighed: tuple[float, ...]) -> None:
+        w, rounded, _, below, above = weighed
+        b = min(max(x, -20.0), 20.0)
+        counts = {"tokens": 1, "rejected": not held, "below": below, "above": above}
+        for name, count in counts.items():
+            self.add(name, count)
+        self.add("weight", w, rounded)
+        self.add("weight_sq", w * w, 2 * w * rounded)
+        self.add("k1", -x, abs(x))
+        self.add("k3", _k3(b), abs(b * math.expm1(b)))
+        self.add("ratio_sq", math.exp(2 * b), 2 * abs(b) * math.exp(2 * b))
+        for name, extreme in (("weight_min", min), ("weight_max", max)):
+            self.values[name] = extreme(self.values[name], w)
+            self.sizes[name] = max(self.sizes[name], rounded)
+
+    def sequence(self, pairs: list[tuple[float, float]], xs: list[float], held: bool) -> None:
         whole, absolute = math.fsum(xs), math.fsum(map(abs, xs))
         ratio_sq = math.exp(2 * min(max(whole, -20.0), 20.0))
-        add("seqs", 1)
-        add("rejected_seqs", not all(held))
-        add("seq_ratio_sq", ratio_sq, 0 if abs(whole) > 20 else 2 * absolute * ratio_sq)
-        a, b = (-math.fsum(v) / n for v in zip(*pairs, strict=True))
-        add("log_ppl", a)
-        add("rollout_log_ppl", b)
-        for name, value, exponent in (
+        self.add("seqs", 1)
+        self.add("rejected_seqs", not held)
+        self.add("seq_ratio_sq", ratio_sq, 0 if abs(whole) > 20 else 2 * absolute * ratio_sq)
+        a, b = (-math.fsum(v) / len(xs) for v in zip(*pairs, strict=True))
+        self.add("log_ppl", a)
+        self.add("rollout_log_ppl", b)
+        for name, value, size in (
             ("ppl", a, abs(a)),
             ("rollout_ppl", b, abs(b)),
             ("ppl_ratio", a - b, abs(a) + abs(b)),
         ):
             e = math.exp(value) if value < 700 else INF
-            add(name, e, e * exponent if math.isfinite(exponent) else 0.0)
-    doubles = (torch.tensor(x, dtype=torch.float64).view(shape) for x in (weights, size))
-    flags = (torch.tensor(x, dtype=torch.bool).view(shape) for x in (kept, near))
-    return Spelled(*doubles, *flags, s, sizes)
+            self.add(name, e, e * size if math.isfinite(size) else 0.0)
+
+
+def spelled(call: Call, sequences: list[list[int]], known: bool = True) -> Spelled:
+    """The law, token by token in Python's floats; `sequences` are flat slots."""
+    c, main = call.options["correction"], call.tensors["old_logprobs"]
+    old, rollout = (
+        call.tensors[k].double().flatten().tolist() for k in ("old_logprobs", "rollout_logprobs")
+    )
+    mask = call.tensors.get("mask")
+    keep = [True] * len(old) if mask is None else mask.flatten().tolist()
+    weights, size, kept, near = ([zero] * len(old) for zero in (0.0, 0.0, False, False))
+    sums = Sums()
+    for slots in ([i for i in slots if keep[i]] for slots in sequences):
+        if not slots:
+            continue
+        ops = (8 + len(slots)) * 2.0 ** (-52 if main.dtype == torch.float64 else -23)
+        pairs, xs = [], []
+        for a, b in ((old[i], rollout[i]) for i in slots):
+            missing = math.isnan(a - b)
+            sums.add("missing", missing)
+            known_one = next((v for v in (a, b) if math.isfinite(v)), 0.0)
+            pairs.append((known_one, known_one) if missing else (a, b))
+            xs.append(0.0 if missing else a - b)
+        bounded = [min(max(x, -20.0), 20.0) for x in xs]
+        tests = [_held(k, bound, bounded, ops) for k, bound in (() if c is None else c.reject)]
+        for j, (i, weighed) in enumerate(zip(slots, _weigh(c, xs, ops), strict=True)):
+            weights[i], size[i], edge = weighed[:3]
+            kept[i] = all(held[j] for held, _ in tests)
+            masked = c is not None and c.form == "mask"
+            near[i] = any(close[j] for _, close in tests) or (edge and masked)
+            sums.token(xs[j], kept[i], weighed)
+        if known:
+            sums.sequence(pairs, xs, all(kept[i] for i in slots))
+    doubles = (torch.tensor(x, dtype=torch.float64).view(main.shape) for x in (weights, size))
+    flags = (torch.tensor(x, dtype=torch.bool).view(main.shape) for x in (kept, near))
+    return Spelled(*doubles, *flags, sums.values, sums.sizes)
 
 
 def rows_of(call: Call) -> list[list[int]]:
