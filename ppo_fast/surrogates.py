@@ -177,6 +177,7 @@ def vespo(k: tuple[float, float] = (2.0, 3.0), lam: tuple[float, float] = (3.0, 
 
     log W is the sequence's Σ clamp(d, ±20), and Σ log weights, clamped to [log 1e-8, 20];
     φ = exp(λ + k·log W − λ·W), detached, of the first (k, λ) where A ≥ 0, else of the second.
+    The weights are the tokens' own: one of the sequence, `(B, 1)`, would count once a token.
     """
     return Surrogate(
         partial(_vespo, _two("vespo", "k", k), _two("vespo", "lam", lam)),
