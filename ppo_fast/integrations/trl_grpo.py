@@ -153,7 +153,7 @@ def _policy(self: Any) -> dict[str, Any]:
 
 
 def _two_sided(bounds: tuple[float, float, float], t: TokenTerms) -> tuple[Tensor, Tensor]:
-    """−A·min(ρ, least) where A > 0, else −A·clip(ρ, low, most), as dual_clip has no bound below 1."""
+    """−A·min(ρ, least) where A > 0, else −A·clip(ρ, low, most); any bounds."""
     low, least, most = bounds
     ratio = t.ratio.detach()
     held = torch.where(t.advantages > 0, ratio.clamp(max=least), ratio.clamp(low, most))

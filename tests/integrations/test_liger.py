@@ -1,4 +1,4 @@
-"""The eight losses of Liger 0.8.5's fused GRPO as `ppo_loss`'s options: value and gradient, fp64."""
+"""The eight losses of Liger 0.8.5's fused GRPO as options of `ppo_loss`; fp64."""
 
 from __future__ import annotations
 

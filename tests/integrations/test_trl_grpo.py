@@ -22,8 +22,8 @@ from trainer_sides_helpers import prepared, updates
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils
 
-from benchmarks.loop.equal_work import Work, differences
 import ppo_fast
+from benchmarks.loop.equal_work import Work, differences
 from ppo_fast import integrations, testing
 from ppo_fast.integrations import trl_grpo
 
