@@ -71,6 +71,7 @@ def _loss(
 ) -> dict[str, Any]:
     logps, old = per_token_logps, old_per_token_logps
     metrics = _for_metrics(self, inputs, logps, old, advantages, mask)
+    weights = _weights(self, inputs, logps, old, advantages, mask, entropy_mask)
     options, normalizer = _reduction(self, inputs, len(mask))
     if self.beta != 0.0:
         options |= {
@@ -84,8 +85,8 @@ def _loss(
         old,
         advantages * metrics["phi_seq"] if self.loss_type == "vespo" else advantages,
         mask,
-        ratio_level=self.importance_sampling_level,
-        is_weights=_weights(self, inputs, logps, old, advantages, mask, entropy_mask),
+        ratio_level=_level(self, advantages, weights),
+        is_weights=weights,
         log_ratio_clamp=None,
         **_policy(self),
         **options,
@@ -126,6 +127,17 @@ def _weights(
         weight = weight.to(logps.dtype)
         product = weight if product is None else product * weight
     return product
+
+
+def _level(self: Any, advantages: Tensor, weights: Tensor | None) -> str:
+    """The ratio's level; one that has kernels where a sequence's tokens have like terms.
+
+    The mean's gradient is then each token's own, as every token counts as much as another.
+    """
+    level: str = self.importance_sampling_level
+    like = all(x is None or x.shape[1] == 1 for x in (advantages, weights))
+    corrected = self.beta != 0.0 and self.args.use_bias_correction_kl
+    return "sequence-token" if level == "sequence" and like and not corrected else level
 
 
 def _policy(self: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Surrogates beside a ratio that overflows, without `log_ratio_clamp`: no NaN where a term is flat."""
+"""Surrogates beside a ratio that overflows, without `log_ratio_clamp`: a flat term has no NaN."""
 
 from __future__ import annotations
 
