@@ -106,12 +106,9 @@ def _policy(
             how = forced or loss_agg_mode
             reduction, denom, factor = _divisor(how, response_mask, **config.global_batch_info)
             given = given | {"reduction": reduction, "denom": denom}
+        mine: Options = {"old_logprobs": old_log_prob, "is_weights": rollout_is_weights} | given
         loss, stats = ppo_fast.ppo_loss(
-            log_prob,
-            advantages=advantages,
-            mask=response_mask,
-            is_weights=rollout_is_weights,
-            **{"old_logprobs": old_log_prob} | given,
+            log_prob, advantages=advantages, mask=response_mask, **mine
         )
         keep = response_mask != 0
         found = metrics(_Call(old_log_prob, log_prob, advantages, keep, config, given, stats))
@@ -175,7 +172,7 @@ def _clip_cov(config: Any, like: Tensor) -> Options:
 
 
 def _every_eligible(arguments: Arguments) -> Arguments:
-    """clip_cov with every eligible token chosen: fewer are another random choice there and here."""
+    """clip_cov with every eligible token chosen; of fewer, each makes its own random choice."""
     config = arguments["config"]
     names = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "global_batch_info")
     bounds = {k: getattr(config.policy_loss, k) for k in ("clip_cov_lb", "clip_cov_ub")}
