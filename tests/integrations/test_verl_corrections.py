@@ -64,8 +64,7 @@ PRESETS: dict[str, Any] = {
 def logprobs() -> tuple[Tensor, Tensor, Tensor]:
     """Current, old and rollout ones: rows near the rollout's, further away, and far beyond ±20."""
     rollout = 0.7 * normal(B, T, seed=1) - 2
-    spread = torch.tensor([0.3, 0.001, 0.0005, 1.0, 0.1])[:, None].double()
-    spread[4] = 0.05
+    spread = torch.tensor([0.3, 0.001, 0.0005, 1.0, 0.5], dtype=torch.float64)[:, None]
     old = rollout + spread * normal(B, T, seed=4)
     old[0, 1], old[0, 2] = rollout[0, 1] + 30.0, rollout[0, 2] - 30.0
     return old + 0.3 * spread * normal(B, T, seed=5), old, rollout
