@@ -115,6 +115,16 @@ def select(op: str, backend: str | None, x: Tensor) -> str:
     return name
 
 
+def select_among(op: str, names: tuple[str, ...], backend: str | None, x: Tensor) -> str:
+    """The backend of an op that the GPU's do not have; left to choose, they take the reference."""
+    if asked(backend) is None and x.device.type != "cpu":
+        return "reference"
+    name = select(op, backend, x)
+    if name not in names:
+        raise ValueError(f"{op}: backend must be one of {', '.join(names)}, got {name!r}")
+    return name
+
+
 def _on_cpu(name: str) -> bool:
     """True if a GPU's backend runs on CPU tensors here."""
     return _ext.EMULATED if name == "cuda" else os.environ.get("TRITON_INTERPRET") == "1"

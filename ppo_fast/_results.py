@@ -155,6 +155,10 @@ class RolloutStats(NamedTuple):
         """Merge the statistics of every rank of `group`, in rank order."""
         return RolloutStats(functools.reduce(_merged, _gather(self.values, group)))
 
+    def field(self, name: str) -> Tensor:
+        """The raw 0-d float64 slot `name`, one of `ROLLOUT_FIELDS`."""
+        return self.values[ROLLOUT_FIELDS.index(name)]
+
     def compute(self) -> dict[str, float]:
         """Divide the sums: one device synchronisation. A mean over nothing is NaN.
 

@@ -74,14 +74,21 @@ class Correction:
                 raise ValueError(f"Correction: {name} must be one of {allowed}, got {value!r}")
         low, high = self.bounds()
         if self.level is not None and self.low is None and self.high is None:
-            raise ValueError(f"Correction: low or high must be given with level {self.level!r}")
+            raise ValueError(
+                f"Correction: low or high must be given with level {self.level!r}, got None"
+            )
+        if self.level is None and (self.low is not None or self.high is not None):
+            raise ValueError(
+                f"Correction: low and high must be None with level None, got"
+                f" {self.low!r}, {self.high!r}"
+            )
         if not 0.0 <= low <= high:
             raise ValueError(f"Correction: low and high must be 0 <= low <= high, got {low, high}")
-        given = dict(self.reject)
+        given = _pairs(self.reject)
         if self.level is None and not given:
             raise ValueError("Correction: reject must be given with level None, got nothing")
-        object.__setattr__(self, "reject", tuple(sorted(given.items())))
-        object.__setattr__(self, "_windows", _windows(self.reject))
+        object.__setattr__(self, "reject", given)
+        object.__setattr__(self, "_windows", _windows(given))
 
     def bounds(self) -> tuple[float, float]:
         """The weight's bounds, 0 and inf where open."""
@@ -94,8 +101,8 @@ class Correction:
 
     def needs_sequences(self) -> bool:
         """Whether a token's weight or rejection depends on its sequence's other tokens."""
-        ranges = map(str, dict(self.reject))
-        return self.level in ("sequence", "geometric") or any(r.startswith("seq-") for r in ranges)
+        bounded = any(window != OPEN for window in self._windows[1:])
+        return self.level in ("sequence", "geometric") or bounded
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -107,6 +114,18 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _pairs(reject: Any) -> tuple[tuple[str, Bound], ...]:
+    """Sorted and hashable pairs of a mapping, or of such pairs."""
+    try:
+        given = {str(key): bound for key, bound in dict(reject).items()}
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"Correction: reject must be a mapping of statistics to bounds, got {reject!r}"
+        ) from None
+    whole = ((k, tuple(b) if isinstance(b, list) else b) for k, b in given.items())
+    return tuple(sorted(whole, key=lambda pair: pair[0]))
+
+
 def _windows(reject: tuple[tuple[str, Bound], ...]) -> tuple[Window, ...]:
     """Windows of a sorted `reject`.
 
@@ -115,7 +134,7 @@ def _windows(reject: tuple[tuple[str, Bound], ...]) -> tuple[Window, ...]:
     """
     found = {name: list(OPEN) for name in RANGES}
     for key, bound in reject:
-        where, _, what = str(key).rpartition("-")
+        where, _, what = key.rpartition("-")
         if where not in RANGES or what not in STATISTICS:
             raise ValueError(
                 f"Correction: reject's keys must be <{'|'.join(RANGES)}>-"
@@ -150,14 +169,14 @@ def _upper(key: str, bound: Any) -> float:
 def _pair(key: str, bound: Any, *, reciprocal: bool) -> tuple[float, float]:
     """Logarithms of (low, high); one number c is (1/c, c) where `reciprocal`."""
     name = f"reject[{key!r}]"
-    if reciprocal and not isinstance(bound, tuple | list):
+    if reciprocal and not isinstance(bound, tuple):
         c = _number(name, bound)
         if c < 1.0:
             raise ValueError(
                 f"Correction: {name} must be at least 1 or (low, high), got {bound!r}"
             )
         return -math.log(c), math.log(c)
-    if not isinstance(bound, tuple | list) or len(bound) != 2:
+    if not isinstance(bound, tuple) or len(bound) != 2:
         raise ValueError(f"Correction: {name} must be (low, high), got {bound!r}")
     low, high = (_number(name, x) for x in bound)
     if not 0.0 <= low <= high or high == 0.0:

@@ -100,7 +100,7 @@ def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
 
 def _sapo(t: TokenTerms, tau_pos: float, tau_neg: float) -> Tensor:
     tau = _either(t.advantages > 0, (tau_pos, tau_neg), t.ratio)
-    return -t.advantages * (4.0 / tau) * torch.sigmoid(tau * (_acting(t) - 1.0))
+    return -t.advantages * (4.0 / tau) * torch.sigmoid(tau * (_acting(t, ~t.ratio.isinf()) - 1.0))
 
 
 def dppo(kind: str, low: float, high: float, ratio_cap: float | None = None) -> Surrogate:
@@ -125,7 +125,7 @@ def _dppo(kind: str, low: float, high: float, cap: float | None, t: TokenTerms) 
         shift = t.old_logprobs - t.logprobs.detach()
         kl = q * shift + (1.0 - q) * ((1.0 - q + 1e-8) / (1.0 - p + 1e-8)).log()
         kept = torch.where(t.advantages > 0, (kl <= high) | (p <= q), (kl <= low) | (p >= q))
-    return torch.where(kept, _weighted_logprobs(t, cap), 0.0), ~kept
+    return torch.where(kept, _weighted_logprobs(t, cap, kept), 0.0), ~kept
 
 
 def reinforce(ratio_cap: float | None = None) -> Surrogate:
@@ -167,7 +167,7 @@ def _gmpo(low: float, high: float, t: TokenTerms) -> Any:
     clipped = d.detach().clamp(-low, high)
     dropped = sign * clipped < sign * d.detach()
     held = torch.where(dropped, clipped, torch.where(sign == 0, 0.0, d))
-    geometric = (t.weights + 1e-10).log()
+    geometric = t.weights.clamp(min=1e-10).log()
     term = -seqs.mean(t.advantages) * (seqs.mean(held) + seqs.mean(geometric)).exp()
     return seqs.spread(term), dropped & t.mask
 
@@ -261,15 +261,16 @@ def clip(
 
 
 def _clip(low: float, high: float, dual: float | None, t: TokenTerms) -> Any:
-    plain = -t.advantages * _acting(t)
-    bounded = -t.advantages * _acting(t).detach().clamp(1.0 - low, 1.0 + high)
-    cut = bounded > plain.detach()
-    terms = torch.where(cut, bounded, plain)
+    ratio = _acting(t).detach()
+    plain, bounded = -t.advantages * ratio, -t.advantages * ratio.clamp(1.0 - low, 1.0 + high)
+    cut = bounded > plain
+    terms, capped = torch.where(cut, bounded, plain), torch.zeros_like(cut)
     if dual is not None:
         cap = -t.advantages * dual
-        capped = (t.advantages < 0) & (terms.detach() > cap)
+        capped = (t.advantages < 0) & (terms > cap)
         terms = torch.where(capped, cap, terms)
-    return terms, cut
+    held = cut | capped
+    return torch.where(held, terms, -t.advantages * _acting(t, ~held)), cut
 
 
 def cispo(clip_low: float = 0.2, clip_high: float = 0.2) -> Surrogate:
@@ -289,15 +290,21 @@ def _either(first: Tensor, values: tuple[float, float], like: Tensor) -> Tensor:
     return torch.where(first, like.new_full((), values[0]), values[1])
 
 
-def _acting(t: TokenTerms) -> Tensor:
-    """The ratio, and 1 where the advantage is 0: 0 times a ratio that overflows is 0."""
-    return torch.where(t.advantages == 0, 1.0, t.ratio)
+def _acting(t: TokenTerms, passing: Tensor | None = None) -> Tensor:
+    """The ratio, and 1 where the advantage is 0; no gradient where it is not `passing`.
+
+    The exponent is selected, not the ratio: one that overflows has no slope to multiply by 0.
+    """
+    d = t.log_ratio
+    if passing is not None:
+        d = torch.where(passing, d, d.detach())
+    return torch.where(t.advantages == 0, 0.0, d).exp()
 
 
-def _weighted_logprobs(t: TokenTerms, cap: float | None) -> Tensor:
+def _weighted_logprobs(t: TokenTerms, cap: float | None, passing: Tensor | None = None) -> Tensor:
     """−A·ρ, or −A·sg(min(ρ, cap))·logprobs."""
     if cap is None:
-        return -t.advantages * _acting(t)
+        return -t.advantages * _acting(t, passing)
     return -t.advantages * _acting(t).detach().clamp(max=cap) * t.logprobs
 
 

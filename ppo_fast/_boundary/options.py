@@ -237,7 +237,7 @@ class Lambda(NamedTuple):
 def rollout_options(
     correction: Correction | None,
 ) -> tuple[int, int, float, float, list[float]]:
-    """Level, form, low, high and windows of `rollout_weights`; all are open without a correction."""
+    """Level, form, low, high and windows of `rollout_weights`; open without a correction."""
     if correction is None:
         return LEVELS.index(None), FORMS.index("truncate"), 0.0, math.inf, list(OPEN) * len(RANGES)
     level, form = LEVELS.index(correction.level), FORMS.index(correction.form)

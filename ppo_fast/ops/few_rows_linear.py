@@ -51,7 +51,7 @@ def few_rows_linear(
         raise ValueError(f"{_OP}: x must have shape (..., K) = (..., {k}), got {tuple(x.shape)}")
     if bias is not None and bias.shape != (v,):
         raise ValueError(f"{_OP}: bias must have shape (V,) = ({v},), got {tuple(bias.shape)}")
-    if _select(backend, x) == "reference":
+    if _backend.select_among(_OP, _BACKENDS, backend, x) == "reference":
         return reference.few_rows_linear(x, weight, bias).detach()
     bias = None if bias is None else bias.contiguous()
     out = calls.few_rows_linear("cpu", x.reshape(-1, k), weight, bias)
@@ -63,13 +63,3 @@ def _check(name: str, value: Any, weight: Tensor) -> None:
         raise TypeError(f"{_OP}: {name} must be float32, got {value.dtype}")
     if value.device != weight.device:
         raise ValueError(f"{_OP}: {name} must be on {weight.device}, got {value.device}")
-
-
-def _select(backend: str | None, x: Tensor) -> str:
-    """The backend; the GPU's have no such op, and the automatic choice there is the reference."""
-    if _backend.asked(backend) is None and x.device.type != "cpu":
-        return "reference"
-    name = _backend.select(_OP, backend, x)
-    if name not in _BACKENDS:
-        raise ValueError(f"{_OP}: backend must be one of {', '.join(_BACKENDS)}, got {name!r}")
-    return name

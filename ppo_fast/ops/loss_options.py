@@ -131,7 +131,7 @@ class LossOptions(NamedTuple):
             estimator=estimator,
             straight_through=straight_through,
             reduction=reduction,
-            kl_weight=self._kl_weight(op),
+            kl_weight=0 if self.kl_weight is None else self._kl_weight(op),
             by_sequence=int(by_sequence),
             clip_low=clip_low,
             clip_high=clip_high,
@@ -177,8 +177,6 @@ class LossOptions(NamedTuple):
         return _checks.number(op, "kl_ratio_clip", self.kl_ratio_clip, 0.0)
 
     def _kl_weight(self, op: str) -> int:
-        if self.kl_weight is None:
-            return 0
         code = _checks.choice(op, "kl_weight", self.kl_weight, KL_WEIGHTS[1:]) + 1
         clash = {
             f"kl_estimator {self.kl_estimator!r}": self.kl_estimator[-1:] == "+",

@@ -139,34 +139,22 @@ class PolicyInputs(NamedTuple):
         if self.surrogate is not None:
             out = surrogate_loss(self, backend, logprobs, mask, entropy, n_grads)
         else:
-            out = self.by_kernel(backend, logprobs, mask, entropy, n_grads)
+            out = calls.ppo_loss(
+                backend,
+                logprobs,
+                self.per_token,
+                self.options,
+                n_grads,
+                mask=mask,
+                entropy=entropy,
+                cu_seqlens=self.cu_seqlens,
+                sequence_weights=self.sequence_weights,
+            )
         if self.rollout is not None:
-            stats = out[1]
-            set_fields(stats, **rollout_sums(self.rollout))
-            if self.own_denom is not None:
-                set_fields(stats, loss_denom=self.own_denom)
+            set_fields(out[1], **rollout_sums(self.rollout))
+        if self.own_denom is not None:
+            set_fields(out[1], loss_denom=self.own_denom)
         return out
-
-    def by_kernel(
-        self,
-        backend: str,
-        logprobs: Tensor,
-        mask: Tensor | None,
-        entropy: Tensor | None,
-        n_grads: int,
-    ) -> calls.RawLoss:
-        """The same of a loss that is the kernels' own."""
-        return calls.ppo_loss(
-            backend,
-            logprobs,
-            self.per_token,
-            self.options,
-            n_grads,
-            mask=mask,
-            entropy=entropy,
-            cu_seqlens=self.cu_seqlens,
-            sequence_weights=self.sequence_weights,
-        )
 
     def counting(self, tokens: Tensor) -> PolicyInputs:
         """The same loss with a D over other tokens than its mask's."""
@@ -254,8 +242,11 @@ def check_policy(
 ) -> PolicyInputs:
     """`main` sets shape, device and precision; raises ValueError or TypeError."""
     options, surrogate = options.resolved(op)
-    advantages = _widened(_checks.tensor(op, "advantages", advantages), main)
-    is_weights = _widened(is_weights, main)
+    shape = main.shape
+    if _checks.tensor(op, "advantages", advantages).shape != shape:
+        advantages = _widened(advantages, main)
+    if is_weights is not None and _checks.tensor(op, "is_weights", is_weights).shape != shape:
+        is_weights = _widened(is_weights, main)
     _checks.alike(
         op,
         main,
@@ -272,7 +263,8 @@ def check_policy(
         has_ref=ref_logprobs is not None,
         has_entropy=has_entropy,
     )
-    _check_sequence_weights(op, sequence_weights, main, cu_seqlens)
+    if sequence_weights is not None:
+        _check_sequence_weights(op, sequence_weights, main, cu_seqlens)
     tensors = TokenTensors(
         old_logprobs=detached(old_logprobs),
         advantages=detached(advantages),
@@ -281,24 +273,23 @@ def check_policy(
         moments=_check_moments(op, advantage_moments, main),
         rollout_logprobs=detached(rollout_logprobs),
     )
-    if check_correction(op, correction, main, cu_seqlens) is not None and rollout_logprobs is None:
-        raise ValueError(f"{op}: rollout_logprobs must be given with correction, got None")
+    if correction is not None:
+        check_correction(op, correction, main, cu_seqlens)
+        if rollout_logprobs is None:
+            raise ValueError(f"{op}: rollout_logprobs must be given with correction, got None")
     weights = detached(sequence_weights)
     return PolicyInputs(tensors, cu_seqlens, weights, checked, options, surrogate, correction)
 
 
-def _widened(x: Any, main: Tensor) -> Any:
+def _widened(x: Tensor, main: Tensor) -> Tensor:
     """(B, 1) as (B, T), without a copy; anything else as it is."""
-    shape = main.shape
-    column = isinstance(x, Tensor) and main.dim() == 2 and x.shape == (shape[0], 1)
-    return x.expand(shape) if column else x
+    column = main.dim() == 2 and x.shape == (main.shape[0], 1)
+    return x.expand(main.shape) if column else x
 
 
 def _check_sequence_weights(
-    op: str, weights: Tensor | None, main: Tensor, cu_seqlens: Tensor | None
+    op: str, weights: Tensor, main: Tensor, cu_seqlens: Tensor | None
 ) -> None:
-    if weights is None:
-        return
     need_sequences(op, "sequence_weights", main, cu_seqlens)
     count = main.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     _checks.sized(

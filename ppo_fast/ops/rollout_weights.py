@@ -38,7 +38,7 @@ def rollout_weights(
     With x = old_logprobs − rollout_logprobs (detached), weights and mask are those that
     `Correction` describes: pass them to a loss as `is_weights` and `mask`, or let the loss form
     them (`rollout_logprobs=`, `correction=`). A NaN at an unmasked slot, a token that the sampler
-    gave no log-probability, has x = 0 and is counted (`missing`).
+    gave no log-probability, has x = 0 and is counted (`missing`); so has −inf of both.
 
     Args:
         old_logprobs, rollout_logprobs: `(B, T)`, or flat `(N,)`. fp32, bf16, fp16 or fp64.
@@ -62,11 +62,12 @@ def rollout_weights(
     keep = _checks.flags(_OP, "mask", mask, main.shape, main.device)
     check_correction(_OP, correction, main, cu_seqlens)
     args = (main.detach(), rollout_logprobs.detach(), keep)
-    name = _select(backend, main)
-    weights, kept, stats = formed(name, *args, correction=correction, cu_seqlens=cu_seqlens)
+    name = _backend.select_among(_OP, _BACKENDS, backend, main)
+    weights, kept, values = formed(name, *args, correction=correction, cu_seqlens=cu_seqlens)
+    stats = RolloutStats(values)
     if normalize:
-        weights = _normalized(weights, main, keep, correction, cu_seqlens, data_group)
-    return RolloutWeights(weights, kept, RolloutStats(stats))
+        weights = _normalized(weights, stats, main, keep, correction, cu_seqlens, data_group)
+    return RolloutWeights(weights, kept, stats)
 
 
 def formed(
@@ -96,25 +97,14 @@ def check_correction(
         raise TypeError(
             f"{op}: correction must be a ppo_fast.Correction, got {type(correction).__name__}"
         )
-    if correction.needs_sequences():
+    if main.dim() == 1 and cu_seqlens is None and correction.needs_sequences():
         need_sequences(op, f"correction {correction}", main, cu_seqlens)
     return correction
 
 
-def _select(backend: str | None, x: Tensor) -> str:
-    """The backend; the GPU's have no such op, and the automatic choice there is the reference."""
-    if _backend.asked(backend) is None and x.device.type != "cpu":
-        return "reference"
-    name = _backend.select(_OP, backend, x)
-    if name not in _BACKENDS:
-        raise _backend.BackendUnavailableError(
-            f"{_OP}: backend {name!r} has no kernel for it; use one of {', '.join(_BACKENDS)}"
-        )
-    return name
-
-
 def _normalized(
     weights: Tensor,
+    stats: RolloutStats,
     main: Tensor,
     mask: Tensor | None,
     correction: Correction | None,
@@ -122,12 +112,11 @@ def _normalized(
     group: dist.ProcessGroup | None,
 ) -> Tensor:
     """The weights over their mean."""
-    seqs = Sequences(reference.common.keep_of(main, mask), cu_seqlens)
     if correction is None or correction.level in (None, "token"):
-        total = torch.stack([weights.double().sum(), seqs.tokens.sum()])
+        total = torch.stack([stats.field("weight"), stats.field("tokens")])
     else:
-        means = seqs.mean(weights.double())
-        total = torch.stack([means.sum(), (seqs.tokens > 0).sum().double()])
+        seqs = Sequences(reference.common.keep_of(main, mask), cu_seqlens)
+        total = torch.stack([seqs.mean(weights.double()).sum(), stats.field("seqs")])
     if group is not None:
         parts = [torch.empty_like(total) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, total, group=group)
@@ -168,8 +157,11 @@ def off_policy_mask(
     main = _checks.main(op, "logprobs", logprobs, cu_seqlens)
     need_sequences(op, "off_policy_mask", main, cu_seqlens)
     _checks.alike(op, main, rollout_logprobs=rollout_logprobs)
-    per_sequence = main.dim() == 2 and advantages.shape == (main.shape[0], 1)
-    if not per_sequence:
+    rows = (main.shape[0], 1)
+    per_sequence = main.dim() == 2 and _checks.tensor(op, "advantages", advantages).shape == rows
+    if per_sequence:
+        _checks.sized(op, "advantages", advantages, main, rows, "(B, 1)")
+    else:
         _checks.alike(op, main, advantages=advantages)
     bound = _checks.number(op, "delta", delta)
     flags = _checks.flags(op, "mask", mask, main.shape, main.device)

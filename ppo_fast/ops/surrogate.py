@@ -149,7 +149,7 @@ def surrogate_loss(
         found = elementwise(policy, policy.per_token, logprobs, mask, entropy)
         slope = found.slope
     ready = given(policy, found.value, slope)
-    out, stats, scale, grads = ready.by_kernel(backend, logprobs, mask, entropy, n_grads)
+    out, stats, scale, grads = ready.loss(backend, logprobs, mask, entropy, n_grads)
     set_fields(
         stats,
         clip_low=(found.clipped & found.below).sum(),
@@ -172,7 +172,7 @@ def given(policy: PolicyInputs, value: Tensor, slope: Tensor) -> PolicyInputs:
     options = policy.options._replace(variant=_GIVEN)
     if _kl_inside(policy):
         options = options._replace(kl_coef=0.0, kl_coef_tensor=None)
-    return policy._replace(per_token=x, options=options, surrogate=None)
+    return policy._replace(per_token=x, options=options, surrogate=None, rollout=None)
 
 
 def _kl_inside(policy: PolicyInputs) -> bool:

@@ -21,7 +21,8 @@ def rollout_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights (0 where masked), bool mask after the rejections, and `RolloutStats.values`.
 
-    Where x is NaN at an unmasked slot (a NaN of either, or −inf of both), x = 0. Without a correction the weights are 1.
+    Where x is NaN at an unmasked slot (a NaN of either, or −inf of both), x = 0. Without a
+    correction the weights are 1.
     """
     keep = keep_of(old_logprobs, mask)
     old, rollout = select(keep, old_logprobs), select(keep, rollout_logprobs)
@@ -29,8 +30,8 @@ def rollout_weights(
     x = old - rollout
     missing = x.isnan()
     x = torch.where(missing, 0.0, x)
-    known = torch.where(old.isfinite(), old, torch.where(rollout.isfinite(), rollout, 0.0))
-    old, rollout = (torch.where(missing, known, y) for y in (old, rollout))
+    finite = torch.where(old.isfinite(), old, torch.where(rollout.isfinite(), rollout, 0.0))
+    old, rollout = (torch.where(missing, finite, y) for y in (old, rollout))
     bounded = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = _level(correction, x, seqs)
     low, high = (0.0, float("inf")) if correction is None else correction.bounds()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast import Moments, Stats
+from ppo_fast import Moments, RolloutStats, Stats
 
 # What gradients flow to, and the outputs that they flow from.
 DIFFERENTIABLE = {
@@ -65,7 +65,8 @@ def output(result: Any) -> dict[str, Tensor]:
     if isinstance(result, Tensor):
         return {"out": result}
     named = result._asdict()
-    return {k: v.values if isinstance(v, Stats | Moments) else v for k, v in named.items()}
+    sums = Stats | Moments | RolloutStats
+    return {k: v.values if isinstance(v, sums) else v for k, v in named.items()}
 
 
 def run(call: Call, backend: str | None) -> dict[str, Tensor]:

@@ -19,7 +19,16 @@ MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 400, 50, 90
 # The first matching row counts. Names under TYPE_CHECKING are free.
 LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("kernels/", ("ppo_fast.kernels",), ("torch", "triton")),
-    ("ppo_fast/reference/", ("ppo_fast.reference", "ppo_fast._results"), ("torch",)),
+    (
+        "ppo_fast/reference/",
+        (
+            "ppo_fast.reference",
+            "ppo_fast._results",
+            "ppo_fast._sequences",
+            "ppo_fast.corrections",
+        ),
+        ("torch",),
+    ),
     (
         "ppo_fast/ops/",
         (
@@ -28,22 +37,34 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
             "ppo_fast._backend",
             "ppo_fast._boundary",
             "ppo_fast._results",
+            "ppo_fast._sequences",
+            "ppo_fast.corrections",
             "ppo_fast.reference",
         ),
         ("torch",),
     ),
     ("ppo_fast/compat.py", ("ppo_fast.ops", "ppo_fast.reference"), ("torch",)),
-    ("ppo_fast/_boundary/", ("ppo_fast._boundary", "ppo_fast._results"), ("torch",)),
+    (
+        "ppo_fast/_boundary/",
+        ("ppo_fast._boundary", "ppo_fast._results", "ppo_fast.corrections"),
+        ("torch",),
+    ),
+    ("ppo_fast/corrections.py", (), ()),
+    ("ppo_fast/_sequences.py", (), ("torch",)),
     ("ppo_fast/_results.py", (), ("torch",)),
     ("ppo_fast/_checks.py", (), ("torch",)),
     ("ppo_fast/_cflags.py", (), ()),
     ("ppo_fast/_ext.py", ("ppo_fast._cflags", "ppo_fast._boundary"), ("torch",)),
     ("ppo_fast/_dispatch.py", (), ("torch",)),
     ("ppo_fast/_backend.py", ("ppo_fast._ext", "ppo_fast._dispatch"), ("torch",)),
-    ("ppo_fast/__init__.py", ("ppo_fast._backend", "ppo_fast._results", "ppo_fast.ops"), ()),
+    (
+        "ppo_fast/__init__.py",
+        ("ppo_fast._backend", "ppo_fast._results", "ppo_fast.corrections", "ppo_fast.ops"),
+        (),
+    ),
     (
         "ppo_fast/testing/",
-        ("ppo_fast.testing", "ppo_fast._results", "ppo_fast.reference"),
+        ("ppo_fast.testing", "ppo_fast._results", "ppo_fast._sequences", "ppo_fast.reference"),
         ("torch",),
     ),
 ]
@@ -90,7 +111,9 @@ def is_under(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == p or name.startswith(f"{p}.") for p in prefixes)
 
 
-PUBLIC = {f"ppo_fast.{name}" for name in ("Loss", "Moments", "Stats")} | {"ppo_fast"}
+PUBLIC = {f"ppo_fast.{name}" for name in ("Loss", "Moments", "RolloutStats", "Stats")} | {
+    "ppo_fast"
+}
 
 
 @pytest.mark.parametrize("path", sources(), ids=relative)
