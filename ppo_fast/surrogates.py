@@ -215,6 +215,8 @@ def clip_cov(
     (share,) = _positive("clip_cov", zero=True, fraction=fraction)
     low, high = _positive("clip_cov", zero=True, clip_low=clip_low, clip_high=clip_high)
     within = _two("clip_cov", "bounds", bounds, least=-math.inf)
+    if isinstance(seed, bool) or not isinstance(seed, int | Tensor):
+        raise TypeError(f"clip_cov: seed must be an int or a 0-d tensor, got {seed!r}")
     return Surrogate(partial(_clip_cov, share, within, seed, low, high), couples=True)
 
 
@@ -330,7 +332,8 @@ def _rank(key: Tensor) -> Tensor:
 def _hash(x: Tensor, seed: int | Tensor) -> Tensor:
     """A random-looking number ≥ 0 of each slot (a 64-bit finaliser; Steele et al. 2014)."""
     bits = torch.arange(1, x.numel() + 1, device=x.device) * -7046029254386353131
-    bits = bits + seed * -4658895280553007687
+    step = seed * -4658895280553007687
+    bits = bits + (step if isinstance(step, Tensor) else (step + 2**63) % 2**64 - 2**63)
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         bits = (bits ^ (bits >> shift)) * factor
     return (bits ^ (bits >> 31)) & (2**62 - 1)

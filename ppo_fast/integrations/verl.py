@@ -7,19 +7,23 @@ own: `ppo_fast.integrations.verl_plugin` patches each of them as it imports verl
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast import compat
+from ppo_fast import compat, surrogates
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._first_call import first_of_head, first_tokens
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
 
 _CORE = "verl.trainer.ppo.core_algos"
 _FUSED = "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward"
+Options = dict[str, Any]
 _MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
@@ -48,47 +52,242 @@ def _divisor(
     return mode, total, dp_size / width
 
 
-def _policy(variant: str, clamp: float | None) -> Any:
+class _Call(NamedTuple):
+    """A call of one of verl's policy losses: its arguments, its options here, its statistics."""
+
+    old: Tensor
+    new: Tensor
+    advantages: Tensor
+    keep: Tensor
+    config: Any
+    options: Options
+    stats: ppo_fast.Stats
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """new − old, without the clamp that the loss may have."""
+        return (self.new - self.old).detach()
+
+    def share(self, *fields: str) -> Tensor:
+        """The sum of these statistics per token."""
+        return self._per_token(torch.stack([self.stats.field(name) for name in fields]))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of `x` over unmasked tokens."""
+        return self._per_token(torch.where(self.keep, x, 0.0).double())
+
+    def _per_token(self, x: Tensor) -> Tensor:
+        # A mean over no token is 0 there.
+        return x.sum() / self.stats.field("n_tokens").clamp(min=1)
+
+
+def _policy(
+    options: Callable[[Any, Tensor], Options],
+    metrics: Callable[[_Call], dict[str, Tensor]],
+    mode: str = "token-mean",
+    forced: str | None = None,
+) -> Any:
+    """A policy loss from its options, by verl's configuration, and its metrics.
+
+    `mode` is its default aggregation, `forced` one that it takes whatever is given.
+    """
+
     def policy_loss(
         old_log_prob: Tensor,
         log_prob: Tensor,
         advantages: Tensor,
         response_mask: Tensor,
-        loss_agg_mode: str = "seq-mean-token-mean" if variant == "gspo" else "token-mean",
+        loss_agg_mode: str = mode,
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        low, high = config.clip_ratio_low, config.clip_ratio_high
-        low = config.clip_ratio if low is None else low
-        high = config.clip_ratio if high is None else high
-        dual = config.get("clip_ratio_c", 3.0) if variant == "clip" else None
-        reduction, denom, factor = _divisor(
-            loss_agg_mode, response_mask, **config.global_batch_info
-        )
+        given, factor = options(config, log_prob), 1.0
+        if "reduction" not in given:
+            how = forced or loss_agg_mode
+            reduction, denom, factor = _divisor(how, response_mask, **config.global_batch_info)
+            given = given | {"reduction": reduction, "denom": denom}
+        mine: Options = {"old_logprobs": old_log_prob, "is_weights": rollout_is_weights} | given
         loss, stats = ppo_fast.ppo_loss(
-            log_prob,
-            old_log_prob,
-            advantages,
-            response_mask,
-            variant=variant,
-            clip_low=low,
-            clip_high=high,
-            dual_clip=dual,
-            log_ratio_clamp=clamp,
-            is_weights=rollout_is_weights,
-            reduction=reduction,
-            denom=denom,
+            log_prob, advantages=advantages, mask=response_mask, **mine
         )
-        found = stats.compute()
-        metrics = {
-            "actor/pg_clipfrac": found["clip_frac_eps" if variant == "cispo" else "clip_frac"],
-            "actor/ppo_kl": found["kl_k1"],
-            "actor/pg_clipfrac_lower": found["clip_frac_dual"],
-        }
-        # A mean over no token is 0 there.
-        return loss * factor, {k: x if found["n_tokens"] else 0.0 for k, x in metrics.items()}
+        keep = response_mask != 0
+        found = metrics(_Call(old_log_prob, log_prob, advantages, keep, config, given, stats))
+        values = torch.stack([*found.values()]).tolist() if found else []
+        return loss * factor, {f"actor/{k}": x for k, x in zip(found, values, strict=True)}
 
     return policy_loss
+
+
+def _bounds(config: Any) -> tuple[float, float]:
+    low, high, both = config.clip_ratio_low, config.clip_ratio_high, config.clip_ratio
+    return both if low is None else low, both if high is None else high
+
+
+def _own(config: Any, name: str, default: float) -> float:
+    """An option of `config.policy_loss`, verl's default where it is None."""
+    value = getattr(config.policy_loss, name)
+    return default if value is None else value
+
+
+def _clip(variant: str, **more: Any) -> Callable[[Any, Tensor], Options]:
+    """The options of a clipped variant."""
+
+    def options(config: Any, like: Tensor) -> Options:
+        low, high = _bounds(config)
+        return {"variant": variant, "clip_low": low, "clip_high": high} | more
+
+    return options
+
+
+def _vanilla(config: Any, like: Tensor) -> Options:
+    return _clip("clip", dual_clip=config.get("clip_ratio_c", 3.0))(config, like)
+
+
+def _dppo(kind: str) -> Callable[[Any, Tensor], Options]:
+    def options(config: Any, like: Tensor) -> Options:
+        return {"variant": surrogates.dppo(kind, *_bounds(config), _cap(config))}
+
+    return options
+
+
+def _cap(config: Any) -> float:
+    return config.get("clip_ratio_c", 20.0)
+
+
+def _sapo(config: Any, like: Tensor) -> Options:
+    return {"variant": surrogates.sapo(config.tau_pos, config.tau_neg)}
+
+
+def _gpg(config: Any, like: Tensor) -> Options:
+    """−A·logprobs: without old log-probabilities the ratio is 1."""
+    return {"variant": surrogates.reinforce(ratio_cap=1.0), "old_logprobs": None}
+
+
+def _clip_cov(config: Any, like: Tensor) -> Options:
+    fraction = _own(config, "clip_cov_ratio", 2e-4)
+    bounds = _own(config, "clip_cov_lb", 1.0), _own(config, "clip_cov_ub", 5.0)
+    seed = torch.randint(2**62, (), device=like.device)
+    surrogate = surrogates.clip_cov(fraction, bounds, seed, *_bounds(config))
+    return {"variant": surrogate, "log_ratio_clamp": None}
+
+
+def _every_eligible(arguments: Arguments) -> Arguments:
+    """clip_cov with every eligible token chosen; of fewer, each makes its own random choice."""
+    config = arguments["config"]
+    names = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "global_batch_info")
+    bounds = {k: getattr(config.policy_loss, k) for k in ("clip_cov_lb", "clip_cov_ub")}
+    every = SimpleNamespace(
+        **{name: getattr(config, name) for name in names},
+        policy_loss=SimpleNamespace(clip_cov_ratio=1.0, **bounds),
+    )
+    return arguments | {"config": every}
+
+
+def _kl_cov(config: Any, like: Tensor) -> Options:
+    fraction, coef = _own(config, "kl_cov_ratio", 2e-4), _own(config, "ppo_kl_coef", 1.0)
+    return {"variant": surrogates.kl_cov(fraction, coef), "log_ratio_clamp": None}
+
+
+def _geo_mean(config: Any, like: Tensor) -> Options:
+    """The mean over all rows, also those without a token."""
+    surrogate, rows = surrogates.gmpo(*_bounds(config)), float(like.shape[0])
+    reduction = {"reduction": "seq-mean-token-mean", "denom": rows}
+    return {"variant": surrogate, "log_ratio_clamp": None} | reduction
+
+
+def _dro(config: Any, like: Tensor) -> Options:
+    beta = config.policy_loss.dro_beta
+    if beta is None or beta <= 0:
+        raise Uncovered(f"dro_beta {beta!r}")
+    return {"variant": surrogates.dro(beta), "log_ratio_clamp": None}
+
+
+def _clip_metrics(call: _Call) -> dict[str, Tensor]:
+    return {
+        "pg_clipfrac": call.share("clip_low", "clip_high"),
+        "ppo_kl": call.share("kl_k1"),
+        "pg_clipfrac_lower": call.share("clip_dual"),
+    }
+
+
+def _cispo_metrics(call: _Call) -> dict[str, Tensor]:
+    return _clip_metrics(call) | {"pg_clipfrac": call.share("clip_eps")}
+
+
+def _gspo_metrics(call: _Call) -> dict[str, Tensor]:
+    return _clip_metrics(call) | _kl_metrics(call)
+
+
+def _dppo_metrics(call: _Call) -> dict[str, Tensor]:
+    """The lower fraction is that of the kept tokens whose ratio is capped."""
+    log_ratio = call.log_ratio.clamp(-20.0, 20.0)
+    ratio = log_ratio.exp()
+    one = torch.ones_like(ratio)
+    terms = ppo_fast.TokenTerms(
+        call.new.detach(), log_ratio, ratio, call.old, call.advantages, one, call.keep
+    )
+    _, dropped = call.options["variant"].fn(terms)
+    capped = (ratio > _cap(call.config)) & ~dropped
+    return _clip_metrics(call) | {"pg_clipfrac_lower": call.mean(capped)}
+
+
+def _sapo_metrics(call: _Call) -> dict[str, Tensor]:
+    zero = torch.zeros_like(call.share("kl_k1"))
+    return {"pg_clipfrac": zero, "ppo_kl": call.share("kl_k1"), "pg_clipfrac_lower": zero}
+
+
+def _kl_metrics(call: _Call) -> dict[str, Tensor]:
+    return {"ppo_kl": call.mean(-call.log_ratio)}
+
+
+def _clip_cov_metrics(call: _Call) -> dict[str, Tensor]:
+    return {"pg_clipfrac": call.share("clip_low", "clip_high")} | _kl_metrics(call)
+
+
+def _kl_cov_metrics(call: _Call) -> dict[str, Tensor]:
+    return {"ppo_kl": call.mean(call.log_ratio.abs())}
+
+
+def _geo_mean_metrics(call: _Call) -> dict[str, Tensor]:
+    """The tokens outside of both bounds, by the sign of their advantage."""
+    low, high = _bounds(call.config)
+    outside = (call.log_ratio < -low) | (call.log_ratio > high)
+    return {
+        "pg_clipfrac": call.mean(outside & (call.advantages > 0)),
+        "pg_clipfrac_lower": call.mean(outside & (call.advantages < 0)),
+    } | _kl_metrics(call)
+
+
+_POLICIES = {
+    "vanilla": _policy(_vanilla, _clip_metrics),
+    "dppo_tv": _policy(_dppo("tv"), _dppo_metrics),
+    "dppo_kl": _policy(_dppo("kl"), _dppo_metrics),
+    "gspo": _policy(
+        _clip("gspo", log_ratio_clamp=(-math.inf, 10.0)), _gspo_metrics, "seq-mean-token-mean"
+    ),
+    "sapo": _policy(_sapo, _sapo_metrics, forced="seq-mean-token-mean"),
+    "gpg": _policy(_gpg, lambda call: {}),
+    "clip_cov": _policy(_clip_cov, _clip_cov_metrics),
+    "kl_cov": _policy(_kl_cov, _kl_cov_metrics),
+    "geo_mean": _policy(_geo_mean, _geo_mean_metrics),
+    "dro": _policy(_dro, _kl_metrics),
+    "cispo": _policy(_clip("cispo"), _cispo_metrics),
+}
+_gpg_with_kl = _policy(_gpg, _kl_metrics)
+
+
+def _reinforce(
+    rollout_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "seq-mean-token-sum",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """bypass_mode's other loss; `rollout_log_prob` is in its metrics alone."""
+    rest = advantages, response_mask, loss_agg_mode, config, rollout_is_weights
+    return _gpg_with_kl(rollout_log_prob, log_prob, *rest)
 
 
 def _value_loss(
@@ -171,9 +370,17 @@ integration = Integration(
     version="0.9.1",
     extra="verl",
     swaps=(
-        Swap("policy_loss", f"{_CORE}:compute_policy_loss_vanilla", _policy("clip", 20.0)),
-        Swap("policy_loss", f"{_CORE}:compute_policy_loss_gspo", _policy("gspo", None)),
-        Swap("policy_loss", f"{_CORE}:compute_policy_loss_cispo", _policy("cispo", 20.0)),
+        *(
+            Swap(
+                "policy_loss",
+                f"{_CORE}:compute_policy_loss_{name}",
+                fused,
+                sample=_every_eligible if name == "clip_cov" else lambda arguments: arguments,
+            )
+            for name, fused in _POLICIES.items()
+        ),
+        # bypass_mode calls this or vanilla, with weights and a mask that verl has formed.
+        Swap("policy_loss", f"{_CORE}:compute_policy_loss_reinforce", _reinforce),
         Swap("value_loss", f"{_CORE}:compute_value_loss", _value_loss),
         Swap("kl", f"{_CORE}:kl_penalty", compat.kl_penalty),
         Swap("gae", f"{_CORE}:compute_gae_advantage_return", _gae, view=_kept),

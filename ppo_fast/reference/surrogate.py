@@ -162,8 +162,10 @@ def evaluate(
     policy, below, *dropped = aux
     (slope,) = pull(torch.ones_like(value) if cotangent is None else cotangent)
     slope = torch.where(x.keep, slope, 0.0)
-    acting = x.acting & (x.advantages != 0) & (x.weights != 0)
-    if cotangent is not None:
-        acting = acting & (cotangent != 0)
-    clipped = acting & (dropped[0] if dropped else slope == 0)
+    if dropped:
+        clipped = x.keep & dropped[0]
+    else:
+        clipped = x.acting & (x.advantages != 0) & (x.weights != 0) & (slope == 0)
+        if cotangent is not None:
+            clipped = clipped & (cotangent != 0)
     return Evaluated(value.detach(), policy.detach(), slope.detach(), clipped, below)

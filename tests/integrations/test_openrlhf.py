@@ -97,23 +97,101 @@ def test_value_loss(by_token: bool, batch: str, clip: float | None) -> None:
     )
 
 
+GATES: dict[str, dict[str, Any]] = {
+    "off": {},
+    "token ratio": {"is_correction_level": "token", "is_correction_threshold": (0.7, 1.5)},
+    "token clip": {
+        "is_correction_level": "token",
+        "is_correction_mode": "clip",
+        "is_correction_threshold": (0.7, 1.5),
+    },
+    "seq ratio": {"is_correction_level": "seq", "is_correction_threshold": (0.9, 1.1)},
+    "token binary_kl": {
+        "is_correction_level": "token",
+        "is_correction_gating": "binary_kl",
+        "is_correction_threshold": (0.0, 0.03),
+    },
+    "seq binary_kl": {
+        "is_correction_level": "seq",
+        "is_correction_gating": "binary_kl",
+        "is_correction_threshold": (0.0, 0.04),
+    },
+    "token tv": {
+        "is_correction_level": "token",
+        "is_correction_gating": "tv",
+        "is_correction_threshold": (0.0, 0.05),
+    },
+    "seq tv": {
+        "is_correction_level": "seq",
+        "is_correction_gating": "tv",
+        "is_correction_threshold": (0.0, 0.06),
+    },
+}
+
+
+def sampled() -> Tensor:
+    """Rollout log-probabilities about the old ones, each row further apart."""
+    apart = torch.tensor([0.05, 0.2, 0.4, 0.6, 0.9], dtype=torch.float64)[:, None]
+    return 0.7 * normal(B, T, seed=1) - 2 + apart * normal(B, T, seed=3)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("kind", ["ppo", "gspo"])
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_corrections(gate: str, kind: str, by_token: bool, batch: str) -> None:
+    """Every level, mode and gate, and gspo, whose ratio is then to the rollout's policy."""
+    new = (0.7 * normal(B, T) - 2).requires_grad_()
+    old, advantages = 0.7 * normal(B, T, seed=1) - 2, normal(B, T, seed=2)
+    for dual in (None, 2.0):
+        loss = PolicyLoss(0.1, 0.3, dual_clip=dual, policy_loss_type=kind, **GATES[gate])
+        loss.token_level_loss = by_token  # gspo's own is False
+        call = functools.partial(loss, new, old, advantages, rollout_log_probs=sampled())
+        both(
+            "policy_loss",
+            lambda call=call: call(action_mask=mask_of(), **BATCHES[batch]),
+            new,
+            size=4e3,
+        )
+        if gate != "off" and kind == "ppo":
+            assert 0 < call(action_mask=mask_of())[4] < 1, "some are filtered, some not"
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_no_mask(gate: str) -> None:
+    """The mean over all tokens, the one reduction that OpenRLHF has without a mask."""
+    new = (0.7 * normal(B, T) - 2).requires_grad_()
+    old, advantages = 0.7 * normal(B, T, seed=1) - 2, normal(B, T, seed=2)
+    loss, value_loss = PolicyLoss(0.1, 0.3, **GATES[gate]), ValueLoss(0.4)
+    call = functools.partial(loss, new, old, advantages, rollout_log_probs=sampled())
+    both("policy_loss", call, new, size=4e3)
+    both("value_loss", lambda: value_loss(new, old, advantages), new, size=40.0 * B * T)
+
+
 @pytest.mark.parametrize(
-    ("options", "why"),
+    ("options", "given", "error", "why"),
     [
-        ({"policy_loss_type": "gspo"}, "policy_loss_type 'gspo'"),
-        ({"is_correction_level": "token"}, "is_correction_level 'token'"),
-        ({"is_correction_level": "seq"}, "is_correction_level 'seq'"),
+        ({"policy_loss_type": "no-such"}, {}, ValueError, "Invalid policy loss type"),
+        ({"policy_loss_type": "gspo"}, {"action_mask": None}, TypeError, "NoneType"),
+        ({"token_level_loss": False}, {"action_mask": None}, AttributeError, "NoneType"),
+        (GATES["seq ratio"], {"rollout_log_probs": None}, TypeError, "NoneType"),
     ],
 )
-def test_what_is_left_to_openrlhf(options: dict[str, Any], why: str) -> None:
-    x, y, a = normal(B, T) - 2, normal(B, T, seed=1) - 2, normal(B, T, seed=2)
+def test_errors_are_openrlhfs_own(
+    options: dict[str, Any], given: dict[str, Any], error: type[Exception], why: str
+) -> None:
+    x, a = normal(B, T) - 2, normal(B, T, seed=2)
     call = functools.partial(
-        PolicyLoss(**options), x, y, a, action_mask=mask_of(), rollout_log_probs=y
+        PolicyLoss(**options),
+        x,
+        x,
+        a,
+        **{"action_mask": mask_of(), "rollout_log_probs": x} | given,
     )
-    theirs = call()
-    with pytest.warns(RuntimeWarning, match=why), openrlhf.patched(("policy_loss",)) as calls:
-        ours = call()
-    assert calls["policy_loss"].left == 1 and torch.equal(ours[0], theirs[0])
+    with pytest.raises(error, match=why):
+        call()
+    with pytest.raises(error, match=why), openrlhf.patched(("policy_loss",)):
+        call()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -16,20 +16,13 @@ os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"  # the tests say when it is pat
 from verl.trainer.ppo import core_algos
 from verl.utils import torch_functional
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
-from verl.workers.config import ActorConfig
+from verl.workers.config import PolicyLossConfig
 from verl.workers.utils import losses
+from verl_calls import MODES, B, T, all_of, both, config, mask_of, normal
 
-from ppo_fast import integrations, testing
+from ppo_fast import integrations
 from ppo_fast.integrations import verl
 
-B, T = 5, 11
-MODES = (
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum-norm",
-)
 GLOBAL = {
     "alone": {},
     "scaled": {"loss_scale_factor": 40},
@@ -44,87 +37,103 @@ GLOBAL = {
 KINDS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 
 
-def config(info: dict[str, Any], **options: Any) -> ActorConfig:
-    return ActorConfig(
-        strategy="fsdp",
-        rollout_n=1,
-        ppo_micro_batch_size_per_gpu=1,
-        global_batch_info=info,
-        **options,
-    )
+# What each loss reads beside the clip's bounds, such that every option acts on a few tokens.
+OWN = {
+    "clip_cov": {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0},
+    "kl_cov": {"kl_cov_ratio": 0.1, "ppo_kl_coef": 0.7},
+    "dro": {"dro_beta": 0.3},
+}
+REGISTERED = [name for name in core_algos.POLICY_LOSS_REGISTRY if name != "bypass_mode"]
 
 
-def mask_of(kind: str) -> Tensor:
-    """Holes (tool tokens), a whole sequence left out, padding on the right."""
-    mask = torch.ones(B, T, dtype=torch.bool)
-    mask[0, 3:6], mask[1, 7:], mask[3] = False, False, False
-    return mask if kind == "bool" else mask.double()
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def near(ours: Any, theirs: Any, size: float, terms: int = B * T) -> None:
-    """fp32's budget for fp64 inputs: verl adds 1e-8 to counts and variances."""
-    assert type(ours) is type(theirs)
-    if isinstance(ours, Tensor):
-        testing.assert_within_budget(
-            ours.detach().double(),
-            theirs.detach().double(),
-            condition=size,
-            ops=8 + terms,
-            compute=torch.float32,
-        )
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            near(ours[key], theirs[key], size, terms)
-    else:
-        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-7)
-
-
-def both(op: str, call: Any, *leaves: Tensor, size: float, terms: int = B * T) -> None:
-    """The call's results and gradients, on verl and on ppo_fast."""
-    runs = []
-    for patched in (False, True):
-        if patched:
-            with verl.patched((op,)) as calls:
-                found = call()
-            assert (calls[op].fused, calls[op].left) == (1, 0)
-        else:
-            found = call()
-        results = list(found) if isinstance(found, tuple) else [found]
-        total = sum(x.sum() for x in results if isinstance(x, Tensor) and x.requires_grad)
-        gradients = torch.autograd.grad(total, leaves) if leaves else ()
-        runs.append([*results, *gradients])
-    for theirs, ours in zip(*runs, strict=True):
-        near(ours, theirs, size, terms)
-
-
-@pytest.mark.parametrize("name", ["vanilla", "gspo", "cispo"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("batch", GLOBAL)
-def test_policy_losses(name: str, mode: str, batch: str) -> None:
-    """By the registry, as verl's workers take them; rollout weights, both kinds of mask."""
-    new = (0.7 * normal(B, T) - 2).requires_grad_()
+def call_of(name: str, new: Tensor, **given: Any) -> Any:
+    """A loss of the registry, as verl's workers call it; an advantage is 0."""
     old, advantages = 0.7 * normal(B, T, seed=1) - 2, normal(B, T, seed=2)
-    info, options = GLOBAL[batch], {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3}
-    for weights, mask in ((None, "bool"), (normal(B, T, seed=3).exp(), "float")):
-        both(
-            "policy_loss",
-            lambda weights=weights, mask=mask: core_algos.get_policy_loss_fn(name)(
-                old_log_prob=old,
-                log_prob=new,
-                advantages=advantages,
-                response_mask=mask_of(mask),
-                loss_agg_mode=mode,
-                config=config(info, **options),
-                rollout_is_weights=weights,
-            ),
+    advantages[2, 3] = 0.0
+    own = PolicyLossConfig(**OWN.get(name, {}) | given.pop("own", {}))
+    options = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "tau_pos": 1.1, "tau_neg": 1.3}
+    info = given.pop("info", {})
+    arguments = {
+        "old_log_prob": old,
+        "log_prob": new,
+        "advantages": advantages,
+        "response_mask": mask_of("float"),
+        "config": config(info, policy_loss=own, **options),
+    } | given
+    return lambda: core_algos.get_policy_loss_fn(name)(**arguments)
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_policy_losses(name: str) -> None:
+    """By the registry: every mode and batch, rollout weights (one is 0), both kinds of mask."""
+    new = (0.7 * normal(B, T) - 2).requires_grad_()
+    weights = normal(B, T, seed=3).exp()
+    weights[2, 4] = 0.0
+    calls = [
+        call_of(
+            name,
             new,
-            size=4e4,  # A·ρ·weight, summed: 3·e^4·12
+            info=info,
+            loss_agg_mode=mode,
+            rollout_is_weights=given,
+            response_mask=mask_of(mask),
         )
+        for mode in MODES
+        for info in GLOBAL.values()
+        for given, mask in ((None, "bool"), (weights, "float"))
+    ]
+    # Its own mode, and one bound for both sides of the clip.
+    options = {"clip_ratio": 0.15, "clip_ratio_low": None, "clip_ratio_high": None}
+    own = PolicyLossConfig(**OWN.get(name, {}))
+    calls.append(call_of(name, new, config=config({}, policy_loss=own, **options)))
+    all_of("policy_loss", calls, new, size=4e4)  # A·ρ·weight, summed: 3·e^4·12
+
+
+@pytest.mark.parametrize("name", ["vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "cispo"])
+def test_log_ratios_beyond_the_clamps(name: str) -> None:
+    """±20 of a token, 10 of gspo's sequence: ratios that are capped, and a KL that is not."""
+    new = -0.1 * normal(B, T).abs()
+    old = new - 15.0
+    old[2, :4], new[2, 4:8] = new[2, :4] - 25.0, old[2, 4:8] - 25.0
+    new.requires_grad_()
+    size = 3.0 * 11 * torch.tensor(10.0).exp() if name == "gspo" else 4e4
+    both("policy_loss", call_of(name, new, old_log_prob=old), new, size=float(size))
+
+
+def test_clip_cov_chooses_as_many_tokens() -> None:
+    """A random choice, as verl's: of the same number, by torch's seed, another at every call."""
+    new = (0.7 * normal(B, T) - 2).requires_grad_()
+    call = call_of("clip_cov", new, own={"clip_cov_ratio": 0.1})
+
+    def dropped() -> tuple[list[int], float]:
+        loss, metrics = call()
+        (gradient,) = torch.autograd.grad(loss, new)
+        zero = (gradient == 0) & (mask_of("bool"))
+        return zero.flatten().nonzero().flatten().tolist(), metrics["actor/pg_clipfrac"]
+
+    count = int(0.1 * int(mask_of("bool").sum()))
+    theirs = dropped()
+    with verl.patched(("policy_loss",)) as calls:
+        dropped()  # the first call is compared with every eligible token chosen
+        chosen = []
+        for seed in (0, 0, 1, 2, 3):
+            torch.manual_seed(seed)
+            chosen.append(dropped())
+        assert (calls["policy_loss"].fused, calls["policy_loss"].left) == (6, 0)
+    assert chosen[0] == chosen[1]
+    assert len({tuple(tokens) for tokens, _ in chosen}) > 1
+    for tokens, fraction in chosen:
+        assert len(tokens) == len(theirs[0])
+        assert fraction == pytest.approx(theirs[1], rel=1e-6)
+        assert fraction == pytest.approx(count / int(mask_of("bool").sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("beta", [None, 0.0])
+def test_a_beta_that_dro_refuses(beta: float | None) -> None:
+    call = call_of("dro", normal(B, T), own={"dro_beta": beta})
+    message = "dro_beta must be a positive"
+    with pytest.raises(ValueError, match=message), verl.patched(("policy_loss",)):
+        call()
 
 
 def test_a_mean_over_nothing() -> None:
@@ -213,9 +222,8 @@ def test_it_is_patched_at_every_import_site_and_put_back() -> None:
     original = core_algos.compute_value_loss
     places = verl.apply()
     assert {
-        "verl.trainer.ppo.core_algos.POLICY_LOSS_REGISTRY['vanilla']",
-        "verl.trainer.ppo.core_algos.POLICY_LOSS_REGISTRY['gspo']",
-        "verl.trainer.ppo.core_algos.POLICY_LOSS_REGISTRY['cispo']",
+        *(f"verl.trainer.ppo.core_algos.POLICY_LOSS_REGISTRY[{name!r}]" for name in REGISTERED),
+        "verl.trainer.ppo.core_algos.compute_policy_loss_reinforce",
         "verl.trainer.ppo.core_algos.ADV_ESTIMATOR_REGISTRY['gae']",
         "verl.workers.utils.losses.compute_value_loss",
         "verl.workers.utils.losses.kl_penalty",
