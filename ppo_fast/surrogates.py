@@ -20,7 +20,7 @@ from ppo_fast._sequences import Sequences
 
 @dataclass(frozen=True, eq=False)
 class TokenTerms:
-    """What a surrogate is a function of: flat `(R,)` tensors, fp32 (fp64 for fp64 inputs).
+    """The arguments of a surrogate: flat `(R,)` tensors, fp32 (fp64 for fp64 inputs).
 
     `logprobs`, `log_ratio` and `ratio` carry the gradient; everything else is a constant, None
     where the call has none. Masked slots hold 0, and a ratio of 1.
@@ -168,7 +168,7 @@ def _gmpo(low: float, high: float, t: TokenTerms) -> Any:
     clipped = d.detach().clamp(-low, high)
     dropped = sign * clipped < sign * d.detach()
     held = torch.where(dropped, clipped, torch.where(sign == 0, 0.0, d))
-    geometric = (t.weights + 1e-10).log()
+    geometric = t.weights.clamp(min=1e-10).log()
     term = -seqs.mean(t.advantages) * (seqs.mean(held) + seqs.mean(geometric)).exp()
     return seqs.spread(term), dropped & t.mask
 

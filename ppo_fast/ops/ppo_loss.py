@@ -14,6 +14,7 @@ from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions, Variant
 from ppo_fast.ops.policy import PolicyInputs, check_policy
+from ppo_fast.ops.policy_loss import policy_loss
 
 _OP = "ppo_loss"
 
@@ -29,7 +30,7 @@ class _PPOLoss(torch.autograd.Function):
         constants: tuple[Tensor | None, PolicyInputs, int, str],
     ) -> Any:
         mask, policy, grads, backend = constants
-        loss, stats, *saved = policy.loss(backend, logprobs, mask, entropy, grads)
+        loss, stats, *saved = policy_loss(policy, backend, logprobs, mask, entropy, grads)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -191,5 +192,5 @@ def loss_and_stats(
         constants = (mask, policy, grads, backend)
         out: tuple[Tensor, Tensor] = _PPOLoss.apply(logprobs, entropy, constants)
         return out
-    loss, stats, *_ = policy.loss(backend, logprobs, mask, entropy, 0)
+    loss, stats, *_ = policy_loss(policy, backend, logprobs, mask, entropy, 0)
     return loss, stats

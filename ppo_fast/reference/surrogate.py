@@ -136,7 +136,7 @@ def weighted(surrogate: Surrogate, value: Tensor, x: TermInputs) -> Tensor:
 
 
 def _drawn(surrogate: Surrogate, x: TermInputs) -> Tensor:
-    """Whether a slot's policy term counts: neither rejected nor of weight 0."""
+    """The slots whose policy term counts: neither rejected nor of weight 0."""
     return x.acting if surrogate.weighted else x.acting & (x.weights != 0)
 
 

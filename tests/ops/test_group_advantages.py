@@ -185,7 +185,7 @@ def test_prompt_weights_give_each_prompt_one_share() -> None:
     assert abs(total - float(want)) < 1e-14
     with pytest.raises(ValueError, match=r"lengths must have shape \(n,\), got \(1, 5\)"):
         ppo_fast.prompt_weights(lengths[None], ids)
-    with pytest.raises(TypeError, match="lengths must be numbers, got torch.bool"):
+    with pytest.raises(TypeError, match=r"lengths must be numbers, got torch\.bool"):
         ppo_fast.prompt_weights(lengths > 0, ids)
-    with pytest.raises(TypeError, match="group_ids must be int32 or int64, got torch.float32"):
+    with pytest.raises(TypeError, match=r"group_ids must be int32 or int64, got torch\.float"):
         ppo_fast.prompt_weights(lengths, ids.float())
