@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 
 from ppo_fast.loop.config import Given, OptionError, TrainConfig
+from ppo_fast.loop.presets import RENAMED
 
 _DESCRIPTION = """PPO on a causal language model. The default fine-tunes SmolLM2-135M-Instruct
 to continue film reviews with positive sentiment; --task names other things to learn.
@@ -36,7 +37,8 @@ def parse(args: list[str]) -> TrainConfig:
     parser = argparse.ArgumentParser("ppo-fast train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", type=Path, default=[], metavar="FILE")
     chosen, rest = parser.parse_known_args(args)
-    every = [argument for path in chosen.config for argument in arguments(path)] + _joined(rest)
+    every = [argument for path in chosen.config for argument in arguments(path)]
+    every += _joined([_renamed(argument) for argument in rest])
     said = io.StringIO()
     try:
         with redirect_stderr(said):
@@ -67,6 +69,13 @@ def _joined(args: list[str]) -> list[str]:
     return args
 
 
+def _renamed(argument: str) -> str:
+    """The argument, or an option's former name as today's."""
+    name, equals, value = argument.partition("=")
+    old = {f"--{was.replace('_', '-')}": now.replace("_", "-") for was, now in RENAMED.items()}
+    return f"--{old[name]}{equals}{value}" if name in old else argument
+
+
 def _names(args: list[str]) -> Given:
     """The names of the options in a command line, in either of the spellings tyro reads."""
     words = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg[:2] == "--"}
@@ -84,7 +93,8 @@ def arguments(path: Path) -> list[str]:
         raise ConfigError(f"{path}: must hold an object of options, got {options!r:.60}")
     known = [field.name for field in dataclasses.fields(TrainConfig)]
     found = []
-    for key, value in options.items():
+    for given, value in options.items():
+        key: str = RENAMED.get(given, given)
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -92,10 +102,8 @@ def arguments(path: Path) -> list[str]:
         name = key.replace("_", "-")
         if isinstance(value, bool):
             found.append(f"--{name}" if value else f"--no-{name}")
-        elif key == "stop" and isinstance(value, list) and value:
-            found += [f"--{name}", *map(str, value)]
-        elif key == "stop" and value == []:
-            continue
+        elif key in ("stop", "reject") and isinstance(value, list):
+            found += [f"--{name}", *map(str, value)] if value else []
         elif isinstance(value, list | dict):
             raise ConfigError(f"{path}: {key} must be a single value, got {value!r:.60}")
         else:

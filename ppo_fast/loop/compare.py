@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ppo_fast.loop.data.experience import Batch, Experience, Plan, advantages, weighted
+from ppo_fast.loop.data.experience import Batch, Experience, Plan, advantages, corrected
 from ppo_fast.loop.log.meter import Measurement, measured
 from ppo_fast.loop.ppo import PPO
 from ppo_fast.loop.score import score
@@ -123,7 +123,7 @@ def replay(
         scored = score(trainer.agent, seqs, [rows for part in plan for rows in part], backend)
     with measured(trainer.device) as took["advantages"]:
         batch, _ = advantages(trainer.config, trainer.kl_coef, seqs, scored, scores, backend)
-        batch, _ = weighted(batch, rollout, trainer.is_cap)
+        batch, _ = corrected(batch, rollout, trainer.correction, backend)
     with measured(trainer.device) as took["update"]:
         update(trainer.agent, batch, plan, trainer.loss_kl_coef, trainer.shuffling, backend)
     return batch, plan, took

@@ -12,9 +12,25 @@ from typing import Any, Literal
 
 import torch
 
+from ppo_fast.loop.losses import check_losses
 from ppo_fast.loop.presets import ADVANTAGE_DEFAULTS, QUICK, TASK_DEFAULTS, TINY
 
-Variant = Literal["clip", "gspo", "cispo", "penalty", "linear"]
+Variant = Literal[
+    "clip",
+    "gspo",
+    "cispo",
+    "penalty",
+    "linear",
+    "sapo",
+    "dppo-tv",
+    "dppo-kl",
+    "reinforce",
+    "dro",
+    "gmpo",
+    "vespo",
+    "clip-cov",
+    "kl-cov",
+]
 Estimator = Literal["k1", "k2", "k3", "abs"]
 LossEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"]
 Advantages = Literal[
@@ -34,7 +50,7 @@ Reduction = Literal[
 Dtype = Literal["float32", "bfloat16", "auto"]
 _FP32 = torch.finfo(torch.float32)
 # Bounds that inf switches off.
-_BOUNDS = {"max_grad_norm", "vf_clip", "score_clip", "is_truncation", "kl_stop"}
+_BOUNDS = {"max_grad_norm", "vf_clip", "score_clip", "correction_high", "kl_stop"}
 
 
 class OptionError(ValueError):
@@ -146,9 +162,24 @@ class TrainConfig:
     """Trainable layers, counted from the top, with the final norm; 0 trains the whole model, and
     is the default of "tiny"."""
 
-    is_truncation: float | None = None
-    """Cap of the importance weights min(exp(old - sampler's log-prob), cap) on the policy loss;
-    absent, stored transitions and samples drawn in bf16 take 2, and others are not weighed."""
+    correction: Literal["auto", "off", "token", "sequence", "geometric", "none"] = "auto"
+    """Importance weights for samples of another policy than the trainer's, exp of old - sampler's
+    log-prob of the token, of its sum or of its mean over the completion; "none" rejects alone.
+    "auto" weighs tokens of stored transitions and of samples drawn in bf16, up to 2, and others
+    where a bound or a rejection is given."""
+    correction_form: Literal["truncate", "mask"] = "truncate"
+    """"mask" drops what "truncate" moves to its bound."""
+    correction_low: float | None = None
+    """Bounds of the weights."""
+    correction_high: float | None = None
+    reject: tuple[str, ...] = ()
+    """Rejections, as seq-mean-k1=0.999:1.001 or token-k3=0.1: `ppo_fast.Correction`'s."""
+    correction_drops: Literal["policy", "all"] = "policy"
+    """Terms of the loss that a rejected token leaves."""
+    correction_count: Literal["all", "kept"] = "all"
+    """Tokens that the loss's divisor counts."""
+    correction_ratio: Literal["old", "current"] = "old"
+    """Log-probs that the sampler's are compared with: those before the update, or of the loss."""
     transitions: Path | None = None
     """A .jsonl or .parquet of stored transitions to learn from in the place of own samples;
     docs/transitions.md has its fields."""
@@ -162,6 +193,13 @@ class TrainConfig:
     """A .jsonl to write own samples to, as transitions."""
 
     variant: Variant = "clip"
+    """Policy loss; docs/losses.md has the formulas."""
+    ratio_level: Literal["token", "sequence", "sequence-token"] = "token"
+    """Ratio of the token, or of the completion, with the mean's gradient or each token's own."""
+    ratio_cap: float | None = None
+    """Bound of the ratio that weighs the log-probs of dppo and reinforce."""
+    dro_beta: float = 0.1
+    """Weight of the squared log-ratio in dro."""
     clip: float = 0.2
     """Half-width of the ratio's clip range."""
     clip_low: float | None = None
@@ -320,7 +358,8 @@ def _check(config: TrainConfig) -> None:
     for name in ("overlong_buffer", "overlong_penalty", "dynamic_filtering"):
         _require(config, name, getattr(config, name) >= 0, "at least 0")
     optional = ("reward_timeout", "score_clip", "kl_stop", "kl_target", "penalty_target")
-    for name in (*optional, "is_truncation", "clip_low", "clip_high", "critic_lr"):
+    bounds = ("correction_low", "correction_high", "clip_low", "clip_high", "ratio_cap")
+    for name in (*optional, *bounds, "critic_lr", "dro_beta"):
         value = getattr(config, name)
         _require(config, name, value is None or value > 0, "positive")
     for name in ("timeout", "reward_timeout"):  # what waiting for a thread takes
@@ -329,8 +368,7 @@ def _check(config: TrainConfig) -> None:
     for name in ("clip", "clip_low"):
         _require(config, name, (getattr(config, name) or 0) <= 1, "at most 1")
     _require(config, "dual_clip", config.dual_clip is None or config.dual_clip > 1, "above 1")
-    bounded = config.dual_clip is None or config.variant in ("clip", "gspo")
-    _require(config, "dual_clip", bounded, f"absent with variant {config.variant}")
+    check_losses(config, _require)
     below = config.variant != "linear" or (config.loss_kl_coef or 0) < 1
     _require(config, "loss_kl_coef", below, "below 1 with variant linear")
     for name in ("gamma", "lam", "lr_end"):

@@ -16,13 +16,14 @@ from ppo_fast.loop.coefficients import adapt_penalty, adapt_reward_kl, lr_share
 from ppo_fast.loop.collect import Collector
 from ppo_fast.loop.config import OptionError, TrainConfig
 from ppo_fast.loop.data.chat import rendered
-from ppo_fast.loop.data.experience import Experience, Plan, advantages, make_plan, weighted
+from ppo_fast.loop.data.experience import Experience, Plan, advantages, corrected, make_plan
 from ppo_fast.loop.data.prompts import Prompt, PromptStream, Row, as_rows, columns_of
 from ppo_fast.loop.data.replay import TransitionStream
 from ppo_fast.loop.data.sequences import Scores, Sequences
 from ppo_fast.loop.evaluate import Evaluation
 from ppo_fast.loop.log.history import History, Record
 from ppo_fast.loop.log.meter import Phases
+from ppo_fast.loop.losses import correction_of
 from ppo_fast.loop.model.agent import Agent
 from ppo_fast.loop.model.first_batch import FirstBatch
 from ppo_fast.loop.model.load import check_vocabulary
@@ -33,9 +34,6 @@ from ppo_fast.loop.sampling.sampler import Sampler
 from ppo_fast.loop.score import score
 from ppo_fast.loop.update import Ahead, numbers, update
 
-# Cap of the importance weights where none is given, of samples whose sampler rounds otherwise than
-# the trainer: stored transitions, and own samples in bf16 (by about 0.01 nats).
-_CAP = 2.0
 _LOSS_KL = {"linear": 0.05, "penalty": 1.0}
 
 
@@ -81,7 +79,7 @@ class PPO:
         self.evaluation = Evaluation(self.collector, held) if held else None
         self.shuffling = torch.Generator().manual_seed(config.seed)
         rounds = self.stored or self.agent.precision == torch.bfloat16
-        self.is_cap = config.is_truncation or (_CAP if rounds else None)
+        self.correction = correction_of(config, rounds)
         self.kl_coef = config.kl_coef
         coef = config.loss_kl_coef
         self.loss_kl_coef = _LOSS_KL.get(config.variant, 0.0) if coef is None else coef
@@ -175,8 +173,8 @@ class PPO:
             batch, kl = advantages(
                 c, self.kl_coef, seqs, scored, scores, self.backend, sample.token_rewards
             )
-            # 5. Weigh tokens that another policy sampled.
-            batch, weighing = weighted(batch, rollout, self.is_cap)
+            # 5. Correct for what another policy sampled.
+            batch, correcting = corrected(batch, rollout, self.correction, self.backend)
 
         # 6. Update policy and critic.
         share = lr_share(c, self.updates)
@@ -194,7 +192,7 @@ class PPO:
             "rollout_gap_max": float(gap.max()),
             "rollout_gap_mean": float(gap.mean()),
             **done.record(),
-            **weighing,
+            **correcting,
         }
         if c.critic_lr is not None:
             record["critic_lr"] = c.critic_lr * share
@@ -260,7 +258,7 @@ class PPO:
         options = dataclasses.asdict(self.config)
         used = {"device": self.device.type, "backend": self.backend}
         kept = {k: v for k, v in (options | used).items() if k not in state.FREE}
-        kept["stop"] = list(self.config.stop)  # as JSON has it
+        kept |= {name: list(kept[name]) for name in ("stop", "reject")}  # as JSON has them
         if isinstance(self.prompts, PromptStream):
             kept["the columns' sha256"] = self.prompts.columns_digest()
         if self.config.lr_schedule != "constant":

@@ -12,6 +12,7 @@ import ppo_fast
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.data.experience import Batch, Plan, make_plan
 from ppo_fast.loop.data.sequences import Sequences
+from ppo_fast.loop.losses import loss_options
 from ppo_fast.loop.model.agent import Agent
 from ppo_fast.loop.model.tower import Tower
 
@@ -107,7 +108,10 @@ def accumulate(
     over the ranks, does not depend on the split. `unchanged` says that the weights are still those
     the old log-probs came from. Returns None, and adds nothing, when no token is left.
     """
-    divisors = _divisors(agent.config, batch.seqs.mask[torch.cat(minibatch)])
+    taken = torch.cat(minibatch)
+    mask = batch.seqs.mask[taken]
+    counted = mask if batch.counted is None else batch.counted[taken]
+    divisors = _divisors(agent.config, mask, counted)
     if divisors.tokens == 0:
         return None
     total: ppo_fast.Stats | None = None
@@ -137,11 +141,10 @@ def numbers(agent: Agent, stats: ppo_fast.Stats) -> dict[str, float]:
         for name in ("loss", "policy_loss"):
             out[name] = float(stats.field(name)) / divisor
     of_critic = () if agent.critic is not None else _OF_CRITIC
-    absent = () if float(stats.field("rollout_tokens")) else ("rollout_",)
     return {
         name: value
         for name, value in out.items()
-        if name not in of_critic and not name.startswith(absent)
+        if name not in of_critic and not name.startswith("rollout_")  # the update logs its own
     }
 
 
@@ -152,12 +155,12 @@ class _Divisors(NamedTuple):
     tokens: Tensor
 
 
-def _divisors(config: TrainConfig, mask: Tensor) -> _Divisors:
+def _divisors(config: TrainConfig, mask: Tensor, counted: Tensor) -> _Divisors:
     tokens = mask.sum()
     if config.reduction == "token-mean":
-        return _Divisors(tokens, tokens)
+        return _Divisors(counted.sum(), tokens)
     norm = config.reduction == "seq-mean-token-sum-norm"
-    return _Divisors(mask.any(1).sum() * (config.max_new_tokens if norm else 1), tokens)
+    return _Divisors(counted.any(1).sum() * (config.max_new_tokens if norm else 1), tokens)
 
 
 def _loss(
@@ -172,12 +175,10 @@ def _loss(
     config, seqs, scored = agent.config, part.seqs, part.scored
     tokens, old, advantages = (seqs.flat(x) for x in (seqs.response, scored.old, part.advantages))
     options: dict[str, Any] = {
-        "variant": config.variant,
-        "clip_low": config.clip if config.clip_low is None else config.clip_low,
-        "clip_high": config.clip if config.clip_high is None else config.clip_high,
-        "dual_clip": config.dual_clip,
+        **loss_options(config, tokens),
         "advantage_moments": part.moments,
-        "is_weights": None if part.is_weights is None else seqs.flat(part.is_weights),
+        "rollout_logprobs": None if part.sampled is None else seqs.flat(part.sampled),
+        "correction": part.correction,
         "entropy_coef": config.entropy_coef,
         "ref_logprobs": None if config.variant == "penalty" else seqs.flat(scored.ref),
         "kl_coef": loss_kl_coef,

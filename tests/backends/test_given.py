@@ -13,10 +13,11 @@ from ppo_fast import Moments, Stats, testing
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.schema import KERNEL_VARIANTS, VARIANTS
 from ppo_fast._results import STATS_FIELDS
+from ppo_fast._sequences import Sequences
 from ppo_fast.ops.loss_options import LossOptions
 from ppo_fast.ops.policy import check_policy
 from ppo_fast.ops.policy_loss import policy_loss
-from ppo_fast.reference.common import SequenceMap, keep_of, token_weights
+from ppo_fast.reference.common import keep_of, token_weights
 from ppo_fast.testing import Call, ppo_call, promoted, run, same_bits
 from ppo_fast.testing.budget import assert_within_budget
 from ppo_fast.testing.loss_conditions import finite, ppo_condition
@@ -97,7 +98,7 @@ def assert_given(call: Call, by_sequence: int, backend: str, seed: int = 0) -> N
     rest = promoted(call.option(variant="gspo" if by_sequence else "clip"))
     exact = run(rest, "reference")
     t = rest.tensors
-    seqs = SequenceMap(keep_of(t["logprobs"], t.get("mask")), t.get("cu_seqlens"))
+    seqs = Sequences(keep_of(t["logprobs"], t.get("mask")), t.get("cu_seqlens"))
     reduction = call.options["reduction"]
     w = token_weights(seqs, reduction, torch.float64, t.get("sequence_weights"))
     # The sum of the terms, and D of the reference's own loss.

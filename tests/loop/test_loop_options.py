@@ -127,7 +127,7 @@ def test_options_are_checked_as_they_will_be() -> None:
         TrainConfig(quick=True, batch=16, minibatches=32)
 
 
-BOUNDS = ("max_grad_norm", "vf_clip", "score_clip", "is_truncation", "kl_stop")  # inf is none
+BOUNDS = ("max_grad_norm", "vf_clip", "score_clip", "correction_high", "kl_stop")  # inf is none
 FLOATS = [f.name for f in dataclasses.fields(TrainConfig) if str(f.type).startswith("float")]
 INTEGERS = [f.name for f in dataclasses.fields(TrainConfig) if f.type == "int"]
 

@@ -11,6 +11,7 @@ from loop_helpers import TEXTS, batch_of, gradients, tiny, trainer
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import ppo_fast
 from ppo_fast.loop import TrainConfig, Trainer
 from ppo_fast.loop.model.weights import chosen_dtype
 from ppo_fast.loop.rewards import letters
@@ -161,6 +162,10 @@ def test_samples_drawn_in_bf16_are_weighed(tmp_path: Path) -> None:
     """By weights near 1, with the option's cap where it is given; fp32 ones only with it."""
     record = bf16(tmp_path / "a", train_layers=1).step()
     assert record["is_mean"] == pytest.approx(1.0, abs=0.1) and record["is_ess"] > 0.9
-    assert bf16(tmp_path / "b", train_layers=1).is_cap == 2.0
-    assert bf16(tmp_path / "c", train_layers=1, is_truncation=1.5).is_cap == 1.5
+    assert bf16(tmp_path / "b", train_layers=1).correction == ppo_fast.Correction(
+        "token", high=2.0
+    )
+    assert bf16(
+        tmp_path / "c", train_layers=1, correction_high=1.5
+    ).correction == ppo_fast.Correction("token", high=1.5)
     assert "is_mean" not in trainer(tmp_path / "d").step()

@@ -117,7 +117,7 @@ def test_own_transitions_replayed_give_the_same_weights_bitwise(
     tmp_path: Path, dtype: torch.dtype, head: str
 ) -> None:
     path = tmp_path / "own.jsonl"
-    options: dict[str, Any] = {"is_truncation": 2.0, "head": head, "kl_coef": 0.1}
+    options: dict[str, Any] = {"correction_high": 2.0, "head": head, "kl_coef": 0.1}
     online = trainer(tmp_path / "a", dtype=dtype, save_transitions=path, **options)
     logged = [online.step() for _ in range(3)]
     assert len(path.read_text().splitlines()) == 24
@@ -227,7 +227,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     bad = own.read_text() + json.dumps({**GOOD, "tokens": []}) + "\n"
     own.write_text(bad)
     capsys.readouterr()
-    stored = ["--out", str(tmp_path / "b"), "--transitions", str(own), "--is-truncation", "1.5"]
+    stored = ["--out", str(tmp_path / "b"), "--transitions", str(own), "--correction-high", "1.5"]
     assert main([*options, *stored]) == 0
     out = "".join(capsys.readouterr().out.split())
     assert f"dropped{own}:65:tokensmustbealistofatleastonetoken,got[]" in out

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from ppo_fast.loop.checkpoint.folder import DAMAGED, read, sync, write
 from ppo_fast.loop.checkpoint.state import Tree
 from ppo_fast.loop.config import OptionError, TrainConfig
+from ppo_fast.loop.presets import RENAMED
 from ppo_fast.loop.ranks.ranks import Ranks
 
 Say = Callable[[str], None]
@@ -173,6 +174,7 @@ class Checkpoints:
         ours, theirs = self._own_identity(run), tree["identity"]
         # An option that the checkpoint lacks came later, and was as it is by default. What else it
         # lacks was not looked at then.
+        theirs = {RENAMED.get(k, k): v for k, v in theirs.items()}
         theirs = {k: v for k, v in DEFAULTS.items() if k in ours} | theirs
         # The run's order, in which the options come first and the weights' digest last.
         different = [

@@ -101,7 +101,9 @@ class Batch(NamedTuple):
     advantages: Tensor
     returns: Tensor
     moments: ppo_fast.Moments | None
-    is_weights: Tensor | None = None
+    sampled: Tensor | None = None  # the sampler's log-probabilities, where they are corrected for
+    counted: Tensor | None = None  # tokens that count in the loss's divisor, if not the mask's
+    correction: ppo_fast.Correction | None = None
 
     def rows(self, index: Tensor) -> Batch:
         """The batch at row indices `index`; the moments stay those of the whole."""
@@ -109,8 +111,15 @@ class Batch(NamedTuple):
         frozen_out = None if frozen_out is None else frozen_out[index]
         scored = Scored(old[index], ref[index], values[index], frozen_out)
         advantages, returns = self.advantages[index], self.returns[index]
-        weights = None if self.is_weights is None else self.is_weights[index]
-        return Batch(self.seqs.rows(index), scored, advantages, returns, self.moments, weights)
+        sampled, counted = (None if x is None else x[index] for x in (self.sampled, self.counted))
+        return self._replace(
+            seqs=self.seqs.rows(index),
+            scored=scored,
+            advantages=advantages,
+            returns=returns,
+            sampled=sampled,
+            counted=counted,
+        )
 
     def require_ratio_one(self, logprobs: Tensor) -> None:
         """Raise RuntimeError unless `logprobs` (n,) are the old ones, to the last bit."""
@@ -181,42 +190,36 @@ def _of_groups(config: TrainConfig, seqs: Sequences, scores: Scores, shaped: Ten
     return torch.zeros_like(shaped).masked_scatter(kept, out)
 
 
-class Importance(NamedTuple):
-    """Truncated weights (B, R), 1 outside the mask, and their statistics for the log."""
-
-    weights: Tensor
-    statistics: dict[str, float]
-
-
 @torch.no_grad()
-def importance(old: Tensor, behaviour: Tensor, mask: Tensor, cap: float) -> Importance:
-    """min(exp(old − behaviour), cap) per token: how much likelier the trainer finds a token.
+def corrected(
+    batch: Batch, rollout: Rollout, correction: ppo_fast.Correction | None, backend: str
+) -> tuple[Batch, dict[str, float]]:
+    """The batch with the sampler's log-probabilities, for its loss to correct, and the log's part.
 
-    `old` and `behaviour` (B, R) are log-probabilities of the trainer's policy before the update
-    and of the policy that sampled. The weight multiplies the policy term only, next to the ratio
-    that PPO clips, so that this ratio stays 1 at the start (decoupled objective, Hilton et al.
-    2022). Truncation bounds the variance for a bias (Ionides 2008; Espeholt et al. 2018,
-    section 4.1).
-
-    The statistics, over the unmasked tokens: `is_mean` of the truncated weights, `is_max` of the
-    weights before, `is_truncated` (share above the cap), `is_ess` (effective sample size
-    (Σw)²/Σw² of the truncated weights as a share of the tokens; Kong 1992).
+    Weights multiply the policy term, beside the ratio that PPO clips, which stays 1 at the start
+    (decoupled objective, Hilton et al. 2022). Over the tokens of the mask: `is_mean` of the
+    weights, `is_max` of a token's e^(old − sampler's), `is_truncated` and `is_rejected` (shares of
+    tokens above the bound, and dropped), `is_ess` (effective sample size (Σw)²/(n Σw²), Kong
+    1992), `is_unscored` (tokens without a sampler's log-probability), `rollout_k3` (an estimate of
+    the KL from the sampler).
     """
-    raw = torch.where(mask, old - behaviour, torch.zeros_like(old)).exp()
-    weights = raw.clamp(max=cap)
-    kept, before = weights[mask].double(), raw[mask]
-    statistics = {
-        "is_mean": float(kept.mean()),
-        "is_max": float(before.max()),
-        "is_truncated": float((before > cap).double().mean()),
-        "is_ess": float(kept.sum() ** 2 / (kept.square().sum() * len(kept))),
-    }
-    return Importance(weights, statistics)
-
-
-def weighted(batch: Batch, rollout: Rollout, cap: float | None) -> tuple[Batch, dict[str, float]]:
-    """The batch with importance weights up to `cap`, and their statistics; None weighs nothing."""
-    if cap is None:
+    if correction is None:
         return batch, {}
-    out = importance(batch.scored.old, rollout.logprobs, batch.seqs.mask, cap)
-    return batch._replace(is_weights=out.weights), out.statistics
+    old, mask = batch.scored.old, batch.seqs.mask
+    name = "reference" if backend == "reference" else None
+    out = ppo_fast.rollout_weights(
+        old, rollout.logprobs, mask, correction=correction, backend=name
+    )
+    found = out.stats.compute()
+    largest = torch.where(mask, old - rollout.logprobs, -torch.inf).nan_to_num(nan=0.0).amax()
+    told = {
+        "is_mean": found["weight_mean"],
+        "is_max": float(largest.double().exp()),
+        "is_truncated": found["frac_high"],
+        "is_rejected": found["rejected_frac"],
+        "is_ess": found["ess"],
+        "is_unscored": found["missing"],
+        "rollout_k3": found["k3_kl"],
+    }
+    counted = out.mask if correction.count == "kept" else mask
+    return batch._replace(sampled=rollout.logprobs, counted=counted, correction=correction), told
