@@ -169,7 +169,7 @@ def _two_sided(bounds: tuple[float, float, float], t: TokenTerms) -> tuple[Tenso
     low, least, most = bounds
     ratio = t.ratio.detach()
     held = torch.where(t.advantages > 0, ratio.clamp(max=least), ratio.clamp(low, most))
-    dropped = held != ratio
+    dropped = (held != ratio) & (ratio >= 0)  # a NaN is not dropped
     passing = torch.where(dropped, 0.0, t.log_ratio).exp()
     return -t.advantages * torch.where(dropped, held, passing), dropped
 

@@ -58,11 +58,17 @@ def ratios(mask: Tensor, columns: int) -> Tensor | None:
     return torch.where(mask.bool() if columns > 1 else mask.any(1, keepdim=True), found, 1.0)
 
 
-def assert_liger(loss_type: str, level: str, clip: dict[str, Any], columns: int, kl: str) -> None:
-    x, mask = drawn()
-    weights = ratios(mask, columns)
-    leaf = x["new"].requires_grad_()
-    theirs, _ = LigerFusedLinearGRPOFunction.ppo_loss_fn(
+def of_liger(
+    leaf: Tensor,
+    x: dict[str, Tensor],
+    mask: Tensor,
+    weights: Tensor | None,
+    loss_type: str,
+    level: str,
+    clip: dict[str, Any],
+    kl: str,
+) -> Tensor:
+    loss, _ = LigerFusedLinearGRPOFunction.ppo_loss_fn(
         leaf,
         mask,
         x["advantages"],
@@ -81,7 +87,11 @@ def assert_liger(loss_type: str, level: str, clip: dict[str, Any], columns: int,
         **clip,
         **VESPO,
     )
-    (slope,) = torch.autograd.grad(theirs, leaf)
+    return loss
+
+
+def options_of(loss_type: str, clip: dict[str, Any], kl: str, ref: Tensor) -> dict[str, Any]:
+    """`ppo_loss`'s options for a loss, clip bounds and KL term of Liger's."""
     options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.3}
     if loss_type == "cispo":
         options = {"clip_low": 1.0, "clip_high": clip["epsilon_high"] - 1.0}
@@ -90,7 +100,16 @@ def assert_liger(loss_type: str, level: str, clip: dict[str, Any], columns: int,
         options |= {"clip_high": least - 1.0, "dual_clip": most}
     if kl != "none":
         weight = {"kl_weight": "ratio"} if kl == "ratio" else {}
-        options |= {"ref_logprobs": x["ref"], "kl_coef": 0.3, "kl_clamp": None, **weight}
+        options |= {"ref_logprobs": ref, "kl_coef": 0.3, "kl_clamp": None, **weight}
+    return {**options, **LOSSES[loss_type]}
+
+
+def assert_liger(loss_type: str, level: str, clip: dict[str, Any], columns: int, kl: str) -> None:
+    x, mask = drawn()
+    weights = ratios(mask, columns)
+    leaf = x["new"].requires_grad_()
+    theirs = of_liger(leaf, x, mask, weights, loss_type, level, clip, kl)
+    (slope,) = torch.autograd.grad(theirs, leaf)
     reach = max(1.0, float((leaf.detach() - x["old"]).exp().max()))
     k3 = float((x["ref"] - leaf.detach()).exp().max()) + 8.0
     size = reach * (float(x["advantages"].abs().max()) * 8.0 + k3)
@@ -104,7 +123,7 @@ def assert_liger(loss_type: str, level: str, clip: dict[str, Any], columns: int,
             is_weights=weights,
             log_ratio_clamp=None,
             backend=backend,
-            **{**options, **LOSSES[loss_type]},
+            **options_of(loss_type, clip, kl, x["ref"]),
         ).loss
         pairs = ((ours, theirs), (torch.autograd.grad(ours, leaf)[0], slope))
         for got, want in pairs:
