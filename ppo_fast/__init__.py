@@ -20,7 +20,7 @@ from ppo_fast._results import (
 from ppo_fast.corrections import Correction
 from ppo_fast.ops.few_rows_linear import few_rows_linear
 from ppo_fast.ops.gae import gae
-from ppo_fast.ops.group_advantages import group_advantages
+from ppo_fast.ops.group_advantages import group_advantages, prompt_weights
 from ppo_fast.ops.linear_logprobs import linear_token_logprobs
 from ppo_fast.ops.linear_ppo_loss import linear_ppo_loss
 from ppo_fast.ops.logits_ppo_loss import logits_ppo_loss
@@ -57,6 +57,7 @@ __all__ = [
     "logits_ppo_loss",
     "off_policy_mask",
     "ppo_loss",
+    "prompt_weights",
     "rlhf_advantages",
     "rollout_weights",
     "surrogates",

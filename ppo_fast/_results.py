@@ -138,7 +138,7 @@ ROLLOUT_FIELDS = (
 
 
 class RolloutStats(NamedTuple):
-    """How far a batch's samples are from the policy, and what their correction did.
+    """Distance of a batch's samples from the policy, and the effect of their correction.
 
     `values` is one float64 tensor `(20,)` on the log-probabilities' device, in the order of
     `ROLLOUT_FIELDS`: undivided sums, then the smallest and the largest weight. It merges as

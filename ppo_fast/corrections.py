@@ -96,11 +96,11 @@ class Correction:
         return low, math.inf if self.high is None else _number("high", self.high)
 
     def windows(self) -> tuple[Window, ...]:
-        """What a token's or sequence's statistics must be within, one for each of `RANGES`."""
+        """Bounds of a token's and a sequence's statistics, one window for each of `RANGES`."""
         return self._windows
 
     def needs_sequences(self) -> bool:
-        """Whether a token's weight or rejection depends on its sequence's other tokens."""
+        """True if a token's weight or rejection depends on its sequence's other tokens."""
         bounded = any(window != OPEN for window in self._windows[1:])
         return self.level in ("sequence", "geometric") or bounded
 

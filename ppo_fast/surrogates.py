@@ -20,7 +20,7 @@ from ppo_fast._sequences import Sequences
 
 @dataclass(frozen=True, eq=False)
 class TokenTerms:
-    """What a surrogate is a function of: flat `(R,)` tensors, fp32 (fp64 for fp64 inputs).
+    """The arguments of a surrogate: flat `(R,)` tensors, fp32 (fp64 for fp64 inputs).
 
     `logprobs`, `log_ratio` and `ratio` carry the gradient; everything else is a constant, None
     where the call has none. Masked slots hold 0, and a ratio of 1.
@@ -100,7 +100,8 @@ def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
 
 def _sapo(t: TokenTerms, tau_pos: float, tau_neg: float) -> Tensor:
     tau = _either(t.advantages > 0, (tau_pos, tau_neg), t.ratio)
-    return -t.advantages * (4.0 / tau) * torch.sigmoid(tau * (_acting(t, ~t.ratio.isinf()) - 1.0))
+    ratio = _acting(t, t.ratio.isinf())
+    return -t.advantages * (4.0 / tau) * torch.sigmoid(tau * (ratio - 1.0))
 
 
 def dppo(kind: str, low: float, high: float, ratio_cap: float | None = None) -> Surrogate:
@@ -125,7 +126,7 @@ def _dppo(kind: str, low: float, high: float, cap: float | None, t: TokenTerms) 
         shift = t.old_logprobs - t.logprobs.detach()
         kl = q * shift + (1.0 - q) * ((1.0 - q + 1e-8) / (1.0 - p + 1e-8)).log()
         kept = torch.where(t.advantages > 0, (kl <= high) | (p <= q), (kl <= low) | (p >= q))
-    return torch.where(kept, _weighted_logprobs(t, cap, kept), 0.0), ~kept
+    return torch.where(kept, _weighted_logprobs(t, cap, ~kept), 0.0), ~kept
 
 
 def reinforce(ratio_cap: float | None = None) -> Surrogate:
@@ -177,6 +178,7 @@ def vespo(k: tuple[float, float] = (2.0, 3.0), lam: tuple[float, float] = (3.0, 
 
     log W is the sequence's Σ clamp(d, ±20), and Σ log weights, clamped to [log 1e-8, 20];
     φ = exp(λ + k·log W − λ·W), detached, of the first (k, λ) where A ≥ 0, else of the second.
+    The weights are the tokens' own: one of the sequence, `(B, 1)`, would count once a token.
     """
     return Surrogate(
         partial(_vespo, _two("vespo", "k", k), _two("vespo", "lam", lam)),
@@ -264,13 +266,12 @@ def _clip(low: float, high: float, dual: float | None, t: TokenTerms) -> Any:
     ratio = _acting(t).detach()
     plain, bounded = -t.advantages * ratio, -t.advantages * ratio.clamp(1.0 - low, 1.0 + high)
     cut = bounded > plain
-    terms, capped = torch.where(cut, bounded, plain), torch.zeros_like(cut)
+    held, constant = torch.where(cut, bounded, plain), cut
     if dual is not None:
         cap = -t.advantages * dual
-        capped = (t.advantages < 0) & (terms > cap)
-        terms = torch.where(capped, cap, terms)
-    held = cut | capped
-    return torch.where(held, terms, -t.advantages * _acting(t, ~held)), cut
+        capped = (t.advantages < 0) & (held > cap)
+        held, constant = torch.where(capped, cap, held), cut | capped
+    return torch.where(constant, held, -t.advantages * _acting(t, constant)), cut
 
 
 def cispo(clip_low: float = 0.2, clip_high: float = 0.2) -> Surrogate:
@@ -290,21 +291,22 @@ def _either(first: Tensor, values: tuple[float, float], like: Tensor) -> Tensor:
     return torch.where(first, like.new_full((), values[0]), values[1])
 
 
-def _acting(t: TokenTerms, passing: Tensor | None = None) -> Tensor:
-    """The ratio, and 1 where the advantage is 0; no gradient where it is not `passing`.
+def _acting(t: TokenTerms, constant: Tensor | None = None) -> Tensor:
+    """The ratio, without a slope where `constant`, and 1 where the advantage is 0.
 
-    The exponent is selected, not the ratio: one that overflows has no slope to multiply by 0.
+    0 times a ratio that overflows is 0: the exponent is selected, because inf·0 is NaN.
     """
-    d = t.log_ratio
-    if passing is not None:
-        d = torch.where(passing, d, d.detach())
-    return torch.where(t.advantages == 0, 0.0, d).exp()
+    log_ratio = t.log_ratio
+    if constant is not None:
+        log_ratio = torch.where(constant, log_ratio.detach(), log_ratio)
+    idle = (t.advantages == 0) & (t.ratio >= 0)  # NaN is not idle
+    return torch.where(idle, 0.0, log_ratio).exp()
 
 
-def _weighted_logprobs(t: TokenTerms, cap: float | None, passing: Tensor | None = None) -> Tensor:
+def _weighted_logprobs(t: TokenTerms, cap: float | None, constant: Tensor | None = None) -> Tensor:
     """−A·ρ, or −A·sg(min(ρ, cap))·logprobs."""
     if cap is None:
-        return -t.advantages * _acting(t, passing)
+        return -t.advantages * _acting(t, constant)
     return -t.advantages * _acting(t).detach().clamp(max=cap) * t.logprobs
 
 

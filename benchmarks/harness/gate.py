@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops.inputs import on
-from ppo_fast import Stats, reference
+from ppo_fast import RolloutStats, Stats, reference
 from ppo_fast.testing import Call, assert_within_budget, promoted, run
 from ppo_fast.testing.conditions import CONDITIONS, Conditions
 
@@ -82,14 +82,15 @@ class Gate:
         They add in fp32: √n roundings of the mean magnitude, which the sum's condition holds. For
         a share of tokens, ess and explained variance, which are near 1 at most, that is 1.
         """
-        fields = Stats(stats).compute()
+        kind = RolloutStats if self._call.op == "rollout_weights" else Stats
+        fields = kind(stats).compute()
         n = max(1.0, fields["n_tokens"])
         ops, sums, _ = self._budgets["stats"]
         for name, value in fields.items():
             if name in self._exact or math.isnan(value):
                 continue
             self._exact[name] = torch.tensor(value, dtype=torch.float64)
-            if name in _MEANS:
+            if kind is Stats and name in _MEANS:
                 condition = Stats(sums).field(_MEANS[name]) / n
                 self._budgets[name] = (ops, condition, False)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,6 +30,23 @@ PPO_STATS = (
     "n_seqs",
 )
 VALUE_STATS = ("value_loss", "vf_clip_frac", "explained_variance", "n_tokens")
+ROLLOUT_STATS = (
+    "weight_mean",
+    "weight_min",
+    "weight_max",
+    "ess",
+    "frac_high",
+    "rejected_frac",
+    "seq_rejected_frac",
+    "kl",
+    "k3_kl",
+    "chi2_token",
+    "chi2_seq",
+    "ppl",
+    "rollout_ppl",
+    "ppl_ratio",
+    "log_ppl_diff",
+)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,3 +204,69 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     mean = (x * keep).sum() / n
     variance = ((x - mean) ** 2 * keep).sum() / (n - 1)
     return (x - mean) * torch.rsqrt(variance + 1e-8) * keep
+
+
+def rollout_weights(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    high: float,
+    reject: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Truncated token weights, the mask after the rejections, and `ROLLOUT_STATS`, as verl."""
+    keep = mask.to(old_logprobs.dtype)
+    n, lengths = keep.sum(), keep.sum(-1).clamp(min=1)
+    log_ratio = old_logprobs - rollout_logprobs
+    x = log_ratio.clamp(-20.0, 20.0)
+    ratio = x.exp()
+    weights = ratio.clamp(max=high) * keep
+    values = {"ratio": x, "k1": -x, "k2": 0.5 * x * x, "k3": torch.expm1(x) - x}
+    kept = mask
+    for key, bound in reject.items():
+        where, _, what = key.rpartition("-")
+        held = _held(_folded(where, values[what], mask, keep, lengths), bound)
+        kept = kept & (held if where == "token" else held[:, None])
+
+    def mean(v: Tensor) -> Tensor:
+        return (v * keep).sum() / n
+
+    means = [-(v * keep).sum(-1) / lengths for v in (old_logprobs, rollout_logprobs)]
+    sums = (log_ratio * keep).sum(-1).clamp(-20.0, 20.0)
+    stats = (
+        weights.sum() / n,
+        weights.masked_fill(~mask, torch.inf).amin(),
+        weights.masked_fill(~mask, -torch.inf).amax(),
+        weights.sum() ** 2 / (n * (weights * weights).sum()),
+        mean((ratio > high).to(keep)),
+        (mask & ~kept).sum() / n,
+        (mask & ~kept).any(-1).to(keep).mean(),
+        mean(-log_ratio),
+        mean(values["k3"]),
+        mean(ratio * ratio) - 1,
+        torch.exp(2 * sums).mean() - 1,
+        means[0].exp().mean(),
+        means[1].exp().mean(),
+        (means[0] - means[1]).exp().mean(),
+        (means[0] - means[1]).mean(),
+    )
+    return weights, kept, torch.stack(stats)
+
+
+def _folded(where: str, v: Tensor, mask: Tensor, keep: Tensor, lengths: Tensor) -> Tensor:
+    """A statistic's values of tokens, or of sequences."""
+    if where == "seq-min":
+        return v.masked_fill(~mask, torch.inf).amin(-1)
+    if where == "seq-max":
+        return v.masked_fill(~mask, -torch.inf).amax(-1)
+    if where == "token":
+        return v
+    total = (v * keep).sum(-1)
+    return total if where == "seq-sum" else total / lengths
+
+
+def _held(v: Tensor, bound: Any) -> Tensor:
+    """Values within (low, high), bounds of e^v, or below one number."""
+    if isinstance(bound, tuple):
+        return (v >= math.log(bound[0])) & (v <= math.log(bound[1]))
+    return v <= bound

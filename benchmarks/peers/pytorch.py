@@ -88,6 +88,12 @@ def _with_stats(names: tuple[str, ...], *, head: bool = False) -> Callable[[Any]
     return named
 
 
+def _weights_with_stats(out: Any) -> Named:
+    weights, mask, stats = out
+    means = dict(zip(eager.ROLLOUT_STATS, stats, strict=True))
+    return {"weights": weights, "mask": mask, **means}
+
+
 # Each op's function, the options it takes, and the names of its results.
 _PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...], Callable[[Any], Named]]] = {
     "token_logprobs": (eager.token_logprobs, (), pair("logprobs", "entropy")),
@@ -109,6 +115,7 @@ _PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...], Callable[[Any], Nam
     ),
     "value_loss": (eager.value_loss, ("clip",), _with_stats(eager.VALUE_STATS)),
     "whiten": (eager.whiten, (), single("out")),
+    "rollout_weights": (eager.rollout_weights, ("high", "reject"), _weights_with_stats),
 }
 
 
@@ -119,7 +126,10 @@ def _function(case: Case, name: str, compiled: bool = False) -> Provider:
         plain, accepted, named = _PLAIN[call.op]
         function: Any = torch.compile(plain, dynamic=False) if compiled else plain
         tensors, inputs = leaves(case, call)
-        options = {k: v for k, v in call.options.items() if k in accepted}
+        given = call.options
+        if "correction" in given:
+            given = {"high": given["correction"].high, "reject": dict(given["correction"].reject)}
+        options = {k: v for k, v in given.items() if k in accepted}
         return timed(case, call, lambda: function(**tensors, **options), inputs, named)
 
     return Provider(name, bind, plain=True, roundings=_rounded(case))

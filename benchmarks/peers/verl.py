@@ -151,6 +151,32 @@ def _whiten(case: Case, call: Call) -> Bound:
     return Bound(lambda: masked_whiten(x, mask), lambda out: {"out": out * mask})
 
 
+def _rollout_weights(case: Case, call: Call) -> Bound:
+    from verl.trainer.ppo.rollout_corr_helper import (
+        SUPPORTED_ROLLOUT_RS_OPTIONS,
+        compute_rollout_correction_and_rejection_mask,
+    )
+
+    t, c = call.tensors, call.options["correction"]
+    mask = t["mask"].to(t["old_logprobs"].dtype)
+    reject = {key.replace("-", "_"): bound for key, bound in c.reject}
+    keys = sorted(reject.keys() & SUPPORTED_ROLLOUT_RS_OPTIONS)
+    bounds = [b if isinstance(b := reject[key], tuple) else (b,) for key in keys]
+
+    def run() -> Any:
+        return compute_rollout_correction_and_rejection_mask(
+            t["old_logprobs"],
+            t["rollout_logprobs"],
+            mask,
+            rollout_is="token",
+            rollout_is_threshold=c.high,
+            rollout_rs=",".join(keys),
+            rollout_rs_threshold=",".join("_".join(map(str, b)) for b in bounds),
+        )
+
+    return Bound(run, lambda out: {"weights": out[0].batch["rollout_is_weights"]})
+
+
 _FUNCTIONS, _ALGORITHMS = "verl.utils.torch_functional", "verl.trainer.ppo.core_algos"
 _OPS: dict[str, tuple[Callable[[Case, Call], Bound], str, str]] = {
     "token_logprobs": (_logits, _FUNCTIONS, ""),
@@ -159,4 +185,9 @@ _OPS: dict[str, tuple[Callable[[Case, Call], Bound], str, str]] = {
     "value_loss": (_value_loss, _ALGORITHMS, "2 of 4 statistics"),
     "gae": (_gae, _ALGORITHMS, "whitened advantages (not gated) and returns"),
     "whiten": (_whiten, _FUNCTIONS, "masked slots too"),
+    "rollout_weights": (
+        _rollout_weights,
+        "verl.trainer.ppo.rollout_corr_helper",
+        "11 of 20 rejections (not gated); waits for each statistic",
+    ),
 }

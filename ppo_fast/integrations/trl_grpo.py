@@ -7,20 +7,20 @@ call and GRPO does not: it is patched when named.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast import compat
+from ppo_fast import Surrogate, TokenTerms, compat, surrogates
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._extract import Block
 from ppo_fast.integrations._first_call import first_of_head, first_tokens
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
 
 _OUTPUTS = {"log_probs", "entropy"}
-_UNBOUNDED = torch.finfo(torch.float32).max
 
 
 def _linear_logprobs(
@@ -69,48 +69,28 @@ def _loss(
     mask: Tensor,
     entropy_mask: Tensor | None,
 ) -> dict[str, Any]:
-    by_sequence = self.importance_sampling_level == "sequence"
-    weights = _weights(
-        self,
-        inputs,
-        per_token_logps,
-        old_per_token_logps,
-        advantages,
-        mask,
-        entropy_mask,
-        by_sequence,
-    )
-    options, denom, normalizer = _options(self, inputs, mask, by_sequence)
-    if by_sequence and advantages.shape[1] != 1:
-        raise Uncovered("advantages per token beside importance_sampling_level 'sequence'")
-    metrics = _for_metrics(self, inputs, per_token_logps, old_per_token_logps, mask, by_sequence)
-    options |= {"log_ratio_clamp": None, "denom": denom}
-    corrected = self.beta != 0.0 and self.args.use_bias_correction_kl
-    if corrected and by_sequence:
-        raise Uncovered("use_bias_correction_kl beside importance_sampling_level 'sequence'")
-    kl = {}
+    logps, old = per_token_logps, old_per_token_logps
+    metrics = _for_metrics(self, inputs, logps, old, advantages, mask)
+    weights = _weights(self, inputs, logps, old, advantages, mask, entropy_mask)
+    options, normalizer = _reduction(self, inputs, len(mask))
     if self.beta != 0.0:
-        # The gradient of ρ·k3 is ρ·d: the ratio times k2's, which is what "+" takes.
-        kl = {
+        options |= {
             "ref_logprobs": inputs["ref_per_token_logps"],
             "kl_coef": self.beta,
-            "kl_estimator": "k3+" if corrected else "k3",
             "kl_clamp": None,
-            "kl_ratio_clip": _UNBOUNDED if corrected else None,
+            "kl_weight": "ratio" if self.args.use_bias_correction_kl else None,
         }
     loss, _ = ppo_fast.ppo_loss(
-        per_token_logps, old_per_token_logps, advantages, mask, is_weights=weights, **options, **kl
+        logps,
+        old,
+        advantages * metrics["phi_seq"] if self.loss_type == "vespo" else advantages,
+        mask,
+        ratio_level=_level(self, advantages, weights),
+        is_weights=weights,
+        log_ratio_clamp=None,
+        **_policy(self),
+        **options,
     )
-    if corrected:
-        k3, ratio = metrics["per_token_kl"], (per_token_logps - old_per_token_logps).detach().exp()
-        metrics["per_token_kl"] = ratio * k3
-        # Only the value is missing. Where the ratio is 1 the policy term is −A: the same sum.
-        reduction = {k: options[k] for k in ("reduction", "denom") if k in options}
-        missing = self.beta * (k3 - ratio * k3)
-        loss = (
-            loss
-            + ppo_fast.ppo_loss(per_token_logps.detach(), None, missing, mask, **reduction).loss
-        )
     mode = "train" if self.model.training else "eval"
     own = {"loss": loss / normalizer, "policy_loss": loss.detach(), "normalizer": normalizer}
     return {**own, "mode": mode, **metrics}
@@ -124,13 +104,8 @@ def _weights(
     advantages: Tensor,
     mask: Tensor,
     entropy_mask: Tensor | None,
-    by_sequence: bool,
 ) -> Tensor | None:
-    """The product of what multiplies the policy term, or None.
-
-    TRL's sequence ratio is one term for all tokens, so that a weight of one token reaches every
-    token's gradient: only weights per sequence are the same in both.
-    """
+    """The product of what multiplies the policy term, `(B, T)` or `(B, 1)`, or None."""
     found = []
     if self.off_policy_mask_threshold is not None:
         found.append(
@@ -144,51 +119,79 @@ def _weights(
         )
     if entropy_mask is not None:
         found.append(entropy_mask)
-    if self.use_vllm and self.vllm_importance_sampling_correction:
+    correction = self.use_vllm and self.vllm_importance_sampling_correction
+    if correction and self.loss_type != "vespo":  # which has the ratios in phi
         found.append(inputs["importance_sampling_ratio"])
     product = None
     for weight in found:
-        if by_sequence and weight.shape[1] != 1:
-            raise Uncovered("weights per token beside importance_sampling_level 'sequence'")
         weight = weight.to(logps.dtype)
         product = weight if product is None else product * weight
-    return None if product is None else product.expand(logps.shape)
+    return product
 
 
-def _options(
-    self: Any, inputs: dict[str, Any], mask: Tensor, by_sequence: bool
-) -> tuple[dict[str, Any], float | Tensor | None, Any]:
-    """ppo_loss's options, what Σ is divided by, and what TRL divides the loss by after that."""
-    kind, delta = self.loss_type, self.args.delta
-    training = self.model.training
+def _level(self: Any, advantages: Tensor, weights: Tensor | None) -> str:
+    """The ratio's level; one that has kernels where a sequence's tokens have like terms.
+
+    The mean's gradient is then each token's own, as every token counts as much as another.
+    """
+    level: str = self.importance_sampling_level
+    like = all(x is None or x.shape[1] == 1 for x in (advantages, weights))
+    corrected = self.beta != 0.0 and self.args.use_bias_correction_kl
+    return "sequence-token" if level == "sequence" and like and not corrected else level
+
+
+def _policy(self: Any) -> dict[str, Any]:
+    """The policy term, as ppo_loss's options."""
+    low, high, delta = min(self.epsilon_low, 1.0), self.epsilon_high, self.args.delta
+    if self.loss_type == "vespo":
+        # −φ·A·logprobs: the advantages have φ, and a ratio clipped to [1, 1] is none.
+        return {"variant": "cispo", "clip_low": 0.0, "clip_high": 0.0}
+    if self.loss_type == "sapo":
+        pos, neg = self.args.sapo_temperature_pos, self.args.sapo_temperature_neg
+        return {"variant": surrogates.sapo(pos, neg)}
+    if self.loss_type == "cispo":
+        if high < 1.0:
+            return {"variant": "reinforce", "ratio_cap": high}
+        return {"variant": "cispo", "clip_low": 1.0, "clip_high": high - 1.0}
+    if delta is None:
+        return {"variant": "clip", "clip_low": low, "clip_high": high}
+    # −min(min(ρ, δ)·A, clip(ρ)·A): the smaller of δ and 1 + ε bounds ρ where A > 0, and the
+    # larger where A < 0, which is the dual clip.
+    least, most = sorted((delta, 1.0 + high))
+    if least < 1.0 or most == 1.0:
+        bounds = (1.0 - low, least, most)
+        return {"variant": Surrogate(partial(_two_sided, bounds))}
+    return {"variant": "clip", "clip_low": low, "clip_high": least - 1.0, "dual_clip": most}
+
+
+def _two_sided(bounds: tuple[float, float, float], t: TokenTerms) -> tuple[Tensor, Tensor]:
+    """−A·min(ρ, least) where A > 0, else −A·clip(ρ, low, most); any bounds."""
+    low, least, most = bounds
+    ratio = t.ratio.detach()
+    held = torch.where(t.advantages > 0, ratio.clamp(max=least), ratio.clamp(low, most))
+    dropped = held != ratio
+    passing = torch.where(dropped, 0.0, t.log_ratio).exp()
+    return -t.advantages * torch.where(dropped, held, passing), dropped
+
+
+def _reduction(self: Any, inputs: dict[str, Any], rows: int) -> tuple[dict[str, Any], float]:
+    """ppo_loss's reduction and divisor, and what TRL divides the loss by after that."""
+    kind, training = self.loss_type, self.model.training
     normalizer = self.current_gradient_accumulation_steps if training else 1.0
-    clip = {"clip_low": self.epsilon_low, "clip_high": self.epsilon_high}
-    variant = "gspo" if by_sequence else "clip"
-    if kind == "cispo":
-        if by_sequence or self.epsilon_high < 1:
-            raise Uncovered(
-                f"cispo with epsilon_high {self.epsilon_high} by {self.importance_sampling_level}"
-            )
-        variant, delta = "cispo", None
-        clip = {"clip_low": 1.0, "clip_high": self.epsilon_high - 1}
-    elif kind not in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"):
-        raise Uncovered(f"loss_type {kind!r}")
-    if delta is not None and delta < 1 + self.epsilon_high:
-        raise Uncovered(f"delta {delta} within epsilon_high {self.epsilon_high}")
-    options = {"variant": variant, "dual_clip": delta, **clip}
-    rows = float(len(mask))
-    if kind == "grpo":
-        return {**options, "reduction": "seq-mean-token-mean"}, rows, normalizer
+    if kind in ("grpo", "sapo"):
+        return {"reduction": "seq-mean-token-mean", "denom": float(rows)}, normalizer
     if kind == "luspo":
-        return {**options, "reduction": "seq-mean-token-sum"}, rows, normalizer
+        return {"reduction": "seq-mean-token-sum", "denom": float(rows)}, normalizer
     if kind == "bnpo":
-        return options, None, normalizer
+        return {"reduction": "token-mean"}, normalizer
     if kind == "dr_grpo":
-        return options, rows * self.max_completion_length, normalizer
+        return {"denom": float(rows * self.max_completion_length)}, normalizer
+    if kind not in ("cispo", "dapo", "vespo"):
+        raise Uncovered(f"loss_type {kind!r}")
     items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
     if training:
         items = items * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-    return options, items, 1.0
+    return {"denom": items}, 1.0
 
 
 @torch.no_grad()
@@ -197,27 +200,42 @@ def _for_metrics(
     inputs: dict[str, Any],
     logps: Tensor,
     old: Tensor,
+    advantages: Tensor,
     mask: Tensor,
-    by_sequence: bool,
 ) -> dict[str, Any]:
-    """The ratio and the KL that TRL's own metrics are taken from."""
-    log_ratio = logps - old
-    if by_sequence:
-        log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1)
+    """The ratio, the KL and φ that TRL's own metrics are taken from, by TRL's formulas."""
+    level, log_ratio = self.importance_sampling_level, logps - old
+    if level not in ("token", "sequence"):
+        raise Uncovered(f"importance_sampling_level {level!r}")
     ratio = log_ratio.exp()
-    if self.args.delta is not None and self.loss_type != "cispo":
-        ratio = ratio.clamp(max=self.args.delta)
+    if level == "sequence":
+        mean = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
+        ratio = mean.exp()
     found = {"coef_1": ratio}
     if self.beta != 0.0:
         d = inputs["ref_per_token_logps"] - logps
-        found["per_token_kl"] = d.exp() - d - 1
+        kl = d.exp() - d - 1
+        found["per_token_kl"] = kl * ratio if self.args.use_bias_correction_kl else kl
+    if self.loss_type == "vespo":
+        found["phi_seq"] = self.get_gamma_weights(
+            advantages=advantages,
+            log_ratio_per_token=log_ratio,
+            mask=mask,
+            importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
+            k_pos=self.args.vespo_k_pos,
+            lambda_pos=self.args.vespo_lambda_pos,
+            k_neg=self.args.vespo_k_neg,
+            lambda_neg=self.args.vespo_lambda_neg,
+        )
+    elif self.args.delta is not None and self.loss_type not in ("cispo", "sapo"):
+        found["coef_1"] = ratio.clamp(max=self.args.delta)
     return found
 
 
 def _compared(arguments: Arguments, result: dict[str, Any]) -> dict[str, Any]:
     """The names that the trainer uses afterwards; ratio and KL of padding are left out."""
     keep = arguments["mask"]
-    per_token = {k: result.get(k) for k in ("coef_1", "per_token_kl")}
+    per_token = {k: result.get(k) for k in ("coef_1", "per_token_kl", "phi_seq")}
     masked = {k: (x * keep).detach() for k, x in per_token.items() if x is not None}
     return {"loss": result["loss"], "policy_loss": result["policy_loss"], **masked}
 

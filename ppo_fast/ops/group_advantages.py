@@ -119,6 +119,40 @@ def _check(
         _checks.indices(_OP, "lengths", lengths, scores.shape, scores.device)
 
 
+@derivatives()
+def prompt_weights(lengths: Tensor, group_ids: Tensor) -> Tensor:
+    """Weights of sequences that give every prompt the same share of a loss (SkyRL's prompt mean).
+
+    1 / (prompts · tokens of the sequence's prompt), for `sequence_weights` of a loss with
+    `reduction="token-sum"`: its micro-batches and ranks then add up. A prompt without a token is
+    none. In PyTorch, without a synchronisation.
+
+    Args:
+        lengths: `(n,)` unmasked tokens of every sequence of the whole batch, any real dtype.
+        group_ids: `(n,)` int32 or int64, the same number for one prompt's sequences.
+
+    Returns:
+        `(n,)` fp32 (fp64 for fp64 lengths).
+
+    Raises:
+        ValueError: shape, device. TypeError: dtype.
+    """
+    op = "prompt_weights"
+    if _checks.tensor(op, "lengths", lengths).dim() != 1:
+        raise ValueError(f"{op}: lengths must have shape (n,), got {tuple(lengths.shape)}")
+    if lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise TypeError(f"{op}: lengths must be numbers, got {lengths.dtype}")
+    _checks.indices(op, "group_ids", group_ids, lengths.shape, lengths.device)
+    tokens = lengths.detach().double()
+    groups = _Groups(group_ids)
+    own = groups.sum(tokens)
+    live = tokens > 0
+    # Each prompt once: its sequences with a token share one.
+    share = torch.where(live, 1.0 / groups.sum(live.double()).clamp(min=1), 0.0)
+    weights = torch.where(live, 1.0 / (own * share.sum().clamp(min=1)).clamp(min=1e-300), 0.0)
+    return weights.to(torch.float64 if lengths.dtype == torch.float64 else torch.float32)
+
+
 def _mean(x: Tensor) -> Tensor:
     return x.sum() / max(1, x.numel())
 

@@ -20,6 +20,7 @@ from ppo_fast.ops.head_inputs import HeadInputs, check_head
 from ppo_fast.ops.linear_logprobs import score
 from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions, Variant
 from ppo_fast.ops.policy import PolicyInputs, check_policy, over
+from ppo_fast.ops.policy_loss import corrected, of_rows, policy_loss
 from ppo_fast.ops.ppo_loss import loss_and_stats
 
 _OP = "linear_ppo_loss"
@@ -43,7 +44,7 @@ class _Tokens(NamedTuple):
         all of its correction that does not wait for the log-probabilities."""
         if given.row_index is not None:
             policy = policy.counting(self.counted)
-        policy, mask = policy.corrected(given.options.backend, self.mask)
+        policy, mask = corrected(policy, given.options.backend, self.mask)
         return policy, self.mask if mask is None else mask
 
 
@@ -67,10 +68,10 @@ class _Loss:
         shape, rows = self.given.tokens.shape, self.given.rows
         logprobs, entropy = (rows.spread(x).view(shape) for x in (logprobs, entropy))
         backend = self.given.options.backend
-        policy, mask = self.policy.corrected(backend, self.mask, logprobs)
+        policy, mask = corrected(self.policy, backend, self.mask, logprobs)
         if self.policy.late_denom:
             self.denom = policy.denom(self.mask)
-        loss, stats, *_ = policy.loss(backend, logprobs, mask, entropy, 0)
+        loss, stats, *_ = policy_loss(policy, backend, logprobs, mask, entropy, 0)
         return loss, stats, logprobs, entropy
 
     def _fuses(self) -> bool:
@@ -101,8 +102,8 @@ class _Loss:
         policy = self.policy._replace(
             per_token=_chunk(self.tokens, at), options=self.slopes, cu_seqlens=None
         )
-        policy, keep = policy.of_rows(
-            self.given.options.backend, softmax.logprobs, self.keep[at], softmax.entropy
+        policy, keep = of_rows(
+            policy, self.given.options.backend, softmax.logprobs, self.keep[at], softmax.entropy
         )
         *_, grads = calls.ppo_loss(
             self.given.options.backend,
@@ -261,9 +262,11 @@ def linear_ppo_loss(
 
     The gradients by hidden, weight and bias are formed in the forward pass, a chunk of rows at a
     time; the backward scales them. Rows without a gradient (masked, clipped, advantage 0 with no
-    other term) take no part in the gradients' products on a CPU. "gspo" and fp16 form the logits
-    twice and the gradients in the backward: in fp16 a loss scale (`torch.amp.GradScaler`) must
-    reach them before they are rounded.
+    other term) take no part in the gradients' products on a CPU. Where slopes need other tokens
+    first ("gspo", a ratio of the sequence, a surrogate that couples, some corrections by the
+    current log-probabilities: docs/corrections.md), and in fp16, the logits are formed twice and
+    the gradients in the backward: in fp16 a loss scale (`torch.amp.GradScaler`) must reach them
+    before they are rounded.
 
     Args:
         hidden, weight, bias, tokens, temperature, softcap, ignore_index, row_index,

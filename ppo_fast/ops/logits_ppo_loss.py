@@ -17,6 +17,7 @@ from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.logprobs import check_scoring, kept, score
 from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions, Variant
 from ppo_fast.ops.policy import PolicyInputs, check_policy
+from ppo_fast.ops.policy_loss import corrected, policy_loss
 from ppo_fast.ops.ppo_loss import loss_and_stats
 
 _OP = "logits_ppo_loss"
@@ -33,7 +34,7 @@ def one_pass(
         dlogits = logits
     else:
         logprobs, entropy, dlogits = calls.logits_ppo_loss(*args)
-    loss, stats, *_ = policy.loss(backend, logprobs, keep, entropy, 0)
+    loss, stats, *_ = policy_loss(policy, backend, logprobs, keep, entropy, 0)
     return loss, stats, logprobs, entropy, dlogits
 
 
@@ -123,8 +124,9 @@ def logits_ppo_loss(
         logits: `(B, T, V)` or `(N, V)`, as in `token_logprobs`; differentiable.
         inplace: write the gradient over the logits, which nothing else may use; their version is
             bumped, so a second backward raises. Without a gradient to form, nothing is written.
-            "gspo" and fp16 read the logits twice and form the gradient in the backward: in fp16 a
-            loss scale (`torch.amp.GradScaler`) must reach it before it is rounded.
+            "gspo", surrogates, corrections by the current log-probabilities and fp16 read the
+            logits twice and form the gradient in the backward: in fp16 a loss scale
+            (`torch.amp.GradScaler`) must reach it before it is rounded.
         tokens, temperature, ignore_index: as in `token_logprobs`. Ignored tokens are masked.
         old_logprobs, advantages, mask and the options of the loss: as in `ppo_loss`.
 
@@ -179,7 +181,13 @@ def logits_ppo_loss(
         return reference.logits_ppo_loss(
             logits, tokens, mask=s.mask, temperature=s.divisor(), **policy.for_reference(_OP)
         )
-    policy, keep = policy.corrected(name, s.mask)
+    return _head_loss(logits, s, policy, name, inplace)
+
+
+def _head_loss(
+    logits: Tensor, s: Scoring, policy: PolicyInputs, name: str, inplace: bool
+) -> HeadLoss:
+    policy, keep = corrected(policy, name, s.mask)
     s = s._replace(mask=keep)
     grads = 2 if n_grads(logits) else 0
     if grads and policy.one_pass and logits.dtype != torch.float16:

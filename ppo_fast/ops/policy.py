@@ -1,8 +1,7 @@
-"""Validated arguments of a policy loss, its correction, and the call into its kernel."""
+"""Validated arguments of a policy loss: what its kernels, surrogate and correction take."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,16 +10,15 @@ from torch import Tensor
 from ppo_fast import _checks
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import PolicyOptions, TokenTensors
-from ppo_fast._boundary.schema import REDUCTIONS, compute_dtype
+from ppo_fast._boundary.schema import compute_dtype
 from ppo_fast._results import Moments
 from ppo_fast._sequences import Sequences
 from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import detached
 from ppo_fast.ops.loss_options import LossOptions, log_ratio_bounds, need_sequences
-from ppo_fast.ops.rollout_weights import check_correction, formed
-from ppo_fast.ops.surrogate import elementwise, given, set_fields, surrogate_loss
-from ppo_fast.reference.common import keep_of, own_denom, token_weights
-from ppo_fast.reference.correction import corrected, counted, is_late, recounts, rollout_sums
+from ppo_fast.ops.rollout_weights import check_correction
+from ppo_fast.reference.common import own_denom, token_weights
+from ppo_fast.reference.correction import is_late
 from ppo_fast.surrogates import Surrogate
 
 
@@ -40,12 +38,12 @@ class PolicyInputs(NamedTuple):
 
     @property
     def late(self) -> bool:
-        """Whether a correction waits for the current log-probabilities."""
+        """True for a correction that waits for the current log-probabilities."""
         return is_late(self.correction, self.per_token.old_logprobs)
 
     @property
     def couples(self) -> bool:
-        """Whether a slope depends on other tokens than its own, so that all must be known."""
+        """True where a slope depends on other tokens than its own, so that all must be known."""
         if self.given.variant == "gspo" or self.surrogate_couples:
             return True
         c = self.correction
@@ -56,75 +54,23 @@ class PolicyInputs(NamedTuple):
 
     @property
     def surrogate_couples(self) -> bool:
-        """Whether the surrogate takes the whole call at once."""
+        """True for a surrogate that takes the whole call at once."""
         s = self.surrogate
         return s is not None and (s.couples or self.given.ratio_level != "token")
 
     @property
     def one_pass(self) -> bool:
-        """Whether a kernel forms a token's slope from its logits alone."""
+        """True where a kernel forms a token's slope from its logits alone."""
         own = self.surrogate is None and self.correction is None
         return own and self.given.variant != "gspo"
 
-    def corrected(
-        self, backend: str, mask: Tensor | None, logprobs: Tensor | None = None
-    ) -> tuple[PolicyInputs, Tensor | None]:
-        """The loss with its correction's weights and mask, where all they depend on is known."""
-        c, x = self.correction, self.per_token
-        now = logprobs if self.late else x.old_logprobs
-        if c is None or now is None:
-            return self, mask
-        rows = keep_of(now, mask)
-        known = rows if self.late or self.counted is None else self.counted
-        tokens, kept, stats = corrected_tokens(backend, c, now, x, known, self.cu_seqlens)
-        policy = self._replace(per_token=tokens, correction=None, rollout=stats)
-        if not recounts(c):
-            return policy, mask
-        every = rows if self.counted is None else self.counted
-        g, wide = self.given, compute_dtype(x.advantages)
-        new = counted(
-            c,
-            kept,
-            rows,
-            every,
-            self.cu_seqlens,
-            reduction=g.reduction,
-            denom=g.denom,
-            sequence_weights=self.sequence_weights,
-            dtype=wide,
-        )
-        denom = torch.as_tensor(new.denom, device=rows.device).detach()
-        reduction = REDUCTIONS.index(new.reduction)
-        options = self.options._replace(reduction=reduction, denom=0.0, denom_tensor=denom)
-        policy = policy._replace(
-            given=g._replace(reduction=new.reduction, denom=denom),
-            options=options,
-            sequence_weights=new.sequence_weights,
-            own_denom=new.own,
-        )
-        return policy, new.rows
-
     @property
     def late_denom(self) -> bool:
-        """Whether D waits for what a correction rejects by the current log-probabilities."""
+        """True where D waits for what a correction rejects by the current log-probabilities."""
         c = self.correction
         return c is not None and bool(c.reject) and c.count == "kept" and self.given.denom is None
 
-    def of_rows(
-        self, backend: str, logprobs: Tensor, keep: Tensor, entropy: Tensor
-    ) -> tuple[PolicyInputs, Tensor]:
-        """The kernels' loss of rows (R,) that do not depend on others, and its mask."""
-        policy, c = self, self.correction
-        if c is not None:
-            x, kept, _ = corrected_tokens(backend, c, logprobs, self.per_token, keep, None)
-            policy = self._replace(per_token=x, correction=None)
-            keep = keep & kept if c.drops == "all" else keep
-        if policy.surrogate is not None:
-            found = elementwise(policy, policy.per_token, logprobs, keep, entropy)
-            policy = given(policy, found.value, found.slope)
-        return policy, keep
-
-    def loss(
+    def by_kernel(
         self,
         backend: str,
         logprobs: Tensor,
@@ -132,29 +78,18 @@ class PolicyInputs(NamedTuple):
         entropy: Tensor | None,
         n_grads: int,
     ) -> calls.RawLoss:
-        """(loss, stats, scale, grads) of `n_grads` gradients."""
-        if self.correction is not None:
-            policy, mask = self.corrected(backend, mask, logprobs)
-            return policy.loss(backend, logprobs, mask, entropy, n_grads)
-        if self.surrogate is not None:
-            out = surrogate_loss(self, backend, logprobs, mask, entropy, n_grads)
-        else:
-            out = calls.ppo_loss(
-                backend,
-                logprobs,
-                self.per_token,
-                self.options,
-                n_grads,
-                mask=mask,
-                entropy=entropy,
-                cu_seqlens=self.cu_seqlens,
-                sequence_weights=self.sequence_weights,
-            )
-        if self.rollout is not None:
-            set_fields(out[1], **rollout_sums(self.rollout))
-        if self.own_denom is not None:
-            set_fields(out[1], loss_denom=self.own_denom)
-        return out
+        """(loss, stats, scale, grads) of a loss that the kernels have, its correction formed."""
+        return calls.ppo_loss(
+            backend,
+            logprobs,
+            self.per_token,
+            self.options,
+            n_grads,
+            mask=mask,
+            entropy=entropy,
+            cu_seqlens=self.cu_seqlens,
+            sequence_weights=self.sequence_weights,
+        )
 
     def counting(self, tokens: Tensor) -> PolicyInputs:
         """The same loss with a D over other tokens than its mask's."""
@@ -197,24 +132,6 @@ class PolicyInputs(NamedTuple):
             "cu_seqlens": self.cu_seqlens,
             "sequence_weights": self.sequence_weights,
         }
-
-
-def corrected_tokens(
-    backend: str,
-    correction: Correction,
-    logprobs: Tensor,
-    x: TokenTensors,
-    keep: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[TokenTensors, Tensor, Tensor]:
-    """The constants with the correction's weights, what is not rejected, and the statistics."""
-    rollout: Any = x.rollout_logprobs  # checked with the correction
-    found = corrected(
-        correction, logprobs, rollout, x.is_weights, keep, cu_seqlens, partial(formed, backend)
-    )
-    drops = correction.reject and correction.drops == "policy"
-    tokens = x._replace(is_weights=found.is_weights, accepted=found.kept if drops else None)
-    return tokens, found.kept, found.stats
 
 
 def over(w: Tensor, denom: Tensor) -> Tensor:

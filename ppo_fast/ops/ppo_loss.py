@@ -14,6 +14,7 @@ from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions, Variant
 from ppo_fast.ops.policy import PolicyInputs, check_policy
+from ppo_fast.ops.policy_loss import policy_loss
 
 _OP = "ppo_loss"
 
@@ -29,7 +30,7 @@ class _PPOLoss(torch.autograd.Function):
         constants: tuple[Tensor | None, PolicyInputs, int, str],
     ) -> Any:
         mask, policy, grads, backend = constants
-        loss, stats, *saved = policy.loss(backend, logprobs, mask, entropy, grads)
+        loss, stats, *saved = policy_loss(policy, backend, logprobs, mask, entropy, grads)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -89,14 +90,20 @@ def ppo_loss(
       each token's own log-probability;
     - "cispo": −sg(clip ρ)·A·logprobs (MiniMax-M1 2025, eq. 4);
     - "penalty": −ρA + kl_coef·KL(old‖new), no `ref_logprobs` (Schulman et al. 2017, eq. 8);
-    - "linear": −(ρA − kl_coef·(ρ − ρ')A), ρ' = exp(ref_logprobs − old_logprobs), kl_coef < 1.
+    - "linear": −(ρA − kl_coef·(ρ − ρ')A), ρ' = exp(ref_logprobs − old_logprobs), kl_coef < 1;
+    - "sapo", "dppo-tv", "dppo-kl" (thresholds `clip_low`, `clip_high`) and "reinforce":
+      `ppo_fast.surrogates` with their default options;
+    - a `ppo_fast.Surrogate`: any function of a token's terms. docs/losses.md has the table.
 
     Args:
         logprobs: `(B, T)`, or flat `(N,)`; differentiable. fp32, bf16, fp16 (fp64 except Triton).
         old_logprobs: same shape, or None for the current ones detached (ρ exactly 1).
         advantages: same shape, or `(B, 1)`, broadcast without a copy.
         mask: same shape, any real dtype, non-zero keeps.
+        ratio_level: ρ of the "token"; "sequence": exp(mean d), its gradient through the mean;
+            "sequence-token": the same value, each token's own gradient ("gspo" is "clip" with it).
         clip_low, clip_high: half-widths below and above 1; 1.0 and inf switch a bound off.
+        ratio_cap: for dppo and reinforce, c makes the term −A·sg(min(ρ, c))·logprobs, None −A·ρ.
         log_ratio_clamp: number, (low, high) or None; no gradient outside. Of the token's
             log-ratio, and of the sequence's mean one in "gspo".
         is_weights: same shape, or `(B, 1)`; detached, multiply the policy term only, and a 0 drops
@@ -115,6 +122,9 @@ def ppo_loss(
         reduction: "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum" or
             "seq-mean-token-sum-norm"; `denom` (a number or 0-d tensor) replaces D whole.
         cu_seqlens: `(S + 1,)` int32 or int64 for packed `(N,)` inputs.
+        rollout_logprobs: same shape, of the policy that sampled; a field of `TokenTerms`, and what
+            a `correction` (`ppo_fast.Correction`) makes weights and rejections of, which multiply
+            `is_weights`. With `old_logprobs=None` they are those of the current log-probabilities.
 
     Returns:
         `Loss(loss, stats)`: a 0-d fp32 loss (fp64 for fp64 inputs) and mergeable `Stats`.
@@ -182,5 +192,5 @@ def loss_and_stats(
         constants = (mask, policy, grads, backend)
         out: tuple[Tensor, Tensor] = _PPOLoss.apply(logprobs, entropy, constants)
         return out
-    loss, stats, *_ = policy.loss(backend, logprobs, mask, entropy, 0)
+    loss, stats, *_ = policy_loss(policy, backend, logprobs, mask, entropy, 0)
     return loss, stats

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from ppo_fast._boundary.options import TokenTensors
 from ppo_fast._boundary.schema import KERNEL_VARIANTS, compute_dtype
 from ppo_fast._results import STATS_FIELDS
 from ppo_fast._sequences import Sequences
+from ppo_fast.ops.policy import PolicyInputs
 from ppo_fast.reference.common import keep_of, select, whitening
 from ppo_fast.reference.surrogate import Evaluated, TermInputs, TermOptions, evaluate
-
-if TYPE_CHECKING:
-    from ppo_fast.ops.policy import PolicyInputs
 
 _GIVEN = KERNEL_VARIANTS.index("given")
 # Rows of a block on the CPU: below PyTorch's grain, so one thread, and whole vectors: its tails
@@ -149,7 +147,7 @@ def surrogate_loss(
         found = elementwise(policy, policy.per_token, logprobs, mask, entropy)
         slope = found.slope
     ready = given(policy, found.value, slope)
-    out, stats, scale, grads = ready.loss(backend, logprobs, mask, entropy, n_grads)
+    out, stats, scale, grads = ready.by_kernel(backend, logprobs, mask, entropy, n_grads)
     set_fields(
         stats,
         clip_low=(found.clipped & found.below).sum(),
@@ -172,11 +170,11 @@ def given(policy: PolicyInputs, value: Tensor, slope: Tensor) -> PolicyInputs:
     options = policy.options._replace(variant=_GIVEN)
     if _kl_inside(policy):
         options = options._replace(kl_coef=0.0, kl_coef_tensor=None)
-    return policy._replace(per_token=x, options=options, surrogate=None, rollout=None)
+    return policy._replace(per_token=x, options=options, surrogate=None)
 
 
 def _kl_inside(policy: PolicyInputs) -> bool:
-    """Whether the KL term's weight is a ratio of the sequence, whose gradient is no token's."""
+    """True where the KL term's weight is a sequence's ratio, whose gradient is no token's."""
     x, options = policy.per_token, policy.given
     by_sequence = options.ratio_level == "sequence" and options.kl_weight == "ratio"
     return by_sequence and x.ref_logprobs is not None

@@ -27,7 +27,7 @@ class Corrected(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """What a loss is a sum over and is divided by, once some of its tokens are rejected.
+    """The mask, weights and divisor of a loss, some of whose tokens are rejected.
 
     `rows` is the loss's mask. `own` is the reduction's own D (0 for "token-sum"), `denom` the D
     that is used; `reduction` and `sequence_weights` give w.
@@ -41,7 +41,7 @@ class Counted(NamedTuple):
 
 
 def is_late(correction: Correction | None, old: Tensor | None) -> bool:
-    """Whether the correction is a function of the current log-probabilities."""
+    """True for a correction that is a function of the current log-probabilities."""
     return correction is not None and (correction.ratio == "current" or old is None)
 
 
@@ -95,7 +95,7 @@ def counted(
 
 
 def recounts(correction: Correction) -> bool:
-    """Whether what is summed over or counted differs from the mask given."""
+    """True where what is summed over or counted differs from the mask given."""
     return bool(correction.reject) and (correction.drops, correction.count) != ("policy", "all")
 
 

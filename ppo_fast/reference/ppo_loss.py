@@ -226,8 +226,9 @@ def _by_surrogate(
     given, _ = terms_of(new, x, options, surrogate)
     value, _ = call(surrogate, given)
     clipped = evaluate(surrogate, new, x, options, w.reshape(-1)).clipped
-    views = (weighted(surrogate, value, x), given.log_ratio, torch.zeros_like(keep), clipped)
-    return Policy(*(part.view(t.new.shape) for part in views))
+    value = weighted(surrogate, value, x).view(t.new.shape)
+    log_ratio = log_ratio_at(options.level, t.new, t.old, t.bounds, t.seqs)
+    return Policy(value, log_ratio, torch.zeros_like(t.keep), clipped.view(t.new.shape))
 
 
 def _by_variant(

@@ -67,7 +67,7 @@ def _k3(x: Tensor) -> Tensor:
 
 
 def _accepted(correction: Correction, x: Tensor, seqs: Sequences) -> Tensor:
-    """Where all of the rejections' bounds hold; bounds are open at infinity."""
+    """Tokens that all of the rejections' bounds keep; bounds are open at infinity."""
     x = x.double()
     ways = (lambda v: v, seqs.sum, seqs.mean, seqs.min, seqs.max)
     kept = torch.ones_like(seqs.keep)

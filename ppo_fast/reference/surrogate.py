@@ -76,17 +76,26 @@ def log_ratio_at(
 def terms_of(
     new: Tensor, x: TermInputs, options: TermOptions, surrogate: Surrogate
 ) -> tuple[TokenTerms, Tensor | None]:
-    """The terms of the log-probabilities `new` (R,), and the KL term that goes with them."""
+    """The terms of the log-probabilities `new` (R,), and the KL term that goes with them.
+
+    Where an elementwise surrogate's term is dropped, its terms have no gradient: 0·inf is NaN.
+    """
     old = new.detach() if x.old is None else x.old
     log_ratio = log_ratio_at(options.level, new, old, options.bounds, x.seqs)
-    ratio = log_ratio.exp()
+    inside = None
+    if options.kl_coef is not None and x.ref is not None:
+        estimate = kl_terms(new - x.ref, options.kl_estimator, options.kl_clamp)
+        inside = options.kl_coef * log_ratio.exp() * estimate
+    if not surrogate.couples:
+        drawn = _drawn(surrogate, x)
+        new, log_ratio = (torch.where(drawn, part, part.detach()) for part in (new, log_ratio))
     kl = None
     if x.ref is not None and surrogate.couples:
         kl = kl_terms(new.detach() - x.ref, options.kl_estimator.rstrip("+"), options.kl_clamp)
     terms = TokenTerms(
         logprobs=new,
         log_ratio=log_ratio,
-        ratio=ratio,
+        ratio=log_ratio.exp(),
         old_logprobs=old,
         advantages=x.advantages,
         weights=x.weights,
@@ -97,10 +106,7 @@ def terms_of(
         kl=kl,
         sequences=x.seqs if surrogate.couples else None,
     )
-    if options.kl_coef is None or x.ref is None:
-        return terms, None
-    estimate = kl_terms(new - x.ref, options.kl_estimator, options.kl_clamp)
-    return terms, options.kl_coef * ratio * estimate
+    return terms, inside
 
 
 def call(surrogate: Surrogate, terms: TokenTerms) -> tuple[Tensor, Tensor | None]:
@@ -125,9 +131,13 @@ def call(surrogate: Surrogate, terms: TokenTerms) -> tuple[Tensor, Tensor | None
 
 def weighted(surrogate: Surrogate, value: Tensor, x: TermInputs) -> Tensor:
     """The terms times their weights; 0 where dropped, and where a weight is 0, as a select."""
-    if surrogate.weighted:
-        return torch.where(x.acting, value, 0.0)
-    return torch.where(x.acting & (x.weights != 0), value * x.weights, 0.0)
+    product = value if surrogate.weighted else value * x.weights
+    return torch.where(_drawn(surrogate, x), product, 0.0)
+
+
+def _drawn(surrogate: Surrogate, x: TermInputs) -> Tensor:
+    """The slots whose policy term counts: neither rejected nor of weight 0."""
+    return x.acting if surrogate.weighted else x.acting & (x.weights != 0)
 
 
 def evaluate(

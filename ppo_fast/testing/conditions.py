@@ -19,6 +19,7 @@ from ppo_fast.testing.loss_conditions import (
     ppo_condition,
     value_condition,
 )
+from ppo_fast.testing.rollout_conditions import rollout_condition
 
 __all__ = ["CONDITIONS", "Conditions"]
 
@@ -32,4 +33,5 @@ CONDITIONS: dict[str, Callable[..., Conditions]] = {
     "linear_token_logprobs": linear_logprobs_condition,
     "logits_ppo_loss": head_loss_condition,
     "linear_ppo_loss": head_loss_condition,
+    "rollout_weights": rollout_condition,
 }

@@ -15,6 +15,7 @@ from ppo_fast._boundary.schema import KERNEL_VARIANTS, VARIANTS
 from ppo_fast._results import STATS_FIELDS
 from ppo_fast.ops.loss_options import LossOptions
 from ppo_fast.ops.policy import check_policy
+from ppo_fast.ops.policy_loss import policy_loss
 from ppo_fast.reference.common import SequenceMap, keep_of, token_weights
 from ppo_fast.testing import Call, ppo_call, promoted, run, same_bits
 from ppo_fast.testing.budget import assert_within_budget
@@ -66,8 +67,8 @@ def given(call: Call, value: Tensor, slope: Tensor, by_sequence: int, backend: s
         variant=KERNEL_VARIANTS.index("given"), by_sequence=by_sequence
     )
     policy = policy._replace(options=options)
-    loss, stats, scale, grads = policy.loss(
-        backend, t["logprobs"], t.get("mask"), t.get("entropy"), 2
+    loss, stats, scale, grads = policy_loss(
+        policy, backend, t["logprobs"], t.get("mask"), t.get("entropy"), 2
     )
     return loss, stats, grads * scale
 

@@ -120,7 +120,7 @@ def test_the_mode_sees_host_reads() -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", ["triton", "cpu"])
 def test_forward_reads_nothing_on_the_host(backend: str, name: str) -> None:
-    """What PyTorch does around the kernels, for a call that a CUDA graph can hold."""
+    """The operations around the kernels wait for no value: a CUDA graph can hold the call."""
     from conftest import usable
 
     function = step(CASES[name], usable(backend))

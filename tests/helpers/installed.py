@@ -47,7 +47,8 @@ def functions(tree: ast.AST, *names: str, **known: Any) -> types.SimpleNamespace
 def block(tree: ast.AST, first: str, last: str, **known: Any) -> dict[str, Any]:
     """Run the statements between the assignment of `first` and the last one of `last`.
 
-    They are neighbours in the one block that assigns both; gives every name in scope after it.
+    They are neighbours in the one block that assigns both; a branch that assigns `last` again ends
+    them. Gives every name in scope after it.
     """
 
     def assigned(body: list[ast.stmt], name: str) -> list[int]:
@@ -57,8 +58,14 @@ def block(tree: ast.AST, first: str, last: str, **known: Any) -> dict[str, Any]:
     bodies = [n.body for n in ast.walk(tree) if isinstance(getattr(n, "body", None), list)]
     (body,) = [b for b in bodies if assigned(b, first) and assigned(b, last)]
     scope = {"torch": torch, **known}
-    _run(body[assigned(body, first)[0] : assigned(body, last)[-1] + 1], scope)
+    (end, *_) = (i for i in reversed(range(len(body))) if _assigns(body[i], last))
+    _run(body[assigned(body, first)[0] : end + 1], scope)
     return scope
+
+
+def _assigns(statement: ast.stmt, name: str) -> bool:
+    targets = (n.targets[0] for n in ast.walk(statement) if isinstance(n, ast.Assign))
+    return any(isinstance(target, ast.Name) and target.id == name for target in targets)
 
 
 def _run(body: list[ast.stmt], scope: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -56,3 +57,24 @@ def batch(layout: str, dtype: torch.dtype = torch.float64, seed: int = 0, t: int
         spans = [slice(i, j) for i, j in itertools.pairwise(ends.tolist())]
     new, rollout, ref, old, entropy, adv = values
     return Batch(new, old, rollout, ref, entropy, adv, mask, cu, spans)
+
+
+Formula = Callable[[Batch, Tensor], Tensor]
+
+
+def flat(b: Batch, x: Tensor) -> Tensor:
+    """The flat tensor with 0 in masked slots."""
+    return torch.where(b.mask, x, 0.0).reshape(-1)
+
+
+def wanted(b: Batch, formula: Formula) -> tuple[Tensor, Tensor]:
+    """Mean over tokens of the formula's terms, and its gradient."""
+    new = flat(b, b.logprobs).requires_grad_()
+    keep = b.mask.reshape(-1)
+    loss = formula(b, new)[keep].sum() / keep.sum()
+    (grad,) = torch.autograd.grad(loss, new)
+    return loss.detach(), torch.where(keep, grad, 0.0).view(b.mask.shape)
+
+
+def given(b: Batch) -> tuple[Tensor, ...]:
+    return b.old, b.advantages, b.mask

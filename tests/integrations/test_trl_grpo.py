@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from trainer_sides_helpers import prepared, updates
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils
 
+import ppo_fast
 from benchmarks.loop.equal_work import Work, differences
 from ppo_fast import integrations, testing
 from ppo_fast.integrations import trl_grpo
 
 TIMES = ("step_time", "epoch")
-ROWS, LENGTH = 4, 9
+ROWS, LENGTH = 5, 9
 
 
 @pytest.mark.parametrize(
@@ -33,9 +36,14 @@ ROWS, LENGTH = 4, 9
     [
         {},
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.0},
+        {"loss_type": "bnpo", "delta": 1.1},
+        {"loss_type": "dr_grpo", "use_bias_correction_kl": False},
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
         {"loss_type": "cispo", "epsilon_high": 2.0},
+        {"loss_type": "sapo"},
+        {"loss_type": "vespo", "off_policy_mask_threshold": 0.5},
     ],
-    ids=["defaults", "sequence", "cispo"],
+    ids=["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"],
 )
 def test_a_run_is_the_same(options: dict[str, Any]) -> None:
     theirs = trl_grpo_run.run(**options)
@@ -53,24 +61,38 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     trainer = trl_grpo_run.trainer(str(tmp_path_factory.mktemp("grpo")))
     trainer.current_gradient_accumulation_steps = 2
     trainer.accelerator.gradient_state._set_sync_gradients(True)
+    trainer.args.sapo_temperature_neg = 1.25  # TRL rounds it to fp32, whatever its tensors are
     yield trainer
 
 
-def batch(per_token: bool) -> dict[str, Any]:
+def batch(per_token: bool = False) -> dict[str, Any]:
+    """Rows padded, with a tool's answer in the middle, of one token and of none."""
     torch.manual_seed(0)
-    mask = torch.ones(ROWS, LENGTH, dtype=torch.int64)
-    mask[0, 5:], mask[2, 1:] = 0, 0
+    mask, tools = torch.ones(2, ROWS, LENGTH, dtype=torch.int64)
+    mask[0, 5:], mask[2, 1:], mask[3] = 0, 0, 0
+    tools[1, 3:6] = 0
     shape = (ROWS, LENGTH) if per_token else (ROWS,)
     return {
         "prompt_ids": torch.ones(ROWS, 2, dtype=torch.int64),
         "prompt_mask": torch.ones(ROWS, 2, dtype=torch.int64),
         "completion_ids": torch.ones(ROWS, LENGTH, dtype=torch.int64),
         "completion_mask": mask,
+        "tool_mask": tools,
         "advantages": torch.randn(shape, dtype=torch.float64),
         "old_per_token_logps": torch.randn(ROWS, LENGTH, dtype=torch.float64) - 3,
         "ref_per_token_logps": torch.randn(ROWS, LENGTH, dtype=torch.float64) - 3,
         "num_items_in_batch": torch.tensor(31.0),
     }
+
+
+def ratios(columns: int) -> Tensor:
+    """Importance ratios as TRL makes them: some 0 ("mask"), 1 where masked."""
+    torch.manual_seed(2)
+    found = (torch.randn(ROWS, columns, dtype=torch.float64) / 4).exp()
+    found[found > 1.2] = 0.0
+    inputs = batch()
+    live = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+    return torch.where(live if columns > 1 else live.any(1, keepdim=True), found, 1.0)
 
 
 def loss_of(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -87,83 +109,184 @@ def loss_of(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, dict[
     return loss.detach(), gradient, {k: v[-1] for k, v in trainer._metrics["train"].items()}
 
 
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo")
-
-
-# By sequence neither cispo nor a corrected KL is covered: test_what_is_left_to_trl has them.
-COVERED = [
-    (loss, level, kl)
-    for loss, level, kl in itertools.product(
-        LOSSES, ("token", "sequence"), ((0.0, False), (0.3, False), (0.3, True))
-    )
-    if level == "token" or (loss != "cispo" and not kl[1])
-]
-
-
-@pytest.mark.parametrize(("loss_type", "level", "kl"), COVERED)
-def test_every_loss(
-    made: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    loss_type: str,
-    level: str,
-    kl: tuple[float, bool],
-) -> None:
-    """All reductions, both ratios, with and without KL and the two-sided clip; fp64."""
-    beta, corrected = kl
-    monkeypatch.setattr(made.args, "use_bias_correction_kl", corrected)
-    for delta, per_token in itertools.product((None, 4.0), (False, level == "token")):
-        monkeypatch.setattr(made, "loss_type", loss_type)
-        monkeypatch.setattr(made, "importance_sampling_level", level)
-        monkeypatch.setattr(made, "beta", beta)
-        monkeypatch.setattr(made, "epsilon_high", 2.0 if loss_type == "cispo" else 0.3)
-        monkeypatch.setattr(made.args, "delta", delta)
-        inputs = batch(per_token)
-        theirs = loss_of(made, inputs)
-        with trl_grpo.patched(("loss",)) as calls:
-            ours = loss_of(made, inputs)
-        assert (calls["loss"].fused, calls["loss"].left) == (1, 0)
-        size = float(inputs["advantages"].abs().max()) * 400 + 400  # e^6, a ratio's most
-        for a, b in zip(ours[:2], theirs[:2], strict=True):
-            testing.assert_within_budget(a.double(), b, condition=size, ops=40 * ROWS * LENGTH)
-        assert ours[2].keys() == theirs[2].keys()
-        for name, value in theirs[2].items():
-            assert ours[2][name] == pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True), name
-
-
-def test_entropy_mask_and_off_policy_mask(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(made, "top_entropy_quantile", 0.4)
-    monkeypatch.setattr(made, "off_policy_mask_threshold", 0.1)
-    inputs = batch(False)
-    theirs = loss_of(made, inputs)
-    with trl_grpo.patched(("loss",)) as calls:
-        ours = loss_of(made, inputs)
-    assert (calls["loss"].fused, calls["loss"].left) == (1, 0)
-    for a, b in zip(ours[:2], theirs[:2], strict=True):
-        testing.assert_within_budget(a.double(), b, condition=800.0, ops=40 * ROWS * LENGTH)
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ({"loss_type": "sapo"}, "loss_type 'sapo'"),
-        ({"loss_type": "vespo"}, "loss_type 'vespo'"),
-        ({"loss_type": "cispo", "importance_sampling_level": "sequence"}, "cispo with"),
-        ({"importance_sampling_level": "sequence", "top_entropy_quantile": 0.4}, "per token"),
-        ({"delta": 1.1}, "delta 1.1 within epsilon_high"),
-        ({"importance_sampling_level": "sequence"}, "use_bias_correction_kl beside"),
-    ],
-)
-def test_what_is_left_to_trl(
-    made: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], why: str
-) -> None:
+def set_options(made: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Options of the trainer, which has some of them itself and the others in its arguments."""
     for name, value in options.items():
         monkeypatch.setattr(made if hasattr(made, name) else made.args, name, value)
-    inputs = batch(False)
-    theirs = loss_of(made, inputs)
-    with pytest.warns(RuntimeWarning, match=why), trl_grpo.patched(("loss",)) as calls:
-        ours = loss_of(made, inputs)
-    assert (calls["loss"].fused, calls["loss"].left) == (0, 1)
-    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def condition(inputs: dict[str, Any]) -> float:
+    """The largest a token's term can be: ratios, weights, advantages and estimates multiplied."""
+    old, ref = inputs.get("old_per_token_logps"), inputs["ref_per_token_logps"]
+    torch.manual_seed(1)
+    logps = torch.randn(ROWS, LENGTH, dtype=torch.float64) - 3  # loss_of's
+    ratio = 1.0 if old is None else float((logps - old).exp().max())
+    k3 = float((ref - logps).exp().max()) + float((ref - logps).abs().max())
+    weights = inputs.get("importance_sampling_ratio", torch.ones(()))
+    size = float(inputs["advantages"].abs().max()) * max(1.0, float(weights.max()))
+    return max(1.0, ratio) * (size * float(logps.abs().max()) + k3)
+
+
+def assert_same_losses(made: Any, monkeypatch: pytest.MonkeyPatch, cases: list[Any]) -> None:
+    """Loss, gradient and log of every (options, inputs), patched, against TRL's own; fp64."""
+    theirs = []
+    for options, inputs in cases:
+        set_options(made, monkeypatch, **options)
+        theirs.append(loss_of(made, inputs))
+    with trl_grpo.patched(("loss",)) as calls:
+        for (options, inputs), want in zip(cases, theirs, strict=True):
+            set_options(made, monkeypatch, **options)
+            got = loss_of(made, inputs)
+            for a, b in zip(got[:2], want[:2], strict=True):
+                testing.assert_within_budget(
+                    a.double(),
+                    b,
+                    condition=condition(inputs),
+                    ops=40 * ROWS * LENGTH,
+                    name=str(options),
+                )
+            assert got[2].keys() == want[2].keys()
+            for name, value in want[2].items():
+                same = pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True)
+                assert got[2][name] == same, (name, options)
+    assert (calls["loss"].fused, calls["loss"].left) == (len(cases), 0)
+
+
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+LOSSES = (*CLIPPED, "cispo", "sapo", "vespo")
+CLIPS = [{"epsilon_high": 0.3, "delta": delta} for delta in (None, 4.0, 1.1, 0.7)]
+# cispo's epsilon_high is the bound itself; delta and it are nothing to the last two.
+OTHER_CLIPS = [{"epsilon_high": high, "delta": 1.1} for high in (2.0, 0.8)]
+KL = {
+    "no KL": {"beta": 0.0},
+    "KL": {"beta": 0.3, "use_bias_correction_kl": False},
+    "corrected KL": {"beta": 0.3, "use_bias_correction_kl": True},
+}
+
+
+@pytest.mark.parametrize("kl", KL)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss(
+    made: Any, monkeypatch: pytest.MonkeyPatch, loss_type: str, level: str, kl: str
+) -> None:
+    """Two-sided clip, off-policy mask and vLLM's ratios; advantages per sequence and per token."""
+    fixed = {
+        "loss_type": loss_type,
+        "importance_sampling_level": level,
+        "vllm_importance_sampling_correction": True,
+        **KL[kl],
+    }
+    cases = []
+    clips = CLIPS if loss_type in CLIPPED else OTHER_CLIPS
+    for clip, threshold, columns in itertools.product(clips, (None, 0.1), (0, LENGTH, 1)):
+        inputs = batch(per_token=len(cases) % 2 == 1)
+        if columns:
+            inputs["importance_sampling_ratio"] = ratios(columns)
+        options = {"off_policy_mask_threshold": threshold, "use_vllm": columns > 0}
+        cases.append(({**fixed, **clip, **options}, inputs))
+    assert_same_losses(made, monkeypatch, cases)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_entropy_mask(
+    made: Any, monkeypatch: pytest.MonkeyPatch, loss_type: str, level: str
+) -> None:
+    """With the off-policy mask and vLLM's ratios, which vespo has in its sequence's weight."""
+    options = {
+        "loss_type": loss_type,
+        "importance_sampling_level": level,
+        "top_entropy_quantile": 0.4,
+        "use_vllm": True,
+        "vllm_importance_sampling_correction": True,
+        "off_policy_mask_threshold": 0.1,
+    }
+    inputs = {**batch(), "importance_sampling_ratio": ratios(LENGTH)}
+    assert_same_losses(made, monkeypatch, [(options, inputs)])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_ratio_one(made: Any, monkeypatch: pytest.MonkeyPatch, loss_type: str, level: str) -> None:
+    """No log-probabilities of the old policy: every ratio is on the bounds of some options."""
+    fixed = {"loss_type": loss_type, "importance_sampling_level": level}
+    inputs = batch()
+    del inputs["old_per_token_logps"]
+    highs = (1.0, 0.9) if loss_type == "cispo" else (0.3, 0.0)
+    clips: list[dict[str, Any]] = [
+        {"epsilon_high": high, "delta": delta}
+        for high, delta in itertools.product(highs, (None, 2.0, 1.0, 0.9))
+    ]
+    clips += [{"epsilon_high": 0.3, "epsilon_low": 1.5, "delta": None}]
+    assert_same_losses(made, monkeypatch, [({**fixed, **clip}, inputs) for clip in clips])
+
+
+def test_two_sided_clip_beside_a_ratio_that_overflows() -> None:
+    """δ below 1, by hand: the bound and no slope, where inf·0 would be NaN."""
+    gaps, adv = [400.0, 800.0, 800.0, -800.0, 0.1, 0.1], [1.0, 1.0, -1.0, 1.0, -2.0, 0.0]
+    logprobs = torch.full((1, 6), -1.0, dtype=torch.float64, requires_grad=True)
+    old = logprobs.detach() - torch.tensor([gaps], dtype=torch.float64)
+    two_sided = partial(trl_grpo._two_sided, (0.8, 0.7, 1.3))
+    for backend in ("cpu", "reference"):
+        loss = ppo_fast.ppo_loss(
+            logprobs,
+            old,
+            torch.tensor([adv], dtype=torch.float64),
+            variant=ppo_fast.Surrogate(two_sided),
+            log_ratio_clamp=None,
+            reduction="token-sum",
+            backend=backend,
+        ).loss
+        (slope,) = torch.autograd.grad(loss, logprobs)
+        want = [0.0, 0.0, 0.0, 0.0, 2.0 * math.exp(0.1), 0.0]
+        testing.assert_within_budget(
+            slope, torch.tensor([want], dtype=torch.float64), condition=3.0, ops=10
+        )
+        exact = -0.7 - 0.7 + 1.3 + 2.0 * math.exp(0.1)
+        testing.assert_within_budget(
+            loss.detach(), torch.tensor(exact, dtype=torch.float64), condition=6.0, ops=20
+        )
+
+
+def test_vespo_is_the_surrogate_of_that_name(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`surrogates.vespo`, with vLLM's ratios as weights, has TRL's loss and gradient."""
+    shapes = {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5}
+    set_options(made, monkeypatch, loss_type="vespo", beta=0.0, vespo_lambda_neg=1.0, **shapes)
+    inputs = {**batch(), "importance_sampling_ratio": ratios(LENGTH)}
+    set_options(made, monkeypatch, entropy_coef=0.0)
+    want = loss_of(made, inputs)
+    torch.manual_seed(1)
+    logps = (torch.randn(ROWS, LENGTH, dtype=torch.float64) - 3).requires_grad_()
+    items = 31.0 * made.current_gradient_accumulation_steps / made.args.steps_per_generation
+    for backend in ("cpu", "reference"):
+        loss = ppo_fast.ppo_loss(
+            logps,
+            inputs["old_per_token_logps"],
+            inputs["advantages"][:, None],
+            inputs["completion_mask"] * inputs["tool_mask"],
+            variant=ppo_fast.surrogates.vespo((1.5, 2.5), (2.0, 1.0)),
+            is_weights=inputs["importance_sampling_ratio"],
+            log_ratio_clamp=None,
+            denom=items,
+            backend=backend,
+        ).loss
+        found = (loss.detach(), *torch.autograd.grad(loss, logps))
+        for a, b in zip(found, want[:2], strict=True):
+            testing.assert_within_budget(a, b, condition=condition(inputs), ops=40 * ROWS * LENGTH)
+
+
+@pytest.mark.parametrize("name", ["loss_type", "importance_sampling_level"])
+def test_what_trl_does_not_know(made: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """TRL's own error, also where the first call was of a known one."""
+    with (
+        pytest.raises(ValueError, match=r"Unknown .*: other"),
+        pytest.warns(RuntimeWarning, match=f"{name} 'other'"),
+        trl_grpo.patched(("loss",)),
+    ):
+        loss_of(made, batch())
+        monkeypatch.setattr(made, name, "other")
+        loss_of(made, batch())
 
 
 HEADS = {

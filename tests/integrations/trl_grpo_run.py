@@ -1,7 +1,11 @@
-"""A real run of TRL's GRPOTrainer; as a script it prints what one costs, with `--patched` ours."""
+"""A real run of TRL's GRPOTrainer; as a script it prints what one costs, with `--patched` ours.
+
+The script takes options such as `loss_type=sapo`.
+"""
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from typing import Any
 
@@ -72,4 +76,5 @@ if __name__ == "__main__":
 
     from ppo_fast.integrations import trl_grpo
 
-    tiny.report(lambda vocab: run(vocab, tiny.LENGTH), trl_grpo.patched)
+    options = dict(word.split("=") for word in sys.argv if "=" in word)
+    tiny.report(lambda vocab: run(vocab, tiny.LENGTH, **options), trl_grpo.patched)

@@ -12,6 +12,7 @@ from mutant_models import MODELS
 from mutant_numbers import NUMBERS, NUMBERS_CPU
 from mutant_report import REPORT
 from mutant_runs import RUNS
+from mutant_weights import WEIGHTS, WEIGHTS_CPU
 
 __all__ = ["MUTANTS", "Mutant"]
 
@@ -207,8 +208,8 @@ CPU = (
     Mutant(
         "no importance weight in the gradient",
         "csrc/math.h",
-        "grad = grad * t.is_weight;",
-        "",
+        "select(idle, zero, grad) * t.is_weight",
+        "select(idle, zero, grad)",
         "ppo_loss",
         "cpu",
     ),
@@ -371,7 +372,7 @@ LOOP = (
 
 MUTANTS = {
     "triton": TRITON,
-    "cpu": CPU + NUMBERS_CPU,
+    "cpu": CPU + NUMBERS_CPU + WEIGHTS_CPU,
     "cuda": CUDA,
     "python": PYTHON,
     "loop": LOOP,
@@ -380,4 +381,5 @@ MUTANTS = {
     "numbers": NUMBERS,
     "report": REPORT,
     "runs": RUNS,
+    "weights": WEIGHTS,
 }

@@ -25,8 +25,8 @@ NUMBERS_CPU = (
     Mutant(
         "infinity times an advantage of 0",
         "csrc/math.h",
-        "  if constexpr (!inside) {\n    policy = select(idle",
-        "  if constexpr (inside) {\n    policy = select(idle",
+        "idle = (minus_a == zero) & (ratio >= zero);",
+        "idle = first_n<T>(0);",
         "nan",
         "overflows and cpu",
     ),

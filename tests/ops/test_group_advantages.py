@@ -164,3 +164,28 @@ def test_bad_input_is_named() -> None:
         ppo_fast.group_advantages(scores, ids, baseline="opo", lengths=ids[:3])
     with pytest.raises(TypeError, match=r"lengths must be int32 or int64, got torch.float32"):
         ppo_fast.group_advantages(scores, ids, baseline="opo", lengths=scores)
+
+
+def test_prompt_weights_give_each_prompt_one_share() -> None:
+    """The mean over prompts of the mean over their tokens (SkyRL's prompt mean), in two parts."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.tensor([7, 1, 7, 7, 4])
+    lengths = torch.tensor([3, 5, 0, 2, 0])
+    mask = torch.arange(5) < lengths[:, None]
+    terms = torch.randn(5, 5, generator=g, dtype=torch.float64)
+    weights = ppo_fast.prompt_weights(lengths.double(), ids)
+    want = (terms[1].mean() + torch.cat([terms[0, :3], terms[3, :2]]).mean()) / 2
+    total = 0.0
+    for at in (slice(0, 2), slice(2, 5)):
+        new = torch.zeros(at.stop - at.start, 5, dtype=torch.float64)
+        loss, _ = ppo_fast.ppo_loss(
+            new, None, -terms[at], mask[at], sequence_weights=weights[at], reduction="token-sum"
+        )
+        total += float(loss)
+    assert abs(total - float(want)) < 1e-14
+    with pytest.raises(ValueError, match=r"lengths must have shape \(n,\), got \(1, 5\)"):
+        ppo_fast.prompt_weights(lengths[None], ids)
+    with pytest.raises(TypeError, match=r"lengths must be numbers, got torch\.bool"):
+        ppo_fast.prompt_weights(lengths > 0, ids)
+    with pytest.raises(TypeError, match=r"group_ids must be int32 or int64, got torch\.float"):
+        ppo_fast.prompt_weights(lengths, ids.float())

@@ -26,7 +26,7 @@ REDUCTIONS = (
 
 
 def holds(key: str, bound: Any, own: Tensor) -> Tensor:
-    """Whether a rejection's bound holds for a sequence's x, each token or all alike."""
+    """A rejection's bound on a sequence's x: True where it holds, for each token or all alike."""
     if key == "token-ratio":
         return (own.exp() >= bound[0]) & (own.exp() <= bound[1])
     if key == "token-k3":

@@ -26,6 +26,7 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
             "ppo_fast._results",
             "ppo_fast._sequences",
             "ppo_fast.corrections",
+            "ppo_fast.surrogates",
         ),
         ("torch",),
     ),
@@ -40,6 +41,7 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
             "ppo_fast._sequences",
             "ppo_fast.corrections",
             "ppo_fast.reference",
+            "ppo_fast.surrogates",
         ),
         ("torch",),
     ),
@@ -50,6 +52,7 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
         ("torch",),
     ),
     ("ppo_fast/corrections.py", (), ()),
+    ("ppo_fast/surrogates.py", ("ppo_fast._sequences",), ("torch",)),
     ("ppo_fast/_sequences.py", (), ("torch",)),
     ("ppo_fast/_results.py", (), ("torch",)),
     ("ppo_fast/_checks.py", (), ("torch",)),
@@ -59,7 +62,13 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("ppo_fast/_backend.py", ("ppo_fast._ext", "ppo_fast._dispatch"), ("torch",)),
     (
         "ppo_fast/__init__.py",
-        ("ppo_fast._backend", "ppo_fast._results", "ppo_fast.corrections", "ppo_fast.ops"),
+        (
+            "ppo_fast._backend",
+            "ppo_fast._results",
+            "ppo_fast.corrections",
+            "ppo_fast.ops",
+            "ppo_fast.surrogates",
+        ),
         (),
     ),
     (
