@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from openrlhf.models import PolicyLoss, ValueLoss, actor, aggregate_loss
 from openrlhf.models import utils as models_utils
 from openrlhf.trainer.ppo_utils import experience_maker
 
+import ppo_fast
 from ppo_fast import integrations, testing
 from ppo_fast.integrations import openrlhf
 
@@ -155,6 +157,43 @@ def test_corrections(gate: str, kind: str, by_token: bool, batch: str) -> None:
         )
         if gate != "off" and kind == "ppo":
             assert 0 < call(action_mask=mask_of())[4] < 1, "some are filtered, some not"
+
+
+@pytest.mark.parametrize(
+    ("gate", "correction"),
+    [
+        ("token ratio", ppo_fast.Correction("token", "mask", 0.7, 1.5)),
+        ("token clip", ppo_fast.Correction("token", "truncate", 0.7, 1.5)),
+        (
+            "seq ratio",
+            ppo_fast.Correction("token", high=math.inf, reject={"seq-mean-ratio": (0.9, 1.1)}),
+        ),
+    ],
+)
+@pytest.mark.parametrize("by_token", [True, False])
+def test_ratio_gates_as_corrections(
+    gate: str, correction: ppo_fast.Correction, by_token: bool
+) -> None:
+    """docs/corrections.md's table: the loss with `correction` is OpenRLHF's."""
+    new = (0.7 * normal(B, T) - 2).requires_grad_()
+    old, advantages = 0.7 * normal(B, T, seed=1) - 2, normal(B, T, seed=2)
+    loss = PolicyLoss(token_level_loss=by_token, **GATES[gate])
+    theirs = loss(new, old, advantages, action_mask=mask_of(), rollout_log_probs=sampled())[0]
+    ours = ppo_fast.ppo_loss(
+        new,
+        old,
+        advantages,
+        mask_of(),
+        rollout_logprobs=sampled(),
+        correction=correction,
+        reduction="token-mean" if by_token else "seq-mean-token-mean",
+    ).loss
+    for x, y in zip(
+        (ours.detach(), *torch.autograd.grad(ours, new)),
+        (theirs.detach(), *torch.autograd.grad(theirs, new)),
+        strict=True,
+    ):
+        testing.assert_within_budget(x, y, condition=4e3, ops=8 + B * T, compute=torch.float32)
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -18,7 +18,7 @@ from verl.utils import torch_functional
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.config import PolicyLossConfig
 from verl.workers.utils import losses
-from verl_calls import MODES, B, T, all_of, both, config, mask_of, normal
+from verl_calls import MODES, B, T, assert_alike, assert_all_alike, config, mask_of, normal
 
 from ppo_fast import integrations
 from ppo_fast.integrations import verl
@@ -86,7 +86,7 @@ def test_policy_losses(name: str) -> None:
     options = {"clip_ratio": 0.15, "clip_ratio_low": None, "clip_ratio_high": None}
     own = PolicyLossConfig(**OWN.get(name, {}))
     calls.append(call_of(name, new, config=config({}, policy_loss=own, **options)))
-    all_of("policy_loss", calls, new, size=4e4)  # A·ρ·weight, summed: 3·e^4·12
+    assert_all_alike("policy_loss", calls, new, size=4e4)  # A·ρ·weight, summed: 3·e^4·12
 
 
 @pytest.mark.parametrize("name", ["vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "cispo"])
@@ -97,7 +97,7 @@ def test_log_ratios_beyond_the_clamps(name: str) -> None:
     old[2, :4], new[2, 4:8] = new[2, :4] - 25.0, old[2, 4:8] - 25.0
     new.requires_grad_()
     size = 3.0 * 11 * torch.tensor(10.0).exp() if name == "gspo" else 4e4
-    both("policy_loss", call_of(name, new, old_log_prob=old), new, size=float(size))
+    assert_alike("policy_loss", call_of(name, new, old_log_prob=old), new, size=float(size))
 
 
 def test_clip_cov_chooses_as_many_tokens() -> None:
@@ -140,12 +140,14 @@ def test_a_mean_over_nothing() -> None:
     """A micro-batch without a token: verl's metrics are 0."""
     x, mask = normal(B, T), torch.zeros(B, T)
     info = {"dp_size": 1, "batch_num_tokens": 7}
-    both(
+    assert_alike(
         "policy_loss",
         lambda: core_algos.compute_policy_loss_vanilla(x, x, x, mask, config=config(info)),
         size=1.0,
     )
-    both("value_loss", lambda: core_algos.compute_value_loss(x, x, x, mask, 0.2, **info), size=1.0)
+    assert_alike(
+        "value_loss", lambda: core_algos.compute_value_loss(x, x, x, mask, 0.2, **info), size=1.0
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -153,7 +155,7 @@ def test_a_mean_over_nothing() -> None:
 def test_value_loss(mode: str, batch: str) -> None:
     values = normal(B, T).requires_grad_()
     old, returns = normal(B, T, seed=1), normal(B, T, seed=2)
-    both(
+    assert_alike(
         "value_loss",
         lambda: core_algos.compute_value_loss(
             vpreds=values,
@@ -173,7 +175,9 @@ def test_value_loss(mode: str, batch: str) -> None:
 @pytest.mark.parametrize("straight", ["", "+"])
 def test_kl(kind: str, straight: str) -> None:
     new, ref = (3 * normal(B, T)).requires_grad_(), 3 * normal(B, T, seed=1)
-    both("kl", lambda: losses.kl_penalty(new, ref, kind + straight), new, size=200.0, terms=4)
+    assert_alike(
+        "kl", lambda: losses.kl_penalty(new, ref, kind + straight), new, size=200.0, terms=4
+    )
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
@@ -185,14 +189,14 @@ def test_gae(gamma: float) -> None:
         found = core_algos.get_adv_estimator_fn("gae")(rewards, values, mask, gamma, 0.95)
         return tuple(x[mask != 0] for x in found)
 
-    both("gae", call, size=60.0)
+    assert_alike("gae", call, size=60.0)
 
 
 @pytest.mark.parametrize("shape", [(7, 13), (2, 5, 13)])
 def test_logprobs(shape: tuple[int, ...]) -> None:
     logits = normal(*shape).float().requires_grad_()
     labels = torch.randint(13, shape[:-1])
-    both(
+    assert_alike(
         "logprobs",
         lambda: torch_functional.logprobs_from_logits(logits, labels),
         logits,
@@ -208,7 +212,7 @@ def test_the_fused_head(shape: tuple[int, ...], temperature: float) -> None:
     hidden.requires_grad_(), weight.requires_grad_()
     ids = torch.randint(101, shape[:-1])
     head = FusedLinearForPPO()
-    both(
+    assert_alike(
         "linear_logprobs",
         lambda: head(hidden, weight, ids, temperature=temperature),
         hidden,

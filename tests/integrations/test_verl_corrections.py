@@ -20,7 +20,7 @@ from verl.trainer.ppo.rollout_corr_helper import (
     compute_rollout_correction_and_rejection_mask,
 )
 from verl.workers.config import PolicyLossConfig
-from verl_calls import MODES, B, T, all_of, config, mask_of, normal
+from verl_calls import MODES, B, T, assert_all_alike, config, mask_of, normal
 
 import ppo_fast
 from ppo_fast import testing
@@ -235,4 +235,4 @@ def test_bypass_mode(loss_type: str) -> None:
                             config=given,
                         )
                     )
-    all_of("policy_loss", calls, new, size=4e4)
+    assert_all_alike("policy_loss", calls, new, size=4e4)

@@ -62,12 +62,14 @@ def near(ours: Any, theirs: Any, size: float, terms: int = B * T) -> None:
         assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-7)
 
 
-def both(op: str, call: Any, *leaves: Tensor, size: float, terms: int = B * T) -> None:
+def assert_alike(op: str, call: Any, *leaves: Tensor, size: float, terms: int = B * T) -> None:
     """The call's results and gradients, on verl and on ppo_fast."""
-    all_of(op, [call], *leaves, size=size, terms=terms)
+    assert_all_alike(op, [call], *leaves, size=size, terms=terms)
 
 
-def all_of(op: str, calls: list[Any], *leaves: Tensor, size: float, terms: int = B * T) -> None:
+def assert_all_alike(
+    op: str, calls: list[Any], *leaves: Tensor, size: float, terms: int = B * T
+) -> None:
     """The same of several calls under one patch: none may be left to verl."""
     theirs = [_results(call, leaves) for call in calls]
     with verl.patched((op,)) as counts:

@@ -189,6 +189,23 @@ def test_clip_cov_drops_a_seeded_few() -> None:
     assert not torch.equal(dropped[0], dropped[1])
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 2**62, 2**63 - 1, -5])
+def test_seeds_of_clip_cov(seed: int) -> None:
+    """A number chooses what a tensor of it does; their product by the hash's constant wraps."""
+    b = batch("holes", t=200)
+    found = []
+    for given_seed in (seed, torch.tensor(seed)):
+        variant = surrogates.clip_cov(0.05, (-9.0, 9.0), seed=given_seed)
+        found.append(ppo_fast.ppo_loss(b.logprobs, *given(b), variant=variant, backend="cpu"))
+    assert same_bits(found[0].loss, found[1].loss)
+
+
+@pytest.mark.parametrize("seed", [0.5, True, None])
+def test_seeds_that_are_none(seed: Any) -> None:
+    with pytest.raises(TypeError, match=f"clip_cov: seed must be an int.*got {seed}"):
+        surrogates.clip_cov(seed=seed)
+
+
 def tanh_terms(t: TokenTerms) -> Tensor:
     """A user's own elementwise loss, of everything that it may read."""
     assert t.rollout_logprobs is not None and t.ref_logprobs is not None and t.entropy is not None
@@ -376,6 +393,22 @@ def test_clip_fractions() -> None:
     said = ppo_fast.ppo_loss(b.logprobs, *given(b), variant=surrogates.clip()).stats.compute()
     found = ppo_fast.ppo_loss(b.logprobs, *given(b), variant=silent).stats.compute()
     assert found["clip_frac"] == said["clip_frac"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_every_token_that_is_dropped_is_counted(backend: str) -> None:
+    """Also with an advantage or a weight of 0, as the trainers' clip fractions count them."""
+    new = torch.tensor([[0.9, 0.9, 0.9, 0.5]]).log()
+    old = torch.tensor([[0.5, 0.99, 0.5, 0.5]]).log()
+    adv = torch.tensor([[1.0, 0.0, 1.0, 1.0]])
+    weights = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
+    variant = surrogates.dppo("tv", low=0.05, high=0.1)
+    for w in (None, weights):
+        stats = ppo_fast.ppo_loss(
+            new, old, adv, variant=variant, is_weights=w, backend=backend
+        ).stats
+        assert stats.compute()["clip_frac"] == 0.75
+        assert stats.compute()["clip_frac_low"] == 0.25
 
 
 def test_an_advantage_of_zero_beside_a_ratio_that_overflows() -> None:
