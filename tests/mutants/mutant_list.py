@@ -11,6 +11,7 @@ from mutant_inputs import INPUTS
 from mutant_models import MODELS
 from mutant_numbers import NUMBERS, NUMBERS_CPU
 from mutant_report import REPORT
+from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
 from mutant_weights import WEIGHTS, WEIGHTS_CPU
 
@@ -372,9 +373,9 @@ LOOP = (
 
 MUTANTS = {
     "triton": TRITON,
-    "cpu": CPU + NUMBERS_CPU + WEIGHTS_CPU,
+    "cpu": CPU + NUMBERS_CPU + ROLLOUT_CPU + WEIGHTS_CPU,
     "cuda": CUDA,
-    "python": PYTHON,
+    "python": PYTHON + ROLLOUT,
     "loop": LOOP,
     "inputs": INPUTS,
     "models": MODELS,
