@@ -13,6 +13,7 @@ from mutant_numbers import NUMBERS, NUMBERS_CPU
 from mutant_report import REPORT
 from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
+from mutant_surrogates import SURROGATES
 from mutant_weights import WEIGHTS, WEIGHTS_CPU
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -284,8 +285,8 @@ PYTHON = (
     ),
     Mutant(
         "a divisor that forgets rows left out",
-        "ppo_fast/ops/linear_ppo_loss.py",
-        "return policy.divided_by(policy.denom(self.counted))",
+        "policy = policy.counting(self.counted)",
+        "policy = policy",
         "return policy",
         "linear_ppo_loss",
     ),
@@ -382,5 +383,6 @@ MUTANTS = {
     "numbers": NUMBERS,
     "report": REPORT,
     "runs": RUNS,
+    "surrogates": SURROGATES,
     "weights": WEIGHTS,
 }
