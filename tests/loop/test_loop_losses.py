@@ -52,6 +52,7 @@ def test_options_become_those_of_the_ops() -> None:
         "dual_clip": None,
         "ratio_cap": None,
     }
+    assert of(variant="sapo", ratio_level="sequence")["ratio_level"] == "sequence"
     capped = of(variant="dppo-tv", clip_low=0.1, ratio_cap=3.0)
     assert (capped["clip_low"], capped["clip_high"], capped["ratio_cap"]) == (0.1, 0.2, 3.0)
     wide = of(variant="gmpo")["variant"]
@@ -103,33 +104,40 @@ def test_the_correction_of_a_run(
     assert correction_of(TrainConfig(**options), rounds) == want
 
 
-@pytest.mark.parametrize("count", ["all", "kept"])
 @pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-sum"])
-def test_a_minibatch_divides_by_what_is_counted(
-    tmp_path: Path, reduction: str, count: str
-) -> None:
-    """The loss of a minibatch in two micro-batches, against its sum written out, at ratio 1."""
-    t = trainer(
-        tmp_path, dtype=torch.float64, reduction=reduction, micro_batch=2, entropy_coef=0.0
-    )
+def test_a_minibatch_divides_by_what_is_counted(tmp_path: Path, reduction: str) -> None:
+    """The sum of a minibatch in two micro-batches, written out, at ratio 1; its gradient divides
+    it by the tokens, or sequences, of the mask or of what is kept."""
+    t = trainer(tmp_path, dtype=torch.float64, reduction=reduction, micro_batch=2, vf_coef=0.0)
     rollout, batch, plan = batch_of(t)
     g = torch.Generator().manual_seed(0)
     noise = 0.3 * torch.randn(batch.scored.old.shape, generator=g, dtype=torch.float64)
-    c = Correction("token", high=1.2, reject={"token-ratio": (0.8, 1.3)}, drops="all", count=count)
-    behaviour = batch.scored.old + noise
-    batch, told = corrected(batch, rollout._replace(logprobs=behaviour), c, "auto")
-    assert 0 < told["is_rejected"] < 1
-    done = accumulate(t.agent, batch, plan[0], 0.0, t.backend, unchanged=True)
-    assert done is not None
-    rows = torch.cat(plan[0])
-    mask, ratio = batch.seqs.mask[rows], (-noise).exp()[rows]
-    kept = mask & (ratio >= 0.8) & (ratio <= 1.3)
-    advantages = ppo_fast.whiten(batch.advantages, moments=batch.moments)[rows]
-    total = torch.where(kept, -advantages * ratio.clamp(max=1.2), 0.0).sum()
-    counted = mask if count == "all" else kept
-    d = counted.sum() if reduction == "token-mean" else counted.any(1).sum()
-    raw = float(done.field("loss")) / float(d)
-    assert raw == pytest.approx(float(total / d), rel=1e-12)
+    noise[plan[0][0][0]] = 3.0  # a sequence that is rejected whole
+    rows, grads, divisors = torch.cat(plan[0]), [], []
+    for count in ("all", "kept"):
+        c = Correction(
+            "token", high=1.2, reject={"token-ratio": (0.8, 1.3)}, drops="all", count=count
+        )
+        sampled = rollout._replace(logprobs=batch.scored.old + noise)
+        made, told = corrected(batch, sampled, c, "auto")
+        assert 0 < told["is_rejected"] < 1
+        t.agent.discard()
+        done = accumulate(t.agent, made, plan[0], 0.0, t.backend, unchanged=True)
+        assert done is not None
+        mask, ratio = batch.seqs.mask[rows], (-noise).exp()[rows]
+        kept = mask & (ratio >= 0.8) & (ratio <= 1.3)
+        advantages = ppo_fast.whiten(batch.advantages, moments=batch.moments)[rows]
+        total = torch.where(kept, -advantages * ratio.clamp(max=1.2), 0.0).sum()
+        entropy = t.config.entropy_coef * float(done.field("entropy"))
+        assert float(done.field("loss")) == pytest.approx(float(total) - entropy, rel=1e-12)
+        counted = mask if count == "all" else kept
+        d = counted.sum() if reduction == "token-mean" else counted.any(1).sum()
+        divisors.append(float(d))
+        policy = [p for p in t.agent.modules["policy"].parameters() if p.grad is not None]
+        grads.append(torch.cat([p.grad.flatten() for p in policy]))  # type: ignore[union-attr]
+    assert divisors[0] > divisors[1]
+    one, other = (grad * d for grad, d in zip(grads, divisors, strict=True))
+    assert float((one - other).abs().max()) <= 1e-5 * float(one.abs().max())  # fp32 weights
 
 
 def test_rejections_are_logged(tmp_path: Path) -> None:

@@ -98,8 +98,8 @@ SURROGATES = (
         "ppo_fast/surrogates.py",
         "capped = (t.advantages < 0) & (held > cap)",
         "capped = held > cap",
-        "surrogate_overflow",
-        "clip",
+        "ratio_level",
+        "built_clip",
     ),
     Mutant(
         "a sequence's ratio without the gradient of its mean",
@@ -227,6 +227,6 @@ SURROGATES = (
         '"ratio_level": config.ratio_level',
         '"ratio_level": "token"',
         "loop_losses",
-        "ratio_of_the",
+        "options_become",
     ),
 )

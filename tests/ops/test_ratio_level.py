@@ -11,6 +11,7 @@ from token_batches import LAYOUTS, Batch, batch, flat, given, wanted
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast import surrogates
 
 # fp64 sums of a hundred terms of order 1, and a few exponentials: 1e-16 times some hundred.
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
@@ -137,3 +138,21 @@ def test_a_coupled_slope_carries_weights_of_other_tokens() -> None:
     out.loss.backward()
     torch.testing.assert_close(out.loss.detach(), want, **CLOSE)
     torch.testing.assert_close(new.grad, want_grad, **CLOSE)
+
+
+def test_built_clip_is_the_kernels_with_a_dual_clip() -> None:
+    """Value, gradient and clip fractions of both signs of A, above and below the caps."""
+    b = batch("holes")
+    old = b.logprobs + 4.0 * (b.old - b.logprobs)  # ratios from 0.1 to 10
+    found = []
+    for variant, dual in (("clip", 3.0), (surrogates.clip(0.2, 0.2, 3.0), None)):
+        new = b.logprobs.clone().requires_grad_()
+        loss, stats = ppo_fast.ppo_loss(
+            new, old, b.advantages, b.mask, variant=variant, dual_clip=dual, backend="cpu"
+        )
+        loss.backward()
+        fields = [stats.field(name) for name in ("clip_low", "clip_high", "clip_eps")]
+        found.append((loss.detach(), new.grad, torch.stack(fields)))
+    for a, z in zip(*found, strict=True):
+        torch.testing.assert_close(a, z, **CLOSE)
+    assert bool((found[0][2] > 0).all())
