@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/api.md"
 MODULES = (
     "ppo_fast",
+    "ppo_fast.surrogates",
     "ppo_fast.compat",
     "ppo_fast.integrations",
     "ppo_fast.loop",
@@ -43,7 +44,8 @@ def page() -> str:
         module = importlib.import_module(name)
         lines += [f"## {name}", "", _prose(inspect.getdoc(module) or ""), ""]
         for member in sorted(public(module), key=lambda member: member[0].isupper()):
-            lines += _member(member, getattr(module, member))
+            if not isinstance(getattr(module, member), ModuleType):
+                lines += _member(member, getattr(module, member))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 

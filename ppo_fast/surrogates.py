@@ -55,6 +55,19 @@ class TokenTerms:
 
 Terms = Callable[[TokenTerms], Any]
 
+__all__ = [
+    "cispo",
+    "clip",
+    "clip_cov",
+    "dppo",
+    "dro",
+    "gmpo",
+    "kl_cov",
+    "reinforce",
+    "sapo",
+    "vespo",
+]
+
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:

@@ -14,8 +14,7 @@ from typing import Any
 
 import tyro
 
-from ppo_fast.loop.config import Given, OptionError, TrainConfig
-from ppo_fast.loop.presets import RENAMED
+from ppo_fast.loop.config import RENAMED, Given, OptionError, TrainConfig
 
 _DESCRIPTION = """PPO on a causal language model. The default fine-tunes SmolLM2-135M-Instruct
 to continue film reviews with positive sentiment; --task names other things to learn.
@@ -94,7 +93,7 @@ def arguments(path: Path) -> list[str]:
     known = [field.name for field in dataclasses.fields(TrainConfig)]
     found = []
     for given, value in options.items():
-        key: str = RENAMED.get(given, given)
+        key: str = RENAMED.get(str(given), str(given))
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""

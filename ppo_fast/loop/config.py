@@ -48,6 +48,8 @@ Reduction = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
 ]
 Dtype = Literal["float32", "bfloat16", "auto"]
+# Former names of options, in files of former runs and on the command line.
+RENAMED = {"is_truncation": "correction_high"}
 _FP32 = torch.finfo(torch.float32)
 # Bounds that inf switches off.
 _BOUNDS = {"max_grad_norm", "vf_clip", "score_clip", "correction_high", "kl_stop"}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-# Former names of options, in files of former runs and on the command line.
-RENAMED: dict[str, str] = {"is_truncation": "correction_high"}
-
 # What `--quick` puts in place of what was not given.
 QUICK: dict[str, object] = {
     "model": "tiny",

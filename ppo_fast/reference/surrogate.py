@@ -32,7 +32,7 @@ class TermInputs(NamedTuple):
 
 
 class TermOptions(NamedTuple):
-    """What of a loss's options a surrogate's terms depend on."""
+    """The options of a loss that a surrogate's terms depend on."""
 
     level: str
     bounds: tuple[float, float]  # of the log-ratio

@@ -11,7 +11,9 @@ from mutant_inputs import INPUTS
 from mutant_models import MODELS
 from mutant_numbers import NUMBERS, NUMBERS_CPU
 from mutant_report import REPORT
+from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
+from mutant_surrogates import SURROGATES
 from mutant_weights import WEIGHTS, WEIGHTS_CPU
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -283,8 +285,8 @@ PYTHON = (
     ),
     Mutant(
         "a divisor that forgets rows left out",
-        "ppo_fast/ops/linear_ppo_loss.py",
-        "return policy.divided_by(policy.denom(self.counted))",
+        "policy = policy.counting(self.counted)",
+        "policy = policy",
         "return policy",
         "linear_ppo_loss",
     ),
@@ -372,14 +374,15 @@ LOOP = (
 
 MUTANTS = {
     "triton": TRITON,
-    "cpu": CPU + NUMBERS_CPU + WEIGHTS_CPU,
+    "cpu": CPU + NUMBERS_CPU + ROLLOUT_CPU + WEIGHTS_CPU,
     "cuda": CUDA,
-    "python": PYTHON,
+    "python": PYTHON + ROLLOUT,
     "loop": LOOP,
     "inputs": INPUTS,
     "models": MODELS,
     "numbers": NUMBERS,
     "report": REPORT,
     "runs": RUNS,
+    "surrogates": SURROGATES,
     "weights": WEIGHTS,
 }

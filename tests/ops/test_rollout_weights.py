@@ -291,7 +291,7 @@ def assert_is_the_law(call: Call, backend: str) -> Spelled:
     return want
 
 
-@pytest.mark.case("D7")
+@pytest.mark.case("D7", "N18")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_within_budget(code: str, name: str, dtype: torch.dtype) -> None:
@@ -337,6 +337,7 @@ def test_long_sequences(code: str) -> None:
     assert 0 < want.stats["rejected_seqs"] < 5
 
 
+@pytest.mark.case("X12")
 def test_differences_beyond_20_are_clamped(code: str) -> None:
     """e^±20 is the largest and smallest ratio; the mean of x, and k1, keep what is beyond."""
     old = torch.tensor([[-1.0, -60.0, -1.0, -2.0]])
@@ -382,7 +383,7 @@ def rowwise(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     return out["weights"], out["mask"]
 
 
-@pytest.mark.case("D2", "rollout_weights")
+@pytest.mark.case("D2", "D3", "D4")
 @pytest.mark.parametrize("name", ["token", "sequence", "geometric mask", "every key"])
 def test_a_row_keeps_its_bits(code: str, name: str) -> None:
     """Alone, shuffled, padded to the right, and packed in any order."""
@@ -410,7 +411,7 @@ def test_a_row_keeps_its_bits(code: str, name: str) -> None:
         assert same_bits(packed[1], kept.flatten()[slots])
 
 
-@pytest.mark.case("D1", "rollout_weights")
+@pytest.mark.case("D1")
 @pytest.mark.parametrize("name", ["token", "sequence", "every key"])
 def test_threads_change_no_bit(name: str) -> None:
     """Sums over rows and over the segments of long sequences too."""

@@ -69,6 +69,7 @@ def assert_near(ours: Tensor, theirs: Tensor, x: Tensor, by_design: float = 0.0)
     testing.assert_within_budget(ours, theirs, condition=size, ops=OPS)
 
 
+@pytest.mark.case("N19")
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("threshold", ["1.1", "0.9_1.1"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -90,6 +91,7 @@ def test_verl_weights(level: str, threshold: str, normalize: bool) -> None:
     assert (theirs == 0).sum() > (~mask).sum() or low is None
 
 
+@pytest.mark.case("N19")
 @pytest.mark.parametrize(
     "keys", [*([key] for key in VERL_KEYS), ["token-k2", "seq-mean-k1"]], ids=str
 )
@@ -121,6 +123,7 @@ def test_verl_one_number_is_a_pair() -> None:
         )  # 1/c is rounded before its logarithm, or not formed
 
 
+@pytest.mark.case("N19")
 def test_verl_metrics() -> None:
     old, rollout, mask = batch()
     theirs = verl("compute_offpolicy_metrics").compute_offpolicy_metrics(
@@ -137,6 +140,7 @@ def test_verl_metrics() -> None:
         assert abs(ours["log_ppl_diff"] - theirs["log_ppl_diff"]) <= 6 * COUNT
 
 
+@pytest.mark.case("N19")
 @pytest.mark.parametrize(
     "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 )
@@ -172,6 +176,7 @@ def test_trl_weights(mode: str, bounds: tuple[float | None, float]) -> None:
         assert float(ours.stats.field("missing")) == 2 and bool(ours.mask[mask].all())
 
 
+@pytest.mark.case("N19")
 def test_trl_off_policy_mask() -> None:
     old, rollout, mask = batch()
     rollout[0, 1] = math.nan

@@ -13,8 +13,7 @@ from safetensors import SafetensorError
 
 from ppo_fast.loop.checkpoint.folder import DAMAGED, read, sync, write
 from ppo_fast.loop.checkpoint.state import Tree
-from ppo_fast.loop.config import OptionError, TrainConfig
-from ppo_fast.loop.presets import RENAMED
+from ppo_fast.loop.config import RENAMED, OptionError, TrainConfig
 from ppo_fast.loop.ranks.ranks import Ranks
 
 Say = Callable[[str], None]
