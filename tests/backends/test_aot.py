@@ -81,9 +81,10 @@ def test_codes_are_the_schema_s() -> None:
     from ppo_fast.kernels import codes
 
     tuples = {
-        "VARIANT": schema.VARIANTS,
+        "VARIANT": schema.KERNEL_VARIANTS,
         "ESTIMATOR": schema.ESTIMATORS,
         "REDUCTION": schema.REDUCTIONS,
+        "KL_WEIGHT": schema.KL_WEIGHTS,
         "FORM": schema.FORMS,
         "MASKED": schema.MASKED,
         "SCORE_AT": schema.SCORE_AT,

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_fast import Moments, Stats, testing
+from ppo_fast import Stats, testing
 from ppo_fast._boundary import calls
+from ppo_fast._boundary.options import TokenTensors
 from ppo_fast._boundary.schema import KERNEL_VARIANTS, VARIANTS
 from ppo_fast._results import STATS_FIELDS
 from ppo_fast._sequences import Sequences
 from ppo_fast.ops.loss_options import LossOptions
-from ppo_fast.ops.policy import check_policy
-from ppo_fast.ops.policy_loss import policy_loss
 from ppo_fast.reference.common import keep_of, token_weights
 from ppo_fast.testing import Call, ppo_call, promoted, run, same_bits
 from ppo_fast.testing.budget import assert_within_budget
@@ -24,6 +23,8 @@ from ppo_fast.testing.loss_conditions import finite, ppo_condition
 
 EXTRAS = ("entropy", "ref_logprobs", "sequence_weights")
 DEFAULTS: dict[str, Any] = {
+    "ratio_level": "token",
+    "ratio_cap": None,
     "dual_clip": None,
     "log_ratio_clamp": 20.0,
     "entropy_coef": 0.0,
@@ -51,25 +52,21 @@ def given(call: Call, value: Tensor, slope: Tensor, by_sequence: int, backend: s
     """(loss, stats, gradients) of the op, with moments that nothing may be whitened by."""
     t, given = call.tensors, DEFAULTS | {"variant": "clip"} | call.options
     moments = torch.tensor([97.0, 0.4, 390.0], dtype=torch.float64, device=value.device)
-    policy = check_policy(
-        "ppo_loss",
+    ref, entropy, ends = (t.get(k) for k in ("ref_logprobs", "entropy", "cu_seqlens"))
+    options = LossOptions(**{k: given[k] for k in LossOptions._fields}).checked(
+        "ppo_loss", value, ends, has_ref=ref is not None, has_entropy=entropy is not None
+    )
+    options = options._replace(variant=KERNEL_VARIANTS.index("given"), by_sequence=by_sequence)
+    loss, stats, scale, grads = calls.ppo_loss(
+        backend,
         t["logprobs"],
-        t.get("old_logprobs"),
-        slope,
-        is_weights=value,
+        TokenTensors(t.get("old_logprobs"), slope, value, ref, moments),
+        options,
+        2,
+        mask=t.get("mask"),
+        entropy=entropy,
+        cu_seqlens=ends,
         sequence_weights=t.get("sequence_weights"),
-        advantage_moments=Moments(moments),
-        ref_logprobs=t.get("ref_logprobs"),
-        cu_seqlens=t.get("cu_seqlens"),
-        options=LossOptions(**{k: given[k] for k in LossOptions._fields}),
-        has_entropy="entropy" in t,
-    )
-    options = policy.options._replace(
-        variant=KERNEL_VARIANTS.index("given"), by_sequence=by_sequence
-    )
-    policy = policy._replace(options=options)
-    loss, stats, scale, grads = policy_loss(
-        policy, backend, t["logprobs"], t.get("mask"), t.get("entropy"), 2
     )
     return loss, stats, grads * scale
 
@@ -201,7 +198,7 @@ def test_no_clip_is_counted(kernel: str, device: str) -> None:
 
 def test_the_variant_is_not_offered() -> None:
     call = ppo_call(variant="given")
-    with pytest.raises(ValueError, match=r"variant must be one of clip, .*linear, got 'given'"):
+    with pytest.raises(ValueError, match=r"variant must be one of clip, .*got 'given'"):
         run(call, None)
     assert KERNEL_VARIANTS[:-1] == VARIANTS
 

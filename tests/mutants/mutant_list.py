@@ -285,9 +285,9 @@ PYTHON = (
     ),
     Mutant(
         "a divisor that forgets rows left out",
+        "ppo_fast/ops/linear_ppo_loss.py",
         "policy = policy.counting(self.counted)",
         "policy = policy",
-        "return policy",
         "linear_ppo_loss",
     ),
     Mutant(

@@ -5,6 +5,10 @@
 
 namespace ppo::PPO_ISA {
 
+// Whether a KL term may have a weight, so that the loss needs a sum of its own for it.
+template <Variant variant, bool is_usual>
+constexpr bool kWeighsKl = !is_usual && variant != Variant::penalty && variant != Variant::linear;
+
 template <class T>
 struct PolicySums {
   // Sums of the current piece, unweighted; then of the pieces before it, weighted if the loss is.
@@ -20,14 +24,14 @@ struct PolicySums {
     ratio_min = set1<T>(__builtin_inff());
     ratio_max = set1<T>(-__builtin_inff());
   }
-  template <LaneMask which>
+  template <bool weighs_kl, LaneMask which>
   PPO_INLINE void add(Lanes<T, which> at, const PolicyTerms<T>& x, T token_entropy) {
     const T kept = at.only(x.ratio);
     const bool every = which == LaneMask::every;
     policy = policy + x.policy;
     entropy = entropy + token_entropy;
     kl = kl + x.kl;
-    weighted_kl = weighted_kl + x.weighted_kl;
+    if constexpr (weighs_kl) weighted_kl = weighted_kl + x.weighted_kl;
     d = d + x.d;
     d_sq = vfma(x.d, x.d, d_sq);
     k3 = k3 + x.k3;
@@ -44,7 +48,7 @@ struct PolicySums {
   template <Variant variant, bool is_usual>
   PPO_INLINE void close_piece(T weight, const PolicyConsts<T>& c) {
     // The linear variant's policy term holds its KL.
-    const T term = is_usual ? kl : weighted_kl;
+    const T term = kWeighsKl<variant, is_usual> ? weighted_kl : kl;
     const T with_kl = variant == Variant::linear ? policy : vfma(c.kl_coef, term, policy);
     const T loss = vfma(-c.entropy_coef, entropy, with_kl);
     loss_before = vfma(weight, loss, loss_before);
@@ -136,7 +140,8 @@ struct PolicyStep {
     t.seq_ratio = which == LaneMask::every ? rows.seq_ratio : select(at.live, rows.seq_ratio, one);
     t.seq_held = rows.seq_held;
     const PolicyTerms<T> x = policy_terms<variant, is_usual>(o, c, t);
-    sums.add(at, x, rows.entropy ? at.read(rows.entropy) : zero);
+    sums.template add<kWeighsKl<variant, is_usual>>(at, x,
+                                                    rows.entropy ? at.read(rows.entropy) : zero);
     if (rows.grad_logprobs) at.write(rows.grad_logprobs, rows.grad_weight * x.grad);
     if (rows.grad_entropy) at.write(rows.grad_entropy, -rows.grad_weight * c.entropy_coef);
   }
