@@ -124,7 +124,7 @@ BOUNDS = {
     "N14": "gradcheck in fp64, with no tolerance between runs; bf16: twice eager's error + 1e-5",
     "N16": "1e-5",
     "N17": "1e-6",
-    "N18": "8 + n roundings over a sequence of n; masks equal beyond as many of their bound",
+    "N18": "8 roundings, and n in double over n tokens; masks equal beyond that of their bound",
     "N19": "the roundings of both sides; the 1e-8 that verl adds to a number of tokens",
     "D5": "2 ulp",
     "D7": "the derived budget",
