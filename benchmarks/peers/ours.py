@@ -8,6 +8,7 @@ import ppo_fast
 from benchmarks.ops.case import Case
 from benchmarks.ops.registry import OPS
 from benchmarks.peers.base import Bound, Provider, leaves, restore, timed
+from ppo_fast import surrogates
 from ppo_fast.testing import Call, output
 
 # The reference's recurrence launches about 25 kernels a step.
@@ -21,6 +22,8 @@ def of(case: Case) -> Iterator[Provider]:
         yield _backend(case, backend)
         if OPS[case.op].inplace and case.differentiates:
             yield _backend(case, backend, inplace=True)
+        if case.op == "linear_ppo_loss":
+            yield _surrogate(case, backend)
     yield _backend(case, "reference")
 
 
@@ -40,6 +43,19 @@ def _backend(case: Case, backend: str, *, inplace: bool = False) -> Provider:
         missing,
         plain=backend == "reference",
     )
+
+
+def _surrogate(case: Case, backend: str) -> Provider:
+    """The clipped loss as a function of one's own, which the head runs on each chunk of rows."""
+
+    def bind(case: Case, call: Call) -> Bound:
+        options = dict(call.options)
+        names = ("clip_low", "clip_high", "dual_clip")
+        own = surrogates.clip(**{name: options[name] for name in names if name in options})
+        options.pop("dual_clip", None)
+        return _bind(case, call._replace(options=options | {"variant": own}), backend, False)
+
+    return Provider(f"ppo_fast-{backend}-surrogate", bind, lambda: ppo_fast.backends()[backend])
 
 
 def _bind(case: Case, call: Call, backend: str, inplace: bool) -> Bound:
