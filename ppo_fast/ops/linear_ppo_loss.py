@@ -18,7 +18,7 @@ from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, check_head
 from ppo_fast.ops.linear_logprobs import score
-from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions, Variant
+from ppo_fast.ops.loss_options import Bounds, Coefficient, Variant, loss_options
 from ppo_fast.ops.policy import PolicyInputs, check_policy, over
 from ppo_fast.ops.policy_loss import corrected, of_rows, policy_loss
 from ppo_fast.ops.ppo_loss import loss_and_stats
@@ -310,7 +310,7 @@ def linear_ppo_loss(
         rollout_logprobs=rollout_logprobs,
         correction=correction,
         cu_seqlens=cu_seqlens,
-        options=LossOptions(
+        options=loss_options(
             variant=variant,
             ratio_level=ratio_level,
             clip_low=clip_low,

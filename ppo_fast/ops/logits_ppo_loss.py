@@ -15,7 +15,7 @@ from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled, scaled_
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.logprobs import check_scoring, kept, score
-from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions, Variant
+from ppo_fast.ops.loss_options import Bounds, Coefficient, Variant, loss_options
 from ppo_fast.ops.policy import PolicyInputs, check_policy
 from ppo_fast.ops.policy_loss import corrected, policy_loss
 from ppo_fast.ops.ppo_loss import loss_and_stats
@@ -152,7 +152,7 @@ def logits_ppo_loss(
         rollout_logprobs=rollout_logprobs,
         correction=correction,
         cu_seqlens=cu_seqlens,
-        options=LossOptions(
+        options=loss_options(
             variant=variant,
             ratio_level=ratio_level,
             clip_low=clip_low,

@@ -191,6 +191,44 @@ class LossOptions(NamedTuple):
         return code
 
 
+def loss_options(
+    *,
+    variant: Any,
+    ratio_level: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ratio_cap: float | None,
+    log_ratio_clamp: Bounds,
+    entropy_coef: Coefficient,
+    kl_coef: Coefficient,
+    kl_estimator: str,
+    kl_clamp: float | None,
+    kl_ratio_clip: float | None,
+    kl_weight: str | None,
+    reduction: str,
+    denom: Coefficient | None,
+) -> LossOptions:
+    """The tuple, by keyword: its own constructor takes twice as long with keywords."""
+    return LossOptions(
+        variant,
+        ratio_level,
+        clip_low,
+        clip_high,
+        dual_clip,
+        ratio_cap,
+        log_ratio_clamp,
+        entropy_coef,
+        kl_coef,
+        kl_estimator,
+        kl_clamp,
+        kl_ratio_clip,
+        kl_weight,
+        reduction,
+        denom,
+    )
+
+
 def check_kl_clamp(op: str, clamp: float | None) -> float:
     """The bound on the estimate of KL, inf where absent."""
     return math.inf if clamp is None else _checks.number(op, "kl_clamp", clamp, 0.0)

@@ -183,12 +183,12 @@ def check_policy(
     if sequence_weights is not None:
         _check_sequence_weights(op, sequence_weights, main, cu_seqlens)
     tensors = TokenTensors(
-        old_logprobs=detached(old_logprobs),
-        advantages=detached(advantages),
-        is_weights=detached(is_weights),
-        ref_logprobs=detached(ref_logprobs),
-        moments=_check_moments(op, advantage_moments, main),
-        rollout_logprobs=detached(rollout_logprobs),
+        detached(old_logprobs),
+        detached(advantages),
+        detached(is_weights),
+        detached(ref_logprobs),
+        _check_moments(op, advantage_moments, main),
+        detached(rollout_logprobs),
     )
     if correction is not None:
         check_correction(op, correction, main, cu_seqlens)

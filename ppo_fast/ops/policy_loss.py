@@ -30,10 +30,8 @@ def policy_loss(
     """(loss, stats, scale, grads) of `n_grads` gradients."""
     if policy.correction is not None:
         policy, mask = corrected(policy, backend, mask, logprobs)
-    if policy.surrogate is not None:
-        out = surrogate_loss(policy, backend, logprobs, mask, entropy, n_grads)
-    else:
-        out = policy.by_kernel(backend, logprobs, mask, entropy, n_grads)
+    form = policy.by_kernel if policy.surrogate is None else partial(surrogate_loss, policy)
+    out = form(backend, logprobs, mask, entropy, n_grads)
     if policy.rollout is not None:
         set_fields(out[1], **correction.rollout_sums(policy.rollout))
     if policy.own_denom is not None:

@@ -12,7 +12,7 @@ from ppo_fast._results import Loss, Moments, Stats
 from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.loss_options import Bounds, Coefficient, LossOptions, Variant
+from ppo_fast.ops.loss_options import Bounds, Coefficient, Variant, loss_options
 from ppo_fast.ops.policy import PolicyInputs, check_policy
 from ppo_fast.ops.policy_loss import policy_loss
 
@@ -150,7 +150,7 @@ def ppo_loss(
         rollout_logprobs=rollout_logprobs,
         correction=correction,
         cu_seqlens=cu_seqlens,
-        options=LossOptions(
+        options=loss_options(
             variant=variant,
             ratio_level=ratio_level,
             clip_low=clip_low,
