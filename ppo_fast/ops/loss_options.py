@@ -95,8 +95,8 @@ class LossOptions(NamedTuple):
             return surrogates.sapo()
         if self.variant == "cispo":
             return surrogates.cispo(low, high)
-        dual = self._dual(op)
-        return surrogates.clip(low, high, None if dual == math.inf else dual)
+        dual = None if self.dual_clip is None else self._dual(op)
+        return surrogates.clip(low, high, dual)
 
     def checked(
         self,
@@ -124,7 +124,7 @@ class LossOptions(NamedTuple):
         self._check_reference(op, has_ref, kl_t is not None or kl != 0.0, kl)
         clip_low = number(op, "clip_low", self.clip_low, 0.0, 1.0)
         clip_high = number(op, "clip_high", self.clip_high, 0.0)
-        dual_clip = self._dual(op)
+        dual_clip = math.inf if self.dual_clip is None else self._dual(op)
         log_ratio_min, log_ratio_max = log_ratio_bounds(op, self.log_ratio_clamp)
         return policy_options(
             variant=variant,
@@ -141,7 +141,7 @@ class LossOptions(NamedTuple):
             entropy_coef=entropy,
             kl_coef=kl,
             kl_clamp=check_kl_clamp(op, self.kl_clamp),
-            kl_ratio_clip=self._ratio_clip(op),
+            kl_ratio_clip=math.inf if self.kl_ratio_clip is None else self._ratio_clip(op),
             denom=denom,
             entropy_coef_tensor=entropy_t,
             kl_coef_tensor=kl_t,
@@ -158,17 +158,14 @@ class LossOptions(NamedTuple):
             raise ValueError(f"{op}: kl_coef must be below 1 with variant 'linear', got {kl}")
 
     def _dual(self, op: str) -> float:
-        if self.dual_clip is None:
-            return math.inf
         if self.variant not in ("clip", "gspo"):
             raise ValueError(f"{op}: dual_clip must be None with variant {self.variant!r}")
-        if _checks.number(op, "dual_clip", self.dual_clip) <= 1.0:
+        bound = _checks.number(op, "dual_clip", self.dual_clip)
+        if bound <= 1.0:
             raise ValueError(f"{op}: dual_clip must be above 1, got {self.dual_clip}")
-        return float(self.dual_clip)
+        return bound
 
     def _ratio_clip(self, op: str) -> float:
-        if self.kl_ratio_clip is None:
-            return math.inf
         if not self.kl_estimator.endswith("+"):
             raise ValueError(
                 f"{op}: kl_ratio_clip must be None without a '+' estimator,"

@@ -187,7 +187,7 @@ def check_policy(
         detached(advantages),
         detached(is_weights),
         detached(ref_logprobs),
-        _check_moments(op, advantage_moments, main),
+        None if advantage_moments is None else _check_moments(op, advantage_moments, main),
         detached(rollout_logprobs),
     )
     if correction is not None:
@@ -214,9 +214,7 @@ def _check_sequence_weights(
     )
 
 
-def _check_moments(op: str, moments: Any, main: Tensor) -> Tensor | None:
-    if moments is None:
-        return None
+def _check_moments(op: str, moments: Any, main: Tensor) -> Tensor:
     if not isinstance(moments, Moments):
         raise TypeError(f"{op}: advantage_moments must be Moments, got {type(moments).__name__}")
     values: Tensor = moments.values

@@ -136,7 +136,8 @@ def ppo_loss(
         NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
     logprobs = _checks.main(_OP, "logprobs", logprobs, cu_seqlens)
-    _checks.alike(_OP, logprobs, entropy=entropy)
+    if entropy is not None:
+        _checks.alike(_OP, logprobs, entropy=entropy)
     mask = _checks.flags(_OP, "mask", mask, logprobs.shape, logprobs.device)
     policy = check_policy(
         _OP,

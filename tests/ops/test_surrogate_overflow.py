@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ppo_fast
-from ppo_fast import surrogates
+from ppo_fast import _checks, surrogates
 from ppo_fast.testing import Call, run
 
 OVER = 200.0  # e^200 is a number in fp64, and inf in fp32
@@ -75,3 +75,23 @@ def test_a_nan_shows(backend: str, device: str, surrogate: ppo_fast.Surrogate, a
     call = one_row(device, surrogate, "token", adv)
     call = call.replace(old_logprobs=torch.full((1, 2), math.nan, device=device))
     assert math.isnan(float(run(call, backend)["loss"]))
+
+
+@pytest.mark.parametrize("couples", [False, True])
+def test_a_slope_that_is_not_finite_is_told_when_debugging(
+    monkeypatch: pytest.MonkeyPatch, couples: bool
+) -> None:
+    def root(t: ppo_fast.TokenTerms) -> torch.Tensor:
+        return -t.advantages * (t.ratio - 1.0).abs().sqrt()
+
+    old, adv = torch.zeros(2, 3), torch.ones(2, 3)
+    new = torch.full((2, 3), 0.1)
+    new[1, 2] = 0.0  # the root's slope is infinite at a ratio of 1
+    surrogate = ppo_fast.Surrogate(root, couples=couples)
+    loss, _ = ppo_fast.ppo_loss(new, old, adv, variant=surrogate)
+    assert bool(loss.isfinite())
+    monkeypatch.setattr(_checks, "DEBUG", True)
+    with pytest.raises(
+        ValueError, match=r"Surrogate 'root': slopes must be finite, got .*\(1, 2\)"
+    ):
+        ppo_fast.ppo_loss(new, old, adv, variant=surrogate)
