@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from ppo_fast.loop import TrainConfig, Trainer
 from ppo_fast.loop.checkpoint.checkpoints import DEFAULTS
 from ppo_fast.loop.checkpoint.folder import TENSORS, read
+from ppo_fast.loop.config import RENAMED
 from ppo_fast.loop.model.load import load_model
 
 OLD = Path(__file__).parent / "old_run"
@@ -104,12 +105,14 @@ def test_the_old_run_holds_what_a_checkpoint_holds(tmp_path: Path) -> None:
     before = read(out / "checkpoints" / "update-000002")
     resumed(out).run(Console(quiet=True))
     after = read(out / "checkpoints" / "update-000004")
-    # An option that the older version did not have stands at its default.
-    younger = after["identity"].keys() - before["identity"].keys()
+    # An option that the older version did not have stands at its default, and one that it had
+    # under another name has its value.
+    former = {RENAMED.get(name, name): value for name, value in before["identity"].items()}
+    younger = after["identity"].keys() - former.keys()
     assert younger - DEFAULTS.keys() == {"the columns' sha256"}
     added = {name: after["identity"][name] for name in younger}
     assert {name: DEFAULTS.get(name, added[name]) for name in younger} == added
-    assert after["identity"] == before["identity"] | added
+    assert after["identity"] == former | added
     assert before["state"].keys() == after["state"].keys()
     assert before["state"]["weights"].keys() == after["state"]["weights"].keys()
     assert (OLD / "run" / "checkpoints" / "update-000002" / TENSORS).stat().st_size < 200_000
