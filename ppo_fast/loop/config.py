@@ -172,8 +172,9 @@ class TrainConfig:
     correction_form: Literal["truncate", "mask"] = "truncate"
     """"mask" drops what "truncate" moves to its bound."""
     correction_low: float | None = None
-    """Bounds of the weights."""
+    """Lower bound of the weights."""
     correction_high: float | None = None
+    """Upper bound of the weights."""
     reject: tuple[str, ...] = ()
     """Rejections, as seq-mean-k1=0.999:1.001 or token-k3=0.1: `ppo_fast.Correction`'s."""
     correction_drops: Literal["policy", "all"] = "policy"
