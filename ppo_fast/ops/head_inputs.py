@@ -13,6 +13,7 @@ from ppo_fast import _backend, _checks
 from ppo_fast.ops.head import HeadOptions, HeadRows
 from ppo_fast.ops.logprobs import check_ignore_index, check_temperature
 from ppo_fast.ops.shards import shard_of
+from ppo_fast.reference.common import exact
 
 
 class HeadInputs(NamedTuple):
@@ -30,10 +31,7 @@ class HeadInputs(NamedTuple):
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
         """No autocast inside: the precision is the op's own."""
-        kind = self.hidden.device.type
-        if not torch.amp.is_autocast_available(kind):
-            return contextlib.nullcontext()
-        return torch.autocast(kind, enabled=False)
+        return exact(self.hidden.device)
 
     def for_reference(self) -> dict[str, Any]:
         """Keyword arguments of the reference."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,13 @@ from ppo_fast._sequences import Sequences
 def compute(x: Tensor) -> Tensor:
     """fp64 stays, every other floating type becomes fp32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def exact(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """No autocast inside: the precision is the op's own."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def keep_of(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast._sequences import Sequences
-from ppo_fast.reference.common import clamp, kl_terms
+from ppo_fast.reference.common import clamp, exact, kl_terms
 from ppo_fast.surrogates import Surrogate, TokenTerms
 
 LEVELS = ("token", "sequence", "sequence-token")
@@ -111,7 +111,8 @@ def terms_of(
 
 def call(surrogate: Surrogate, terms: TokenTerms) -> tuple[Tensor, Tensor | None]:
     """The function's terms and what it drops; TypeError or ValueError for anything else."""
-    out: Any = surrogate.fn(terms)
+    with exact(terms.logprobs.device):
+        out: Any = surrogate.fn(terms)
     value, dropped = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
     like, name = terms.logprobs, f"Surrogate {surrogate.name!r}"
     for what, x, dtype in (("terms", value, like.dtype), ("dropped", dropped, torch.bool)):

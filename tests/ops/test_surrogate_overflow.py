@@ -77,6 +77,20 @@ def test_a_nan_shows(backend: str, device: str, surrogate: ppo_fast.Surrogate, a
     assert math.isnan(float(run(call, backend)["loss"]))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autocast_does_not_reach_a_surrogate(backend: str) -> None:
+    """A product in it stays fp32."""
+    surrogate = ppo_fast.Surrogate(lambda t: -t.advantages * (t.ratio[:, None] @ eye)[:, 0])
+    eye, old = torch.ones(1, 1), torch.linspace(-2.0, -1.0, 6).view(2, 3)
+    new, adv = (old + 0.1).requires_grad_(), torch.ones(2, 3)
+    want = torch.autograd.grad(
+        ppo_fast.ppo_loss(new, old, adv, variant=surrogate, backend=backend).loss, new
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = ppo_fast.ppo_loss(new, old, adv, variant=surrogate, backend=backend)
+    assert torch.equal(torch.autograd.grad(loss, new)[0], want[0])
+
+
 @pytest.mark.parametrize("couples", [False, True])
 def test_a_slope_that_is_not_finite_is_told_when_debugging(
     monkeypatch: pytest.MonkeyPatch, couples: bool
