@@ -168,7 +168,7 @@ class TrainConfig:
     """Importance weights for samples of another policy than the trainer's, exp of old - sampler's
     log-prob of the token, of its sum or of its mean over the completion; "none" rejects alone.
     "auto" weighs tokens of stored transitions and of samples drawn in bf16, up to 2, and others
-    where a bound or a rejection is given."""
+    where a bound is given; a rejection alone rejects."""
     correction_form: Literal["truncate", "mask"] = "truncate"
     """"mask" drops what "truncate" moves to its bound."""
     correction_low: float | None = None

@@ -55,7 +55,7 @@ def correction_of(config: Any, rounds: bool) -> Correction | None:
         given = low is not None or high is not None
         if not (given or reject or rounds):
             return None
-        level = "token" if given or not reject else "none"
+        level = "token" if given or rounds else "none"
     if level == "off":
         return None
     if level != "none" and low is None and high is None:
@@ -100,6 +100,9 @@ def check_losses(config: Any, require: Callable[..., None]) -> None:
     none = config.correction == "none"
     require(config, "correction_high", not (none and bounds), "absent with correction none")
     require(config, "reject", config.reject or not none, "given with correction none")
+    # What the loss rejects by its own log-probs is not known when a minibatch is divided.
+    late = config.correction_count == "kept" and config.correction_ratio == "current"
+    require(config, "correction_count", not late, "all with correction_ratio current")
     try:
         Correction("token", high=_CAP, reject=_rejections(config))
     except ValueError as error:

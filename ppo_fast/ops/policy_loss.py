@@ -87,7 +87,7 @@ def of_rows(
         policy = policy._replace(per_token=x, correction=None)
         keep = keep & kept if c.drops == "all" else keep
     if policy.surrogate is not None:
-        found = elementwise(policy, policy.per_token, logprobs, keep, entropy)
+        found = elementwise(policy, logprobs, keep, entropy)
         policy = given(policy, found.value, found.slope)
     return policy, keep
 

@@ -14,7 +14,7 @@ from ppo_fast._boundary.schema import KERNEL_VARIANTS, compute_dtype
 from ppo_fast._results import STATS_FIELDS
 from ppo_fast._sequences import Sequences
 from ppo_fast.ops.policy import PolicyInputs
-from ppo_fast.reference.common import keep_of, select, whitening
+from ppo_fast.reference.common import keep_of, select, whitened
 from ppo_fast.reference.surrogate import Evaluated, TermInputs, TermOptions, evaluate
 
 _GIVEN = KERNEL_VARIANTS.index("given")
@@ -24,15 +24,11 @@ _BLOCK, _MULTIPLE = 16384, 64
 
 
 def elementwise(
-    policy: PolicyInputs,
-    x: TokenTensors,
-    logprobs: Tensor,
-    mask: Tensor | None,
-    entropy: Tensor | None,
+    policy: PolicyInputs, logprobs: Tensor, mask: Tensor | None, entropy: Tensor | None
 ) -> Evaluated:
     """The terms of an elementwise surrogate on rows, in blocks: a row's bits do not depend on the
     others on a CPU."""
-    inputs = _inputs(x, keep_of(logprobs, mask), entropy, None)
+    inputs = _inputs(policy.per_token, keep_of(logprobs, mask), entropy, None)
     options = _term_options(policy, None)
     new = select(inputs.keep, logprobs.detach().reshape(-1))
     whole = torch.compiler.is_compiling() or not new.is_cpu
@@ -85,9 +81,9 @@ def _checked(policy: PolicyInputs, found: Evaluated) -> Evaluated:
     """The same; debug only: ValueError at the first slope that is not finite."""
     if _checks.DEBUG and not bool(found.slope.isfinite().all()):
         where = tuple(int(i) for i in (~found.slope.isfinite()).nonzero()[0])
-        name = policy.surrogate.name if policy.surrogate is not None else ""
+        surrogate: Any = policy.surrogate
         got = f"got {float(found.slope[where])} at {where}"
-        raise ValueError(f"Surrogate {name!r}: slopes must be finite, {got}")
+        raise ValueError(f"Surrogate {surrogate.name!r}: slopes must be finite, {got}")
     return found
 
 
@@ -111,15 +107,11 @@ def _inputs(
     def flat(part: Tensor | None) -> Any:
         return None if part is None else select(keep, part).to(dtype).reshape(-1)
 
-    adv = select(keep, x.advantages).to(dtype)
-    if x.moments is not None:
-        mean, rstd = whitening(x.moments)
-        adv = select(keep, (adv.double() - mean) * rstd).to(dtype)
     weights = keep.to(dtype) if x.is_weights is None else select(keep, x.is_weights).to(dtype)
     acting = keep if x.accepted is None else keep & x.accepted
     return TermInputs(
         old=flat(x.old_logprobs),
-        advantages=adv.reshape(-1),
+        advantages=whitened(x.advantages, x.moments, keep, dtype).reshape(-1),
         weights=weights.reshape(-1),
         keep=keep.reshape(-1),
         acting=acting.reshape(-1),
@@ -144,7 +136,7 @@ def surrogate_loss(
         found = coupled(policy, logprobs, mask, entropy)
         slope = torch.zeros_like(found.slope)
     else:
-        found = elementwise(policy, policy.per_token, logprobs, mask, entropy)
+        found = elementwise(policy, logprobs, mask, entropy)
         slope = found.slope
     ready = given(policy, found.value, slope)
     out, stats, scale, grads = ready.by_kernel(backend, logprobs, mask, entropy, n_grads)

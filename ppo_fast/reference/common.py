@@ -109,6 +109,17 @@ def whitening(moments: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(var == 0, torch.zeros_like(var), (var + 1e-8).rsqrt())
 
 
+def whitened(
+    advantages: Tensor, moments: Tensor | None, keep: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The advantages, standardised where there are moments; 0 where masked."""
+    adv = select(keep, advantages).to(dtype)
+    if moments is None:
+        return adv
+    mean, rstd = whitening(moments)
+    return select(keep, (adv.double() - mean) * rstd).to(dtype)
+
+
 def kl_terms(
     x: Tensor, estimator: str, clamp: float | None, ratio_clip: Tensor | None = None
 ) -> Tensor:

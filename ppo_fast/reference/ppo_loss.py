@@ -20,7 +20,7 @@ from ppo_fast.reference.common import (
     select,
     stats_of,
     token_weights,
-    whitening,
+    whitened,
 )
 from ppo_fast.reference.correction import corrected, counted, is_late, recounts, rollout_sums
 from ppo_fast.reference.surrogate import (
@@ -153,10 +153,7 @@ def _tokens(
     moments: Tensor | None,
 ) -> _Tokens:
     new = select(keep, logprobs)
-    adv = select(keep, advantages).to(new.dtype)
-    if moments is not None:
-        mean, rstd = whitening(moments)
-        adv = select(keep, (adv.double() - mean) * rstd).to(new.dtype)
+    adv = whitened(advantages, moments, keep, new.dtype)
     weight = keep.to(new.dtype) if is_weights is None else select(keep, is_weights).to(new.dtype)
     old = new.detach() if old is None else select(keep, old)
     unbounded = (float("-inf"), float("inf"))

@@ -66,9 +66,9 @@ def log_ratio_at(
         mean = seqs.mean(raw.double()).to(raw.dtype)
         return seqs.spread(clamp(mean, *bounds))
     mean = seqs.mean(raw.detach().double()).to(raw.dtype)
-    open_ = ~((mean < bounds[0]) | (mean > bounds[1]))
+    unclamped = ~((mean < bounds[0]) | (mean > bounds[1]))
     # inf − inf is NaN: an infinite log-ratio has a value alone.
-    passing = seqs.spread(open_) & ~raw.isinf()
+    passing = seqs.spread(unclamped) & ~raw.isinf()
     own = torch.where(passing, new - new.detach(), 0.0)
     return seqs.spread(clamp(mean, *bounds)) + own
 
@@ -87,8 +87,8 @@ def terms_of(
         estimate = kl_terms(new - x.ref, options.kl_estimator, options.kl_clamp)
         inside = options.kl_coef * log_ratio.exp() * estimate
     if not surrogate.couples:
-        drawn = _drawn(surrogate, x)
-        new, log_ratio = (torch.where(drawn, part, part.detach()) for part in (new, log_ratio))
+        counts = _counts(surrogate, x)
+        new, log_ratio = (torch.where(counts, part, part.detach()) for part in (new, log_ratio))
     kl = None
     if x.ref is not None and surrogate.couples:
         kl = kl_terms(new.detach() - x.ref, options.kl_estimator.rstrip("+"), options.kl_clamp)
@@ -133,10 +133,10 @@ def call(surrogate: Surrogate, terms: TokenTerms) -> tuple[Tensor, Tensor | None
 def weighted(surrogate: Surrogate, value: Tensor, x: TermInputs) -> Tensor:
     """The terms times their weights; 0 where dropped, and where a weight is 0, as a select."""
     product = value if surrogate.weighted else value * x.weights
-    return torch.where(_drawn(surrogate, x), product, 0.0)
+    return torch.where(_counts(surrogate, x), product, 0.0)
 
 
-def _drawn(surrogate: Surrogate, x: TermInputs) -> Tensor:
+def _counts(surrogate: Surrogate, x: TermInputs) -> Tensor:
     """The slots whose policy term counts: neither rejected nor of weight 0."""
     return x.acting if surrogate.weighted else x.acting & (x.weights != 0)
 

@@ -44,7 +44,7 @@ def mask_of() -> Tensor:
     return mask.double()
 
 
-def both(op: str, call: Any, *leaves: Tensor, size: float, terms: int = B * T) -> None:
+def assert_alike(op: str, call: Any, *leaves: Tensor, size: float, terms: int = B * T) -> None:
     """Results and gradients on both; fp32's budget, as OpenRLHF adds 1e-8 to counts."""
     runs = []
     for patched in (False, True):
@@ -76,7 +76,7 @@ def test_policy_loss(by_token: bool, batch: str, dual: float | None) -> None:
     new = (0.7 * normal(B, T) - 2).requires_grad_()
     old, advantages = 0.7 * normal(B, T, seed=1) - 2, normal(B, T, seed=2)
     loss = PolicyLoss(0.1, 0.3, dual_clip=dual, token_level_loss=by_token)
-    both(
+    assert_alike(
         "policy_loss",
         lambda: loss(new, old, advantages, action_mask=mask_of(), **BATCHES[batch]),
         new,
@@ -91,7 +91,7 @@ def test_value_loss(by_token: bool, batch: str, clip: float | None) -> None:
     values = normal(B, T).requires_grad_()
     old, returns = normal(B, T, seed=1), normal(B, T, seed=2)
     loss = ValueLoss(clip, token_level_loss=by_token)
-    both(
+    assert_alike(
         "value_loss",
         lambda: loss(values, old, returns, action_mask=mask_of(), **BATCHES[batch]),
         values,
@@ -149,7 +149,7 @@ def test_corrections(gate: str, kind: str, by_token: bool, batch: str) -> None:
         loss = PolicyLoss(0.1, 0.3, dual_clip=dual, policy_loss_type=kind, **GATES[gate])
         loss.token_level_loss = by_token  # gspo's own is False
         call = functools.partial(loss, new, old, advantages, rollout_log_probs=sampled())
-        both(
+        assert_alike(
             "policy_loss",
             lambda call=call: call(action_mask=mask_of(), **BATCHES[batch]),
             new,
@@ -203,8 +203,8 @@ def test_no_mask(gate: str) -> None:
     old, advantages = 0.7 * normal(B, T, seed=1) - 2, normal(B, T, seed=2)
     loss, value_loss = PolicyLoss(0.1, 0.3, **GATES[gate]), ValueLoss(0.4)
     call = functools.partial(loss, new, old, advantages, rollout_log_probs=sampled())
-    both("policy_loss", call, new, size=4e3)
-    both("value_loss", lambda: value_loss(new, old, advantages), new, size=40.0 * B * T)
+    assert_alike("policy_loss", call, new, size=4e3)
+    assert_alike("value_loss", lambda: value_loss(new, old, advantages), new, size=40.0 * B * T)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_errors_are_openrlhfs_own(
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs(temperature: float) -> None:
     logits, labels = normal(2, 5, V).float(), torch.randint(V, (2, 5))
-    both(
+    assert_alike(
         "logprobs",
         lambda: actor.log_probs_from_logits(logits.clone(), labels, temperature),
         size=12.0,
@@ -247,14 +247,14 @@ def test_logprobs(temperature: float) -> None:
 def test_logprobs_gradient() -> None:
     logits = normal(2, 5, V).float().requires_grad_()
     labels = torch.randint(V, (2, 5))
-    both(
+    assert_alike(
         "logprobs", lambda: actor.log_probs_from_logits(logits, labels), logits, size=12.0, terms=V
     )
 
 
 def test_entropy() -> None:
     logits = normal(2, 5, V).float().requires_grad_()
-    both("entropy", lambda: actor.compute_entropy(logits), logits, size=12.0, terms=V)
+    assert_alike("entropy", lambda: actor.compute_entropy(logits), logits, size=12.0, terms=V)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
@@ -262,7 +262,7 @@ def test_entropy() -> None:
 @pytest.mark.parametrize("old", [False, True])
 def test_kl(kind: str, unbiased: bool, old: bool) -> None:
     new, ref = (3 * normal(B, T)).requires_grad_(), 3 * normal(B, T, seed=1)
-    both(
+    assert_alike(
         "kl",
         lambda: experience_maker.compute_approx_kl(
             new,
@@ -287,7 +287,7 @@ def test_advantages(gamma: float) -> None:
         found = maker.get_advantages_and_returns(None, values, rewards, mask, gamma, 0.95)  # type: ignore[arg-type]
         return tuple(x[mask != 0] for x in found)
 
-    both("advantages", call, size=60.0)
+    assert_alike("advantages", call, size=60.0)
 
 
 def test_it_is_patched_at_every_import_site_and_put_back() -> None:

@@ -68,6 +68,9 @@ CORRECTIONS: list[tuple[dict[str, Any], bool, Correction | None]] = [
     ({}, False, None),
     ({}, True, Correction("token", high=2.0)),
     ({"correction": "off"}, True, None),
+    # A rejection takes no weights off samples that have them.
+    ({"reject": ("token-k3=0.1",)}, True, Correction("token", high=2.0, reject={"token-k3": 0.1})),
+    ({"reject": ("token-k3=0.1",)}, False, Correction(None, reject={"token-k3": 0.1})),
     ({"correction_high": 1.5}, False, Correction("token", high=1.5)),
     ({"correction": "sequence"}, False, Correction("sequence", high=2.0)),
     (
@@ -158,6 +161,14 @@ def test_rejections_are_logged(tmp_path: Path) -> None:
         ({"reject": ("token-k3",)}, "reject must be as seq-mean-k1=0.999:1.001"),
         ({"correction": "off", "correction_high": 2.0}, "correction must be on where a bound"),
         ({"correction": "none"}, "reject must be given with correction none"),
+        (
+            {
+                "correction_ratio": "current",
+                "correction_count": "kept",
+                "reject": ("token-k3=1",),
+            },
+            "correction_count must be all with correction_ratio current, got kept",
+        ),
         (
             {"correction": "none", "reject": ("token-k3=1",), "correction_high": 2.0},
             "correction_high must be absent with correction none, got 2.0",
