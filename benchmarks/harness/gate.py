@@ -32,8 +32,9 @@ _MEANS = {
 _MEANS_OF_ROWS = ("linear_ppo_loss", "logits_ppo_loss")
 # What a sample of the rows can answer for.
 _PER_ROW = ("logprobs", "entropy", "grad_logits", "grad_hidden")
-# Logits in the sample: 0.5 GB of fp64, and some temporaries of that size.
-_SAMPLE = 2**26
+# Logits in the sample: on a CPU 0.5 GB of fp64, and some temporaries of that size. A GPU's time is
+# lent, and its host would take half a minute for the products of a head's sample of that size.
+_SAMPLE = {"cpu": 2**26, "cuda": 2**23}
 
 
 def _sampled(call: Call) -> tuple[Call, Tensor | None]:
@@ -42,7 +43,8 @@ def _sampled(call: Call) -> tuple[Call, Tensor | None]:
         return call, None
     head = call.tensors.get("weight")
     vocab = call.tensors["logits"].shape[-1] if head is None else head.shape[0]
-    n, fit = call.tensors["tokens"].shape[0], max(2, _SAMPLE // vocab)
+    tokens = call.tensors["tokens"]
+    n, fit = tokens.shape[0], max(2, _SAMPLE[tokens.device.type] // vocab)
     if n <= fit:
         return call, None
     rows = torch.linspace(0, n - 1, fit, dtype=torch.float64).long()

@@ -117,7 +117,7 @@ def _time(
             outcomes[name] = done
             continue
         outcomes[name].peak_mb, sampler = done
-        if isinstance(sampler, gpu_timing.Timed):
+        if isinstance(sampler, gpu_timing.Timed | gpu_timing.TimedSeveral):
             outcomes[name].graph, outcomes[name].detail = sampler.graph, sampler.reason
         samplers[name] = sampler
     announce("")

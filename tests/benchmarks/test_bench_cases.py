@@ -168,7 +168,7 @@ def test_a_gradient_of_one_output_is_gated_against_that_of_this_output(direction
 
 
 def test_the_gate_samples_rows_from_the_first_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_of_gate, "_SAMPLE", 5 * 37)
+    monkeypatch.setattr(module_of_gate, "_SAMPLE", {"cpu": 5 * 37})
     call = make_call(Case("token_logprobs", BOTH, Shape("t", (9, 37))))
     gate = Gate(call)
     results = run(call, "reference")

@@ -9,6 +9,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
+
+pytest.importorskip("tyro", reason="the loop's command line needs tyro")
+
 from loop_helpers import batch_of, trainer
 
 import ppo_fast

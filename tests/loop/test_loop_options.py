@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("tyro", reason="the loop's command line needs tyro")
+
 from loop_helpers import trainer
 
 from ppo_fast.__main__ import main

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("tyro", reason="the loop's command line needs tyro")
+
 from loop_helpers import TEXTS, tiny, trainer
 
 import ppo_fast

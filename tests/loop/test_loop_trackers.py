@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("tyro", reason="the loop's command line needs tyro")
+
 from loop_helpers import trainer, weights
 from loop_ranks import free_port
 from rich.console import Console
