@@ -260,7 +260,8 @@ def test_no_backend_is_imported_by_another() -> None:
         and any(is_under(name, ("ppo_fast.kernels", "kernels")) for name in names_of(path))
     }
     assert {path for path in naming if not path.startswith("tests/aot/")} <= {
-        "tests/backends/test_aot.py"
+        "tests/backends/test_aot.py",
+        "tests/backends/test_specialisations.py",
     }
 
 
