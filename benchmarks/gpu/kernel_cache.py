@@ -1,0 +1,117 @@
+"""Compiled Triton kernels to carry to a GPU machine: `python -m benchmarks.gpu.kernel_cache ...`.
+
+    pack FILE [OP ...]   compile what the smoke test launches for sm_90, without a GPU
+    unpack FILE          add that to Triton's own cache here, if its build is the one that made it
+
+Triton finds a kernel by a hash of itself (its files, and so the Python it was built for), of the
+source and of the options: another build would never look for these, so they are then left out.
+Pack with the Python and Triton of the machine that will run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+# Triton writes the paths of a kernel's files into such files.
+_GROUPS = "__grp__*.json"
+
+
+class OtherTritonError(RuntimeError):
+    """The kernels were made by another build of Triton than the one here."""
+
+
+def identity() -> dict[str, str]:
+    """What must agree for a kernel to be found: Triton's build."""
+    import triton
+    from triton.runtime.cache import triton_key
+
+    python = platform.python_version_tuple()
+    return {
+        "triton": triton.__version__,
+        "python": ".".join(python[:2]),
+        "key": hashlib.sha256(triton_key().encode()).hexdigest(),
+    }
+
+
+def compile_all(folder: Path, ops: Sequence[str]) -> int:
+    """Compile the kernels of the smoke test's calls into the folder; how many there are."""
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # what a launch reads, and no more
+    import triton
+
+    from benchmarks.gpu import fake_driver
+    from ppo_fast.testing import FACTORIES, HEADS, run
+
+    with fake_driver.recording() as record:
+        for op, factory in (FACTORIES | HEADS).items():
+            if not ops or op in ops:
+                run(factory(), "triton")
+    for variant in record.variants:
+        triton.compile(variant.source(), target=fake_driver.TARGET, options=variant.options)
+    return len(record.variants)
+
+
+def pack(path: Path, ops: Sequence[str] = ()) -> None:
+    """Write the archive of these ops' kernels, or of all."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        count = compile_all(folder, ops)
+        manifest = identity() | {"kernels": count, "folder": str(folder)}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        with tarfile.open(path, "w:xz") as archive:
+            archive.add(folder, ".")
+    print(f"{path}: {count} kernels of {describe(manifest)}, {path.stat().st_size >> 10} kB")
+
+
+def describe(made: dict[str, Any]) -> str:
+    """The build in words."""
+    return f"Triton {made['triton']} for Python {made['python']} ({made['key'][:8]})"
+
+
+def unpack(path: Path, cache: Path) -> int:
+    """Add the archive's kernels to a cache; how many. Raises OtherTritonError."""
+    with tempfile.TemporaryDirectory() as taken, tarfile.open(path) as archive:
+        archive.extractall(taken, filter="data")
+        made = json.loads((Path(taken) / MANIFEST).read_text())
+        here = identity()
+        if any(made[name] != here[name] for name in here):
+            raise OtherTritonError(f"they are of {describe(made)}, here is {describe(here)}")
+        for group in Path(taken).rglob(_GROUPS):
+            group.write_text(group.read_text().replace(made["folder"], str(cache)))
+        for file in Path(taken).rglob("*/*"):
+            target = cache / file.relative_to(taken)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    return int(made["kernels"])
+
+
+def main(what: str, file: str, *ops: str) -> int:
+    """Pack or unpack; an archive of another build is not an error."""
+    if what == "pack":
+        pack(Path(file), ops)
+        return 0
+    if what != "unpack":
+        raise SystemExit(f"kernel_cache: pack or unpack, got {what!r}")
+    import triton
+
+    try:
+        count = unpack(Path(file), Path(triton.knobs.cache.dir))
+    except OtherTritonError as error:
+        print(f"kernel cache: not used, {error}")
+    else:
+        print(f"kernel cache: {count} kernels from {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
