@@ -26,11 +26,16 @@ from .common import (
     load_flag,
     pair_sum,
     strided,
+    unspecialised,
 )
 
 PARTS_STEP = tl.constexpr(128)  # parts and counts per step of the merge
 COUNTS_STEP = tl.constexpr(1024)
 PIECES_STEP = tl.constexpr(64)
+# Arguments of ppo_loss and value_loss that are no tensors of tokens, see `unspecialised`.
+DIMS = ("row", "col")
+SHARED_POINTERS = ("cu", "denom", "grad", "counter")
+SHARED_INTEGERS = ("n_rows", "n_cols", "n_tiles", "n_counts", "n_pieces", "n_seqs", "reduction")
 
 
 class Counts(NamedTuple):
@@ -102,7 +107,7 @@ def sequence_of(cu_ptr, n_seqs, row, col):
 
 
 # fmt: off
-@triton.jit
+@triton.jit(**unspecialised(("main", "old", "mask"), DIMS, ("cu",), ("n_cols",)))
 def sequence_kernel(
     main_ptr, main_row: tl.int64, main_col: tl.int64,
     old_ptr, old_row: tl.int64, old_col: tl.int64,

@@ -29,8 +29,12 @@ from .common import (
     load_f32,
     on_device,
     strided,
+    unspecialised,
 )
 from .loss_tiles import (
+    DIMS,
+    SHARED_INTEGERS,
+    SHARED_POINTERS,
     Counts,
     Divisor,
     empty_outputs,
@@ -54,6 +58,9 @@ LOSS_DENOM = tl.constexpr(3)
 RATIO = tl.constexpr(10)
 RATIO_SQ = tl.constexpr(11)
 WIDTH = tl.constexpr(16)
+# Tensors of tokens, as the kernel's arguments name them, and integers of its own.
+TOKENS = ("logp", "old", "adv", "mask", "is", "ent", "ref")
+CODES = ("variant", "estimator", "straight", "kl_weight", "seq_weight_step")
 
 
 @triton.jit
@@ -117,7 +124,14 @@ def store_stats(stats_ptr, sums, low, high, n_seqs, own):
 
 
 # fmt: off
-@triton.jit
+@triton.jit(
+    **unspecialised(
+        TOKENS,
+        DIMS,
+        (*SHARED_POINTERS, "moments", "seq_weight", "ent_coef", "kl_coef", "grad_ent"),
+        (*SHARED_INTEGERS, *CODES),
+    )
+)
 def ppo_kernel(
     logp_ptr, logp_row: tl.int64, logp_col: tl.int64,
     old_ptr, old_row: tl.int64, old_col: tl.int64,

@@ -7,8 +7,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .codes import FORM_CLIPPED, FORM_MAX, N_SUMS, ValueCodes, ValueParams
-from .common import Strided, clamp, counter, flag_bytes, is_last, on_device, strided
+from .common import (
+    Strided,
+    clamp,
+    counter,
+    flag_bytes,
+    is_last,
+    on_device,
+    strided,
+    unspecialised,
+)
 from .loss_tiles import (
+    DIMS,
+    SHARED_INTEGERS,
+    SHARED_POINTERS,
     Counts,
     Divisor,
     empty_outputs,
@@ -27,6 +39,8 @@ FIRST = tl.constexpr(16)
 WIDTH = tl.constexpr(8)
 LOSS = tl.constexpr(1)
 LOSS_DENOM = tl.constexpr(2)
+# Tensors of tokens, as the kernel's arguments name them.
+TOKENS = ("values", "old", "ret", "mask")
 
 
 @triton.jit
@@ -68,7 +82,7 @@ def store_stats(stats_ptr, sums, own):
 
 
 # fmt: off
-@triton.jit
+@triton.jit(**unspecialised(TOKENS, DIMS, SHARED_POINTERS, (*SHARED_INTEGERS, "form")))
 def value_kernel(
     values_ptr, values_row: tl.int64, values_col: tl.int64,
     old_ptr, old_row: tl.int64, old_col: tl.int64,

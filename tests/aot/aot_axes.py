@@ -40,6 +40,11 @@ def pointers(kind: str, *names: str) -> dict[str, str]:
     return {f"{name}_ptr": f"{kind}:16" for name in names}
 
 
+def given(kind: str, *names: str) -> dict[str, str]:
+    """Types of tensors that do not specialise the kernel on their address."""
+    return {f"{name}_ptr": kind for name in names}
+
+
 def absent(*names: str) -> dict[str, None]:
     """Types of tensors that are None."""
     return dict.fromkeys(f"{name}_ptr" for name in names)
@@ -80,6 +85,7 @@ ADVANTAGE_AXES = (
     | pointers("*fp32", "adv", "ret")
     | {
         "counter_ptr": "*i32",
+        "boot_seq": "i64",
         "n_seqs": "i64",
         "length": "i64",
         "gamma": "fp32",
