@@ -93,7 +93,7 @@ def value_kernel(
     denom_ptr, grad_ptr, loss_ptr, scale_ptr, stats_ptr,
     parts_ptr,  # (programs, 8) float64
     counter_ptr,
-    n_rows: tl.int64, n_cols: tl.int64, n_tiles: tl.int64, n_counts: tl.int64, n_pieces: tl.int64,
+    n_rows: tl.int64, n_cols: tl.int64, n_tiles: tl.int32, n_counts: tl.int32, n_pieces: tl.int32,
     n_seqs: tl.int64,
     form: tl.int32, reduction: tl.int32,
     clip, factor, denom,
@@ -107,7 +107,7 @@ def value_kernel(
     returns = Strided(ret_ptr, ret_row, ret_col)
     mask = Strided(mask_ptr, mask_row, mask_col)
     acc = tl.zeros([WIDTH], tl.float64)
-    for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         row, col, inside = token_slots(tile, n_rows, n_cols, ROWS, COLS)
         keep = load_token_flag(mask, row, col, inside)
         value = load_token(values, row, col, keep, 0.0)
@@ -143,7 +143,7 @@ def value_kernel(
     if is_last(counter_ptr):
         counts = Counts(counts_ptr, n_counts, n_pieces)
         divisor = Divisor(reduction, denom_ptr, denom)
-        sums, _, _, _, own = merge_loss(
+        sums, _, own = merge_loss(
             parts_ptr, counts, divisor, n_cols, loss_ptr, scale_ptr, LOSS, WIDTH, PER_SEQUENCE
         )
         store_stats(stats_ptr, sums, own)

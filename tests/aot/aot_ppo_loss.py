@@ -2,9 +2,12 @@
 
 from aot_axes import LOSS_AXES, Aot, absent, given, pointers, token_strides
 
-from ppo_fast.kernels.ppo_loss import CODES, TOKENS, ppo_kernel
+from ppo_fast.kernels.common import MAX_REGISTERS
+from ppo_fast.kernels.loss_tiles import TWO_RESIDENT
+from ppo_fast.kernels.ppo_loss import CODES, TOKENS, ppo_kernel, registers
 
 _OPTIONAL = ("is", "ent", "ref")
+_POINTERS = tuple(absent(*_OPTIONAL))
 _DEVICE = ("ent_coef", "kl_coef", "denom")
 AOT = (
     Aot(
@@ -50,6 +53,12 @@ AOT = (
             "mask_ptr": ("*u8", None),
             "moments_ptr": ("*fp64", None),
             "device": (absent(*_DEVICE), given("*fp32", *_DEVICE)),
+            "registers": (TWO_RESIDENT, MAX_REGISTERS),
         },
+        # Entropies have a gradient only if they are there.
+        lambda case: (
+            registers(case["LOOK_UP"], *map(case.get, _POINTERS)).items() <= case.items()
+            and not (case["grad_ent_ptr"] and not case["ent_ptr"])
+        ),
     ),
 )
