@@ -35,6 +35,7 @@ from .softmax import (
     RUNTIME,
     Gradient,
     alignment,
+    bf16_rows,
     grad_columns,
     label_rows,
     rescale,
@@ -110,7 +111,7 @@ def logits_ppo_kernel(
     is_ptr, is_outer: tl.int64, is_inner: tl.int64,
     ref_ptr, ref_outer: tl.int64, ref_inner: tl.int64,
     weight_ptr, weight_outer: tl.int64, weight_inner: tl.int64,
-    out_ptr, out_outer: tl.int64, out_inner: tl.int64,  # (rows, V): the logits too in place
+    out_ptr, out_outer: tl.int64, out_inner: tl.int64,  # (rows, V): in place, the logits' memory
     moments_ptr, ent_coef_ptr, kl_coef_ptr,  # (3,) float64, 0-d, 0-d
     logprobs_ptr, entropy_ptr,  # (rows,) fp32 contiguous
     inner, V, n_rows, n_segments, inv_temperature, ignore_index: tl.int64,
@@ -213,7 +214,7 @@ def tiling_constants(tiling: config.RowTiling, segments: int) -> dict[str, Any]:
 
 
 def _run(out: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """The launch. Fills `out`: the logits themselves, or like them; `args` are the schema's."""
+    """The launch. Fills `out`: (part of) the logits, or like them; `args` are the schema's."""
     logits, tokens, mask, temperatures, old, adv, is_weights, moments, ref, weights, *rest = args
     entropy_coef, kl_coef, temperature, ignore_index, codes, params = rest
     c, p = PolicyCodes(*codes), PolicyParams(*params)
@@ -259,3 +260,8 @@ def logits_ppo_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def logits_ppo_loss_(*args: Any) -> tuple[Tensor, Tensor]:
     """The same, dlogits written over the logits."""
     return _run(args[0], *args)
+
+
+def logits_ppo_loss_bf16_(*args: Any) -> tuple[Tensor, Tensor]:
+    """The same over fp32 logits, in bf16: each row of dlogits starts where the row does."""
+    return _run(bf16_rows(args[0]), *args)

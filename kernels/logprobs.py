@@ -28,7 +28,7 @@ from .common import (
     row_blocks,
     row_offset,
 )
-from .logprobs_grad import logprobs_bwd, logprobs_bwd_
+from .logprobs_grad import logprobs_bwd, logprobs_bwd_, logprobs_bwd_bf16_
 from .softmax import (
     LOWEST,
     RUNTIME,
@@ -41,7 +41,7 @@ from .softmax import (
     scan_columns,
 )
 
-__all__ = ["logprobs_bwd", "logprobs_bwd_", "logprobs_fwd"]
+__all__ = ["logprobs_bwd", "logprobs_bwd_", "logprobs_bwd_bf16_", "logprobs_fwd"]
 
 
 @triton.jit(do_not_specialize=RUNTIME)

@@ -23,6 +23,7 @@ from .softmax import (
     RUNTIME,
     Gradient,
     alignment,
+    bf16_rows,
     grad_columns,
     label_rows,
     row_start,
@@ -105,7 +106,7 @@ def dlogits_kernel(
     logits_ptr,  # (rows, V)
     logits_outer: tl.int64,
     logits_inner: tl.int64,
-    out_ptr,  # (rows, V): the logits themselves in place
+    out_ptr,  # (rows, V): in place, the logits' memory
     out_outer: tl.int64,
     out_inner: tl.int64,
     terms_ptr,  # (N_TERMS, rows) fp32
@@ -116,7 +117,7 @@ def dlogits_kernel(
     n_segments,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
-    SEGMENT: tl.constexpr,  # columns a program takes, a multiple of LANES * UNROLL
+    SEGMENT: tl.constexpr,  # columns of one of several segments, a multiple of LANES * UNROLL
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,  # every row starts at a multiple of this many elements
 ):
@@ -125,7 +126,7 @@ def dlogits_kernel(
     row_ptr = row_start(Strided(logits_ptr, logits_outer, logits_inner), row, inner, ALIGN)
     to_ptr = row_start(Strided(out_ptr, out_outer, out_inner), row, inner, ALIGN)
     start = (part - row * n_segments) * SEGMENT
-    end = tl.minimum(start + SEGMENT, V)
+    end = tl.where(n_segments == 1, V, tl.minimum(start + SEGMENT, V))
     label = tl.load(labels_ptr + row)
     if label == ZERO_ROW:
         zero_columns(to_ptr, start, end, V, LANES * UNROLL)
@@ -142,12 +143,13 @@ def dlogits_kernel(
 
 
 def _write(out: Tensor, *args: Any) -> None:
-    """The launches. Fill `out`: the logits themselves, or like them; `args` are the schema's."""
+    """The launches. Fill `out`: (part of) the logits, or like them; `args` are the schema's."""
     grad_logprobs, grad_entropy, logits, tokens, mask, temperature_tensor, *rest = args
     *saved, temperature, ignore_index = rest
     vocab = logits.shape[-1]
     tiling = config.gradient_tiling(vocab)
-    segments = triton.cdiv(vocab, tiling.segment)
+    # A row whose gradient overlaps other columns is one program's: see softmax.grad_step.
+    segments = triton.cdiv(vocab, tiling.segment) if out.dtype == logits.dtype else 1
     mask = flag_bytes(mask)
     inputs = (logits, tokens, mask, temperature_tensor, grad_logprobs, grad_entropy, out)
     with on_device(logits):
@@ -184,3 +186,8 @@ def logprobs_bwd(*args: Any) -> Tensor:
 def logprobs_bwd_(*args: Any) -> None:
     """The same, written over the logits."""
     _write(args[2], *args)
+
+
+def logprobs_bwd_bf16_(*args: Any) -> None:
+    """The same over fp32 logits, in bf16: each row of dlogits starts where the row does."""
+    _write(bf16_rows(args[2]), *args)

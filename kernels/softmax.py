@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -211,7 +212,13 @@ def grad_step(
     MASKED: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """A step of the gradient: UNROLL * LANES columns from `col` on; `row` is a Gradient."""
+    """A step of the gradient: UNROLL * LANES columns from `col` on; `row` is a Gradient.
+
+    A gradient half as wide as its logits starts where their row does: the bytes of its columns
+    [c, c + n) are those of the logits' columns [c / 2, (c + n) / 2), which this step or an earlier
+    one has read. The barrier keeps all threads' reads up to here before any thread's writes.
+    """
+    OVERLAP: tl.constexpr = to_ptr.dtype.element_ty != row_ptr.dtype.element_ty
     lanes = tl.arange(0, LANES)
     xs = ()
     for u in tl.static_range(UNROLL):
@@ -219,6 +226,8 @@ def grad_step(
         inside = at + lanes < end if MASKED else None
         x = tl.load(row_ptr + at + lanes, mask=inside, eviction_policy=EVICT)
         xs = xs + (x.to(tl.float32),)
+    if OVERLAP:
+        tl.debug_barrier()
     for u in tl.static_range(UNROLL):
         at = col + u * LANES
         log_p = tl.fma(xs[u], row.inv_temperature, -row.row_max) - row.log_sum
@@ -262,6 +271,13 @@ def zero_columns(to_ptr, start, end, V, STEP: tl.constexpr):
         tl.store(to_ptr + col + cols, none)
     if full_end < end:
         tl.store(to_ptr + full_end + cols, none, mask=full_end + cols < V)
+
+
+def bf16_rows(logits: Tensor) -> Tensor:
+    """A bf16 tensor like fp32 logits, in their memory: each row starts where theirs does."""
+    if logits.dtype != torch.float32:
+        raise ValueError(f"logits must be float32, got {logits.dtype}")
+    return logits.view(torch.bfloat16)[..., : logits.shape[-1]]
 
 
 def alignment(base: Tensor, *strides: int) -> int:

@@ -123,6 +123,13 @@ ROW_AXES = {
 }
 
 
+# Logits and gradient: of one type, or fp32 and half as wide in its place.
+GRADIENT_POINTERS = (
+    *({"logits_ptr": kind, "out_ptr": kind} for kind in ROW_AXES["logits_ptr"]),
+    {"logits_ptr": "*fp32:16", "out_ptr": "*bf16:16"},
+)
+
+
 def tiling_axis(*tilings: config.RowTiling) -> tuple[dict[str, int], ...]:
     """The constants that a row tiling sets."""
     return tuple(tiling.constants() for tiling in tilings)
