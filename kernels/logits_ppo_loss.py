@@ -26,7 +26,6 @@ from .common import (
     flag_bytes,
     load_f32,
     on_device,
-    pair_sum,
     row_blocks,
     row_offset,
 )
@@ -38,7 +37,7 @@ from .softmax import (
     bf16_rows,
     grad_columns,
     label_rows,
-    rescale,
+    merged,
     row_results,
     row_start,
     row_terms,
@@ -94,9 +93,7 @@ def row_state(
         maxima = tl.where(i == segment, part_max, maxima)
         sums = tl.where(i == segment, part_sum, sums)
         dots = tl.where(i == segment, part_dot, dots)
-    row_max = tl.max(maxima, axis=0)
-    sums, dots = rescale(maxima, row_max, sums, dots)
-    return row_max, pair_sum(sums, SEGMENTS), pair_sum(dots, SEGMENTS)
+    return merged(maxima, sums, dots, inv_temperature, SEGMENTS)
 
 
 # fmt: off
@@ -178,8 +175,8 @@ def logits_ppo_kernel(
         weight = load_f32(weight_ptr, row_offset(weights, row, inner), live, 0.0)
         grad_logprob = weight * policy_slope
         grad_entropy = -(weight * ent_coef)
-        zero, offset, slope, label_term = row_terms(
-            grad_logprob, grad_entropy, label_logit, inv_temp, row_max, entropy, legal
+        zero, offset, slope, at_label = row_terms(
+            grad_logprob, grad_entropy, label_logit, inv_temp, row_max, log_sum, entropy, legal
         )
         # A clamp drops a NaN, and with it the slope: the row is NaN all the same.
         zero = (zero & legal & valid) | (live == 0)
@@ -190,7 +187,7 @@ def logits_ppo_kernel(
             zero_columns(to_ptr, 0, V, V, LANES * GRAD_UNROLL)
         else:
             column = tl.where(legal, label, 0).to(tl.int32)
-            gradient = Gradient(column, row_max, log_sum, inv_temp, offset, slope, label_term)
+            gradient = Gradient(column, row_max, log_sum, inv_temp, offset, slope, at_label)
             grad_columns(
                 row_ptr, to_ptr, 0, V, V, gradient, LANES, GRAD_UNROLL, STAGES, "evict_first"
             )

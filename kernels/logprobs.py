@@ -24,7 +24,6 @@ from .common import (
     flag_bytes,
     load_flag,
     on_device,
-    pair_sum,
     row_blocks,
     row_offset,
 )
@@ -35,7 +34,7 @@ from .softmax import (
     alignment,
     inverse_temperature,
     label_rows,
-    rescale,
+    merged,
     row_results,
     row_start,
     scan_columns,
@@ -137,10 +136,8 @@ def merge_kernel(
     part_max = tl.load(part, mask=here, other=LOWEST)
     part_sum = tl.load(part + n_parts, mask=here, other=0.0)
     part_dot = tl.load(part + 2 * n_parts, mask=here, other=0.0)
-    row_max = tl.max(part_max, axis=1)
-    part_sum, part_dot = rescale(part_max, row_max[:, None], part_sum, part_dot)
-    row_sum = pair_sum(part_sum, SEGMENTS)
-    row_dot = pair_sum(part_dot, SEGMENTS)
+    inv_temps = inv_temp + tl.zeros([ROWS], tl.float32)
+    row_max, row_sum, row_dot = merged(part_max, part_sum, part_dot, inv_temps[:, None], SEGMENTS)
     _, row_max, log_sum, logprob, entropy = row_results(
         row_max, row_sum, row_dot, label_logit, inv_temp, legal
     )

@@ -4,8 +4,8 @@
 before anything is overwritten in place. `dlogits_kernel` reads and writes each row once, or only
 writes rows without a gradient. With p = exp(z - max - log_sum), T the temperature, H the entropy
 and g, h the gradients by log-probability and entropy,
-dz_j = p_j (slope ln p_j + offset) + [j = label] label_term,
-where slope = -h/T, offset = -(g + h H)/T and label_term = g/T.
+dz_j = p_j (slope ln p_j + offset) + [j = label] g/T, where slope = -h/T and offset = -(g + h H)/T.
+The label's is one of the six: rows are written without it first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .softmax import (
 )
 
 ZERO_ROW = tl.constexpr(-1)  # in place of the label's column
-N_TERMS = 6  # max, log_sum, 1/T, offset, slope, label_term
+N_TERMS = 6  # max, log_sum, 1/T, offset, slope, dz of the label
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "V"])
@@ -86,8 +86,8 @@ def terms_kernel(
     row_max = tl.load(row_max_ptr + rows, mask=live, other=0.0)
     log_sum = tl.load(log_sum_ptr + rows, mask=live, other=0.0)
 
-    zero, offset, slope, label_term = row_terms(
-        grad_logprob, grad_entropy, label_logit, inv_temp, row_max, entropy, legal
+    zero, offset, slope, at_label = row_terms(
+        grad_logprob, grad_entropy, label_logit, inv_temp, row_max, log_sum, entropy, legal
     )
     terms = terms_ptr + rows
     stride = n_rows.to(tl.int64)
@@ -96,7 +96,7 @@ def terms_kernel(
     tl.store(terms + 2 * stride, inv_temp, mask=inside)
     tl.store(terms + 3 * stride, offset, mask=inside)
     tl.store(terms + 4 * stride, slope, mask=inside)
-    tl.store(terms + 5 * stride, label_term, mask=inside)
+    tl.store(terms + 5 * stride, at_label, mask=inside)
     column = tl.where(legal, label, 0).to(tl.int32)
     tl.store(labels_ptr + rows, tl.where(zero, ZERO_ROW, column), mask=inside)
 
@@ -137,8 +137,8 @@ def dlogits_kernel(
         inv_temp = tl.load(term + 2 * n_rows)
         offset = tl.load(term + 3 * n_rows)
         slope = tl.load(term + 4 * n_rows)
-        label_term = tl.load(term + 5 * n_rows)
-        gradient = Gradient(label, row_max, log_sum, inv_temp, offset, slope, label_term)
+        at_label = tl.load(term + 5 * n_rows)
+        gradient = Gradient(label, row_max, log_sum, inv_temp, offset, slope, at_label)
         grad_columns(row_ptr, to_ptr, start, end, V, gradient, LANES, UNROLL, STAGES, "")
 
 

@@ -178,6 +178,9 @@ def test_logprobs_reads_16_bytes_a_load(columns: str) -> None:
     assert {load for load in loads if not re.search(r"v4\.b32|b128|v2\.b64", load)} == set()
     assert "shfl" not in loop and "bar.sync" not in loop, "lanes stay apart until the segment ends"
     assert len(re.findall(r"ex2\.", loop)) == 8 * (len(loads) + 1), "one exp an element"
+    elements = 8 * len(loads)
+    assert len(re.findall(r"\bfma\.", loop)) == 2 * elements + 8, "scaled where it is shifted"
+    assert len(re.findall(r"\b(?:shl|and)\.b32", loop)) <= elements + 8, "bf16 widens by one each"
 
 
 def test_logprobs_gradient_moves_16_bytes() -> None:
@@ -187,6 +190,7 @@ def test_logprobs_gradient_moves_16_bytes() -> None:
     accesses = re.findall(r"(?:ld|st)\.global\S*", loop)
     assert len(accesses) == 8
     assert all(re.search(r"v4\.b32|b128|v2\.b64", access) for access in accesses)
+    assert "setp.eq" not in loop, "the label has a store of its own"
 
 
 @pytest.mark.parametrize(("align", "width"), [(4, r"v2\.b32|b64"), (2, r"\.b32"), (1, r"\.b16")])
