@@ -23,6 +23,9 @@ LAUNCH = {"enable_fp_fusion": False}
 MAX_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 MERGE_BLOCK = 1024  # partial moments per step of their merge
 COUNTERS = 4096  # arrival counters per device: one per stream, and one per captured launch
+# int32 between counters: pointers are specialised on 16-byte alignment, and a launch that finds no
+# kernel for its counter would compile one, under capture too, where nothing can be loaded.
+COUNTER_STEP = 4
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -220,7 +223,8 @@ class _Counters:
     """The zeroed counters of one device; they live as long as the process."""
 
     def __init__(self, device: torch.device) -> None:
-        self.free = list(torch.zeros(COUNTERS, dtype=torch.int32, device=device).split(1))
+        zeros = torch.zeros(COUNTERS * COUNTER_STEP, dtype=torch.int32, device=device)
+        self.free = list(zeros.split(COUNTER_STEP))
         self.ready = torch.cuda.Event()
         self.ready.record()
         self.of_stream: dict[int, Tensor] = {}
