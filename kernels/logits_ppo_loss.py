@@ -32,6 +32,7 @@ from .common import (
 from .softmax import (
     LOWEST,
     RUNTIME,
+    SEGMENTS,
     Gradient,
     alignment,
     bf16_rows,
@@ -46,10 +47,9 @@ from .softmax import (
 )
 from .token_loss import At, PolicyOptions, clamped_log_ratio, policy_loss, whitened
 
-# Constants that a RowTiling does not set. Padding SEGMENTS beyond the real number adds zeros and
-# does not change a row's sums.
+# Constants that a RowTiling does not set.
 TILING_CONSTANTS = {
-    config.WIDE: {"SEGMENTS": 16, "GRAD_UNROLL": config.WIDE_GRAD.unroll} | MAX_REGISTERS,
+    config.WIDE: {"SEGMENTS": SEGMENTS, "GRAD_UNROLL": config.WIDE_GRAD.unroll} | MAX_REGISTERS,
     config.NARROW: {"SEGMENTS": 1, "GRAD_UNROLL": config.NARROW_GRAD.unroll}
     | dict.fromkeys(MAX_REGISTERS),  # its registers are left to the compiler
 }

@@ -28,6 +28,9 @@ ZERO_EXP = tl.constexpr(-200.0)
 # A lane subtracts max * scale, rounded, so its sum is off by the factor 2^error until its segment
 # ends. At this bound the error, half an ulp, is 32; beyond, sums might overflow.
 HUGE = tl.constexpr(536870912.0)
+# A row of several segments is merged as if of this many, or of a power of two beyond: padding adds
+# zeros and does not change a row's sums.
+SEGMENTS = 16
 INTERPRETED = tl.constexpr(common.INTERPRETED)
 
 # Arguments of the row kernels, which share their names, that Triton shall not specialise on.
@@ -84,10 +87,9 @@ def pair_sums(x, y, N: tl.constexpr):
 
 @triton.jit
 def merged(maxima, sums, dots, inv_temperature, SEGMENTS: tl.constexpr):
-    """The states of rows (..., SEGMENTS) over their last dimension, in a fixed tree."""
-    axis: tl.constexpr = len(maxima.shape) - 1
-    row_max = tl.max(maxima, axis=axis)
-    shift = (maxima - tl.expand_dims(row_max, axis)) * (inv_temperature * LOG2E)
+    """The state of a row from those of its segments, in a fixed tree."""
+    row_max = tl.max(maxima, axis=0)
+    shift = (maxima - row_max) * (inv_temperature * LOG2E)
     sums, dots = rescale(shift, sums, dots)
     return row_max, pair_sum(sums, SEGMENTS), pair_sum(dots, SEGMENTS)
 

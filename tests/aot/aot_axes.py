@@ -119,7 +119,6 @@ ROW_AXES = {
     **dict.fromkeys([*STRIDES[:8], "ignore_index"], "i64"),
     **dict.fromkeys(["inner", "V", "n_rows", "n_segments"], "i32"),
     "inv_temperature": "fp32",
-    "parts_ptr": "*fp32:16",
 }
 
 
