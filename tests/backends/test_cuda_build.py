@@ -8,9 +8,10 @@ import collections
 import re
 from pathlib import Path
 
-import nvcc
 import pytest
 
+from benchmarks.gpu import machine_code, nvcc
+from benchmarks.gpu.machine_code import Instruction
 from ppo_fast import _cflags
 
 pytestmark = pytest.mark.skipif(nvcc.nvcc() is None, reason="there is no nvcc to compile with")
@@ -43,21 +44,21 @@ def test_the_report_is_read() -> None:
     assert list(nvcc.kernels(report)) == [nvcc.Kernel("_Zk", "sm_80", 16, 20, 255)]
 
 
-def code_of(stem: str, pattern: str, architecture: str) -> list[nvcc.Instruction]:
+def code_of(stem: str, pattern: str, architecture: str) -> list[Instruction]:
     """The machine code of the one kernel whose mangled name matches."""
     (source,) = (path for path in nvcc.SOURCES if path.stem == stem)
     built = nvcc.compiled(source)
     assert built.status == 0, built.log
-    if nvcc.disassembler() is None:
+    if machine_code.disassembler() is None:
         pytest.skip("there is no cuobjdump to read machine code with")
-    found = nvcc.machine_code(built.object, architecture)
+    found = machine_code.machine_code(built.object, architecture)
     (code,) = (code for name, code in found.items() if re.search(pattern, name))
     return code
 
 
-def hot_loops(code: list[nvcc.Instruction], exponentials: int) -> list[collections.Counter[str]]:
+def hot_loops(code: list[Instruction], exponentials: int) -> list[collections.Counter[str]]:
     """The innermost loops that take at least this many exponentials a turn."""
-    counted = [collections.Counter(loop) for loop in nvcc.loops(code)]
+    counted = [collections.Counter(loop) for loop in machine_code.innermost(code)]
     hot = [loop for loop in counted if loop["MUFU.EX2"] >= exponentials]
     assert hot
     return hot
