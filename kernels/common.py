@@ -62,6 +62,24 @@ def strided(x: Tensor | None, time_major: bool = False) -> tuple[Tensor | None, 
     return (x, x.stride(1), x.stride(0)) if time_major else (x, x.stride(0), x.stride(1))
 
 
+def unspecialised(
+    tensors: tuple[str, ...] = (),
+    dims: tuple[str, ...] = (),
+    pointers: tuple[str, ...] = (),
+    integers: tuple[str, ...] = (),
+) -> dict[str, list[str]]:
+    """Options of `triton.jit` under which no argument named here specialises the kernel.
+
+    Triton compiles anew for an integer that is 1 or divisible by 16, annotated or not, and for an
+    address divisible by 16. `tensors` have a stride for each of `dims`. Not listed: tensors fresh
+    from the allocator, whose addresses are always divisible.
+    """
+    return {
+        "do_not_specialize": [f"{x}_{dim}" for x in tensors for dim in dims] + list(integers),
+        "do_not_specialize_on_alignment": [f"{x}_ptr" for x in (*tensors, *pointers)],
+    }
+
+
 class RowBlock(NamedTuple):
     """Rows r in [0, outer * inner) of a view: row r is (r // inner, r % inner).
 

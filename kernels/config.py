@@ -55,8 +55,9 @@ WIDE = RowTiling(lanes=1024, unroll=8, segment=32768, warps=4, stages=1)
 NARROW = RowTiling(lanes=128, unroll=4, segment=2048, warps=1, stages=1)
 WIDE_GRAD = RowTiling(lanes=1024, unroll=4, segment=32768, warps=4, stages=1)
 NARROW_GRAD = RowTiling(lanes=128, unroll=4, segment=2048, warps=1, stages=1)
-# The last program merges one partial result per program, so there are never many.
-LOSS_PROGRAMS = 512
+# Programs of a loss, a power of two: all resident at once, two on a multiprocessor of an H200's
+# 132, and merged in one step by the last one.
+LOSS_PROGRAMS = 256
 
 
 def forward_tiling(vocab: int) -> RowTiling:
@@ -72,5 +73,7 @@ def gradient_tiling(vocab: int) -> RowTiling:
 def token_tile(cols: int) -> TokenTile:
     """Tile for rows of `cols` tokens; several columns of tiles only with one row each."""
     if cols <= 16:
-        return TokenTile(32, 16, 8)
-    return TokenTile(4, 128, 8) if cols <= 128 else TokenTile(1, 512, 8)
+        return TokenTile(64, 16, 8)
+    if cols <= 128:
+        return TokenTile(8, 128, 8)
+    return TokenTile(2, 512, 8) if cols <= 512 else TokenTile(1, 1024, 8)

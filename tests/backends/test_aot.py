@@ -77,6 +77,38 @@ def test_every_kernel_is_registered() -> None:
         assert not launched & (jitted - kernels), f"{path.name}: name it *_kernel and register it"
 
 
+UNLISTED = """
+import aot, collections, json
+bad = []
+for name, entry in aot.registry().items():
+    types = collections.defaultdict(set)
+    for key, values in entry.axes.items():
+        for value in values if isinstance(values, tuple) else (values,):
+            for k, v in (value if isinstance(value, dict) else {key: value}).items():
+                types[k].add(str(v))
+    for p in entry.kernel.params:
+        kinds = types[p.name]
+        divisible = any(kind.endswith(":16") for kind in kinds)
+        if kinds & {"i32", "i64"}:
+            listed = divisible and "1" in kinds
+            good = listed != p.do_not_specialize
+        else:
+            addresses = any(kind.startswith("*") for kind in kinds)
+            good = not addresses or divisible != p.do_not_specialize_on_alignment
+        if not good and not p.is_constexpr:
+            bad.append((name, p.name))
+print(json.dumps(bad))
+"""
+
+
+def test_tables_hold_what_specialises() -> None:
+    """An integer listed as one type does not specialise its kernel, so there are no others.
+
+    Nor does an address that is listed as not divisible by 16 only.
+    """
+    assert json.loads(compiled("-c", UNLISTED)) == []
+
+
 def test_codes_are_the_schema_s() -> None:
     from ppo_fast.kernels import codes
 
