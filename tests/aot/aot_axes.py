@@ -127,8 +127,14 @@ ROW_AXES = {
     **dict.fromkeys([*STRIDES[:8], "ignore_index"], "i64"),
     **dict.fromkeys(["inner", "V", "n_rows", "n_segments"], "i32"),
     "inv_temperature": "fp32",
-    "parts_ptr": "*fp32:16",
 }
+
+
+# Logits and gradient: of one type, or fp32 and half as wide in its place.
+GRADIENT_POINTERS = (
+    *({"logits_ptr": kind, "out_ptr": kind} for kind in ROW_AXES["logits_ptr"]),
+    {"logits_ptr": "*fp32:16", "out_ptr": "*bf16:16"},
+)
 
 
 def tiling_axis(*tilings: config.RowTiling) -> tuple[dict[str, int], ...]:
