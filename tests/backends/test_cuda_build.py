@@ -125,12 +125,42 @@ def test_clusters_move_16_bytes(dtype: str, architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("walk", ["warps", "blocks"])
-def test_advantages_move_16_bytes(walk: str, architecture: str) -> None:
+def test_advantages_move_16_bytes(walk: str, dense: bool, architecture: str) -> None:
     """Rewards and values before the loop and in it; advantages and returns."""
-    code = code_of("gae", f"advantage_{walk}_kernelI\\w*GaeSourceILb0E", architecture)
+    kernel = f"advantage_{walk}_kernelI\\w*GaeSourceILb0ELb{dense:d}E"
+    code = code_of("gae", kernel, architecture)
     names = collections.Counter(x.name for x in code)
     assert names["LDG.E.128"] >= 4 and names["STG.E.128"] >= 2
+
+
+def test_long_sequences_fill_a_multiprocessor() -> None:
+    """Four blocks of 256 threads share the 65536 registers, so that 512 sequences are one wave of
+    an H100's or H200's 132 multiprocessors; three on sm_100."""
+    (source,) = (path for path in nvcc.SOURCES if path.stem == "gae")
+    dense = {
+        kernel.architecture: 65536 // (256 * kernel.registers)
+        for kernel in nvcc.kernels(nvcc.compiled(source).log)
+        if re.search(r"advantage_blocks_kernelI\w*GaeSourceILb0ELb1E", kernel.name)
+    }
+    assert dense.keys() == {f"sm_{name}" for name in _cflags.ARCHITECTURES}
+    assert all(blocks >= (3 if name == "sm_100" else 4) for name, blocks in dense.items())
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize(
+    ("stem", "kernel", "each"),
+    [("ppo_loss", "ppo_loss_kernelILNS_7VariantE0ELb1E", 16), ("value_loss", "value_loss_kernel", 8)],
+)
+def test_the_last_block_waits_once_for_the_parts(
+    stem: str, kernel: str, each: int, architecture: str
+) -> None:
+    """A thread's sums of 256 parts are all loaded before the first addition."""
+    names = [x.name for x in code_of(stem, kernel, architecture)]
+    arrival = next(i for i, name in enumerate(names) if name.startswith("ATOMG"))
+    addition = names.index("DADD", arrival)
+    assert names[arrival:addition].count("LDG.E.64") >= each
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
