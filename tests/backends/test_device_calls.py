@@ -1,4 +1,4 @@
-"""What an op asks of a GPU besides its kernels: no wait, few launches, bounded memory.
+"""Work of an op on a GPU besides its kernels: no wait, few launches, bounded memory.
 
 Seen on fake CUDA tensors, through the Triton backend's boundary: `helpers/fake_cuda.py`.
 """
