@@ -48,6 +48,10 @@ class TokenTile(NamedTuple):
 
 # Elements per program of the elementwise and reducing passes over token-sized tensors.
 TOKENS = Tile(block=1024, warps=4)
+# Elements per program of `scale` a turn, and its programs: 8 for each multiprocessor of an H200.
+# Mostly they do nothing but load a factor of 1, so there are no more than run at a time.
+SCALE = Tile(block=2048, warps=8)
+SCALE_PROGRAMS = 1056
 # Rows per program of the kernels that form per-row scalars.
 ROW_SCALARS = Tile(block=32, warps=1)
 # 8 lanes a thread are one 16-byte load of bf16.

@@ -39,6 +39,8 @@ _GAE = HANDLES["gae"]
 _RLHF_ADVANTAGES = HANDLES["rlhf_advantages"]
 _MOMENTS = HANDLES["moments"]
 _WHITEN = HANDLES["whiten"]
+_SCALED = HANDLES["scaled"]
+_SCALED_ = HANDLES["scaled_"]
 _FEW_ROWS_LINEAR = HANDLES["few_rows_linear"]
 _ROLLOUT_WEIGHTS = HANDLES["rollout_weights"]
 
@@ -362,6 +364,17 @@ def whiten(
         x, mask, moments, bool(shift_mean), bool(unbiased), eps_at_std, eps
     )
     return out
+
+
+def scaled(backend: str, grads: Tensor, factor: Tensor, scale: Tensor | None) -> Tensor:
+    """grads·factor·scale, the factors 0-d, in the gradients' dtype."""
+    out: Tensor = _SCALED[backend](grads, factor, scale)
+    return out
+
+
+def scaled_(backend: str, grads: Tensor, factor: Tensor, scale: Tensor | None) -> None:
+    """The same over the gradients, which are not touched where factor·scale is exactly 1."""
+    _SCALED_[backend](grads, factor, scale)
 
 
 def few_rows_linear(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -111,6 +111,8 @@ _WHITEN = (
     "(Tensor x, Tensor? mask, Tensor moments, bool shift_mean, bool unbiased, bool eps_at_std,"
     " float eps) -> Tensor"
 )
+# grads times factor and scale, 0-d both. In place nothing is touched where that is exactly 1.
+_SCALED_ARGS = "({grads} grads, Tensor factor, Tensor? scale)"
 _FEW_ROWS_LINEAR = "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 # windows: `Correction.windows()`, end to end; stats are in the order of ROLLOUT_FIELDS.
 _ROLLOUT_WEIGHTS = (
@@ -213,6 +215,16 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "rlhf_advantages": (_RLHF_ADVANTAGES, _fake_rlhf, "rlhf_advantages"),
     "moments": (_MOMENTS, lambda x, mask: _empty(x, (3,), torch.float64), "whiten"),
     "whiten": (_WHITEN, lambda x, *_: _empty(x), "whiten"),
+    "scaled": (
+        _SCALED_ARGS.format(grads="Tensor") + " -> Tensor",
+        lambda grads, *_: _empty(grads, dtype=grads.dtype),
+        "scale",
+    ),
+    "scaled_": (
+        _SCALED_ARGS.format(grads="Tensor(a!)") + " -> ()",
+        lambda *_: None,
+        "scale",
+    ),
     "few_rows_linear": (
         _FEW_ROWS_LINEAR,
         lambda x, weight, bias: _empty(x, (x.shape[0], weight.shape[0])),
@@ -224,6 +236,8 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
 _BACKENDS_OF = {
     "logprobs_bwd_bf16_": ("triton",),
     "logits_ppo_loss_bf16_": ("triton", "cuda"),
+    "scaled": ("triton", "cuda"),
+    "scaled_": ("triton", "cuda"),
     "few_rows_linear": ("cpu",),
     "rollout_weights": ("cpu",),
 }
