@@ -56,6 +56,8 @@ def _kernel(budget: Counts, found: Counts, slack: float) -> Iterator[str]:
             yield f"has no loop {role!r}"
             continue
         yield from _loop(role, loop, found["loops"][role], slack)
+        if "rest" in loop and "rest" in found["loops"][role]:
+            yield from _loop(f"rest of {role}", loop["rest"], found["loops"][role]["rest"], slack)
 
 
 def _stretch(part: str, budget: Counts, found: Counts, slack: float) -> Iterator[str]:

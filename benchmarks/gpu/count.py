@@ -79,6 +79,13 @@ def tokens(code: Sequence[Instruction]) -> int:
     return steps(code) or moved(tally(code).get("loads", {})) // 20
 
 
+def streamed(code: Sequence[Instruction]) -> int:
+    """Elements of two bytes of a loop that reads and writes as many."""
+    counts = tally(code)
+    read, written = moved(counts.get("loads", {})), moved(counts.get("stores", {}))
+    return written // 2 if read and written and "mufu" not in counts else 0
+
+
 class Role(NamedTuple):
     """A loop that a kernel takes over all its elements."""
 
@@ -91,7 +98,6 @@ _STEPS, _TOKENS = (Role("tile", steps),), (Role("tile", tokens),)
 # Kernel -> the loops over its elements; none where it has a few numbers a row.
 ROLES: dict[str, tuple[Role, ...]] = {
     "segments_kernel": (_SCAN,),
-    "merge_kernel": (),
     "terms_kernel": (),
     "dlogits_kernel": (_GRADIENT,),
     "logits_ppo_kernel": (_SCAN, _GRADIENT),
@@ -104,6 +110,7 @@ ROLES: dict[str, tuple[Role, ...]] = {
     "ppo_loss_kernel": _TOKENS,
     "advantage_blocks_kernel": _STEPS,
     "gae_slabs_kernel": _STEPS,
+    "scale_kernel": (Role("pass", streamed),),
 }
 
 
@@ -169,7 +176,12 @@ def _role(name: str, role: Role, graph: Code, loops: list[Loop]) -> tuple[Counts
     _, elements, _, turn, loop = max(fitting, key=lambda found: found[:3], default=(0,) * 5)
     if not elements:
         raise ValueError(f"count: {name} has no loop for {role.name!r}, of {len(turns)}")
-    return {"elements": elements} | tally(turn), loop
+    counts = {"elements": elements} | tally(turn)
+    fewer = [x for x in fitting if x[0] and x[1] < elements]
+    if fewer:  # what a row leaves for a loop of fewer elements a turn: the cheapest of these
+        _, elements, _, turn, _ = min(fewer, key=lambda found: len(found[3]) / found[1])
+        counts["rest"] = {"elements": elements} | tally(turn)
+    return counts, loop
 
 
 def triton_name() -> str:
@@ -233,6 +245,15 @@ class Named:
         return self.keys[key]
 
 
+def _is_idle(kernel: str, constants: Counts) -> bool:
+    """True of a multiplication in place by the 1 that a goal's backward brings, and by nothing."""
+    return (
+        kernel == "scale_kernel"
+        and constants.get("IN_PLACE") is True
+        and constants.get("scale_ptr", 0) is None
+    )
+
+
 def _triton_step(step: Triton, named: Named) -> Counts:
     launch = step.launch
     tensors = [x for x in launch.arguments.values() if isinstance(x, Tensor)]
@@ -242,12 +263,13 @@ def _triton_step(step: Triton, named: Named) -> Counts:
     variant = launch.variant
     main = max(tensors, key=Tensor.numel)
     rows = main.numel() // main.shape[-1]
+    idle = _is_idle(variant.kernel, variant.constants)
     return {
         "kernel": named.name(launch.kernel, (variant.kernel, variant.key), launch),
         "blocks": launch.grid[0] * launch.grid[1] * launch.grid[2],
-        "elements": main.numel(),
+        "elements": 0 if idle else main.numel(),
         "rows": rows * variant.num_warps,
-        "bytes": sum(kept),
+        "bytes": 0 if idle else sum(kept),
     }
 
 
@@ -257,11 +279,12 @@ def _native_steps(step: Native, named: Named) -> Iterator[Counts]:
         elements = 1
         for n in max(step.shapes, key=lambda shape: (len(shape), shape)):
             elements *= n
-        streams = bool(ROLES.get(launch.kernel))
+        # In place, and this backend's losses are divided already: the factor is 1.
+        streams = bool(ROLES.get(launch.kernel)) and step.op != "scaled_"
         yield {
             "kernel": named.name(launch.kernel, launch[:5], launch),
             "blocks": launch.blocks,  # None: as many as are resident
-            "elements": elements,
+            "elements": elements if step.op != "scaled_" else 0,
             "rows": launch.rows,
             "bytes": step.moved if streams else 0,
         }

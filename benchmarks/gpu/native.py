@@ -7,6 +7,8 @@ sizes come from the headers themselves, through `plans.cpp`.
 from __future__ import annotations
 
 import functools
+import math
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -57,6 +59,14 @@ def plans(vocab: int, itemsize: int) -> dict[str, int]:
     return {name: int(value) for name, value in (line.split() for line in said.splitlines())}
 
 
+def constant(source: str, name: str) -> int:
+    """A number that a .cu file declares; those of headers are in `plans`."""
+    found = re.search(rf"constexpr \w+ {name} = (\d+);", (_CSRC / "cuda" / source).read_text())
+    if found is None:
+        raise ValueError(f"native: {source} has no constant {name!r}")
+    return int(found[1])
+
+
 def _up(count: int, of: int) -> int:
     return -(-count // of)
 
@@ -70,6 +80,8 @@ def launches(call: Native) -> list[NativeLaunch]:
         return _logits_ppo_loss(call.op, *main[-2:], call.itemsize)
     if call.op == "ppo_loss":
         return _ppo_loss(main)
+    if call.op in ("scaled", "scaled_"):
+        return _scaled(main, call.itemsize)
     if call.op == "gae":
         return _gae(*main, call.time_major)
     raise NotImplementedError(f"native: the launches of {call.op} are not described")
@@ -129,10 +141,7 @@ def _logits_ppo_loss(op: str, rows: int, vocab: int, itemsize: int) -> list[Nati
 def _ppo_loss(shape: tuple[int, ...]) -> list[NativeLaunch]:
     """ppo_loss.cu: the usual options, and LossCall's blocks."""
     p = plans(151936, 2)
-    tokens = 1
-    for n in shape:
-        tokens *= n
-    blocks = min(_up(tokens, p["loss_tile"]), p["loss_blocks"])
+    blocks = min(_up(math.prod(shape), p["loss_tile"]), p["loss_blocks"])
     return [
         NativeLaunch(
             "ppo_loss",
@@ -145,24 +154,33 @@ def _ppo_loss(shape: tuple[int, ...]) -> list[NativeLaunch]:
     ]
 
 
+def _scaled(shape: tuple[int, ...], itemsize: int) -> list[NativeLaunch]:
+    """scale.cu: gradients in one piece."""
+    p = plans(151936, itemsize)
+    tiles = _up(math.prod(shape) * itemsize, p["scale_tile_bytes"])
+    pattern = rf"scale_kernelI{'f' if itemsize == 4 else 'N.*bf16'}E"
+    blocks = min(tiles, p["scale_blocks"])
+    return [NativeLaunch("scale", "scale_kernel", pattern, p["scale_threads"], 0, blocks)]
+
+
 def _gae(first: int, second: int, time_major: bool) -> list[NativeLaunch]:
-    """plan.h: regime_of()'s rules without packing, and the blocks of each."""
-    p = plans(151936, 2)
+    """plan.h: regime_of()'s rules without packing, and the blocks of each; dense fp32 steps."""
+    p = plans(151936, 4)
     count, steps = (second, first) if time_major else (first, second)
-    rows = ("gae", "advantage_blocks_kernel", r"advantage_blocks_kernelI\w*GaeSourceILb0E")
     if time_major and (steps <= p["slab_steps"] * p["slabs"] or count >= 1024):
         lanes = 1
         while lanes < p["slabs"] and lanes * p["slab_steps"] < steps:
             lanes *= 2
-        blocks = _up(count, p["abreast"] * (p["slabs"] // lanes))
-        pattern = "gae_slabs_kernelILb0E"
-        shared = p["slab_bytes"]
-        return [
-            NativeLaunch("gae", "gae_slabs_kernel", pattern, p["slab_threads"], shared, blocks)
-        ]
+        least = constant("advantage/gae.cu", "kLeastSlabThreads")
+        rows = max(lanes, least // p["abreast"])
+        blocks = _up(count, p["abreast"] * (rows // lanes))
+        geometry = (rows * p["abreast"], p["slab_bytes"], blocks)
+        return [NativeLaunch("gae", "gae_slabs_kernel", "gae_slabs_kernelILb0E", *geometry)]
     if steps <= p["chunk_steps"]:
         raise NotImplementedError("native: gae of short rows is not described")
-    if count >= MULTIPROCESSORS or steps <= 8 * p["chunk_steps"]:
-        return [NativeLaunch(*rows, p["row_threads"], p["block_bytes"], count)]
-    blocks = count * _up(steps, p["chunk_steps"])
-    return [NativeLaunch(*rows, p["row_threads"], p["block_bytes"], blocks)] * 2
+    pattern = r"advantage_blocks_kernelI\w*GaeSourceILb0ELb1E"
+    whole = count >= MULTIPROCESSORS or steps <= 8 * p["chunk_steps"]
+    blocks = count * (1 if whole else _up(steps, p["chunk_steps"]))
+    geometry = (p["row_threads"], p["block_bytes"], blocks)
+    launch = NativeLaunch("gae", "advantage_blocks_kernel", pattern, *geometry)
+    return [launch] if whole else [launch, launch]

@@ -7,6 +7,7 @@
 #include "../../csrc/cuda/advantage/blocks.cuh"
 #include "../../csrc/cuda/advantage/gae.cuh"
 #include "../../csrc/cuda/loss/ppo_loss.cuh"
+#include "../../csrc/cuda/loss/scale.cuh"
 #include "../../csrc/cuda/softmax/logits_ppo_loss.cuh"
 #include "../../csrc/cuda/softmax/logprobs.cuh"
 
@@ -35,12 +36,14 @@ int main(int, char** sizes) {
   say("loss_tile", kTile);
   say("loss_threads", kTokenThreads);
   say("loss_bytes", sizeof(LossShared<16>));
+  say("scale_blocks", kScaleBlocks);
+  say("scale_tile_bytes", kScaleTileBytes);
+  say("scale_threads", kScaleThreads);
   say("row_threads", kRowThreads);
   say("block_bytes", sizeof(BlockShared<false>));
   say("chunk_steps", kChunkSteps);
   say("slab_steps", kSlab);
   say("slabs", kSlabs);
   say("abreast", kAbreast<false>);
-  say("slab_threads", kSlabThreads<false>);
   say("slab_bytes", sizeof(SlabShared<false>));
 }

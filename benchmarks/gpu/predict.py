@@ -12,10 +12,13 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu import count
+from benchmarks.ops.case import DTYPES, TIME_MAJOR, Case
+from ppo_fast import _dispatch
 
 PREDICTIONS = Path(__file__).with_name("predictions.json")
 
@@ -80,6 +83,25 @@ def _resources(counts: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def _turns(
+    loops: Iterable[dict[str, Any]], step: dict[str, Any], blocks: int, warps: int
+) -> Iterator[tuple[dict[str, Any], float]]:
+    """Loops and the turns that a block makes of each. A row's last turn is whole, or is left to a
+    loop of fewer elements; a block of fewer elements than a turn makes one.
+    """
+    starts = step["rows"] or blocks * warps  # of a row, or a slice of one, by a warp
+    lane = step["elements"] / (32 * starts)
+    each = starts / (blocks * warps)
+    for loop in loops:
+        if "rest" in loop:
+            full = lane // loop["elements"]
+            left = math.ceil((lane - full * loop["elements"]) / loop["rest"]["elements"])
+            yield loop, max(1.0, each * full)
+            yield loop["rest"], each * left
+        else:
+            yield loop, max(1.0, each * math.ceil(lane / loop["elements"]))
+
+
 def kernel_cost(kernel: dict[str, Any], step: dict[str, Any]) -> Cost:
     """One launch, without the gap before it."""
     resident, threads = kernel["resident"], kernel["threads"]
@@ -87,16 +109,12 @@ def kernel_cost(kernel: dict[str, Any], step: dict[str, Any]) -> Cost:
     places = resident * MULTIPROCESSORS
     blocks = step["blocks"] or places
     loops = kernel.get("loops", {})
-    turns = {  # a block that has fewer elements than one turn takes makes the whole turn
-        name: max(1.0, step["elements"] / (blocks * threads * loop["elements"]))
-        for name, loop in loops.items()
-    }
     chain = _chain(kernel["once"])
     cycles = _resources(kernel["once"])
-    for name, loop in loops.items():
-        chain += math.ceil(turns[name]) * _chain(loop)
+    for loop, turns in _turns(loops.values(), step, blocks, warps):
+        chain += math.ceil(turns) * _chain(loop)
         for what, taken in _resources(loop).items():
-            cycles[what] += turns[name] * taken
+            cycles[what] += turns * taken
     if "around" in kernel:  # what a warp does once a row, or once a slice of one
         begun = step["rows"] / (blocks * warps)
         chain += math.ceil(begun) * _chain(kernel["around"] | {"rounds": 0})
@@ -186,12 +204,23 @@ def compilers(counts: dict[str, Any], provider: str) -> list[str]:
     return [name for name in counts["kernels"] if name.startswith(kind)]
 
 
+def default_of(case: Case) -> str:
+    """The backend that a call takes on an H200 if none is named: "triton" or "cuda"."""
+    rows, columns = case.shape.dims[:2]
+    is_head = len(case.shape.dims) > 2
+    elements = rows * (case.shape.dims[2] if is_head else columns)  # of its first argument
+    walks = case.op in ("gae", "rlhf_advantages")
+    work = _dispatch.Work(case.op, elements, rows if walks else 0, case.shape.layout == TIME_MAJOR)
+    return _dispatch.provider(work, (9, 0), DTYPES[case.dtype])
+
+
 def predictions(counts: dict[str, Any]) -> list[dict[str, Any]]:
     """Every goal's predictions, one a provider and compiler, as the page shows them."""
     rows = []
     for goal in count.gpu_goals():
         row: dict[str, Any] = {"goal": goal.case.to_json(), "provider": goal.provider}
-        row |= {"must": goal.must, "aim": goal.aim, "predicted": []}
+        row |= {"must": goal.must, "aim": goal.aim, "default": default_of(goal.case)}
+        row["predicted"] = []
         for provider in count.providers(goal):
             call = counts["calls"].get(count.call_key(goal.case, provider.name))
             for compiler in compilers(counts, provider.name) if call else ():
@@ -234,7 +263,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         case = row["goal"]
         dims = "x".join(map(str, case["shape"]["dims"]))
         bounds = f"must {row['must']:g} µs, aim {row['aim']:g}"
-        lines.append(f"{case['op']} {case['direction']} {dims}: {bounds}")
+        name = f"{case['op']} {case['direction']} {dims}"
+        lines.append(f"{name}: {bounds}; default {row['default']}")
         for found in row["predicted"]:
             met = "meets must" if found["microseconds"] <= row["must"] else "MISSES must"
             met = "meets aim" if found["microseconds"] <= row["aim"] else met

@@ -239,6 +239,18 @@ def test_what_a_row_costs_is_in_it() -> None:
     assert cost.seconds == pytest.approx(cycles / CLOCK)
 
 
+def test_what_a_row_leaves_is_a_whole_turn_or_another_loop_s() -> None:
+    """Rows of 100 elements a lane: 3 turns of 32 and 4 elements more, for each of 10 rows."""
+    loop = {"elements": 32, "instructions": 3200}
+    work = step(elements=4 * 528 * 32 * 100 * 10, rows=4 * 528 * 10)
+    whole = predict.kernel_cost(kernel(loops={"scan": loop}), work)
+    cycle = 16 / (4 * predict.ISSUE_SHARE) / CLOCK
+    assert whole.seconds == pytest.approx(10 * 4 * 3200 * cycle)
+    rest = {"elements": 4, "instructions": 400}
+    left = predict.kernel_cost(kernel(loops={"scan": loop | {"rest": rest}}), work)
+    assert left.seconds == pytest.approx(10 * (3 * 3200 + 400) * cycle)
+
+
 def test_a_product_takes_whole_waves_of_tiles() -> None:
     """1536 rows to 4096 columns are 192 tiles of 256 · 128: two waves of 132."""
     cost = predict.product_cost([1536, 4096, 151936], 2, False)
@@ -259,6 +271,13 @@ def test_a_call_is_the_sum_of_its_steps_and_gaps() -> None:
     assert found.microseconds == pytest.approx(1e6 * seconds)
     with pytest.raises(ValueError, match="no counts of 'k'; count again"):
         predict.predicted(calls, {})
+
+
+def test_each_goal_is_judged_by_its_default_backend() -> None:
+    """Dispatch by shapes: time-major and few long sequences, and few logits, go to CUDA C++."""
+    chosen = {goal.case.shape.name: predict.default_of(goal.case) for goal in count.gpu_goals()}
+    assert chosen["envs-8"] == chosen["long-16x64k"] == chosen["qwen-m64"] == "cuda"
+    assert chosen["qwen-r1"] == chosen["rlhf-512x8k"] == "triton"
 
 
 def test_a_new_kernel_is_refused_by_name() -> None:
