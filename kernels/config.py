@@ -48,6 +48,10 @@ class TokenTile(NamedTuple):
 
 # Elements per program of the elementwise and reducing passes over token-sized tensors.
 TOKENS = Tile(block=1024, warps=4)
+# Elements per program of `scale` a turn, and its programs: 8 for each multiprocessor of an H200.
+# Mostly they do nothing but load a factor of 1, so there are no more than run at a time.
+SCALE = Tile(block=2048, warps=8)
+SCALE_PROGRAMS = 1056
 # Rows per program of the kernels that form per-row scalars.
 ROW_SCALARS = Tile(block=32, warps=1)
 # 8 lanes a thread are one 16-byte load of bf16.
@@ -55,8 +59,9 @@ WIDE = RowTiling(lanes=1024, unroll=8, segment=32768, warps=4, stages=1)
 NARROW = RowTiling(lanes=128, unroll=4, segment=2048, warps=1, stages=1)
 WIDE_GRAD = RowTiling(lanes=1024, unroll=4, segment=32768, warps=4, stages=1)
 NARROW_GRAD = RowTiling(lanes=128, unroll=4, segment=2048, warps=1, stages=1)
-# The last program merges one partial result per program, so there are never many.
-LOSS_PROGRAMS = 512
+# Programs of a loss, a power of two: all resident at once, two on a multiprocessor of an H200's
+# 132, and merged in one step by the last one.
+LOSS_PROGRAMS = 256
 
 
 def forward_tiling(vocab: int) -> RowTiling:
@@ -72,5 +77,7 @@ def gradient_tiling(vocab: int) -> RowTiling:
 def token_tile(cols: int) -> TokenTile:
     """Tile for rows of `cols` tokens; several columns of tiles only with one row each."""
     if cols <= 16:
-        return TokenTile(32, 16, 8)
-    return TokenTile(4, 128, 8) if cols <= 128 else TokenTile(1, 512, 8)
+        return TokenTile(64, 16, 8)
+    if cols <= 128:
+        return TokenTile(8, 128, 8)
+    return TokenTile(2, 512, 8) if cols <= 512 else TokenTile(1, 1024, 8)

@@ -19,9 +19,12 @@ from .common import (
     on_device,
     reduce_moments,
     strided,
+    unspecialised,
 )
 from .scan import (
     NO_STEP,
+    SHARED_INTEGERS,
+    SHARED_POINTERS,
     check_offsets,
     grid_of,
     load_step,
@@ -35,6 +38,9 @@ from .scan import (
     tile_span,
     tile_steps,
 )
+
+# Tensors of steps, as the kernel's arguments name them.
+STEPS = ("rewards", "values", "mask", "next", "term", "trunc", "rho", "c", "lam", "lam_ret")
 
 
 @triton.jit
@@ -91,7 +97,7 @@ def load_ends(terminated, truncated, span, step, live):
 
 
 # fmt: off
-@triton.jit
+@triton.jit(**unspecialised(STEPS, ("seq", "step"), SHARED_POINTERS, SHARED_INTEGERS))
 def gae_kernel(
     rewards_ptr, rewards_seq: tl.int64, rewards_step: tl.int64,
     values_ptr, values_seq: tl.int64, values_step: tl.int64,

@@ -19,29 +19,34 @@ from .codes import (
 )
 from .common import (
     LAUNCH,
-    MAX_REGISTERS,
     Strided,
     flag_bytes,
     load_f32,
     load_flag,
     pair_sum,
     strided,
+    unspecialised,
 )
 
-PARTS_STEP = tl.constexpr(128)  # parts and counts per step of the merge
-COUNTS_STEP = tl.constexpr(1024)
-PIECES_STEP = tl.constexpr(64)
+PARTS = tl.constexpr(config.LOSS_PROGRAMS)
+COUNTS_STEP = tl.constexpr(1024)  # counts per step of the merge
+# Registers with which two programs of 8 warps are resident on a multiprocessor, which has 65,536.
+TWO_RESIDENT = {} if torch.version.hip else {"maxnreg": 128}
+# Arguments of ppo_loss and value_loss that are no tensors of tokens, see `unspecialised`.
+DIMS = ("row", "col")
+SHARED_POINTERS = ("cu", "denom", "grad", "counter")
+SHARED_INTEGERS = ("n_rows", "n_cols", "n_tiles", "n_counts", "n_pieces", "n_seqs", "reduction")
 
 
 class Counts(NamedTuple):
-    """int32 counts inside a kernel, from which the sequences with an unmasked token are found.
+    """(n,) int32 inside a kernel, from which the sequences with an unmasked token are found.
 
-    (n_rows,) tokens of each sequence (PER_SEQUENCE) or live rows of each tile, or (n_rows,
-    n_pieces) tokens of the pieces of each row.
+    The tokens of each sequence (PER_SEQUENCE), or the live rows of each tile. A tile is of one row
+    where a row has more than one, `n_pieces` in order.
     """
 
     ptr: Any
-    n_rows: Any
+    n: Any
     n_pieces: Any
 
 
@@ -57,14 +62,19 @@ class Divisor(NamedTuple):
 def token_slots(tile, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     """int64 row and column of a tile's ROWS * COLS slots, and which of them exist.
 
-    Compiled, `tile` is int64; the interpreter's loops make Python numbers of it.
-    One dimension: with two, Triton chooses which of them a warp spans, not always the columns.
+    The row is a scalar if it is the only one. One dimension: with two, Triton chooses which of
+    them a warp spans, not always the columns.
     """
-    across = tl.cdiv(n_cols, COLS)
+    across = tl.cdiv(n_cols, COLS).to(tl.int32)
+    down = tile // across
     slot = tl.arange(0, ROWS * COLS)
-    row = ((tile // across) * ROWS + slot // COLS).to(tl.int64)
-    col = ((tile % across) * COLS + slot % COLS).to(tl.int64)
-    return row, col, (row < n_rows) & (col < n_cols)
+    col = ((tile - down * across) * COLS).to(tl.int64) + slot % COLS
+    row = (down * ROWS).to(tl.int64)
+    inside = col < n_cols
+    if ROWS > 1:
+        row += slot // COLS
+        inside &= row < n_rows
+    return row, col, inside
 
 
 @triton.jit
@@ -102,7 +112,7 @@ def sequence_of(cu_ptr, n_seqs, row, col):
 
 
 # fmt: off
-@triton.jit
+@triton.jit(**unspecialised(("main", "old", "mask"), DIMS, ("cu",), ("n_cols",)))
 def sequence_kernel(
     main_ptr, main_row: tl.int64, main_col: tl.int64,
     old_ptr, old_row: tl.int64, old_col: tl.int64,
@@ -169,28 +179,33 @@ def live_rows(keep, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y)
+
+
+@triton.jit
 def live_sequences(counts, PER_SEQUENCE: tl.constexpr):
     """Number of sequences with an unmasked token, float64."""
-    live = tl.full([], 0, tl.int64)
+    live = tl.zeros([COUNTS_STEP], tl.int32)
     if counts.n_pieces == 1:
-        for start in range(0, counts.n_rows, COUNTS_STEP):
+        for start in range(0, counts.n, COUNTS_STEP):
             i = start + tl.arange(0, COUNTS_STEP)
-            count = tl.load(counts.ptr + i, mask=i < counts.n_rows, other=0)
+            count = tl.load(counts.ptr + i, mask=i < counts.n, other=0)
             if PER_SEQUENCE:
                 count = (count > 0).to(tl.int32)
-            live += tl.sum(count)
-    else:
-        ROWS: tl.constexpr = COUNTS_STEP // PIECES_STEP
-        for start in range(0, counts.n_rows, ROWS):
-            row = start + tl.arange(0, ROWS)[:, None]
-            most = tl.zeros([ROWS], tl.int32)
-            for piece in range(0, counts.n_pieces, PIECES_STEP):
-                i = piece + tl.arange(0, PIECES_STEP)[None, :]
-                inside = (row < counts.n_rows) & (i < counts.n_pieces)
-                count = tl.load(counts.ptr + row * counts.n_pieces + i, mask=inside, other=0)
-                most = tl.maximum(most, tl.max(count, axis=1))
-            live += tl.sum((most > 0).to(tl.int32))
-    return live.to(tl.float64)
+            live += count
+    else:  # a row is live if the last live piece up to its end is its own
+        before = tl.full([], -1, tl.int32)
+        for start in range(0, counts.n, COUNTS_STEP):
+            i = start + tl.arange(0, COUNTS_STEP)
+            count = tl.load(counts.ptr + i, mask=i < counts.n, other=0)
+            last = tl.associative_scan(tl.where(count > 0, i, -1), 0, _larger)
+            last = tl.maximum(last, before)
+            first = i // counts.n_pieces * counts.n_pieces
+            ends = (i - first == counts.n_pieces - 1) & (i < counts.n)
+            live += (ends & (last >= first)).to(tl.int32)
+            before = tl.max(last, axis=0)
+    return tl.sum(live).to(tl.float64)
 
 
 @triton.jit
@@ -219,23 +234,6 @@ def stack8(x0, x1, x2, x3, x4, x5, x6, x7):
 
 
 @triton.jit
-def sum_parts(parts_ptr, n_parts, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """(n_parts, WIDTH) float64 -> sums, minima and maxima over the parts, in index order."""
-    i = tl.arange(0, WIDTH)
-    sums = tl.zeros([WIDTH], tl.float64)
-    low = tl.full([WIDTH], float("inf"), tl.float64)
-    high = tl.full([WIDTH], float("-inf"), tl.float64)
-    for start in range(0, n_parts, BLOCK):
-        row = start + tl.arange(0, BLOCK)[:, None]
-        part = parts_ptr + row * WIDTH + i[None, :]
-        x = tl.load(part, mask=row < n_parts, other=0.0)
-        sums += tl.sum(x, axis=0)
-        low = tl.minimum(low, tl.min(tl.where(row < n_parts, x, float("inf")), axis=0))
-        high = tl.maximum(high, tl.max(tl.where(row < n_parts, x, float("-inf")), axis=0))
-    return sums, low, high
-
-
-@triton.jit
 def merge_loss(
     parts_ptr,
     counts,
@@ -247,20 +245,23 @@ def merge_loss(
     WIDTH: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
 ):
-    """Merge of the programs' partial results by the last one, which stores loss and 1 / D.
+    """Merge of at most PARTS partial results by the last program, which stores loss and 1 / D.
 
-    Gives sums, minima, maxima, the number of sequences and the reduction's own D. The first of the
-    WIDTH sums is the number of tokens, sum TOTAL that of the weighted losses.
+    Gives sums, the number of sequences and the reduction's own D. The first of the WIDTH sums is
+    the number of tokens, sum TOTAL that of the weighted losses.
     """
-    sums, low, high = sum_parts(parts_ptr, tl.num_programs(0), WIDTH, PARTS_STEP)
+    part = tl.arange(0, PARTS)[:, None]
     i = tl.arange(0, WIDTH)
+    # Every load is under way before the first is waited for.
+    x = tl.load(parts_ptr + part * WIDTH + i[None, :], mask=part < tl.num_programs(0), other=0.0)
     n_seqs = live_sequences(counts, PER_SEQUENCE)
+    sums = tl.sum(x, axis=0)
     n_tokens = tl.sum(tl.where(i == 0, sums, 0.0))
     total = tl.sum(tl.where(i == TOTAL, sums, 0.0))
     loss, scale, own = divide(total, n_tokens, n_seqs, n_cols, divisor)
     tl.store(loss_ptr, loss.to(tl.float32))
     tl.store(scale_ptr, scale.to(tl.float32))
-    return sums, low, high, n_seqs, own
+    return sums, n_seqs, own
 
 
 def empty_outputs(main: Tensor, n_grads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -305,13 +306,12 @@ def plan(
     mean = None
     if per_sequence:
         counts, mean = count_sequences(main, old, mask, cu_seqlens, means)
-        n_counts, pieces = counts.shape[0], 1
+        pieces = 1
     else:
         counts = torch.empty(tiles, dtype=torch.int32, device=main.device)
-        n_counts = tiles if pieces == 1 else rows
     n_seqs = 0 if cu_seqlens is None else counts.shape[0]
     shape = {"ROWS": tile.rows, "COLS": tile.cols, "num_warps": tile.warps}
     kind = {"PER_SEQUENCE": per_sequence, "LOOK_UP": look_up}
-    constants = LAUNCH | MAX_REGISTERS | kind | shape
-    sizes = (rows, cols, tiles, n_counts, pieces, n_seqs)
+    constants = LAUNCH | TWO_RESIDENT | kind | shape
+    sizes = (rows, cols, tiles, counts.shape[0], pieces, n_seqs)
     return Plan(max(1, min(tiles, config.LOSS_PROGRAMS)), counts, mean, sizes, constants)

@@ -19,6 +19,7 @@ from .codes import (
     PolicyParams,
 )
 from .common import (
+    MAX_REGISTERS,
     Strided,
     clamp,
     coefficient,
@@ -29,8 +30,14 @@ from .common import (
     load_f32,
     on_device,
     strided,
+    unspecialised,
 )
 from .loss_tiles import (
+    DIMS,
+    PARTS,
+    SHARED_INTEGERS,
+    SHARED_POINTERS,
+    TWO_RESIDENT,
     Counts,
     Divisor,
     empty_outputs,
@@ -54,6 +61,9 @@ LOSS_DENOM = tl.constexpr(3)
 RATIO = tl.constexpr(10)
 RATIO_SQ = tl.constexpr(11)
 WIDTH = tl.constexpr(16)
+# Tensors of tokens, as the kernel's arguments name them, and integers of its own.
+TOKENS = ("logp", "old", "adv", "mask", "is", "ent", "ref")
+CODES = ("variant", "estimator", "straight", "kl_weight", "seq_weight_step")
 
 
 @triton.jit
@@ -94,12 +104,34 @@ def tile_sums(
         tl.where(keep & clips & above, 1.0, 0.0),
         tl.where(keep & (below | above), 1.0, 0.0),
     )
-    even = tl.sum(tl.reshape(even, [N, 8]), axis=0)
-    odd = tl.sum(tl.reshape(odd, [N, 8]), axis=0)
-    sums = tl.reshape(tl.join(even, odd), [16]).to(tl.float64)
+    sums = tl.sum(tl.reshape(tl.join(even, odd), [N, 16]), axis=0).to(tl.float64)
     wide = tl.where(keep, ratio.to(tl.float64), 0.0)  # fp32 overflows at a log-ratio of 44
     squares = tl.sum(tl.ravel(wide * wide))
     return tl.where(tl.arange(0, 16) == RATIO_SQ, squares, sums)
+
+
+@triton.jit
+def least_ratios(keep, ratio):
+    """(2,) the least ratio and the least negative one: one reduction for both extremes."""
+    low, high = tl.where(keep, ratio, float("inf")), tl.where(keep, -ratio, float("inf"))
+    return tl.min(tl.join(low, high), axis=0)
+
+
+@triton.jit
+def pair_of(x):
+    """Both scalars of a (2,) tensor."""
+    i = tl.arange(0, 2)
+    return tl.sum(tl.where(i == 0, x, 0.0)), tl.sum(tl.where(i == 1, x, 0.0))
+
+
+@triton.jit
+def extremes_of_parts(parts_ptr, n_parts):
+    """(PARTS, 2) what `least_ratios` gave each program."""
+    part = tl.arange(0, PARTS)
+    at = parts_ptr + part * WIDTH
+    low = tl.load(at + N_SEQS, mask=part < n_parts, other=float("inf"))
+    high = tl.load(at + LOSS_DENOM, mask=part < n_parts, other=float("inf"))
+    return tl.join(low.to(tl.float32), high.to(tl.float32))
 
 
 @triton.jit
@@ -110,14 +142,19 @@ def store_stats(stats_ptr, sums, low, high, n_seqs, own):
     tl.store(stats_ptr + WIDTH + i, tl.zeros([WIDTH], tl.float64), mask=i < N_SUMS - WIDTH)
     # Minima drop a NaN ratio; the sum of ratios has kept it.
     ratios = tl.sum(tl.where(i == RATIO, sums, 0.0))
-    low = tl.sum(tl.where(i == N_SEQS, low, 0.0))
-    high = tl.sum(tl.where(i == LOSS_DENOM, high, 0.0))
     tl.store(stats_ptr + N_SUMS, tl.where(ratios == ratios, low, ratios))
     tl.store(stats_ptr + N_SUMS + 1, tl.where(ratios == ratios, high, ratios))
 
 
 # fmt: off
-@triton.jit
+@triton.jit(
+    **unspecialised(
+        TOKENS,
+        DIMS,
+        (*SHARED_POINTERS, "moments", "seq_weight", "ent_coef", "kl_coef", "grad_ent"),
+        (*SHARED_INTEGERS, *CODES),
+    )
+)
 def ppo_kernel(
     logp_ptr, logp_row: tl.int64, logp_col: tl.int64,
     old_ptr, old_row: tl.int64, old_col: tl.int64,
@@ -135,7 +172,7 @@ def ppo_kernel(
     grad_ptr, grad_ent_ptr, loss_ptr, scale_ptr, stats_ptr,
     parts_ptr,  # (programs, 16) float64
     counter_ptr,
-    n_rows: tl.int64, n_cols: tl.int64, n_tiles: tl.int64, n_counts: tl.int64, n_pieces: tl.int64,
+    n_rows: tl.int64, n_cols: tl.int64, n_tiles: tl.int32, n_counts: tl.int32, n_pieces: tl.int32,
     n_seqs: tl.int64,
     variant: tl.int32, estimator: tl.int32, straight: tl.int32, reduction: tl.int32,
     kl_weight: tl.int32,
@@ -171,10 +208,9 @@ def ppo_kernel(
     )
 
     acc = tl.zeros([WIDTH], tl.float64)
-    low = tl.full([], float("inf"), tl.float32)
-    high = tl.full([], float("-inf"), tl.float32)
+    least = tl.full([2], float("inf"), tl.float32)
     i = tl.arange(0, WIDTH)
-    for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         row, col, inside = token_slots(tile, n_rows, n_cols, ROWS, COLS)
         keep = load_token_flag(mask, row, col, inside)
         logp = load_token(logprobs, row, col, keep, 0.0)
@@ -223,19 +259,26 @@ def ppo_kernel(
             options,
             ROWS * COLS,
         )
-        low = tl.minimum(low, tl.min(tl.where(keep, ratio, float("inf"))))
-        high = tl.maximum(high, tl.max(tl.where(keep, ratio, float("-inf"))))
+        least = tl.minimum(least, least_ratios(keep, ratio))
         if not PER_SEQUENCE:
             tl.store(counts_ptr + tile, live_rows(keep, ROWS, COLS))
-    acc = tl.where(i == N_SEQS, low, tl.where(i == LOSS_DENOM, high, acc))
+    low, minus_high = pair_of(least)
+    acc = tl.where(i == N_SEQS, low, tl.where(i == LOSS_DENOM, minus_high, acc))
     tl.store(parts_ptr + tl.program_id(0) * WIDTH + i, acc)
     if is_last(counter_ptr):
         counts = Counts(counts_ptr, n_counts, n_pieces)
         divisor = Divisor(reduction, denom_ptr, denom)
-        sums, lows, highs, n_live, own = merge_loss(
+        extremes = extremes_of_parts(parts_ptr, tl.num_programs(0))
+        sums, n_live, own = merge_loss(
             parts_ptr, counts, divisor, n_cols, loss_ptr, scale_ptr, LOSS, WIDTH, PER_SEQUENCE
         )
-        store_stats(stats_ptr, sums, lows, highs, n_live, own)
+        low, minus_high = pair_of(tl.min(extremes, axis=0))
+        store_stats(stats_ptr, sums, low, -minus_high, n_live, own)
+
+
+def registers(*operands: bool) -> dict[str, int]:
+    """Limit of registers: two programs are resident only if none of these operands is there."""
+    return MAX_REGISTERS if any(operands) else TWO_RESIDENT
 
 
 def ppo_loss(
@@ -261,6 +304,7 @@ def ppo_loss(
     weighted = sequence_weights is not None
     loss, stats, scale, grads = outputs = empty_outputs(logprobs, c.n_grads)
     mask = flag_bytes(mask)
+    optional = [x is not None for x in (is_weights, entropy, ref_logprobs)]
     tensors = (logprobs, old_logprobs, advantages, mask, is_weights, entropy, ref_logprobs)
     with on_device(logprobs):
         tiles = plan(
@@ -283,6 +327,6 @@ def ppo_loss(
             c.kl_weight,
             *(1.0 - p.clip_low, 1.0 + p.clip_high, p.dual_clip, p.log_ratio_min, p.log_ratio_max),
             *(p.entropy_coef, p.kl_coef, p.kl_clamp, p.kl_ratio_clip, p.denom),
-            **tiles.constants,
+            **tiles.constants | registers(tiles.constants["LOOK_UP"], *optional),
         )
     return outputs

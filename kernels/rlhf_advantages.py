@@ -19,9 +19,12 @@ from .common import (
     on_device,
     reduce_moments,
     strided,
+    unspecialised,
 )
 from .scan import (
     NO_STEP,
+    SHARED_INTEGERS,
+    SHARED_POINTERS,
     check_offsets,
     grid_of,
     load_step,
@@ -36,6 +39,9 @@ from .scan import (
     tile_steps,
 )
 from .token_loss import kl_value
+
+# Tensors of steps, as the kernel's arguments name them.
+STEPS = ("score", "logp", "ref", "values", "mask")
 
 
 @triton.jit
@@ -70,7 +76,14 @@ def next_value(values, bootstrap, live_next, pad_next, later, span, step, masked
 
 
 # fmt: off
-@triton.jit
+@triton.jit(
+    **unspecialised(
+        STEPS,
+        ("seq", "step"),
+        (*SHARED_POINTERS, "kl_coef"),
+        (*SHARED_INTEGERS, "masked", "estimator", "place"),
+    )
+)
 def rlhf_kernel(
     score_ptr, score_seq: tl.int64, score_step: tl.int64,
     logp_ptr, logp_seq: tl.int64, logp_step: tl.int64,

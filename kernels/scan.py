@@ -9,8 +9,9 @@ WIDE, padding or packing.
 
 Tensors stay one-dimensional and are reshaped to (ROWS, CHUNK) only for the scan. Given
 two-dimensional tensors, each Triton version maps warps to dimensions in its own way, which would
-change the bits. No stride is specialised, so that a thread never holds neighbouring steps. The
-scan's layout along the chunk, and with it its tree, is therefore the same for every input.
+change the bits. Strides are integers that do not specialise the kernels, so that the compiler
+knows no address to follow another and no thread holds neighbouring steps. The scan's layout along
+the chunk, and with it its tree, is therefore the same for every input.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRETED, LAUNCH, MAX_REGISTERS, MERGE_BLOCK, load_f32, load_flag
+from .common import (
+    INTERPRETED,
+    LAUNCH,
+    MAX_REGISTERS,
+    MERGE_BLOCK,
+    load_f32,
+    load_flag,
+    unspecialised,
+)
 
 NO_STEP = tl.constexpr(2147483647)  # no later step is live
 
@@ -40,6 +49,9 @@ class ChunkTiling(NamedTuple):
 # each chunk. The interpreter scans one element after the other: smaller.
 CHUNKS = ChunkTiling(2, 16, 1) if INTERPRETED else ChunkTiling(4, 128, 4)
 OFFSETS_BLOCK, OFFSETS_WARPS = 1024, 4  # the check of packed sequences' offsets
+# Arguments of gae and rlhf_advantages that are no tensors of steps, see `unspecialised`.
+SHARED_POINTERS = ("boot", "cu", "counter")
+SHARED_INTEGERS = ("boot_seq", "out_seq", "out_step", "n_seqs", "length")
 
 
 def tile_constants(wide: bool) -> dict[str, Any]:
@@ -77,7 +89,7 @@ def grid_of(main: Tensor, cu_seqlens: Tensor | None, time_major: bool = False) -
     return Grid(n_seqs, length, programs, wide)
 
 
-@triton.jit
+@triton.jit(**unspecialised(pointers=("cu",), integers=("n_seqs", "length")))
 def offsets_kernel(
     cu_ptr,  # (S + 1,)
     fails_ptr,  # (1,) int32

@@ -7,8 +7,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .codes import FORM_CLIPPED, FORM_MAX, N_SUMS, ValueCodes, ValueParams
-from .common import Strided, clamp, counter, flag_bytes, is_last, on_device, strided
+from .common import (
+    Strided,
+    clamp,
+    counter,
+    flag_bytes,
+    is_last,
+    on_device,
+    strided,
+    unspecialised,
+)
 from .loss_tiles import (
+    DIMS,
+    SHARED_INTEGERS,
+    SHARED_POINTERS,
     Counts,
     Divisor,
     empty_outputs,
@@ -27,6 +39,8 @@ FIRST = tl.constexpr(16)
 WIDTH = tl.constexpr(8)
 LOSS = tl.constexpr(1)
 LOSS_DENOM = tl.constexpr(2)
+# Tensors of tokens, as the kernel's arguments name them.
+TOKENS = ("values", "old", "ret", "mask")
 
 
 @triton.jit
@@ -68,7 +82,7 @@ def store_stats(stats_ptr, sums, own):
 
 
 # fmt: off
-@triton.jit
+@triton.jit(**unspecialised(TOKENS, DIMS, SHARED_POINTERS, (*SHARED_INTEGERS, "form")))
 def value_kernel(
     values_ptr, values_row: tl.int64, values_col: tl.int64,
     old_ptr, old_row: tl.int64, old_col: tl.int64,
@@ -79,7 +93,7 @@ def value_kernel(
     denom_ptr, grad_ptr, loss_ptr, scale_ptr, stats_ptr,
     parts_ptr,  # (programs, 8) float64
     counter_ptr,
-    n_rows: tl.int64, n_cols: tl.int64, n_tiles: tl.int64, n_counts: tl.int64, n_pieces: tl.int64,
+    n_rows: tl.int64, n_cols: tl.int64, n_tiles: tl.int32, n_counts: tl.int32, n_pieces: tl.int32,
     n_seqs: tl.int64,
     form: tl.int32, reduction: tl.int32,
     clip, factor, denom,
@@ -93,7 +107,7 @@ def value_kernel(
     returns = Strided(ret_ptr, ret_row, ret_col)
     mask = Strided(mask_ptr, mask_row, mask_col)
     acc = tl.zeros([WIDTH], tl.float64)
-    for tile in range(tl.program_id(0).to(tl.int64), n_tiles, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         row, col, inside = token_slots(tile, n_rows, n_cols, ROWS, COLS)
         keep = load_token_flag(mask, row, col, inside)
         value = load_token(values, row, col, keep, 0.0)
@@ -129,7 +143,7 @@ def value_kernel(
     if is_last(counter_ptr):
         counts = Counts(counts_ptr, n_counts, n_pieces)
         divisor = Divisor(reduction, denom_ptr, denom)
-        sums, _, _, _, own = merge_loss(
+        sums, _, own = merge_loss(
             parts_ptr, counts, divisor, n_cols, loss_ptr, scale_ptr, LOSS, WIDTH, PER_SEQUENCE
         )
         store_stats(stats_ptr, sums, own)

@@ -9,8 +9,8 @@ from torch import Tensor
 class Sequences:
     """Sequences of a call's slots: rows of `(B, T)`, or segments of `(N,)`; masked slots are out.
 
-    `count` is S; `tokens`, (S,) float64, the unmasked slots of each. Sums run in a fixed order on
-    every device. Token values come in the slots' shape or flat.
+    `count` is S. Sums run in a fixed order on every device. Token values come in the slots' shape
+    or flat.
     """
 
     def __init__(self, keep: Tensor, cu_seqlens: Tensor | None = None) -> None:
@@ -27,7 +27,14 @@ class Sequences:
             position = torch.arange(keep.shape[0], device=keep.device)
             last = self._offsets[1:].contiguous()
             self._index = torch.bucketize(position, last, right=True).clamp(max=self.count - 1)
-        self.tokens = self.sum(keep.double())
+        self._tokens: Tensor | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """Unmasked slots of each sequence, (S,) float64."""
+        if self._tokens is None:
+            self._tokens = self.sum(self.keep.double())
+        return self._tokens
 
     def flat(self) -> Sequences:
         """The same sequences of flat slots, (B·T,)."""

@@ -29,6 +29,7 @@ RawLoss = tuple[Tensor, Tensor, Tensor, Tensor]
 _LOGPROBS_FWD = HANDLES["logprobs_fwd"]
 _LOGPROBS_BWD = HANDLES["logprobs_bwd"]
 _LOGPROBS_BWD_ = HANDLES["logprobs_bwd_"]
+_LOGPROBS_BWD_BF16_ = HANDLES["logprobs_bwd_bf16_"]
 _PPO_LOSS = HANDLES["ppo_loss"]
 _LOGITS_PPO_LOSS = HANDLES["logits_ppo_loss"]
 _LOGITS_PPO_LOSS_ = HANDLES["logits_ppo_loss_"]
@@ -38,6 +39,8 @@ _GAE = HANDLES["gae"]
 _RLHF_ADVANTAGES = HANDLES["rlhf_advantages"]
 _MOMENTS = HANDLES["moments"]
 _WHITEN = HANDLES["whiten"]
+_SCALED = HANDLES["scaled"]
+_SCALED_ = HANDLES["scaled_"]
 _FEW_ROWS_LINEAR = HANDLES["few_rows_linear"]
 _ROLLOUT_WEIGHTS = HANDLES["rollout_weights"]
 
@@ -76,6 +79,21 @@ def logprobs_bwd_(
 ) -> None:
     """The same over the logits."""
     _LOGPROBS_BWD_[backend](*_backward(logits, s, softmax, grad_logprobs, grad_entropy))
+
+
+def logprobs_bwd_bf16_(
+    backend: str,
+    logits: Tensor,
+    s: Scoring,
+    softmax: Softmax,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    """The same over fp32 logits, the gradient rounded to bfloat16.
+
+    A row's gradient starts where the row does: it is `logits.view(bfloat16)[..., :V]`.
+    """
+    _LOGPROBS_BWD_BF16_[backend](*_backward(logits, s, softmax, grad_logprobs, grad_entropy))
 
 
 def _backward(
@@ -346,6 +364,17 @@ def whiten(
         x, mask, moments, bool(shift_mean), bool(unbiased), eps_at_std, eps
     )
     return out
+
+
+def scaled(backend: str, grads: Tensor, factor: Tensor, scale: Tensor | None) -> Tensor:
+    """grads·factor·scale, the factors 0-d, in the gradients' dtype."""
+    out: Tensor = _SCALED[backend](grads, factor, scale)
+    return out
+
+
+def scaled_(backend: str, grads: Tensor, factor: Tensor, scale: Tensor | None) -> None:
+    """The same over the gradients, which are not touched where factor·scale is exactly 1."""
+    _SCALED_[backend](grads, factor, scale)
 
 
 def few_rows_linear(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

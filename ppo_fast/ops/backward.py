@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ppo_fast._boundary import calls
+
 T = TypeVar("T", Tensor, Tensor | None)
 
 _TWICE = b"ppo_fast: trying to differentiate twice through an op that is once_differentiable"
@@ -64,11 +66,32 @@ def _is_one(factor: Tensor) -> bool:
     return on_host and factor.item() == 1.0
 
 
-def scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad·factor; the gradient itself where a factor that is on the CPU is exactly 1."""
-    return grad if _is_one(factor) else grad * factor
+def _last_use() -> bool:
+    """True in a backward after which the graph, and what it saved, is freed."""
+    if torch.compiler.is_compiling():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def scaled_(grad: Tensor, factor: Tensor) -> Tensor:
-    """The same in place."""
-    return grad if _is_one(factor) else grad.mul_(factor)
+def scaled(backend: str, grads: Tensor, factor: Tensor, scale: Tensor | None = None) -> Tensor:
+    """grads·factor·scale of saved gradients, in their dtype; the factors are 0-d and wide.
+
+    Where the factor is exactly 1 nothing is read or written, the host knowing it or not: on a
+    device a kernel looks, and scales in place. Under `retain_graph` a copy is scaled, for another
+    backward will want the gradients as they were saved.
+    """
+    if backend == "cpu":
+        factor = factor if scale is None else factor * scale
+        return grads if _is_one(factor) else grads * factor
+    if not _last_use():
+        return calls.scaled(backend, grads, factor, scale)
+    calls.scaled_(backend, grads, factor, scale)
+    return grads
+
+
+def scaled_(backend: str, grads: Tensor, factor: Tensor) -> Tensor:
+    """The same always in place."""
+    if backend == "cpu":
+        return grads if _is_one(factor) else grads.mul_(factor)
+    calls.scaled_(backend, grads, factor, None)
+    return grads

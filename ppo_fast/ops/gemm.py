@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Rows of a 16-bit weight that are fp32 at one time on a CPU.
 _PIECE = 8192
+# Rows that are rounded through memory of their own.
+_FIRST = 64
 
 
 def _direct(x: Tensor, wide: torch.dtype) -> bool:
@@ -38,21 +40,39 @@ def logits_into(z: Tensor, x: Tensor, weight: Tensor) -> None:
             torch.mm(x, w.t(), out=z[:, piece])
 
 
+def narrowed(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """z (R, V) fp32 rounded to a 16-bit dtype over its own memory, contiguous from its start.
+
+    Rows [a, 2a) become the bytes of rows [a/2, a), which have been read by then: no copy overlaps
+    what it reads, and only the first rows take memory of their own.
+    """
+    count, vocab = z.shape
+    out = z.view(dtype).view(-1)[: count * vocab].view(count, vocab)
+    done = min(count, _FIRST)
+    out[:done] = z[:done].to(dtype)
+    while done < count:
+        rows = slice(done, min(count, 2 * done))
+        out[rows] = z[rows]
+        done = rows.stop
+    return out
+
+
 def hidden_gradient(dz: Tensor, weight: Tensor) -> Tensor:
-    """dz (R, V) · weight, in the weight's dtype on CUDA and in dz's on a CPU."""
-    if _direct(weight, dz.dtype) or dz.is_cuda:
-        return dz.to(weight.dtype) @ weight
+    """dz (R, V) · weight, in dz's dtype, which on CUDA is the weight's."""
+    if _direct(weight, dz.dtype):
+        return dz @ weight
     out = dz.new_zeros(dz.shape[0], weight.shape[1])
     for piece, w in _pieces(weight, dz.dtype):
         out.addmm_(dz[:, piece], w)
     return out
 
 
-def add_weight_gradient(total: Tensor, dz: Tensor, x: Tensor) -> None:
-    """total (V, H) += dzᵀ · x; `total` is wide, so nothing is lost between chunks."""
+def add_weight_gradient(total: Tensor, dz: Tensor, x: Tensor, beta: int) -> None:
+    """total (V, H) = beta·total + dzᵀ · x; wide, so that nothing is lost between blocks."""
     if _direct(x, total.dtype):
-        torch.addmm(total, dz.t(), x, out=total)
+        torch.addmm(total, dz.t(), x, beta=beta, out=total)
     elif x.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, dz.to(x.dtype).t(), x, total.dtype, out=total)
+        torch.ops.aten.addmm.dtype_out(total, dz.t(), x, total.dtype, beta=beta, out=total)
     else:
-        torch.addmm(total, dz.to(total.dtype).t(), x.to(total.dtype), out=total)
+        dz, x = dz.to(total.dtype), x.to(total.dtype)
+        torch.addmm(total, dz.t(), x, beta=beta, out=total)

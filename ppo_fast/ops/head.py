@@ -21,9 +21,13 @@ from ppo_fast.ops.shards import Shard, softmax_of
 # GEMM libraries give a row the same bits in any batch only if the row count is padded to a
 # multiple of this.
 _TILE = {"cpu": 16, "cuda": 256}
-# Logits in the workspace: 128 MB of fp32 on a CPU, 1 GB on a GPU.
+# Logits of a chunk: 128 MB of fp32 on a CPU, 1 GB on a GPU.
 _LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
 _TALLEST = {"cpu": 512, "cuda": 4096}
+# Chunks whose gradients are multiplied at a time: a GPU reads and writes a wide dW whole for every
+# product, with two half as often. Their logits are 1.4 GB of fp32 there at most.
+_BLOCK = {"cpu": 1, "cuda": 2}
+_BLOCK_LOGITS = 350_000_000
 
 
 # Ignored tokens are masked by now: no token has this id.
@@ -33,11 +37,35 @@ NOTHING_IGNORED = -(1 << 62)
 def chunk_height(vocab: int, kind: str) -> int:
     """Rows of a chunk, from the vocabulary alone, never from the number of rows."""
     tile = _TILE[kind]
-    return max(tile, min(_TALLEST[kind], _LOGITS[kind] // vocab // tile * tile))
+    rows = max(tile, min(_TALLEST[kind], _LOGITS[kind] // vocab // tile * tile))
+    # Powers of two fill whole waves of a GPU: 1024 rows of hidden gradients at H = 4096 are 128 of
+    # cuBLAS's 256 x 128 tiles for 132 multiprocessors, 1536 rows are 192 in two waves.
+    return rows if kind == "cpu" else 1 << rows.bit_length() - 1
+
+
+def block_height(vocab: int, kind: str) -> int:
+    """Rows of a block: the chunks whose gradients are multiplied at a time."""
+    chunk = chunk_height(vocab, kind)
+    fit = max(1, _BLOCK_LOGITS // (vocab * chunk))
+    return chunk * min(_BLOCK[kind], fit)
+
+
+def _slices(count: int, height: int) -> Iterator[slice]:
+    for start in range(0, count, height):
+        yield slice(start, min(count, start + height))
 
 
 def _up(count: int, tile: int) -> int:
     return -(-count // tile) * tile
+
+
+def _unravelled(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """As `torch.unravel_index`, which copies the shape to the device and waits for that."""
+    parts = []
+    for size in reversed(shape):
+        parts.append(index % size)
+        index = index // size
+    return tuple(reversed(parts))
 
 
 class HeadRows(NamedTuple):
@@ -89,10 +117,17 @@ class Head:
         self.rows, self.options = rows, options
         self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         kind = "cpu" if hidden.device.type == "cpu" else "cuda"
-        self.height, self.tile = chunk_height(weight.shape[0], kind), _TILE[kind]
+        vocab = weight.shape[0]
+        self.height, self.tile = chunk_height(vocab, kind), _TILE[kind]
+        # A cap's own slopes take a second workspace.
+        self.block = self.height if options.softcap is not None else block_height(vocab, kind)
+        # Rows that a product has at least. On CUDA a whole chunk: the choice of GEMM must not
+        # follow N.
+        self.least = self.height if kind == "cuda" else self.tile
         self.dx: Tensor | None = None
         self.dw: Tensor | None = None
         self.db: Tensor | None = None
+        self._dw_written = False
         self._z: Tensor | None = None
 
     def allocate(self, hidden: bool, weight: bool, bias: bool) -> None:
@@ -101,38 +136,42 @@ class Head:
         if hidden:
             self.dx = self.hidden.new_zeros(r, h)
         if weight:
-            self.dw = self.weight.new_zeros(v, h, dtype=self.wide)
+            self.dw = self.weight.new_empty(v, h, dtype=self.wide)
         if bias:
             self.db = self.weight.new_zeros(v, dtype=self.wide)
 
     def chunks(self, count: int) -> Iterator[slice]:
         """Slices of `count` rows."""
-        for start in range(0, count, self.height):
-            yield slice(start, min(count, start + self.height))
+        return _slices(count, self.height)
+
+    def blocks(self, count: int) -> Iterator[slice]:
+        """The same in blocks, for gradients."""
+        return _slices(count, self.block)
 
     def inputs(self, at: Tensor | slice) -> Tensor:
         """Hidden rows of a chunk, (R, H); 0 where masked: 0·NaN would reach dW."""
         index = at if self.rows.places is None else self.rows.places[at]
         try:
             x = self.hidden.view(-1, self.hidden.shape[-1])[index]
-        except RuntimeError:  # rows that do not lie at one stride are gathered, not copied whole
+        except (RuntimeError, ValueError):  # fake tensors raise the latter
+            # Rows that do not lie at one stride are gathered, not copied whole.
             every = torch.arange(self.rows.n, device=self.hidden.device)
-            x = self.hidden[torch.unravel_index(every[index], self.hidden.shape[:-1])]
+            x = self.hidden[_unravelled(every[index], self.hidden.shape[:-1])]
         if self.rows.keep is None:
             return x
-        return torch.where(self.rows.keep[at][:, None], x, torch.zeros_like(x))
+        return torch.where(self.rows.keep[at][:, None], x, x.new_zeros(()))
 
     def logits(self, x: Tensor) -> Tensor:
-        """z = cap(x · weightᵀ + bias), (R, V), in the workspace."""
+        """z = cap(x · weightᵀ + bias), (R, V), in the workspace, a chunk a product."""
         count = x.shape[0]
         if self._z is None:
-            # On CUDA always the whole height: the choice of GEMM must not follow N.
-            tall = self.height if x.is_cuda else min(self.height, _up(count, self.tile))
+            tall = min(self.block, _up(count, self.least))
             self._z = torch.empty(tall, self.weight.shape[0], dtype=self.wide, device=x.device)
-        tall = self.height if x.is_cuda else _up(count, self.tile)
-        if tall != count:
-            x = torch.cat([x, x.new_zeros(tall - count, x.shape[1])])
-        gemm.logits_into(self._z[:tall], x, self.weight)
+        for at in self.chunks(count):
+            part, tall = x[at], _up(at.stop - at.start, self.least)
+            if tall != part.shape[0]:
+                part = torch.cat([part, part.new_zeros(tall - part.shape[0], part.shape[1])])
+            gemm.logits_into(self._z[at.start : at.start + tall], part, self.weight)
         z = self._z[:count]
         if self.bias is not None:
             z += self.bias
@@ -156,7 +195,7 @@ class Head:
     ) -> None:
         """Accumulate the gradients of Σ g·logprobs + h·entropy over a chunk; overwrites z."""
         s, cap, shard = self.scoring(at), self.options.softcap, self.options.shard
-        inside = None if cap is None else 1.0 - (z / cap).square_()
+        inside = None if cap is None else (z / cap).square_().neg_().add_(1.0)
 
         def kernel(s: Scoring, g: Tensor) -> Tensor:
             calls.logprobs_bwd_(self.options.backend, z, s, softmax, g, h)
@@ -171,21 +210,33 @@ class Head:
         self.accumulate(z, x, at)
 
     def accumulate(self, dz: Tensor, x: Tensor, at: Tensor | slice) -> None:
-        """Add a chunk's part of the gradients; dz (R, V) is wide or has the weight's dtype."""
+        """Add a block's part of the gradients; dz (R, V) is wide or has the weight's dtype.
+
+        On CUDA dz lies at the start of the workspace; it may be overwritten.
+        """
+        if self.db is not None:
+            self.db += dz.sum(0, dtype=self.wide)
+        if dz.is_cuda and dz.dtype != self.weight.dtype:
+            dz = gemm.narrowed(dz, self.weight.dtype)
         if self.dx is not None:
             dx = self._hidden_gradient(dz)
             if self.options.shard is not None:
                 dist.all_reduce(dx, group=self.options.shard.group)
             self.dx[at] = dx.to(self.dx.dtype)
         if self.dw is not None:
-            gemm.add_weight_gradient(self.dw, dz, x)
-        if self.db is not None:
-            self.db += dz.sum(0, dtype=self.wide)
+            gemm.add_weight_gradient(self.dw, dz, x, beta=int(self._dw_written))
+            self._dw_written = True
 
     def _hidden_gradient(self, dz: Tensor) -> Tensor:
-        """dz · weight; on a CPU in whole tiles, as the logits: a row keeps its bits."""
-        count, last = dz.shape[0], dz.shape[0] % self.tile
-        if last == 0 or dz.is_cuda:
+        """dz · weight, in products of the logits' heights: a row keeps its bits."""
+        count = dz.shape[0]
+        if dz.is_cuda:
+            # The workspace has rows below dz up to a whole chunk; no row meets another.
+            whole = dz.as_strided((_up(count, self.height), dz.shape[1]), dz.stride())
+            parts = [gemm.hidden_gradient(p, self.weight) for p in whole.split(self.height)]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts))[:count]
+        last = count % self.tile
+        if last == 0:
             return gemm.hidden_gradient(dz, self.weight)
         # Only the last tile is copied, for its padding.
         tail = torch.cat([dz[count - last :], dz.new_zeros(self.tile - last, dz.shape[1])])
@@ -195,7 +246,10 @@ class Head:
         return torch.cat([gemm.hidden_gradient(dz[: count - last], self.weight), dx])
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dX (N, H), dW and db, in the inputs' precision."""
+        """dX (N, H), dW and db, in the inputs' precision; the workspace is given up."""
+        self._z = None  # before dW is there twice
+        if self.dw is not None and not self._dw_written:
+            self.dw.zero_()
         dx = None if self.dx is None else self.rows.spread(self.dx).view(self.hidden.shape)
         dw = None if self.dw is None else self.dw.to(self.weight.dtype)
         db = None if self.db is None or self.bias is None else self.db.to(self.bias.dtype)

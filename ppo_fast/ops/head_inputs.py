@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast import _backend, _checks
+from ppo_fast.ops.exact import exact_products
 from ppo_fast.ops.head import HeadOptions, HeadRows
-from ppo_fast.ops.logprobs import check_ignore_index, check_temperature
+from ppo_fast.ops.logprobs import check_ignore_index, check_temperature, kept_tokens
 from ppo_fast.ops.shards import shard_of
-from ppo_fast.reference.common import exact
 
 
 class HeadInputs(NamedTuple):
@@ -30,8 +30,8 @@ class HeadInputs(NamedTuple):
     options: HeadOptions
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
-        """No autocast inside: the precision is the op's own."""
-        return exact(self.hidden.device)
+        """The op's own precision inside."""
+        return exact_products(self.hidden.device)
 
     def for_reference(self) -> dict[str, Any]:
         """Keyword arguments of the reference."""
@@ -74,8 +74,7 @@ def check_head(
     cap = None if softcap is None else _checks.positive(op, "softcap", softcap, hidden)
     name = _backend.select(op, backend, hidden)
     shard = shard_of(op, "weight", process_group, weight, 0, name)
-    keep = tokens != ignore_index
-    keep = keep if mask is None else keep & (mask != 0)
+    keep = kept_tokens(tokens, mask, ignore_index)
     if _checks.DEBUG:
         vocab = weight.shape[0] if shard is None else shard.vocab
         _checks.tokens_in_range(op, tokens, keep, vocab)

@@ -30,9 +30,9 @@ def all_rows(head: Head) -> Softmax:
 
 
 def accumulate(head: Head, part: Softmax, g: Tensor, h: Tensor) -> None:
-    """Recompute the chunks with a gradient and accumulate it."""
+    """Recompute the blocks with a gradient and accumulate it."""
     live = live_rows(g, h)
-    for at in head.chunks(g.shape[0] if live is None else live.shape[0]):
+    for at in head.blocks(g.shape[0] if live is None else live.shape[0]):
         rows = at if live is None else live[at]
         x = head.inputs(rows)
         chosen = Softmax(*(number[rows] for number in part))

@@ -11,6 +11,7 @@ from torch import Tensor
 from ppo_fast import _checks, reference
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Softmax, TokenTensors
+from ppo_fast._boundary.schema import backends_of
 from ppo_fast._results import HeadLoss, Moments, Stats
 from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
@@ -24,6 +25,8 @@ from ppo_fast.ops.policy_loss import corrected, of_rows, policy_loss
 from ppo_fast.ops.ppo_loss import loss_and_stats
 
 _OP = "linear_ppo_loss"
+# Type of the weights -> the kernel op that writes such gradients over wide logits.
+_FUSED = {torch.float32: "logits_ppo_loss_", torch.bfloat16: "logits_ppo_loss_bf16_"}
 
 
 class _Tokens(NamedTuple):
@@ -55,10 +58,10 @@ class _Loss:
         self.head, self.given = head, given
         tokens = _Tokens.of(given)
         self.policy, self.mask = tokens.prepared(given, policy)
-        weights = self.policy.row_weights(self.mask)
-        if not self.policy.late_denom:
-            weights = over(weights, self.policy.denom(tokens.counted))
-        self.weights, self.keep = given.rows.pick(weights), given.rows.pick(self.mask)
+        known = None if self.policy.late_denom else tokens.counted
+        weights = self.policy.weights(self.mask, known)
+        self.weights = given.rows.pick(weights) if weights.dim() else weights
+        self.keep = given.rows.pick(self.mask)
         self.slopes = self.policy.options.per_token()
         self.tokens = _picked(self.policy.per_token, given.rows)
         self.denom: Tensor | None = None
@@ -74,14 +77,20 @@ class _Loss:
         loss, stats, *_ = policy_loss(policy, backend, logprobs, mask, entropy, 0)
         return loss, stats, logprobs, entropy
 
+    def _weights(self, at: slice) -> Tensor:
+        """w / D of a block's rows, or of all."""
+        return self.weights[at] if self.weights.dim() else self.weights
+
     def _fuses(self) -> bool:
-        options = self.given.options
+        """True where one kernel takes logits to gradients; on a CPU fewer rows are multiplied."""
+        options, policy = self.given.options, self.policy
         alone = options.softcap is None and options.shard is None
-        known = self.head.weight.dtype in (torch.float32, torch.bfloat16)
-        return options.backend == "cuda" and alone and known and self.policy.one_pass
+        op = _FUSED.get(self.head.weight.dtype)
+        has = op is not None and options.backend in backends_of(op)
+        return has and alone and policy.one_pass and options.backend != "cpu"
 
     def fused(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-        """A chunk's (logprobs, entropy) and gradients: the logits' by one kernel, over z."""
+        """A block's (logprobs, entropy) and gradients: the logits' by one kernel, over z."""
         dtype = self.head.weight.dtype
         narrow = dtype == torch.bfloat16
         kernel = calls.logits_ppo_loss_bf16_ if narrow else calls.logits_ppo_loss_
@@ -90,7 +99,7 @@ class _Loss:
             z,
             self.head.scoring(at),
             _chunk(self.tokens, at),
-            self.weights[at],
+            self._weights(at),
             self.slopes,
         )
         self.head.accumulate(z.view(dtype)[:, : z.shape[1]], x, at)
@@ -116,7 +125,7 @@ class _Loss:
             cu_seqlens=None,
             sequence_weights=None,  # in self.weights
         )
-        g, h = grads * self.weights[at]
+        g, h = grads * self._weights(at)
         live = live_rows(g, h)
         if live is None:
             head.backward(z, x, at, softmax, g, h)
@@ -126,11 +135,11 @@ class _Loss:
         return softmax.logprobs, softmax.entropy
 
     def one_pass(self) -> tuple[Tensor, Tensor]:
-        """Three products: logits, and both gradients while the chunk's softmax is at hand."""
+        """Three products: logits, and both gradients while the block's softmax is at hand."""
         head, count = self.head, self.given.rows.tokens.shape[0]
         step = self.fused if self._fuses() else self.composed
         logprobs, entropy = torch.empty(2, count, dtype=head.wide, device=head.hidden.device)
-        for at in head.chunks(count):
+        for at in head.blocks(count):
             x = head.inputs(at)
             logprobs[at], entropy[at] = step(head.logits(x), x, at)
         return logprobs, entropy
@@ -172,7 +181,7 @@ def _picked(x: TokenTensors, rows: HeadRows) -> TokenTensors:
 
 
 def _chunk(x: TokenTensors, at: slice) -> TokenTensors:
-    """The constants of a chunk's rows."""
+    """The constants of a block's rows."""
     return TokenTensors(
         old_logprobs=_at(x.old_logprobs, at),
         advantages=x.advantages[at],
@@ -202,6 +211,7 @@ class _LinearPPOLoss(torch.autograd.Function):
             call = _Loss(head, given, policy)
             loss, stats, logprobs, entropy = call.total(*call.one_pass())
         ctx.save_for_backward(*head.gradients(), call.denom)
+        ctx.backend = given.options.backend
         ctx.mark_non_differentiable(stats, logprobs, entropy)
         ctx.set_materialize_grads(False)
         return loss, stats, logprobs, entropy
@@ -215,7 +225,7 @@ class _LinearPPOLoss(torch.autograd.Function):
         *grads, denom = ctx.saved_tensors
         if denom is not None:
             grad = over(grad, denom)
-        dx, dw, db = (None if x is None else scaled(x, grad) for x in grads)
+        dx, dw, db = (None if x is None else scaled(ctx.backend, x, grad) for x in grads)
         return dx, dw, db, None, None
 
 

@@ -46,11 +46,10 @@ class _LogitsPPOLoss(torch.autograd.Function):
         ctx: Any, logits: Tensor, constants: tuple[Scoring, PolicyInputs, str, bool]
     ) -> Any:
         loss, stats, logprobs, entropy, dlogits = one_pass(logits, *constants)
-        *_, inplace = constants
-        if inplace:
+        *_, ctx.backend, ctx.inplace = constants
+        if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(dlogits)
-        ctx.inplace = inplace
         ctx.mark_non_differentiable(stats, logprobs, entropy)
         ctx.set_materialize_grads(False)
         return loss, stats, logprobs, entropy
@@ -62,10 +61,10 @@ class _LogitsPPOLoss(torch.autograd.Function):
             return None, None
         (dlogits,) = ctx.saved_tensors
         if not ctx.inplace:
-            return scaled(dlogits, grad), None
+            return scaled(ctx.backend, dlogits, grad), None
         # A second backward would scale what is scaled already: the version's bump makes it raise.
         torch.autograd.graph.increment_version(dlogits)
-        return scaled_(dlogits.detach(), grad), None
+        return scaled_(ctx.backend, dlogits.detach(), grad), None
 
 
 def two_passes(

@@ -138,8 +138,15 @@ def score(
 
 def kept(s: Scoring) -> Tensor:
     """The tokens that are neither masked nor ignored, bool."""
-    keep = s.tokens != s.ignore_index
-    return keep if s.mask is None else keep & (s.mask != 0)
+    return kept_tokens(s.tokens, s.mask, s.ignore_index)
+
+
+def kept_tokens(tokens: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+    """The same of the arguments themselves."""
+    keep = tokens != ignore_index
+    if mask is None:
+        return keep
+    return keep & (mask if mask.dtype == torch.bool else mask != 0)
 
 
 def check_scoring(

@@ -97,9 +97,20 @@ class PolicyInputs(NamedTuple):
         options = self.options._replace(denom_tensor=denom)
         return self._replace(options=options, counted=tokens)
 
-    def weights(self, rows: Tensor, counted: Tensor) -> Tensor:
-        """w / D of every slot: w over the `rows` of the loss, D over those that are `counted`."""
-        return over(self.row_weights(rows), self.denom(counted))
+    def weights(self, rows: Tensor, counted: Tensor | None) -> Tensor:
+        """w / D of every slot, or 0-d where all that are unmasked weigh alike: for the kernels.
+
+        w over the `rows` of the loss, D over those that are `counted`; None leaves D out.
+        """
+        given = self.given.reduction
+        if self.sequence_weights is not None or given == "seq-mean-token-mean":
+            weights = self.row_weights(rows)
+            return weights if counted is None else over(weights, self.denom(counted))
+        wide = compute_dtype(self.per_token.advantages)
+        if counted is None or (given == "token-sum" and self.given.denom is None):
+            return torch.ones((), dtype=wide, device=rows.device)
+        denom = self.denom(counted)
+        return denom.double().reciprocal().masked_fill(denom <= 0, 0.0).to(wide)
 
     def row_weights(self, rows: Tensor) -> Tensor:
         """w of every slot, 0 where masked."""
@@ -108,11 +119,18 @@ class PolicyInputs(NamedTuple):
 
     def denom(self, counted: Tensor) -> Tensor:
         """D, 0-d on the device; 1 for "token-sum"."""
-        given, reduction = self.given.denom, self.given.reduction
-        if given is not None:
-            return torch.as_tensor(given, device=counted.device).detach()
+        if self.given.denom is not None:
+            return self.given_denom(counted.device)
+        reduction = self.given.reduction
         own = own_denom(Sequences(counted, self.cu_seqlens), reduction)
         return torch.ones_like(own) if reduction == "token-sum" else own
+
+    def given_denom(self, device: torch.device) -> Tensor:
+        """The caller's D, 0-d; a number is written by the device, for a copy would wait for it."""
+        o = self.options
+        if o.denom_tensor is not None:
+            return o.denom_tensor
+        return torch.full((), o.denom, dtype=torch.float64, device=device)
 
     def for_reference(self, op: str) -> dict[str, Any]:
         """Keyword arguments of the reference."""
@@ -136,9 +154,7 @@ class PolicyInputs(NamedTuple):
 
 def over(w: Tensor, denom: Tensor) -> Tensor:
     """w / D, and 0 where D is not positive; a NaN passes."""
-    nothing = denom <= 0
-    safe = torch.where(nothing, torch.ones_like(denom), denom).to(torch.float64)
-    return torch.where(nothing, torch.zeros_like(w), w / safe).to(w.dtype)
+    return (w / denom.double()).masked_fill(denom <= 0, 0.0).to(w.dtype)
 
 
 def check_policy(

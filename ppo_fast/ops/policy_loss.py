@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ppo_fast._boundary import calls
@@ -62,11 +61,11 @@ def corrected(
         every,
         policy.cu_seqlens,
         reduction=g.reduction,
-        denom=g.denom,
+        denom=None if g.denom is None else policy.given_denom(rows.device),
         sequence_weights=policy.sequence_weights,
         dtype=compute_dtype(x.advantages),
     )
-    denom = torch.as_tensor(new.denom, device=rows.device).detach()
+    denom: Any = new.denom  # a tensor, as the one it was made of
     reduction = REDUCTIONS.index(new.reduction)
     policy = policy._replace(
         given=g._replace(reduction=new.reduction, denom=denom),

@@ -32,6 +32,7 @@ class _PPOLoss(torch.autograd.Function):
         mask, policy, grads, backend = constants
         loss, stats, *saved = policy_loss(policy, backend, logprobs, mask, entropy, grads)
         ctx.save_for_backward(*saved)
+        ctx.backend = backend
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return loss, stats
@@ -43,7 +44,7 @@ class _PPOLoss(torch.autograd.Function):
             return None, None, None
         scale, grads = ctx.saved_tensors
         by_logprobs, by_entropy, *_ = ctx.needs_input_grad
-        grads = scaled(grads, grad * scale)
+        grads = scaled(ctx.backend, grads, grad, scale)
         by = grads[0] if by_logprobs else None, grads[1] if by_entropy else None
         return *by, None
 

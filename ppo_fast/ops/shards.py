@@ -129,7 +129,7 @@ def shard_of(
     if backend == "reference":
         raise ValueError(f"{op}: process_group must be None on 'reference', got {group}")
     size = x.shape[dim]
-    mine = torch.tensor([size], device=x.device)
+    mine = torch.full((1,), size, device=x.device)
     sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, mine, group=group)
     if x.device.type == "cpu" or (id(group), size) not in _SEEN:

@@ -13,7 +13,7 @@ from ppo_fast._boundary.options import TokenTensors
 from ppo_fast._boundary.schema import KERNEL_VARIANTS, compute_dtype
 from ppo_fast._results import STATS_FIELDS
 from ppo_fast._sequences import Sequences
-from ppo_fast.ops.policy import PolicyInputs
+from ppo_fast.ops.policy import PolicyInputs, over
 from ppo_fast.reference.common import keep_of, select, whitened
 from ppo_fast.reference.surrogate import Evaluated, TermInputs, TermOptions, evaluate
 
@@ -70,7 +70,7 @@ def coupled(
     coef = policy.given.kl_coef if _kl_inside(policy) else None
     inputs = _inputs(policy.per_token, keep, entropy, None if seqs is None else seqs.flat())
     every = keep if policy.counted is None else policy.counted
-    weights = policy.weights(keep, every).to(inputs.advantages.dtype).reshape(-1)
+    weights = over(policy.row_weights(keep), policy.denom(every)).reshape(-1)
     new = select(keep, logprobs.detach()).reshape(-1)
     surrogate: Any = policy.surrogate
     found = evaluate(surrogate, new, inputs, _term_options(policy, coef), weights)

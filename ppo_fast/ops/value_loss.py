@@ -30,6 +30,7 @@ class _ValueLoss(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, given: _Inputs, backend: str) -> Any:
         loss, stats, *saved = calls.value_loss(backend, values, *given, n_grads=1)
         ctx.save_for_backward(*saved)
+        ctx.backend = backend
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return loss, stats
@@ -40,7 +41,7 @@ class _ValueLoss(torch.autograd.Function):
         if grad is None:
             return None, None, None
         scale, grads = ctx.saved_tensors
-        return scaled(grads[0], grad * scale), None, None
+        return scaled(ctx.backend, grads, grad, scale)[0], None, None
 
 
 @derivatives("values")

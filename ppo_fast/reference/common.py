@@ -32,9 +32,8 @@ def keep_of(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def select(keep: Tensor, x: Tensor, other: float = 0.0) -> Tensor:
     """`x` where kept; a masked slot's content reaches neither the value nor the gradient."""
-    return torch.where(
-        keep, compute(x), torch.full((), other, dtype=compute(x).dtype).to(x.device)
-    )
+    wide = compute(x)
+    return torch.where(keep, wide, torch.full((), other, dtype=wide.dtype, device=x.device))
 
 
 def token_weights(
@@ -53,13 +52,14 @@ def token_weights(
 
 
 def own_denom(seqs: Sequences, reduction: str) -> Tensor:
-    """The reduction's own D; 0 for "token-sum"."""
-    live = (seqs.tokens > 0).sum()
-    return {
-        "token-mean": seqs.keep.sum(),
-        "token-sum": torch.zeros_like(live),
-        "seq-mean-token-sum-norm": live * seqs.keep.shape[-1],
-    }.get(reduction, live)
+    """The reduction's own D, float64; 0 for "token-sum"."""
+    wide = torch.float64
+    if reduction == "token-mean":
+        return seqs.keep.sum(dtype=wide)
+    if reduction == "token-sum":
+        return torch.zeros((), dtype=wide, device=seqs.keep.device)
+    live = (seqs.tokens > 0).sum(dtype=wide)
+    return live * seqs.keep.shape[-1] if reduction == "seq-mean-token-sum-norm" else live
 
 
 def reduce_loss(

@@ -22,7 +22,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ppo_fast.kernels import config
-from ppo_fast.kernels.common import MAX_REGISTERS, MERGE_BLOCK
+from ppo_fast.kernels.common import MERGE_BLOCK
+from ppo_fast.kernels.loss_tiles import TWO_RESIDENT
 from ppo_fast.kernels.scan import tile_constants
 from ppo_fast.kernels.softmax import STRIDES
 
@@ -38,6 +39,11 @@ class Aot(NamedTuple):
 def pointers(kind: str, *names: str) -> dict[str, str]:
     """Types of tensors from the allocator, on 16 bytes."""
     return {f"{name}_ptr": f"{kind}:16" for name in names}
+
+
+def given(kind: str, *names: str) -> dict[str, str]:
+    """Types of tensors that do not specialise the kernel on their address."""
+    return {f"{name}_ptr": kind for name in names}
 
 
 def absent(*names: str) -> dict[str, None]:
@@ -80,6 +86,7 @@ ADVANTAGE_AXES = (
     | pointers("*fp32", "adv", "ret")
     | {
         "counter_ptr": "*i32:16",
+        "boot_seq": "i64",
         "n_seqs": "i64",
         "length": "i64",
         "gamma": "fp32",
@@ -100,11 +107,12 @@ LOSS_AXES = (
     | pointers("*fp64", "stats", "parts")
     | pointers("*i32", "counts")
     | {"counter_ptr": "*i32:16", "reduction": "i32", "denom": "fp32"}
-    | {f"n_{name}": "i64" for name in ("rows", "cols", "tiles", "counts", "pieces", "seqs")}
+    | {f"n_{name}": "i64" for name in ("rows", "cols", "seqs")}
+    | {f"n_{name}": "i32" for name in ("tiles", "counts", "pieces")}
     | {
         "tile": tuple(
-            {"ROWS": t.rows, "COLS": t.cols, "num_warps": t.warps} | MAX_REGISTERS
-            for t in map(config.token_tile, (16, 128, 1024))
+            {"ROWS": t.rows, "COLS": t.cols, "num_warps": t.warps} | TWO_RESIDENT
+            for t in map(config.token_tile, (16, 128, 512, 1024))
         )
     }
 )
@@ -119,8 +127,14 @@ ROW_AXES = {
     **dict.fromkeys([*STRIDES[:8], "ignore_index"], "i64"),
     **dict.fromkeys(["inner", "V", "n_rows", "n_segments"], "i32"),
     "inv_temperature": "fp32",
-    "parts_ptr": "*fp32:16",
 }
+
+
+# Logits and gradient: of one type, or fp32 and half as wide in its place.
+GRADIENT_POINTERS = (
+    *({"logits_ptr": kind, "out_ptr": kind} for kind in ROW_AXES["logits_ptr"]),
+    {"logits_ptr": "*fp32:16", "out_ptr": "*bf16:16"},
+)
 
 
 def tiling_axis(*tilings: config.RowTiling) -> tuple[dict[str, int], ...]:

@@ -1,30 +1,26 @@
 """Ahead-of-time table of kernels/gae.py."""
 
-from aot_axes import ADVANTAGE_AXES, Aot, lambda_axes, layout_axes, pointers, step_strides
+from aot_axes import ADVANTAGE_AXES, Aot, given, lambda_axes, layout_axes, step_strides
 
-from ppo_fast.kernels.gae import gae_kernel
+from ppo_fast.kernels.gae import STEPS, gae_kernel
 
 AOT = (
     Aot(
         gae_kernel,
         ADVANTAGE_AXES
         | {"gamma_low": "fp32", "decay_ret": "fp32"}
-        | step_strides(
-            "rewards", "values", "mask", "next", "term", "trunc", "rho", "c", "lam", "lam_ret"
-        )
-        | step_strides("out")
-        | {"boot_seq": "i64"}
+        | step_strides(*STEPS, "out")
         | {
             "layout": (
-                layout_axes(None, True) | pointers("*fp32", "rewards", "values"),
-                layout_axes(None, False) | pointers("*bf16", "rewards", "values"),
-                layout_axes("*i32:16", True) | pointers("*bf16", "rewards", "values"),
-                layout_axes("*i64:16", False) | pointers("*fp32", "rewards", "values"),
+                layout_axes(None, True) | given("*fp32", "rewards", "values"),
+                layout_axes(None, False) | given("*bf16", "rewards", "values"),
+                layout_axes("*i32", True) | given("*bf16", "rewards", "values"),
+                layout_axes("*i64", False) | given("*fp32", "rewards", "values"),
             ),
             "masks": (
                 {"mask_ptr": None, "CARRY": True},
-                {"mask_ptr": "*u8:16", "CARRY": True},
-                {"mask_ptr": "*u8:16", "CARRY": False},
+                {"mask_ptr": "*u8", "CARRY": True},
+                {"mask_ptr": "*u8", "CARRY": False},
             ),
             "lambdas": lambda_axes(),
             "next_ptr": (None, "*fp32"),

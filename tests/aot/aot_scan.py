@@ -8,7 +8,7 @@ AOT = (
     Aot(
         offsets_kernel,
         {
-            "cu_ptr": ("*i32:16", "*i64:16"),
+            "cu_ptr": ("*i32", "*i64"),
             "fails_ptr": "*i32:16",
             "n_seqs": "i64",
             "length": "i64",

@@ -35,9 +35,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     def counted(name: str, operand: int) -> Any:
         product = getattr(gemm, name)
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             rows[name] += args[operand].shape[0]
-            return product(*args)
+            return product(*args, **options)
 
         return call
 

@@ -52,6 +52,14 @@ TRITON = (
         "triton",
     ),
     Mutant(
+        "a factor of one is multiplied by",
+        "kernels/scale.py",
+        "tasks = tl.where(factor == 1.0, 0, tasks)",
+        "tasks = tl.where(factor == 0.0, 0, tasks)",
+        "scale",
+        "triton",
+    ),
+    Mutant(
         "the clipped term has the wrong sign",
         "kernels/token_loss.py",
         "clipped = -adv * clamp(ratio",

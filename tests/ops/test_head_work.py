@@ -10,6 +10,7 @@ from head_helpers import Allocations, products, short_chunks
 
 import ppo_fast
 from ppo_fast import testing
+from ppo_fast.ops import gemm, head
 from ppo_fast.testing import linear_call, linear_ppo_call, run, same_bits
 
 GRADS = ("grad_hidden", "grad_weight", "grad_bias")
@@ -124,3 +125,47 @@ def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     with Allocations() as seen:
         out = run(call, "cpu")
     assert seen.largest() == 256 * 64 and bool(out["grad_weight"].any())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 129, 1000])
+def test_rows_are_rounded_over_their_own_memory(rows: int, dtype: torch.dtype) -> None:
+    z = torch.randn(rows + 3, 37)[:rows]
+    want, start = z.to(dtype), z.data_ptr()
+    got = gemm.narrowed(z, dtype)
+    assert torch.equal(got, want) and got.is_contiguous() and got.data_ptr() == start
+
+
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_ppo_loss"])
+def test_blocks_of_chunks_multiply_less_often(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """As on a GPU: two chunks of logits for one product each of dX and dW, within the budget."""
+    short_chunks(monkeypatch)
+    call = testing.HEADS[op]((5, 13), mask=None, ignored=False)
+    rows = weight_products(monkeypatch)
+    single = run(call, "cpu")
+    monkeypatch.setattr(head, "_BLOCK", {"cpu": 2})
+    double = run(call, "cpu")
+    assert rows == [16, 16, 16, 16, 1, 32, 32, 1]
+    assert all(same_bits(single[k], double[k]) for k in ("logprobs", "entropy"))
+    testing.assert_agrees(call, "cpu", double)
+
+
+def weight_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each product for dW from here on."""
+    rows: list[int] = []
+    product = gemm.add_weight_gradient
+
+    def call(total: Any, dz: torch.Tensor, *rest: Any, **options: Any) -> None:
+        rows.append(dz.shape[0])
+        product(total, dz, *rest, **options)
+
+    monkeypatch.setattr(gemm, "add_weight_gradient", call)
+    return rows
+
+
+@pytest.mark.parametrize("vocab", [1, 1000, 32000, 50257, 128256, 151936, 152064, 256000, 1 << 21])
+def test_heights_are_powers_of_two_on_a_gpu(vocab: int) -> None:
+    """And a block's logits fit in 1.4 GB, or are those of the smallest chunk."""
+    chunk, block = head.chunk_height(vocab, "cuda"), head.block_height(vocab, "cuda")
+    assert chunk & (chunk - 1) == 0 and block in (chunk, 2 * chunk) and 256 <= chunk <= 4096
+    assert 4 * vocab * block <= 1.4e9 or block == 256

@@ -152,10 +152,11 @@ def test_micro_batches_with_one_denom_are_the_batch(
     testing.assert_agrees(call, "cpu", {k: together[k] for k in whole})
 
 
-def test_rows_left_out_count_in_the_divisor() -> None:
+def test_rows_left_out_count_in_the_divisor(kernel: str, device: str) -> None:
     """row_index without denom is row_index with the D of all unmasked tokens."""
     for reduction in REDUCTIONS:
-        call = linear_ppo_call((4, 9), reduction=reduction, head_extras=("row_index",))
+        head_extras = ("row_index",)
+        call = linear_ppo_call((4, 9), reduction=reduction, head_extras=head_extras, device=device)
         keep = call.tensors["mask"] & (call.tensors["tokens"] != -100)
         live = int((keep.sum(-1) > 0).sum())
         denom = {
@@ -163,7 +164,7 @@ def test_rows_left_out_count_in_the_divisor() -> None:
             "token-sum": 1,
             "seq-mean-token-sum-norm": live * 9,
         }.get(reduction, live)
-        a, b = run(call, "cpu"), run(call.option(denom=float(denom)), "cpu")
+        a, b = run(call, kernel), run(call.option(denom=float(denom)), kernel)
         assert all(same_bits(a[k], b[k]) for k in (*GRADS[:2], "loss")), reduction
 
 

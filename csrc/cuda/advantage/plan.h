@@ -21,10 +21,10 @@ class Layout {
   bool time_major() const { return time_major_; }
   SequenceLayout sequences() const {
     const View v = strided_view(main_);
-    if (time_major_) return {nullptr, false, 0, v.cols, v.rows};
-    if (!cu_seqlens_) return {nullptr, false, 0, v.rows, v.cols};
+    if (time_major_) return {nullptr, false, 0, v.cols, v.rows, 0};
+    if (!cu_seqlens_) return {nullptr, false, 0, v.rows, v.cols, 0};
     const View cu = strided_view(*cu_seqlens_);
-    return {cu.data, cu.dtype == DType::i64, cu.col_stride, cu.cols - 1, v.cols};
+    return {cu.data, cu.dtype == DType::i64, cu.col_stride, cu.cols - 1, v.cols, 0};
   }
 
   // View of a tensor of the main tensor's shape.

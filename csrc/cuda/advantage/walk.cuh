@@ -35,7 +35,8 @@ class StepGroups {
 
  private:
   PPO_DEVICE uint32_t flags(int64_t t) const {
-    return load_flags(source_.args.base.mask, span_, t, t >= begin_ ? span_.exist(t) : 0);
+    return load_flags<Source::dense>(source_.args.base.mask, span_, t,
+                                     t >= begin_ ? span_.exist(t) : 0);
   }
 
   const Source& source_;
@@ -49,7 +50,7 @@ class StepGroups {
 
 // Last live step of this thread's group at t, or -1.
 PPO_DEVICE int64_t last_live_of_group(const Steps& mask, const Sequence& span, int64_t t) {
-  const unsigned bits = flag_bits(load_flags(mask, span, t, span.exist(t)));
+  const unsigned bits = flag_bits(load_flags<false>(mask, span, t, span.exist(t)));
   return bits ? t + 31 - __clz(int(bits)) : -1;
 }
 
@@ -133,7 +134,7 @@ PPO_DEVICE void walk_warp(const Source& source, const Sequence& span, int lanes,
     AffineMap<kExtras> total = maps.of(0);
     const AffineMap<kExtras> behind = scan_lanes(total, lanes);
     const Later enters = apply(behind, apply(chunk, later));
-    finish(args, span, t, group, maps, enters, moments);
+    finish<Source::dense>(args, span, t, group, maps, enters, moments);
     chunk = compose(total, chunk);
     if (tile % kTiles == 0) {
       later = apply(chunk, later);

@@ -84,7 +84,7 @@ PPO_DEVICE Moments merge(const Moments& a, const Moments& b) {
 // digits.
 struct MomentSum {
   double pivot = 0.0, sum = 0.0, squares = 0.0;
-  int64_t n = 0;
+  int n = 0;
 
   PPO_DEVICE void add(float x, bool live) {
     pivot = live && n == 0 ? double(x) : pivot;

@@ -117,6 +117,8 @@ PPO_DEVICE double read(const ScalarArg& s) {
 }
 
 inline ScalarArg scalar_of(const OptTensor& x, double number) {
+  STD_TORCH_CHECK(!x || dtype_of(*x) <= DType::f64,
+                  "ppo_fast: a number on the device is floating");
   return x ? ScalarArg{x->const_data_ptr(), dtype_of(*x), number}
            : ScalarArg{nullptr, DType::f32, number};
 }

@@ -1,5 +1,5 @@
 """Compilation of csrc/cuda/*/*.cu without a GPU, once for all test workers and the next run, and a
-reader of what the compiler and the disassembler say of the kernels.
+reader of what the compiler says of the kernels.
 """
 
 from __future__ import annotations
@@ -43,16 +43,6 @@ def nvcc() -> Path | None:
     return Path(found) if Path(found).is_file() else None
 
 
-def disassembler() -> Path | None:
-    """cuobjdump, from the PATH or as Triton's package bundles it."""
-    if found := shutil.which("cuobjdump"):
-        return Path(found)
-    import triton
-
-    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return bundled if bundled.is_file() else None
-
-
 def command(source: Path, target: Path) -> list[str]:
     """The whole build's flags, for every architecture that we have kernels for."""
     includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
@@ -79,7 +69,8 @@ def version() -> str:
 
 def digest(source: Path) -> str:
     """Of all that a compilation depends on: source, every header, command and versions."""
-    state = hashlib.sha256(" ".join([version(), *command(source, Path("out"))]).encode())
+    how = command(source.relative_to(ROOT), Path("out"))  # the same in every checkout
+    state = hashlib.sha256(" ".join([version(), *how]).encode())
     for path in (source, *sorted(p for e in ("*.h", "*.cuh") for p in CSRC.rglob(e))):
         state.update(path.read_bytes())
     return state.hexdigest()[:24]
@@ -126,44 +117,3 @@ def kernels(log: str) -> Iterator[Kernel]:
         )
         registers = int(re.search(r"Used (\d+) registers", part)[1])
         yield Kernel(name, architecture, stack, stores + loads, registers)
-
-
-class Instruction(NamedTuple):
-    """One of a kernel's machine instructions."""
-
-    address: int
-    name: str
-    operands: str
-
-
-@cache
-def machine_code(path: Path, architecture: str) -> dict[str, list[Instruction]]:
-    """The instructions of every kernel of an object file, by mangled name."""
-    text = subprocess.run(
-        [str(disassembler()), "-sass", "-arch", architecture, str(path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)([^;]*);")
-    return {
-        part.split("\n", 1)[0].strip(): [
-            Instruction(int(a, 16), name, rest) for a, name, rest in pattern.findall(part)
-        ]
-        for part in text.split("Function : ")[1:]
-    }
-
-
-def loops(code: list[Instruction]) -> Iterator[list[str]]:
-    """The names of the instructions of each loop that holds no other: from a target to the branch
-    back to it.
-    """
-    index = {x.address: i for i, x in enumerate(code)}
-    spans = []
-    for i, x in enumerate(code):
-        target = re.search(r"0x([0-9a-f]+)", x.operands) if x.name == "BRA" else None
-        if target and int(target[1], 16) < x.address:
-            spans.append((index[int(target[1], 16)], i))
-    for start, end in spans:
-        if not any(start <= a and b < end for a, b in spans if (a, b) != (start, end)):
-            yield [x.name for x in code[start : end + 1]]
