@@ -83,7 +83,7 @@ def streamed(code: Sequence[Instruction]) -> int:
     """Elements of two bytes of a loop that reads and writes as many."""
     counts = tally(code)
     read, written = moved(counts.get("loads", {})), moved(counts.get("stores", {}))
-    return written // 2 if read and written and "mufu" not in counts else 0
+    return written // 2 if read else 0
 
 
 class Role(NamedTuple):
@@ -218,7 +218,7 @@ def nvcc_name() -> str:
 def native_counts(launch: NativeLaunch) -> Counts:
     """Counts of a kernel of csrc/cuda."""
     (source,) = (path for path in nvcc.SOURCES if path.stem == launch.stem)
-    built = nvcc.compiled(source)
+    built = nvcc.compiled_for(source, ARCHITECTURE.removeprefix("sm_"))
     if built.status:
         raise RuntimeError(f"count: nvcc fails on {source.name}:\n{built.log[-2000:]}")
     every = machine_code(built.object, ARCHITECTURE)
