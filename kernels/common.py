@@ -23,6 +23,12 @@ LAUNCH = {"enable_fp_fusion": False}
 MAX_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 MERGE_BLOCK = 1024  # partial moments per step of their merge
 COUNTERS = 4096  # arrival counters per device: one per stream, and one per captured launch
+# int32 between counters: pointers are specialised on 16-byte alignment, and a launch that finds no
+# kernel for its counter would compile one, under capture too, where nothing can be loaded.
+COUNTER_STEP = 4
+# Counters of launches that merge each row by itself: one a row, for as many rows as this; the sets
+# of a device.
+ROW_COUNTERS, ROW_SETS = 1024, 256
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -220,10 +226,13 @@ class _Counters:
     """The zeroed counters of one device; they live as long as the process."""
 
     def __init__(self, device: torch.device) -> None:
-        self.free = list(torch.zeros(COUNTERS, dtype=torch.int32, device=device).split(1))
+        zeros = torch.zeros(COUNTERS * COUNTER_STEP, dtype=torch.int32, device=device)
+        self.free = list(zeros.split(COUNTER_STEP))
+        rows = torch.zeros(ROW_SETS * ROW_COUNTERS, dtype=torch.int32, device=device)
+        self.free_rows = list(rows.split(ROW_COUNTERS))
         self.ready = torch.cuda.Event()
         self.ready.record()
-        self.of_stream: dict[int, Tensor] = {}
+        self.of_stream: dict[tuple[int, bool], Tensor] = {}
 
 
 _LOCK = threading.Lock()
@@ -232,8 +241,19 @@ _DEVICES: dict[int, _Counters] = {}
 
 def counter(like: Tensor) -> Tensor:
     """A zero int32 for one launch on `like`'s device and current stream. Call it `on_device`."""
-    if not like.is_cuda:
-        return torch.zeros(1, dtype=torch.int32)
+    found = _found(like, False) if like.is_cuda else None
+    return torch.zeros(1, dtype=torch.int32, device=like.device) if found is None else found
+
+
+def row_counters(like: Tensor, rows: int) -> Tensor:
+    """Zero int32, at least one a row, as `counter`; for many rows a memset is nothing."""
+    found = _found(like, True) if like.is_cuda and rows <= ROW_COUNTERS else None
+    return torch.zeros(rows, dtype=torch.int32, device=like.device) if found is None else found
+
+
+def _found(like: Tensor, rows: bool) -> Tensor | None:
+    """The stream's, or a captured launch's own. None where none is left, and in a capture before
+    any call: a memset node more in the graph."""
     capturing = torch.cuda.is_current_stream_capturing()
     with _LOCK:
         counters = _DEVICES.get(like.device.index)
@@ -241,23 +261,29 @@ def counter(like: Tensor) -> Tensor:
             counters = _DEVICES[like.device.index] = _Counters(like.device)
         if counters is not None:
             stream = torch.cuda.current_stream()
-            found = None if capturing else counters.of_stream.get(stream.cuda_stream)
-            if found is None and counters.free:
-                found = counters.free.pop()
+            key = (stream.cuda_stream, rows)
+            found = None if capturing else counters.of_stream.get(key)
+            free = counters.free_rows if rows else counters.free
+            if found is None and free:
+                found = free.pop()
                 if not capturing:
-                    counters.of_stream[stream.cuda_stream] = found
+                    counters.of_stream[key] = found
                     stream.wait_event(counters.ready)
-            if found is not None:
-                return found
-    # No counter left, or a capture before any call: a memset node more in the graph.
-    return torch.zeros(1, dtype=torch.int32, device=like.device)
+            return found
+    return None
 
 
 @triton.jit
 def is_last(counter_ptr):
     """True in the last program to arrive here, to which all others' stores are visible."""
+    return is_last_of(counter_ptr, tl.num_programs(0))
+
+
+@triton.jit
+def is_last_of(counter_ptr, arrivals):
+    """The same of the `arrivals` programs that share a counter."""
     tl.debug_barrier()  # all threads' stores precede the count
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == arrivals - 1
     if last:
         tl.store(counter_ptr, 0)
     return last

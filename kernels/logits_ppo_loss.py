@@ -26,18 +26,19 @@ from .common import (
     flag_bytes,
     load_f32,
     on_device,
-    pair_sum,
     row_blocks,
     row_offset,
 )
 from .softmax import (
     LOWEST,
     RUNTIME,
+    SEGMENTS,
     Gradient,
     alignment,
+    bf16_rows,
     grad_columns,
     label_rows,
-    rescale,
+    merged,
     row_results,
     row_start,
     row_terms,
@@ -46,10 +47,12 @@ from .softmax import (
 )
 from .token_loss import At, PolicyOptions, clamped_log_ratio, policy_loss, whitened
 
-# Constants that a RowTiling does not set. Padding SEGMENTS beyond the real number adds zeros and
-# does not change a row's sums.
+# Constants that a RowTiling does not set, or sets for one pass. Rows in flight share the L2, hence
+# two of them a multiprocessor; with twice the warps, and half its registers each, they fill it.
 TILING_CONSTANTS = {
-    config.WIDE: {"SEGMENTS": 16, "GRAD_UNROLL": config.WIDE_GRAD.unroll} | MAX_REGISTERS,
+    config.WIDE: {"SEGMENTS": SEGMENTS, "GRAD_UNROLL": config.WIDE_GRAD.unroll}
+    | {"num_warps": 2 * config.WIDE.warps}
+    | dict.fromkeys(MAX_REGISTERS, 128),
     config.NARROW: {"SEGMENTS": 1, "GRAD_UNROLL": config.NARROW_GRAD.unroll}
     | dict.fromkeys(MAX_REGISTERS),  # its registers are left to the compiler
 }
@@ -93,9 +96,7 @@ def row_state(
         maxima = tl.where(i == segment, part_max, maxima)
         sums = tl.where(i == segment, part_sum, sums)
         dots = tl.where(i == segment, part_dot, dots)
-    row_max = tl.max(maxima, axis=0)
-    sums, dots = rescale(maxima, row_max, sums, dots)
-    return row_max, pair_sum(sums, SEGMENTS), pair_sum(dots, SEGMENTS)
+    return merged(maxima, sums, dots, inv_temperature, SEGMENTS)
 
 
 # fmt: off
@@ -110,7 +111,7 @@ def logits_ppo_kernel(
     is_ptr, is_outer: tl.int64, is_inner: tl.int64,
     ref_ptr, ref_outer: tl.int64, ref_inner: tl.int64,
     weight_ptr, weight_outer: tl.int64, weight_inner: tl.int64,
-    out_ptr, out_outer: tl.int64, out_inner: tl.int64,  # (rows, V): the logits too in place
+    out_ptr, out_outer: tl.int64, out_inner: tl.int64,  # (rows, V): in place, the logits' memory
     moments_ptr, ent_coef_ptr, kl_coef_ptr,  # (3,) float64, 0-d, 0-d
     logprobs_ptr, entropy_ptr,  # (rows,) fp32 contiguous
     inner, V, n_rows, n_segments, inv_temperature, ignore_index: tl.int64,
@@ -177,8 +178,8 @@ def logits_ppo_kernel(
         weight = load_f32(weight_ptr, row_offset(weights, row, inner), live, 0.0)
         grad_logprob = weight * policy_slope
         grad_entropy = -(weight * ent_coef)
-        zero, offset, slope, label_term = row_terms(
-            grad_logprob, grad_entropy, label_logit, inv_temp, row_max, entropy, legal
+        zero, offset, slope, at_label = row_terms(
+            grad_logprob, grad_entropy, label_logit, inv_temp, row_max, log_sum, entropy, legal
         )
         # A clamp drops a NaN, and with it the slope: the row is NaN all the same.
         zero = (zero & legal & valid) | (live == 0)
@@ -189,7 +190,7 @@ def logits_ppo_kernel(
             zero_columns(to_ptr, 0, V, V, LANES * GRAD_UNROLL)
         else:
             column = tl.where(legal, label, 0).to(tl.int32)
-            gradient = Gradient(column, row_max, log_sum, inv_temp, offset, slope, label_term)
+            gradient = Gradient(column, row_max, log_sum, inv_temp, offset, slope, at_label)
             grad_columns(
                 row_ptr, to_ptr, 0, V, V, gradient, LANES, GRAD_UNROLL, STAGES, "evict_first"
             )
@@ -213,7 +214,7 @@ def tiling_constants(tiling: config.RowTiling, segments: int) -> dict[str, Any]:
 
 
 def _run(out: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """The launch. Fills `out`: the logits themselves, or like them; `args` are the schema's."""
+    """The launch. Fills `out`: (part of) the logits, or like them; `args` are the schema's."""
     logits, tokens, mask, temperatures, old, adv, is_weights, moments, ref, weights, *rest = args
     entropy_coef, kl_coef, temperature, ignore_index, codes, params = rest
     c, p = PolicyCodes(*codes), PolicyParams(*params)
@@ -259,3 +260,8 @@ def logits_ppo_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def logits_ppo_loss_(*args: Any) -> tuple[Tensor, Tensor]:
     """The same, dlogits written over the logits."""
     return _run(args[0], *args)
+
+
+def logits_ppo_loss_bf16_(*args: Any) -> tuple[Tensor, Tensor]:
+    """The same over fp32 logits, in bf16: each row of dlogits starts where the row does."""
+    return _run(bf16_rows(args[0]), *args)

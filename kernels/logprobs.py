@@ -2,8 +2,8 @@
 
 `segments_kernel` reads each row once, a program per (row, segment) with the segments fixed by V.
 It keeps softmax.py's state (max, sum, dot) per lane; nothing crosses lanes until the segment ends.
-`merge_kernel` folds a row's segments in a fixed tree and reads the label's logit. The gradient is
-in logprobs_grad.py.
+The last of a row's programs folds its segments in a fixed tree. The gradient is in
+logprobs_grad.py.
 
 Bits: arithmetic is elementwise or in pairs and contraction is written out, so a row's result
 depends on its logits and V alone: not on the other rows, nor on strides and alignment, which only
@@ -22,26 +22,25 @@ from .common import (
     LAUNCH,
     Strided,
     flag_bytes,
-    load_flag,
+    is_last_of,
     on_device,
-    pair_sum,
     row_blocks,
-    row_offset,
+    row_counters,
 )
-from .logprobs_grad import logprobs_bwd, logprobs_bwd_
+from .logprobs_grad import logprobs_bwd, logprobs_bwd_, logprobs_bwd_bf16_
 from .softmax import (
     LOWEST,
     RUNTIME,
+    SEGMENTS,
     alignment,
-    inverse_temperature,
     label_rows,
-    rescale,
+    merged,
     row_results,
     row_start,
     scan_columns,
 )
 
-__all__ = ["logprobs_bwd", "logprobs_bwd_", "logprobs_fwd"]
+__all__ = ["logprobs_bwd", "logprobs_bwd_", "logprobs_bwd_bf16_", "logprobs_fwd"]
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -58,7 +57,12 @@ def segments_kernel(
     temperature_ptr,
     temperature_outer: tl.int64,
     temperature_inner: tl.int64,
-    parts_ptr,  # (3, rows, segments) fp32: max, sum, dot; unwritten for rows that are not live
+    parts_ptr,  # (3, rows, segments) fp32: max, sum, dot; None, as the next, for one segment
+    counters_ptr,  # (rows,) int32 zeros, and so again after the launch
+    logprobs_ptr,  # (rows,) fp32 contiguous, as the next three
+    entropy_ptr,
+    row_max_ptr,
+    log_sum_ptr,
     inner,
     V,
     n_parts: tl.int64,
@@ -68,6 +72,7 @@ def segments_kernel(
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
     SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,  # a power of two >= n_segments
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,  # every row starts at a multiple of this many elements
 ):
@@ -77,77 +82,55 @@ def segments_kernel(
     temperature = Strided(temperature_ptr, temperature_outer, temperature_inner)
     part = tl.program_id(0)
     row = part // n_segments
-    label = tl.load(tokens_ptr + row_offset(tokens, row, inner))
-    live = label != ignore_index
-    live = load_flag(mask_ptr, row_offset(mask, row, inner), live)
+    segment = part - row * n_segments
+    live, legal, _label, label_logit, inv_temp = label_rows(
+        row, row >= 0, inner, V, logits, tokens, mask, temperature, inv_temperature, ignore_index
+    )
     if live:
-        inv_temp = inverse_temperature(temperature, row, inner, live, inv_temperature)
         row_ptr = row_start(logits, row, inner, ALIGN)
-        start = (part - row * n_segments) * SEGMENT
+        start = segment * SEGMENT
         end = tl.minimum(start + SEGMENT, V)
-        part_max, part_sum, part_dot = scan_columns(
+        row_max, row_sum, row_dot = scan_columns(
             row_ptr, start, end, V, inv_temp, LANES, UNROLL, STAGES, ""
         )
-        tl.store(parts_ptr + part, part_max)
-        tl.store(parts_ptr + n_parts + part, part_sum)
-        tl.store(parts_ptr + 2 * n_parts + part, part_dot)
+        completes = live
+        if SEGMENTS > 1:
+            tl.store(parts_ptr + part, row_max)
+            tl.store(parts_ptr + n_parts + part, row_sum)
+            tl.store(parts_ptr + 2 * n_parts + part, row_dot)
+            completes = is_last_of(counters_ptr + row, n_segments)
+        if completes:
+            if SEGMENTS > 1:
+                row_max, row_sum, row_dot = merged_parts(
+                    parts_ptr + row.to(tl.int64) * n_segments,
+                    n_parts,
+                    n_segments,
+                    inv_temp,
+                    SEGMENTS,
+                )
+            _valid, row_max, log_sum, logprob, entropy = row_results(
+                row_max, row_sum, row_dot, label_logit, inv_temp, legal
+            )
+            tl.store(logprobs_ptr + row, logprob)
+            tl.store(entropy_ptr + row, entropy)
+            tl.store(row_max_ptr + row, row_max)
+            tl.store(log_sum_ptr + row, log_sum)
+    elif segment == 0:
+        tl.store(logprobs_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        tl.store(row_max_ptr + row, 0.0)
+        tl.store(log_sum_ptr + row, 0.0)
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "V"])
-def merge_kernel(
-    logits_ptr,  # (rows, V)
-    logits_outer: tl.int64,
-    logits_inner: tl.int64,
-    tokens_ptr,  # (rows,), as the next two
-    tokens_outer: tl.int64,
-    tokens_inner: tl.int64,
-    mask_ptr,
-    mask_outer: tl.int64,
-    mask_inner: tl.int64,
-    temperature_ptr,
-    temperature_outer: tl.int64,
-    temperature_inner: tl.int64,
-    parts_ptr,  # (3, rows, segments) fp32
-    logprobs_ptr,  # (rows,) fp32 contiguous, as the next three
-    entropy_ptr,
-    row_max_ptr,
-    log_sum_ptr,
-    inner,
-    V,
-    n_rows,
-    n_segments,
-    inv_temperature,
-    ignore_index: tl.int64,
-    ROWS: tl.constexpr,
-    SEGMENTS: tl.constexpr,  # a power of two >= n_segments
-):
-    logits = Strided(logits_ptr, logits_outer, logits_inner)
-    tokens = Strided(tokens_ptr, tokens_outer, tokens_inner)
-    mask = Strided(mask_ptr, mask_outer, mask_inner)
-    temperature = Strided(temperature_ptr, temperature_outer, temperature_inner)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < n_rows
-    live, legal, _, label_logit, inv_temp = label_rows(
-        rows, inside, inner, V, logits, tokens, mask, temperature, inv_temperature, ignore_index
-    )
-    segment = tl.arange(0, SEGMENTS)[None, :]
-    part = parts_ptr + rows[:, None].to(tl.int64) * n_segments + segment
-    n_parts = n_rows.to(tl.int64) * n_segments
-    here = live[:, None] & (segment < n_segments)
-    part_max = tl.load(part, mask=here, other=LOWEST)
-    part_sum = tl.load(part + n_parts, mask=here, other=0.0)
-    part_dot = tl.load(part + 2 * n_parts, mask=here, other=0.0)
-    row_max = tl.max(part_max, axis=1)
-    part_sum, part_dot = rescale(part_max, row_max[:, None], part_sum, part_dot)
-    row_sum = pair_sum(part_sum, SEGMENTS)
-    row_dot = pair_sum(part_dot, SEGMENTS)
-    _, row_max, log_sum, logprob, entropy = row_results(
-        row_max, row_sum, row_dot, label_logit, inv_temp, legal
-    )
-    tl.store(logprobs_ptr + rows, tl.where(live, logprob, 0.0), mask=inside)
-    tl.store(entropy_ptr + rows, tl.where(live, entropy, 0.0), mask=inside)
-    tl.store(row_max_ptr + rows, tl.where(live, row_max, 0.0), mask=inside)
-    tl.store(log_sum_ptr + rows, tl.where(live, log_sum, 0.0), mask=inside)
+@triton.jit
+def merged_parts(part_ptr, n_parts, n_segments, inv_temperature, SEGMENTS: tl.constexpr):
+    """The state of a row whose first segment's is at part_ptr."""
+    segment = tl.arange(0, SEGMENTS)
+    here = segment < n_segments
+    maxima = tl.load(part_ptr + segment, mask=here, other=LOWEST)
+    sums = tl.load(part_ptr + n_parts + segment, mask=here, other=0.0)
+    dots = tl.load(part_ptr + 2 * n_parts + segment, mask=here, other=0.0)
+    return merged(maxima, sums, dots, inv_temperature, SEGMENTS)
 
 
 def logprobs_fwd(
@@ -165,12 +148,7 @@ def logprobs_fwd(
     vocab = logits.shape[-1]
     tiling = config.forward_tiling(vocab)
     segments = max(1, triton.cdiv(vocab, tiling.segment))
-    scalars = (1.0 / temperature, ignore_index)
-    merge = {
-        "ROWS": config.ROW_SCALARS.block,
-        "SEGMENTS": triton.next_power_of_2(segments),
-        "num_warps": config.ROW_SCALARS.warps,
-    }
+    padded = 1 if segments == 1 else max(SEGMENTS, triton.next_power_of_2(segments))
     with on_device(logits):
         for block in row_blocks(
             tokens.shape, logits, tokens, flag_bytes(mask), temperature_tensor
@@ -178,17 +156,18 @@ def logprobs_fwd(
             n_rows = block.outer * block.inner
             if n_rows == 0:
                 break
-            parts = logits.new_empty(3, n_rows, segments, dtype=torch.float32)
+            parts = counters = None
+            if segments > 1:
+                parts = logits.new_empty(3, n_rows, segments, dtype=torch.float32)
+                counters = row_counters(logits, n_rows)
             segments_kernel[(n_rows * segments,)](
-                *(*block.args, parts, block.inner, vocab, n_rows * segments, segments, *scalars),
+                *(*block.args, parts, counters),
+                *(x.view(-1)[block.start :] for x in outs),
+                *(block.inner, vocab, n_rows * segments, segments),
+                *(1.0 / temperature, ignore_index),
                 ALIGN=alignment(*block.args[:3]),
+                SEGMENTS=padded,
                 **tiling.constants(),
-                **LAUNCH,
-            )
-            merge_kernel[(triton.cdiv(n_rows, config.ROW_SCALARS.block),)](
-                *(*block.args, parts, *(x.view(-1)[block.start :] for x in outs)),
-                *(block.inner, vocab, n_rows, segments, *scalars),
-                **merge,
                 **LAUNCH,
             )
     return outs

@@ -4,8 +4,8 @@
 before anything is overwritten in place. `dlogits_kernel` reads and writes each row once, or only
 writes rows without a gradient. With p = exp(z - max - log_sum), T the temperature, H the entropy
 and g, h the gradients by log-probability and entropy,
-dz_j = p_j (slope ln p_j + offset) + [j = label] label_term,
-where slope = -h/T, offset = -(g + h H)/T and label_term = g/T.
+dz_j = p_j (slope ln p_j + offset) + [j = label] g/T, where slope = -h/T and offset = -(g + h H)/T.
+The label's is one of the six: rows are written without it first.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .softmax import (
     RUNTIME,
     Gradient,
     alignment,
+    bf16_rows,
     grad_columns,
     label_rows,
     row_start,
@@ -31,7 +32,7 @@ from .softmax import (
 )
 
 ZERO_ROW = tl.constexpr(-1)  # in place of the label's column
-N_TERMS = 6  # max, log_sum, 1/T, offset, slope, label_term
+N_TERMS = 6  # max, log_sum, 1/T, offset, slope, dz of the label
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "V"])
@@ -85,8 +86,8 @@ def terms_kernel(
     row_max = tl.load(row_max_ptr + rows, mask=live, other=0.0)
     log_sum = tl.load(log_sum_ptr + rows, mask=live, other=0.0)
 
-    zero, offset, slope, label_term = row_terms(
-        grad_logprob, grad_entropy, label_logit, inv_temp, row_max, entropy, legal
+    zero, offset, slope, at_label = row_terms(
+        grad_logprob, grad_entropy, label_logit, inv_temp, row_max, log_sum, entropy, legal
     )
     terms = terms_ptr + rows
     stride = n_rows.to(tl.int64)
@@ -95,7 +96,7 @@ def terms_kernel(
     tl.store(terms + 2 * stride, inv_temp, mask=inside)
     tl.store(terms + 3 * stride, offset, mask=inside)
     tl.store(terms + 4 * stride, slope, mask=inside)
-    tl.store(terms + 5 * stride, label_term, mask=inside)
+    tl.store(terms + 5 * stride, at_label, mask=inside)
     column = tl.where(legal, label, 0).to(tl.int32)
     tl.store(labels_ptr + rows, tl.where(zero, ZERO_ROW, column), mask=inside)
 
@@ -105,7 +106,7 @@ def dlogits_kernel(
     logits_ptr,  # (rows, V)
     logits_outer: tl.int64,
     logits_inner: tl.int64,
-    out_ptr,  # (rows, V): the logits themselves in place
+    out_ptr,  # (rows, V): in place, the logits' memory
     out_outer: tl.int64,
     out_inner: tl.int64,
     terms_ptr,  # (N_TERMS, rows) fp32
@@ -116,7 +117,7 @@ def dlogits_kernel(
     n_segments,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
-    SEGMENT: tl.constexpr,  # columns a program takes, a multiple of LANES * UNROLL
+    SEGMENT: tl.constexpr,  # columns of one of several segments, a multiple of LANES * UNROLL
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,  # every row starts at a multiple of this many elements
 ):
@@ -125,7 +126,7 @@ def dlogits_kernel(
     row_ptr = row_start(Strided(logits_ptr, logits_outer, logits_inner), row, inner, ALIGN)
     to_ptr = row_start(Strided(out_ptr, out_outer, out_inner), row, inner, ALIGN)
     start = (part - row * n_segments) * SEGMENT
-    end = tl.minimum(start + SEGMENT, V)
+    end = tl.where(n_segments == 1, V, tl.minimum(start + SEGMENT, V))
     label = tl.load(labels_ptr + row)
     if label == ZERO_ROW:
         zero_columns(to_ptr, start, end, V, LANES * UNROLL)
@@ -136,18 +137,19 @@ def dlogits_kernel(
         inv_temp = tl.load(term + 2 * n_rows)
         offset = tl.load(term + 3 * n_rows)
         slope = tl.load(term + 4 * n_rows)
-        label_term = tl.load(term + 5 * n_rows)
-        gradient = Gradient(label, row_max, log_sum, inv_temp, offset, slope, label_term)
+        at_label = tl.load(term + 5 * n_rows)
+        gradient = Gradient(label, row_max, log_sum, inv_temp, offset, slope, at_label)
         grad_columns(row_ptr, to_ptr, start, end, V, gradient, LANES, UNROLL, STAGES, "")
 
 
 def _write(out: Tensor, *args: Any) -> None:
-    """The launches. Fill `out`: the logits themselves, or like them; `args` are the schema's."""
+    """The launches. Fill `out`: (part of) the logits, or like them; `args` are the schema's."""
     grad_logprobs, grad_entropy, logits, tokens, mask, temperature_tensor, *rest = args
     *saved, temperature, ignore_index = rest
     vocab = logits.shape[-1]
     tiling = config.gradient_tiling(vocab)
-    segments = triton.cdiv(vocab, tiling.segment)
+    # A row whose gradient overlaps other columns is one program's: see softmax.grad_step.
+    segments = triton.cdiv(vocab, tiling.segment) if out.dtype == logits.dtype else 1
     mask = flag_bytes(mask)
     inputs = (logits, tokens, mask, temperature_tensor, grad_logprobs, grad_entropy, out)
     with on_device(logits):
@@ -184,3 +186,8 @@ def logprobs_bwd(*args: Any) -> Tensor:
 def logprobs_bwd_(*args: Any) -> None:
     """The same, written over the logits."""
     _write(args[2], *args)
+
+
+def logprobs_bwd_bf16_(*args: Any) -> None:
+    """The same over fp32 logits, in bf16: each row of dlogits starts where the row does."""
+    _write(bf16_rows(args[2]), *args)

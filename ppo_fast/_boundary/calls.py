@@ -29,6 +29,7 @@ RawLoss = tuple[Tensor, Tensor, Tensor, Tensor]
 _LOGPROBS_FWD = HANDLES["logprobs_fwd"]
 _LOGPROBS_BWD = HANDLES["logprobs_bwd"]
 _LOGPROBS_BWD_ = HANDLES["logprobs_bwd_"]
+_LOGPROBS_BWD_BF16_ = HANDLES["logprobs_bwd_bf16_"]
 _PPO_LOSS = HANDLES["ppo_loss"]
 _LOGITS_PPO_LOSS = HANDLES["logits_ppo_loss"]
 _LOGITS_PPO_LOSS_ = HANDLES["logits_ppo_loss_"]
@@ -78,6 +79,21 @@ def logprobs_bwd_(
 ) -> None:
     """The same over the logits."""
     _LOGPROBS_BWD_[backend](*_backward(logits, s, softmax, grad_logprobs, grad_entropy))
+
+
+def logprobs_bwd_bf16_(
+    backend: str,
+    logits: Tensor,
+    s: Scoring,
+    softmax: Softmax,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    """The same over fp32 logits, the gradient rounded to bfloat16.
+
+    A row's gradient starts where the row does: it is `logits.view(bfloat16)[..., :V]`.
+    """
+    _LOGPROBS_BWD_BF16_[backend](*_backward(logits, s, softmax, grad_logprobs, grad_entropy))
 
 
 def _backward(

@@ -73,6 +73,8 @@ _PPO_LOSS = (
     " Tensor? denom_tensor, int[] codes, float[] params)"
     " -> (Tensor loss, Tensor stats, Tensor scale, Tensor grads)"
 )
+# An op whose name ends in _bf16_ is the head's form, of fp32 logits: row r's gradient is bfloat16
+# and starts where row r does, so it is `logits.view(bfloat16)[..., :V]`.
 # One read of the logits for log-probability, loss slope and gradient. `weights` is w/D of every
 # token, or 0-d for all; gspo, whose slopes need whole sequences first, and "given" have no
 # one-pass op.
@@ -83,8 +85,6 @@ _LOGITS_PPO_LOSS_ARGS = (
     " Tensor? ref_logprobs, Tensor weights, Tensor? entropy_coef_tensor, Tensor? kl_coef_tensor,"
     " float temperature, int ignore_index, int[] codes, float[] params)"
 )
-# The head's form, of fp32 logits: row r's gradient is bfloat16 and starts where row r does, so it
-# is `logits.view(bfloat16)[..., :V]`.
 # codes and params: ValueCodes and ValueParams of options.py; form 0 is unclipped.
 _VALUE_LOSS = (
     "(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens,"
@@ -183,6 +183,11 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda *_: None,
         "logprobs",
     ),
+    "logprobs_bwd_bf16_": (
+        _LOGPROBS_BWD_ARGS.format(logits="Tensor(a!)") + " -> ()",
+        lambda *_: None,
+        "logprobs",
+    ),
     "ppo_loss": (_PPO_LOSS, _fake_loss, "ppo_loss"),
     "logits_ppo_loss": (
         _LOGITS_PPO_LOSS_ARGS.format(logits="Tensor")
@@ -229,7 +234,8 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
 }
 # Ops that not every backend has.
 _BACKENDS_OF = {
-    "logits_ppo_loss_bf16_": ("cuda",),
+    "logprobs_bwd_bf16_": ("triton",),
+    "logits_ppo_loss_bf16_": ("triton", "cuda"),
     "scaled": ("triton", "cuda"),
     "scaled_": ("triton", "cuda"),
     "few_rows_linear": ("cpu",),

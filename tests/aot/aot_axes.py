@@ -79,7 +79,7 @@ ADVANTAGE_AXES = (
     pointers("*fp64", "parts", "moments")
     | pointers("*fp32", "adv", "ret")
     | {
-        "counter_ptr": "*i32",
+        "counter_ptr": "*i32:16",
         "n_seqs": "i64",
         "length": "i64",
         "gamma": "fp32",
@@ -99,7 +99,7 @@ LOSS_AXES = (
     pointers("*fp32", "loss", "scale")
     | pointers("*fp64", "stats", "parts")
     | pointers("*i32", "counts")
-    | {"counter_ptr": "*i32", "reduction": "i32", "denom": "fp32"}
+    | {"counter_ptr": "*i32:16", "reduction": "i32", "denom": "fp32"}
     | {f"n_{name}": "i64" for name in ("rows", "cols", "tiles", "counts", "pieces", "seqs")}
     | {
         "tile": tuple(
@@ -119,8 +119,14 @@ ROW_AXES = {
     **dict.fromkeys([*STRIDES[:8], "ignore_index"], "i64"),
     **dict.fromkeys(["inner", "V", "n_rows", "n_segments"], "i32"),
     "inv_temperature": "fp32",
-    "parts_ptr": "*fp32:16",
 }
+
+
+# Logits and gradient: of one type, or fp32 and half as wide in its place.
+GRADIENT_POINTERS = (
+    *({"logits_ptr": kind, "out_ptr": kind} for kind in ROW_AXES["logits_ptr"]),
+    {"logits_ptr": "*fp32:16", "out_ptr": "*bf16:16"},
+)
 
 
 def tiling_axis(*tilings: config.RowTiling) -> tuple[dict[str, int], ...]:

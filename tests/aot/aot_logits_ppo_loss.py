@@ -1,6 +1,14 @@
 """Ahead-of-time table of kernels/logits_ppo_loss.py."""
 
-from aot_axes import ROW_AXES, Aot, absent, pointers, tiling_axis, valid_alignment
+from aot_axes import (
+    GRADIENT_POINTERS,
+    ROW_AXES,
+    Aot,
+    absent,
+    pointers,
+    tiling_axis,
+    valid_alignment,
+)
 
 from ppo_fast.kernels.logits_ppo_loss import (
     CODES,
@@ -21,7 +29,7 @@ AOT = (
         | {"inv_temperature": "fp32", "V": ("i32:16", "i32", 1), "ALIGN": (8, 4, 2, 1)}
         | pointers("*fp32", "weight", "logprobs", "entropy")
         | {
-            "logits": tuple({"logits_ptr": p, "out_ptr": p} for p in ROW_AXES["logits_ptr"]),
+            "logits": GRADIENT_POINTERS,
             "tiling": tuple(
                 tiling_axis(tiling)[0] | more for tiling, more in TILING_CONSTANTS.items()
             ),

@@ -1,6 +1,6 @@
 """Ahead-of-time table of kernels/logprobs_grad.py."""
 
-from aot_axes import ROW_AXES, Aot, tiling_axis, valid_alignment
+from aot_axes import GRADIENT_POINTERS, ROW_AXES, Aot, tiling_axis, valid_alignment
 
 from ppo_fast.kernels import config
 from ppo_fast.kernels.logprobs_grad import dlogits_kernel, terms_kernel
@@ -19,7 +19,7 @@ AOT = (
     Aot(
         dlogits_kernel,
         {
-            "pointers": tuple({"logits_ptr": p, "out_ptr": p} for p in ROW_AXES["logits_ptr"]),
+            "pointers": GRADIENT_POINTERS,
             **dict.fromkeys(["logits_outer", "logits_inner", "out_outer", "out_inner"], "i64"),
             "terms_ptr": "*fp32:16",
             "labels_ptr": "*i32:16",

@@ -136,18 +136,31 @@ def test_launches_are_registered(vocab: int, dtype: torch.dtype) -> None:
     }
 
 
-def main_loop(ptx: str) -> str:
-    """The body of the longest loop: from a label to the last branch back to it."""
-    lines = ptx.splitlines()
+def loops(ptx: str) -> list[tuple[int, int]]:
+    """First and last line of every loop: from a label to the last branch back to it."""
     labels: dict[str, int] = {}
-    longest: list[str] = []
-    for i, line in enumerate(lines):
+    ends: dict[int, int] = {}
+    for i, line in enumerate(ptx.splitlines()):
         if label := re.match(r"(\$L__BB\w+):", line):
             labels[label[1]] = i
         branch = re.search(r"bra(?:\.uni)?\s+(\$L__BB\w+);", line)
         if branch and branch[1] in labels:
-            longest = max(longest, lines[labels[branch[1]] : i], key=len)
-    return "\n".join(longest)
+            ends[labels[branch[1]]] = i
+    return list(ends.items())
+
+
+def inner_loops(ptx: str) -> list[str]:
+    """The bodies of the loops that hold no other loop."""
+    lines, found = ptx.splitlines(), loops(ptx)
+    holds = lambda a, b: a != b and a[0] <= b[0] and b[1] <= a[1]  # noqa: E731
+    return ["\n".join(lines[a[0] : a[1]]) for a in found if not any(holds(a, b) for b in found)]
+
+
+def main_loop(ptx: str) -> str:
+    """The body of the longest loop."""
+    lines = ptx.splitlines()
+    start, end = max(loops(ptx), key=lambda loop: loop[1] - loop[0])
+    return "\n".join(lines[start:end])
 
 
 def ptx_of(name: str, **wanted: Any) -> str:
@@ -165,6 +178,9 @@ def test_logprobs_reads_16_bytes_a_load(columns: str) -> None:
     assert {load for load in loads if not re.search(r"v4\.b32|b128|v2\.b64", load)} == set()
     assert "shfl" not in loop and "bar.sync" not in loop, "lanes stay apart until the segment ends"
     assert len(re.findall(r"ex2\.", loop)) == 8 * (len(loads) + 1), "one exp an element"
+    elements = 8 * len(loads)
+    assert len(re.findall(r"\bfma\.", loop)) == 2 * elements + 8, "scaled where it is shifted"
+    assert len(re.findall(r"\b(?:shl|and)\.b32", loop)) <= elements + 8, "bf16 widens by one each"
 
 
 def test_logprobs_gradient_moves_16_bytes() -> None:
@@ -174,6 +190,7 @@ def test_logprobs_gradient_moves_16_bytes() -> None:
     accesses = re.findall(r"(?:ld|st)\.global\S*", loop)
     assert len(accesses) == 8
     assert all(re.search(r"v4\.b32|b128|v2\.b64", access) for access in accesses)
+    assert "setp.eq" not in loop, "the label has a store of its own"
 
 
 @pytest.mark.parametrize(("align", "width"), [(4, r"v2\.b32|b64"), (2, r"\.b32"), (1, r"\.b16")])

@@ -103,6 +103,26 @@ def test_logprobs_gradient_moves_16_bytes(architecture: str) -> None:
         assert loop["LDG.E.128"] >= 2 and loop["STG.E.128"] >= 2
 
 
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100"])
+@pytest.mark.parametrize("dtype", ["f", r"\w*bf16E", r"\w*fp16E"], ids=["fp32", "bf16", "fp16"])
+def test_clusters_move_16_bytes(dtype: str, architecture: str) -> None:
+    """In shared memory, for the softmax and for the gradient, which also leaves for global memory;
+    narrower are only the ends of a row, an element at a time."""
+    code = code_of("logits_ppo_loss", f"logits_ppo_clusterI{dtype}(f|S\\w+)E", architecture)
+    loops = hot_loops(code, 16 if dtype == "f" else 32)
+    element = "" if dtype == "f" else ".U16"
+    for loop in loops:
+        assert loop["LDS.128"] >= 4
+        assert {name.removesuffix(element) for name in narrow(loop, ("LDS", "STS", "STG"))} <= {
+            "LDS",
+            "STS",
+            "STG.E",
+        }
+        assert not element or not loop.keys() & {"LDS", "STS", "STG.E"}
+        assert not narrow(loop, ("LD.", "ST."))
+    assert {(loop["STS.128"], loop["STG.E.128"]) for loop in loops} == {(0, 0), (4, 0), (0, 4)}
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize("walk", ["warps", "blocks"])
 def test_advantages_move_16_bytes(walk: str, architecture: str) -> None:

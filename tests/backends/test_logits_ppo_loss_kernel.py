@@ -10,8 +10,8 @@ import one_pass_helpers
 import pytest
 import torch
 from conftest import usable
-from one_pass_helpers import assert_same, composed, fused, make, op
-from test_aot import ptx_of
+from one_pass_helpers import assert_narrowed, assert_same, composed, fused, half_width, make, op
+from test_aot import inner_loops, ptx_of
 from torch import Tensor
 
 from ppo_fast._boundary.schema import ESTIMATORS, VARIANTS
@@ -135,6 +135,32 @@ def test_alignments(device: str, dtype: torch.dtype, extra: int) -> None:
     for x, y in zip((*results, view), op("logits_ppo_loss")(*args), strict=True):
         assert same_bits(x, y)
     assert bool(buffer[..., :extra].isnan().all())
+
+
+@pytest.mark.parametrize("vocab", [1, 37, 2048, 2056, 9001, 40001])
+def test_gradients_of_half_the_width(device: str, vocab: int) -> None:
+    """Over fp32 logits, of which a row's writes overlap columns that it has read."""
+    args = make(device, (5,) if vocab < 10000 else (2,), vocab, without=("moments",))
+    assert_narrowed(args._replace(weights=args.weights * (torch.arange(len(args.weights)) != 3)))
+
+
+@pytest.mark.parametrize("extra", [1, 2, 4])
+def test_gradients_of_half_the_width_start_anywhere(device: str, extra: int) -> None:
+    """And stay in their rows."""
+    args = make(device, (2, 2), 2048)
+    *_, want = op("logits_ppo_loss")(*args)
+    buffer = torch.full((2, 2, 2048 + extra), NAN, device=device)
+    view = buffer[..., extra:]
+    view.copy_(args.logits)
+    op("logits_ppo_loss_bf16_")(view, *args[1:])
+    assert same_bits(half_width(view), want.bfloat16())
+    assert bool(buffer[..., :extra].isnan().all())
+
+
+def test_half_the_width_wants_fp32_logits(device: str) -> None:
+    args = make(device, dtype=torch.bfloat16)
+    with pytest.raises((ValueError, RuntimeError), match="logits must be float32"):
+        op("logits_ppo_loss_bf16_")(*args)
 
 
 def test_any_strides(device: str) -> None:
@@ -263,16 +289,42 @@ def test_launches_are_registered(device: str, vocab: int, dtype: torch.dtype) ->
         for args in (bare, full, full._replace(old_logprobs=None)):
             op("logits_ppo_loss")(*args)
             op("logits_ppo_loss_")(*args)
+            if dtype == torch.float32:
+                op("logits_ppo_loss_bf16_")(*args)
     assert launched == {"logits_ppo_kernel"}
 
 
 @pytest.mark.parametrize("kernel", ["triton"], indirect=True)
-def test_both_passes_move_16_bytes(device: str) -> None:
-    """bf16 rows on 16 bytes and a V of whole vectors: no narrower access of a row."""
-    ptx = ptx_of(
-        "logits_ppo_loss.logits_ppo_kernel", logits_ptr="*bf16:16", ALIGN=8, LANES=1024, V="i32:16"
-    )
-    hinted = re.findall(r"(?:ld|st)\.global\S*evict_\w+\S*", ptx)
-    assert {"ld", "st"} == {access[:2] for access in hinted}
-    assert all(re.search(r"v4\.b32|b128|v2\.b64", access) for access in hinted)
+@pytest.mark.parametrize(
+    "name", ["logits_ppo_loss.logits_ppo_kernel", "logprobs_grad.dlogits_kernel"]
+)
+def test_half_the_width_is_written_behind_a_barrier(name: str) -> None:
+    """Every loop that writes the gradient reads its logits, waits, and then writes."""
+    ptx = ptx_of(name, logits_ptr="*fp32:16", out_ptr="*bf16:16", ALIGN=4, LANES=1024)
+    loops = [body for body in inner_loops(ptx) if re.search(r"ld\.global.*st\.global", body, re.S)]
+    assert len(loops) == 2, "whole steps, and the row's end"
+    for body in loops:
+        order = re.findall(r"(ld|st)\.global|(bar)\.sync", body)
+        kinds = [a or b for a, b in order]
+        assert kinds.count("bar") == 1
+        at = kinds.index("bar")
+        assert set(kinds[:at]) == {"ld"} and set(kinds[at + 1 :]) == {"st"}
+
+
+@pytest.mark.parametrize("kernel", ["triton"], indirect=True)
+def test_both_passes_move_whole_vectors(device: str) -> None:
+    """Rows on 16 bytes and a V of whole vectors: a thread's lanes of a step are one access."""
+    widths = (("*bf16:16", 8, r"v2\.b32|\.b64"), ("*fp32:16", 4, r"v4\.b32|b128"))
+    for kind, align, width in widths:
+        ptx = ptx_of(
+            "logits_ppo_loss.logits_ppo_kernel",
+            logits_ptr=kind,
+            out_ptr=kind,
+            ALIGN=align,
+            LANES=1024,
+            V="i32:16",
+        )
+        hinted = re.findall(r"(?:ld|st)\.global\S*evict_\w+\S*", ptx)
+        assert {"ld", "st"} == {access[:2] for access in hinted}
+        assert all(re.search(width, access) for access in hinted)
     assert "L2::evict_last" in ptx and "L2::evict_first" in ptx, "the row waits in L2"

@@ -52,6 +52,7 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
         "logprobs_fwd": (logits, tokens, mask, temperature, 1.0, -100),
         "logprobs_bwd": back,
         "logprobs_bwd_": (*back[:2], logits.clone(), *back[3:]),
+        "logprobs_bwd_bf16_": (*back[:2], logits.clone(), *back[3:]),
         "ppo_loss": (logs, logs + 0.1, x(3, 5), mask, x(3, 5).abs(), moments, entropy, logs - 0.2,
                      none, x(3).abs(), none, none, none, *PPO),
         "logits_ppo_loss": (logits, *one_pass),

@@ -176,6 +176,25 @@ def fused(args: Args) -> tuple[Tensor, Tensor, Tensor]:
     return out
 
 
+def narrowed(args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, gradient) of fp32 logits, the last over the logits and in bf16."""
+    logits = args.logits.clone()
+    results = op("logits_ppo_loss_bf16_")(logits, *args[1:])
+    return *results, half_width(logits)
+
+
+def half_width(logits: Tensor) -> Tensor:
+    """bf16 gradient in the memory of fp32 logits: each row starts where theirs does."""
+    return logits.view(torch.bfloat16)[..., : logits.shape[-1]]
+
+
+def assert_narrowed(args: Args) -> None:
+    """A gradient of half the width is the wide one, rounded; the other results are the same."""
+    logprobs, entropy, wide = op("logits_ppo_loss")(*args)
+    for x, y in zip(narrowed(args), (logprobs, entropy, wide.bfloat16()), strict=True):
+        assert same_bits(x, y)
+
+
 def assert_same(args: Args) -> tuple[Tensor, Tensor, Tensor]:
     """The two agree to the bit; the results."""
     out = fused(args)

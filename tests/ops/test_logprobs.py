@@ -37,6 +37,28 @@ def test_published_accuracy(backend: str, device: str, scale: float) -> None:
         assert bool((got <= 0).all())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("size", [1e5, 5e8, 1e10, 1e20, 1e38])
+def test_huge_logits(backend: str, device: str, size: float, temperature: float) -> None:
+    """Equal ones are a uniform distribution; of others only the differences matter."""
+    call = testing.logprobs_call(
+        (3,), 5000, device=device, scale=3.0, temperature=temperature, mask=None
+    )
+    logits, tokens = call.tensors["logits"], torch.tensor([4000, 4999, 3007], device=device)
+    equal = torch.full_like(logits, size)
+    equal[1] = -size
+    got = testing.run(call.replace(logits=equal, tokens=tokens), backend)
+    log_v = math.log(5000)
+    for x in (got["logprobs"], -got["entropy"]):
+        assert bool(((x + log_v).abs() <= 8 * 2**-24 * log_v).all())
+    part, none = logits.clone(), logits.clone()
+    part[:, :3000], none[:, :3000] = -size, -math.inf
+    part, none = (
+        testing.run(call.replace(logits=x, tokens=tokens), backend) for x in (part, none)
+    )
+    assert all(testing.same_bits(part[k], none[k]) for k in ("logprobs", "entropy"))
+
+
 def test_fp64_is_the_reference(device: str, kernel: str) -> None:
     call = testing.logprobs_call(dtype=torch.float64, device=device, vocab=301)
     if kernel != "cpu":

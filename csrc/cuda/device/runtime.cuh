@@ -35,6 +35,52 @@ PPO_DEVICE T* shared_memory() {
 #endif
 }
 
+enum class Memory { global, shared };
+
+#ifndef PPO_EMULATE
+PPO_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+#endif
+
+// 16 bytes at an aligned address. Said in PTX for shared memory: the compiler may split a vector
+// there into words, which the lanes of a warp then read and write from the same banks.
+template <Memory memory>
+PPO_DEVICE uint4 load_vector(const void* p) {
+#ifndef PPO_EMULATE
+  if constexpr (memory == Memory::shared) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(shared_address(p))
+                 : "memory");
+    return v;
+  }
+#endif
+  return *static_cast<const uint4*>(p);
+}
+template <Memory memory>
+PPO_DEVICE void store_vector(void* p, const uint4& v) {
+#ifndef PPO_EMULATE
+  if constexpr (memory == Memory::shared) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(p)), "r"(v.x),
+                 "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+    return;
+  }
+#endif
+  *static_cast<uint4*>(p) = v;
+}
+
+// p, which the compiler may take for an address of global memory wherever it came from.
+template <class T>
+PPO_DEVICE T* in_global(T* p) {
+#ifndef PPO_EMULATE
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 // 2^x to 2 ulp, flushing subnormals; -inf gives 0.
 PPO_DEVICE float fast_exp2(float x) {
 #ifdef PPO_EMULATE
@@ -64,10 +110,6 @@ struct alignas(8) Mbarrier {
 #else
 #define PPO_SM90(...) asm volatile(__VA_ARGS__)
 #endif
-
-PPO_DEVICE uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 // Called by one thread; before the first use, fence_mbarrier_init() and a barrier follow.
 PPO_DEVICE void mbarrier_init(Mbarrier* bar, unsigned arrivals) {

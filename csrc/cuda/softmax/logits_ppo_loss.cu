@@ -46,7 +46,7 @@ int64_t resident_clusters(const Device& device, const ClusterPlan& c) {
   const std::lock_guard<std::mutex> lock(mutex);
   int& n = known[{device.index(), c.size, c.workers, c.shared_bytes}];
   if (n == 0) {
-    n = device.clusters(logits_ppo_cluster<T, O>, unsigned(c.workers + 1) * kWarp, c.shared_bytes,
+    n = device.clusters(logits_ppo_cluster<T, O>, unsigned(c.workers + 2) * kWarp, c.shared_bytes,
                         unsigned(c.size));
   }
   STD_TORCH_CHECK(n > 0, "ppo_fast::logits_ppo_loss: no cluster of ", c.size, " blocks fits");
@@ -57,7 +57,7 @@ template <class T, class O>
 void launch_cluster(const Device& device, const LogitsPpoArgs& a, const ClusterPlan& c) {
   const int64_t clusters = std::min(a.n_rows, resident_clusters<T, O>(device, c));
   launch("logits_ppo_cluster", logits_ppo_cluster<T, O>,
-         {dim3(unsigned(clusters * c.size)), dim3(unsigned(c.workers + 1) * kWarp), c.shared_bytes,
+         {dim3(unsigned(clusters * c.size)), dim3(unsigned(c.workers + 2) * kWarp), c.shared_bytes,
           unsigned(c.size), device.stream()},
          a);
 }

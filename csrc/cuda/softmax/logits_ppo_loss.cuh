@@ -108,12 +108,13 @@ PPO_DEVICE void two_reads(const LogitsPpoArgs& a, const Team& team, SoftmaxState
     }
     if (team.thread == 0) store_outcome(a, r, t.live, o);
     if (terms.zero) {
-      write_zeros(to, 0, a.rows.vocab, team.thread, team.threads);
+      write_zeros<Memory::global>(to, 0, a.rows.vocab, team.thread, team.threads);
     } else if constexpr (sizeof(O) < sizeof(T)) {
-      write_gradient(from, to, 0, a.rows.vocab, terms, team.thread, team.threads,
-                     [&] { team.sync(); });
+      write_gradient<Memory::global, Memory::global>(from, to, 0, a.rows.vocab, terms, team.thread,
+                                                     team.threads, [&] { team.sync(); });
     } else {
-      write_gradient(from, to, 0, a.rows.vocab, terms, team.thread, team.threads, [] {});
+      write_gradient<Memory::global, Memory::global>(from, to, 0, a.rows.vocab, terms, team.thread,
+                                                     team.threads, [] {});
     }
     team.sync();  // `states` are read
   }
@@ -139,19 +140,32 @@ constexpr int kStages = 3;
 constexpr int kPieces = 4;  // of a stage: one can be fetched while the next is still being written
 constexpr int kMaxWorkers = 16;  // warps
 constexpr int kMaxCluster = 8;   // the largest size that every device has
-constexpr int kClusterThreads = (kMaxWorkers + 1) * kWarp;
+constexpr int kClusterThreads = (kMaxWorkers + 2) * kWarp;
+// Sets of what blocks send each other, in turn. A block that sends row n + 4 has left row n + 2's
+// gradient, for which every block's row n + 2 was sent, which each did after its own row n.
+constexpr int kSets = 4;
 
-// The cluster kernel. Every block holds the same columns of each row, kStages rows at a time: one
-// is being read, one worked on, one written. Bulk copies move them, issued by the last warp; the
-// other warps compute. This state lies ahead of the stages in shared memory. Data exchanged
-// between blocks has two alternating sets, because a block may be one row ahead of the others.
+// Token of a row in its stage, and the way of the row's gradient.
+struct StagedRow {
+  TokenInputs token;
+  void* to;
+  int phase;     // of the row in its stage, as in the logits
+  bool in_bulk;  // the gradient leaves by bulk copies, for which it needs the same phase
+};
+
+// The cluster kernel. Every block holds the same columns of each row, kStages rows at a time. Of
+// its warps the last moves rows by bulk copies, the one before it forms a row's loss from its
+// softmax, and the workers take a row's softmax and then the gradient of the row before, whose
+// loss was formed meanwhile. This state lies ahead of the stages in shared memory.
 struct ClusterState {
-  Mbarrier full[kStages];  // the row is there
-  Mbarrier done[kStages];  // its gradient may be written
-  Mbarrier exchanged[2];   // every warp of the cluster has sent what follows
-  SoftmaxState states[2][kMaxSlices];
-  float label_logit[2];
-  TokenInputs inputs[kStages];
+  Mbarrier full[kStages];     // the row is there
+  Mbarrier formed[kStages];   // its gradient terms are
+  Mbarrier done[kStages];     // its gradient may be written
+  Mbarrier exchanged[kSets];  // every worker of the cluster has sent what follows
+  SoftmaxState states[kSets][kMaxSlices];
+  float label_logit[kSets];
+  StagedRow rows[kStages];
+  GradientTerms terms[kStages];
   PolicyConsts<float> policy;
 };
 constexpr int kStagesAt = (sizeof(ClusterState) + 127) / 128 * 128;
@@ -167,8 +181,8 @@ template <class T>
 struct Held {
   ClusterState* state;
   unsigned char* stages;
-  int bytes, slices, first_slice, length, first, end;
-  int64_t rows, first_row, row_step;
+  int bytes, row_slices, slices, first_slice, length, first, end, rows;
+  int64_t first_row, row_step;
 
   PPO_DEVICE explicit Held(const LogitsPpoArgs& a) {
     const int size = int(cluster_size()), rank = int(cluster_rank());
@@ -176,6 +190,7 @@ struct Held {
     state = shared_memory<ClusterState>();
     stages = shared_memory<unsigned char>() + kStagesAt;
     bytes = int(stage_bytes(plan, size, int(sizeof(T))));
+    row_slices = plan.slices;
     slices = plan.slices / size;
     first_slice = rank * slices;
     length = plan.length;
@@ -183,23 +198,16 @@ struct Held {
     end = min(first + slices * length, a.rows.vocab);
     first_row = int64_t(blockIdx.x) / size;
     row_step = int64_t(gridDim.x) / size;
-    rows = (a.n_rows - first_row + row_step - 1) / row_step;
+    rows = int((a.n_rows - first_row + row_step - 1) / row_step);
   }
   // Row number of this cluster's n-th row.
-  PPO_DEVICE int64_t row(int64_t n) const { return first_row + n * row_step; }
+  PPO_DEVICE int64_t row(int n) const { return first_row + n * row_step; }
   // Address of column `first` of the cluster's n-th row in its stage, with the same offset from
   // 16-byte alignment as in the logits.
-  PPO_DEVICE T* stage(int64_t n, int phase) const {
-    return reinterpret_cast<T*>(stages + int(n % kStages) * bytes) + phase;
+  PPO_DEVICE T* stage(int n, int phase) const {
+    return reinterpret_cast<T*>(stages + n % kStages * bytes) + phase;
   }
 };
-
-// Whether a row's gradient can leave its stage by bulk copies: it has the logits' offset from
-// 16-byte alignment.
-template <class T, class O>
-PPO_DEVICE bool leaves_in_bulk(const T* from, const O* to) {
-  return sizeof(T) == sizeof(O) && phase_of(from) == phase_of(to);
-}
 
 // Whole 16-byte vectors of a row's held columns, and the elements before and after them.
 struct RowSpan {
@@ -224,15 +232,16 @@ PPO_DEVICE void copy_piece(const Held<T>& held, const RowSpan& span, int phase, 
 
 // Stores row n's gradient from its stage; called by the moving warp.
 template <class T>
-PPO_DEVICE void store_row(const Held<T>& held, T* to, int64_t n) {
-  const int phase = phase_of(to), count = held.end - held.first;
-  const RowSpan span = span_of<T>(phase, count);
-  const T* stage = held.stage(n, phase);
+PPO_DEVICE void store_row(const Held<T>& held, const StagedRow& row, int n) {
+  T* to = in_global(static_cast<T*>(row.to));
+  const int count = held.end - held.first;
+  const RowSpan span = span_of<T>(row.phase, count);
+  const T* stage = held.stage(n, row.phase);
   const int lane = lane_id();
   if (lane == 0) {
 #pragma unroll
     for (int k = 0; k < kPieces; ++k) {
-      copy_piece<T>(held, span, phase, k, [&](int at, unsigned bytes) {
+      copy_piece<T>(held, span, row.phase, k, [&](int at, unsigned bytes) {
         bulk_store(to + held.first + at / int(sizeof(T)), stage + at / int(sizeof(T)), bytes);
       });
       bulk_commit();
@@ -257,15 +266,15 @@ PPO_DEVICE void load_pieces(const Held<T>& held, const RowSpan& span, int phase,
 // Loads row n and its token into their stage; called by the moving warp. Rows that are not live
 // are not read.
 template <class T>
-PPO_DEVICE void load_row(const Held<T>& held, const T* from, const TokenInputs& t, int64_t n) {
-  const int phase = phase_of(from), count = held.end - held.first;
-  const RowSpan span = t.live ? span_of<T>(phase, count) : RowSpan{0, 0, 0};
+PPO_DEVICE void load_row(const Held<T>& held, const T* from, const StagedRow& row, int n) {
+  const int phase = row.phase, count = held.end - held.first;
+  const RowSpan span = row.token.live ? span_of<T>(phase, count) : RowSpan{0, 0, 0};
   T* stage = held.stage(n, phase);
   Mbarrier* full = &held.state->full[n % kStages];
   const int lane = lane_id();
   __syncwarp();  // the ends of what was here have left
   if (lane == 0) {
-    held.state->inputs[n % kStages] = t;
+    held.state->rows[n % kStages] = row;
     mbarrier_arrive_expect(full, unsigned(span.vectors) * 16u);
     load_pieces<0>(held, span, phase, from, stage, full);
   }
@@ -276,32 +285,40 @@ PPO_DEVICE void load_row(const Held<T>& held, const T* from, const TokenInputs& 
   if (lane == 0) mbarrier_arrive(full);
 }
 
-// The moving warp, the last: rows come and gradients leave through the stages in turn.
+// Token and gradient's way of a row.
+template <class T, class O>
+PPO_DEVICE StagedRow staged_row(const LogitsPpoArgs& a, int64_t i) {
+  const int phase = phase_of(a.rows.row<T>(i));
+  O* to = a.out_row<O>(i);
+  return {token_inputs(a, i), to, phase, sizeof(T) == sizeof(O) && phase == phase_of(to)};
+}
+
+// The moving warp: rows come and gradients leave through the stages in turn.
 template <class T, class O>
 PPO_DEVICE void move_rows(const LogitsPpoArgs& a, const Held<T>& held) {
-  TokenInputs next = token_inputs(a, held.row(0));
-  for (int64_t n = 0; n < held.rows + kStages; ++n) {
-    const TokenInputs t = next;
+  StagedRow next = staged_row<T, O>(a, held.row(0));
+  for (int n = 0; n < held.rows + kStages; ++n) {
+    const StagedRow row = next;
     if (n >= kStages) {
-      const int64_t before = held.row(n - kStages);
       mbarrier_wait(&held.state->done[n % kStages], unsigned(n / kStages - 1));
-      if constexpr (sizeof(T) == sizeof(O)) {
-        T* to = a.out_row<T>(before);
-        if (leaves_in_bulk(a.rows.row<T>(before), to)) store_row(held, to, n - kStages);
-      }
+      const StagedRow before = held.state->rows[n % kStages];
+      if (before.in_bulk) store_row(held, before, n - kStages);
     }
-    if (n + 1 < held.rows) next = token_inputs(a, held.row(n + 1));  // while the gradient leaves
-    if (n < held.rows) load_row(held, a.rows.row<T>(held.row(n)), t, n);
+    // While the gradient leaves.
+    if (n + 1 < held.rows) next = staged_row<T, O>(a, held.row(n + 1));
+    if (n < held.rows) load_row(held, a.rows.row<T>(held.row(n)), row, n);
   }
   if (lane_id() == 0) bulk_wait<0>();
 }
 
-// Sends the states of this warp's slices and the label's logit to every block of the cluster;
-// returns when all blocks have everything.
+// Sends the states of this worker's slices of row n and the label's logit to every block of the
+// cluster; `turn` counts the rows that are sent.
 template <class T>
-PPO_DEVICE void exchange(const Held<T>& held, const T* row, const TokenInputs& t, int64_t turn,
-                         int workers) {
-  const int lane = lane_id(), set = int(turn % 2), size = int(cluster_size());
+PPO_DEVICE void send_states(const Held<T>& held, const StagedRow& staged, int n, int turn,
+                            int workers) {
+  const TokenInputs& t = staged.token;
+  const T* row = held.stage(n, staged.phase) - held.first;
+  const int lane = lane_id(), set = turn % kSets, size = int(cluster_size());
   for (int s = warp_id(); s < held.slices; s += workers) {
     const int first = held.first + s * held.length;
     const SoftmaxState state =
@@ -315,52 +332,76 @@ PPO_DEVICE void exchange(const Held<T>& held, const T* row, const TokenInputs& t
     *cluster_map(&held.state->label_logit[set], unsigned(lane)) = widen(row[t.label]);
   }
   if (lane < size) mbarrier_arrive_at(&held.state->exchanged[set], unsigned(lane));
-  mbarrier_wait_cluster(&held.state->exchanged[set], unsigned(turn / 2));
 }
 
-template <class T, class O>
-PPO_DEVICE void leave_gradient(const Held<T>& held, const T* row, O* to, const GradientTerms& t,
-                               int workers) {
-  const int thread = int(threadIdx.x), threads = workers * kWarp;
-  if (t.zero) {
-    write_zeros(to, held.first, held.end, thread, threads);
-  } else {
-    write_gradient(row, to, held.first, held.end, t, thread, threads, [] {});
-  }
-}
-
-// The computing warps: a row's softmax, its token's loss, its gradient.
-template <class T, class O>
-PPO_DEVICE void work_on_rows(const LogitsPpoArgs& a, const Held<T>& held, int workers) {
-  int64_t turn = 0;  // rows exchanged
-  for (int64_t n = 0; n < held.rows; ++n) {
-    const T* from = a.rows.row<T>(held.row(n));
-    O* to = a.out_row<O>(held.row(n));
-    T* here = held.stage(n, phase_of(from)) - held.first;
-    mbarrier_wait(&held.state->full[n % kStages], unsigned(n / kStages));
-    const TokenInputs& t = held.state->inputs[n % kStages];
+// The warp between the workers and the moving warp: the loss of every row, as soon as all blocks
+// have sent its states.
+template <class T>
+PPO_DEVICE void form_losses(const LogitsPpoArgs& a, const Held<T>& held) {
+  int turn = 0;
+  for (int n = 0; n < held.rows; ++n) {
+    const int stage = n % kStages;
+    mbarrier_wait(&held.state->full[stage], unsigned(n / kStages));
+    const TokenInputs t = held.state->rows[stage].token;
     Outcome o{};
     GradientTerms terms{};
     terms.zero = true;
     if (t.live) {
-      exchange<T>(held, here, t, turn, workers);
-      const float label_logit = t.legal ? held.state->label_logit[turn % 2] : 0.f;
-      o = outcome(merged(held.state->states[turn % 2], row_plan(a.rows.vocab).slices), label_logit,
-                  t.inv_temperature, t.legal);
+      const int set = turn % kSets;
+      mbarrier_wait_cluster(&held.state->exchanged[set], unsigned(turn / kSets));
+      const float label_logit = t.legal ? held.state->label_logit[set] : 0.f;
+      o = outcome(merged(held.state->states[set], held.row_slices), label_logit, t.inv_temperature,
+                  t.legal);
       terms = token_gradient(a, held.state->policy, t, o, label_logit);
       ++turn;
     }
-    if (threadIdx.x == 0 && held.first == 0) {
-      store_outcome(a, held.row(n), t.live, o);
-    }
-    if (leaves_in_bulk(from, to)) {
-      leave_gradient(held, here, here, terms, workers);
-      fence_async_proxy();
-    } else {
-      leave_gradient(held, here, to, terms, workers);
+    if (lane_id() == 0) {
+      held.state->terms[stage] = terms;
+      mbarrier_arrive(&held.state->formed[stage]);
+      if (held.first == 0) store_outcome(a, held.row(n), t.live, o);
     }
     __syncwarp();
-    if (lane_id() == 0) mbarrier_arrive(&held.state->done[n % kStages]);
+  }
+}
+
+// The gradient of row n, by all workers together.
+template <class T, class O>
+PPO_DEVICE void leave_gradient(const Held<T>& held, const StagedRow& staged, int n, int workers) {
+  const int thread = int(threadIdx.x), threads = workers * kWarp;
+  T* row = held.stage(n, staged.phase) - held.first;
+  O* to = in_global(static_cast<O*>(staged.to));
+  const bool in_bulk = staged.in_bulk;
+  mbarrier_wait(&held.state->formed[n % kStages], unsigned(n / kStages));
+  const GradientTerms t = held.state->terms[n % kStages];
+  if (in_bulk) {
+    if (t.zero) {
+      write_zeros<Memory::shared>(row, held.first, held.end, thread, threads);
+    } else {
+      write_gradient<Memory::shared, Memory::shared>(row, row, held.first, held.end, t, thread,
+                                                     threads, [] {});
+    }
+    fence_async_proxy();
+  } else if (t.zero) {
+    write_zeros<Memory::global>(to, held.first, held.end, thread, threads);
+  } else {
+    write_gradient<Memory::shared, Memory::global>(row, to, held.first, held.end, t, thread,
+                                                   threads, [] {});
+  }
+  __syncwarp();
+  if (lane_id() == 0) mbarrier_arrive(&held.state->done[n % kStages]);
+}
+
+// The workers: a row's softmax, then the gradient of the row before it.
+template <class T, class O>
+PPO_DEVICE void work_on_rows(const Held<T>& held, int workers) {
+  int turn = 0;  // rows sent
+  for (int n = 0; n <= held.rows; ++n) {
+    if (n < held.rows) {
+      const StagedRow& staged = held.state->rows[n % kStages];
+      mbarrier_wait(&held.state->full[n % kStages], unsigned(n / kStages));
+      if (staged.token.live) send_states(held, staged, n, turn++, workers);
+    }
+    if (n > 0) leave_gradient<T, O>(held, held.state->rows[(n - 1) % kStages], n - 1, workers);
   }
 }
 
@@ -368,10 +409,11 @@ template <class T, class O>
 __global__ void __launch_bounds__(kClusterThreads, 1)
     logits_ppo_cluster(const __grid_constant__ LogitsPpoArgs a) {
   const Held<T> held(a);
-  const int workers = int(blockDim.x) / kWarp - 1;
+  const int workers = int(blockDim.x) / kWarp - 2;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       mbarrier_init(&held.state->full[s], 2);
+      mbarrier_init(&held.state->formed[s], 1);
       mbarrier_init(&held.state->done[s], unsigned(workers));
     }
     for (Mbarrier& bar : held.state->exchanged) {
@@ -382,10 +424,12 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   }
   __syncwarp();
   cluster_sync();
-  if (warp_id() == workers) {
-    move_rows<T, O>(a, held);
+  if (warp_id() < workers) {
+    work_on_rows<T, O>(held, workers);
+  } else if (warp_id() == workers) {
+    form_losses(a, held);
   } else {
-    work_on_rows<T, O>(a, held, workers);
+    move_rows<T, O>(a, held);
   }
 }
 

@@ -11,6 +11,7 @@ namespace {
 // fit.
 constexpr int kLeastStreamed = 1024, kMostStreamed = 16 * 1024;
 constexpr size_t kSharedPerBlock = 227 * 1024;
+constexpr int kLongestRun = 8;  // slices
 
 // Distribution of rows' slices over the device. Nothing here changes a row's bits.
 struct Spread {
@@ -31,8 +32,16 @@ Spread spread(const Device& device, LogprobsRows& r, int item) {
   const int64_t most =
       int64_t(device.multiprocessors()) * (fit < kLogprobsBlocks ? fit : kLogprobsBlocks);
   const int64_t tasks = r.count * r.plan.slices;
+  // Slices of the busiest warp. Longer runs cost less, but leave more for the last turn.
+  const auto busiest = [&](int run) {
+    const int64_t each = run * most * warps;
+    return (tasks + each - 1) / each * run;
+  };
   r.run = 1;
-  while (r.run < 8 && r.run < r.plan.slices && tasks >= 16 * r.run * most * warps) r.run *= 2;
+  while (r.run < kLongestRun && r.run < r.plan.slices &&
+         16 * busiest(2 * r.run) <= 17 * busiest(1)) {
+    r.run *= 2;
+  }
   const int64_t wanted = (tasks / r.run + warps - 1) / warps;
   return {streamed,
           {dim3(unsigned(wanted < most ? wanted : most)), dim3(unsigned(warps * kWarp)), shared, 1,

@@ -112,31 +112,60 @@ struct LogprobsGradient {
   const GradientTerms* terms;  // (count,)
 };
 
-// Slice number k of this warp.
-struct LogprobsSlice {
+// Run number n of this warp: slices [slice, slice + r.run) of a row.
+struct SliceRun {
   int64_t row;  // in [0, count)
   int slice, first, end;
   bool exists;
 };
-PPO_DEVICE LogprobsSlice slice_at(const LogprobsRows& r, int64_t k) {
-  const int per_block = int(blockDim.x) / kWarp, shift = __ffs(r.plan.slices) - 1;
-  const int run_shift = __ffs(r.run) - 1;
-  const int64_t turn = (k >> run_shift) * (int64_t(gridDim.x) * per_block) +
-                       int64_t(blockIdx.x) * per_block + warp_id();
-  const int64_t task = (turn << run_shift) + (k & (r.run - 1));
-  const int slice = int(task & (r.plan.slices - 1));
-  const int first = min(slice * r.plan.length, r.vocab);
-  return {task >> shift, slice, first, min(first + r.plan.length, r.vocab),
-          (task >> shift) < r.count};
+PPO_DEVICE SliceRun run_at(const LogprobsRows& r, int64_t n) {
+  const int per_block = int(blockDim.x) / kWarp, shift = __ffs(r.plan.slices) - __ffs(r.run);
+  const int64_t index =
+      n * (int64_t(gridDim.x) * per_block) + int64_t(blockIdx.x) * per_block + warp_id();
+  const int slice = int(index & ((int64_t(1) << shift) - 1)) * r.run;
+  const int first = slice * r.plan.length;
+  return {index >> shift, slice, first, min(first + r.run * r.plan.length, r.vocab),
+          (index >> shift) < r.count};
 }
 
-// Whether this warp's state was the last of its row; if so the count is reset and the other states
-// can be read.
-PPO_DEVICE bool completes_row(unsigned* done, int slices) {
+// Fetches of a warp's slices in the order of its runs, those of the rows that are `wanted`.
+template <class T, class Wanted>
+class SliceFetches {
+ public:
+  PPO_DEVICE SliceFetches(const LogprobsRows& r, SliceRing<T>& ring, const Wanted& wanted)
+      : r_(r), ring_(ring), wanted_(wanted) {}
+
+  // Fetches the next slice, if there is one; called by a whole warp.
+  PPO_DEVICE void next() {
+    while (first_ >= end_) {
+      const SliceRun run = run_at(r_, runs_);
+      if (!run.exists) return;
+      ++runs_;
+      if (!wanted_(run.row)) continue;
+      row_ = r_.row<T>(r_.first + run.row);
+      first_ = run.first;
+      end_ = run.end;
+    }
+    ring_.fetch(row_, first_, min(first_ + r_.plan.length, end_));
+    first_ += r_.plan.length;
+  }
+
+ private:
+  const LogprobsRows& r_;
+  SliceRing<T>& ring_;
+  const Wanted wanted_;
+  const T* row_ = nullptr;
+  int64_t runs_ = 0;
+  int first_ = 0, end_ = 0;
+};
+
+// Whether this warp's `run` states were the last of its row; if so the count is reset and the
+// other states can be read.
+PPO_DEVICE bool completes_row(unsigned* done, int run, int slices) {
   int last = 0;
   if (lane_id() == 0) {
     __threadfence();
-    last = atomicAdd(done, 1u) == unsigned(slices - 1);
+    last = atomicAdd(done, unsigned(run)) == unsigned(slices - run);
     if (last) *done = 0;
     __threadfence();
   }
@@ -164,32 +193,39 @@ __global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
   const LogprobsRows& r = a.rows;
   const int slices = r.plan.slices;
   SliceRing<T> ring(r.stage_bytes, streamed);
-  const auto fetch = [&](int64_t k) {
-    const LogprobsSlice s = slice_at(r, k);
-    if (s.exists && r.live(r.first + s.row)) ring.fetch(r.row<T>(r.first + s.row), s.first, s.end);
-  };
+  const auto live = [&](int64_t i) { return r.live(r.first + i); };
+  SliceFetches<T, decltype(live)> fetches(r, ring, live);
   if (streamed) {
 #pragma unroll 1
-    for (int k = 0; k < kRingStages - 1; ++k) fetch(k);
+    for (int k = 0; k < kRingStages - 1; ++k) fetches.next();
   }
-  for (int64_t k = 0;; ++k) {
-    const LogprobsSlice s = slice_at(r, k);
-    if (!s.exists) break;
-    if (streamed) fetch(k + kRingStages - 1);
-    const int64_t row = r.first + s.row;
+  for (int64_t n = 0;; ++n) {
+    const SliceRun run = run_at(r, n);
+    if (!run.exists) break;
+    const int64_t row = r.first + run.row;
     if (!r.live(row)) {
-      if (s.slice == 0 && lane_id() == 0) {
+      if (run.slice == 0 && lane_id() == 0) {
         a.logprobs[row] = a.entropy[row] = a.row_max[row] = a.log_sum[row] = 0.f;
       }
       continue;
     }
-    const T* logits = r.row<T>(row);
-    if (streamed) logits = ring.take(logits, s.first);
-    SoftmaxState state = slice_state(logits, s.first, s.end, r.inv_temperature_at(row));
+    const T* const logits = r.row<T>(row);
+    const float inv_temperature = r.inv_temperature_at(row);
+    SoftmaxState* const states = a.states + run.row * slices;
+    SoftmaxState state;
+    int slice = run.slice;
+    for (int first = run.first; first < run.end; first += r.plan.length) {
+      const T* from = logits;
+      if (streamed) {
+        fetches.next();
+        from = ring.take(logits, first);
+      }
+      state = slice_state(from, first, min(first + r.plan.length, run.end), inv_temperature);
+      if (slices > 1 && lane_id() == 0) states[slice] = state;
+      ++slice;
+    }
     if (slices > 1) {
-      SoftmaxState* states = a.states + s.row * slices;
-      if (lane_id() == 0) states[s.slice] = state;
-      if (!completes_row(a.done + s.row, slices)) continue;
+      if (!completes_row(a.done + run.row, r.run, slices)) continue;
       state = merged(states, slices);
     }
     if (lane_id() == 0) store_outcome<T>(a, row, state);
@@ -228,39 +264,37 @@ __global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
   // alignment.
   const auto together = [&](int64_t i) { return phase_of(r.row<T>(i)) == phase_of(out_row(i)); };
   SliceRing<T> ring(r.stage_bytes, streamed);
-  const auto fetch = [&](int64_t k) {
-    const LogprobsSlice s = slice_at(r, k);
-    if (!s.exists || a.terms[s.row].zero || !together(r.first + s.row)) return;
-    ring.fetch(r.row<T>(r.first + s.row), s.first, s.end);
-  };
-  // Fetches into the memory that the last slice was stored from.
-  const auto fetch_next = [&](int64_t k) {
-    if (lane_id() == 0) bulk_wait_read<0>();
-    fetch(k + kRingStages - 1);
-  };
+  const auto wanted = [&](int64_t i) { return !a.terms[i].zero && together(r.first + i); };
+  SliceFetches<T, decltype(wanted)> fetches(r, ring, wanted);
   if (streamed) {
 #pragma unroll 1
-    for (int k = 0; k < kRingStages - 1; ++k) fetch(k);
+    for (int k = 0; k < kRingStages - 1; ++k) fetches.next();
   }
-  for (int64_t k = 0;; ++k) {
-    const LogprobsSlice s = slice_at(r, k);
-    if (!s.exists) break;
-    const int64_t row = r.first + s.row;
-    const GradientTerms t = a.terms[s.row];
+  for (int64_t n = 0;; ++n) {
+    const SliceRun run = run_at(r, n);
+    if (!run.exists) break;
+    const int64_t row = r.first + run.row;
+    const GradientTerms t = a.terms[run.row];
     const T* logits = r.row<T>(row);
     T* out = out_row(row);
-    if (streamed && !t.zero && together(row)) {
-      T* held = ring.take(logits, s.first);
-      write_gradient(held, held, s.first, s.end, t, lane_id(), kWarp, [] {});
-      fetch_next(k);
-      store_slice(out, held, s.first, s.end);
+    if (t.zero) {
+      write_zeros<Memory::global>(out, run.first, run.end, lane_id(), kWarp);
       continue;
     }
-    if (streamed) fetch_next(k);
-    if (t.zero) {
-      write_zeros(out, s.first, s.end, lane_id(), kWarp);
+    if (streamed && together(row)) {
+      for (int first = run.first; first < run.end; first += r.plan.length) {
+        const int end = min(first + r.plan.length, run.end);
+        T* held = ring.take(logits, first);
+        write_gradient<Memory::shared, Memory::shared>(held, held, first, end, t, lane_id(), kWarp,
+                                                       [] {});
+        // The next fetch takes the memory that the last slice was stored from.
+        if (lane_id() == 0) bulk_wait_read<0>();
+        fetches.next();
+        store_slice(out, held, first, end);
+      }
     } else {
-      write_gradient(logits, out, s.first, s.end, t, lane_id(), kWarp, [] {});
+      write_gradient<Memory::global, Memory::global>(logits, out, run.first, run.end, t, lane_id(),
+                                                     kWarp, [] {});
     }
   }
   if (streamed && lane_id() == 0) bulk_wait_read<0>();

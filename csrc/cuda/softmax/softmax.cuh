@@ -146,7 +146,11 @@ PPO_DEVICE void load_columns(const T* row, int phase, int end, int col,
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < n; ++i) x[i] = col + i < end ? widen(row[col + i]) : -INFINITY;
+    for (int i = 0; i < n; ++i) x[i] = -INFINITY;
+    if (col < end) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] = col + i < end ? widen(row[col + i]) : x[i];
+    }
   }
 }
 
@@ -238,9 +242,9 @@ PPO_DEVICE float gradient(const GradientTerms& t, float x) {
   return fast_exp2(ln_p * kLog2e) * fmaf(t.slope, fmaxf(ln_p, kZeroExp), t.offset);
 }
 
-// Stores the gradient of x, whose first element is the row's column `col`. Either all of it is
-// `inside` [first, end), or columns outside are left alone.
-template <bool inside, class O>
+// Stores the gradient of x, whose first element is the row's column `col` < end. Either all of it
+// is `inside` [first, end), or columns outside are left alone.
+template <Memory memory, bool inside, class O>
 PPO_DEVICE void store_gradient(O* to, int first, int end, int col, float (&x)[kPerVector<O>],
                                const GradientTerms& t) {
   constexpr int n = kPerVector<O>;
@@ -251,7 +255,7 @@ PPO_DEVICE void store_gradient(O* to, int first, int end, int col, float (&x)[kP
     for (int i = 0; i < n; ++i) x[i] = t.label == col + i ? t.label_term : x[i];
   }
   if (inside || (col >= first && col + n <= end)) {
-    *reinterpret_cast<uint4*>(to + col) = pack<O>(x);
+    store_vector<memory>(to + col, pack<O>(x));
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
@@ -263,22 +267,21 @@ PPO_DEVICE void store_gradient(O* to, int first, int end, int col, float (&x)[kP
 // Gradient of the next `vectors` times 16 bytes of `to` of each thread, from column `at` on.
 // `together`: the row is also read in 16-byte vectors; `inside`: that, and all columns are in
 // [first, end).
-template <int vectors, bool inside, class T, class O, class Between>
+template <Memory from, Memory into, int vectors, bool inside, class T, class O, class Between>
 PPO_DEVICE void gradient_step(const T* row, O* to, int first, int end, int at, bool together,
                               const GradientTerms& t, int thread, int threads,
                               const Between& between) {
   constexpr int n = kPerVector<O>, loaded = kPerVector<T>;
-  float x[vectors][n];
+  float x[vectors][n] = {};
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
     const int col = at + (v * threads + thread) * n;
     if (inside || (together && col >= first && col + n <= end)) {
 #pragma unroll
       for (int i = 0; i < n; i += loaded) {
-        unpack<T>(*reinterpret_cast<const uint4*>(row + col + i),
-                  reinterpret_cast<float (&)[loaded]>(x[v][i]));
+        unpack<T>(load_vector<from>(row + col + i), reinterpret_cast<float (&)[loaded]>(x[v][i]));
       }
-    } else {
+    } else if (col < end) {
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         x[v][i] = col + i >= first && col + i < end ? widen(row[col + i]) : 0.f;
@@ -288,15 +291,17 @@ PPO_DEVICE void gradient_step(const T* row, O* to, int first, int end, int at, b
   between();
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
-    store_gradient<inside>(to, first, end, at + (v * threads + thread) * n, x[v], t);
+    const int col = at + (v * threads + thread) * n;
+    if (inside || col < end) store_gradient<into, inside>(to, first, end, col, x[v], t);
   }
 }
 
 // Writes the gradient to[first, end) of row[first, end), by `threads` threads of which this is
-// number `thread`, in whole 16-byte vectors of `to` except at the ends. `to` may be `row`; where
+// number `thread`, in whole 16-byte vectors of `to` except at the ends. The row lies in memory
+// `from`, its gradient in `into`. `to` may be `row`; where
 // it is narrower and starts at the same address, `between` must keep everybody's loads before
 // anybody's stores.
-template <class T, class O, class Between>
+template <Memory from, Memory into, class T, class O, class Between>
 PPO_DEVICE void write_gradient(const T* row, O* to, int first, int end, const GradientTerms& t,
                                int thread, int threads, const Between& between) {
   constexpr int n = kPerVector<O>;
@@ -307,26 +312,28 @@ PPO_DEVICE void write_gradient(const T* row, O* to, int first, int end, const Gr
   const auto inside = [&](int columns) { return together && at >= first && at + columns <= end; };
   while (at < end) {
     if (inside(many)) {
-      gradient_step<kGradVectors, true>(row, to, first, end, at, together, t, thread, threads,
-                                        between);
+      gradient_step<from, into, kGradVectors, true>(row, to, first, end, at, together, t, thread,
+                                                    threads, between);
       at += many;
     } else if (inside(one)) {
-      gradient_step<1, true>(row, to, first, end, at, together, t, thread, threads, between);
+      gradient_step<from, into, 1, true>(row, to, first, end, at, together, t, thread, threads,
+                                         between);
       at += one;
     } else {
-      gradient_step<1, false>(row, to, first, end, at, together, t, thread, threads, between);
+      gradient_step<from, into, 1, false>(row, to, first, end, at, together, t, thread, threads,
+                                          between);
       at += one;
     }
   }
 }
 
 // Writes zeros to[first, end), the gradient of a row without one.
-template <class O>
+template <Memory into, class O>
 PPO_DEVICE void write_zeros(O* to, int first, int end, int thread, int threads) {
   constexpr int n = kPerVector<O>;
   for (int col = first - phase_of(to + first) + thread * n; col < end; col += threads * n) {
     if (col >= first && col + n <= end) {
-      *reinterpret_cast<uint4*>(to + col) = make_uint4(0, 0, 0, 0);
+      store_vector<into>(to + col, make_uint4(0, 0, 0, 0));
     } else {
 #pragma unroll
       for (int i = 0; i < n; ++i) {
