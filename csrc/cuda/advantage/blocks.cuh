@@ -15,7 +15,7 @@ struct BlockShared {
   Later later;
   int64_t last[kTiles];
   int first_live[kTiles], last_live[kTiles];
-  Moments moments[kTiles];
+  ShiftedSums moments[kTiles];
 };
 
 // Number of chunks before sequence `seq`. With packing every sequence has room for one extra

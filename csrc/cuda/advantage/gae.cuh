@@ -123,7 +123,7 @@ template <bool kExtras>
 struct SlabShared {
   AffineMap<kExtras> maps[2][kSlabs][kAbreast<kExtras>];
   NextValue next_values[kSlabs][kAbreast<kExtras>];
-  Moments moments[kSlabThreads<kExtras> / kWarp];
+  ShiftedSums moments[kSlabThreads<kExtras> / kWarp];
 };
 
 // Position of a thread's slab: the rows [first, first + slabs) of `column` share a sequence, and

@@ -120,7 +120,8 @@ void run_warps(typename Source::Args& args, const Layout& layout, const Device& 
   const int64_t blocks = ceil_div(a.seqs.count, kTiles * (kWarp / a.lanes));
   const Tensor workspace = workspace_for(a, layout.main(), blocks, 0, device);
   launch(layout.op(), advantage_warps_kernel<Source>,
-         {dim3(unsigned(blocks)), dim3(kRowThreads), kTiles * sizeof(Moments), 1, device.stream()},
+         {dim3(unsigned(blocks)), dim3(kRowThreads), kTiles * sizeof(ShiftedSums), 1,
+          device.stream()},
          args);
 }
 

@@ -74,7 +74,7 @@ PPO_DEVICE bool offsets_rise(const SequenceLayout& s) {
 
 // Stores a block's moments. Invalid offsets make them NaN; the last block then makes every output
 // NaN, written or not.
-PPO_DEVICE void leave(const AdvantageArgs& args, const MomentSum& mine, Moments* scratch) {
+PPO_DEVICE void leave(const AdvantageArgs& args, const MomentSum& mine, ShiftedSums* scratch) {
   constexpr double kNan = __builtin_nan("");
   const bool bad = __syncthreads_or(!offsets_rise(args.seqs));
   Moments all = block_moments(mine.result(), scratch);
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const Sequence span = sequence_at(args.base.seqs, warp * (kWarp / lanes) + lane_id() / lanes);
   MomentSum moments;
   walk_warp(Source{args}, span, lanes, moments);
-  leave(args.base, moments, shared_memory<Moments>());
+  leave(args.base, moments, shared_memory<ShiftedSums>());
 }
 
 }  // namespace ppo::cuda
