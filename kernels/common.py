@@ -211,6 +211,29 @@ def block_moments(x, live):
     return n, mean, tl.sum(tl.ravel(d * d))
 
 
+# Moments of a stream. Each lane sums x - pivot, where its pivot is its first live element: equal
+# elements give exactly no deviation, and a large common mean costs no digits.
+@triton.jit
+def add_to_moments(n, pivot, total, squares, x, live):
+    """Sums of the lanes with a block more: int32 counts, fp32 pivots, float64 sums."""
+    pivot = tl.where(live & (n == 0), x, pivot)
+    d = tl.where(live, x.to(tl.float64) - pivot.to(tl.float64), 0.0)
+    return n + live.to(tl.int32), pivot, total + d, tl.fma(d, d, squares)
+
+
+@triton.jit
+def moments_of(n, pivot, total, squares):
+    """float64 (count, mean, M2) of all lanes: Chan, Golub and LeVeque 1979."""
+    n = n.to(tl.float64)
+    shift = total / tl.maximum(n, 1.0)
+    own = squares - total * shift
+    lane_mean = pivot + shift
+    n_all = tl.sum(n)
+    mean = tl.sum(n * lane_mean) / tl.maximum(n_all, 1.0)
+    d = lane_mean - mean
+    return n_all, mean, tl.sum(tl.where(own < 0, 0.0, own) + n * d * d)
+
+
 @triton.jit
 def merge_parts(parts_ptr, out_ptr, n_parts, BLOCK: tl.constexpr):
     """(3, n_parts) float64 counts, means, M2s -> (3,), by one program in a fixed order."""

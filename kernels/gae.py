@@ -12,10 +12,11 @@ from torch import Tensor
 from .codes import MASKED_CARRY
 from .common import (
     Strided,
-    block_moments,
+    add_to_moments,
     counter,
     flag_bytes,
     load_f32,
+    moments_of,
     on_device,
     reduce_moments,
     strided,
@@ -29,14 +30,15 @@ from .scan import (
     grid_of,
     load_step,
     load_step_flag,
-    merged_moments,
     next_live,
     poisoned,
     recur,
     step_offset,
+    step_stride,
     tile_count,
     tile_span,
     tile_steps,
+    unit_steps,
 )
 
 # Tensors of steps, as the kernel's arguments name them.
@@ -51,6 +53,7 @@ def next_value(
     later,
     span,
     step,
+    tile,
     CARRY: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -62,7 +65,7 @@ def next_value(
     following = step + 1
     end = following == span.n_steps
     if CARRY and mask.ptr is not None:
-        following, later = next_live(live, step, later, ROWS, CHUNK, WIDE)
+        following, later = next_live(live, step, tile, later, ROWS, CHUNK, WIDE)
         live = following < NO_STEP
         end = following == NO_STEP
     after = load_step(values, span, following, live, 0.0)
@@ -120,19 +123,21 @@ def gae_kernel(
     CARRY: tl.constexpr,  # masked steps are as if absent
     LAM_STEPS: tl.constexpr, LAM_RET_STEPS: tl.constexpr,  # a λ per step, not per sequence
     OWN_LAMBDA: tl.constexpr,  # the returns have a λ of their own
+    UNIT: tl.constexpr,  # neighbouring steps are neighbours in memory
     ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, MERGE: tl.constexpr,
 ):
     # fmt: on
-    rewards = Strided(rewards_ptr, rewards_seq, rewards_step)
-    values = Strided(values_ptr, values_seq, values_step)
-    mask = Strided(mask_ptr, mask_seq, mask_step)
-    next_values = Strided(next_ptr, next_seq, next_step)
-    terminated = Strided(term_ptr, term_seq, term_step)
-    truncated = Strided(trunc_ptr, trunc_seq, trunc_step)
-    rhos = Strided(rho_ptr, rho_seq, rho_step)
-    cs = Strided(c_ptr, c_seq, c_step)
-    lam = Strided(lam_ptr, lam_seq, lam_step)
-    lam_ret = Strided(lam_ret_ptr, lam_ret_seq, lam_ret_step)
+    rewards = Strided(rewards_ptr, rewards_seq, step_stride(rewards_step, UNIT))
+    values = Strided(values_ptr, values_seq, step_stride(values_step, UNIT))
+    mask = Strided(mask_ptr, mask_seq, step_stride(mask_step, UNIT))
+    next_values = Strided(next_ptr, next_seq, step_stride(next_step, UNIT))
+    terminated = Strided(term_ptr, term_seq, step_stride(term_step, UNIT))
+    truncated = Strided(trunc_ptr, trunc_seq, step_stride(trunc_step, UNIT))
+    rhos = Strided(rho_ptr, rho_seq, step_stride(rho_step, UNIT))
+    cs = Strided(c_ptr, c_seq, step_stride(c_step, UNIT))
+    lam = Strided(lam_ptr, lam_seq, step_stride(lam_step, UNIT))
+    lam_ret = Strided(lam_ret_ptr, lam_ret_seq, step_stride(lam_ret_step, UNIT))
+    outs = Strided(adv_ptr, out_seq, step_stride(out_step, UNIT))
 
     fails = None
     if cu_ptr is not None:
@@ -142,12 +147,14 @@ def gae_kernel(
     state = tl.zeros([ROWS], tl.float32)
     state_ret = tl.zeros([ROWS], tl.float32)
     later = tl.full([ROWS], NO_STEP, tl.int32)
-    n = tl.full([], 0.0, tl.float64)
-    mean = tl.full([], 0.0, tl.float64)
-    m2 = tl.full([], 0.0, tl.float64)
+    n = tl.zeros([ROWS * CHUNK], tl.int32)
+    pivot = tl.zeros([ROWS * CHUNK], tl.float32)
+    total = tl.zeros([ROWS * CHUNK], tl.float64)
+    squares = tl.zeros([ROWS * CHUNK], tl.float64)
     n_tiles = tile_count(span.n_steps, ROWS, CHUNK, WIDE)
     for done_tiles in range(n_tiles):
-        step = tile_steps(n_tiles - 1 - done_tiles, ROWS, CHUNK, WIDE)
+        tile = n_tiles - 1 - done_tiles
+        step = tile_steps(tile, ROWS, CHUNK, WIDE)
         inside = step < span.n_steps
         live = load_step_flag(mask, span, step, inside)
         moves = live if CARRY else inside
@@ -155,7 +162,7 @@ def gae_kernel(
         value = load_step(values, span, step, live, 0.0)
         if next_ptr is None:
             after, later = next_value(
-                values, mask, bootstrap, later, span, step, CARRY, ROWS, CHUNK, WIDE
+                values, mask, bootstrap, later, span, step, tile, CARRY, ROWS, CHUNK, WIDE
             )
         else:
             after = load_step(next_values, span, step, live, 0.0)
@@ -180,14 +187,14 @@ def gae_kernel(
             )
             a = tl.where(moves, a * c, 1.0)
             ret, state_ret = recur(cut, a, b, state_ret, ROWS, CHUNK, WIDE)
-        out = step_offset(Strided(adv_ptr, out_seq, out_step), span, step)
+        out = step_offset(outs, span, step)
         adv = tl.where(live, adv, 0.0)
         tl.store(adv_ptr + out, poisoned(adv, fails), mask=inside)
         tl.store(ret_ptr + out, poisoned(tl.where(live, ret + value, 0.0), fails), mask=inside)
-        n_tile, mean_tile, m2_tile = block_moments(adv, live)
-        n, mean, m2 = merged_moments(n, mean, m2, n_tile, mean_tile, m2_tile)
-    n, mean, m2 = poisoned(n, fails), poisoned(mean, fails), poisoned(m2, fails)
-    reduce_moments(parts_ptr, moments_ptr, counter_ptr, n, mean, m2, MERGE)
+        n, pivot, total, squares = add_to_moments(n, pivot, total, squares, adv, live)
+    count, mean, m2 = moments_of(n, pivot, total, squares)
+    count, mean, m2 = poisoned(count, fails), poisoned(mean, fails), poisoned(m2, fails)
+    reduce_moments(parts_ptr, moments_ptr, counter_ptr, count, mean, m2, MERGE)
 
 
 def gae(
@@ -220,6 +227,7 @@ def gae(
     flags = [flag_bytes(x) for x in (mask, terminated, truncated)]
     tensors = (rewards, values, flags[0], next_values, *flags[1:], rho, c)
     arguments = [arg for x in tensors for arg in strided(x, time_major)]
+    steps = [adv, *tensors]
     for tensor, per_step in (
         (lam_adv_tensor, lam_adv_per_step),
         (lam_ret_tensor, lam_ret_per_step),
@@ -228,10 +236,12 @@ def gae(
             arguments += (tensor, tensor.stride(0), 0)  # a λ per packed sequence
         else:
             arguments += strided(tensor, time_major)
+            steps += [tensor] if per_step else []
     parts, moments = torch.empty(3, grid.programs, **f64), torch.empty(3, **f64)
     gamma_high = struct.unpack("f", struct.pack("f", gamma))[0]
     numbers = (gamma_high, gamma - gamma_high, gamma * lam_adv, gamma * lam_ret)
     constants = grid.constants() | {
+        "UNIT": unit_steps(steps, time_major),
         "CARRY": mask is None or masked == MASKED_CARRY.value,
         "LAM_STEPS": lam_adv_per_step,
         "LAM_RET_STEPS": lam_ret_per_step,

@@ -47,9 +47,12 @@ from .softmax import (
 )
 from .token_loss import At, PolicyOptions, clamped_log_ratio, policy_loss, whitened
 
-# Constants that a RowTiling does not set.
+# Constants that a RowTiling does not set, or sets for one pass. Rows in flight share the L2, hence
+# two of them a multiprocessor; with twice the warps, and half its registers each, they fill it.
 TILING_CONSTANTS = {
-    config.WIDE: {"SEGMENTS": SEGMENTS, "GRAD_UNROLL": config.WIDE_GRAD.unroll} | MAX_REGISTERS,
+    config.WIDE: {"SEGMENTS": SEGMENTS, "GRAD_UNROLL": config.WIDE_GRAD.unroll}
+    | {"num_warps": 2 * config.WIDE.warps}
+    | dict.fromkeys(MAX_REGISTERS, 128),
     config.NARROW: {"SEGMENTS": 1, "GRAD_UNROLL": config.NARROW_GRAD.unroll}
     | dict.fromkeys(MAX_REGISTERS),  # its registers are left to the compiler
 }

@@ -83,7 +83,7 @@ def segments_kernel(
     part = tl.program_id(0)
     row = part // n_segments
     segment = part - row * n_segments
-    live, legal, label, label_logit, inv_temp = label_rows(
+    live, legal, _label, label_logit, inv_temp = label_rows(
         row, row >= 0, inner, V, logits, tokens, mask, temperature, inv_temperature, ignore_index
     )
     if live:
@@ -108,7 +108,7 @@ def segments_kernel(
                     inv_temp,
                     SEGMENTS,
                 )
-            valid, row_max, log_sum, logprob, entropy = row_results(
+            _valid, row_max, log_sum, logprob, entropy = row_results(
                 row_max, row_sum, row_dot, label_logit, inv_temp, legal
             )
             tl.store(logprobs_ptr + row, logprob)

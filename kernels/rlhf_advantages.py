@@ -10,12 +10,13 @@ from torch import Tensor
 from .codes import MASKED_CARRY, SCORE_AT_FIRST_PAD, SCORE_AT_PER_TOKEN
 from .common import (
     Strided,
-    block_moments,
+    add_to_moments,
     clamp,
     coefficient,
     counter,
     flag_bytes,
     load_f32,
+    moments_of,
     on_device,
     reduce_moments,
     strided,
@@ -29,14 +30,15 @@ from .scan import (
     grid_of,
     load_step,
     load_step_flag,
-    merged_moments,
     next_live,
     poisoned,
     recur,
     step_offset,
+    step_stride,
     tile_count,
     tile_span,
     tile_steps,
+    unit_steps,
 )
 from .token_loss import kl_value
 
@@ -99,14 +101,16 @@ def rlhf_kernel(
     n_seqs: tl.int64, length: tl.int64,
     masked: tl.int32, estimator: tl.int32, place: tl.int32,
     gamma, decay, kl_coef, kl_clamp, score_min, score_max,
+    UNIT: tl.constexpr,  # neighbouring steps are neighbours in memory, scores aside
     ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, MERGE: tl.constexpr,
 ):
     # fmt: on
-    scores = Strided(score_ptr, score_seq, score_step)
-    logprobs = Strided(logp_ptr, logp_seq, logp_step)
-    ref_logprobs = Strided(ref_ptr, ref_seq, ref_step)
-    values = Strided(values_ptr, values_seq, values_step)
-    mask = Strided(mask_ptr, mask_seq, mask_step)
+    scores = Strided(score_ptr, score_seq, score_step)  # 0 unless per token
+    logprobs = Strided(logp_ptr, logp_seq, step_stride(logp_step, UNIT))
+    ref_logprobs = Strided(ref_ptr, ref_seq, step_stride(ref_step, UNIT))
+    values = Strided(values_ptr, values_seq, step_stride(values_step, UNIT))
+    mask = Strided(mask_ptr, mask_seq, step_stride(mask_step, UNIT))
+    outs = Strided(adv_ptr, out_seq, step_stride(out_step, UNIT))
 
     fails = None
     if cu_ptr is not None:
@@ -116,17 +120,19 @@ def rlhf_kernel(
     kl_coef = coefficient(kl_coef_ptr, kl_coef)
     state = tl.zeros([ROWS], tl.float32)
     later_state = tl.full([ROWS], NO_STEP, tl.int32)
-    n = tl.full([], 0.0, tl.float64)
-    mean = tl.full([], 0.0, tl.float64)
-    m2 = tl.full([], 0.0, tl.float64)
+    n = tl.zeros([ROWS * CHUNK], tl.int32)
+    pivot = tl.zeros([ROWS * CHUNK], tl.float32)
+    total = tl.zeros([ROWS * CHUNK], tl.float64)
+    squares = tl.zeros([ROWS * CHUNK], tl.float64)
     n_tiles = tile_count(span.n_steps, ROWS, CHUNK, WIDE)
     for done_tiles in range(n_tiles):
-        step = tile_steps(n_tiles - 1 - done_tiles, ROWS, CHUNK, WIDE)
+        tile = n_tiles - 1 - done_tiles
+        step = tile_steps(tile, ROWS, CHUNK, WIDE)
         inside = step < span.n_steps
         live = load_step_flag(mask, span, step, inside)
         live_next = step + 1 < span.n_steps
         live_next = load_step_flag(mask, span, step + 1, live_next)
-        later, later_state = next_live(live_next, step, later_state, ROWS, CHUNK, WIDE)
+        later, later_state = next_live(live_next, step, tile, later_state, ROWS, CHUNK, WIDE)
         slot, pad, pad_next = score_slots(live, later, mask, span, step, place)
 
         log_ratio = load_step(logprobs, span, step, live, 0.0)
@@ -144,17 +150,17 @@ def rlhf_kernel(
         a = tl.where(moves, decay, 1.0)
         adv, state = recur(None, a, tl.where(moves, delta, 0.0), state, ROWS, CHUNK, WIDE)
 
-        out = step_offset(Strided(adv_ptr, out_seq, out_step), span, step)
+        out = step_offset(outs, span, step)
         ret = tl.where(live | pad, adv + value, 0.0)
         adv = tl.where(live, adv, 0.0)
         tl.store(adv_ptr + out, poisoned(adv, fails), mask=inside)
         tl.store(ret_ptr + out, poisoned(ret, fails), mask=inside)
         tl.store(reward_ptr + out, poisoned(reward, fails), mask=inside)
         tl.store(kl_ptr + out, poisoned(kl, fails), mask=inside)
-        n_tile, mean_tile, m2_tile = block_moments(adv, live)
-        n, mean, m2 = merged_moments(n, mean, m2, n_tile, mean_tile, m2_tile)
-    n, mean, m2 = poisoned(n, fails), poisoned(mean, fails), poisoned(m2, fails)
-    reduce_moments(parts_ptr, moments_ptr, counter_ptr, n, mean, m2, MERGE)
+        n, pivot, total, squares = add_to_moments(n, pivot, total, squares, adv, live)
+    count, mean, m2 = moments_of(n, pivot, total, squares)
+    count, mean, m2 = poisoned(count, fails), poisoned(mean, fails), poisoned(m2, fails)
+    reduce_moments(parts_ptr, moments_ptr, counter_ptr, count, mean, m2, MERGE)
 
 
 def rlhf_advantages(
@@ -199,6 +205,6 @@ def rlhf_advantages(
             *(*outs, *strided(outs[0])[1:], parts, moments, counter(logprobs)),
             *(grid.n_seqs, grid.length, masked, estimator, score_at, gamma, gamma * lam),
             *(kl_coef, kl_clamp, reward_min, reward_max),
-            **grid.constants(),
+            **grid.constants() | {"UNIT": unit_steps((outs[0], *tensors))},
         )
     return (*outs, moments)

@@ -9,13 +9,14 @@ WIDE, padding or packing.
 
 Tensors stay one-dimensional and are reshaped to (ROWS, CHUNK) only for the scan. Given
 two-dimensional tensors, each Triton version maps warps to dimensions in its own way, which would
-change the bits. Strides are integers that do not specialise the kernels, so that the compiler
-knows no address to follow another and no thread holds neighbouring steps. The scan's layout along
-the chunk, and with it its tree, is therefore the same for every input.
+change the bits. Strides do not specialise the kernels, and addresses fall from slot to slot, so
+that no thread is given neighbouring steps, not even if they are known to be neighbours in memory.
+The scan's layout along the chunk, and with it its tree, is therefore the same for every input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from .common import (
     MERGE_BLOCK,
     load_f32,
     load_flag,
+    strided,
     unspecialised,
 )
 
@@ -87,6 +89,11 @@ def grid_of(main: Tensor, cu_seqlens: Tensor | None, time_major: bool = False) -
     wide = mean_length > CHUNKS.rows * CHUNKS.chunk
     programs = n_seqs if wide else triton.cdiv(n_seqs, CHUNKS.rows)
     return Grid(n_seqs, length, programs, wide)
+
+
+def unit_steps(tensors: Iterable[Tensor | None], time_major: bool = False) -> bool:
+    """True if neighbouring steps are neighbours in memory in each of the tensors given."""
+    return all(strided(x, time_major)[2] == 1 for x in tensors if x is not None)
 
 
 @triton.jit(**unspecialised(pointers=("cu",), integers=("n_seqs", "length")))
@@ -181,6 +188,15 @@ def tile_steps(tile, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr
 
 
 @triton.jit
+def step_stride(stride, UNIT: tl.constexpr):
+    """The stride between steps. Where it is known, one address serves all slots of a thread."""
+    if UNIT:
+        return tl.full([], 1, tl.int64)
+    else:
+        return stride
+
+
+@triton.jit
 def step_offset(x, span, step):
     """int64 offsets of the steps in `x`."""
     return (span.seq * x.outer + span.first * x.inner) + step.to(tl.int64) * x.inner
@@ -225,24 +241,27 @@ def recur(cut, a, b, state, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.co
         a, b = tl.associative_scan((a, b), 1, _affine_uncut)
     else:
         cut, a, b = tl.associative_scan((cut, a, b), 1, _affine)
-    row = tl.arange(0, ROWS)
+    # The maps of whole chunks, (ROWS,): as integers, which a warp sums in one instruction.
     last = tl.arange(0, CHUNK)[None, :] == CHUNK - 1
-    a_end = tl.sum(tl.where(last, a, 0.0), axis=1)
-    b_end = tl.sum(tl.where(last, b, 0.0), axis=1)
+    ends = tl.join(a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True))
+    ends = tl.sum(tl.where(last[:, :, None], ends, 0), axis=1)
+    a_end, b_end = tl.split(ends)
     if cut is not None:
         cut_end = tl.sum(tl.where(last, cut, 0), axis=1)
     enters = state
     if WIDE:
+        row = tl.arange(0, ROWS)
         for q in tl.static_range(ROWS):
             enters = tl.where(row == q, state, enters)
-            row_a = tl.sum(tl.where(row == q, a_end, 0.0), axis=0)
-            row_b = tl.sum(tl.where(row == q, b_end, 0.0), axis=0)
+            row_a = tl.sum(tl.where(row == q, a_end, 0), axis=0).to(tl.float32, bitcast=True)
+            row_b = tl.sum(tl.where(row == q, b_end, 0), axis=0).to(tl.float32, bitcast=True)
             after = tl.fma(state, row_a, row_b)
             if cut is not None:
                 row_cut = tl.sum(tl.where(row == q, cut_end, 0), axis=0)
                 after = tl.where(row_cut != 0, row_b, after)
             state = after
     else:
+        a_end, b_end = a_end.to(tl.float32, bitcast=True), b_end.to(tl.float32, bitcast=True)
         after = tl.fma(state, a_end, b_end)
         if cut is not None:
             after = tl.where(cut_end != 0, b_end, after)
@@ -254,11 +273,33 @@ def recur(cut, a, b, state, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.co
 
 
 @triton.jit
-def next_live(live_next, step, state, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
+def next_live(
+    live_next,
+    step,
+    tile,
+    state,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """The first live step after each step (NO_STEP: none), and the state behind the tile, (ROWS,).
 
     `live_next`: step + 1 exists and is live. Minima of integers: exact in any order.
     """
+    if WIDE:
+        following = step + 1
+        if tl.min(live_next.to(tl.int32), axis=0) != 0:  # no holes, as in most tiles
+            state = tl.full([ROWS], 1, tl.int32) + tile * (ROWS * CHUNK)
+        else:
+            following, state = scan_live(live_next, step, state, ROWS, CHUNK, WIDE)
+        return following, state
+    else:
+        return scan_live(live_next, step, state, ROWS, CHUNK, WIDE)
+
+
+@triton.jit
+def scan_live(live_next, step, state, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
+    """`next_live` of a tile with holes."""
     found = tl.reshape(tl.where(live_next, step + 1, NO_STEP), [ROWS, CHUNK])
     end = tl.min(found, axis=1)
     found = tl.associative_scan(found, 1, _smaller)
@@ -272,12 +313,3 @@ def next_live(live_next, step, state, ROWS: tl.constexpr, CHUNK: tl.constexpr, W
     else:
         state = tl.minimum(state, end)
     return tl.reshape(tl.minimum(found, enters[:, None]), [ROWS * CHUNK]), state
-
-
-@triton.jit
-def merged_moments(n, mean, m2, n_new, mean_new, m2_new):
-    """(count, mean, M2) of two sets together: Chan, Golub and LeVeque 1979."""
-    total = n + n_new
-    share = n_new / tl.maximum(total, 1.0)
-    delta = mean_new - mean
-    return total, tl.fma(delta, share, mean), m2 + m2_new + delta * delta * n * share

@@ -29,12 +29,25 @@ CONSTANTS = {"BLOCK": BLOCK, "num_warps": WARPS} | LAUNCH
 
 @triton.jit
 def kept_elements(x, mask, inner, n, BLOCK: tl.constexpr, DENSE: tl.constexpr):
-    """This program's elements: index, value as loaded, and whether the mask keeps each."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x_at = i if DENSE else row_offset(x, i, inner)
-    mask_at = i if DENSE else row_offset(mask, i, inner)
-    live = load_flag(mask.ptr, mask_at, i < n)
-    return i, tl.load(x.ptr + x_at, mask=live, other=0.0), live
+    """This program's elements: index, value as loaded, and whether the mask keeps each.
+
+    Nothing is compared in a full dense block, so that a thread's accesses are as wide as they go.
+    """
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    live = i < n
+    if DENSE:
+        if start + BLOCK <= n:
+            if mask.ptr is not None:
+                live = tl.load(mask.ptr + i) != 0
+            value = tl.load(x.ptr + i)
+        else:
+            live = load_flag(mask.ptr, i, live)
+            value = tl.load(x.ptr + i, mask=live, other=0.0)
+    else:
+        live = load_flag(mask.ptr, row_offset(mask, i, inner), live)
+        value = tl.load(x.ptr + row_offset(x, i, inner), mask=live, other=0.0)
+    return i, value, live
 
 
 @triton.jit(do_not_specialize=[*GEOMETRY, "n_parts"])
@@ -102,7 +115,11 @@ def whiten_kernel(
     low = (mean - high.to(tl.float64)).to(tl.float32)
     y = tl.where(varies, ((x.to(tl.float32) - high) - low) * scale, 0.0)
     y = tl.where(shift_mean != 0, y, (y + low) + high)
-    tl.store(out_ptr + i, tl.where(live, y, 0.0), mask=i < n)
+    y = tl.where(live, y, 0.0)
+    if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= n:
+        tl.store(out_ptr + i, y)
+    else:
+        tl.store(out_ptr + i, y, mask=i < n)
 
 
 def _dense(block: RowBlock) -> bool:

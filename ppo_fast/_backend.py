@@ -99,10 +99,19 @@ def asked(backend: str | None) -> str | None:
     return backend if backend is not None else _chosen.name
 
 
-def select(op: str, backend: str | None, x: Tensor) -> str:
-    """The backend of this call, for a main tensor `x`."""
+def select(
+    op: str, backend: str | None, x: Tensor, *, sequences: int = 0, time_major: bool = False
+) -> str:
+    """The backend of this call, for a main tensor `x`; `sequences` of an op that walks them."""
     named, kind = asked(backend), x.device.type
-    name = _automatic(op, x, kind) if named is None else _named(op, named)
+    if named is not None:
+        name = _named(op, named)
+    elif kind == "cuda" and _cuda_is_default(
+        _dispatch.Work(op, x.numel(), sequences, time_major), x
+    ):
+        name = "cuda"
+    else:
+        name = _automatic(kind)
     if name == "cpu" and kind != "cpu":
         raise ValueError(f"{op}: backend 'cpu' needs CPU tensors, got {x.device}")
     if name in ("triton", "cuda"):
@@ -138,13 +147,13 @@ def _check_gpu(op: str, x: Tensor) -> None:
         raise BackendUnavailableError(f"{op}: backend 'cuda' is not usable: {reason}")
 
 
-def _automatic(op: str, x: Tensor, kind: str) -> str:
-    """The default backend of a device of this kind."""
+def _automatic(kind: str) -> str:
+    """The default backend of a device of this kind, where CUDA C++ is not."""
     name = _AUTOMATIC.get(kind)
     if name is None:
         return "reference"
     if _REASONS[name] is None:
-        return "cuda" if name == "triton" and _cuda_is_faster(op, x) else name
+        return name
     if not _chosen.warned:
         _chosen.warned = True
         warnings.warn(
@@ -155,8 +164,24 @@ def _automatic(op: str, x: Tensor, kind: str) -> str:
     return "reference"
 
 
-def _cuda_is_faster(op: str, x: Tensor) -> bool:
-    if not _dispatch.CUDA_IS_FASTER or _REASONS["cuda"] is not None or _ext.EMULATED:
+def _cuda_is_default(work: _dispatch.Work, x: Tensor) -> bool:
+    """True where CUDA C++ can be used, and Triton cannot or is not the choice for this work."""
+    if _REASONS["cuda"] is not None or _ext.EMULATED or x.dtype == torch.float64:
         return False
-    case = _dispatch.Case(op, torch.cuda.get_device_capability(x.device), x.dtype)
-    return case in _dispatch.CUDA_IS_FASTER
+    capability = _cuda_runs_on(x.device.index)
+    if capability is None:
+        return False
+    return _REASONS["triton"] is not None or (
+        _dispatch.provider(work, capability, x.dtype) == "cuda"
+    )
+
+
+def _cuda_runs_on(index: int) -> tuple[int, int] | None:
+    """The capability of a GPU that the built kernels run on, else None."""
+    if _ext.wrong_gpu(index) is not None:
+        return None
+    return torch.cuda.get_device_capability(index)
+
+
+# A constant of a compiled graph, which cannot look into the extension module.
+_cuda_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]

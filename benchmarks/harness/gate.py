@@ -48,9 +48,14 @@ def _sampled(call: Call) -> tuple[Call, Tensor | None]:
     if n <= fit:
         return call, None
     rows = torch.linspace(0, n - 1, fit, dtype=torch.float64).long()
-    tensors = {k: x if k == "weight" else x[rows.to(x.device)] for k, x in call.tensors.items()}
+    tensors = {
+        k: x if k == "weight" else x[rows.to(x.device)]
+        for k, x in call.tensors.items()
+        if k != "row_index"  # what it leaves out is masked
+    }
     if call.op in _MEANS_OF_ROWS:  # divided by all rows: each row's results stay what they were
-        return call._replace(tensors=tensors, options={**call.options, "denom": float(n)}), rows
+        live = float(call.tensors["mask"].sum())
+        return call._replace(tensors=tensors, options={**call.options, "denom": live}), rows
     cotangents = {k: x[rows.to(x.device)] for k, x in call.cotangents.items()}
     return call._replace(tensors=tensors, cotangents=cotangents), rows
 

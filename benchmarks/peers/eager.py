@@ -133,9 +133,12 @@ def logits_ppo_loss(
 
 
 def linear_ppo_loss(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, **rest: Any
+    hidden: Tensor, weight: Tensor, tokens: Tensor, row_index: Tensor | None = None, **rest: Any
 ) -> tuple[Tensor, Tensor]:
-    """The logits materialised first."""
+    """The logits materialised first, those of the chosen rows alone."""
+    if row_index is not None:
+        hidden, tokens = hidden[row_index], tokens[row_index]
+        rest = {k: x[row_index] if isinstance(x, Tensor) else x for k, x in rest.items()}
     return logits_ppo_loss(F.linear(hidden, weight), tokens, **rest)
 
 

@@ -6,12 +6,13 @@
 
 The pages are benchmarks/README.md and the text between the markers of README.md and
 README.zh-CN.md, made from the newest file of each machine in benchmarks/results, and in its folder
-`trainers`.
+`trainers`, and from benchmarks/gpu/predictions.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -52,8 +53,10 @@ def generated(root: Path) -> dict[Path, str]:
     """Each page's path and the text that it should have."""
     files = newest(root / "benchmarks/results")
     beside = newest(root / "benchmarks/results/trainers")
+    predictions = root / "benchmarks/gpu/predictions.json"
+    expected = json.loads(predictions.read_text()) if predictions.exists() else []
     fronts = {root / name: words for name, words in FRONTS.items()}
-    return {root / "benchmarks/README.md": pages.page(files, beside)} | {
+    return {root / "benchmarks/README.md": pages.page(files, beside, expected)} | {
         path: between_markers(path.read_text(), readme.section(files, words, beside))
         for path, words in fronts.items()
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.harness.machine import slug
 from benchmarks.ops.registry import GOALS
-from benchmarks.report import glance, plots, tables, trainers
+from benchmarks.report import glance, plots, predicted, tables, trainers
 from benchmarks.report.judge import Verdict, verdicts
 from benchmarks.report.results import Results, Row, by_case
 
@@ -75,9 +75,13 @@ def _shortfall(verdict: Verdict) -> str:
     return f"- `{tables.goal_name(goal)}`: {reached}, must reach {must}"
 
 
-def page(files: Files, beside: Files | None = None) -> str:
-    """benchmarks/README.md, from the files of the ops and from those of whole trainers."""
-    lines = [_INTRO, _TRAINERS]
+def page(
+    files: Files,
+    beside: Files | None = None,
+    predictions: predicted.Predictions | None = None,
+) -> str:
+    """benchmarks/README.md: files of the ops, files of whole trainers, and predictions."""
+    lines = [_INTRO, *predicted.section(predictions or [], files.values()), "", _TRAINERS]
     for path, results in (beside or {}).items():
         lines += [f"### {tables.title(results.runs[0])}: one update", ""]
         lines += [f"[{path.name}](results/trainers/{path.name})", "", *_runs(results), ""]

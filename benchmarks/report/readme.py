@@ -44,7 +44,8 @@ ENGLISH = Words(
     machine="{title}, {threads} threads, torch {torch} ([{file}](benchmarks/results/{file})):",
     loop="{} (loop over tokens, as in trainers)",
     comma=", ",
-    no_gpu="No figure has been measured on a GPU yet.",
+    no_gpu="No figure has been measured on a GPU yet; there are "
+    "[predictions](benchmarks/README.md#gpu-goals-predicted), counted from machine code.",
     trainers=trainers.ENGLISH,
 )
 CHINESE = Words(
@@ -58,7 +59,8 @@ CHINESE = Words(
     machine="{title}，{threads} 线程，torch {torch}（[{file}](benchmarks/results/{file})）：",
     loop="{}（训练器中逐词元的循环）",
     comma="，",
-    no_gpu="目前还没有在 GPU 上测得的数据。",
+    no_gpu="目前还没有在 GPU 上测得的数据；只有根据机器码计数得出的"
+    "[预测](benchmarks/README.md#gpu-goals-predicted)。",
     trainers=trainers.CHINESE,
 )
 

@@ -12,7 +12,8 @@ import torch
 from ppo_fast.reference.common import exact
 
 # Settings of the process that would round an operand or a partial sum: owner, name, exact value.
-_CUDA, _CPU = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+_BACKENDS: Any = torch.backends
+_CUDA, _CPU = _BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul
 _SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (_CUDA, "fp32_precision", "ieee"),
     (_CUDA, "allow_bf16_reduced_precision_reduction", False),
@@ -39,7 +40,7 @@ class _Settings:
                 found = getattr(owner, name)
                 if found not in _AS_EXACT:
                     # What is inherited is left to be inherited again.
-                    inherited = found == torch.backends.fp32_precision
+                    inherited = found == _BACKENDS.fp32_precision
                     self.before.append((owner, name, "none" if inherited else found))
                     setattr(owner, name, value)
 

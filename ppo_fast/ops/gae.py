@@ -76,7 +76,7 @@ def gae(
     _checks.number(_OP, "gamma", gamma, 0.0, 1.0)
     lam_adv, lam_ret = _check_lambdas(rewards, lam, lam_returns, count, time_major)
     masked_code = _checks.choice(_OP, "masked", masked, MASKED)
-    name = _backend.select(_OP, backend, rewards)
+    name = _backend.select(_OP, backend, rewards, sequences=count, time_major=time_major)
     if name == "reference":
         return reference.gae(
             rewards,

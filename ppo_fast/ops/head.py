@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Scoring, Softmax
+from ppo_fast._boundary.schema import backends_of
 from ppo_fast.ops import gemm
 from ppo_fast.ops.shards import Shard, softmax_of
 
@@ -193,8 +194,12 @@ class Head:
     def backward(
         self, z: Tensor, x: Tensor, at: Tensor | slice, softmax: Softmax, g: Tensor, h: Tensor
     ) -> None:
-        """Accumulate the gradients of Σ g·logprobs + h·entropy over a chunk; overwrites z."""
+        """Accumulate the gradients of Σ g·logprobs + h·entropy over a block; overwrites z."""
         s, cap, shard = self.scoring(at), self.options.softcap, self.options.shard
+        if cap is None and shard is None and self._writes_bf16:
+            calls.logprobs_bwd_bf16_(self.options.backend, z, s, softmax, g, h)
+            self.accumulate(z.view(torch.bfloat16)[:, : z.shape[1]], x, at)
+            return
         inside = None if cap is None else (z / cap).square_().neg_().add_(1.0)
 
         def kernel(s: Scoring, g: Tensor) -> Tensor:
@@ -208,6 +213,12 @@ class Head:
         if inside is not None:
             z *= inside
         self.accumulate(z, x, at)
+
+    @property
+    def _writes_bf16(self) -> bool:
+        """True where the softmax's gradient is rounded by the kernel that forms it."""
+        narrow = self.weight.dtype == torch.bfloat16
+        return narrow and self.options.backend in backends_of("logprobs_bwd_bf16_")
 
     def accumulate(self, dz: Tensor, x: Tensor, at: Tensor | slice) -> None:
         """Add a block's part of the gradients; dz (R, V) is wide or has the weight's dtype.

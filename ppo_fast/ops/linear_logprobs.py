@@ -104,7 +104,8 @@ def linear_token_logprobs(
         bias: `(V,)`, or this rank's share.
         softcap: z ← cap·tanh(z / cap), before the temperature.
         row_index: `(R,)` int64, ascending and unique: the flat rows to compute. The others give 0
-            and no gradient. On a CPU masked rows are left out by themselves.
+            and no gradient. On a CPU masked rows are left out by themselves; on a GPU, where their
+            number is not known to the host, by this alone.
         process_group: ranks that hold a share of the vocabulary each, with identical tokens.
 
     Returns:

@@ -270,9 +270,11 @@ def linear_ppo_loss(
 ) -> HeadLoss:
     """`ppo_loss` of the head's own log-probabilities and entropies, in three matrix products.
 
-    The gradients by hidden, weight and bias are formed in the forward pass, a chunk of rows at a
+    The gradients by hidden, weight and bias are formed in the forward pass, a block of rows at a
     time; the backward scales them. Rows without a gradient (masked, clipped, advantage 0 with no
-    other term) take no part in the gradients' products on a CPU. Where slopes need other tokens
+    other term) take no part in the gradients' products on a CPU. A GPU multiplies every row, for
+    the host would have to wait for their number: there `row_index`, made with the batch on the
+    host, leaves out what is masked or has no advantage. Where slopes need other tokens
     first ("gspo", a ratio of the sequence, a surrogate that couples, some corrections by the
     current log-probabilities: docs/corrections.md), and in fp16, the logits are formed twice and
     the gradients in the backward: in fp16 a loss scale (`torch.amp.GradScaler`) must reach them

@@ -73,7 +73,7 @@ def rlhf_advantages(
     lam = _checks.number(_OP, "lam", lam, 0.0, 1.0)
     clamp = check_kl_clamp(_OP, kl_clamp)
     reward_min, reward_max = _reward_bounds(reward_clip)
-    name = _backend.select(_OP, backend, logprobs)
+    name = _backend.select(_OP, backend, logprobs, sequences=n_sequences(logprobs, cu_seqlens))
     if name == "reference":
         return reference.rlhf_advantages(
             scores,

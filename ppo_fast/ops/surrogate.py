@@ -70,10 +70,10 @@ def coupled(
     coef = policy.given.kl_coef if _kl_inside(policy) else None
     inputs = _inputs(policy.per_token, keep, entropy, None if seqs is None else seqs.flat())
     every = keep if policy.counted is None else policy.counted
-    weights = over(policy.row_weights(keep), policy.denom(every))
+    weights = over(policy.row_weights(keep), policy.denom(every)).reshape(-1)
     new = select(keep, logprobs.detach()).reshape(-1)
     surrogate: Any = policy.surrogate
-    found = evaluate(surrogate, new, inputs, _term_options(policy, coef), weights.reshape(-1))
+    found = evaluate(surrogate, new, inputs, _term_options(policy, coef), weights)
     return _checked(policy, Evaluated(*(part.view(logprobs.shape) for part in found)))
 
 

@@ -107,7 +107,8 @@ def _budgets(
 ) -> Conditions:
     eps = torch.finfo(compute).eps
     main = next(iter(call.tensors.values()))
-    gpu = (main.is_cuda and backend != "reference") or backend == "cuda"  # or emulates one
+    on_gpu = backend in ("triton", "cuda")  # interpreted or emulated, or it is there
+    gpu = on_gpu or (main.is_cuda and backend != "reference")
     if call.op in HEADS and gpu and main.dtype in _HALVES:
         return CONDITIONS[call.op](promoted(call), exact, eps, narrow=main.dtype)
     return CONDITIONS[call.op](promoted(call), exact, eps)

@@ -89,6 +89,7 @@ ADVANTAGE_AXES = (
         "boot_seq": "i64",
         "n_seqs": "i64",
         "length": "i64",
+        "UNIT": (True, False),
         "gamma": "fp32",
         "decay": "fp32",
         "MERGE": MERGE_BLOCK,

@@ -66,22 +66,38 @@ def torch_calls(call: Any) -> Counter[str]:
     return found
 
 
+def by_arguments(record: Any) -> dict[str, int]:
+    """Kernels compiled for no constant's sake: for an integer's value or a pointer's alignment."""
+    found: Counter[str] = Counter()
+    seen = set()
+    for v in record.variants:
+        constants = {p.name: v.constants[p.name] for p in v.function.params if p.is_constexpr}
+        absent = sorted(name for name, value in v.constants.items() if value is None)
+        key = (v.kernel, repr(constants), repr(absent), v.num_warps)
+        found[v.kernel] += key in seen
+        seen.add(key)
+    return dict(found)
+
+
 def main() -> None:
     from benchmarks.gpu import fake_driver
     from ppo_fast import testing
 
     result = {}
     for op, make in {**testing.FACTORIES, **testing.HEADS}.items():
-        with fake_driver.recording() as record:
-            for call in sizes(op):
-                testing.run(call, "triton")
-            of_sizes = record.counts()
-            for call in layouts(op):
-                testing.run(call, "triton")
-        with fake_driver.recording() as once:
-            made = torch_calls(make())
+        # What the launches leave unwritten is NaN, so that no path depends on old memory.
+        with testing.poisoned_allocations():
+            with fake_driver.recording() as record:
+                for call in sizes(op):
+                    testing.run(call, "triton")
+                of_sizes, of_arguments = record.counts(), by_arguments(record)
+                for call in layouts(op):
+                    testing.run(call, "triton")
+            with fake_driver.recording() as once:
+                made = torch_calls(make())
         result[op] = {
             "sizes": of_sizes,
+            "arguments": of_arguments,
             "layouts": record.counts(),
             "launches": [launch.kernel for launch in once.launches],
             "torch": dict(sorted(made.items())),

@@ -215,6 +215,39 @@ def test_logprobs_reads_16_bytes_a_load(columns: str) -> None:
     assert len(re.findall(r"\b(?:shl|and)\.b32", loop)) <= elements + 8, "bf16 widens by one each"
 
 
+FULL = r"v4\.b32|b128|v2\.b64"
+
+
+@pytest.mark.parametrize("x, loads", [("*bf16:16", 1), ("*fp32:16", 2)])
+def test_full_blocks_of_whiten_move_16_bytes(x: str, loads: int) -> None:
+    """8 elements a thread; the last block's accesses, one element each, are the only others."""
+    moments = ptx_of("whiten.moments_kernel", x_ptr=x, mask_ptr=None, DENSE=True)
+    whiten = ptx_of("whiten.whiten_kernel", x_ptr=x, mask_ptr="*u8:16", DENSE=True)
+    for text in (moments, whiten):
+        found = re.findall(r"ld\.global\S*", text)
+        assert sum(bool(re.search(FULL, load)) for load in found) == loads
+        bits = "b16" if "bf16" in x else "b32"
+        assert sum(load.endswith(f"global.{bits}") for load in found) == 8
+    assert sum(bool(re.search(FULL, store)) for store in re.findall(r"st\.global\S*", whiten)) == 2
+    assert len(re.findall(r"ld\.global\.(?:v2\.b32|b64)", whiten)) - 3 == 1, "mask; 3 moments"
+
+
+@pytest.mark.parametrize("kernel", ["gae.gae_kernel", "rlhf_advantages.rlhf_kernel"])
+def test_a_scan_has_one_layout(kernel: str) -> None:
+    """Unit strides or any, one sequence a tile or several: one tree, and so the same bits."""
+    layouts = set()
+    for unit, wide in ((True, True), (False, True), (True, False)):
+        wanted = {"UNIT": unit, "WIDE": wide}
+        text = compiled(
+            "-c", f"import aot; print(aot.text_of({kernel!r}, 'sm_90', 'ttgir', {wanted}))"
+        )
+        named = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
+        scans = re.findall(r'"tt\.scan".*?tensor<4x128xf32, (#\w+)>', text, re.DOTALL)
+        assert scans
+        layouts |= {named[name] for name in scans}
+    assert len(layouts) == 1
+
+
 def test_logprobs_gradient_moves_16_bytes() -> None:
     loop = main_loop(
         ptx_of("logprobs_grad.dlogits_kernel", logits_ptr="*bf16:16", ALIGN=8, LANES=1024)

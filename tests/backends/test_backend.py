@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -141,7 +142,8 @@ def pretend(
     build = types.SimpleNamespace(build_info=lambda: {"cuda": {"architectures": architectures}})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(_ext, "module", lambda: build)
-    monkeypatch.setattr(_ext, "wrong_gpu", _ext.wrong_gpu.__wrapped__)
+    uncached = getattr(_ext.wrong_gpu, "__wrapped__", _ext.wrong_gpu)
+    monkeypatch.setattr(_ext, "wrong_gpu", uncached)
     monkeypatch.setattr(_ext, "EMULATED", False)
     monkeypatch.setattr(_backend._chosen, "name", None)
     for name in ("triton", "cuda"):
@@ -152,6 +154,10 @@ class OnGpu(torch.Tensor):
     """A tensor that only says that it is on a GPU."""
 
     device = torch.device("cuda", 0)
+
+
+def on_gpu(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16).as_subclass(OnGpu)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3)])
@@ -179,23 +185,89 @@ def test_an_emulated_gpu_has_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> Non
         _backend.select("gae", "cuda", torch.zeros(1).as_subclass(OnGpu))
 
 
-def test_the_default_on_a_gpu_is_triton_but_where_cuda_was_measured_faster(
+def test_the_default_on_a_gpu_is_triton_but_in_the_regimes_of_cuda(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    x = torch.zeros(1, dtype=torch.bfloat16).as_subclass(OnGpu)
+    few, many = on_gpu(16, 4096), on_gpu(512, 4096)
     pretend(monkeypatch, (9, 0), ["90a"])
-    assert _backend.select("gae", None, x) == "triton"
-    case = _dispatch.Case("gae", (9, 0), torch.bfloat16)
-    monkeypatch.setitem(_dispatch.CUDA_IS_FASTER, case, "some-results.json")
-    assert _backend.select("gae", None, x) == "cuda"
-    assert _backend.select("whiten", None, x) == "triton"
+    choose = functools.partial(_backend.select, "gae", None)
+    assert choose(few, sequences=16) == "cuda" and choose(many, sequences=512) == "triton"
+    assert choose(many, sequences=4096, time_major=True) == "cuda"
+    assert _backend.select("whiten", None, many) == "triton"
+    assert _backend.select("whiten", None, on_gpu(4, 4)) == "cuda"
+    with ppo_fast.use_backend("triton"):
+        assert choose(few, sequences=16) == "triton"
+
+
+def test_a_measurement_decides_over_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either way, on its own GPU and dtype alone."""
+    pretend(monkeypatch, (9, 0), ["90a"])
+    few, many = on_gpu(16, 4096), on_gpu(512, 4096)
+    for regime, backend in (("few long sequences", "triton"), ("", "cuda")):
+        case = _dispatch.Case("gae", regime, (9, 0), torch.bfloat16)
+        monkeypatch.setitem(_dispatch.MEASURED, case, _dispatch.Measured(backend, "some.json"))
+    choose = functools.partial(_backend.select, "gae", None)
+    assert choose(few, sequences=16) == "triton" and choose(many, sequences=512) == "cuda"
+    assert choose(few.half(), sequences=16) == "cuda"
+    pretend(monkeypatch, (8, 0), ["80"])
+    assert choose(few, sequences=16) == "cuda" and choose(many, sequences=512) == "triton"
+
+
+def test_the_default_falls_to_the_kernels_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = on_gpu(4, 4)
+    pretend(monkeypatch, (9, 0), ["90a"])
+    assert _backend.select("ppo_loss", None, small) == "cuda"
+    pretend(monkeypatch, (9, 0), ["80"])
+    assert _backend.select("ppo_loss", None, small) == "triton"
     monkeypatch.setitem(_backend._REASONS, "cuda", "not built")
-    assert _backend.select("gae", None, x) == "triton"
+    assert _backend.select("ppo_loss", None, small) == "triton"
+    pretend(monkeypatch, (9, 0), ["90a"])
+    monkeypatch.setitem(_backend._REASONS, "triton", "not installed")
+    assert _backend.select("ppo_loss", None, on_gpu(512, 4096)) == "cuda"
 
 
-def test_every_measurement_names_its_results() -> None:
-    results = Path(__file__).parents[2] / "benchmarks/results"
-    assert all((results / name).is_file() for name in _dispatch.CUDA_IS_FASTER.values())
+# Goal rows of the benchmarks, and the default of each.
+DEFAULTS = [
+    (_dispatch.Work("gae", 512 * 8192, 512), "triton", None),
+    (_dispatch.Work("gae", 16 * 65536, 16), "cuda", "few long sequences"),
+    (_dispatch.Work("gae", 32768 * 8, 32768, True), "cuda", "time-major"),
+    (_dispatch.Work("gae", 4096 * 128, 4096, True), "cuda", "time-major"),
+    (_dispatch.Work("rlhf_advantages", 32768 * 8, 32768), "cuda", "short rows"),
+    (_dispatch.Work("ppo_loss", 262144), "triton", None),
+    (_dispatch.Work("token_logprobs", 8192 * 151936), "triton", None),
+    (_dispatch.Work("token_logprobs", 64 * 151936), "cuda", "small"),
+    (_dispatch.Work("logits_ppo_loss", 8192 * 151936), "triton", None),
+    (_dispatch.Work("linear_ppo_loss", 8192 * 4096), "triton", None),
+]
+
+
+@pytest.mark.parametrize(("work", "backend", "regime"), DEFAULTS, ids=lambda x: str(x))
+def test_the_provider_of_a_benchmark_s_case(
+    work: _dispatch.Work, backend: str, regime: str | None
+) -> None:
+    found = _dispatch.regime_of(work)
+    assert (None if found is None else found.name) == regime
+    assert _dispatch.provider(work, (9, 0), torch.bfloat16) == backend
+
+
+def test_a_compiled_graph_chooses_as_eager_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capability and build are constants of the graph."""
+    pretend(monkeypatch, (9, 0), ["90a"])
+
+    def choice(x: torch.Tensor) -> torch.Tensor:
+        return x + (_backend._cuda_runs_on(0) == (9, 0))
+
+    compiled = torch.compile(choice, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(3)).tolist() == [1.0] * 3
+
+
+def test_every_regime_is_documented_and_every_measurement_names_its_results() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs/backends.md").read_text()
+    for regime in _dispatch.REGIMES:
+        assert f"| {regime.name} | {', '.join(f'`{op}`' for op in regime.ops)} |" in page
+    results = [measured.results for measured in _dispatch.MEASURED.values()]
+    assert all((root / "benchmarks/results" / name).is_file() for name in results)
 
 
 def test_the_environment_chooses() -> None:

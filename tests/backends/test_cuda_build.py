@@ -8,9 +8,10 @@ import collections
 import re
 from pathlib import Path
 
-import nvcc
 import pytest
 
+from benchmarks.gpu import machine_code, nvcc
+from benchmarks.gpu.machine_code import Instruction
 from ppo_fast import _cflags
 
 pytestmark = pytest.mark.skipif(nvcc.nvcc() is None, reason="there is no nvcc to compile with")
@@ -43,21 +44,21 @@ def test_the_report_is_read() -> None:
     assert list(nvcc.kernels(report)) == [nvcc.Kernel("_Zk", "sm_80", 16, 20, 255)]
 
 
-def code_of(stem: str, pattern: str, architecture: str) -> list[nvcc.Instruction]:
+def code_of(stem: str, pattern: str, architecture: str) -> list[Instruction]:
     """The machine code of the one kernel whose mangled name matches."""
     (source,) = (path for path in nvcc.SOURCES if path.stem == stem)
     built = nvcc.compiled(source)
     assert built.status == 0, built.log
-    if nvcc.disassembler() is None:
+    if machine_code.disassembler() is None:
         pytest.skip("there is no cuobjdump to read machine code with")
-    found = nvcc.machine_code(built.object, architecture)
+    found = machine_code.machine_code(built.object, architecture)
     (code,) = (code for name, code in found.items() if re.search(pattern, name))
     return code
 
 
-def hot_loops(code: list[nvcc.Instruction], exponentials: int) -> list[collections.Counter[str]]:
+def hot_loops(code: list[Instruction], exponentials: int) -> list[collections.Counter[str]]:
     """The innermost loops that take at least this many exponentials a turn."""
-    counted = [collections.Counter(loop) for loop in nvcc.loops(code)]
+    counted = [collections.Counter(loop) for loop in machine_code.innermost(code)]
     hot = [loop for loop in counted if loop["MUFU.EX2"] >= exponentials]
     assert hot
     return hot
@@ -124,12 +125,45 @@ def test_clusters_move_16_bytes(dtype: str, architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("walk", ["warps", "blocks"])
-def test_advantages_move_16_bytes(walk: str, architecture: str) -> None:
+def test_advantages_move_16_bytes(walk: str, dense: bool, architecture: str) -> None:
     """Rewards and values before the loop and in it; advantages and returns."""
-    code = code_of("gae", f"advantage_{walk}_kernelI\\w*GaeSourceILb0E", architecture)
+    kernel = f"advantage_{walk}_kernelI\\w*GaeSourceILb0ELb{dense:d}E"
+    code = code_of("gae", kernel, architecture)
     names = collections.Counter(x.name for x in code)
     assert names["LDG.E.128"] >= 4 and names["STG.E.128"] >= 2
+
+
+def test_long_sequences_fill_a_multiprocessor() -> None:
+    """Four blocks of 256 threads share the 65536 registers, so that 512 sequences are one wave of
+    an H100's or H200's 132 multiprocessors; three on sm_100."""
+    (source,) = (path for path in nvcc.SOURCES if path.stem == "gae")
+    dense = {
+        kernel.architecture: 65536 // (256 * kernel.registers)
+        for kernel in nvcc.kernels(nvcc.compiled(source).log)
+        if re.search(r"advantage_blocks_kernelI\w*GaeSourceILb0ELb1E", kernel.name)
+    }
+    assert dense.keys() == {f"sm_{name}" for name in _cflags.ARCHITECTURES}
+    assert all(blocks >= (3 if name == "sm_100" else 4) for name, blocks in dense.items())
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize(
+    ("stem", "kernel", "each"),
+    [
+        ("ppo_loss", "ppo_loss_kernelILNS_7VariantE0ELb1E", 16),
+        ("value_loss", "value_loss_kernel", 8),
+    ],
+)
+def test_the_last_block_waits_once_for_the_parts(
+    stem: str, kernel: str, each: int, architecture: str
+) -> None:
+    """A thread's sums of 256 parts are all loaded before the first addition."""
+    names = [x.name for x in code_of(stem, kernel, architecture)]
+    arrival = next(i for i, name in enumerate(names) if name.startswith("ATOMG"))
+    addition = names.index("DADD", arrival)
+    assert names[arrival:addition].count("LDG.E.64") >= each
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])

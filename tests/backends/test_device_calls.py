@@ -1,4 +1,4 @@
-"""What an op asks of a GPU besides its kernels: no wait, few launches, bounded memory.
+"""Work of an op on a GPU besides its kernels: no wait, few launches, bounded memory.
 
 Seen on fake CUDA tensors, through the Triton backend's boundary: `helpers/fake_cuda.py`.
 """
@@ -57,9 +57,9 @@ CASES: dict[str, tuple[Case, int, int]] = {
         Case("logits_ppo_loss", LOGITS, ("logits",), MEANS), 21, 1,
     ),
     "linear_token_logprobs": (
-        Case("linear_token_logprobs", HEAD | {"tokens": TOKENS["tokens"]}, BOTH), 11, 14,
+        Case("linear_token_logprobs", HEAD | {"tokens": TOKENS["tokens"]}, BOTH), 11, 12,
     ),
-    "linear_ppo_loss": (Case("linear_ppo_loss", HEAD | TOKENS, BOTH), 27, 2),
+    "linear_ppo_loss": (Case("linear_ppo_loss", HEAD | TOKENS, BOTH), 22, 2),
 }  # fmt: skip
 WAITING = {
     "sequence weights": Case("linear_ppo_loss", HEAD | TOKENS | WEIGHTED, BOTH, MEANS),

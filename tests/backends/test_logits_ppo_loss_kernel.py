@@ -312,12 +312,19 @@ def test_half_the_width_is_written_behind_a_barrier(name: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["triton"], indirect=True)
-def test_both_passes_move_16_bytes(device: str) -> None:
-    """bf16 rows on 16 bytes and a V of whole vectors: no narrower access of a row."""
-    ptx = ptx_of(
-        "logits_ppo_loss.logits_ppo_kernel", logits_ptr="*bf16:16", ALIGN=8, LANES=1024, V="i32:16"
-    )
-    hinted = re.findall(r"(?:ld|st)\.global\S*evict_\w+\S*", ptx)
-    assert {"ld", "st"} == {access[:2] for access in hinted}
-    assert all(re.search(r"v4\.b32|b128|v2\.b64", access) for access in hinted)
+def test_both_passes_move_whole_vectors(device: str) -> None:
+    """Rows on 16 bytes and a V of whole vectors: a thread's lanes of a step are one access."""
+    widths = (("*bf16:16", 8, r"v2\.b32|\.b64"), ("*fp32:16", 4, r"v4\.b32|b128"))
+    for kind, align, width in widths:
+        ptx = ptx_of(
+            "logits_ppo_loss.logits_ppo_kernel",
+            logits_ptr=kind,
+            out_ptr=kind,
+            ALIGN=align,
+            LANES=1024,
+            V="i32:16",
+        )
+        hinted = re.findall(r"(?:ld|st)\.global\S*evict_\w+\S*", ptx)
+        assert {"ld", "st"} == {access[:2] for access in hinted}
+        assert all(re.search(width, access) for access in hinted)
     assert "L2::evict_last" in ptx and "L2::evict_first" in ptx, "the row waits in L2"

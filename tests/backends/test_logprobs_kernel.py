@@ -1,6 +1,10 @@
-"""Gradients of logprobs in bf16 over fp32 logits: the wide ones, rounded, where the rows start."""
+"""Kernels of logprobs: gradients in bf16 over fp32 logits, which are the wide ones, rounded, where
+the rows start; and the merge of a row's segments by the last of its programs.
+"""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import launches
 import one_pass_helpers
@@ -80,3 +84,42 @@ def test_launches_are_registered(kernel: str, device: str, vocab: int) -> None:
     with launches.watch() as launched:
         assert_narrowed(kernel, args, args.logits.clone(), args.advantages, args.weights)
     assert "dlogits_kernel" in launched
+
+
+@pytest.mark.parametrize("kernel", ["triton"], indirect=True)
+def test_counters_are_zero_again(
+    kernel: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And rows that are not live leave them alone."""
+    from ppo_fast.kernels import logprobs
+
+    given = torch.zeros(8, dtype=torch.int32, device=device)
+    monkeypatch.setattr(logprobs, "row_counters", lambda like, rows: given)
+    args = make(device, (3,), 70001)
+    once, again = (calls.logprobs_fwd(kernel, args.logits, args.scoring()) for _ in range(2))
+    assert all(same_bits(x, y) for x, y in zip(once, again, strict=True))
+    assert bool(once.logprobs[[0, 2]].all()) and not bool(once.logprobs[1])
+    assert not bool(given.any())
+
+
+@pytest.mark.parametrize("kernel", ["triton"], indirect=True)
+def test_one_launch(kernel: str, device: str) -> None:
+    if device != "cpu":
+        pytest.skip("the interpreter's launches are what is watched")
+    args = make(device, (2,), 40000)
+    with launches.watch() as launched:
+        calls.logprobs_fwd(kernel, args.logits, args.scoring())
+    assert launched == {"segments_kernel"}
+
+
+@pytest.mark.parametrize("kernel", ["triton"], indirect=True)
+def test_launches_of_few_rows_count_in_memory_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of counters for streams and captured launches, on 16 bytes; many rows get their own."""
+    from ppo_fast.kernels import common
+
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    sets = common._Counters(torch.device("cpu")).free_rows
+    assert len(sets) == common.ROW_SETS and not any(bool(x.any()) for x in sets)
+    assert all(len(x) == common.ROW_COUNTERS and x.data_ptr() % 16 == 0 for x in sets)
+    many = common.ROW_COUNTERS + 1
+    assert len(common.row_counters(torch.zeros(1), many)) == many

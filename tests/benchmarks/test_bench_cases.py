@@ -16,7 +16,7 @@ from benchmarks.harness import gate as module_of_gate
 from benchmarks.harness import measure
 from benchmarks.harness.gate import Gate
 from benchmarks.ops import case as module_of_case
-from benchmarks.ops import registry
+from benchmarks.ops import linear_ppo_loss, registry
 from benchmarks.ops.case import (
     _COPIES,
     BACKWARD,
@@ -28,6 +28,7 @@ from benchmarks.ops.case import (
     fitted,
 )
 from benchmarks.ops.gae import GAE
+from benchmarks.ops.linear_ppo_loss import CHOSEN_R2
 from benchmarks.ops.registry import SHAPES, cost, make_call
 from benchmarks.ops.token_logprobs import GPU_LOGPROBS_FORWARD, LOGPROBS_FORWARD
 from benchmarks.peers import providers_of
@@ -248,3 +249,19 @@ def test_peers_are_chosen_by_name() -> None:
     assert command.peers_of("all", [case]) is None
     assert command.peers_of("none", [case]) == frozenset()
     assert command.peers_of("torchrl,loop", [case]) == {"torchrl", "loop"}
+
+
+@pytest.mark.parametrize("sample", [2**26, 101 * 20], ids=["all rows", "a sample"])
+def test_chosen_rows_are_measured_with_their_peers(
+    monkeypatch: pytest.MonkeyPatch, sample: int
+) -> None:
+    """Three rows in ten, masked for those who cannot leave the others out."""
+    monkeypatch.setattr(module_of_gate, "_SAMPLE", sample)
+    case = Case(linear_ppo_loss.NAME, BOTH, Shape(f"{CHOSEN_R2.name}/128", (64, 101, 16)))
+    call = linear_ppo_loss.inputs(case)
+    assert int(call.tensors["mask"].sum()) == call.tensors["row_index"].numel() == 20
+    checked = Gate(call)
+    for provider in providers_of(case):
+        if provider.name in ("eager", "ppo_fast-cpu", "ppo_fast-reference"):
+            bound = provider.bind(case, call)
+            checked.check(bound.named(bound.call()), plain=provider.plain)

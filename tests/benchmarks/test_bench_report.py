@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -16,7 +17,7 @@ from benchmarks.ops.gae import GAE
 from benchmarks.ops.registry import GOALS
 from benchmarks.ops.token_logprobs import GPU_LOGPROBS_FORWARD
 from benchmarks.report import __main__ as report
-from benchmarks.report import pages, plots, readme, results
+from benchmarks.report import pages, plots, predicted, readme, results, tables
 from benchmarks.report.results import Results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +28,9 @@ def copied(tmp_path: Path) -> Path:
     """The committed pages and results in a folder of their own."""
     shutil.copytree(ROOT / "benchmarks/results", tmp_path / "benchmarks/results")
     shutil.copytree(ROOT / "benchmarks/plots", tmp_path / "benchmarks/plots")
-    for name in ("benchmarks/README.md", *report.FRONTS):
+    (tmp_path / "benchmarks/gpu").mkdir()
+    kept = ("benchmarks/README.md", "benchmarks/gpu/predictions.json", *report.FRONTS)
+    for name in kept:
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
@@ -140,6 +143,45 @@ def test_a_gpu_file_makes_a_page_with_plots(copied: Path) -> None:
     for path in drawn:
         assert f"](plots/{path.name})" in page
         assert ElementTree.fromstring(path.read_text()).tag.endswith("svg")
+
+
+def test_a_measured_time_stands_beside_its_prediction(copied: Path) -> None:
+    """The page says that predictions are no measurements; a results file adds times and ratios."""
+    page = (copied / "benchmarks/README.md").read_text()
+    assert "**Predictions, not measurements.**" in page
+    case, provider = GPU_LOGPROBS_FORWARD, "ppo_fast-cuda"
+    (found,) = (
+        made
+        for goal in json.loads((copied / "benchmarks/gpu/predictions.json").read_text())
+        if Case.from_json(goal["goal"]) == case
+        for made in goal["predicted"]
+        if made["provider"] == provider
+    )
+    time = f"{tables.number(found['microseconds'])} µs"
+    name = f"| `token_logprobs` {tables.label(case)}: cuda (nvcc"
+    (line,) = lines_with(page, name)
+    assert line.split(" | ")[1:4] == ["640 µs", "580 µs", time] and line.endswith("| - | - |")
+    measured = 2 * found["microseconds"] / 1e3
+    results.save(copied / "benchmarks/results", [row(case, provider, measured)], GPU_FACTS)
+    report.write(copied)
+    (line,) = lines_with((copied / "benchmarks/README.md").read_text(), name)
+    assert line.endswith(f"| {tables.number(1e3 * measured)} µs | 2.00× |")
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "words"), [(4, "meets the aim"), (5, "meets must"), (7, "SHORT")]
+)
+def test_a_prediction_is_judged_like_a_measurement(microseconds: float, words: str) -> None:
+    found = {"provider": "ppo_fast-triton", "compiler": "triton 3.6.0", "limit": "DRAM"}
+    found |= {"microseconds": microseconds, "launches": 1, "parts": {}, "counted": "-"}
+    row = {"goal": GPU_LOGPROBS_FORWARD.to_json(), "must": 6, "aim": 4, "default": "triton"}
+    other = found | {"provider": "ppo_fast-cuda", "compiler": "nvcc 13.0", "microseconds": 1}
+    text = "\n".join(predicted.section([row | {"predicted": [found, other]}], []))
+    assert lines_with(text, "triton (triton 3.6.0), default", f"| {words} | DRAM | 1 | - | - |")
+    must, aim = int(microseconds <= 6), int(microseconds <= 4)
+    assert lines_with(text, f"default {must} of 1 goals are met on paper, {aim} of the aims")
+    assert lines_with(text, "better of the two 1 of 1 goals are met on paper, 1 of the aims")
+    assert predicted.section([], []) == []
 
 
 def test_the_first_screen_has_four_figures_in_each_language() -> None:

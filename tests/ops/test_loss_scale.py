@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import usable
 from head_helpers import shape_for
 from torch import Tensor
 
 import ppo_fast
 from ppo_fast import testing
+from ppo_fast.ops import gemm
 from ppo_fast.testing import Call, linear_ppo_call, logits_ppo_call
 
 SCALE = 2.0**30  # over a divisor as large: every unscaled gradient is 0 in fp16
@@ -28,6 +30,34 @@ def test_within_budget(backend: str, device: str, op: str, variant: str) -> None
     )
     scaled = {"loss": torch.tensor(SCALE, device=device)}
     testing.assert_agrees(call._replace(cotangents=scaled), backend)
+
+
+@pytest.mark.case("X21")
+@pytest.mark.parametrize("variant", ["clip", "gspo"])
+def test_products_of_16_bits_take_scaled_gradients(
+    monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    """On a GPU the logits' gradient is rounded to fp16 for its products: after the scale."""
+    lost: list[float] = []  # share of the elements that fp16 has none of without the scale
+
+    def narrow(dz: Tensor) -> Tensor:
+        lost.append(float(((dz / SCALE).half() == 0).double().mean()))
+        return dz.half().to(dz.dtype)
+
+    hidden_gradient, add_weight_gradient = gemm.hidden_gradient, gemm.add_weight_gradient
+    monkeypatch.setattr(gemm, "hidden_gradient", lambda dz, w: hidden_gradient(narrow(dz), w))
+    monkeypatch.setattr(
+        gemm,
+        "add_weight_gradient",
+        lambda total, dz, x, beta: add_weight_gradient(total, narrow(dz), x, beta),
+    )
+    backend, device = usable("cuda"), "cuda" if torch.cuda.is_available() else "cpu"
+    shape = shape_for(backend, device)
+    options = {"dtype": torch.float16, "denom": SCALE, "device": device}
+    call = linear_ppo_call(shape, variant=variant, **options)
+    scaled = call._replace(cotangents={"loss": torch.tensor(SCALE, device=device)})
+    testing.assert_agrees(scaled, backend)
+    assert lost and min(lost) > 0.9
 
 
 TOKENS, HIDDEN, VOCABULARY = 24, 16, 211

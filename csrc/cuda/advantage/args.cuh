@@ -29,6 +29,7 @@ struct SequenceLayout {
   bool wide;  // 64-bit offsets
   int64_t stride;
   int64_t count, length;
+  int64_t pitch;  // from a sequence's first step to the next one's, of dense steps
 };
 
 // Task of a block: a whole sequence (whole), or one chunk, of which it stores the map (maps) or to

@@ -15,7 +15,7 @@ struct BlockShared {
   Later later;
   int64_t last[kTiles];
   int first_live[kTiles], last_live[kTiles];
-  Moments moments[kTiles];
+  ShiftedSums moments[kTiles];
 };
 
 // Number of chunks before sequence `seq`. With packing every sequence has room for one extra
@@ -111,9 +111,9 @@ PPO_DEVICE float next_behind(const AdvantageArgs& args, const Work& w, const Row
     if (step < 0 && row.slot >= behind) step = row.slot;
   }
   if (step < 0) return number_of(args.bootstrap, w.span, 0.f);
-  const bool kept = load_flags(args.mask, w.span, step, 1) != 0 || step == row.slot;
+  const bool kept = load_flags<false>(args.mask, w.span, step, 1) != 0 || step == row.slot;
   float value[kGroupSteps];
-  decode(load_quad(args.values, w.span, step, kept), args.values.dtype, value);
+  decode<false>(load_quad<false>(args.values, w.span, step, kept), args.values.dtype, value);
   return value[0];
 }
 
@@ -148,12 +148,10 @@ PPO_DEVICE AffineMap<kExtras> fold_tiles(const AffineMap<kExtras>* totals,
 // Value behind this warp's tile. `next` enters as the value behind the chunk and leaves as the
 // value behind the chunk before.
 PPO_DEVICE float next_of_tile(const NextValue* next_values, float& next) {
-  float mine = next;
-#pragma unroll
-  for (int tile = kTiles - 1; tile >= 0; --tile) {
-    mine = tile == warp_id() ? next : mine;
-    next = next_values[tile].any ? next_values[tile].value : next;
-  }
+  const unsigned any = __ballot_sync(kAllLanes, lane_id() < kTiles && next_values[lane_id()].any);
+  const unsigned behind = any & (~1u << warp_id());
+  const float mine = behind ? next_values[__ffs(int(behind)) - 1].value : next;
+  next = any ? next_values[__ffs(int(any)) - 1].value : next;
   return mine;
 }
 
@@ -179,7 +177,7 @@ PPO_DEVICE AffineMap<Source::extras> take_chunk(const AdvantageArgs& args, const
   __syncthreads();
   const AffineMap<Source::extras> tiles = fold_tiles(shared.totals, chunk);
   if (args.pass != Pass::maps) {
-    finish(args, span, t, group, maps, apply(behind, apply(tiles, later)), moments);
+    finish<Source::dense>(args, span, t, group, maps, apply(behind, apply(tiles, later)), moments);
   }
   return chunk;
 }
@@ -198,7 +196,8 @@ PPO_DEVICE void walk_block(const Source& source, const Work& w, MomentSum& momen
   }
   const typename Source::Row row = source.open(w.span, last);
   int64_t t = (w.end - 1) * kChunkSteps + int64_t(threadIdx.x) * kGroupSteps;
-  StepGroups<Source> groups(source, row, w.span, t, w.begin * kChunkSteps, kChunkSteps);
+  const int64_t begin = w.begin * kChunkSteps;
+  StepGroups<Source> groups(source, row, w.span, t, begin, kChunkSteps);
   float next = next_behind(args, w, row);
   Later later{0.f, 0.f};
   if (args.pass == Pass::apply) {
@@ -207,12 +206,12 @@ PPO_DEVICE void walk_block(const Source& source, const Work& w, MomentSum& momen
     __syncthreads();
     later = shared.later;
   }
-  for (int64_t c = w.end - 1; c >= w.begin; --c, t -= kChunkSteps) {
-    const AffineMap<kExtras> chunk =
-        take_chunk<Source>(args, w.span, t, groups.take(t), next, later, moments, shared);
+  AffineMap<kExtras> chunk;
+  for (; t >= begin; t -= kChunkSteps) {
+    chunk = take_chunk<Source>(args, w.span, t, groups.take(t), next, later, moments, shared);
     later = apply(chunk, later);
-    if (args.pass == Pass::maps && threadIdx.x == 0) left[c] = chunk;
   }
+  if (args.pass == Pass::maps && threadIdx.x == 0) left[w.begin] = chunk;  // there was one
 }
 
 template <class Source>
@@ -233,7 +232,7 @@ static __global__ void __launch_bounds__(kRowThreads)
   if (w.begin == w.end) return;
   const int here = int(threadIdx.x) * kGroupSteps;
   const int64_t t = w.begin * kChunkSteps + here;
-  const unsigned bits = flag_bits(load_flags(args.mask, w.span, t, w.span.exist(t)));
+  const unsigned bits = flag_bits(load_flags<false>(args.mask, w.span, t, w.span.exist(t)));
   const int first = bits ? here + __ffs(int(bits)) - 1 : kChunkSteps;
   const int last = bits ? here + 31 - __clz(int(bits)) : -1;
   const int lowest = block_reduce(first, Min{}, shared.first_live);

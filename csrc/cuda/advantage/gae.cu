@@ -1,4 +1,6 @@
 // ppo_fast::gae.cuda: the outputs, the choice of kernel, and its launch.
+#include <algorithm>
+
 #include "../../ops/gae.h"
 #include "gae.cuh"
 #include "plan.h"
@@ -6,18 +8,41 @@
 namespace ppo::cuda {
 namespace {
 
+constexpr int kLeastSlabThreads = 128;
+
+// Whether the steps are dense (see steps.cuh), at addresses that vectors of four may have.
+bool are_dense(GaeArgs& args) {
+  AdvantageArgs& a = args.base;
+  a.seqs.pitch = a.values.seq;
+  const auto aligned = [](const void* p, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+  };
+  const auto alike = [&](const auto& x) { return x.seq == a.values.seq && x.step == 1; };
+  const auto input = [&](const Steps& x) {
+    return alike(x) && x.dtype == DType::f32 && aligned(x.data, sizeof(Quad));
+  };
+  const auto output = [&](const Output& x) { return alike(x) && aligned(x.data, sizeof(Quad)); };
+  return input(a.values) && input(args.rewards) && output(a.advantages) && output(a.returns) &&
+         (!a.mask.data || (alike(a.mask) && aligned(a.mask.data, kGroupSteps)));
+}
+
 template <bool kExtras>
 void run_as(GaeArgs& args, const Layout& layout) {
   const Device device(layout.main());
   const SequenceLayout& s = args.base.seqs;
   const Regime regime = regime_of(s, layout);
-  if (regime != Regime::slabs) return run<GaeSource<kExtras>>(args, layout, regime, device);
+  if (regime != Regime::slabs) {
+    return !kExtras && are_dense(args)
+               ? run<GaeSource<false, true>>(args, layout, regime, device)
+               : run<GaeSource<kExtras, false>>(args, layout, regime, device);
+  }
   args.base.lanes = cover(s.length, kSlab, kSlabs);
-  const int64_t blocks = ceil_div(s.count, kAbreast<kExtras> * (kSlabs / args.base.lanes));
+  const int rows = std::max(args.base.lanes, kLeastSlabThreads / kAbreast<kExtras>);
+  const int64_t blocks = ceil_div(s.count, kAbreast<kExtras> * (rows / args.base.lanes));
   const Tensor workspace = workspace_for(args.base, layout.main(), blocks, 0, device);
   launch(layout.op(), gae_slabs_kernel<kExtras>,
-         {dim3(unsigned(blocks)), dim3(kSlabThreads<kExtras>), sizeof(SlabShared<kExtras>), 1,
-          device.stream()},
+         {dim3(unsigned(blocks)), dim3(unsigned(rows * kAbreast<kExtras>)),
+          sizeof(SlabShared<kExtras>), 1, device.stream()},
          args);
 }
 

@@ -6,13 +6,21 @@
 namespace ppo::cuda {
 
 // Steps of gae. kExtras: any of the optional inputs, or two lambdas; otherwise rewards, values, a
-// mask and a bootstrap.
-template <bool kExtras>
+// mask and a bootstrap. kDense: those are (see steps.cuh).
+template <bool kExtras, bool kDense>
 struct GaeSource {
+  static_assert(!kExtras || !kDense, "the optional inputs of dense steps may lie anywhere");
   using Args = GaeArgs;
-  static constexpr bool extras = kExtras;
+  static constexpr bool extras = kExtras, dense = kDense;
   static constexpr bool needs_last = false;
-  static constexpr int resident = kExtras ? 2 : 3;  // blocks at least, as registers allow
+  // Blocks at least, as registers allow. (For sm_100, ptxas 13.0 keeps more in registers and
+  // spills with four.)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int dense_blocks = 3;
+#else
+  static constexpr int dense_blocks = 4;
+#endif
+  static constexpr int resident = kDense ? dense_blocks : kExtras ? 2 : 3;
 
   struct Row {
     static constexpr int64_t slot = -1;
@@ -34,19 +42,19 @@ struct GaeSource {
   PPO_DEVICE Raw load(const Row&, const Sequence& s, int64_t t, uint32_t flags) const {
     const int exist = s.exist(t), n = flags ? exist : 0;
     Raw raw{};
-    raw.reward = load_quad(args.rewards, s, t, n);
-    raw.value = load_quad(args.base.values, s, t, n);
+    raw.reward = load_quad<kDense>(args.rewards, s, t, n);
+    raw.value = load_quad<kDense>(args.base.values, s, t, n);
     if constexpr (kExtras) {
       const auto load = [&](const Steps& v, int count) {
-        return load_quad(v, s, t, v.data ? count : 0);
+        return load_quad<false>(v, s, t, v.data ? count : 0);
       };
       raw.after = load(args.next_values, n);
       raw.rho = load(args.rho, n);
       raw.c = load(args.c, n);
       raw.lam = load(args.lam, exist);
       raw.lam_ret = load(args.lam_returns, exist);
-      raw.terminated = args.terminated.data ? load_flags(args.terminated, s, t, n) : 0;
-      raw.truncated = args.truncated.data ? load_flags(args.truncated, s, t, n) : 0;
+      raw.terminated = args.terminated.data ? load_flags<false>(args.terminated, s, t, n) : 0;
+      raw.truncated = args.truncated.data ? load_flags<false>(args.truncated, s, t, n) : 0;
     }
     return raw;
   }
@@ -80,7 +88,7 @@ struct GaeSource {
   // absent.
   PPO_DEVICE static void kept_or(const Steps& v, const Quad& raw, unsigned live, float neutral,
                                  float* x) {
-    cuda::decode(raw, v.dtype, x);
+    cuda::decode<kDense>(raw, v.dtype, x);
     const unsigned kept = v.data ? live : 0;
 #pragma unroll
     for (int i = 0; i < kGroupSteps; ++i) x[i] = kept >> i & 1 ? x[i] : neutral;
@@ -89,7 +97,7 @@ struct GaeSource {
   // Factors of the recurrence: gamma * lambda, in double until the last rounding, times c.
   PPO_DEVICE void decays(const Steps& lam, const Quad& raw, bool per_step, unsigned live,
                          float number, const float* c, float* decay) const {
-    cuda::decode(raw, lam.dtype, decay);
+    cuda::decode<false>(raw, lam.dtype, decay);
 #pragma unroll
     for (int i = 0; i < kGroupSteps; ++i) {
       const bool kept = !per_step || (live >> i & 1);
@@ -103,7 +111,9 @@ constexpr int kSlab = 2 * kGroupSteps;  // steps of a thread
 constexpr int kSlabs = kTileSteps / kSlab;
 // Time-major gae: neighbouring threads hold neighbouring sequences, and the threads of one
 // sequence a slab of its steps each, so that every load is coalesced without a transpose. kAbreast
-// sequences lie side by side, half as many if a thread needs more than 128 registers.
+// sequences lie side by side, half as many if a thread needs more than 128 registers. A block has
+// kSlabs rows of threads, or fewer where sequences are short: more blocks fill more
+// multiprocessors.
 template <bool kExtras>
 constexpr int kAbreast = kExtras ? 16 : 32;
 template <bool kExtras>
@@ -113,7 +123,7 @@ template <bool kExtras>
 struct SlabShared {
   AffineMap<kExtras> maps[2][kSlabs][kAbreast<kExtras>];
   NextValue next_values[kSlabs][kAbreast<kExtras>];
-  Moments moments[kSlabThreads<kExtras> / kWarp];
+  ShiftedSums moments[kSlabThreads<kExtras> / kWarp];
 };
 
 // Position of a thread's slab: the rows [first, first + slabs) of `column` share a sequence, and
@@ -152,19 +162,19 @@ PPO_DEVICE void scan_slabs(AffineMap<kExtras>& total, AffineMap<kExtras> (&behin
 }
 
 template <bool kExtras>
-PPO_DEVICE void walk_slabs(const GaeSource<kExtras>& source, const Sequence& span, const Slab& at,
-                           MomentSum& moments, SlabShared<kExtras>& shared) {
+PPO_DEVICE void walk_slabs(const GaeSource<kExtras, false>& source, const Sequence& span,
+                           const Slab& at, MomentSum& moments, SlabShared<kExtras>& shared) {
   const AdvantageArgs& args = source.args.base;
-  const typename GaeSource<kExtras>::Row row = source.open(span, -1);
+  const typename GaeSource<kExtras, false>::Row row = source.open(span, -1);
   const int64_t tiles = (args.seqs.length + kTileSteps - 1) / kTileSteps;
   int64_t t = (tiles - 1) * kTileSteps + at.index * kSlab;
   float next = number_of(args.bootstrap, span, 0.f);
   Later later{0.f, 0.f};
   AffineMap<kExtras> chunk;
   for (int64_t tile = tiles - 1; tile >= 0; --tile, t -= kTileSteps) {
-    const uint32_t flags = load_flags(args.mask, span, t, span.exist(t));
+    const uint32_t flags = load_flags<false>(args.mask, span, t, span.exist(t));
     const uint32_t more_flags =
-        load_flags(args.mask, span, t + kGroupSteps, span.exist(t + kGroupSteps));
+        load_flags<false>(args.mask, span, t + kGroupSteps, span.exist(t + kGroupSteps));
     const auto raw = source.load(row, span, t, flags);
     const auto more_raw = source.load(row, span, t + kGroupSteps, more_flags);
     const StepGroupOf<kExtras> first = source.decode(row, span, t, flags, raw);
@@ -180,8 +190,8 @@ PPO_DEVICE void walk_slabs(const GaeSource<kExtras>& source, const Sequence& spa
     AffineMap<kExtras> behind[2] = {more.of(0), {}};
     scan_slabs(total, behind, at, shared);
     const Later enters = apply(chunk, later);
-    finish(args, span, t, first, maps, apply(behind[0], enters), moments);
-    finish(args, span, t + kGroupSteps, second, more, apply(behind[1], enters), moments);
+    finish<false>(args, span, t, first, maps, apply(behind[0], enters), moments);
+    finish<false>(args, span, t + kGroupSteps, second, more, apply(behind[1], enters), moments);
     chunk = compose(total, chunk);
     if (tile % kTiles == 0) {
       later = apply(chunk, later);
@@ -197,12 +207,13 @@ __global__ void __launch_bounds__(kSlabThreads<kExtras>, 1)
   auto& shared = *shared_memory<SlabShared<kExtras>>();
   const SequenceLayout& seqs = args.base.seqs;
   const int slabs = args.base.lanes, row = int(threadIdx.x) / kAbreast<kExtras>;
+  const int rows = int(blockDim.x) / kAbreast<kExtras>;
   const Slab at{int(threadIdx.x) % kAbreast<kExtras>, row / slabs * slabs, row % slabs, slabs};
-  const int64_t group = int64_t(blockIdx.x) * (kSlabs / slabs) + row / slabs;
+  const int64_t group = int64_t(blockIdx.x) * (rows / slabs) + row / slabs;
   const int64_t seq = group * kAbreast<kExtras> + at.column;
-  const Sequence span{seq, 0, seq < seqs.count ? seqs.length : 0};
+  const Sequence span{seq, 0, seq < seqs.count ? seqs.length : 0, 0};
   MomentSum moments;
-  walk_slabs(GaeSource<kExtras>{args}, span, at, moments, shared);
+  walk_slabs(GaeSource<kExtras, false>{args}, span, at, moments, shared);
   leave(args.base, moments, shared.moments);
 }
 

@@ -25,7 +25,11 @@ struct Later {
 // Affine map of steps. With kExtras (see GaeSource) it holds a second pair for the returns' own
 // lambda, and may be cut: a cut map drops its argument by selection, because 0 * NaN is NaN.
 template <bool kExtras>
-struct AffineMap {
+struct alignas(8) AffineMap {
+  float a = 1.f, b = 0.f;
+};
+template <>
+struct AffineMap<true> {
   float a = 1.f, b = 0.f;
   float a_ret = 1.f, b_ret = 0.f;
   int cut = 0;

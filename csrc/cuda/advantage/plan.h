@@ -21,10 +21,10 @@ class Layout {
   bool time_major() const { return time_major_; }
   SequenceLayout sequences() const {
     const View v = strided_view(main_);
-    if (time_major_) return {nullptr, false, 0, v.cols, v.rows};
-    if (!cu_seqlens_) return {nullptr, false, 0, v.rows, v.cols};
+    if (time_major_) return {nullptr, false, 0, v.cols, v.rows, 0};
+    if (!cu_seqlens_) return {nullptr, false, 0, v.rows, v.cols, 0};
     const View cu = strided_view(*cu_seqlens_);
-    return {cu.data, cu.dtype == DType::i64, cu.col_stride, cu.cols - 1, v.cols};
+    return {cu.data, cu.dtype == DType::i64, cu.col_stride, cu.cols - 1, v.cols, 0};
   }
 
   // View of a tensor of the main tensor's shape.
@@ -120,7 +120,8 @@ void run_warps(typename Source::Args& args, const Layout& layout, const Device& 
   const int64_t blocks = ceil_div(a.seqs.count, kTiles * (kWarp / a.lanes));
   const Tensor workspace = workspace_for(a, layout.main(), blocks, 0, device);
   launch(layout.op(), advantage_warps_kernel<Source>,
-         {dim3(unsigned(blocks)), dim3(kRowThreads), kTiles * sizeof(Moments), 1, device.stream()},
+         {dim3(unsigned(blocks)), dim3(kRowThreads), kTiles * sizeof(ShiftedSums), 1,
+          device.stream()},
          args);
 }
 

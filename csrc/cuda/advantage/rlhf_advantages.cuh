@@ -8,7 +8,7 @@ namespace ppo::cuda {
 
 struct RlhfSource {
   using Args = RlhfArgs;
-  static constexpr bool extras = false;
+  static constexpr bool extras = false, dense = false;
   static constexpr bool needs_last = true;
   static constexpr int resident = 2;
 
@@ -40,10 +40,10 @@ struct RlhfSource {
     const int exist = s.exist(t), n = flags ? exist : 0;
     const bool holds_pad = row.pad && row.slot >= t && row.slot < t + exist;
     Raw raw{};
-    raw.logprobs = load_quad(args.logprobs, s, t, n);
-    raw.ref = load_quad(args.ref_logprobs, s, t, n);
-    raw.value = load_quad(args.base.values, s, t, holds_pad ? exist : n);
-    if (args.score_at == ScoreAt::per_token) raw.score = load_quad(args.scores, s, t, n);
+    raw.logprobs = load_quad<dense>(args.logprobs, s, t, n);
+    raw.ref = load_quad<dense>(args.ref_logprobs, s, t, n);
+    raw.value = load_quad<dense>(args.base.values, s, t, holds_pad ? exist : n);
+    if (args.score_at == ScoreAt::per_token) raw.score = load_quad<dense>(args.scores, s, t, n);
     return raw;
   }
 
@@ -56,10 +56,10 @@ struct RlhfSource {
     const unsigned slot = here ? 1u << (row.slot - t) : 0u;
     u.kept = u.live | slot;
     u.moves = args.base.carry ? u.kept : (1u << n) - 1u;
-    cuda::decode(raw.value, args.base.values.dtype, u.value);
+    cuda::decode<dense>(raw.value, args.base.values.dtype, u.value);
     float kl[kGroupSteps], score[kGroupSteps];
     shape(row, raw, u.live, kl, u.reward);
-    cuda::decode(raw.score, args.scores.dtype, score);
+    cuda::decode<dense>(raw.score, args.scores.dtype, score);
     const bool per_token = args.score_at == ScoreAt::per_token;
 #pragma unroll
     for (int i = 0; i < kGroupSteps; ++i) {
@@ -69,8 +69,8 @@ struct RlhfSource {
       u.reward[i] = added ? u.reward[i] + more : u.reward[i];
     }
     if (n == 0 || args.base.pass == Pass::maps) return u;
-    store_steps(args.base.rewards, s, t, n, u.reward);
-    store_steps(args.base.kl, s, t, n, kl);
+    store_steps<dense>(args.base.rewards, s, t, n, u.reward);
+    store_steps<dense>(args.base.kl, s, t, n, kl);
     return u;
   }
 
@@ -86,8 +86,8 @@ struct RlhfSource {
     options.kl_clamp = args.kl_clamp;
     const PolicyConsts<float> consts(options);
     float logprobs[kGroupSteps], ref[kGroupSteps];
-    cuda::decode(raw.logprobs, args.logprobs.dtype, logprobs);
-    cuda::decode(raw.ref, args.ref_logprobs.dtype, ref);
+    cuda::decode<dense>(raw.logprobs, args.logprobs.dtype, logprobs);
+    cuda::decode<dense>(raw.ref, args.ref_logprobs.dtype, ref);
     const bool k3 = args.estimator == Estimator::k3;
 #pragma unroll
     for (int i = 0; i < kGroupSteps; ++i) {

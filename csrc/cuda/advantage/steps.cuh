@@ -9,6 +9,7 @@ namespace ppo::cuda {
 
 struct Sequence {
   int64_t seq, first, steps;  // `first`: its first slot where packed, else 0
+  int64_t at;                 // of dense steps: elements before the first
 
   // Number of the four steps from t that exist.
   PPO_DEVICE int exist(int64_t t) const {
@@ -28,10 +29,10 @@ PPO_DEVICE int64_t offset_at(const SequenceLayout& s, int64_t i) {
 }
 
 PPO_DEVICE Sequence sequence_at(const SequenceLayout& s, int64_t seq) {
-  if (seq >= s.count) return {0, 0, 0};
-  if (!s.offsets) return {seq, 0, s.length};
+  if (seq >= s.count) return {0, 0, 0, 0};
+  if (!s.offsets) return {seq, 0, s.length, seq * s.pitch};
   const int64_t first = offset_at(s, seq), end = offset_at(s, seq + 1);
-  return {seq, first, end > first ? end - first : 0};
+  return {seq, first, end > first ? end - first : 0, first};
 }
 
 // x, of unknown origin to the compiler. A walk accesses memory in some fifty places; keeping a
@@ -54,6 +55,12 @@ PPO_DEVICE bool together(const T* p, int64_t step, int n) {
          reinterpret_cast<uintptr_t>(p) % (kGroupSteps * sizeof(T)) == 0;
 }
 
+// Steps are dense where all inputs are fp32, and they, the mask and the outputs have their steps
+// side by side and their sequences equally far apart: one offset serves all of them.
+PPO_DEVICE bool together(const Sequence& s, int n) {
+  return n == kGroupSteps && s.at % kGroupSteps == 0;
+}
+
 // Bits of four steps as loaded: fp32 words, or 2-byte elements in the first two words. Decoding
 // waits for memory, loading does not.
 struct alignas(16) Quad {
@@ -61,8 +68,16 @@ struct alignas(16) Quad {
 };
 
 // Loads the first n of the four steps from t; 0 elsewhere.
+template <bool kDense>
 PPO_DEVICE Quad load_quad(const Steps& v, const Sequence& s, int64_t t, int n) {
   Quad q = {{0, 0, 0, 0}};
+  if constexpr (kDense) {
+    const uint32_t* p = static_cast<const uint32_t*>(v.data) + (s.at + t);
+    if (together(s, n)) return *reinterpret_cast<const Quad*>(p);
+#pragma unroll
+    for (int i = 0; i < kGroupSteps; ++i) q.word[i] = i < n ? p[i] : 0;
+    return q;
+  }
   if (v.dtype == DType::f32) {
     const uint32_t* p = static_cast<const uint32_t*>(v.data) + offset_of(v, s, t);
     if (together(p, v.step, n)) return *reinterpret_cast<const Quad*>(p);
@@ -86,10 +101,11 @@ PPO_DEVICE Quad load_quad(const Steps& v, const Sequence& s, int64_t t, int n) {
   return q;
 }
 
+template <bool kDense>
 PPO_DEVICE void decode(const Quad& q, DType dtype, float* x) {
 #pragma unroll
   for (int i = 0; i < kGroupSteps; ++i) {
-    if (dtype == DType::f32) {
+    if (kDense || dtype == DType::f32) {
       x[i] = __uint_as_float(q.word[i]);
     } else {
       const uint16_t half = uint16_t(q.word[i / 2] >> (i % 2 * 16));
@@ -100,15 +116,20 @@ PPO_DEVICE void decode(const Quad& q, DType dtype, float* x) {
 
 // Flag bytes of the first n of four steps; 0 for steps that do not exist. Without flags all
 // existing steps are set.
+template <bool kDense>
 PPO_DEVICE uint32_t load_flags(const Steps& v, const Sequence& s, int64_t t, int n) {
   const uint32_t exist = n == kGroupSteps ? ~0u : (1u << 8 * n) - 1u;
   if (!v.data) return 0x01010101u & exist;
-  const uint8_t* p = static_cast<const uint8_t*>(v.data) + offset_of(v, s, t);
-  if (together(p, v.step, n)) return *reinterpret_cast<const uint32_t*>(p);
+  const uint8_t* p =
+      static_cast<const uint8_t*>(v.data) + (kDense ? s.at + t : offset_of(v, s, t));
+  const int64_t step = kDense ? 1 : v.step;
+  if (kDense ? together(s, n) : together(p, step, n)) {
+    return *reinterpret_cast<const uint32_t*>(p);
+  }
   uint32_t bytes = 0;
 #pragma unroll
   for (int i = 0; i < kGroupSteps; ++i) {
-    if (i < n) bytes |= uint32_t(p[i * v.step]) << 8 * i;
+    if (i < n) bytes |= uint32_t(p[i * step]) << 8 * i;
   }
   return bytes;
 }
@@ -124,19 +145,21 @@ PPO_DEVICE unsigned flag_bits(uint32_t bytes) {
 PPO_DEVICE float number_of(const Steps& v, const Sequence& s, float absent) {
   if (!v.data) return absent;
   float x[kGroupSteps];
-  decode(load_quad(v, s, 0, s.steps > 0), v.dtype, x);
+  decode<false>(load_quad<false>(v, s, 0, s.steps > 0), v.dtype, x);
   return x[0];
 }
 
+template <bool kDense>
 PPO_DEVICE void store_steps(const Output& v, const Sequence& s, int64_t t, int n, const float* x) {
-  float* p = v.data + offset_of(v, s, t);
-  if (together(p, v.step, n)) {
+  float* p = v.data + (kDense ? s.at + t : offset_of(v, s, t));
+  const int64_t step = kDense ? 1 : v.step;
+  if (kDense ? together(s, n) : together(p, step, n)) {
     *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
     return;
   }
 #pragma unroll
   for (int i = 0; i < kGroupSteps; ++i) {
-    if (i < n) p[i * v.step] = x[i];
+    if (i < n) p[i * step] = x[i];
   }
 }
 
@@ -216,7 +239,7 @@ PPO_DEVICE Suffixes<kExtras> recur(const StepGroupOf<kExtras>& u, float next, fl
 
 // Applies the maps to the state that enters the group, stores the results, and adds the live
 // advantages to the moments.
-template <bool kExtras>
+template <bool kDense, bool kExtras>
 PPO_DEVICE void finish(const AdvantageArgs& args, const Sequence& span, int64_t t,
                        const StepGroupOf<kExtras>& u, const Suffixes<kExtras>& maps,
                        const Later& enters, MomentSum& moments) {
@@ -231,8 +254,8 @@ PPO_DEVICE void finish(const AdvantageArgs& args, const Sequence& span, int64_t 
     moments.add(x.advantage, live);
   }
   if (n == 0) return;
-  store_steps(args.advantages, span, t, n, advantage);
-  store_steps(args.returns, span, t, n, ret);
+  store_steps<kDense>(args.advantages, span, t, n, advantage);
+  store_steps<kDense>(args.returns, span, t, n, ret);
 }
 
 }  // namespace ppo::cuda

@@ -35,7 +35,8 @@ class StepGroups {
 
  private:
   PPO_DEVICE uint32_t flags(int64_t t) const {
-    return load_flags(source_.args.base.mask, span_, t, t >= begin_ ? span_.exist(t) : 0);
+    return load_flags<Source::dense>(source_.args.base.mask, span_, t,
+                                     t >= begin_ ? span_.exist(t) : 0);
   }
 
   const Source& source_;
@@ -49,7 +50,7 @@ class StepGroups {
 
 // Last live step of this thread's group at t, or -1.
 PPO_DEVICE int64_t last_live_of_group(const Steps& mask, const Sequence& span, int64_t t) {
-  const unsigned bits = flag_bits(load_flags(mask, span, t, span.exist(t)));
+  const unsigned bits = flag_bits(load_flags<false>(mask, span, t, span.exist(t)));
   return bits ? t + 31 - __clz(int(bits)) : -1;
 }
 
@@ -73,7 +74,7 @@ PPO_DEVICE bool offsets_rise(const SequenceLayout& s) {
 
 // Stores a block's moments. Invalid offsets make them NaN; the last block then makes every output
 // NaN, written or not.
-PPO_DEVICE void leave(const AdvantageArgs& args, const MomentSum& mine, Moments* scratch) {
+PPO_DEVICE void leave(const AdvantageArgs& args, const MomentSum& mine, ShiftedSums* scratch) {
   constexpr double kNan = __builtin_nan("");
   const bool bad = __syncthreads_or(!offsets_rise(args.seqs));
   Moments all = block_moments(mine.result(), scratch);
@@ -133,7 +134,7 @@ PPO_DEVICE void walk_warp(const Source& source, const Sequence& span, int lanes,
     AffineMap<kExtras> total = maps.of(0);
     const AffineMap<kExtras> behind = scan_lanes(total, lanes);
     const Later enters = apply(behind, apply(chunk, later));
-    finish(args, span, t, group, maps, enters, moments);
+    finish<Source::dense>(args, span, t, group, maps, enters, moments);
     chunk = compose(total, chunk);
     if (tile % kTiles == 0) {
       later = apply(chunk, later);
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const Sequence span = sequence_at(args.base.seqs, warp * (kWarp / lanes) + lane_id() / lanes);
   MomentSum moments;
   walk_warp(Source{args}, span, lanes, moments);
-  leave(args.base, moments, shared_memory<Moments>());
+  leave(args.base, moments, shared_memory<ShiftedSums>());
 }
 
 }  // namespace ppo::cuda

@@ -71,20 +71,39 @@ struct Moments {
   double n, mean, m2;
 };
 
-// Merged moments (Chan, Golub and LeVeque 1979); exact if one side is empty.
-PPO_DEVICE Moments merge(const Moments& a, const Moments& b) {
-  if (a.n == 0.0) return b;
-  if (b.n == 0.0) return a;
-  const double n = a.n + b.n, share = b.n / n, delta = b.mean - a.mean;
-  return {n, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.n * share};
-}
+// Sums of x - pivot and of its square over n elements, in double. The pivot is an element or the
+// mean of some, so that equal elements give exactly zero deviation and a large common mean costs
+// no digits. (It lies at most sqrt(n) standard deviations from the mean.)
+struct ShiftedSums {
+  double n = 0.0, pivot = 0.0, sum = 0.0, squares = 0.0;
 
-// Moments of one thread's stream. Sums are of x - pivot, in double; the pivot is the first
-// element, so that equal elements give exactly zero deviation and a large common mean costs no
-// digits.
+  PPO_DEVICE ShiftedSums about(double other) const {
+    const double by = pivot - other;
+    return {n, other, fma(n, by, sum), fma(by, fma(n, by, 2.0 * sum), squares)};
+  }
+  // Adds those of other elements.
+  PPO_DEVICE void add(const ShiftedSums& other) {
+    if (other.n == 0.0) return;
+    if (n == 0.0) {
+      *this = other;
+      return;
+    }
+    const ShiftedSums x = other.about(pivot);
+    n += x.n;
+    sum += x.sum;
+    squares += x.squares;
+  }
+  PPO_DEVICE Moments moments() const {
+    if (n == 0.0) return {0.0, 0.0, 0.0};
+    const double mean = sum / n, m2 = squares - sum * mean;
+    return {n, pivot + mean, m2 < 0.0 ? 0.0 : m2};
+  }
+};
+
+// Shifted sums of one thread's stream.
 struct MomentSum {
   double pivot = 0.0, sum = 0.0, squares = 0.0;
-  int64_t n = 0;
+  int n = 0;
 
   PPO_DEVICE void add(float x, bool live) {
     pivot = live && n == 0 ? double(x) : pivot;
@@ -93,41 +112,38 @@ struct MomentSum {
     squares = fma(d, d, squares);
     n += live;
   }
-  PPO_DEVICE Moments result() const {
-    if (n == 0) return {0.0, 0.0, 0.0};
-    const double mean = sum / double(n), m2 = squares - sum * mean;
-    return {double(n), pivot + mean, m2 < 0.0 ? 0.0 : m2};
-  }
+  PPO_DEVICE ShiftedSums result() const { return {double(n), pivot, sum, squares}; }
 };
 
 // Moments over the threads of a block, in thread order, the same bits in every thread. `scratch`,
-// in shared memory, has room for one per warp; it may be used again after a barrier.
-PPO_DEVICE Moments block_moments(Moments x, Moments* scratch) {
-#pragma unroll 1
-  for (int by = 1; by < kWarp; by *= 2) {
-    const Moments other = {__shfl_xor_sync(kAllLanes, x.n, by),
-                           __shfl_xor_sync(kAllLanes, x.mean, by),
-                           __shfl_xor_sync(kAllLanes, x.m2, by)};
-    x = lane_id() & by ? merge(other, x) : merge(x, other);
-  }
+// in shared memory, has room for one ShiftedSums per warp; it may be used again after a barrier.
+PPO_DEVICE Moments block_moments(const ShiftedSums& mine, ShiftedSums* scratch) {
+  const unsigned some = __ballot_sync(kAllLanes, mine.n != 0.0);
+  const int first = some ? __ffs(int(some)) - 1 : 0;
+  ShiftedSums x = mine.about(__shfl_sync(kAllLanes, mine.pivot, first));
+  x = {warp_sum(x.n), x.pivot, warp_sum(x.sum), warp_sum(x.squares)};
   if (lane_id() == 0) scratch[warp_id()] = x;
   __syncthreads();
   x = scratch[0];
-  for (int w = 1; w < int(blockDim.x) / kWarp; ++w) x = merge(x, scratch[w]);
-  return x;
+#pragma unroll 1
+  for (int w = 1; w < int(blockDim.x) / kWarp; ++w) x.add(scratch[w]);
+  return x.moments();
 }
 
 // Stores this block's moments (the same in all threads) to parts[block]; the last of `blocks`
 // blocks merges all parts in index order into out (3,). Returns whether this was the last block.
 PPO_DEVICE bool leave_moments(const Moments& mine, int64_t block, int64_t blocks, Moments* parts,
-                              double* out, unsigned* counter, Moments* scratch) {
+                              double* out, unsigned* counter, ShiftedSums* scratch) {
   if (threadIdx.x == 0) parts[block] = mine;
   if (!arrives_last(counter, unsigned(blocks))) return false;
   const int64_t each = (blocks + blockDim.x - 1) / blockDim.x, first = threadIdx.x * each;
   const int64_t end = first + each < blocks ? first + each : blocks;
-  Moments x{0.0, 0.0, 0.0};
-  for (int64_t i = first; i < end; ++i) x = merge(x, parts[i]);
-  x = block_moments(x, scratch);
+  ShiftedSums sums;
+  for (int64_t i = first; i < end; ++i) {
+    const Moments part = parts[i];
+    sums.add({part.n, part.mean, 0.0, part.m2});
+  }
+  const Moments x = block_moments(sums, scratch);
   if (threadIdx.x == 0) {
     out[0] = x.n;
     out[1] = x.mean;

@@ -98,13 +98,11 @@ PPO_DEVICE double block_sums(double (&x)[kSums], LossShared<kSums>& shared) {
   return total;
 }
 
-// Whether the last sequence of this thread's block, without an unmasked token so far, has one in a
-// later block.
+// Whether the last sequence of the block that this thread stands for, without an unmasked token so
+// far, has one in a later block.
 template <int kSums>
-PPO_DEVICE int joined_sequences(const LossPart<kSums>* parts, LossShared<kSums>& shared) {
+PPO_DEVICE int joined_sequences(const LossShared<kSums>& shared) {
   const int blocks = int(gridDim.x), block = int(threadIdx.x);
-  if (block < blocks) shared.flags[block] = int(parts[block].flags);
-  __syncthreads();
   if (block >= blocks || !(shared.flags[block] & kOpen)) return 0;
   for (int i = block + 1; i < blocks; ++i) {
     if (shared.flags[i] & kHeadLive) return 1;
@@ -113,18 +111,27 @@ PPO_DEVICE int joined_sequences(const LossPart<kSums>* parts, LossShared<kSums>&
   return 0;
 }
 
-// Totals of all parts in index order, and the ratio's extremes; called by the last block.
+// Totals of all parts in index order, and the ratio's extremes; called by the last block, whose
+// loads are all under way before the first one is waited for.
 template <int kSums>
 PPO_DEVICE LossSums<kSums> merge_parts(const LossPart<kSums>* parts, LossShared<kSums>& shared) {
   constexpr int kRows = kTokenThreads / kSums;
   const int blocks = int(gridDim.x), at = int(threadIdx.x) % kSums;
-  double sum = 0.0;
-#pragma unroll 4
-  for (int i = int(threadIdx.x) / kSums; i < blocks; i += kRows) sum += parts[i].sums[at];
+  constexpr int kEach = int(kLossBlocks) / kRows;
+  double part[kEach], sum = 0.0;
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const int i = int(threadIdx.x) / kSums + k * kRows;
+    part[k] = i < blocks ? parts[i].sums[at] : 0.0;
+  }
   LossSums<kSums> all;
   if (int(threadIdx.x) < blocks) {
-    all.ratio(parts[threadIdx.x].ratio_min, parts[threadIdx.x].ratio_max);
+    const LossPart<kSums>& mine = parts[threadIdx.x];
+    all.ratio(mine.ratio_min, mine.ratio_max);
+    shared.flags[threadIdx.x] = int(mine.flags);
   }
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) sum += part[k];
   shared.sums[threadIdx.x] = sum;
   block_extremes(all, shared);
   if (threadIdx.x < kSums) {
@@ -171,12 +178,13 @@ struct LossLayout {
 };
 
 // Writes loss, 1 / D, and the totals that are known only at the end; called by one thread.
+// `given` is a.denom, `joined` the sequences that blocks share.
 template <int kSums>
-PPO_DEVICE void divide(const LossArgs& a, const LossLayout& at, double joined,
+PPO_DEVICE void divide(const LossArgs& a, const LossLayout& at, double given, double joined,
                        LossShared<kSums>& shared) {
   double* totals = shared.totals;
   const double seqs = totals[at.seqs] + joined;
-  const double own = own_denom(a, totals[at.tokens], seqs), given = read(a.denom);
+  const double own = own_denom(a, totals[at.tokens], seqs);
   const bool has_given = a.denom.data || given > 0.0;
   const double denom = has_given ? given : a.reduction == Reduction::token_sum ? 1.0 : own;
   *a.loss = denom <= 0.0 ? 0.f : float(totals[at.loss] / denom);  // NaN passes
@@ -200,9 +208,10 @@ PPO_DEVICE void finish(const LossArgs& a, const LossLayout& at, LossSums<kSums>&
     part.flags = flags;
   }
   if (!arrives_last(a.counter, gridDim.x)) return;
+  const double given = read(a.denom);
   const LossSums<kSums> all = merge_parts(parts, shared);
-  const int joined = block_sum(joined_sequences(parts, shared), shared.scratch);
-  if (threadIdx.x == 0) divide(a, at, double(joined), shared);
+  const int joined = block_sum(joined_sequences(shared), shared.scratch);
+  if (threadIdx.x == 0) divide(a, at, given, double(joined), shared);
   __syncthreads();
   const int i = int(threadIdx.x), own = i - at.first;
   if (i == kRatioMin) {
@@ -228,19 +237,22 @@ PPO_DEVICE void terms_of(const LossArgs& a, const Slots& s, int64_t first_seq,
 }
 
 // Body of a loss kernel: step.load(slots) and step.tokens(slots, live, first_seq, inputs, sums)
-// over this block's share of the tiles, then finish(). Step::kLayout is a compile-time constant
+// over this block's share of the tiles, then finish(). step.resolve() reads the numbers that are
+// tensors, while the first tile's loads are under way. Step::kLayout is a compile-time constant
 // because it indexes registers.
 template <int kSums, class Step>
-PPO_DEVICE void loss_kernel(const LossArgs& a, const Step& step) {
+PPO_DEVICE void loss_kernel(const LossArgs& a, Step step) {
   constexpr LossLayout at = Step::kLayout;
   auto& shared = *shared_memory<LossShared<kSums>>();
   LossSums<kSums> sums;
   int flags = 0;  // of thread 0
+  const int64_t first = blockIdx.x * a.tiles / gridDim.x;
   const int64_t last = (blockIdx.x + 1) * a.tiles / gridDim.x;
-  for (int64_t tile = blockIdx.x * a.tiles / gridDim.x; tile < last; ++tile) {
+  for (int64_t tile = first; tile < last; ++tile) {
     const Slots slots = slots_of(tile, a.map.tokens, a.rows ? a.map.steps : 0);
     const auto inputs = step.load(slots);
     const uint32_t live = live_items(a.mask, slots);
+    if (tile == first) step.resolve();
     const int64_t start = tile * kTile;
     const int64_t end = start + kTile < a.map.tokens ? start + kTile : a.map.tokens;
     const int64_t first_seq = a.map.find(start), last_seq = a.map.find(end - 1);

@@ -51,12 +51,13 @@ struct PolicyStep {
   PolicyConsts<float> c;
 
   PPO_DEVICE explicit PolicyStep(const PolicyLossArgs& args)
-      : a(args), o(args.policy.options), c(resolve(args.policy)) {
+      : a(args), o(args.policy.options), c(args.policy.consts) {
     if (is_usual) {
       o.estimator = Estimator::k3;
       o.straight_through = o.has_dual = false;
     }
   }
+  PPO_DEVICE void resolve() { c = cuda::resolve(a.policy); }
   PPO_DEVICE PolicyInputs<Raw> load(const Slots& s) const {
     return {load_raw(a.logprobs, s),   load_raw(a.old_logprobs, s),
             load_raw(a.advantages, s), is_usual ? Raw{} : load_raw(a.is_weights, s),

@@ -48,6 +48,7 @@ struct ValueStep {
       kFirst, 0, kVfLossDenom - kFirst, kVfLoss - kFirst, kVfLossDenom - kFirst, false};
   const ValueLossArgs& a;
 
+  PPO_DEVICE void resolve() const {}
   PPO_DEVICE ValueInputs load(const Slots& s) const {
     return {load_raw(a.values, s), load_raw(a.old_values, s), load_raw(a.returns, s)};
   }

@@ -36,7 +36,7 @@ struct WhitenOnCuda {
     a.out = data<double>(out);
     a.counter = device.counters(1);
     launch("moments_kernel", moments_kernel<>,
-           {dim3(blocks), dim3(kTokenThreads), sizeof(Moments) * kTokenThreads / kWarp, 1,
+           {dim3(blocks), dim3(kTokenThreads), sizeof(ShiftedSums) * kTokenThreads / kWarp, 1,
             device.stream()},
            a);
     return out;

@@ -20,7 +20,7 @@ struct MomentsArgs {
 template <class = void>
 __global__ void __launch_bounds__(kTokenThreads)
     moments_kernel(const __grid_constant__ MomentsArgs a) {
-  Moments* scratch = shared_memory<Moments>();
+  auto* scratch = shared_memory<ShiftedSums>();
   MomentSum sum;
   const int64_t last = (blockIdx.x + 1) * a.tiles / gridDim.x;
   for (int64_t tile = blockIdx.x * a.tiles / gridDim.x; tile < last; ++tile) {

@@ -1,5 +1,5 @@
 """Compilation of csrc/cuda/*/*.cu without a GPU, once for all test workers and the next run, and a
-reader of what the compiler and the disassembler say of the kernels.
+reader of what the compiler says of the kernels.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 OBJECTS = ROOT / "build/cuda-tests"
 SOURCES = [Path(path) for path in _cflags.cuda_sources(CSRC)]
+EVERY = tuple(_cflags.ARCHITECTURES)
 # Every warning is an error, the compiler's as the assembler's, and the assembler reports.
 STRICT = ("-Werror=all-warnings", "-Xcompiler=-Wall,-Werror,-Wno-unknown-pragmas", "-Xptxas=-v")
 
@@ -43,20 +44,10 @@ def nvcc() -> Path | None:
     return Path(found) if Path(found).is_file() else None
 
 
-def disassembler() -> Path | None:
-    """cuobjdump, from the PATH or as Triton's package bundles it."""
-    if found := shutil.which("cuobjdump"):
-        return Path(found)
-    import triton
-
-    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return bundled if bundled.is_file() else None
-
-
-def command(source: Path, target: Path) -> list[str]:
-    """The whole build's flags, for every architecture that we have kernels for."""
+def command(source: Path, target: Path, architectures: tuple[str, ...]) -> list[str]:
+    """The whole build's flags, for these of the architectures that we have kernels for."""
     includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
-    machine = [_cflags.gencode(name) for name in _cflags.ARCHITECTURES]
+    machine = [_cflags.gencode(name) for name in architectures]
     return [
         str(nvcc()),
         *_cflags.NVCC_FLAGS,
@@ -77,9 +68,11 @@ def version() -> str:
     return said.stdout + torch.__version__
 
 
-def digest(source: Path) -> str:
+def digest(source: Path, architectures: tuple[str, ...]) -> str:
     """Of all that a compilation depends on: source, every header, command and versions."""
-    state = hashlib.sha256(" ".join([version(), *command(source, Path("out"))]).encode())
+    # The same in every checkout.
+    how = command(source.relative_to(ROOT), Path("out"), architectures)
+    state = hashlib.sha256(" ".join([version(), *how]).encode())
     for path in (source, *sorted(p for e in ("*.h", "*.cuh") for p in CSRC.rglob(e))):
         state.update(path.read_bytes())
     return state.hexdigest()[:24]
@@ -93,25 +86,37 @@ class Compiled(NamedTuple):
     status: int
 
 
+def _object(source: Path, architectures: tuple[str, ...]) -> Path:
+    """The path of an object file; that for all architectures bears the source's name alone."""
+    stem = source.stem if architectures == EVERY else ".".join((source.stem, *architectures))
+    return OBJECTS / f"{stem}-{digest(source, architectures)}.o"
+
+
 @cache
-def compiled(source: Path) -> Compiled:
+def compiled(source: Path, architectures: tuple[str, ...] = EVERY) -> Compiled:
     """The source compiled, by whichever test worker is first; the newest object alone is kept."""
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    base = OBJECTS / f"{source.stem}-{digest(source)}"
-    log, target = base.with_suffix(".log"), base.with_suffix(".o")
-    with open(OBJECTS / f"{source.stem}.lock", "w") as lock:
+    target = _object(source, architectures)
+    log, stem = target.with_suffix(".log"), target.stem.rpartition("-")[0]
+    with open(OBJECTS / f"{stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not log.exists():
-            for old in OBJECTS.glob(f"{source.stem}-*"):
+            for old in OBJECTS.glob(f"{stem}-*"):
                 old.unlink()
             done = subprocess.run(
-                command(source, target), capture_output=True, text=True, check=False
+                command(source, target, architectures), capture_output=True, text=True, check=False
             )
             complete = log.with_suffix(".tmp")
             complete.write_text(f"{done.returncode}\n{done.stdout}{done.stderr}")
             complete.rename(log)
     status, _, said = log.read_text().partition("\n")
     return Compiled(target, said, int(status))
+
+
+def compiled_for(source: Path, architecture: str) -> Compiled:
+    """The source compiled for all architectures if it is already, else for that one alone."""
+    whole = _object(source, EVERY).with_suffix(".log").exists()
+    return compiled(source) if whole else compiled(source, (architecture,))
 
 
 def kernels(log: str) -> Iterator[Kernel]:
@@ -126,44 +131,3 @@ def kernels(log: str) -> Iterator[Kernel]:
         )
         registers = int(re.search(r"Used (\d+) registers", part)[1])
         yield Kernel(name, architecture, stack, stores + loads, registers)
-
-
-class Instruction(NamedTuple):
-    """One of a kernel's machine instructions."""
-
-    address: int
-    name: str
-    operands: str
-
-
-@cache
-def machine_code(path: Path, architecture: str) -> dict[str, list[Instruction]]:
-    """The instructions of every kernel of an object file, by mangled name."""
-    text = subprocess.run(
-        [str(disassembler()), "-sass", "-arch", architecture, str(path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)([^;]*);")
-    return {
-        part.split("\n", 1)[0].strip(): [
-            Instruction(int(a, 16), name, rest) for a, name, rest in pattern.findall(part)
-        ]
-        for part in text.split("Function : ")[1:]
-    }
-
-
-def loops(code: list[Instruction]) -> Iterator[list[str]]:
-    """The names of the instructions of each loop that holds no other: from a target to the branch
-    back to it.
-    """
-    index = {x.address: i for i, x in enumerate(code)}
-    spans = []
-    for i, x in enumerate(code):
-        target = re.search(r"0x([0-9a-f]+)", x.operands) if x.name == "BRA" else None
-        if target and int(target[1], 16) < x.address:
-            spans.append((index[int(target[1], 16)], i))
-    for start, end in spans:
-        if not any(start <= a and b < end for a, b in spans if (a, b) != (start, end)):
-            yield [x.name for x in code[start : end + 1]]
