@@ -165,6 +165,17 @@ def test_reductions_of_a_warp() -> None:
     assert out.tolist() == [31] * 32 + [63] * 32
 
 
+def test_matrices_are_loaded_and_stored_by_warps() -> None:
+    """Thread t gives the address of row t % 8 and has the word t of a matrix of 8 rows of 4."""
+    body = """
+  mov.b32 %r2, global_smem; shl.b32 %r3, %r1, 4; and.b32 %r3, %r3, 127; add.s32 %r4, %r2, %r3;
+  stmatrix.sync.aligned.m8n8.x2.shared.b16 [%r4], {%r1, %r1};
+  ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r4];
+  shl.b32 %r6, %r1, 2; add.s32 %r6, %r6, %r2; ld.shared.b32 %r7, [%r6];
+  add.s32 %r8, %r5, %r7; st.global.b32 [%rd2], %r8;"""
+    assert run(body)[:32].tolist() == [2 * i for i in range(32)]
+
+
 COUNT = "atom.global.gpu.acq_rel.add.u32 %r3, [%rd1+128], 1;"
 
 
