@@ -226,17 +226,18 @@ def test_errors_are_found(body: str) -> None:
         run(body.replace("$L__BB0_9:", "\n$L__BB0_9:\n"), threads=64)
 
 
-RIGHT = (
-    f"{WRITE} bar.sync 0; {READ} bar.sync 0; st.shared.b32 [%r4], 1;",
-    "st.shared.b32 [global_smem], 1; bar.sync 0; ld.shared.b32 %r2, [global_smem];",
-    f"st.global.b32 [%rd2], 1; bar.sync 0; setp.eq.u32 %p1, %r1, 0; @%p1 {COUNT}",
-    "setp.lt.u32 %p1, %r1, 32; @%p1 ld.global.b32 %r2, [%rd2+128];",
-)
+# What is in order, and the first words that each half of the threads leaves.
+RIGHT = {
+    f"{WRITE} bar.sync 0; {READ} bar.sync 0; st.shared.b32 [%r4], 1;": [7, 7],
+    "st.shared.b32 [global_smem], 1; bar.sync 0; ld.shared.b32 %r2, [global_smem];": [7, 7],
+    f"st.global.b32 [%rd2], 1; bar.sync 0; setp.eq.u32 %p1, %r1, 0; @%p1 {COUNT}": [1, 2],
+    "setp.lt.u32 %p1, %r1, 32; @%p1 ld.global.b32 %r2, [%rd2+128];": [7, 7],
+}
 
 
 @pytest.mark.parametrize("body", RIGHT)
 def test_what_is_ordered_passes(body: str) -> None:
-    run(body, threads=64)
+    assert run(body, threads=64)[[0, 32]].tolist() == RIGHT[body]
 
 
 UNKNOWN = {
