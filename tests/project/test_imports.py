@@ -254,7 +254,8 @@ def test_a_package_imports_no_circle(package: str) -> None:
 def test_no_backend_is_imported_by_another() -> None:
     """The lazy loader of the op boundary alone names `kernels`.
 
-    tests/aot compiles them, and what an op reaches only with a million tokens is tested by itself.
+    tests/aot and tests/ptx compile them, and what an op reaches only with a million tokens is
+    tested by itself.
     """
     naming = {
         relative(path)
@@ -262,8 +263,9 @@ def test_no_backend_is_imported_by_another() -> None:
         if not relative(path).startswith("kernels/")
         and any(is_under(name, ("ppo_fast.kernels", "kernels")) for name in names_of(path))
     }
-    assert {path for path in naming if not path.startswith("tests/aot/")} <= {
+    assert {path for path in naming if not path.startswith(("tests/aot/", "tests/ptx/"))} <= {
         "tests/backends/test_aot.py",
+        "tests/backends/test_logprobs_kernel.py",
         "tests/backends/test_loss_counts.py",
         "tests/backends/test_specialisations.py",
     }
