@@ -150,7 +150,10 @@ def test_long_sequences_fill_a_multiprocessor() -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize(
     ("stem", "kernel", "each"),
-    [("ppo_loss", "ppo_loss_kernelILNS_7VariantE0ELb1E", 16), ("value_loss", "value_loss_kernel", 8)],
+    [
+        ("ppo_loss", "ppo_loss_kernelILNS_7VariantE0ELb1E", 16),
+        ("value_loss", "value_loss_kernel", 8),
+    ],
 )
 def test_the_last_block_waits_once_for_the_parts(
     stem: str, kernel: str, each: int, architecture: str
