@@ -336,6 +336,11 @@ class _Worth:
                 worth += -_BYTE if narrow else _BYTE * width(x)
             elif x.kind in ("LDS", "STS"):
                 worth += _SHARED_BYTE * width(x)
+            elif x.kind in (
+                "ATOM",
+                "ATOMG",
+            ):  # by one thread of a block, so there is a way past it
+                worth += _BYTE
             elif x.kind == "CALL":
                 worth -= _BYTE
         return worth

@@ -96,7 +96,7 @@ def _turns(
         if "rest" in loop:
             full = lane // loop["elements"]
             left = math.ceil((lane - full * loop["elements"]) / loop["rest"]["elements"])
-            yield loop, max(1.0, each * full)
+            yield loop, each * full
             yield loop["rest"], each * left
         else:
             yield loop, max(1.0, each * math.ceil(lane / loop["elements"]))

@@ -22,7 +22,8 @@ _INTRO = """## GPU goals, predicted
 goal for sm_90 and counts its machine code: instructions an element, registers, loads, barriers,
 launches. `python -m benchmarks.gpu.predict` turns counts, bytes and waves into a time on an H200,
 by named assumptions (4.3 TB/s, 790 TFLOP/s, 1.83 GHz, ...), and says what limits it.
-`tests/backends/test_budgets.py` holds every later build to the counts."""
+`tests/backends/test_budgets.py` holds every later build to the counts. The peak memory of the
+linear losses and the error of their log-probabilities have no prediction."""
 
 
 def section(predictions: Predictions, files: Iterable[Results]) -> list[str]:

@@ -97,6 +97,8 @@ def test_the_last_block_s_loops_are_told_from_all_blocks() -> None:
     assert [code.blocks[loop.head][0].address for loop in code.loops] == [0x0, 0x60]
     late = code.behind(("ATOMG",))
     assert [loop.head in late for loop in code.loops] == [False, True]
+    before = tally.until_arrival(code.once())
+    assert [x.name for x in before] == ["BRA", "ATOMG.E.ADD"]
 
 
 def test_widths_and_units_are_told_apart() -> None:
