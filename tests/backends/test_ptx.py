@@ -90,6 +90,14 @@ MOST = {
     "value_loss": 9983,
     "whiten": 19685,
 }
+
+
+@pytest.mark.parametrize("op", MOST)
+def test_accesses_are_within_their_budget(op: str) -> None:
+    found = accesses()[op]
+    assert 0 < sum(sum(widths.values()) for widths in found.values()) <= MOST[op], found
+
+
 # Kernels of rows of bf16 logits: bytes that an access has at least, for most of the bytes.
 WIDTHS = {"segments_kernel": 16, "dlogits_kernel": 16, "logits_ppo_kernel": 8}
 
