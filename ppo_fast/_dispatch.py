@@ -34,6 +34,7 @@ class Regime(NamedTuple):
     ops: tuple[str, ...]
     holds: Callable[[Work], bool]
     reason: str
+    least: tuple[int, int] = (0, 0)  # compute capability from which on it holds
 
 
 class Case(NamedTuple):
@@ -80,7 +81,17 @@ REGIMES = (
         "small",
         _ROWS,
         lambda w: w.elements <= _SMALL_LOGITS,
-        "one dispatcher call, and one launch where Triton takes two",
+        "one dispatcher call, no launch from Python",
+    ),
+    Regime(
+        "any", ("ppo_loss",), lambda w: True, "Triton's many operands leave it one resident block"
+    ),
+    Regime(
+        "any",
+        ("logits_ppo_loss", "linear_ppo_loss"),
+        lambda w: True,
+        "a cluster of blocks reads a row once",
+        least=(9, 0),
     ),
 )
 
@@ -88,14 +99,16 @@ REGIMES = (
 MEASURED: dict[Case, Measured] = {}
 
 
-def regime_of(work: Work) -> Regime | None:
+def regime_of(work: Work, capability: tuple[int, int]) -> Regime | None:
     """The first regime that holds."""
-    return next((r for r in REGIMES if work.op in r.ops and r.holds(work)), None)
+    return next(
+        (r for r in REGIMES if work.op in r.ops and capability >= r.least and r.holds(work)), None
+    )
 
 
 def provider(work: Work, capability: tuple[int, int], dtype: torch.dtype) -> str:
     """ "triton" or "cuda": the default for this work on a GPU of which both can be used."""
-    regime = regime_of(work)
+    regime = regime_of(work, capability)
     name = "" if regime is None else regime.name
     measured = MEASURED.get(Case(work.op, name, capability, dtype))
     if measured is not None:

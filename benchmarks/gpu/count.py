@@ -63,10 +63,13 @@ def scanned(code: Sequence[Instruction]) -> int:
 
 
 def written(code: Sequence[Instruction]) -> int:
-    """Elements of a loop that writes gradients of two bytes at least, to wherever."""
+    """Elements of a loop that writes gradients of two bytes at least, to wherever.
+
+    One that adds up a segment's numbers stores to shared memory too, and shuffles.
+    """
     counts, elements = tally(code), exponentials(code)
     stored = moved(counts.get("stores", {})) + moved(counts.get("shared_stores", {}))
-    return elements if stored >= 2 * elements else 0
+    return elements if stored >= 2 * elements and "shuffles" not in counts else 0
 
 
 def steps(code: Sequence[Instruction]) -> int:

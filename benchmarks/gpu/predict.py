@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu import count
-from benchmarks.ops.case import DTYPES, TIME_MAJOR, Case
-from ppo_fast import _dispatch
+from benchmarks.ops.op import default_backend
 
 PREDICTIONS = Path(__file__).with_name("predictions.json")
 
@@ -204,22 +203,12 @@ def compilers(counts: dict[str, Any], provider: str) -> list[str]:
     return [name for name in counts["kernels"] if name.startswith(kind)]
 
 
-def default_of(case: Case) -> str:
-    """The backend that a call takes on an H200 if none is named: "triton" or "cuda"."""
-    rows, columns = case.shape.dims[:2]
-    is_head = len(case.shape.dims) > 2
-    elements = rows * (case.shape.dims[2] if is_head else columns)  # of its first argument
-    walks = case.op in ("gae", "rlhf_advantages")
-    work = _dispatch.Work(case.op, elements, rows if walks else 0, case.shape.layout == TIME_MAJOR)
-    return _dispatch.provider(work, (9, 0), DTYPES[case.dtype])
-
-
 def predictions(counts: dict[str, Any]) -> list[dict[str, Any]]:
     """Every goal's predictions, one a provider and compiler, as the page shows them."""
     rows = []
     for goal in count.gpu_goals():
         row: dict[str, Any] = {"goal": goal.case.to_json(), "provider": goal.provider}
-        row |= {"must": goal.must, "aim": goal.aim, "default": default_of(goal.case)}
+        row |= {"must": goal.must, "aim": goal.aim, "default": default_backend(goal.case)}
         row["predicted"] = []
         for provider in count.providers(goal):
             call = counts["calls"].get(count.call_key(goal.case, provider.name))
@@ -241,11 +230,11 @@ def predictions(counts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def counted(call: list[dict[str, Any]], kernels: dict[str, Any]) -> str:
-    """Counts of a call's kernel of most bytes: instructions an element, registers, blocks."""
+    """Counts of the kernel that moves most of a call's bytes."""
     steps = [step for step in call if "kernel" in step and kernels[step["kernel"]].get("loops")]
     if not steps:
         return "-"
-    kernel = kernels[max(steps, key=lambda step: step["bytes"])["kernel"]]
+    kernel = kernels[max(steps, key=lambda step: step["times"] * step["bytes"])["kernel"]]
     loops = [
         f"{name} {loop['instructions'] / loop['elements']:.3g}"
         for name, loop in kernel["loops"].items()

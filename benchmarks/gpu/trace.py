@@ -262,6 +262,9 @@ def _as_if_a_gpu(tape: _Tape, steps: list[Step]) -> Iterator[None]:
         apply = classmethod(lambda cls, *inputs: tape.apply(cls, *inputs))
         patch(mock.patch.object(function, "apply", apply))
         patch(mock.patch.object(torch.autograd, "grad", tape.grad))
+        # As inside a backward that frees its graph, which a benchmark's is.
+        keeps = "_get_current_graph_task_keep_graph"
+        patch(mock.patch.object(torch._C._autograd, keeps, lambda: False))
         patch(mock.patch.object(torch.autograd.graph, "increment_version", lambda x: None))
         patch(mock.patch.dict(_kernels("common")._DEVICES, clear=True))
         patch(mock.patch.dict(_backend._REASONS, {"cuda": None}))

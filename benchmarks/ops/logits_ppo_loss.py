@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from benchmarks.ops.case import BOTH, DTYPES, Case
 from benchmarks.ops.inputs import policy_loss_inputs
-from benchmarks.ops.op import TRITON_INPLACE, Cost, Op, device_time
+from benchmarks.ops.op import Cost, Op, device_time
 from benchmarks.ops.sizes import GPT2, QWEN_R1
 
 NAME = "logits_ppo_loss"
 GPU_LOGITS_LOSS = Case(NAME, BOTH, QWEN_R1, "bf16", device="cuda")
 CASES = (Case(NAME, BOTH, GPT2), GPU_LOGITS_LOSS)
-GOALS = (device_time(GPU_LOGITS_LOSS, 1740, 1220, TRITON_INPLACE),)
+GOALS = (
+    device_time(GPU_LOGITS_LOSS, 1400, 1220, "cuda", inplace=True),
+    device_time(GPU_LOGITS_LOSS, 1740, 1220, "triton", inplace=True),  # reads each row twice
+)
 
 
 def cost(case: Case) -> Cost:

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from benchmarks.ops.case import CALL_GRAD, Case, Shape
+from benchmarks.ops.case import CALL_GRAD, DTYPES, TIME_MAJOR, Case, Shape
+from ppo_fast import _dispatch
 from ppo_fast.testing import Call
 
 CPU, CPU_INPLACE = "ppo_fast-cpu", "ppo_fast-cpu-inplace"
-TRITON, TRITON_INPLACE = "ppo_fast-triton", "ppo_fast-triton-inplace"
 
 
 class Cost(NamedTuple):
@@ -46,8 +46,21 @@ class Goal(NamedTuple):
     memory: bool = False
 
 
-def device_time(case: Case, must: float, aim: float, provider: str = TRITON) -> Goal:
-    """A goal in microseconds on the GPU."""
+def default_backend(case: Case) -> str:
+    """The backend that a call takes on an H200 if none is named: "triton" or "cuda"."""
+    rows, columns = case.shape.dims[:2]
+    is_head = len(case.shape.dims) > 2
+    elements = rows * (case.shape.dims[2] if is_head else columns)  # of its first argument
+    walks = case.op in ("gae", "rlhf_advantages")
+    work = _dispatch.Work(case.op, elements, rows if walks else 0, case.shape.layout == TIME_MAJOR)
+    return _dispatch.provider(work, (9, 0), DTYPES[case.dtype])
+
+
+def device_time(
+    case: Case, must: float, aim: float, backend: str = "", inplace: bool = False
+) -> Goal:
+    """A goal in microseconds on the GPU, of the backend named or the one that is the default."""
+    provider = f"ppo_fast-{backend or default_backend(case)}" + ("-inplace" if inplace else "")
     return Goal(case, provider, None, must, aim, faster=False)
 
 

@@ -8,7 +8,6 @@ from benchmarks.ops.case import BACKWARD, BOTH, CALL, CALL_GRAD, DTYPES, FORWARD
 from benchmarks.ops.op import (
     CPU,
     CPU_INPLACE,
-    TRITON_INPLACE,
     Cost,
     Goal,
     Op,
@@ -62,7 +61,7 @@ GOALS = (
     call_time(LOGPROBS_CALL),
     call_time(LOGPROBS_CALL_GRAD),
     device_time(GPU_LOGPROBS_FORWARD, 640, 580),
-    device_time(GPU_LOGPROBS_BACKWARD, 1290, 1190, TRITON_INPLACE),
+    device_time(GPU_LOGPROBS_BACKWARD, 1290, 1190, inplace=True),
     device_time(GPU_LOGPROBS_M64, 9, 7),
     device_time(GPU_LOGPROBS_M512, 45, 40),  # 80 and 90 % of the bandwidth
 )

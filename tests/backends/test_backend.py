@@ -233,11 +233,13 @@ DEFAULTS = [
     (_dispatch.Work("gae", 32768 * 8, 32768, True), "cuda", "time-major"),
     (_dispatch.Work("gae", 4096 * 128, 4096, True), "cuda", "time-major"),
     (_dispatch.Work("rlhf_advantages", 32768 * 8, 32768), "cuda", "short rows"),
-    (_dispatch.Work("ppo_loss", 262144), "triton", None),
+    (_dispatch.Work("ppo_loss", 262144), "cuda", "any"),
+    (_dispatch.Work("value_loss", 262144), "triton", None),
     (_dispatch.Work("token_logprobs", 8192 * 151936), "triton", None),
     (_dispatch.Work("token_logprobs", 64 * 151936), "cuda", "small"),
-    (_dispatch.Work("logits_ppo_loss", 8192 * 151936), "triton", None),
-    (_dispatch.Work("linear_ppo_loss", 8192 * 4096), "triton", None),
+    (_dispatch.Work("logits_ppo_loss", 8192 * 151936), "cuda", "any"),
+    (_dispatch.Work("linear_ppo_loss", 8192 * 4096), "cuda", "any"),
+    (_dispatch.Work("linear_token_logprobs", 8192 * 4096), "triton", None),
 ]
 
 
@@ -245,9 +247,15 @@ DEFAULTS = [
 def test_the_provider_of_a_benchmark_s_case(
     work: _dispatch.Work, backend: str, regime: str | None
 ) -> None:
-    found = _dispatch.regime_of(work)
+    found = _dispatch.regime_of(work, (9, 0))
     assert (None if found is None else found.name) == regime
     assert _dispatch.provider(work, (9, 0), torch.bfloat16) == backend
+
+
+def test_a_regime_of_clusters_needs_them() -> None:
+    work = _dispatch.Work("logits_ppo_loss", 8192 * 151936)
+    assert _dispatch.provider(work, (8, 0), torch.bfloat16) == "triton"
+    assert _dispatch.provider(work, (10, 0), torch.bfloat16) == "cuda"
 
 
 def test_a_compiled_graph_chooses_as_eager_does(monkeypatch: pytest.MonkeyPatch) -> None:

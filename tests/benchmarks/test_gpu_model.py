@@ -276,10 +276,13 @@ def test_a_call_is_the_sum_of_its_steps_and_gaps() -> None:
 
 
 def test_each_goal_is_judged_by_its_default_backend() -> None:
-    """Dispatch by shapes: time-major and few long sequences, and few logits, go to CUDA C++."""
-    chosen = {goal.case.shape.name: predict.default_of(goal.case) for goal in count.gpu_goals()}
-    assert chosen["envs-8"] == chosen["long-16x64k"] == chosen["qwen-m64"] == "cuda"
-    assert chosen["qwen-r1"] == chosen["rlhf-512x8k"] == "triton"
+    """Dispatch by shapes; logits_ppo_loss has a goal for each, as their kernels differ."""
+    chosen = {(goal.case.op, goal.case.shape.name, goal.provider) for goal in count.gpu_goals()}
+    native = {(op, shape) for op, shape, provider in chosen if "cuda" in provider}
+    assert {("gae", "envs-8"), ("gae", "long-16x64k"), ("token_logprobs", "qwen-m64")} < native
+    assert ("logits_ppo_loss", "qwen-r1", "ppo_fast-triton-inplace") in chosen
+    assert ("logits_ppo_loss", "qwen-r1", "ppo_fast-cuda-inplace") in chosen
+    assert ("gae", "rlhf-512x8k", "ppo_fast-triton") in chosen
 
 
 def test_a_new_kernel_is_refused_by_name() -> None:
