@@ -1,6 +1,7 @@
 """Compiled Triton kernels to carry to a GPU machine: `python -m benchmarks.gpu.kernel_cache ...`.
 
-    pack FILE [OP ...]   compile what the smoke test launches for sm_90, without a GPU
+    pack FILE [OP ...]   compile what the smoke test and the goals launch on sm_90, without a GPU;
+                         of the ops named, the smoke test's alone
     unpack FILE          add that to Triton's own cache here, if its build is the one that made it
 
 Triton finds a kernel by a hash of itself (its files, and so the Python it was built for), of the
@@ -44,21 +45,25 @@ def identity() -> dict[str, str]:
 
 
 def compile_all(folder: Path, ops: Sequence[str]) -> int:
-    """Compile the kernels of the smoke test's calls into the folder; how many there are."""
+    """Compile the kernels of the calls into the folder; how many there are."""
     os.environ["TRITON_CACHE_DIR"] = str(folder)
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # what a launch reads, and no more
     import triton
 
-    from benchmarks.gpu import fake_driver
+    from benchmarks.gpu import count, fake_driver
     from ppo_fast.testing import FACTORIES, HEADS, run
 
     with fake_driver.recording() as record:
         for op, factory in (FACTORIES | HEADS).items():
             if not ops or op in ops:
                 run(factory(), "triton")
-    for variant in record.variants:
+    variants = record.variants
+    if not ops:
+        _, goals, _ = count.calls(native=False, triton=True)
+        variants += [launch.variant for launch in goals.launch.values()]
+    for variant in variants:
         triton.compile(variant.source(), target=fake_driver.TARGET, options=variant.options)
-    return len(record.variants)
+    return len(variants)
 
 
 def pack(path: Path, ops: Sequence[str] = ()) -> None:
