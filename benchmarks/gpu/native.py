@@ -34,6 +34,7 @@ class NativeLaunch(NamedTuple):
     shared: int  # dynamic
     blocks: int | None  # None: as many as are resident
     rows: int = 0  # (row, warp) or (slice, warp) pairs: how often a warp begins one
+    writes: bool = True  # the call's results
 
 
 @functools.cache
@@ -182,5 +183,13 @@ def _gae(first: int, second: int, time_major: bool) -> list[NativeLaunch]:
     whole = count >= MULTIPROCESSORS or steps <= 8 * p["chunk_steps"]
     blocks = count * (1 if whole else _up(steps, p["chunk_steps"]))
     geometry = (p["row_threads"], p["block_bytes"], blocks)
-    launch = NativeLaunch("gae", "advantage_blocks_kernel", pattern, *geometry)
-    return [launch] if whole else [launch, launch]
+    return [
+        NativeLaunch(
+            "gae",
+            "advantage_blocks_kernel",
+            rf"{pattern}EELNS0_4PassE{each}E",
+            *geometry,
+            writes=each != p["pass_maps"],
+        )
+        for each in ([p["pass_whole"]] if whole else [p["pass_maps"], p["pass_apply"]])
+    ]

@@ -32,10 +32,6 @@ struct SequenceLayout {
   int64_t pitch;  // from a sequence's first step to the next one's, of dense steps
 };
 
-// Task of a block: a whole sequence (whole), or one chunk, of which it stores the map (maps) or to
-// which it applies the stored maps of the later chunks (apply).
-enum class Pass : int { whole, maps, apply };
-
 // First and last live step of a chunk, counted from its start; -1: none.
 struct ChunkLive {
   int first, last;
@@ -48,7 +44,7 @@ struct AdvantageArgs {
   Output rewards, kl;  // rlhf_advantages' own, else absent
   bool carry;          // masked steps are as if absent, else they are zeros
   float gamma, decay;
-  Pass pass;
+  bool maps_only;       // the launch stores maps of chunks and nothing of their steps
   int lanes;            // a sequence's, where a warp holds several
   int64_t chunks_each;  // chunks of every sequence; 0 where packed
   void* maps;           // AffineMap of every chunk

@@ -68,7 +68,7 @@ struct RlhfSource {
       const float more = per_token ? clipped(score[i]) : row.score;
       u.reward[i] = added ? u.reward[i] + more : u.reward[i];
     }
-    if (n == 0 || args.base.pass == Pass::maps) return u;
+    if (n == 0 || args.base.maps_only) return u;
     store_steps<dense>(args.base.rewards, s, t, n, u.reward);
     store_steps<dense>(args.base.kl, s, t, n, kl);
     return u;
