@@ -22,6 +22,11 @@ struct Output {
   int64_t seq, step;
 };
 
+// Steps are dense where all inputs are fp32, and they, the mask and the outputs lie alike: in
+// rows, a sequence's steps side by side and its neighbours equally far apart; in columns, the
+// sequences side by side and their steps equally far apart. One offset serves all of them.
+enum class Dense : int { no, rows, columns };
+
 // Starts and lengths of sequences: `length` steps each, or offsets (count + 1,) into `length` flat
 // slots.
 struct SequenceLayout {
@@ -29,7 +34,8 @@ struct SequenceLayout {
   bool wide;  // 64-bit offsets
   int64_t stride;
   int64_t count, length;
-  int64_t pitch;  // from a sequence's first step to the next one's, of dense steps
+  int64_t pitch;  // of dense rows, from a sequence's first step to the next one's; of dense
+                  // columns, from a step to the next one
 };
 
 // First and last live step of a chunk, counted from its start; -1: none.

@@ -114,9 +114,10 @@ PPO_DEVICE float next_behind(const AdvantageArgs& args, const Work& w, const Row
     if (step < 0 && row.slot >= behind) step = row.slot;
   }
   if (step < 0) return number_of(args.bootstrap, w.span, 0.f);
-  const bool kept = load_flags<false>(args.mask, w.span, step, 1) != 0 || step == row.slot;
+  const bool kept = load_flags<Dense::no>(args.mask, w.span, step, 1) != 0 || step == row.slot;
   float value[kGroupSteps];
-  decode<false>(load_quad<false>(args.values, w.span, step, kept), args.values.dtype, value);
+  decode<Dense::no>(load_quad<Dense::no>(args.values, w.span, step, kept), args.values.dtype,
+                    value);
   return value[0];
 }
 
@@ -210,7 +211,8 @@ PPO_DEVICE void walk_block(const Source& source, const Work& w, MomentSum& momen
   }
   AffineMap<kExtras> chunk;
   for (; t >= begin; t -= kChunkSteps) {
-    chunk = take_chunk<Source, kPass>(args, w.span, t, groups.take(t), next, later, moments, shared);
+    chunk =
+        take_chunk<Source, kPass>(args, w.span, t, groups.take(t), next, later, moments, shared);
     later = apply(chunk, later);
   }
   if constexpr (kPass == Pass::maps) {
@@ -236,7 +238,7 @@ static __global__ void __launch_bounds__(kRowThreads)
   if (w.begin == w.end) return;
   const int here = int(threadIdx.x) * kGroupSteps;
   const int64_t t = w.begin * kChunkSteps + here;
-  const unsigned bits = flag_bits(load_flags<false>(args.mask, w.span, t, w.span.exist(t)));
+  const unsigned bits = flag_bits(load_flags<Dense::no>(args.mask, w.span, t, w.span.exist(t)));
   const int first = bits ? here + __ffs(int(bits)) - 1 : kChunkSteps;
   const int last = bits ? here + 31 - __clz(int(bits)) : -1;
   const int lowest = block_reduce(first, Min{}, shared.first_live);

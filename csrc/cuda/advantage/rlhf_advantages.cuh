@@ -8,7 +8,8 @@ namespace ppo::cuda {
 
 struct RlhfSource {
   using Args = RlhfArgs;
-  static constexpr bool extras = false, dense = false;
+  static constexpr bool extras = false;
+  static constexpr Dense dense = Dense::no;
   static constexpr bool needs_last = true;
   static constexpr int resident = 2;
 

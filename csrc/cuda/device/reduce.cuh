@@ -138,15 +138,14 @@ PPO_DEVICE Moments block_moments(const ShiftedSums& mine, ShiftedSums* scratch) 
 }
 
 // Stores this block's moments (the first thread's) to parts[block]; the last of `blocks`
-// blocks merges all parts in index order into out (3,). Returns whether this was the last block.
-PPO_DEVICE bool leave_moments(const Moments& mine, int64_t block, int64_t blocks, Moments* parts,
+// blocks merges all parts in one fixed order into out (3,). Returns whether this was the last
+// block.
+PPO_DEVICE bool leave_moments(const Moments& mine, unsigned block, unsigned blocks, Moments* parts,
                               double* out, unsigned* counter, ShiftedSums* scratch) {
   if (threadIdx.x == 0) parts[block] = mine;
-  if (!arrives_last(counter, unsigned(blocks))) return false;
-  const int64_t each = (blocks + blockDim.x - 1) / blockDim.x, first = threadIdx.x * each;
-  const int64_t end = first + each < blocks ? first + each : blocks;
+  if (!arrives_last(counter, blocks)) return false;
   ShiftedSums sums;
-  for (int64_t i = first; i < end; ++i) {
+  for (unsigned i = threadIdx.x; i < blocks; i += blockDim.x) {
     const Moments part = parts[i];
     sums.add({part.n, part.mean, 0.0, part.m2});
   }
