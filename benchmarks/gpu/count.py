@@ -77,6 +77,11 @@ def steps(code: Sequence[Instruction]) -> int:
     return moved(tally(code).get("stores", {})) // 8
 
 
+def blocks_steps(code: Sequence[Instruction]) -> int:
+    """Elements of a loop that writes two fp32 for each, or reads as many, four at a time."""
+    return steps(code) or 2 * tally(code).get("loads", {}).get("16", 0)
+
+
 def tokens(code: Sequence[Instruction]) -> int:
     """Elements of a loop that writes two gradients for each, or reads five fp32 of each."""
     return steps(code) or moved(tally(code).get("loads", {})) // 20
@@ -111,7 +116,7 @@ ROLES: dict[str, tuple[Role, ...]] = {
     "logprobs_gradient_kernel": (_GRADIENT,),
     "logits_ppo_cluster": (_SCAN, _GRADIENT),
     "ppo_loss_kernel": _TOKENS,
-    "advantage_blocks_kernel": _STEPS,
+    "advantage_blocks_kernel": (Role("tile", blocks_steps),),
     "gae_slabs_kernel": _STEPS,
     "scale_kernel": (Role("pass", streamed),),
 }
@@ -289,7 +294,7 @@ def _native_steps(step: Native, named: Named) -> Iterator[Counts]:
             "blocks": launch.blocks,  # None: as many as are resident
             "elements": elements if step.op != "scaled_" else 0,
             "rows": launch.rows,
-            "bytes": step.moved if streams else 0,
+            "bytes": step.moved - (0 if launch.writes else step.written) if streams else 0,
         }
 
 

@@ -318,7 +318,7 @@ class _Worth:
     The bytes of global accesses come first, those of shared ones next, and then the fewest
     instructions: what is optional is not there, and what is there is moved. Where there is a
     16-byte load (or store), narrower ones are for rows that do not allow it: they count against a
-    path. So does a call, the slow way of a division.
+    path. So does a byte, a flag of an optional mask, and a call, the slow way of a division.
     """
 
     def __init__(self, blocks: Iterable[list[Instruction]]) -> None:
@@ -332,7 +332,7 @@ class _Worth:
         worth = 0
         for x in block:
             if x.kind in ("LDG", "STG", "LD", "ST"):
-                narrow = width(x) < 16 and x.kind in self.wide
+                narrow = width(x) == 1 or (width(x) < 16 and x.kind in self.wide)
                 worth += -_BYTE if narrow else _BYTE * width(x)
             elif x.kind in ("LDS", "STS"):
                 worth += _SHARED_BYTE * width(x)

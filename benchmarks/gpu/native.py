@@ -34,6 +34,7 @@ class NativeLaunch(NamedTuple):
     shared: int  # dynamic
     blocks: int | None  # None: as many as are resident
     rows: int = 0  # (row, warp) or (slice, warp) pairs: how often a warp begins one
+    writes: bool = True  # the call's results
 
 
 @functools.cache
@@ -175,12 +176,21 @@ def _gae(first: int, second: int, time_major: bool) -> list[NativeLaunch]:
         rows = max(lanes, least // p["abreast"])
         blocks = _up(count, p["abreast"] * (rows // lanes))
         geometry = (rows * p["abreast"], p["slab_bytes"], blocks)
-        return [NativeLaunch("gae", "gae_slabs_kernel", "gae_slabs_kernelILb0E", *geometry)]
+        pattern = rf"gae_slabs_kernelILb0ELNS0_5DenseE{p['dense_columns']}E"
+        return [NativeLaunch("gae", "gae_slabs_kernel", pattern, *geometry)]
     if steps <= p["chunk_steps"]:
         raise NotImplementedError("native: gae of short rows is not described")
-    pattern = r"advantage_blocks_kernelI\w*GaeSourceILb0ELb1E"
+    pattern = rf"advantage_blocks_kernelI\w*GaeSourceILb0ELNS0_5DenseE{p['dense_rows']}E"
     whole = count >= MULTIPROCESSORS or steps <= 8 * p["chunk_steps"]
     blocks = count * (1 if whole else _up(steps, p["chunk_steps"]))
     geometry = (p["row_threads"], p["block_bytes"], blocks)
-    launch = NativeLaunch("gae", "advantage_blocks_kernel", pattern, *geometry)
-    return [launch] if whole else [launch, launch]
+    return [
+        NativeLaunch(
+            "gae",
+            "advantage_blocks_kernel",
+            rf"{pattern}EELNS0_4PassE{each}E",
+            *geometry,
+            writes=each != p["pass_maps"],
+        )
+        for each in ([p["pass_whole"]] if whole else [p["pass_maps"], p["pass_apply"]])
+    ]

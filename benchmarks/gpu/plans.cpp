@@ -42,6 +42,11 @@ int main(int, char** sizes) {
   say("row_threads", kRowThreads);
   say("block_bytes", sizeof(BlockShared<false>));
   say("chunk_steps", kChunkSteps);
+  say("dense_rows", int(Dense::rows));
+  say("dense_columns", int(Dense::columns));
+  say("pass_whole", int(Pass::whole));
+  say("pass_maps", int(Pass::maps));
+  say("pass_apply", int(Pass::apply));
   say("slab_steps", kSlab);
   say("slabs", kSlabs);
   say("abreast", kAbreast<false>);

@@ -51,6 +51,7 @@ class Native(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]  # of its tensors
     itemsize: int  # of the largest
     moved: int  # bytes: every argument read and every result written
+    written: int  # those of the results
     time_major: bool
 
 
@@ -146,8 +147,9 @@ class _Recorder(TorchDispatchMode):
             written.append(narrow if op.endswith("_bf16_") else main)
         time_major = any(x is True for x in args) and op == "gae"
         shapes = tuple(tuple(x.shape) for x in tensors)
-        moved = sum(map(_bytes, tensors + written))
-        self.steps.append(Native(op, shapes, main.element_size(), moved, time_major))
+        stored = sum(map(_bytes, written))
+        moved = sum(map(_bytes, tensors)) + stored
+        self.steps.append(Native(op, shapes, main.element_size(), moved, stored, time_major))
         return out
 
 

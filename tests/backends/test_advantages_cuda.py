@@ -109,6 +109,20 @@ def test_time_major_gives_the_same_bits(
         assert same_bits(got[name].T[some].contiguous(), x), name
 
 
+@pytest.mark.parametrize("mask", [None, "random"])
+@pytest.mark.parametrize("steps", [5, 100])
+def test_time_major_of_any_stride_gives_the_same_bits(
+    kernel: str, device: str, steps: int, mask: str | None
+) -> None:
+    """Columns side by side, where one offset serves all tensors, and columns apart."""
+    options: dict[str, Any] = {"mask": mask, "extras": ("bootstrap",), "time_major": True}
+    call = gae_call((steps, 70), device=device, **options)
+    tables = {k: v for k, v in call.tensors.items() if v.dim() == 2}
+    apart = call.replace(**{k: v.repeat_interleave(2, 1)[:, ::2] for k, v in tables.items()})
+    a, b = run(call, kernel), run(apart, kernel)
+    assert all(same_bits(a[k], b[k]) for k in a)
+
+
 @pytest.mark.parametrize("op", ["gae", "rlhf_advantages"])
 def test_every_walk_gives_the_same_moments(kernel: str, device: str, op: str) -> None:
     """To rounding: who adds what is the launch's choice."""

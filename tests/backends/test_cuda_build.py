@@ -126,10 +126,12 @@ def test_clusters_move_16_bytes(dtype: str, architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("walk", ["warps", "blocks"])
-def test_advantages_move_16_bytes(walk: str, dense: bool, architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("walk", "task"), [("warps", ""), ("blocks", "LNS0_4PassE0E"), ("blocks", "LNS0_4PassE2E")]
+)
+def test_advantages_move_16_bytes(walk: str, task: str, dense: bool, architecture: str) -> None:
     """Rewards and values before the loop and in it; advantages and returns."""
-    kernel = f"advantage_{walk}_kernelI\\w*GaeSourceILb0ELb{dense:d}E"
+    kernel = f"advantage_{walk}_kernelI\\w*GaeSourceILb0ELNS0_5DenseE{dense:d}EEE{task}"
     code = code_of("gae", kernel, architecture)
     names = collections.Counter(x.name for x in code)
     assert names["LDG.E.128"] >= 4 and names["STG.E.128"] >= 2
@@ -142,7 +144,7 @@ def test_long_sequences_fill_a_multiprocessor() -> None:
     dense = {
         kernel.architecture: 65536 // (256 * kernel.registers)
         for kernel in nvcc.kernels(nvcc.compiled(source).log)
-        if re.search(r"advantage_blocks_kernelI\w*GaeSourceILb0ELb1E", kernel.name)
+        if re.search(r"advantage_blocks_kernelI\w*GaeSourceILb0ELNS0_5DenseE1E", kernel.name)
     }
     assert dense.keys() == {f"sm_{name}" for name in _cflags.ARCHITECTURES}
     assert all(blocks >= (3 if name == "sm_100" else 4) for name, blocks in dense.items())

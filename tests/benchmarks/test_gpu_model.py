@@ -10,6 +10,7 @@ import pytest
 from benchmarks.gpu import count, predict, tally
 from benchmarks.gpu.machine_code import Code, Instruction, Resources, innermost, parse, width
 from benchmarks.gpu.predict import CLOCK, DRAM, FIRST, LOAD, MULTIPROCESSORS, START, TORCH
+from benchmarks.gpu.trace import Native
 
 
 def listing(*lines: str) -> list[Instruction]:
@@ -48,6 +49,13 @@ def test_loops_are_found_with_the_wide_way_through_them() -> None:
     assert [x.address for x in code.once()] == [0x00, 0xB0, 0xC0]
     (inside,) = innermost(NESTED)
     assert inside.count("LDG.E") == 2 and inside.count("LDG.E.128") == 1 and len(inside) == 8
+
+
+@pytest.mark.parametrize(("access", "kept"), [("LDG.E.U8", False), ("LDG.E.U16", True)])
+def test_a_way_through_flags_is_an_optional_mask_s(access: str, kept: bool) -> None:
+    lines = ("@P0 BRA 0x20", f"{access} R2, [R4.64]", "LDG.E R3, [R6.64]", "EXIT")
+    names = [x.name for x in Code(listing(*lines)).once()]
+    assert (access in names) == kept and names[-2:] == ["LDG.E", "EXIT"]
 
 
 def test_a_narrow_way_alone_is_counted() -> None:
@@ -173,6 +181,22 @@ def test_residency(registers: int, threads: int, shared: int, blocks: int) -> No
     assert tally.residency(Resources(registers, 0, 1024), threads, shared) == blocks
 
 
+def test_a_loop_that_only_reads_four_steps_has_them() -> None:
+    load, store = "LDG.E.128 R4, [R2.64]", "STG.E.128 [R2.64], R4"
+    assert count.blocks_steps(listing(load, load)) == 4  # rewards and values, for a chunk's map
+    assert count.blocks_steps(listing(load, load, store, store)) == 4
+    assert count.blocks_steps(listing("LDG.E.64 R4, [R2.64]")) == 0  # maps of chunks
+
+
+def test_the_first_of_two_passes_writes_no_step() -> None:
+    """16 long sequences: a block a chunk, twice; the outputs' 8 bytes a step are the second's."""
+    call = Native("gae", ((16, 65536),), 4, moved=16 << 20, written=8 << 20, time_major=False)
+    maps, whole = list(count._native_steps(call, count.Named()))
+    assert (maps["blocks"], whole["blocks"]) == (1024, 1024)
+    assert (maps["bytes"], whole["bytes"]) == (8 << 20, 16 << 20)
+    assert maps["kernel"] != whole["kernel"]
+
+
 def kernel(**parts: Any) -> dict[str, Any]:
     return {"threads": 128, "resident": 4, "once": {"instructions": 0}} | parts
 
@@ -229,6 +253,17 @@ def test_waves_are_whole_and_the_last_block_comes_last() -> None:
     late = predict.kernel_cost(kernel(once=once, last_block={"instructions": 300}), step())
     cycles = 300 * predict.LATENCY / predict.INDEPENDENT
     assert late.seconds == pytest.approx(one + cycles / CLOCK + LOAD)
+
+
+def test_a_last_block_s_loads_find_the_l2() -> None:
+    """Two rounds of what other blocks have just written; one's own loads come from DRAM."""
+    last = {"instructions": 300}
+    none = predict.kernel_cost(kernel(last_block=last), step()).seconds
+    some = predict.kernel_cost(kernel(last_block=last | {"rounds": 2}), step()).seconds
+    assert some - none == pytest.approx(2 * predict.LOAD_L2)
+    once = {"instructions": 0, "rounds": 2}
+    own = predict.kernel_cost(kernel(once=once, last_block=last), step()).seconds
+    assert own - none == pytest.approx(LOAD)  # of two, DRAM's own latency hides one
 
 
 def test_what_a_row_costs_is_in_it() -> None:

@@ -22,6 +22,11 @@ struct Output {
   int64_t seq, step;
 };
 
+// Steps are dense where all inputs are fp32, and they, the mask and the outputs lie alike: in
+// rows, a sequence's steps side by side and its neighbours equally far apart; in columns, the
+// sequences side by side and their steps equally far apart. One offset serves all of them.
+enum class Dense : int { no, rows, columns };
+
 // Starts and lengths of sequences: `length` steps each, or offsets (count + 1,) into `length` flat
 // slots.
 struct SequenceLayout {
@@ -29,12 +34,9 @@ struct SequenceLayout {
   bool wide;  // 64-bit offsets
   int64_t stride;
   int64_t count, length;
-  int64_t pitch;  // from a sequence's first step to the next one's, of dense steps
+  int64_t pitch;  // of dense rows, from a sequence's first step to the next one's; of dense
+                  // columns, from a step to the next one
 };
-
-// Task of a block: a whole sequence (whole), or one chunk, of which it stores the map (maps) or to
-// which it applies the stored maps of the later chunks (apply).
-enum class Pass : int { whole, maps, apply };
 
 // First and last live step of a chunk, counted from its start; -1: none.
 struct ChunkLive {
@@ -48,7 +50,7 @@ struct AdvantageArgs {
   Output rewards, kl;  // rlhf_advantages' own, else absent
   bool carry;          // masked steps are as if absent, else they are zeros
   float gamma, decay;
-  Pass pass;
+  bool maps_only;       // the launch stores maps of chunks and nothing of their steps
   int lanes;            // a sequence's, where a warp holds several
   int64_t chunks_each;  // chunks of every sequence; 0 where packed
   void* maps;           // AffineMap of every chunk

@@ -8,6 +8,10 @@
 
 namespace ppo::cuda {
 
+// Task of a block: a whole sequence (whole), or one chunk, of which it stores the map (maps) or to
+// which it applies the stored maps of the later chunks (apply).
+enum class Pass : int { whole, maps, apply };
+
 template <bool kExtras>
 struct BlockShared {
   NextValue next_values[kTiles];
@@ -44,9 +48,8 @@ PPO_DEVICE int64_t sequence_of_chunk(const AdvantageArgs& args, int64_t index) {
   return before > 0 ? before - 1 : 0;
 }
 
-PPO_DEVICE Work work_of_block(const AdvantageArgs& args) {
+PPO_DEVICE Work work_of_block(const AdvantageArgs& args, bool whole) {
   const int64_t index = blockIdx.x;
-  const bool whole = args.pass == Pass::whole;
   const int64_t seq = whole ? index : sequence_of_chunk(args, index);
   Work w;
   w.span = sequence_at(args.seqs, seq);
@@ -111,9 +114,10 @@ PPO_DEVICE float next_behind(const AdvantageArgs& args, const Work& w, const Row
     if (step < 0 && row.slot >= behind) step = row.slot;
   }
   if (step < 0) return number_of(args.bootstrap, w.span, 0.f);
-  const bool kept = load_flags<false>(args.mask, w.span, step, 1) != 0 || step == row.slot;
+  const bool kept = load_flags<Dense::no>(args.mask, w.span, step, 1) != 0 || step == row.slot;
   float value[kGroupSteps];
-  decode<false>(load_quad<false>(args.values, w.span, step, kept), args.values.dtype, value);
+  decode<Dense::no>(load_quad<Dense::no>(args.values, w.span, step, kept), args.values.dtype,
+                    value);
   return value[0];
 }
 
@@ -156,7 +160,7 @@ PPO_DEVICE float next_of_tile(const NextValue* next_values, float& next) {
 }
 
 // Processes one chunk and returns its map.
-template <class Source>
+template <class Source, Pass kPass>
 PPO_DEVICE AffineMap<Source::extras> take_chunk(const AdvantageArgs& args, const Sequence& span,
                                                 int64_t t,
                                                 const StepGroupOf<Source::extras>& group,
@@ -176,23 +180,22 @@ PPO_DEVICE AffineMap<Source::extras> take_chunk(const AdvantageArgs& args, const
   if (lane_id() == 0) shared.totals[warp_id()] = total;
   __syncthreads();
   const AffineMap<Source::extras> tiles = fold_tiles(shared.totals, chunk);
-  if (args.pass != Pass::maps) {
+  if constexpr (kPass != Pass::maps) {
     finish<Source::dense>(args, span, t, group, maps, apply(behind, apply(tiles, later)), moments);
   }
   return chunk;
 }
 
-template <class Source>
+template <class Source, Pass kPass>
 PPO_DEVICE void walk_block(const Source& source, const Work& w, MomentSum& moments,
                            BlockShared<Source::extras>& shared) {
   constexpr bool kExtras = Source::extras;
   const AdvantageArgs& args = source.args.base;
-  const bool whole = args.pass == Pass::whole;
   AffineMap<kExtras>* const left = static_cast<AffineMap<kExtras>*>(args.maps) + w.slot;
   int64_t last = -1;
   if constexpr (Source::needs_last) {
-    last = whole ? last_live_in_block(args.mask, w.span, shared.last)
-                 : last_live_of_chunks(args.live + w.slot, w.chunks);
+    last = kPass == Pass::whole ? last_live_in_block(args.mask, w.span, shared.last)
+                                : last_live_of_chunks(args.live + w.slot, w.chunks);
   }
   const typename Source::Row row = source.open(w.span, last);
   int64_t t = (w.end - 1) * kChunkSteps + int64_t(threadIdx.x) * kGroupSteps;
@@ -200,7 +203,7 @@ PPO_DEVICE void walk_block(const Source& source, const Work& w, MomentSum& momen
   StepGroups<Source> groups(source, row, w.span, t, begin, kChunkSteps);
   float next = next_behind(args, w, row);
   Later later{0.f, 0.f};
-  if (args.pass == Pass::apply) {
+  if constexpr (kPass == Pass::apply) {
     if (warp_id() == 0) later = fold_chunks(left + w.end, w.chunks - w.end);
     if (threadIdx.x == 0) shared.later = later;
     __syncthreads();
@@ -208,31 +211,34 @@ PPO_DEVICE void walk_block(const Source& source, const Work& w, MomentSum& momen
   }
   AffineMap<kExtras> chunk;
   for (; t >= begin; t -= kChunkSteps) {
-    chunk = take_chunk<Source>(args, w.span, t, groups.take(t), next, later, moments, shared);
+    chunk =
+        take_chunk<Source, kPass>(args, w.span, t, groups.take(t), next, later, moments, shared);
     later = apply(chunk, later);
   }
-  if (args.pass == Pass::maps && threadIdx.x == 0) left[w.begin] = chunk;  // there was one
+  if constexpr (kPass == Pass::maps) {
+    if (threadIdx.x == 0) left[w.begin] = chunk;  // there was one
+  }
 }
 
-template <class Source>
+template <class Source, Pass kPass>
 __global__ void __launch_bounds__(kRowThreads, Source::resident)
     advantage_blocks_kernel(const __grid_constant__ typename Source::Args args) {
   auto& shared = *shared_memory<BlockShared<Source::extras>>();
-  const Work w = work_of_block(args.base);
+  const Work w = work_of_block(args.base, kPass == Pass::whole);
   MomentSum moments;
-  if (w.begin < w.end) walk_block(Source{args}, w, moments, shared);
-  if (args.base.pass != Pass::maps) leave(args.base, moments, shared.moments);
+  if (w.begin < w.end) walk_block<Source, kPass>(Source{args}, w, moments, shared);
+  if constexpr (kPass != Pass::maps) leave(args.base, moments, shared.moments);
 }
 
 // First and last live step of every chunk, for the two passes.
 static __global__ void __launch_bounds__(kRowThreads)
     chunk_live_kernel(const __grid_constant__ AdvantageArgs args) {
   auto& shared = *shared_memory<BlockShared<false>>();
-  const Work w = work_of_block(args);
+  const Work w = work_of_block(args, false);
   if (w.begin == w.end) return;
   const int here = int(threadIdx.x) * kGroupSteps;
   const int64_t t = w.begin * kChunkSteps + here;
-  const unsigned bits = flag_bits(load_flags<false>(args.mask, w.span, t, w.span.exist(t)));
+  const unsigned bits = flag_bits(load_flags<Dense::no>(args.mask, w.span, t, w.span.exist(t)));
   const int first = bits ? here + __ffs(int(bits)) - 1 : kChunkSteps;
   const int last = bits ? here + 31 - __clz(int(bits)) : -1;
   const int lowest = block_reduce(first, Min{}, shared.first_live);

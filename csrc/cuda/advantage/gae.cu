@@ -10,14 +10,19 @@ namespace {
 
 constexpr int kLeastSlabThreads = 128;
 
-// Whether the steps are dense (see steps.cuh), at addresses that vectors of four may have.
-bool are_dense(GaeArgs& args) {
+// Whether the steps are dense: in rows, at addresses that vectors of four may have; in columns,
+// with offsets of 32 bits.
+bool are_dense(GaeArgs& args, Dense how) {
   AdvantageArgs& a = args.base;
-  a.seqs.pitch = a.values.seq;
-  const auto aligned = [](const void* p, size_t bytes) {
-    return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+  const bool rows = how == Dense::rows;
+  a.seqs.pitch = rows ? a.values.seq : a.values.step;
+  if (!rows && a.seqs.count + a.seqs.length * a.seqs.pitch > INT32_MAX) return false;
+  const auto aligned = [&](const void* p, size_t bytes) {
+    return !rows || reinterpret_cast<uintptr_t>(p) % bytes == 0;
   };
-  const auto alike = [&](const auto& x) { return x.seq == a.values.seq && x.step == 1; };
+  const auto alike = [&](const auto& x) {
+    return x.seq == (rows ? a.seqs.pitch : 1) && x.step == (rows ? 1 : a.seqs.pitch);
+  };
   const auto input = [&](const Steps& x) {
     return alike(x) && x.dtype == DType::f32 && aligned(x.data, sizeof(Quad));
   };
@@ -26,24 +31,31 @@ bool are_dense(GaeArgs& args) {
          (!a.mask.data || (alike(a.mask) && aligned(a.mask.data, kGroupSteps)));
 }
 
-template <bool kExtras>
-void run_as(GaeArgs& args, const Layout& layout) {
-  const Device device(layout.main());
+template <bool kExtras, Dense kDense>
+void run_slabs(GaeArgs& args, const Layout& layout, const Device& device) {
   const SequenceLayout& s = args.base.seqs;
-  const Regime regime = regime_of(s, layout);
-  if (regime != Regime::slabs) {
-    return !kExtras && are_dense(args)
-               ? run<GaeSource<false, true>>(args, layout, regime, device)
-               : run<GaeSource<kExtras, false>>(args, layout, regime, device);
-  }
   args.base.lanes = cover(s.length, kSlab, kSlabs);
   const int rows = std::max(args.base.lanes, kLeastSlabThreads / kAbreast<kExtras>);
   const int64_t blocks = ceil_div(s.count, kAbreast<kExtras> * (rows / args.base.lanes));
   const Tensor workspace = workspace_for(args.base, layout.main(), blocks, 0, device);
-  launch(layout.op(), gae_slabs_kernel<kExtras>,
+  launch(layout.op(), gae_slabs_kernel<kExtras, kDense>,
          {dim3(unsigned(blocks)), dim3(unsigned(rows * kAbreast<kExtras>)),
           sizeof(SlabShared<kExtras>), 1, device.stream()},
          args);
+}
+
+template <bool kExtras>
+void run_as(GaeArgs& args, const Layout& layout) {
+  const Device device(layout.main());
+  const Regime regime = regime_of(args.base.seqs, layout);
+  if (regime == Regime::slabs) {
+    return !kExtras && are_dense(args, Dense::columns)
+               ? run_slabs<false, Dense::columns>(args, layout, device)
+               : run_slabs<kExtras, Dense::no>(args, layout, device);
+  }
+  return !kExtras && are_dense(args, Dense::rows)
+             ? run<GaeSource<false, Dense::rows>>(args, layout, regime, device)
+             : run<GaeSource<kExtras, Dense::no>>(args, layout, regime, device);
 }
 
 // Whether there is an optional input other than mask and bootstrap, or two lambdas.

@@ -6,12 +6,14 @@
 namespace ppo::cuda {
 
 // Steps of gae. kExtras: any of the optional inputs, or two lambdas; otherwise rewards, values, a
-// mask and a bootstrap. kDense: those are (see steps.cuh).
-template <bool kExtras, bool kDense>
+// mask and a bootstrap. kDense: how those lie.
+template <bool kExtras, Dense kDense>
 struct GaeSource {
-  static_assert(!kExtras || !kDense, "the optional inputs of dense steps may lie anywhere");
+  static_assert(!kExtras || kDense == Dense::no,
+                "the optional inputs of dense steps may lie anywhere");
   using Args = GaeArgs;
-  static constexpr bool extras = kExtras, dense = kDense;
+  static constexpr bool extras = kExtras;
+  static constexpr Dense dense = kDense;
   static constexpr bool needs_last = false;
   // Blocks at least, as registers allow. (For sm_100, ptxas 13.0 keeps more in registers and
   // spills with four.)
@@ -20,7 +22,7 @@ struct GaeSource {
 #else
   static constexpr int dense_blocks = 4;
 #endif
-  static constexpr int resident = kDense ? dense_blocks : kExtras ? 2 : 3;
+  static constexpr int resident = kDense != Dense::no ? dense_blocks : kExtras ? 2 : 3;
 
   struct Row {
     static constexpr int64_t slot = -1;
@@ -46,15 +48,15 @@ struct GaeSource {
     raw.value = load_quad<kDense>(args.base.values, s, t, n);
     if constexpr (kExtras) {
       const auto load = [&](const Steps& v, int count) {
-        return load_quad<false>(v, s, t, v.data ? count : 0);
+        return load_quad<Dense::no>(v, s, t, v.data ? count : 0);
       };
       raw.after = load(args.next_values, n);
       raw.rho = load(args.rho, n);
       raw.c = load(args.c, n);
       raw.lam = load(args.lam, exist);
       raw.lam_ret = load(args.lam_returns, exist);
-      raw.terminated = args.terminated.data ? load_flags<false>(args.terminated, s, t, n) : 0;
-      raw.truncated = args.truncated.data ? load_flags<false>(args.truncated, s, t, n) : 0;
+      raw.terminated = args.terminated.data ? load_flags<Dense::no>(args.terminated, s, t, n) : 0;
+      raw.truncated = args.truncated.data ? load_flags<Dense::no>(args.truncated, s, t, n) : 0;
     }
     return raw;
   }
@@ -81,8 +83,6 @@ struct GaeSource {
     return u;
   }
 
-  PPO_DEVICE void store(const Sequence&, int64_t, const StepGroupOf<kExtras>&) const {}
-
  private:
   // The input where the mask keeps it, `neutral` elsewhere; `neutral` everywhere if the input is
   // absent.
@@ -97,7 +97,7 @@ struct GaeSource {
   // Factors of the recurrence: gamma * lambda, in double until the last rounding, times c.
   PPO_DEVICE void decays(const Steps& lam, const Quad& raw, bool per_step, unsigned live,
                          float number, const float* c, float* decay) const {
-    cuda::decode<false>(raw, lam.dtype, decay);
+    cuda::decode<Dense::no>(raw, lam.dtype, decay);
 #pragma unroll
     for (int i = 0; i < kGroupSteps; ++i) {
       const bool kept = !per_step || (live >> i & 1);
@@ -161,20 +161,20 @@ PPO_DEVICE void scan_slabs(AffineMap<kExtras>& total, AffineMap<kExtras> (&behin
   }
 }
 
-template <bool kExtras>
-PPO_DEVICE void walk_slabs(const GaeSource<kExtras, false>& source, const Sequence& span,
+template <bool kExtras, Dense kDense>
+PPO_DEVICE void walk_slabs(const GaeSource<kExtras, kDense>& source, const Sequence& span,
                            const Slab& at, MomentSum& moments, SlabShared<kExtras>& shared) {
   const AdvantageArgs& args = source.args.base;
-  const typename GaeSource<kExtras, false>::Row row = source.open(span, -1);
+  const typename GaeSource<kExtras, kDense>::Row row = source.open(span, -1);
   const int64_t tiles = (args.seqs.length + kTileSteps - 1) / kTileSteps;
   int64_t t = (tiles - 1) * kTileSteps + at.index * kSlab;
   float next = number_of(args.bootstrap, span, 0.f);
   Later later{0.f, 0.f};
   AffineMap<kExtras> chunk;
   for (int64_t tile = tiles - 1; tile >= 0; --tile, t -= kTileSteps) {
-    const uint32_t flags = load_flags<false>(args.mask, span, t, span.exist(t));
+    const uint32_t flags = load_flags<kDense>(args.mask, span, t, span.exist(t));
     const uint32_t more_flags =
-        load_flags<false>(args.mask, span, t + kGroupSteps, span.exist(t + kGroupSteps));
+        load_flags<kDense>(args.mask, span, t + kGroupSteps, span.exist(t + kGroupSteps));
     const auto raw = source.load(row, span, t, flags);
     const auto more_raw = source.load(row, span, t + kGroupSteps, more_flags);
     const StepGroupOf<kExtras> first = source.decode(row, span, t, flags, raw);
@@ -190,8 +190,8 @@ PPO_DEVICE void walk_slabs(const GaeSource<kExtras, false>& source, const Sequen
     AffineMap<kExtras> behind[2] = {more.of(0), {}};
     scan_slabs(total, behind, at, shared);
     const Later enters = apply(chunk, later);
-    finish<false>(args, span, t, first, maps, apply(behind[0], enters), moments);
-    finish<false>(args, span, t + kGroupSteps, second, more, apply(behind[1], enters), moments);
+    finish<kDense>(args, span, t, first, maps, apply(behind[0], enters), moments);
+    finish<kDense>(args, span, t + kGroupSteps, second, more, apply(behind[1], enters), moments);
     chunk = compose(total, chunk);
     if (tile % kTiles == 0) {
       later = apply(chunk, later);
@@ -201,7 +201,7 @@ PPO_DEVICE void walk_slabs(const GaeSource<kExtras, false>& source, const Sequen
 }
 
 // `lanes` slabs make a tile: a power of two, all of them where sequences are longer than a tile.
-template <bool kExtras>
+template <bool kExtras, Dense kDense>
 __global__ void __launch_bounds__(kSlabThreads<kExtras>, 1)
     gae_slabs_kernel(const __grid_constant__ GaeArgs args) {
   auto& shared = *shared_memory<SlabShared<kExtras>>();
@@ -211,9 +211,10 @@ __global__ void __launch_bounds__(kSlabThreads<kExtras>, 1)
   const Slab at{int(threadIdx.x) % kAbreast<kExtras>, row / slabs * slabs, row % slabs, slabs};
   const int64_t group = int64_t(blockIdx.x) * (rows / slabs) + row / slabs;
   const int64_t seq = group * kAbreast<kExtras> + at.column;
-  const Sequence span{seq, 0, seq < seqs.count ? seqs.length : 0, 0};
+  const int64_t steps = seq < seqs.count ? seqs.length : 0;
+  const Sequence span{seq, 0, steps, seq, formed_anew(uint32_t(seqs.pitch))};
   MomentSum moments;
-  walk_slabs(GaeSource<kExtras, false>{args}, span, at, moments, shared);
+  walk_slabs(GaeSource<kExtras, kDense>{args}, span, at, moments, shared);
   leave(args.base, moments, shared.moments);
 }
 

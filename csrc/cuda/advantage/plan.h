@@ -139,12 +139,13 @@ void run_blocks(typename Source::Args& args, const Layout& layout, bool whole,
   const Tensor workspace = workspace_for(a, layout.main(), blocks, whole ? 0 : chunks, device);
   const LaunchConfig config{dim3(unsigned(blocks)), dim3(kRowThreads),
                             sizeof(BlockShared<Source::extras>), 1, device.stream()};
-  a.pass = whole ? Pass::whole : Pass::maps;
-  a.scouted = !whole && a.mask.data && (a.carry || Source::needs_last);
+  if (whole) return launch(op, advantage_blocks_kernel<Source, Pass::whole>, config, args);
+  a.scouted = a.mask.data && (a.carry || Source::needs_last);
   if (a.scouted) launch(op, chunk_live_kernel, config, a);
-  if (!whole) launch(op, advantage_blocks_kernel<Source>, config, args);
-  a.pass = whole ? Pass::whole : Pass::apply;
-  launch(op, advantage_blocks_kernel<Source>, config, args);
+  a.maps_only = true;
+  launch(op, advantage_blocks_kernel<Source, Pass::maps>, config, args);
+  a.maps_only = false;
+  launch(op, advantage_blocks_kernel<Source, Pass::apply>, config, args);
 }
 
 template <class Source>

@@ -8,7 +8,8 @@ namespace ppo::cuda {
 
 struct RlhfSource {
   using Args = RlhfArgs;
-  static constexpr bool extras = false, dense = false;
+  static constexpr bool extras = false;
+  static constexpr Dense dense = Dense::no;
   static constexpr bool needs_last = true;
   static constexpr int resident = 2;
 
@@ -68,7 +69,7 @@ struct RlhfSource {
       const float more = per_token ? clipped(score[i]) : row.score;
       u.reward[i] = added ? u.reward[i] + more : u.reward[i];
     }
-    if (n == 0 || args.base.pass == Pass::maps) return u;
+    if (n == 0 || args.base.maps_only) return u;
     store_steps<dense>(args.base.rewards, s, t, n, u.reward);
     store_steps<dense>(args.base.kl, s, t, n, kl);
     return u;

@@ -10,6 +10,7 @@ namespace ppo::cuda {
 struct Sequence {
   int64_t seq, first, steps;  // `first`: its first slot where packed, else 0
   int64_t at;                 // of dense steps: elements before the first
+  uint32_t pitch = 0;         // of dense columns: from a step to the next one
 
   // Number of the four steps from t that exist.
   PPO_DEVICE int exist(int64_t t) const {
@@ -44,6 +45,13 @@ PPO_DEVICE int64_t formed_anew(int64_t x) {
   return x;
 }
 
+PPO_DEVICE uint32_t formed_anew(uint32_t x) {
+#ifndef PPO_EMULATE
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 template <class View>
 PPO_DEVICE int64_t offset_of(const View& v, const Sequence& s, int64_t t) {
   return formed_anew(s.seq) * v.seq + (formed_anew(s.first) + t) * v.step;
@@ -55,10 +63,24 @@ PPO_DEVICE bool together(const T* p, int64_t step, int n) {
          reinterpret_cast<uintptr_t>(p) % (kGroupSteps * sizeof(T)) == 0;
 }
 
-// Steps are dense where all inputs are fp32, and they, the mask and the outputs have their steps
-// side by side and their sequences equally far apart: one offset serves all of them.
+// The same of dense rows.
 PPO_DEVICE bool together(const Sequence& s, int n) {
   return n == kGroupSteps && s.at % kGroupSteps == 0;
+}
+
+// Calls f(i, offset) for the first n of the four steps from t, of dense columns.
+template <class F>
+PPO_DEVICE void for_column(const Sequence& s, int64_t t, int n, F f) {
+  uint32_t at = uint32_t(s.at) + uint32_t(t) * s.pitch;
+  if (n == kGroupSteps) {
+#pragma unroll
+    for (int i = 0; i < kGroupSteps; ++i, at += s.pitch) f(i, at);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroupSteps; ++i, at += s.pitch) {
+    if (i < n) f(i, at);
+  }
 }
 
 // Bits of four steps as loaded: fp32 words, or 2-byte elements in the first two words. Decoding
@@ -68,10 +90,15 @@ struct alignas(16) Quad {
 };
 
 // Loads the first n of the four steps from t; 0 elsewhere.
-template <bool kDense>
+template <Dense kDense>
 PPO_DEVICE Quad load_quad(const Steps& v, const Sequence& s, int64_t t, int n) {
   Quad q = {{0, 0, 0, 0}};
-  if constexpr (kDense) {
+  if constexpr (kDense == Dense::columns) {
+    const uint32_t* p = static_cast<const uint32_t*>(v.data);
+    for_column(s, t, n, [&](int i, uint32_t at) { q.word[i] = p[at]; });
+    return q;
+  }
+  if constexpr (kDense == Dense::rows) {
     const uint32_t* p = static_cast<const uint32_t*>(v.data) + (s.at + t);
     if (together(s, n)) return *reinterpret_cast<const Quad*>(p);
 #pragma unroll
@@ -101,11 +128,11 @@ PPO_DEVICE Quad load_quad(const Steps& v, const Sequence& s, int64_t t, int n) {
   return q;
 }
 
-template <bool kDense>
+template <Dense kDense>
 PPO_DEVICE void decode(const Quad& q, DType dtype, float* x) {
 #pragma unroll
   for (int i = 0; i < kGroupSteps; ++i) {
-    if (kDense || dtype == DType::f32) {
+    if (kDense != Dense::no || dtype == DType::f32) {
       x[i] = __uint_as_float(q.word[i]);
     } else {
       const uint16_t half = uint16_t(q.word[i / 2] >> (i % 2 * 16));
@@ -116,17 +143,20 @@ PPO_DEVICE void decode(const Quad& q, DType dtype, float* x) {
 
 // Flag bytes of the first n of four steps; 0 for steps that do not exist. Without flags all
 // existing steps are set.
-template <bool kDense>
+template <Dense kDense>
 PPO_DEVICE uint32_t load_flags(const Steps& v, const Sequence& s, int64_t t, int n) {
   const uint32_t exist = n == kGroupSteps ? ~0u : (1u << 8 * n) - 1u;
   if (!v.data) return 0x01010101u & exist;
-  const uint8_t* p =
-      static_cast<const uint8_t*>(v.data) + (kDense ? s.at + t : offset_of(v, s, t));
-  const int64_t step = kDense ? 1 : v.step;
-  if (kDense ? together(s, n) : together(p, step, n)) {
-    return *reinterpret_cast<const uint32_t*>(p);
-  }
   uint32_t bytes = 0;
+  if constexpr (kDense == Dense::columns) {
+    const uint8_t* p = static_cast<const uint8_t*>(v.data);
+    for_column(s, t, n, [&](int i, uint32_t at) { bytes |= uint32_t(p[at]) << 8 * i; });
+    return bytes;
+  }
+  constexpr bool rows = kDense == Dense::rows;
+  const uint8_t* p = static_cast<const uint8_t*>(v.data) + (rows ? s.at + t : offset_of(v, s, t));
+  const int64_t step = rows ? 1 : v.step;
+  if (rows ? together(s, n) : together(p, step, n)) return *reinterpret_cast<const uint32_t*>(p);
 #pragma unroll
   for (int i = 0; i < kGroupSteps; ++i) {
     if (i < n) bytes |= uint32_t(p[i * step]) << 8 * i;
@@ -145,15 +175,20 @@ PPO_DEVICE unsigned flag_bits(uint32_t bytes) {
 PPO_DEVICE float number_of(const Steps& v, const Sequence& s, float absent) {
   if (!v.data) return absent;
   float x[kGroupSteps];
-  decode<false>(load_quad<false>(v, s, 0, s.steps > 0), v.dtype, x);
+  decode<Dense::no>(load_quad<Dense::no>(v, s, 0, s.steps > 0), v.dtype, x);
   return x[0];
 }
 
-template <bool kDense>
+template <Dense kDense>
 PPO_DEVICE void store_steps(const Output& v, const Sequence& s, int64_t t, int n, const float* x) {
-  float* p = v.data + (kDense ? s.at + t : offset_of(v, s, t));
-  const int64_t step = kDense ? 1 : v.step;
-  if (kDense ? together(s, n) : together(p, step, n)) {
+  if constexpr (kDense == Dense::columns) {
+    for_column(s, t, n, [&](int i, uint32_t at) { v.data[at] = x[i]; });
+    return;
+  }
+  constexpr bool rows = kDense == Dense::rows;
+  float* p = v.data + (rows ? s.at + t : offset_of(v, s, t));
+  const int64_t step = rows ? 1 : v.step;
+  if (rows ? together(s, n) : together(p, step, n)) {
     *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
     return;
   }
@@ -239,7 +274,7 @@ PPO_DEVICE Suffixes<kExtras> recur(const StepGroupOf<kExtras>& u, float next, fl
 
 // Applies the maps to the state that enters the group, stores the results, and adds the live
 // advantages to the moments.
-template <bool kDense, bool kExtras>
+template <Dense kDense, bool kExtras>
 PPO_DEVICE void finish(const AdvantageArgs& args, const Sequence& span, int64_t t,
                        const StepGroupOf<kExtras>& u, const Suffixes<kExtras>& maps,
                        const Later& enters, MomentSum& moments) {

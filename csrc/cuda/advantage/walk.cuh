@@ -50,7 +50,7 @@ class StepGroups {
 
 // Last live step of this thread's group at t, or -1.
 PPO_DEVICE int64_t last_live_of_group(const Steps& mask, const Sequence& span, int64_t t) {
-  const unsigned bits = flag_bits(load_flags<false>(mask, span, t, span.exist(t)));
+  const unsigned bits = flag_bits(load_flags<Dense::no>(mask, span, t, span.exist(t)));
   return bits ? t + 31 - __clz(int(bits)) : -1;
 }
 

@@ -115,31 +115,37 @@ struct MomentSum {
   PPO_DEVICE ShiftedSums result() const { return {double(n), pivot, sum, squares}; }
 };
 
-// Moments over the threads of a block, in thread order, the same bits in every thread. `scratch`,
-// in shared memory, has room for one ShiftedSums per warp; it may be used again after a barrier.
-PPO_DEVICE Moments block_moments(const ShiftedSums& mine, ShiftedSums* scratch) {
+// Shifted sums over the lanes of a warp, about the pivot of the first lane that has elements; the
+// same bits in every lane.
+PPO_DEVICE ShiftedSums warp_sums(const ShiftedSums& mine) {
   const unsigned some = __ballot_sync(kAllLanes, mine.n != 0.0);
   const int first = some ? __ffs(int(some)) - 1 : 0;
-  ShiftedSums x = mine.about(__shfl_sync(kAllLanes, mine.pivot, first));
-  x = {warp_sum(x.n), x.pivot, warp_sum(x.sum), warp_sum(x.squares)};
-  if (lane_id() == 0) scratch[warp_id()] = x;
-  __syncthreads();
-  x = scratch[0];
-#pragma unroll 1
-  for (int w = 1; w < int(blockDim.x) / kWarp; ++w) x.add(scratch[w]);
-  return x.moments();
+  const ShiftedSums x = mine.about(__shfl_sync(kAllLanes, mine.pivot, first));
+  return {warp_sum(x.n), x.pivot, warp_sum(x.sum), warp_sum(x.squares)};
 }
 
-// Stores this block's moments (the same in all threads) to parts[block]; the last of `blocks`
-// blocks merges all parts in index order into out (3,). Returns whether this was the last block.
-PPO_DEVICE bool leave_moments(const Moments& mine, int64_t block, int64_t blocks, Moments* parts,
+// Moments over the threads of a block (1-D, at most 1024), in the first warp; undefined in the
+// others. `scratch`, in shared memory, has room for one ShiftedSums per warp; it may be used again
+// after a barrier.
+PPO_DEVICE Moments block_moments(const ShiftedSums& mine, ShiftedSums* scratch) {
+  ShiftedSums x = warp_sums(mine);
+  if (lane_id() == 0) scratch[warp_id()] = x;
+  __syncthreads();
+  if (warp_id() > 0) return x.moments();
+  x = {};
+  if (lane_id() < int(blockDim.x) / kWarp) x = scratch[lane_id()];
+  return warp_sums(x).moments();
+}
+
+// Stores this block's moments (the first thread's) to parts[block]; the last of `blocks`
+// blocks merges all parts in one fixed order into out (3,). Returns whether this was the last
+// block.
+PPO_DEVICE bool leave_moments(const Moments& mine, unsigned block, unsigned blocks, Moments* parts,
                               double* out, unsigned* counter, ShiftedSums* scratch) {
   if (threadIdx.x == 0) parts[block] = mine;
-  if (!arrives_last(counter, unsigned(blocks))) return false;
-  const int64_t each = (blocks + blockDim.x - 1) / blockDim.x, first = threadIdx.x * each;
-  const int64_t end = first + each < blocks ? first + each : blocks;
+  if (!arrives_last(counter, blocks)) return false;
   ShiftedSums sums;
-  for (int64_t i = first; i < end; ++i) {
+  for (unsigned i = threadIdx.x; i < blocks; i += blockDim.x) {
     const Moments part = parts[i];
     sums.add({part.n, part.mean, 0.0, part.m2});
   }

@@ -18,7 +18,7 @@ struct MomentsArgs {
 };
 
 template <class = void>
-__global__ void __launch_bounds__(kTokenThreads)
+__global__ void __launch_bounds__(kTokenThreads, 1)  // else ptxas chooses and spills for sm_80
     moments_kernel(const __grid_constant__ MomentsArgs a) {
   auto* scratch = shared_memory<ShiftedSums>();
   MomentSum sum;
