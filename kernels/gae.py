@@ -36,6 +36,7 @@ from .scan import (
     step_offset,
     step_stride,
     tile_count,
+    tile_flags,
     tile_span,
     tile_steps,
     unit_steps,
@@ -152,11 +153,13 @@ def gae_kernel(
     total = tl.zeros([ROWS * CHUNK], tl.float64)
     squares = tl.zeros([ROWS * CHUNK], tl.float64)
     n_tiles = tile_count(span.n_steps, ROWS, CHUNK, WIDE)
+    ahead = tile_flags(mask, span, n_tiles - 1, ROWS, CHUNK, WIDE)
     for done_tiles in range(n_tiles):
         tile = n_tiles - 1 - done_tiles
         step = tile_steps(tile, ROWS, CHUNK, WIDE)
         inside = step < span.n_steps
-        live = load_step_flag(mask, span, step, inside)
+        live = ahead  # masked steps are not read, so that all other loads wait for the flags
+        ahead = tile_flags(mask, span, tile - 1, ROWS, CHUNK, WIDE)
         moves = live if CARRY else inside
         reward = load_step(rewards, span, step, live, 0.0)
         value = load_step(values, span, step, live, 0.0)

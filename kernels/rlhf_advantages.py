@@ -130,13 +130,13 @@ def rlhf_kernel(
         step = tile_steps(tile, ROWS, CHUNK, WIDE)
         inside = step < span.n_steps
         live = load_step_flag(mask, span, step, inside)
+        log_ratio = load_step(logprobs, span, step, live, 0.0)
+        log_ratio -= load_step(ref_logprobs, span, step, live, 0.0)
         live_next = step + 1 < span.n_steps
         live_next = load_step_flag(mask, span, step + 1, live_next)
         later, later_state = next_live(live_next, step, tile, later_state, ROWS, CHUNK, WIDE)
         slot, pad, pad_next = score_slots(live, later, mask, span, step, place)
 
-        log_ratio = load_step(logprobs, span, step, live, 0.0)
-        log_ratio -= load_step(ref_logprobs, span, step, live, 0.0)
         kl = clamp(kl_value(log_ratio, estimator), -kl_clamp, kl_clamp)
         kl = tl.where(live, kl, 0.0)
         score = load_step(scores, span, step, slot, 0.0)

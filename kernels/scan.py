@@ -215,6 +215,13 @@ def load_step_flag(x, span, step, inside):
 
 
 @triton.jit
+def tile_flags(mask, span, tile, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
+    """True for the tile's live steps; there are none in a tile before the first."""
+    step = tile_steps(tile, ROWS, CHUNK, WIDE)
+    return load_step_flag(mask, span, step, (step >= 0) & (step < span.n_steps))
+
+
+@triton.jit
 def _affine(cut1, a1, b1, cut2, a2, b2):
     # A cut map forgets its argument by selection: 0·NaN would not.
     return cut1 | cut2, a1 * a2, tl.where(cut2 != 0, b2, tl.fma(a2, b1, b2))

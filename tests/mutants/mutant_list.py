@@ -20,6 +20,14 @@ __all__ = ["MUTANTS", "Mutant"]
 
 TRITON = (
     Mutant(
+        "one live step makes a tile of advantages whole",
+        "kernels/scan.py",
+        "if tl.min(live_next.to(tl.int32), axis=0) != 0",
+        "if tl.max(live_next.to(tl.int32), axis=0) != 0",
+        "gae",
+        "triton",
+    ),
+    Mutant(
         "the done flag of the step before",
         "kernels/gae.py",
         "ends = load_step_flag(terminated, span, step, live)",

@@ -252,8 +252,10 @@ def test_a_package_imports_no_circle(package: str) -> None:
 
 
 def test_no_backend_is_imported_by_another() -> None:
-    """The lazy loader of the op boundary alone names `kernels`; tests/aot and tests/ptx compile
-    them."""
+    """The lazy loader of the op boundary alone names `kernels`.
+
+    tests/aot and tests/ptx compile them, and some tests reach what no small call does.
+    """
     naming = {
         relative(path)
         for path in sources()
