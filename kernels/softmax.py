@@ -195,7 +195,10 @@ def scan_columns(
 def row_results(row_max, row_sum, row_dot, label_logit, inv_temperature, legal):
     """Results of whole rows: validity, max z, log_sum, log-probability of the label, entropy."""
     valid = row_sum > 0  # a finite logit, and neither NaN nor +inf
-    row_sum = tl.where(valid, row_sum, 1.0)
+    # The maximum's own share is 1 and its dot 0, rounded or not: no log-probability is above 0 and
+    # no entropy below.
+    row_sum = tl.where(valid, tl.maximum(row_sum, 1.0), 1.0)
+    row_dot = tl.minimum(row_dot, 0.0)
     own_log_sum = tl.log(row_sum)  # beside the exact maximum of z
     entropy = own_log_sum - tl.div_rn(row_dot * LN2, row_sum)
     largest = tl.where(valid, row_max, float("nan"))

@@ -234,7 +234,7 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
 }
 # Ops that not every backend has.
 _BACKENDS_OF = {
-    "logprobs_bwd_bf16_": ("triton",),
+    "logprobs_bwd_bf16_": ("triton", "cuda"),
     "logits_ppo_loss_bf16_": ("triton", "cuda"),
     "scaled": ("triton", "cuda"),
     "scaled_": ("triton", "cuda"),

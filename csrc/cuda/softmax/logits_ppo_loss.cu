@@ -159,11 +159,7 @@ struct Bf16InPlace : LogitsPpoOnCuda {
   using Result = std::tuple<Tensor, Tensor>;
   static Result run(const Tensor& logits, const Tensor& tokens, LogitsPpoArgs& a) {
     PPO_CHECK(dtype_of(logits) == DType::f32, kOp, "logits must be float32");
-    const auto sizes = logits.sizes(), strides = logits.strides();
-    std::vector<int64_t> doubled(strides.begin(), strides.end());
-    for (int64_t& stride : doubled) stride *= 2;
-    const RowIndex rows(sizes, Sizes(doubled.data(), doubled.size()), sizes.size() - 1);
-    return into({logits.mutable_data_ptr(), DType::bf16, rows}, logits, tokens, a);
+    return into({logits.mutable_data_ptr(), DType::bf16, bf16_rows(logits)}, logits, tokens, a);
   }
 };
 

@@ -76,9 +76,10 @@ void forward(const Device& device, const Tensor& like, const LogprobsForward& al
   });
 }
 
-template <class T>
-void backward(const Device& device, const Tensor& like, const LogprobsGradient& all,
-              const LogprobsUpstream& up) {
+// Calls write(gradient) for as many rows at a time, whose terms are on their way.
+template <class T, class Write>
+void with_terms(const Device& device, const Tensor& like, const LogprobsGradient& all,
+                const LogprobsUpstream& up, const Write& write) {
   for_chunks(all.rows, [&](const LogprobsRows& r) {
     LogprobsGradient a = all;
     a.rows = r;
@@ -90,10 +91,29 @@ void backward(const Device& device, const Tensor& like, const LogprobsGradient& 
     const LaunchConfig per_row{dim3(unsigned((r.count + threads - 1) / threads)), dim3(threads), 0,
                                1, device.stream()};
     launch("logprobs_terms", logprobs_terms_kernel<T>, per_row, r, up, to);
+    write(a);
+  });
+}
+
+template <class T>
+void backward(const Device& device, const Tensor& like, const LogprobsGradient& all,
+              const LogprobsUpstream& up) {
+  with_terms<T>(device, like, all, up, [&](LogprobsGradient& a) {
     const Spread how = spread(device, a.rows, int(sizeof(T)));
     launch("logprobs_gradient",
            how.streamed ? logprobs_gradient_kernel<T, true> : logprobs_gradient_kernel<T, false>,
            how.launch, a);
+  });
+}
+
+void backward_bf16(const Device& device, const Tensor& like, const LogprobsGradient& all,
+                   const LogprobsUpstream& up) {
+  with_terms<float>(device, like, all, up, [&](const LogprobsGradient& a) {
+    const int64_t most = int64_t(device.multiprocessors()) * kLogprobsBlocks;
+    launch("logprobs_bf16_gradient", logprobs_bf16_gradient_kernel,
+           {dim3(unsigned(a.rows.count < most ? a.rows.count : most)),
+            dim3(kEmulated ? 64 : kLogprobsThreads), 0, 1, device.stream()},
+           a);
   });
 }
 
@@ -144,6 +164,19 @@ struct LogprobsOnCuda {
   }
 };
 
+// bf16 gradient over fp32 logits: each row's gradient starts where the row does.
+struct Bf16LogprobsOnCuda : LogprobsOnCuda {
+  static void backward(const Tensor& logits, const LogprobsRows& rows, const LogprobsUpstream& up,
+                       const Tensor&) {
+    PPO_CHECK(dtype_of(logits) == DType::f32, "logprobs_bwd_bf16_", "logits must be float32");
+    LogprobsGradient a{};
+    a.rows = rows;
+    a.out = logits.mutable_data_ptr();
+    a.out_at = bf16_rows(logits);
+    cuda::backward_bf16(Device(logits), logits, a, up);
+  }
+};
+
 }  // namespace
 }  // namespace ppo::cuda
 
@@ -151,4 +184,6 @@ STABLE_TORCH_LIBRARY_IMPL(ppo_fast, PPO_CUDA_KEY, m) {
   m.impl("logprobs_fwd.cuda", TORCH_BOX(&ppo::logprobs_fwd<ppo::cuda::LogprobsOnCuda>));
   m.impl("logprobs_bwd.cuda", TORCH_BOX(&ppo::logprobs_bwd<ppo::cuda::LogprobsOnCuda>));
   m.impl("logprobs_bwd_.cuda", TORCH_BOX(&ppo::logprobs_bwd_inplace<ppo::cuda::LogprobsOnCuda>));
+  m.impl("logprobs_bwd_bf16_.cuda",
+         TORCH_BOX(&ppo::logprobs_bwd_inplace<ppo::cuda::Bf16LogprobsOnCuda>));
 }

@@ -300,4 +300,23 @@ __global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
   if (streamed && lane_id() == 0) bulk_wait_read<0>();
 }
 
+// Gradient half as wide as its logits, in their place: a block takes a row, whose stores overlap
+// columns that it has read, but never another row.
+__global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks)
+    logprobs_bf16_gradient_kernel(const __grid_constant__ LogprobsGradient a) {
+  const LogprobsRows& r = a.rows;
+  for (int64_t i = blockIdx.x; i < r.count; i += gridDim.x) {
+    const GradientTerms t = a.terms[i];
+    const int64_t row = r.first + i;
+    bf16* out = static_cast<bf16*>(a.out) + a.out_at.offset(row);
+    const int thread = int(threadIdx.x), threads = int(blockDim.x);
+    if (t.zero) {
+      write_zeros<Memory::global>(out, 0, r.vocab, thread, threads);
+    } else {
+      write_gradient<Memory::global, Memory::global>(r.row<float>(row), out, 0, r.vocab, t, thread,
+                                                     threads, [] { __syncthreads(); });
+    }
+  }
+}
+
 }  // namespace ppo::cuda

@@ -59,6 +59,14 @@ inline LogitsRows logits_rows(const char* op, const Tensor& logits, const Tensor
           int(logits.sizes()[rank])};
 }
 
+// Rows of a bf16 gradient over fp32 logits: each starts where the logits' row does.
+inline RowIndex bf16_rows(const Tensor& logits) {
+  const auto sizes = logits.sizes(), strides = logits.strides();
+  std::vector<int64_t> doubled(strides.begin(), strides.end());
+  for (int64_t& stride : doubled) stride *= 2;
+  return RowIndex(sizes, Sizes(doubled.data(), doubled.size()), sizes.size() - 1);
+}
+
 // Cut of a row into `slices` slices of `length` columns, the last one shorter; a warp takes one
 // slice.
 struct RowPlan {
