@@ -258,6 +258,18 @@ def test_logprobs_gradient_moves_16_bytes() -> None:
     assert "setp.eq" not in loop, "the label has a store of its own"
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_scaled_gradients_move_16_bytes(dtype: str, in_place: bool) -> None:
+    """Whole tiles of rows on 16 bytes; the end of a row alone is loaded under a mask."""
+    pointer, align = f"*{dtype}:16", 8 if dtype == "bf16" else 4
+    ptx = ptx_of("scale.scale_kernel", x_ptr=pointer, IN_PLACE=in_place, ALIGN=align)
+    accesses = re.findall(r"(?:ld|st)\.global\S*", ptx)
+    wide = [access for access in accesses if re.search(r"v4\.b32|b128|v2\.b64", access)]
+    vectors = 1 if dtype == "bf16" else 2
+    assert len(wide) == 2 * vectors, accesses
+
+
 @pytest.mark.parametrize(("align", "width"), [(4, r"v2\.b32|b64"), (2, r"\.b32"), (1, r"\.b16")])
 def test_logprobs_width_follows_alignment(align: int, width: str) -> None:
     """Rows of an odd V start anywhere: narrower loads of the same lanes, so the same bits."""

@@ -187,3 +187,16 @@ def test_tokens_move_16_bytes(
         if x.name.endswith(".128")
     )
     assert (wide["LDG"], wide["STG"]) == (loads, stores)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize("dtype", ["f", r"\w*bf16", r"\w*fp16"], ids=["fp32", "bf16", "fp16"])
+def test_scaled_gradients_move_16_bytes(dtype: str, architecture: str) -> None:
+    """And a factor of 1 leaves before the first of them: its return is above the loop."""
+    code = [x.name for x in code_of("scale", f"scale_kernelI{dtype}E", architecture)]
+    loads, stores = (
+        [i for i, name in enumerate(code) if name.startswith(kind) and name.endswith(".128")]
+        for kind in ("LDG", "STG")
+    )
+    assert loads and len(loads) == len(stores)
+    assert "EXIT" in code[: loads[0]]

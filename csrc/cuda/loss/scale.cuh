@@ -20,7 +20,8 @@ struct ScaleArgs {
   bool in_place;
 };
 
-// Columns [first, first + count) of a row times the factor; whole vectors where both ends allow.
+// `count` columns of a row times the factor, in whole vectors where both rows allow. Plain
+// accesses of a vector would be taken apart by the compiler for sm_80 and sm_90.
 template <class T>
 PPO_DEVICE void scale_tile(const T* x, T* out, int64_t count, float factor) {
   constexpr int n = kPerVector<T>;
@@ -30,10 +31,10 @@ PPO_DEVICE void scale_tile(const T* x, T* out, int64_t count, float factor) {
 #pragma unroll 2
   for (int64_t v = threadIdx.x; v < vectors; v += kScaleThreads) {
     float y[n];
-    unpack<T>(*reinterpret_cast<const uint4*>(x + v * n), y);
+    unpack<T>(__ldcs(reinterpret_cast<const uint4*>(x + v * n)), y);
 #pragma unroll
     for (int k = 0; k < n; ++k) y[k] *= factor;
-    *reinterpret_cast<uint4*>(out + v * n) = pack<T>(y);
+    __stcs(reinterpret_cast<uint4*>(out + v * n), pack<T>(y));
   }
   for (int64_t j = vectors * n + threadIdx.x; j < count; j += kScaleThreads) {
     out[j] = narrow<T>(widen(x[j]) * factor);
