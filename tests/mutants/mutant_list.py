@@ -275,6 +275,14 @@ CUDA = (
         "cuda",
     ),
     Mutant(
+        "a tile's own value taken for the next one's",
+        "csrc/cuda/advantage/blocks.cuh",
+        "any & (~1u << warp_id())",
+        "any & (~0u << warp_id())",
+        "gae",
+        "cuda",
+    ),
+    Mutant(
         "masked rows are scored",
         "csrc/cuda/softmax/softmax.cuh",
         "(!mask || mask.is_set(i)) && tokens",
