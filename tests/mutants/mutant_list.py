@@ -224,6 +224,14 @@ CPU = (
         "cpu",
     ),
     Mutant(
+        "a certain label more than certain",
+        "csrc/cpu/softmax/softmax.h",
+        "log_sum = z > own ? z : own;",
+        "log_sum = own;",
+        "logprobs",
+        "cpu",
+    ),
+    Mutant(
         "no importance weight in the gradient",
         "csrc/math.h",
         "select(idle, zero, grad) * t.is_weight",
@@ -288,6 +296,14 @@ CUDA = (
         "(!mask || mask.is_set(i)) && tokens",
         "tokens",
         "masking",
+        "cuda",
+    ),
+    Mutant(
+        "a certain row's entropy below 0",
+        "csrc/cuda/softmax/softmax.cuh",
+        "(entropy < 0.f ? 0.f : entropy)",
+        "entropy",
+        "logprobs",
         "cuda",
     ),
 )
