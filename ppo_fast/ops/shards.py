@@ -1,8 +1,8 @@
 """A vocabulary split over ranks: the merge of each rank's share of a row's softmax.
 
 Every rank holds an equal share of the weight's rows, in rank order, and all tokens. Per token four
-numbers travel: the share's maximum m, Σ e^(z−m), Σ (z−m) e^(z−m), and the token's own logit on
-the rank that holds it. They are merged in rank order, so every rank has the same bits.
+numbers travel: the share's maximum m, Σ e^(z−m), Σ (z−m) e^(z−m), and z−m of the token itself,
+−∞ but on the rank that holds it. They are merged in rank order, so every rank has the same bits.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Shard:
     def merge(self, part: Softmax, z: Tensor, s: Scoring) -> Softmax:
         """The whole vocabulary's softmax, from this share's and its logits z (..., V)."""
         tokens, keep = s.tokens, s.mask
-        own = _at(z, self.local(tokens)) / s.divisor()
         # A share of −inf alone has no weight; alone it is no distribution, hence its NaN.
         dead = z.amax(-1).isneginf()
         zero = torch.zeros_like(part.row_max)
+        none = zero - float("inf")
         total = torch.where(dead, zero, part.log_sum.exp())
         mine = torch.stack(
             [
-                torch.where(dead, zero - float("inf"), part.row_max),
+                torch.where(dead, none, part.row_max),
                 total,
                 torch.where(dead, zero, (part.log_sum - part.entropy) * total),
-                torch.where(self.holds(tokens), own, zero),
+                torch.where(self.holds(tokens) & ~dead, part.logprobs + part.log_sum, none),
             ]
         )
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
@@ -58,20 +58,21 @@ class Shard:
 
     def _fold(self, parts: list[Tensor], tokens: Tensor) -> Softmax:
         row_max = torch.stack([part[0] for part in parts]).amax(0)
-        total, dot, label = (torch.zeros_like(row_max) for _ in range(3))
+        total, dot = (torch.zeros_like(row_max) for _ in range(2))
+        label = total - float("inf")
         for part_max, part_sum, part_dot, own in parts:
             delta = part_max - row_max
             scale = delta.exp()
             total = total + part_sum * scale
             moved = (part_dot + delta * part_sum) * scale
             dot = dot + torch.where(part_sum == 0, part_sum, moved)
-            label = label + own
-        log_sum = total.log()
+            label = torch.maximum(label, own + delta)
+        # The label's own share of the total is e^label, of which rounding may leave less.
+        log_sum = torch.maximum(total.log(), label)
+        entropy = (total.log() - dot / total).clamp(min=0)
         outside = (tokens < 0) | (tokens >= self.vocab)
         poison = torch.where(outside, float("nan"), 0.0).to(total.dtype)
-        return Softmax(
-            (label - row_max) - log_sum + poison, log_sum - dot / total + poison, row_max, log_sum
-        )
+        return Softmax(label - log_sum + poison, entropy + poison, row_max, log_sum)
 
     def gradient(
         self,

@@ -118,16 +118,16 @@ TRITON = (
     Mutant(
         "no maximum is subtracted",
         "kernels/softmax.py",
-        "new_max = tl.maximum(lane_max, new_max * inv_temperature)",
-        "new_max = tl.zeros([LANES], tl.float32)",
+        "shift = tl.maximum(lane_max * scale, -HUGE)",
+        "shift = tl.zeros([LANES], tl.float32)",
         "logprobs",
         "triton",
     ),
     Mutant(
         "the entropy's gradient is missing",
         "kernels/softmax.py",
-        "dz = p * tl.fma(row.slope, tl.maximum(log_p, ZERO_EXP), row.offset)",
-        "dz = p * row.offset",
+        "tl.exp2(log_p * LOG2E) * tl.fma(slope, tl.maximum(log_p, ZERO_EXP), offset)",
+        "tl.exp2(log_p * LOG2E) * offset",
         "logprobs",
         "triton",
     ),
@@ -142,8 +142,8 @@ TRITON = (
     Mutant(
         "no temperature in the label's gradient",
         "kernels/softmax.py",
-        "-grad_entropy * inv_temperature, grad_logprob * inv_temperature",
-        "-grad_entropy * inv_temperature, grad_logprob",
+        "at_label + grad_logprob * inv_temperature",
+        "at_label + grad_logprob",
         "logprobs",
         "triton",
     ),
@@ -290,16 +290,17 @@ CUDA = (
         "masking",
         "cuda",
     ),
+    Mutant(
+        "a certain row's entropy below 0",
+        "csrc/cuda/softmax/softmax.cuh",
+        "(entropy < 0.f ? 0.f : entropy)",
+        "entropy",
+        "logprobs",
+        "cuda",
+    ),
 )
 
 PYTHON = (
-    Mutant(
-        "shards are merged without their maxima",
-        "ppo_fast/ops/shards.py",
-        "scale = delta.exp()",
-        "scale = torch.ones_like(delta)",
-        "head_parallel",
-    ),
     Mutant(
         "bounds of the clip swapped at the boundary",
         "ppo_fast/_boundary/options.py",

@@ -7,6 +7,14 @@ from mutant import Mutant
 # Of the extension: built anew for each.
 NUMBERS_CPU = (
     Mutant(
+        "a certain label more than certain",
+        "csrc/cpu/softmax/softmax.h",
+        "log_sum = z > own ? z : own;",
+        "log_sum = own;",
+        "logprobs",
+        "cpu",
+    ),
+    Mutant(
         "a NaN old value that the maximum passes over",
         "csrc/cpu/loss/value_loss_simd.h",
         "select(known, loss, old), select(known, half_grad, old), active",
@@ -41,6 +49,20 @@ NUMBERS_CPU = (
 )
 
 NUMBERS = (
+    Mutant(
+        "shards are merged without their maxima",
+        "ppo_fast/ops/shards.py",
+        "scale = delta.exp()",
+        "scale = torch.ones_like(delta)",
+        "head_parallel",
+    ),
+    Mutant(
+        "a certain label of a shard more than certain",
+        "ppo_fast/ops/shards.py",
+        "log_sum = torch.maximum(total.log(), label)",
+        "log_sum = total.log()",
+        "head_parallel",
+    ),
     Mutant(
         "a NaN old value that the maximum passes over",
         "kernels/value_loss.py",

@@ -34,6 +34,14 @@ def _labelled(call: Call, tokens: torch.Tensor) -> Call:
     return call.replace(tokens=every)
 
 
+def _certain() -> Call:
+    """Labels on both ranks whose probability rounds to 1, at a temperature that rounds them."""
+    call = logprobs_call((16,), VOCAB, temperature=0.7, mask=None)
+    top = 100 * (1 + torch.arange(16) / 7)
+    logits = call.tensors["logits"] - 400
+    return call.replace(logits=logits.scatter(1, call.tensors["tokens"][:, None], top[:, None]))
+
+
 def cases() -> dict[str, Call]:
     """The calls that run on one process and on two; fp32, in one chunk."""
     whole = {"vocab": VOCAB, "mask": None, "ignored": False}
@@ -52,6 +60,7 @@ def cases() -> dict[str, Call]:
         ),
         "nothing kept": linear_ppo_call((3, 5), VOCAB, mask="empty"),
         "logits": logprobs_call((3, 5), VOCAB),
+        "certain labels": _certain(),
         "logits at the edges": _labelled(logprobs_call((3, 5), VOCAB, mask=None), edges),
         "loss without gradient": linear_ppo_call((3, 5), VOCAB)._replace(cotangents={}),
         "loss of rows": linear_ppo_call(
@@ -170,6 +179,14 @@ def test_distributed_tensors(ranks: list[Any], group: bool) -> None:
         assert got.keys() == want.keys()
         for name, x in want.items():
             assert_close(got[name], x, name)
+
+
+def test_certain_labels(ranks: list[Any]) -> None:
+    """No log-probability is above 0 and no entropy below, whatever the maximum's rounding."""
+    for results, *_ in ranks:
+        out = results["certain labels"]
+        for least in (-out["logprobs"], out["entropy"]):
+            assert bool(((least >= 0) & (least <= 2**-22)).all())
 
 
 def test_bad_input_is_refused_on_every_rank(ranks: list[Any]) -> None:

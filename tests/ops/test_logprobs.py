@@ -59,6 +59,21 @@ def test_huge_logits(backend: str, device: str, size: float, temperature: float)
     assert all(testing.same_bits(part[k], none[k]) for k in ("logprobs", "entropy"))
 
 
+@pytest.mark.parametrize("size", [1.0, 1000.0, 1e8])
+def test_certain_rows(backend: str, device: str, size: float) -> None:
+    """No log-probability is above 0 and no entropy below, however the maximum is rounded."""
+    call = testing.logprobs_call((16,), 40, device=device, temperature=0.7, mask=None)
+    logits, tokens = call.tensors["logits"], call.tensors["tokens"]
+    top = size * (1 + torch.arange(16, device=device) / 7)
+    logits = (logits - 400.0 - size).scatter(1, tokens[:, None], top[:, None])
+    got = testing.run(call.replace(logits=logits), backend)
+    # What the maximum's rounding leaves, half an ulp of it, goes through an exponential and a
+    # logarithm, and beside them through a product and a quotient.
+    bound = 2**-22 * (1 + 2**-24 * top / 0.7)
+    for least in (-got["logprobs"], got["entropy"]):
+        assert bool(((least >= 0) & (least <= bound)).all())
+
+
 def test_fp64_is_the_reference(device: str, kernel: str) -> None:
     call = testing.logprobs_call(dtype=torch.float64, device=device, vocab=301)
     if kernel != "cpu":

@@ -120,11 +120,14 @@ void finish_row(const LogitsRows& p, int64_t row, const SoftmaxState* states,
   if (!p.live(row)) return out.set(row, 0, 0, 0, 0);
   const SoftmaxState all = merge(states, p.segments);
   if (!(all.sum > 0)) return out.set(row, kNaN, kNaN, kNaN, kNaN);
-  const double log_sum = std::log(all.sum);
+  const double own = std::log(all.sum), entropy = own - all.dot / all.sum;
   const int64_t label = p.tokens.integer(row);
-  if (label < 0 || label >= p.vocab) return out.set(row, kNaN, kNaN, all.max, log_sum);
+  if (label < 0 || label >= p.vocab) return out.set(row, kNaN, kNaN, all.max, own);
   const double z = p.logit(p.row(row), label) * p.inv_temperature(row) - all.max;
-  out.set(row, z - log_sum, log_sum - all.dot / all.sum, all.max, log_sum);
+  // The label's own share of the sum is e^z. Rounding lowers the sum below it and the entropy
+  // below 0 where the label is certain and z, then the rounding of the maximum, is not 0.
+  const double log_sum = z > own ? z : own;
+  out.set(row, z - log_sum, entropy < 0 ? 0 : entropy, all.max, log_sum);
 }
 
 // Inputs of a row's gradient: incoming gradients and the forward's results.

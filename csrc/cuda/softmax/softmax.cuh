@@ -209,10 +209,14 @@ struct Outcome {
 PPO_DEVICE Outcome outcome(SoftmaxState row, float label_logit, float inv_temperature,
                            bool legal) {
   const bool sound = row.sum > 0.f;
-  const float sum = sound ? row.sum : 1.f, log_sum = logf(sum);
+  const float sum = sound ? row.sum : 1.f, own = logf(sum), entropy = own - row.dot / sum;
   const float top = sound ? row.max : NAN;
-  return {sound, top, log_sum, legal ? fmaf(label_logit, inv_temperature, -top) - log_sum : NAN,
-          legal && sound ? log_sum - row.dot / sum : NAN};
+  const float z = legal ? fmaf(label_logit, inv_temperature, -top) : NAN;
+  // The label's own share of the sum is e^z. Rounding lowers the sum below it and the entropy
+  // below 0 where the label is certain and z, then the rounding of the maximum, is not 0.
+  const float log_sum = z > own ? z : own;
+  return {sound, top, log_sum, z - log_sum,
+          legal && sound ? (entropy < 0.f ? 0.f : entropy) : NAN};
 }
 
 // Gradient of a row: d loss / d logit_j = p_j (slope ln p_j + offset), but label_term at the
