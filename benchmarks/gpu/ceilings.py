@@ -29,7 +29,7 @@ _BYTES = {"cuda": 2**32, "cpu": 2**10}
 
 
 class Probe(NamedTuple):
-    """What is timed, and how much of what it moves or computes: bytes or flops."""
+    """One thing that is timed, and the bytes it moves or the flops it takes."""
 
     name: str
     run: Callable[[], Any]
@@ -79,7 +79,7 @@ def timed(probe: Probe) -> dict[str, Any]:
 
 
 def overheads() -> Iterator[Probe]:
-    """What stands around a kernel: the flush, the events alone, a graph of one tiny kernel."""
+    """Costs around a kernel: the flush, the events alone, a graph of one tiny kernel."""
     one = torch.zeros((), device="cuda")
     graph = gpu_timing.captured(lambda: one.add_(1))
     yield Probe("events alone", lambda: None, 0, "")

@@ -123,7 +123,7 @@ def _side_stream() -> torch.cuda.Stream:
 
 
 def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """What `run` launches as a graph, after warming up on the capturing stream."""
+    """Graph of what `run` launches, after warming up on the capturing stream."""
     graph, stream = torch.cuda.CUDAGraph(), _side_stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):  # puts the former stream back, also when capturing fails

@@ -176,7 +176,7 @@ ROOMS = {
     "harness": ("ops", "peers"),
     "report": ("ops", "peers", "harness"),
     "loop": ("ops", "harness", "report", "conftest"),
-    "gpu": ("ops", "peers", "report"),
+    "gpu": ("ops", "peers", "harness", "report"),
 }
 
 
