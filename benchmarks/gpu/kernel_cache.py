@@ -32,7 +32,7 @@ class OtherTritonError(RuntimeError):
 
 
 def identity() -> dict[str, str]:
-    """What must agree for a kernel to be found: Triton's build."""
+    """Build of Triton, which must agree for a kernel to be found."""
     import triton
     from triton.runtime.cache import triton_key
 
