@@ -58,14 +58,14 @@ def products(device: str) -> Iterator[Probe]:
         dz = torch.randn(rows, vocab, device=device).to(torch.bfloat16)
         amount = 2 * rows * vocab * width
 
-        def run(name: str, f: Callable[..., Any], *args: Tensor, n: int = amount) -> Probe:
+        def run(name: str, f: Callable[..., Any], *args: Tensor | int, n: int = amount) -> Probe:
             return Probe(name, lambda: f(*args), n, "TFLOP/s")
 
         yield run(f"logits, {rows} rows", gemm.logits_into, z, hidden, weight)
         yield run(f"hidden's gradient, {rows} rows", gemm.hidden_gradient, dz, weight)
-        yield run(
-            f"weight's gradient +=, {rows} rows", gemm.add_weight_gradient, total, dz, hidden
-        )
+        for sign, beta in (("=", 0), ("+=", 1)):
+            name = f"weight's gradient {sign}, {rows} rows"
+            yield run(name, gemm.add_weight_gradient, total, dz, hidden, beta)
 
 
 def timed(probe: Probe) -> dict[str, Any]:
