@@ -18,8 +18,8 @@ import platform
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 MANIFEST = "manifest.json"
@@ -85,19 +85,30 @@ def describe(made: dict[str, Any]) -> str:
 
 def unpack(path: Path, cache: Path) -> int:
     """Add the archive's kernels to a cache; how many. Raises OtherTritonError."""
-    with tempfile.TemporaryDirectory() as taken, tarfile.open(path) as archive:
-        archive.extractall(taken, filter="data")
-        made = json.loads((Path(taken) / MANIFEST).read_text())
-        here = identity()
-        if any(made[name] != here[name] for name in here):
-            raise OtherTritonError(f"they are of {describe(made)}, here is {describe(here)}")
-        for group in Path(taken).rglob(_GROUPS):
-            group.write_text(group.read_text().replace(made["folder"], str(cache)))
-        for file in Path(taken).rglob("*/*"):
-            target = cache / file.relative_to(taken)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
+    files = dict(_files(path))
+    made = json.loads(files.pop(PurePosixPath(MANIFEST)))
+    here = identity()
+    if any(made[name] != here[name] for name in here):
+        raise OtherTritonError(f"they are of {describe(made)}, here is {describe(here)}")
+    for name, content in files.items():
+        if name.match(_GROUPS):
+            content = content.replace(made["folder"].encode(), str(cache).encode())
+        (cache / name.parent).mkdir(parents=True, exist_ok=True)
+        (cache / name).write_bytes(content)
     return int(made["kernels"])
+
+
+def _files(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Files of an archive, with their places in a cache: in a kernel's folder or beside these."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            content = archive.extractfile(member)
+            if content is None:
+                continue  # a folder
+            name = PurePosixPath(member.name)
+            if name.is_absolute() or ".." in name.parts or len(name.parts) > 2:
+                raise ValueError(f"kernel_cache: {path} is no archive of kernels: has {name}")
+            yield name, content.read()
 
 
 def main(what: str, file: str, *ops: str) -> int:

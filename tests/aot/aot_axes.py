@@ -85,7 +85,7 @@ ADVANTAGE_AXES = (
     pointers("*fp64", "parts", "moments")
     | pointers("*fp32", "adv", "ret")
     | {
-        "counter_ptr": "*i32:16",
+        "counter_ptr": "*i32",
         "boot_seq": "i64",
         "n_seqs": "i64",
         "length": "i64",
@@ -107,7 +107,7 @@ LOSS_AXES = (
     pointers("*fp32", "loss", "scale")
     | pointers("*fp64", "stats", "parts")
     | pointers("*i32", "counts")
-    | {"counter_ptr": "*i32:16", "reduction": "i32", "denom": "fp32"}
+    | {"counter_ptr": "*i32", "reduction": "i32", "denom": "fp32"}
     | {f"n_{name}": "i64" for name in ("rows", "cols", "seqs")}
     | {f"n_{name}": "i32" for name in ("tiles", "counts", "pieces")}
     | {

@@ -256,7 +256,7 @@ def test_chosen_rows_are_measured_with_their_peers(
     monkeypatch: pytest.MonkeyPatch, sample: int
 ) -> None:
     """Three rows in ten, masked for those who cannot leave the others out."""
-    monkeypatch.setattr(module_of_gate, "_SAMPLE", sample)
+    monkeypatch.setattr(module_of_gate, "_SAMPLE", {"cpu": sample})
     case = Case(linear_ppo_loss.NAME, BOTH, Shape(f"{CHOSEN_R2.name}/128", (64, 101, 16)))
     call = linear_ppo_loss.inputs(case)
     assert int(call.tensors["mask"].sum()) == call.tensors["row_index"].numel() == 20
