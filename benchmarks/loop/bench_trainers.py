@@ -28,7 +28,7 @@ from benchmarks.loop.equal_work import PHASES, Update, Work, differences, prepar
 from benchmarks.ops.case import THP, Case
 from benchmarks.report import tables, trainers
 from benchmarks.report.pages import BUSY
-from benchmarks.report.results import Row, save, timing_fields
+from benchmarks.report.results import Row, save, short, timing_fields
 
 RESULTS = ROOT / "benchmarks/results/trainers"
 SILENCE = 900.0  # seconds after which a process that says nothing is given up
@@ -172,7 +172,7 @@ def _row(case: Case, side: Side, taken: dict[str, list[Update]], version: str) -
         "detail": outcome.detail,
         **timing_fields(outcome),
         "version": version,
-        "min_ms": round(min(update.seconds for update in timed) * 1e3, 1),
+        "min_ms": short(min(update.seconds for update in timed) * 1e3),  # as the median is
         "first_ms": round(first.seconds * 1e3, 1),
         "cpu_ms": milliseconds([update.cpu_seconds for update in timed]),
         "phases_ms": {p: milliseconds([u.phases[p] for u in timed]) for p in PHASES},

@@ -52,8 +52,8 @@ def make_rows(case: Case, outcomes: dict[str, Outcome]) -> list[Row]:
             row |= timing_fields(outcome) | {
                 "bytes": moved,
                 "flops": flops,
-                "gb_per_s": _short(moved / seconds / 1e9),
-                "gflop_per_s": _short(flops / seconds / 1e9),
+                "gb_per_s": short(moved / seconds / 1e9),
+                "gflop_per_s": short(flops / seconds / 1e9),
             }
         rows.append(row)
     return rows
@@ -62,16 +62,16 @@ def make_rows(case: Case, outcomes: dict[str, Outcome]) -> list[Row]:
 def timing_fields(outcome: Outcome) -> Row:
     """Statistics of a timed outcome's samples."""
     row: Row = {
-        "median_ms": _short(median(outcome.samples) * 1e3),
-        "p20_ms": _short(percentile(outcome.samples, 0.2) * 1e3),
-        "p80_ms": _short(percentile(outcome.samples, 0.8) * 1e3),
+        "median_ms": short(median(outcome.samples) * 1e3),
+        "p20_ms": short(percentile(outcome.samples, 0.2) * 1e3),
+        "p80_ms": short(percentile(outcome.samples, 0.8) * 1e3),
         "samples": len(outcome.samples),
-        "peak_mb": None if outcome.peak_mb is None else _short(outcome.peak_mb),
+        "peak_mb": None if outcome.peak_mb is None else short(outcome.peak_mb),
     }
     return row if outcome.graph is None else row | {"graph": outcome.graph}
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     """Six digits: more than any clock here can tell."""
     return float(f"{value:.6g}")
 
