@@ -77,7 +77,7 @@ coverage: $(STAMP)
 	$(RUN) -m coverage combine -q
 	$(RUN) -m coverage report
 
-# The ops' tests on what Triton compiles for sm_90, run as PTX: an hour. What Triton compiled is kept.
+# The ops' tests on what Triton compiles for sm_90, run as PTX: long. What Triton compiled is kept.
 test-ptx: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests/ptx $(RUN) -m pytest -p ptx_plugin -n $(JOBS) \
 		--dist worksteal -m "not long" -k triton tests/ops tests/contract/test_masking.py \

@@ -174,12 +174,12 @@ def test_a_measured_time_stands_beside_its_prediction(copied: Path) -> None:
 def test_a_prediction_is_judged_like_a_measurement(microseconds: float, words: str) -> None:
     found = {"provider": "ppo_fast-triton", "compiler": "triton 3.6.0", "limit": "DRAM"}
     found |= {"microseconds": microseconds, "launches": 1, "parts": {}, "counted": "-"}
-    row = {"goal": GPU_LOGPROBS_FORWARD.to_json(), "must": 6, "aim": 4, "default": "triton"}
+    row = {"goal": GPU_LOGPROBS_FORWARD.to_json(), "must": 6, "aim": 4, "judged": "triton"}
     other = found | {"provider": "ppo_fast-cuda", "compiler": "nvcc 13.0", "microseconds": 1}
     text = "\n".join(predicted.section([row | {"predicted": [found, other]}], []))
-    assert lines_with(text, "triton (triton 3.6.0), default", f"| {words} | DRAM | 1 | - | - |")
+    assert lines_with(text, "triton (triton 3.6.0), judged", f"| {words} | DRAM | 1 | - | - |")
     must, aim = int(microseconds <= 6), int(microseconds <= 4)
-    assert lines_with(text, f"default {must} of 1 goals are met on paper, {aim} of the aims")
+    assert lines_with(text, f"named, {must} of 1 goals are met on paper, {aim} of the aims")
     assert lines_with(text, "better of the two 1 of 1 goals are met on paper, 1 of the aims")
     assert predicted.section([], []) == []
 

@@ -318,6 +318,9 @@ def test_each_goal_is_judged_by_its_default_backend() -> None:
     assert ("logits_ppo_loss", "qwen-r1", "ppo_fast-triton-inplace") in chosen
     assert ("logits_ppo_loss", "qwen-r1", "ppo_fast-cuda-inplace") in chosen
     assert ("gae", "rlhf-512x8k", "ppo_fast-triton") in chosen
+    rows = predict.predictions(count.committed())
+    judged = {row["must"]: row["judged"] for row in rows if row["goal"]["op"] == "logits_ppo_loss"}
+    assert judged == {1400: "cuda", 1740: "triton"}
 
 
 def test_a_new_kernel_is_refused_by_name() -> None:
