@@ -30,6 +30,7 @@ from ppo_fast.ops.rlhf_advantages import rlhf_advantages
 from ppo_fast.ops.rollout_weights import off_policy_mask, rollout_weights
 from ppo_fast.ops.value_loss import value_loss
 from ppo_fast.ops.whiten import whiten
+from ppo_fast.support import Support
 from ppo_fast.surrogates import Surrogate, TokenTerms
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "RolloutStats",
     "RolloutWeights",
     "Stats",
+    "Support",
     "Surrogate",
     "TokenLogProbs",
     "TokenTerms",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppo_fast._boundary.options import (
     Lambda,
+    Pairs,
     PolicyOptions,
     Scoring,
     Softmax,
@@ -30,6 +31,11 @@ _LOGPROBS_FWD = HANDLES["logprobs_fwd"]
 _LOGPROBS_BWD = HANDLES["logprobs_bwd"]
 _LOGPROBS_BWD_ = HANDLES["logprobs_bwd_"]
 _LOGPROBS_BWD_BF16_ = HANDLES["logprobs_bwd_bf16_"]
+_SUPPORT_FWD = HANDLES["support_fwd"]
+_SUPPORT_BWD = HANDLES["support_bwd"]
+_SPARSE_LOGITS = HANDLES["sparse_logits"]
+_SPARSE_HIDDEN_GRAD = HANDLES["sparse_hidden_grad"]
+_SPARSE_WEIGHT_GRAD = HANDLES["sparse_weight_grad"]
 _PPO_LOSS = HANDLES["ppo_loss"]
 _LOGITS_PPO_LOSS = HANDLES["logits_ppo_loss"]
 _LOGITS_PPO_LOSS_ = HANDLES["logits_ppo_loss_"]
@@ -116,6 +122,67 @@ def _backward(
         s.temperature,
         s.ignore_index,
     )
+
+
+def support_fwd(backend: str, logits: Tensor, pairs: Pairs, s: Scoring) -> Softmax:
+    """Softmax numbers (N,) of every row's pairs, logits (M,); the token is a row's first pair."""
+    return Softmax(
+        *_SUPPORT_FWD[backend](
+            logits, pairs.offsets, pairs.mask, s.temperature_tensor, s.temperature
+        )
+    )
+
+
+def support_bwd(
+    backend: str,
+    logits: Tensor,
+    pairs: Pairs,
+    s: Scoring,
+    softmax: Softmax,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """The gradient by the pairs' logits, (M,), 0 in masked rows."""
+    out: Tensor = _SUPPORT_BWD[backend](
+        grad_logprobs,
+        grad_entropy,
+        logits,
+        pairs.offsets,
+        pairs.mask,
+        s.temperature_tensor,
+        softmax.entropy,
+        softmax.row_max,
+        softmax.log_sum,
+        s.temperature,
+    )
+    return out
+
+
+def sparse_logits(backend: str, hidden: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
+    """hidden[row] · weight[id] of every pair, (M,) fp32 (fp64): -inf where absent, NaN where the
+    id is wrong, undefined in masked rows; hidden (N, H)."""
+    out: Tensor = _SPARSE_LOGITS[backend](hidden, weight, pairs.ids, pairs.offsets, pairs.mask)
+    return out
+
+
+def sparse_hidden_grad(backend: str, grad_logits: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
+    """Σ grad · weight[id] over each row's pairs, (N, H) in the weight's dtype, 0 where masked."""
+    out: Tensor = _SPARSE_HIDDEN_GRAD[backend](
+        grad_logits, weight, pairs.ids, pairs.offsets, pairs.mask
+    )
+    return out
+
+
+def sparse_weight_grad(
+    backend: str, grad_logits: Tensor, rows: Tensor, starts: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Σ grad · hidden[row] and Σ grad over each id's pairs: (V, H) in hidden's dtype, (V,) wide.
+
+    The pairs stand in the order of their ids: id v's are [starts[v], starts[v + 1]). Those whose
+    gradient is 0 take no part, whatever their row holds.
+    """
+    out: tuple[Tensor, Tensor] = _SPARSE_WEIGHT_GRAD[backend](grad_logits, rows, starts, hidden)
+    return out
 
 
 def ppo_loss(

@@ -226,6 +226,17 @@ class Softmax(NamedTuple):
     log_sum: Tensor
 
 
+class Pairs(NamedTuple):
+    """(row, id) pairs of N rows, row after row; a row's first is its token.
+
+    ids (M,) int32, -1 where absent; offsets (N + 1,) int64 are the rows' ends; mask (N,) bool.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    mask: Tensor
+
+
 class Lambda(NamedTuple):
     """One λ: a number, or a tensor of the rewards' shape ((S,) when packed and per sequence)."""
 

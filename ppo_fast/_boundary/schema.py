@@ -63,6 +63,30 @@ _LOGPROBS_BWD_ARGS = (
     " Tensor? temperature_tensor, Tensor entropy, Tensor row_max, Tensor log_sum,"
     " float temperature, int ignore_index)"
 )
+# Pairs (row, id) of a call over supports, row after row: `offsets` (N + 1,) int64 are the rows'
+# ends, and a row's first pair is its token. A logit of -inf is an absent pair's. `mask` (N,) bool.
+_SUPPORT_FWD = (
+    "(Tensor logits, Tensor offsets, Tensor mask, Tensor? temperature_tensor, float temperature)"
+    " -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)"
+)
+_SUPPORT_BWD = (
+    "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor offsets, Tensor mask,"
+    " Tensor? temperature_tensor, Tensor entropy, Tensor row_max, Tensor log_sum,"
+    " float temperature) -> Tensor"
+)
+# ids (M,) int32: -1 is absent (a logit of -inf), any other outside [0, V) is wrong (NaN).
+_SPARSE_LOGITS = (
+    "(Tensor hidden, Tensor weight, Tensor ids, Tensor offsets, Tensor mask) -> Tensor"
+)
+_SPARSE_HIDDEN_GRAD = (
+    "(Tensor grad_logits, Tensor weight, Tensor ids, Tensor offsets, Tensor mask) -> Tensor"
+)
+# The pairs in the order of their ids: gradient and row of each, (M,), and where each id begins and
+# the last one ends, (V + 1,) int64.
+_SPARSE_WEIGHT_GRAD = (
+    "(Tensor grad_logits, Tensor rows, Tensor starts, Tensor hidden)"
+    " -> (Tensor grad_weight, Tensor grad_bias)"
+)
 # codes and params: PolicyCodes and PolicyParams of options.py.
 # grads is (n_grads, *shape): by logprobs, by entropy; the gradients are scale times it. scale is
 # 1/D, or 1 from a backend that knew D beforehand. sequence_weights, (B,) or (S,), multiply w.
@@ -139,6 +163,16 @@ def _fake_logprobs_bwd(grad_logprobs: Any, grad_entropy: Any, logits: Tensor, *_
     return _empty(logits, dtype=logits.dtype)
 
 
+def _fake_support_fwd(logits: Tensor, offsets: Tensor, mask: Tensor, *_: Any) -> Any:
+    return tuple(_empty(logits, mask.shape) for _ in range(4))
+
+
+def _fake_weight_grad(grad_logits: Tensor, rows: Any, starts: Tensor, hidden: Tensor) -> Any:
+    vocab = starts.shape[0] - 1
+    weight = _empty(hidden, (vocab, hidden.shape[1]), hidden.dtype)
+    return weight, _empty(grad_logits, (vocab,))
+
+
 def _fake_logits_loss(logits: Tensor, tokens: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty(logits, tokens.shape), _empty(logits, tokens.shape)
 
@@ -188,6 +222,21 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda *_: None,
         "logprobs",
     ),
+    "support_fwd": (_SUPPORT_FWD, _fake_support_fwd, "support"),
+    "support_bwd": (_SUPPORT_BWD, lambda g, h, logits, *_: _empty(logits), "support"),
+    "sparse_logits": (
+        _SPARSE_LOGITS,
+        lambda hidden, weight, ids, *_: _empty(hidden, ids.shape),
+        "sparse_head",
+    ),
+    "sparse_hidden_grad": (
+        _SPARSE_HIDDEN_GRAD,
+        lambda grads, weight, ids, offsets, mask: _empty(
+            weight, (mask.shape[0], weight.shape[1]), weight.dtype
+        ),
+        "sparse_head",
+    ),
+    "sparse_weight_grad": (_SPARSE_WEIGHT_GRAD, _fake_weight_grad, "sparse_head"),
     "ppo_loss": (_PPO_LOSS, _fake_loss, "ppo_loss"),
     "logits_ppo_loss": (
         _LOGITS_PPO_LOSS_ARGS.format(logits="Tensor")
@@ -238,6 +287,11 @@ _BACKENDS_OF = {
     "logits_ppo_loss_bf16_": ("triton", "cuda"),
     "scaled": ("triton", "cuda"),
     "scaled_": ("triton", "cuda"),
+    "support_fwd": ("cpu", "triton"),
+    "support_bwd": ("cpu", "triton"),
+    "sparse_logits": ("cpu", "triton"),
+    "sparse_hidden_grad": ("cpu", "triton"),
+    "sparse_weight_grad": ("cpu", "triton"),
     "few_rows_linear": ("cpu",),
     "rollout_weights": ("cpu",),
 }
