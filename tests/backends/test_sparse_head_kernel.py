@@ -439,7 +439,7 @@ def test_no_rows(kernel: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [24, 25, 300, 1032])
+@pytest.mark.parametrize("width", [24, 25, 300])
 def test_launches_are_registered(kernel: str, device: str, width: int, dtype: torch.dtype) -> None:
     import aot
 
