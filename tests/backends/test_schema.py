@@ -198,6 +198,13 @@ class TestGradcheck:
             leaves = [k for k in ("hidden", "weight", "bias") if k in call.tensors]
             assert self.check(call, leaves, ["logprobs", "entropy"])
 
+    def test_linear_logprobs_at(self) -> None:
+        """Ids that stand twice, absent ones, and more ids than the vocabulary has."""
+        for options in ({}, {"k": 9, "softcap": 3.0, "extras": ("bias", "row_index")}):
+            call = testing.linear_at_call((2, 3), 7, 3, dtype=DOUBLE, **options)
+            leaves = [k for k in ("hidden", "weight", "bias") if k in call.tensors]
+            assert self.check(call, leaves, ["logprobs", "entropy"])
+
     @pytest.mark.parametrize("reduction", schema.REDUCTIONS)
     @pytest.mark.parametrize("variant", ["clip", "penalty", "linear"])
     def test_heads(self, monkeypatch: pytest.MonkeyPatch, variant: str, reduction: str) -> None:
