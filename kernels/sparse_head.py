@@ -166,9 +166,9 @@ def pair_parts_kernel(
     SEGMENT: tl.constexpr,
     ALIGN: tl.constexpr,  # every vector starts at a multiple of this many elements
 ):
-    # Rows whose pairs begin at a multiple of SEGMENT have their segments but the first numbered
-    # one after the other; others have as many numbers or more: floor(a + b) >= floor(a) + floor(b).
-    # Number p is of the row that holds pair (p + 1) SEGMENT - 1; the first row's start need not be 0.
+    # Part p is of the row that holds pair (p + 1) SEGMENT - 1, if of any. The rows' parts follow
+    # one another and are no more than the programs, as floor(a + b) >= floor(a) + floor(b). Pairs
+    # before the first row's are nobody's.
     part = tl.program_id(0).to(tl.int64)
     row = row_of(offsets_ptr, (part + 1) * SEGMENT - 1, n_rows, steps)
     start, count = pairs_to_add(offsets_ptr, mask_ptr, mask_stride, row)
@@ -193,12 +193,14 @@ def pair_parts_kernel(
 
 
 @triton.jit
-def with_parts(total, parts_ptr, parts_stride, start, count, columns, inside, SEGMENT: tl.constexpr):
+def with_parts(
+    total, parts_ptr, parts_stride, start, count, columns, width, SEGMENT: tl.constexpr
+):
     """A row's sum: its first segment's and, in order, those of the others."""
     first = start // SEGMENT
     for part in tl.range(first, first + tl.maximum(count - 1, 0) // SEGMENT):
         from_ptr = parts_ptr + aligned(part * parts_stride, 4)
-        total += tl.load(from_ptr + columns, mask=inside, other=0.0)
+        total += tl.load(from_ptr + columns, mask=columns < width, other=0.0)
     return total
 
 
@@ -235,7 +237,7 @@ def pair_sums_kernel(
             *(column, width, PAIRS, LANES, ALIGN, False),
         )
         columns = column + tl.arange(0, LANES)
-        total = with_parts(total, parts_ptr, parts_stride, start, count, columns, None, SEGMENT)
+        total = with_parts(total, parts_ptr, parts_stride, start, count, columns, width, SEGMENT)
         tl.store(to_ptr + columns, rounded(total, to_ptr.dtype.element_ty))
     if full < width:
         total = summed(
@@ -244,7 +246,7 @@ def pair_sums_kernel(
         )
         columns = full + tl.arange(0, LANES)
         inside = columns < width
-        total = with_parts(total, parts_ptr, parts_stride, start, count, columns, inside, SEGMENT)
+        total = with_parts(total, parts_ptr, parts_stride, start, count, columns, width, SEGMENT)
         tl.store(to_ptr + columns, rounded(total, to_ptr.dtype.element_ty), mask=inside)
     if sums_ptr is not None:
         sums = tl.zeros([SUM_LANES], tl.float32)
