@@ -13,6 +13,7 @@ from mutant_numbers import NUMBERS, NUMBERS_CPU
 from mutant_report import REPORT
 from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
+from mutant_support import SUPPORT
 from mutant_surrogates import SURROGATES
 from mutant_weights import WEIGHTS, WEIGHTS_CPU
 
@@ -409,5 +410,6 @@ MUTANTS = {
     "report": REPORT,
     "runs": RUNS,
     "surrogates": SURROGATES,
+    "support": SUPPORT,
     "weights": WEIGHTS,
 }
