@@ -219,8 +219,8 @@ CPU = (
     Mutant(
         "no temperature in the label's logit",
         "csrc/cpu/softmax/softmax.h",
-        "p.logit(p.row(row), label) * p.inv_temperature(row) - all.max",
-        "p.logit(p.row(row), label) - all.max",
+        "r.label_logit() * r.inv_temperature - all.max",
+        "r.label_logit() - all.max",
         "logprobs",
         "cpu",
     ),
