@@ -19,9 +19,13 @@ from ppo_fast.testing.loss_conditions import (
     Conditions,
     Softmax,
     finite,
+    over_support,
     ppo_condition,
     temperature_of,
 )
+
+# A probability below the smallest normal number may be 0, whatever it is multiplied by later.
+_FLUSHED = torch.finfo(torch.float32).smallest_normal / torch.finfo(torch.float32).eps
 
 
 class Logits(NamedTuple):
@@ -85,10 +89,7 @@ def _upward(
     dz = (g[..., None] * direct - up.h[..., None] * of_entropy) / temperature
     error = rows.gradient(g, up.h)
     error = error + gh[0][..., None] * direct.abs() + gh[1][..., None] * of_entropy.abs()
-    # A probability below the smallest normal number may be 0, whatever it is multiplied by later.
-    info = torch.finfo(torch.float32)
-    flushed = info.smallest_normal / info.eps
-    error = error + flushed * (g.abs()[..., None] + (up.h[..., None] * rows.slope).abs())
+    error = error + _FLUSHED * (g.abs()[..., None] + (up.h[..., None] * rows.slope).abs())
     return dz * logits.bend, error / temperature * logits.bend + dz.abs() * logits.bend_error
 
 
@@ -120,7 +121,8 @@ def linear_logprobs_condition(
 ) -> Conditions:
     """Of the product, the softcap and the softmax, and of the two products of the backward."""
     logits, temperature = _logits(call, _kept(call)), temperature_of(call)
-    rows = Softmax(logits.z / temperature, call.tensors["tokens"], logits.error / temperature)
+    z = over_support(call, logits.z / temperature)
+    rows = Softmax(z, call.tensors["tokens"], logits.error / temperature)
     out = rows.outputs()
     if call.cotangents:
         live = rows_of(call.tensors["tokens"], _kept(call), call.tensors.get("row_index"))
@@ -129,12 +131,42 @@ def linear_logprobs_condition(
     return out
 
 
+def linear_logprobs_at_condition(
+    call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
+) -> Conditions:
+    """The same at the ids of a row, whose gradients are summed before they meet its softmax."""
+    ids = call.tensors["ids"]
+    head = call.replace(tokens=ids.new_zeros(ids.shape[:-1]), ids=None)
+    logits, temperature = _logits(head, _kept(head)), temperature_of(head)
+    z = logits.z / temperature
+    rows = Softmax(z, head.tensors["tokens"], logits.error / temperature)
+    at = ids.clamp(0, z.shape[-1] - 1).long()
+    reach = rows.reach + finite(z.log_softmax(-1)).abs()
+    out = {"logprobs": (8, reach.gather(-1, at), False), "entropy": rows.outputs()["entropy"]}
+    if call.cotangents:
+        live = rows_of(head.tensors["tokens"], _kept(head), call.tensors.get("row_index"))
+        h = torch.where(live, call.cotangents["entropy"], 0.0)
+        passes = live[..., None] & (ids >= 0) & ~z.gather(-1, at).isneginf()
+        g = torch.where(passes, call.cotangents["logprobs"], 0.0)
+        own, size = (torch.zeros_like(z).scatter_add(-1, at, x) for x in (g, g.abs()))
+        total, most = (x.sum(-1, keepdim=True) for x in (g, g.abs()))
+        adds = _adds(ids.shape[-1])
+        dz = (own - rows.p * total - h[..., None] * rows.p * rows.slope) / temperature
+        error = rows.gradient(torch.zeros_like(h), h) + adds * size
+        error = error + finite(rows.p * (rows.reach + adds)) * most
+        error = error + _FLUSHED * (most + (h[..., None] * rows.slope).abs())
+        error = error / temperature * logits.bend + dz.abs() * logits.bend_error
+        out |= _gradients(head, dz * logits.bend, error, eps, narrow)
+    return out
+
+
 def head_loss_condition(
     call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
 ) -> Conditions:
     """Of the softmax, of the loss of what comes out of it, and back."""
     logits, temperature = _logits(call, _kept(call)), temperature_of(call)
-    rows = Softmax(logits.z / temperature, call.tensors["tokens"], logits.error / temperature)
+    z = over_support(call, logits.z / temperature)
+    rows = Softmax(z, call.tensors["tokens"], logits.error / temperature)
     loss = _loss_of(call, exact)
     result = run(loss, "reference")
     # Their 8·eps in units of the loss's 4·eps.
@@ -155,7 +187,7 @@ def _loss_of(call: Call, exact: dict[str, Tensor]) -> Call:
     t, o = call.tensors, call.options
     taken = ["old_logprobs", "advantages", "is_weights", "ref_logprobs", "cu_seqlens"]
     taken.append("sequence_weights")
-    head = ("temperature", "softcap", "ignore_index", "inplace")
+    head = ("temperature", "softcap", "ignore_index", "inplace", "support")
     options: dict[str, Any] = {k: v for k, v in o.items() if k not in head}
     counted, index = _kept(call), t.get("row_index")
     tensors = {k: t[k] for k in taken if k in t} | {k: exact[k] for k in ("logprobs", "entropy")}

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ppo_fast.testing.calls import Call, promoted, run
-from ppo_fast.testing.inputs import Shape, Source, finish, logprobs_call, make_mask, ppo_call
+from ppo_fast.testing.inputs import (
+    Shape,
+    Source,
+    finish,
+    logprobs_call,
+    make_mask,
+    make_support,
+    ppo_call,
+)
 
 # What of a loss's call is not the head's.
 _LOSS = (
@@ -35,11 +43,14 @@ def linear_call(
     temperature: str | float = "token",
     ignored: bool = True,
     extras: tuple[str, ...] = ("bias",),
+    kept: int | None = None,
+    sparse: bool | None = None,
     **options: Any,
 ) -> Call:
     """`linear_token_logprobs` of logits with deviation `scale`; extras: bias, row_index.
 
-    `ignored`: every eleventh token is the ignored one, out of the vocabulary.
+    `ignored`: every eleventh token is the ignored one, out of the vocabulary. `kept`: over a
+    support of up to so many ids a row, `sparse` or not.
     """
     source = Source(dtype, device, seed)
     tensors: dict[str, Any] = {
@@ -56,8 +67,35 @@ def linear_call(
         tensors["temperature"] = source.uniform(shape, 0.5, 2.0)
     else:
         options["temperature"] = temperature
+    if kept is not None:
+        options["support"] = make_support(tensors["tokens"], vocab, kept, seed, sparse)
     grads = {name: source.cotangent(shape) for name in ("logprobs", "entropy")}
     return finish("linear_token_logprobs", tensors, options, **grads)
+
+
+def linear_at_call(
+    shape: Shape = (3, 5),
+    vocab: int = 37,
+    width: int = 24,
+    *,
+    k: int = 5,
+    absent: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> Call:
+    """`linear_logprobs_at`, k ids a row; other options as `linear_call`'s.
+
+    `absent`: every seventh id is none. An id may stand twice in its row.
+    """
+    head = linear_call(shape, vocab, width, seed=seed, ignored=False, **options)
+    tensors = {"ids" if name == "tokens" else name: x for name, x in head.tensors.items()}
+    main, dtype = tensors["hidden"], tensors["hidden"].dtype
+    source = Source(dtype, main.device, seed + 1)
+    tensors["ids"] = source.integers((*shape, k), vocab)
+    if absent:
+        tensors["ids"].view(-1)[2::7] = -1
+    grads = head.cotangents | {"logprobs": source.cotangent((*shape, k))}
+    return Call("linear_logprobs_at", tensors, head.options, grads)
 
 
 def _rows(source: Source, shape: Shape) -> Tensor:
@@ -66,11 +104,16 @@ def _rows(source: Source, shape: Shape) -> Tensor:
 
 
 def logits_ppo_call(
-    shape: Shape = (3, 5), vocab: int = 37, *, temperature: str | float = "token", **options: Any
+    shape: Shape = (3, 5),
+    vocab: int = 37,
+    *,
+    temperature: str | float = "token",
+    kept: int | None = None,
+    **options: Any,
 ) -> Call:
     """`logits_ppo_loss`; other options as `ppo_call`'s."""
     given = {k: options[k] for k in ("dtype", "device", "seed", "mask") if k in options}
-    head = logprobs_call(shape, vocab, temperature=temperature, **given)
+    head = logprobs_call(shape, vocab, temperature=temperature, kept=kept, **given)
     return _with_loss("logits_ppo_loss", head, shape, options)
 
 
@@ -83,6 +126,8 @@ def linear_ppo_call(
     softcap: float | None = None,
     ignored: bool = True,
     head_extras: tuple[str, ...] = ("bias",),
+    kept: int | None = None,
+    sparse: bool | None = None,
     **options: Any,
 ) -> Call:
     """`linear_ppo_loss`; `head_extras` are `linear_call`'s, other options `ppo_call`'s."""
@@ -95,6 +140,8 @@ def linear_ppo_call(
         temperature=temperature,
         ignored=ignored,
         extras=head_extras,
+        kept=kept,
+        sparse=sparse,
         **given,
         **cap,
     )
@@ -111,6 +158,7 @@ def _with_loss(op: str, head: Call, shape: Shape, options: dict[str, Any]) -> Ca
 
 HEADS: dict[str, Callable[..., Call]] = {
     "linear_token_logprobs": linear_call,
+    "linear_logprobs_at": linear_at_call,
     "logits_ppo_loss": logits_ppo_call,
     "linear_ppo_loss": linear_ppo_call,
 }
