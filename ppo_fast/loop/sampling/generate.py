@@ -93,7 +93,7 @@ def generate(
                 held, token, alive = held[stay], token[stay], alive[stay]
             decoder.step(token)
     columns = (x[:, : t + 1] for x in (response, mask, logprobs.to(scored.dtype)))
-    return _rollout(tokens, attention, *columns, kept)
+    return _rollout(tokens, attention, kept, *columns)
 
 
 def _check_tokens(model: Any, tokens: Tensor) -> None:
@@ -109,10 +109,10 @@ def _check_tokens(model: Any, tokens: Tensor) -> None:
 def _rollout(
     tokens: Tensor,
     attention: Tensor,
+    kept: Kept | None,
     response: Tensor,
     mask: Tensor,
     logprobs: Tensor,
-    kept: Kept | None,
 ) -> Rollout:
     bad = ~logprobs.isfinite().all(1)
     if bad.any():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ class Kept:
         return logits.masked_fill(~kept, -math.inf)
 
     def support(self) -> tuple[Support, Cut]:
-        """The support of the (n, T) slots up to the last step, in row-major order, and their cut."""
+        """The support of the (n, T) slots up to the last step, row after row, and their cut."""
         n, steps = len(self._counts), len(self._ids)
         by_step = support_of(torch.cat(self._ids), self._counts[:, :steps].T)
         slots = torch.arange(steps * n, device=self._counts.device).view(steps, n).T.flatten()
@@ -140,18 +140,16 @@ def held_at_most(config: TrainConfig, vocab: int) -> str:
     )
 
 
-def require_support(backend: str, cause: str) -> None:
-    """Raise OptionError for the backend that has no kernels for supports, which `cause` needs."""
-    if backend == "cuda":
-        raise OptionError(f"backend must be another than 'cuda' with {cause}, got {backend!r}")
+def require_support(backend: str, config: TrainConfig, stored: bool = False) -> None:
+    """Raise OptionError for the backend without kernels for supports, where there will be some.
 
-
-def cause(config: Any) -> str:
-    """The first option that truncates, with its value."""
-    names = ("top_k", "top_p", "min_p")
-    off = Truncation()
-    return next(
-        f"{name} {getattr(config, name)}"
-        for name in names
-        if getattr(config, name) != getattr(off, name)
-    )
+    They come of the options, or with `stored` transitions.
+    """
+    truncation, off = Truncation.of(config), Truncation()
+    if backend != "cuda" or not (truncation or stored):
+        return
+    cause = "transitions that have support_ids"
+    if truncation is not None:
+        fields = zip(truncation._fields, truncation, off, strict=True)
+        cause = next(f"{name} {value}" for name, value, none in fields if value != none)
+    raise OptionError(f"backend must be triton, cpu or reference with {cause}, got {backend!r}")
