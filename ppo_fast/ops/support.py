@@ -231,8 +231,6 @@ class _KeptLogProbs(torch.autograd.Function):
             dlogits = logits.detach().zero_() if inplace else torch.zeros_like(logits)
         places = (*unravelled(rows.long(), logits.shape[:-1]), kept.columns(vocab))
         dlogits.index_put_(places, dz.to(dlogits.dtype), accumulate=True)
-        if inplace:
-            torch.autograd.graph.increment_version(logits)
         return dlogits, None, None, None, None
 
 
