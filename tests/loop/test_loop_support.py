@@ -1,4 +1,4 @@
-"""Truncated sampling: what is kept and drawn, and that scoring and update are over the same ids."""
+"""Truncated sampling: what is kept and drawn, and scoring and update over the same ids."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loop_helpers import TEXTS, batch_of, gradients, rollout_of, tiny, trainer, weights
+from loop_helpers import TEXTS, batch_of, rollout_of, tiny, trainer, weights
 from rich.console import Console
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+import ppo_fast
 from ppo_fast.loop import OptionError, TrainConfig, Trainer, preflight
 from ppo_fast.loop.data.experience import joined, supported
 from ppo_fast.loop.sampling.generate import draw, generate
@@ -50,13 +51,14 @@ def spelled(z: list[float], t: Truncation) -> tuple[list[int], float]:
         least = sorted(z)[-t.top_k]
         left = {i for i in left if z[i] >= least}
     if t.top_p < 1:
-        mass, reached = math.fsum(weight[i] for i in left), list[float]()
+        mass, reached = math.fsum(weight[i] for i in left), 0.0
         for i in sorted(left, key=lambda i: -z[i]):
-            reached.append(weight[i])
-            if math.fsum(reached) >= t.top_p * mass:
+            reached += weight[i]
+            if reached >= t.top_p * mass:
                 left = {j for j in left if z[j] >= z[i]}
                 break
-    left = {i for i in left if weight[i] >= t.min_p * max(weight[j] for j in left)}
+    largest = max(weight[i] for i in left)
+    left = {i for i in left if weight[i] >= t.min_p * largest}
     kept = math.fsum(weight[i] for i in left) / math.fsum(weight)
     return sorted(left), 1 - kept
 
@@ -243,7 +245,7 @@ def test_the_first_ratio_is_one(
 
 
 def dense(t: Trainer, logits: torch.Tensor, seqs: Any) -> torch.Tensor:
-    """Log-probs of the kept tokens by a log-softmax over logits that are -inf where they are cut."""
+    """Log-probs of the kept tokens by a log-softmax over logits that are -inf where cut."""
     masked = torch.full_like(logits, -torch.inf)
     for i, ids in enumerate(lists(seqs.flat_support())):
         masked[i, ids] = logits[i, ids]
@@ -261,18 +263,18 @@ def test_gradients_are_those_of_a_dense_softmax_over_what_is_kept(
     t.step()
     _, batch, plan = batch_of(t)
     accumulate(t.agent, batch, plan[0], 0.3, t.backend)
-    found = gradients(t)
+    model = t.agent.policy.model
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     t.agent.discard()
-    part = batch.rows(torch.cat(plan[0]))
+    rows = torch.cat(plan[0])
+    part = batch.rows(rows)
     new = dense(t, t.agent.policy.logits(part.seqs)[0], part.seqs)
-    old, ref, advantages = (
-        part.seqs.flat(x) for x in (part.scored.old, part.scored.ref, part.advantages)
-    )
-    assert part.moments is not None
-    white = (advantages - part.moments.mean) / (part.moments.std + 1e-8)
+    whole = ppo_fast.whiten(batch.advantages, moments=batch.moments)[rows]
+    old, ref, white = (part.seqs.flat(x) for x in (part.scored.old, part.scored.ref, whole))
     k3 = (ref - new).exp() - 1 - (ref - new)  # Schulman 2020
     (-(new - old).exp() * white + 0.3 * k3).mean().backward()
-    for a, b in zip(found, gradients(t), strict=True):
+    want = [p.grad for p in model.parameters() if p.grad is not None]
+    for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11 * float(b.abs().max()))
 
 
@@ -395,7 +397,7 @@ def test_a_backend_without_supports_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = "^backend must be triton, cpu or reference with {}, got 'cuda'$"
-    config = TrainConfig(top_p=0.9, out=tmp_path, model="tiny")
+    config = TrainConfig(top_p=0.9, out=tmp_path, model="tiny").resolved()
     with monkeypatch.context() as patch:
         patch.setattr(preflight, "select", lambda *_: "cuda")
         with pytest.raises(OptionError, match=message.format(r"top_p 0\.9")):
