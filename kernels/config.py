@@ -46,6 +46,18 @@ class TokenTile(NamedTuple):
     warps: int
 
 
+class PairTile(NamedTuple):
+    """Tile of pairs (row, id) and of the hidden size, of the sparse head."""
+
+    pairs: int
+    lanes: int
+    warps: int
+
+    def constants(self) -> dict[str, int]:
+        """The launch's constants."""
+        return {"PAIRS": self.pairs, "LANES": self.lanes, "num_warps": self.warps}
+
+
 # Elements per program of the elementwise and reducing passes over token-sized tensors.
 TOKENS = Tile(block=1024, warps=4)
 # Elements per program of `scale` a turn, and its programs: 8 for each multiprocessor of an H200.
@@ -59,6 +71,15 @@ WIDE = RowTiling(lanes=1024, unroll=8, segment=32768, warps=4, stages=1)
 NARROW = RowTiling(lanes=128, unroll=4, segment=2048, warps=1, stages=1)
 WIDE_GRAD = RowTiling(lanes=1024, unroll=4, segment=32768, warps=4, stages=1)
 NARROW_GRAD = RowTiling(lanes=128, unroll=4, segment=2048, warps=1, stages=1)
+# Pairs whose products one program forms, a quarter of them a warp. 256 lanes of bf16 are a load of
+# 16 bytes a thread, of which four pairs and their hidden states have eight in flight.
+PAIR_PRODUCTS = PairTile(pairs=16, lanes=256, warps=4)
+# Pairs that a program adds at a time, all of them in each thread: their sums need no barrier, and
+# a row of one pair keeps every thread busy.
+PAIR_SUMS = PairTile(pairs=4, lanes=1024, warps=4)
+NARROW_PAIR_SUMS = PairTile(pairs=4, lanes=256, warps=1)
+# Pairs of a row that one program adds: longer rows are shared by several.
+PAIR_SEGMENT = 512
 # Programs of a loss, a power of two: all resident at once, two on a multiprocessor of an H200's
 # 132, and merged in one step by the last one.
 LOSS_PROGRAMS = 256
@@ -81,3 +102,8 @@ def token_tile(cols: int) -> TokenTile:
     if cols <= 128:
         return TokenTile(8, 128, 8)
     return TokenTile(2, 512, 8) if cols <= 512 else TokenTile(1, 1024, 8)
+
+
+def pair_sum_tile(width: int) -> PairTile:
+    """Tile with which rows of `width` are added."""
+    return NARROW_PAIR_SUMS if width <= NARROW_PAIR_SUMS.lanes else PAIR_SUMS

@@ -111,7 +111,7 @@ def select(
     ):
         name = "cuda"
     else:
-        name = _automatic(kind)
+        name = automatic(kind)
     if name == "cpu" and kind != "cpu":
         raise ValueError(f"{op}: backend 'cpu' needs CPU tensors, got {x.device}")
     if name in ("triton", "cuda"):
@@ -147,7 +147,7 @@ def _check_gpu(op: str, x: Tensor) -> None:
         raise BackendUnavailableError(f"{op}: backend 'cuda' is not usable: {reason}")
 
 
-def _automatic(kind: str) -> str:
+def automatic(kind: str) -> str:
     """The default backend of a device of this kind, where CUDA C++ is not."""
     name = _AUTOMATIC.get(kind)
     if name is None:

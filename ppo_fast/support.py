@@ -58,13 +58,23 @@ class Support:
         self.offsets = offsets
         self._ends = offsets.cpu()
         self.sparse = sparse
-        counts = self._ends.diff()
-        self._of = int(self._ends[-1]), int((counts > 0).sum())
+        self._of = int(self._ends[-1]), int((self._ends.diff() > 0).sum())
+        self._find_whole()
+
+    def _find_whole(self) -> None:
+        at = (self._ends.diff() == 0).nonzero()[:, 0]
+        self.n_whole = at.numel()
+        self.whole_index = at.to(self.ids.device)
 
     @property
     def n_rows(self) -> int:
         """The number of rows, N."""
         return self._ends.numel() - 1
+
+    @property
+    def ends(self) -> Tensor:
+        """The offsets on the host."""
+        return self._ends
 
     @property
     def counts(self) -> Tensor:
@@ -99,11 +109,20 @@ class Support:
         part = object.__new__(Support)
         part.ids, part.offsets, part._ends = self.ids[places], offsets, ends
         part.sparse, part._of = self.sparse, self._of
+        part._find_whole()
         return part
 
+    def to(self, device: torch.device | str) -> Support:
+        """The same support on a device."""
+        moved = object.__new__(Support)
+        moved.ids, moved.offsets = self.ids.to(device), self.offsets.to(device)
+        moved._ends, moved.sparse, moved._of = self._ends, self.sparse, self._of
+        moved._find_whole()
+        return moved
+
     def row_of_pairs(self) -> Tensor:
-        """The row of every id, (M,) int64."""
-        each = torch.arange(self.n_rows, device=self.ids.device)
+        """The row of every id, (M,) int32."""
+        each = torch.arange(self.n_rows, dtype=torch.int32, device=self.ids.device)
         return each.repeat_interleave(self.counts, output_size=self.ids.numel())
 
     def is_sparse(self, vocab: int) -> bool:

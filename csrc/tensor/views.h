@@ -98,6 +98,18 @@ inline double read_at(const View& v, int64_t row, int64_t col) {
       return double(*at<int64_t>(v, row, col));
   }
 }
+inline void store_as(DType dtype, void* at, double x) {
+  switch (dtype) {
+    case DType::f32:
+      return from_float(float(x), static_cast<float*>(at));
+    case DType::bf16:
+      return from_float(float(x), static_cast<bf16*>(at));
+    case DType::f16:
+      return from_float(float(x), static_cast<fp16*>(at));
+    default:
+      *static_cast<double*>(at) = x;
+  }
+}
 inline int64_t read_int(const View& v, int64_t row, int64_t col) {
   return v.dtype == DType::i64 ? *at<int64_t>(v, row, col) : *at<int32_t>(v, row, col);
 }

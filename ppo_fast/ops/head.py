@@ -60,7 +60,7 @@ def _up(count: int, tile: int) -> int:
     return -(-count // tile) * tile
 
 
-def _unravelled(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+def unravelled(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     """As `torch.unravel_index`, which copies the shape to the device and waits for that."""
     parts = []
     for size in reversed(shape):
@@ -157,7 +157,7 @@ class Head:
         except (RuntimeError, ValueError):  # fake tensors raise the latter
             # Rows that do not lie at one stride are gathered, not copied whole.
             every = torch.arange(self.rows.n, device=self.hidden.device)
-            x = self.hidden[_unravelled(every[index], self.hidden.shape[:-1])]
+            x = self.hidden[unravelled(every[index], self.hidden.shape[:-1])]
         if self.rows.keep is None:
             return x
         return torch.where(self.rows.keep[at][:, None], x, x.new_zeros(()))

@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppo_fast import _backend, _checks
+from ppo_fast import _checks, reference
 from ppo_fast.ops.exact import exact_products
 from ppo_fast.ops.head import HeadOptions, HeadRows
 from ppo_fast.ops.logprobs import check_ignore_index, check_temperature, kept_tokens
 from ppo_fast.ops.shards import shard_of
+from ppo_fast.ops.support import check_support, select
+from ppo_fast.support import Support
 
 
 class HeadInputs(NamedTuple):
@@ -28,6 +30,20 @@ class HeadInputs(NamedTuple):
     temperature: float | Tensor
     rows: HeadRows
     options: HeadOptions
+    support: Support | None
+
+    def named(self) -> Tensor:
+        """The unmasked rows that `row_index` names, (N,) bool."""
+        keep = all_kept(self.tokens) if self.keep is None else self.keep
+        return reference.linear_logprobs.rows_of(self.tokens, keep, self.row_index).reshape(-1)
+
+    def whole(self) -> HeadInputs:
+        """The rows that take the whole vocabulary, alone."""
+        support: Any = self.support
+        t = self.temperature if isinstance(self.temperature, Tensor) else None
+        keep = self.named().view(self.tokens.shape)
+        rows = computed_rows(self.tokens, keep, t, support.whole_index)
+        return self._replace(rows=rows, support=None)
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
         """The op's own precision inside."""
@@ -44,6 +60,7 @@ class HeadInputs(NamedTuple):
             "softcap": self.options.softcap,
             "mask": self.keep,
             "row_index": self.row_index,
+            "support": self.support,
         }
 
 
@@ -60,6 +77,7 @@ def check_head(
     ignore_index: int,
     row_index: Tensor | None,
     process_group: dist.ProcessGroup | None,
+    support: Support | None,
     backend: str | None,
 ) -> HeadInputs:
     """The arguments of the chunks, or ValueError, TypeError or IndexError."""
@@ -72,18 +90,20 @@ def check_head(
     scalar, per_token = check_temperature(op, temperature, hidden)
     check_ignore_index(op, ignore_index)
     cap = None if softcap is None else _checks.positive(op, "softcap", softcap, hidden)
-    name = _backend.select(op, backend, hidden)
+    name = select(op, backend, hidden, support)
     shard = shard_of(op, "weight", process_group, weight, 0, name)
     keep = kept_tokens(tokens, mask, ignore_index)
+    vocab = weight.shape[0] if shard is None else shard.vocab
+    if support is not None:
+        check_support(op, support, tokens, keep, vocab)
     if _checks.DEBUG:
-        vocab = weight.shape[0] if shard is None else shard.vocab
         _checks.tokens_in_range(op, tokens, keep, vocab)
     if row_index is not None:
         row_index = _check_rows(op, row_index, tokens)
-    rows = _rows(tokens, keep, per_token, row_index)
+    rows = computed_rows(tokens, keep, per_token, row_index)
     given = scalar if per_token is None else per_token
     options = HeadOptions(scalar, cap, shard, name)
-    return HeadInputs(hidden, weight, bias, tokens, keep, row_index, given, rows, options)
+    return HeadInputs(hidden, weight, bias, tokens, keep, row_index, given, rows, options, support)
 
 
 def _plain_tensor(x: Any, group: dist.ProcessGroup | None) -> Any:
@@ -146,7 +166,7 @@ def _check_rows(op: str, index: Any, tokens: Tensor) -> Tensor:
     return index.clamp(0, max(0, n - 1))
 
 
-def _rows(
+def computed_rows(
     tokens: Tensor, keep: Tensor, temperature: Tensor | None, row_index: Tensor | None
 ) -> HeadRows:
     """The rows that are computed: on a CPU the unmasked ones, else `row_index` or all."""
@@ -162,3 +182,8 @@ def _rows(
         keep=None if on_host else rows.pick(flat),
         temperature=rows.pick_some(temperature),
     )
+
+
+def all_kept(tokens: Tensor) -> Tensor:
+    """A mask that keeps every token."""
+    return torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)

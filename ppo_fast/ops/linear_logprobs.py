@@ -15,6 +15,8 @@ from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, check_head
+from ppo_fast.ops.sparse_head import score_kept
+from ppo_fast.support import Support
 
 _OP = "linear_token_logprobs"
 
@@ -88,6 +90,7 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
+    support: Support | None = None,
     backend: str | None = None,
 ) -> TokenLogProbs:
     """`token_logprobs` of the logits cap(hidden·weightᵀ + bias), which never exist as a whole.
@@ -107,6 +110,8 @@ def linear_token_logprobs(
             and no gradient. On a CPU masked rows are left out by themselves; on a GPU, where their
             number is not known to the host, by this alone.
         process_group: ranks that hold a share of the vocabulary each, with identical tokens.
+        support: as in `token_logprobs`; where it keeps few ids, only those rows of the weight are
+            multiplied. It decides that itself, once. Not on "cuda".
 
     Returns:
         `TokenLogProbs(logprobs, entropy)`, each `(...)` fp32 (fp64 for fp64 inputs).
@@ -127,6 +132,7 @@ def linear_token_logprobs(
         ignore_index=ignore_index,
         row_index=row_index,
         process_group=process_group,
+        support=support,
         backend=backend,
     )
     shape = tokens.shape
@@ -138,6 +144,17 @@ def linear_token_logprobs(
 
 def score(given: HeadInputs) -> tuple[Tensor, Tensor]:
     """(N,) log-probabilities and entropies, differentiable where the head is."""
+    if given.support is None:
+        return _score_whole(given)
+    logprobs, entropy = score_kept(given, given.support)
+    if given.support.n_whole == 0:
+        return logprobs, entropy
+    of_others = _score_whole(given.whole())
+    return logprobs + of_others[0], entropy + of_others[1]
+
+
+def _score_whole(given: HeadInputs) -> tuple[Tensor, Tensor]:
+    """The same over the whole vocabulary."""
     args = (given.hidden, given.weight, given.bias)
     if n_grads(*args):
         out: tuple[Tensor, Tensor] = _LinearLogProbs.apply(*args, given)

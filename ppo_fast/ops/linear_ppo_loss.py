@@ -17,12 +17,13 @@ from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
-from ppo_fast.ops.head_inputs import HeadInputs, check_head
+from ppo_fast.ops.head_inputs import HeadInputs, all_kept, check_head
 from ppo_fast.ops.linear_logprobs import score
 from ppo_fast.ops.loss_options import Bounds, Coefficient, Variant, loss_options
 from ppo_fast.ops.policy import PolicyInputs, check_policy, over
 from ppo_fast.ops.policy_loss import corrected, of_rows, policy_loss
 from ppo_fast.ops.ppo_loss import loss_and_stats
+from ppo_fast.support import Support
 
 _OP = "linear_ppo_loss"
 # Type of the weights -> the kernel op that writes such gradients over wide logits.
@@ -38,7 +39,7 @@ class _Tokens(NamedTuple):
     @classmethod
     def of(cls, given: HeadInputs) -> _Tokens:
         """Both of a call's arguments, bool in the tokens' shape."""
-        counted = _all_true(given.tokens) if given.keep is None else given.keep
+        counted = all_kept(given.tokens) if given.keep is None else given.keep
         rows = reference.linear_logprobs.rows_of(given.tokens, counted, given.row_index)
         return cls(rows, counted)
 
@@ -149,7 +150,8 @@ def two_passes(given: HeadInputs, policy: PolicyInputs, grads: int) -> tuple[Ten
     """(loss, stats, logprobs, entropy) by both ops in turn: a backward forms the logits again.
 
     For losses whose slopes need other tokens first (gspo), and for fp16, whose gradients must not
-    be rounded before they are multiplied by the incoming one, a loss scale mostly.
+    be rounded before they are multiplied by the incoming one, a loss scale mostly. For a support,
+    whose sparse head keeps the logits of its pairs: those take three products too.
     Without gradients (`grads` 0) there is one pass.
     """
     tokens, backend = _Tokens.of(given), given.options.backend
@@ -157,10 +159,6 @@ def two_passes(given: HeadInputs, policy: PolicyInputs, grads: int) -> tuple[Ten
     policy, mask = tokens.prepared(given, policy)
     loss, stats = loss_and_stats(logprobs, entropy, mask, policy, grads, backend)
     return loss, stats, logprobs.detach(), entropy.detach()
-
-
-def _all_true(tokens: Tensor) -> Tensor:
-    return torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
 
 
 def _at(x: Tensor | None, at: slice) -> Tensor | None:
@@ -266,6 +264,7 @@ def linear_ppo_loss(
     cu_seqlens: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     correction: Correction | None = None,
+    support: Support | None = None,
     backend: str | None = None,
 ) -> HeadLoss:
     """`ppo_loss` of the head's own log-probabilities and entropies, in three matrix products.
@@ -282,7 +281,7 @@ def linear_ppo_loss(
 
     Args:
         hidden, weight, bias, tokens, temperature, softcap, ignore_index, row_index,
-        process_group: as in `linear_token_logprobs`; tokens `(B, T)`, or flat `(N,)`.
+        process_group, support: as in `linear_token_logprobs`; tokens `(B, T)`, or flat `(N,)`.
         old_logprobs, advantages, mask and the options of the loss: as in `ppo_loss`. Ignored
             tokens are masked. What `row_index` leaves out counts in the default D alone.
 
@@ -306,6 +305,7 @@ def linear_ppo_loss(
         ignore_index=ignore_index,
         row_index=row_index,
         process_group=process_group,
+        support=support,
         backend=backend,
     )
     # A slice of the hidden states has the tokens' shape, and their device and precision class.
@@ -349,7 +349,8 @@ def linear_ppo_loss(
 def _head_loss(given: HeadInputs, policy: PolicyInputs) -> HeadLoss:
     args = (given.hidden, given.weight, given.bias)
     grads = 2 if n_grads(*args) else 0
-    if grads and not policy.couples and given.weight.dtype != torch.float16:
+    one_pass = not policy.couples and given.support is None
+    if grads and one_pass and given.weight.dtype != torch.float16:
         loss, stats, logprobs, entropy = _LinearPPOLoss.apply(*args, given, policy)
     else:
         loss, stats, logprobs, entropy = two_passes(given, policy, grads)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast import _backend, _checks, reference
+from ppo_fast import _checks, reference
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Scoring
 from ppo_fast._results import HeadLoss, Moments, Stats
@@ -19,6 +19,8 @@ from ppo_fast.ops.loss_options import Bounds, Coefficient, Variant, loss_options
 from ppo_fast.ops.policy import PolicyInputs, check_policy
 from ppo_fast.ops.policy_loss import corrected, policy_loss
 from ppo_fast.ops.ppo_loss import loss_and_stats
+from ppo_fast.ops.support import check_support, select
+from ppo_fast.support import Support
 
 _OP = "logits_ppo_loss"
 
@@ -68,16 +70,22 @@ class _LogitsPPOLoss(torch.autograd.Function):
 
 
 def two_passes(
-    logits: Tensor, s: Scoring, policy: PolicyInputs, backend: str, grads: int, inplace: bool
+    logits: Tensor,
+    s: Scoring,
+    policy: PolicyInputs,
+    backend: str,
+    grads: int,
+    inplace: bool,
+    support: Support | None,
 ) -> tuple[Tensor, ...]:
     """(loss, stats, logprobs, entropy) by both ops in turn: a backward reads the logits again.
 
     For gspo, where a token's slope needs its whole sequence first; for surrogates and corrections
     by the current log-probabilities, which the kernel has not; and for fp16, whose gradient must
-    not be rounded before it is multiplied by the incoming one, a loss scale mostly.
-    Without a gradient (`grads` 0) there is one pass.
+    not be rounded before it is multiplied by the incoming one, a loss scale mostly; and for a
+    support, whose pairs alone are read. Without a gradient (`grads` 0) there is one pass.
     """
-    logprobs, entropy = score(logits, s, None, backend, inplace)
+    logprobs, entropy = score(logits, s, None, backend, inplace, support)
     loss, stats = loss_and_stats(logprobs, entropy, s.mask, policy, grads, backend)
     return loss, stats, logprobs.detach(), entropy.detach()
 
@@ -115,6 +123,7 @@ def logits_ppo_loss(
     cu_seqlens: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     correction: Correction | None = None,
+    support: Support | None = None,
     backend: str | None = None,
 ) -> HeadLoss:
     """`ppo_loss` of `token_logprobs(logits, tokens)` with its entropies, gradient and all.
@@ -126,7 +135,8 @@ def logits_ppo_loss(
             "gspo", surrogates, corrections by the current log-probabilities and fp16 read the
             logits twice and form the gradient in the backward: in fp16 a loss scale
             (`torch.amp.GradScaler`) must reach it before it is rounded.
-        tokens, temperature, ignore_index: as in `token_logprobs`. Ignored tokens are masked.
+        tokens, temperature, ignore_index, support: as in `token_logprobs`. Ignored tokens are
+            masked.
         old_logprobs, advantages, mask and the options of the loss: as in `ppo_loss`.
 
     Returns:
@@ -173,25 +183,38 @@ def logits_ppo_loss(
     s = scoring._replace(mask=kept(scoring))
     if _checks.DEBUG:
         _checks.tokens_in_range(_OP, tokens, kept(s), logits.shape[-1])
-    name = _backend.select(_OP, backend, logits)
+    name = select(_OP, backend, logits, support)
+    if support is not None:
+        check_support(_OP, support, tokens, kept(s), logits.shape[-1])
     if name == "reference":
         if inplace:
             raise ValueError(f"{_OP}: inplace must be False on 'reference', got True")
         return reference.logits_ppo_loss(
-            logits, tokens, mask=s.mask, temperature=s.divisor(), **policy.for_reference(_OP)
+            logits,
+            tokens,
+            mask=s.mask,
+            temperature=s.divisor(),
+            support=support,
+            **policy.for_reference(_OP),
         )
-    return _head_loss(logits, s, policy, name, inplace)
+    return _head_loss(logits, s, policy, name, inplace, support)
 
 
 def _head_loss(
-    logits: Tensor, s: Scoring, policy: PolicyInputs, name: str, inplace: bool
+    logits: Tensor,
+    s: Scoring,
+    policy: PolicyInputs,
+    name: str,
+    inplace: bool,
+    support: Support | None,
 ) -> HeadLoss:
     policy, keep = corrected(policy, name, s.mask)
     s = s._replace(mask=keep)
     grads = 2 if n_grads(logits) else 0
-    if grads and policy.one_pass and logits.dtype != torch.float16:
+    if grads and policy.one_pass and logits.dtype != torch.float16 and support is None:
         constants = (s, policy, name, inplace)
         loss, stats, logprobs, entropy = _LogitsPPOLoss.apply(logits, constants)
     else:
-        loss, stats, logprobs, entropy = two_passes(logits, s, policy, name, grads, inplace)
+        args = (logits, s, policy, name, grads, inplace, support)
+        loss, stats, logprobs, entropy = two_passes(*args)
     return HeadLoss(loss, Stats(stats), logprobs, entropy)

@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppo_fast import _backend, _checks, reference
-from ppo_fast._boundary import calls
+from ppo_fast import _checks, reference
 from ppo_fast._boundary.options import Scoring, Softmax
 from ppo_fast._boundary.schema import compute_dtype
 from ppo_fast._results import TokenLogProbs
 from ppo_fast.ops.backward import once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.shards import Shard, shard_of, softmax_of
+from ppo_fast.ops.shards import Shard, shard_of, softmax_gradient, softmax_of
+from ppo_fast.ops.support import check_support, score_kept, select
+from ppo_fast.support import Support
 
 _OP = "token_logprobs"
 
@@ -45,19 +46,8 @@ class _TokenLogProbs(torch.autograd.Function):
         s: Scoring = given._replace(tokens=tokens, mask=mask, temperature_tensor=temperature)
         softmax = Softmax(*numbers)
 
-        def kernel(s: Scoring, grad_logprobs: Tensor | None) -> Tensor:
-            args = (backend, logits, s, softmax, grad_logprobs, grad_entropy)
-            if not inplace:
-                return calls.logprobs_bwd(*args)
-            calls.logprobs_bwd_(*args)
-            return logits.detach()
-
-        if shard is None:
-            dlogits = kernel(s, grad_logprobs)
-        else:
-            zero = torch.zeros_like(softmax.logprobs)
-            grads = [zero if x is None else x for x in (grad_logprobs, grad_entropy)]
-            dlogits = shard.gradient(kernel, logits.detach(), s, softmax, *grads)
+        grads = (grad_logprobs, grad_entropy)
+        dlogits = softmax_gradient(backend, logits, s, softmax, grads, shard, inplace)
         if inplace:
             torch.autograd.graph.increment_version(logits)
         return dlogits, None
@@ -73,6 +63,7 @@ def token_logprobs(
     ignore_index: int = -100,
     process_group: dist.ProcessGroup | None = None,
     inplace_backward: bool = False,
+    support: Support | None = None,
     backend: str | None = None,
 ) -> TokenLogProbs:
     """Log-probability of each token and entropy of its distribution, both differentiable.
@@ -93,6 +84,8 @@ def token_logprobs(
             identical tokens (global ids) and masks; `logits` is this rank's `(..., V / ranks)`.
         inplace_backward: let the backward write the gradient over the logits. They must not be
             used by anything else; their version is bumped, so a second backward raises.
+        support: kept ids of every row, over which softmax and entropy are taken, as a sampler with
+            top-k, top-p or min-p drew from them. Not on "cuda".
         backend: "reference", "cpu", "triton" or "cuda"; by default the device's.
 
     Returns:
@@ -104,12 +97,15 @@ def token_logprobs(
         NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
     s = check_scoring(_OP, logits, tokens, mask, temperature, ignore_index)
-    name = _backend.select(_OP, backend, logits)
+    name = select(_OP, backend, logits, support)
     shard = shard_of(_OP, "logits", process_group, logits, -1, name)
-    if shard is not None:  # every rank masks what is ignored, whoever holds its label
+    if shard is not None or support is not None:
+        # Every rank masks what is ignored, whoever holds its label.
         s = s._replace(mask=kept(s))
+    vocab = logits.shape[-1] if shard is None else shard.vocab
+    if support is not None:
+        check_support(_OP, support, tokens, kept(s), vocab)
     if _checks.DEBUG:
-        vocab = logits.shape[-1] if shard is None else shard.vocab
         _checks.tokens_in_range(_OP, tokens, kept(s), vocab)
     if name == "reference":
         if inplace_backward:
@@ -120,14 +116,22 @@ def token_logprobs(
             temperature=s.divisor(),
             mask=s.mask,
             ignore_index=ignore_index,
+            support=support,
         )
-    return TokenLogProbs(*score(logits, s, shard, name, inplace_backward))
+    return TokenLogProbs(*score(logits, s, shard, name, inplace_backward, support))
 
 
 def score(
-    logits: Tensor, s: Scoring, shard: Shard | None, backend: str, inplace_backward: bool
+    logits: Tensor,
+    s: Scoring,
+    shard: Shard | None,
+    backend: str,
+    inplace_backward: bool,
+    support: Support | None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of checked arguments, differentiable where the logits are."""
+    if support is not None:
+        return score_kept(logits, s, support, shard, backend, inplace_backward)
     if torch.is_grad_enabled() and logits.requires_grad:
         constants = (s, shard, backend, inplace_backward)
         out: tuple[Tensor, Tensor] = _TokenLogProbs.apply(logits, constants)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Scoring, Softmax
+from ppo_fast.support import ABSENT
 
 
 class Shard:
@@ -33,11 +34,18 @@ class Shard:
         """Each token's row here, 0 where it is elsewhere."""
         return torch.where(self.holds(tokens), tokens - self.first, torch.zeros_like(tokens))
 
-    def merge(self, part: Softmax, z: Tensor, s: Scoring) -> Softmax:
-        """The whole vocabulary's softmax, from this share's and its logits z (..., V)."""
+    def columns(self, ids: Tensor) -> Tensor:
+        """Each id's column here, int32: ABSENT where another rank holds it, wrong where none."""
+        there = torch.where((ids >= ABSENT) & (ids < self.vocab), ABSENT, ABSENT - 1)
+        return torch.where(self.holds(ids), ids - self.first, there).int()
+
+    def merge(self, part: Softmax, dead: Tensor, s: Scoring) -> Softmax:
+        """The whole vocabulary's softmax, from this share's.
+
+        `dead` is True where the share has no logit but −inf: it has no weight; alone it is no
+        distribution, hence its NaN.
+        """
         tokens, keep = s.tokens, s.mask
-        # A share of −inf alone has no weight; alone it is no distribution, hence its NaN.
-        dead = z.amax(-1).isneginf()
         zero = torch.zeros_like(part.row_max)
         none = zero - float("inf")
         total = torch.where(dead, zero, part.log_sum.exp())
@@ -131,7 +139,33 @@ def softmax_of(backend: str, z: Tensor, s: Scoring, shard: Shard | None) -> Soft
     if shard is None:
         return calls.logprobs_fwd(backend, z, s)
     part = calls.logprobs_fwd(backend, z, s._replace(tokens=shard.local(s.tokens)))
-    return shard.merge(part, z, s)
+    return shard.merge(part, z.amax(-1).isneginf(), s)
+
+
+def softmax_gradient(
+    backend: str,
+    z: Tensor,
+    s: Scoring,
+    softmax: Softmax,
+    grads: tuple[Tensor | None, Tensor | None],
+    shard: Shard | None,
+    inplace: bool,
+) -> Tensor:
+    """dz (..., V) of Σ g·logprobs + h·entropy, of which z holds all or this share."""
+
+    def kernel(s: Scoring, grad_logprobs: Tensor | None) -> Tensor:
+        args = (backend, z, s, softmax, grad_logprobs, grads[1])
+        if not inplace:
+            return calls.logprobs_bwd(*args)
+        calls.logprobs_bwd_(*args)
+        return z
+
+    z = z.detach()
+    if shard is None:
+        return kernel(s, grads[0])
+    zero = torch.zeros_like(softmax.logprobs)
+    grads = (zero if grads[0] is None else grads[0], zero if grads[1] is None else grads[1])
+    return shard.gradient(kernel, z, s, softmax, *grads)
 
 
 def _at(x: Tensor, column: Tensor) -> Tensor:

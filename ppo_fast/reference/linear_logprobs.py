@@ -8,6 +8,7 @@ from torch import Tensor
 from ppo_fast._results import TokenLogProbs
 from ppo_fast.reference.common import compute, keep_of
 from ppo_fast.reference.logprobs import token_logprobs
+from ppo_fast.support import Support
 
 
 def rows_of(tokens: Tensor, mask: Tensor | None, row_index: Tensor | None) -> Tensor:
@@ -40,8 +41,9 @@ def linear_token_logprobs(
     softcap: float | None = None,
     mask: Tensor | None = None,
     row_index: Tensor | None = None,
+    support: Support | None = None,
 ) -> TokenLogProbs:
     """`token_logprobs` of z = cap·tanh((hidden·weightᵀ + bias) / cap)."""
     keep = rows_of(tokens, mask, row_index)
     z = logits_of(hidden, weight, keep, bias, softcap)
-    return token_logprobs(z, tokens, temperature=temperature, mask=keep)
+    return token_logprobs(z, tokens, temperature=temperature, mask=keep, support=support)

@@ -10,6 +10,7 @@ from ppo_fast._results import HeadLoss, TokenLogProbs
 from ppo_fast.reference.common import keep_of
 from ppo_fast.reference.logprobs import token_logprobs
 from ppo_fast.reference.ppo_loss import ppo_loss
+from ppo_fast.support import Support
 
 
 def head_loss(
@@ -41,9 +42,10 @@ def logits_ppo_loss(
     mask: Tensor | None = None,
     *,
     temperature: float | Tensor = 1.0,
+    support: Support | None = None,
     **options: Any,
 ) -> HeadLoss:
     """`ppo_loss` of `token_logprobs`, entropy bonus included."""
     keep = keep_of(tokens, mask)
-    scored = token_logprobs(logits, tokens, temperature=temperature, mask=keep)
+    scored = token_logprobs(logits, tokens, temperature=temperature, mask=keep, support=support)
     return head_loss(scored, old_logprobs, advantages, keep, keep, **options)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ppo_fast._results import TokenLogProbs
 from ppo_fast.reference.common import compute, keep_of
+from ppo_fast.reference.support import multiplicity
+from ppo_fast.support import Support
 
 
 def token_logprobs(
@@ -16,8 +18,12 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    support: Support | None = None,
 ) -> TokenLogProbs:
-    """log softmax(logits / temperature)[token] and the entropy −Σ p ln p, per token."""
+    """log softmax(logits / temperature)[token] and the entropy −Σ p ln p, per token.
+
+    With a support the softmax is over z + ln(multiplicity): −inf for what is not kept.
+    """
     vocab = logits.shape[-1]
     keep = keep_of(tokens, mask) & (tokens != ignore_index)
     z = torch.where(keep[..., None], compute(logits), 0.0)
@@ -27,15 +33,24 @@ def token_logprobs(
     legal = (tokens >= 0) & (tokens < vocab)
     label = torch.where(keep & legal, tokens, 0).long()[..., None]
 
-    logp = z.log_softmax(-1)
+    wrong = torch.zeros_like(keep)
+    log_times = torch.zeros_like(z)
+    if support is not None:
+        times, wrong = multiplicity(support, tokens, vocab)
+        log_times = times.log().to(z.dtype)
+        z = torch.where(log_times.isneginf(), log_times, z + log_times)
+
+    logp = z.log_softmax(-1) - log_times.clamp(min=0)
     at_label = logp.gather(-1, label)[..., 0]
     # The label at −inf has probability 0 whatever the other logits: no gradient through it.
     impossible = z.gather(-1, label)[..., 0].isneginf() & ~at_label.isnan()
     logprobs = torch.where(impossible, at_label.detach(), at_label)
     # p ln p → 0 as p → 0: −inf logits are selected away, value and gradient.
-    entropy = -(logp.exp() * torch.where(z.isneginf(), torch.zeros_like(z), logp)).sum(-1)
+    entropy = -(
+        (logp + log_times).exp() * torch.where(z.isneginf(), torch.zeros_like(z), logp)
+    ).sum(-1)
 
-    poison = torch.where(keep & ~legal, float("nan"), 1.0).to(z.dtype)
+    poison = torch.where(keep & (wrong | ~legal), float("nan"), 1.0).to(z.dtype)
     zero = torch.zeros_like(entropy)
     return TokenLogProbs(
         torch.where(keep, logprobs * poison, zero), torch.where(keep, entropy * poison, zero)

@@ -19,6 +19,7 @@ from ppo_fast.testing.loss_conditions import (
     Conditions,
     Softmax,
     finite,
+    over_support,
     ppo_condition,
     temperature_of,
 )
@@ -120,7 +121,8 @@ def linear_logprobs_condition(
 ) -> Conditions:
     """Of the product, the softcap and the softmax, and of the two products of the backward."""
     logits, temperature = _logits(call, _kept(call)), temperature_of(call)
-    rows = Softmax(logits.z / temperature, call.tensors["tokens"], logits.error / temperature)
+    z = over_support(call, logits.z / temperature)
+    rows = Softmax(z, call.tensors["tokens"], logits.error / temperature)
     out = rows.outputs()
     if call.cotangents:
         live = rows_of(call.tensors["tokens"], _kept(call), call.tensors.get("row_index"))
@@ -163,7 +165,8 @@ def head_loss_condition(
 ) -> Conditions:
     """Of the softmax, of the loss of what comes out of it, and back."""
     logits, temperature = _logits(call, _kept(call)), temperature_of(call)
-    rows = Softmax(logits.z / temperature, call.tensors["tokens"], logits.error / temperature)
+    z = over_support(call, logits.z / temperature)
+    rows = Softmax(z, call.tensors["tokens"], logits.error / temperature)
     loss = _loss_of(call, exact)
     result = run(loss, "reference")
     # Their 8·eps in units of the loss's 4·eps.
@@ -184,7 +187,7 @@ def _loss_of(call: Call, exact: dict[str, Tensor]) -> Call:
     t, o = call.tensors, call.options
     taken = ["old_logprobs", "advantages", "is_weights", "ref_logprobs", "cu_seqlens"]
     taken.append("sequence_weights")
-    head = ("temperature", "softcap", "ignore_index", "inplace")
+    head = ("temperature", "softcap", "ignore_index", "inplace", "support")
     options: dict[str, Any] = {k: v for k, v in o.items() if k not in head}
     counted, index = _kept(call), t.get("row_index")
     tensors = {k: t[k] for k in taken if k in t} | {k: exact[k] for k in ("logprobs", "entropy")}

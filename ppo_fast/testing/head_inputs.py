@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ppo_fast.testing.calls import Call, promoted, run
-from ppo_fast.testing.inputs import Shape, Source, finish, logprobs_call, make_mask, ppo_call
+from ppo_fast.testing.inputs import (
+    Shape,
+    Source,
+    finish,
+    logprobs_call,
+    make_mask,
+    make_support,
+    ppo_call,
+)
 
 # What of a loss's call is not the head's.
 _LOSS = (
@@ -35,11 +43,14 @@ def linear_call(
     temperature: str | float = "token",
     ignored: bool = True,
     extras: tuple[str, ...] = ("bias",),
+    kept: int | None = None,
+    sparse: bool | None = None,
     **options: Any,
 ) -> Call:
     """`linear_token_logprobs` of logits with deviation `scale`; extras: bias, row_index.
 
-    `ignored`: every eleventh token is the ignored one, out of the vocabulary.
+    `ignored`: every eleventh token is the ignored one, out of the vocabulary. `kept`: over a
+    support of up to so many ids a row, `sparse` or not.
     """
     source = Source(dtype, device, seed)
     tensors: dict[str, Any] = {
@@ -56,6 +67,8 @@ def linear_call(
         tensors["temperature"] = source.uniform(shape, 0.5, 2.0)
     else:
         options["temperature"] = temperature
+    if kept is not None:
+        options["support"] = make_support(tensors["tokens"], vocab, kept, seed, sparse)
     grads = {name: source.cotangent(shape) for name in ("logprobs", "entropy")}
     return finish("linear_token_logprobs", tensors, options, **grads)
 
@@ -91,11 +104,16 @@ def _rows(source: Source, shape: Shape) -> Tensor:
 
 
 def logits_ppo_call(
-    shape: Shape = (3, 5), vocab: int = 37, *, temperature: str | float = "token", **options: Any
+    shape: Shape = (3, 5),
+    vocab: int = 37,
+    *,
+    temperature: str | float = "token",
+    kept: int | None = None,
+    **options: Any,
 ) -> Call:
     """`logits_ppo_loss`; other options as `ppo_call`'s."""
     given = {k: options[k] for k in ("dtype", "device", "seed", "mask") if k in options}
-    head = logprobs_call(shape, vocab, temperature=temperature, **given)
+    head = logprobs_call(shape, vocab, temperature=temperature, kept=kept, **given)
     return _with_loss("logits_ppo_loss", head, shape, options)
 
 
@@ -108,6 +126,8 @@ def linear_ppo_call(
     softcap: float | None = None,
     ignored: bool = True,
     head_extras: tuple[str, ...] = ("bias",),
+    kept: int | None = None,
+    sparse: bool | None = None,
     **options: Any,
 ) -> Call:
     """`linear_ppo_loss`; `head_extras` are `linear_call`'s, other options `ppo_call`'s."""
@@ -120,6 +140,8 @@ def linear_ppo_call(
         temperature=temperature,
         ignored=ignored,
         extras=head_extras,
+        kept=kept,
+        sparse=sparse,
         **given,
         **cap,
     )

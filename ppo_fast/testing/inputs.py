@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast import Moments
+from ppo_fast import Moments, Support
 from ppo_fast.testing.calls import Call
 
 Shape = tuple[int, ...]
@@ -72,6 +72,23 @@ def offsets(n: int, device: torch.device | str) -> Tensor:
     return torch.tensor([0, n // 3, n // 3, n // 3 + n // 4, n], device=device)
 
 
+def make_support(
+    tokens: Tensor, vocab: int, kept: int, seed: int = 0, sparse: bool | None = None
+) -> Support:
+    """Up to `kept` different ids a row, in any order: some have none, some lack their token."""
+    rng = torch.Generator().manual_seed(seed)
+    rows = []
+    for token in tokens.flatten().tolist():
+        count = int(torch.randint(0, kept + 1, (), generator=rng))
+        ids = torch.randperm(vocab, generator=rng)[:count]
+        if count and 0 <= token < vocab and torch.rand((), generator=rng) < 0.7:
+            ids = torch.cat([ids[ids != token][: count - 1], torch.tensor([token])])
+        rows.append(ids)
+    ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    ids = torch.cat(rows) if rows else ends[:0]
+    return Support(ids.to(tokens.device), ends.to(tokens.device), sparse=sparse)
+
+
 def logprobs_call(
     shape: Shape = (3, 5),
     vocab: int = 37,
@@ -82,9 +99,13 @@ def logprobs_call(
     mask: str | None = "random",
     scale: float = 3.0,
     temperature: str | float = "token",
+    kept: int | None = None,
     **options: Any,
 ) -> Call:
-    """`token_logprobs`; temperature "token" draws one per token from [0.5, 2]."""
+    """`token_logprobs`; temperature "token" draws one per token from [0.5, 2].
+
+    `kept`: over a support of up to so many ids a row.
+    """
     source = Source(dtype, device, seed)
     tensors: dict[str, Any] = {
         "logits": source.normal((*shape, vocab), scale),
@@ -95,6 +116,8 @@ def logprobs_call(
         tensors["temperature"] = source.uniform(shape, 0.5, 2.0)
     else:
         options["temperature"] = temperature
+    if kept is not None:
+        options["support"] = make_support(tensors["tokens"], vocab, kept, seed)
     grads = {name: source.cotangent(shape) for name in ("logprobs", "entropy")}
     return finish("token_logprobs", tensors, options, **grads)
 

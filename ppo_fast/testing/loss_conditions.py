@@ -14,6 +14,7 @@ from torch import Tensor
 from ppo_fast._results import STATS_FIELDS
 from ppo_fast._sequences import Sequences
 from ppo_fast.reference.common import keep_of, token_weights, whitening
+from ppo_fast.reference.support import multiplicity
 from ppo_fast.testing.calls import Call
 
 EPS64 = torch.finfo(torch.float64).eps
@@ -74,10 +75,20 @@ def temperature_of(call: Call) -> Tensor:
     return temperature.double().expand(call.tensors["tokens"].shape)[..., None]
 
 
+def over_support(call: Call, z: Tensor) -> Tensor:
+    """z (..., V) with −inf where the call's support, if there is one, keeps no id."""
+    support = call.options.get("support")
+    if support is None:
+        return z
+    times, _ = multiplicity(support, call.tensors["tokens"], z.shape[-1])
+    return torch.where(times > 0, z + times.log(), -torch.inf)
+
+
 def logprobs_condition(call: Call, exact: dict[str, Tensor], eps: float) -> Conditions:
     """Those of the softmax; the gradient is divided by the temperature."""
     temperature = temperature_of(call)
-    rows = Softmax(call.tensors["logits"] / temperature, call.tensors["tokens"])
+    z = over_support(call, call.tensors["logits"] / temperature)
+    rows = Softmax(z, call.tensors["tokens"])
     out = rows.outputs()
     if "grad_logits" in exact:
         grad = rows.gradient(call.cotangents["logprobs"], call.cotangents["entropy"])

@@ -70,6 +70,11 @@ WAITING = {
     "correction, D": Case(
         "logits_ppo_loss", LOGITS | ROLLOUT, ("logits",), REJECTING | {"denom": 3.0}
     ),
+    "support": Case("linear_ppo_loss", HEAD | TOKENS, BOTH, {"kept": 5}),
+    "support, log-probabilities": Case(
+        "linear_token_logprobs", HEAD | {"tokens": TOKENS["tokens"]}, BOTH, {"kept": 5}
+    ),
+    "support, logits": Case("logits_ppo_loss", LOGITS, ("logits",), {"kept": 5}),
     "D": Case("linear_ppo_loss", HEAD | TOKENS, BOTH, {"denom": 3.0}),
     "hidden states cut": Case("linear_ppo_loss", HEAD | TOKENS, BOTH, {}, ("hidden",)),
     "chosen rows": Case(

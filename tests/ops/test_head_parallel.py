@@ -74,6 +74,14 @@ def cases() -> dict[str, Call]:
             (3, 5), VOCAB, softcap=4.0, head_extras=("row_index",), reduction="seq-mean-token-mean"
         ),
     }
+    for sparse in (True, False):
+        name = f"support {'sparse' if sparse else 'dense'}"
+        out[name] = linear_call((3, 5), VOCAB, kept=12, sparse=sparse, **capped)
+        few = linear_call((3, 5), kept=2, sparse=sparse, **whole)
+        out[f"{name}, labels at the edges"] = _labelled(few, edges)
+        out[f"{name}, labels at -inf"] = _forbidden(_labelled(few, edges), slice(SHARE, None, 2))
+        out[f"{name}, loss"] = linear_ppo_call((3, 5), VOCAB, kept=12, sparse=sparse)
+    out["support, logits"] = logprobs_call((3, 5), VOCAB, kept=12)
     out |= at_ids()
     return out | {f"loss {v}": linear_ppo_call((3, 5), VOCAB, variant=v) for v in VARIANTS}
 

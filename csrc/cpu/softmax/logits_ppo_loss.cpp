@@ -53,19 +53,22 @@ void row_pass(const LogitsPpoArgs& p, int64_t row, SoftmaxState* states, const O
           kernel(r.dtype, r.row(row) + first * r.item, n, r.inv_temperature(row));
     });
   }
-  finish_row(r, row, states, out);
   if (live) {
+    finish_row(r.at(row), states, row, out);
     const double logprobs = out.logprobs[row], weight = p.weights.number(row);
     const double slope = scalar::policy_slope<S>(p.policy, p.at(row, logprobs));
-    gradient = row_gradient(r, row,
+    gradient = row_gradient(r.at(row),
                             {double(S(weight * slope)), double(S(-weight * p.policy.entropy_coef)),
                              out.entropy[row], out.row_max[row], out.log_sum[row]});
+  } else {
+    out.set(row, 0, 0, 0, 0);
   }
   // A row without a distribution, or a label outside it, gives a NaN gradient whatever its slopes.
   if (live && out.logprobs[row] != out.logprobs[row]) gradient.kind = RowGradient::nan;
   const auto kernel = PPO_SELECT(softmax_gradient);
   segments([&](int64_t first, int64_t n) {
-    write_gradient(r, kernel, gradient, row, first, n, to, to_rows);
+    write_gradient(kernel, gradient, r.dtype, r.row(row) + first * r.item, first, n,
+                   to + (to_rows.offset(row) + first) * r.item, r.dtype);
   });
 }
 

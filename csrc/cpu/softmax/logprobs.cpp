@@ -27,21 +27,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const LogitsRows& p, const Te
     states[size_t(task)] = kernel(p.dtype, p.row(row) + first * p.item, n, p.inv_temperature(row));
   });
   parallel_for(rows, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      finish_row(p, row, &states[size_t(row * p.segments)], out);
+    for (int64_t row = begin; row < end; ++row) {
+      if (p.live(row)) {
+        finish_row(p.at(row), &states[size_t(row * p.segments)], row, out);
+      } else {
+        out.set(row, 0, 0, 0, 0);
+      }
+    }
   });
   return result;
 }
-
-struct Upstream {
-  RowValues grad_logprobs, grad_entropy, entropy, row_max, log_sum;
-
-  RowNumbers at(int64_t row) const {
-    return {grad_logprobs ? grad_logprobs.number(row) : 0.0,
-            grad_entropy ? grad_entropy.number(row) : 0.0, entropy.number(row),
-            row_max.number(row), log_sum.number(row)};
-  }
-};
 
 // Writes row i at out + out_rows.offset(i); `out` may be the logits themselves.
 void backward(const LogitsRows& p, const Upstream& up, char* out, const RowIndex& out_rows) {
@@ -51,12 +46,13 @@ void backward(const LogitsRows& p, const Upstream& up, char* out, const RowIndex
   // several threads.
   parallel_for(rows, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      gradients[size_t(row)] = p.live(row) ? row_gradient(p, row, up.at(row)) : RowGradient{};
+      gradients[size_t(row)] = p.live(row) ? row_gradient(p.at(row), up.at(row)) : RowGradient{};
     }
   });
   const auto kernel = PPO_SELECT(softmax_gradient);
   p.for_segments([&](int64_t, int64_t row, int64_t first, int64_t n) {
-    write_gradient(p, kernel, gradients[size_t(row)], row, first, n, out, out_rows);
+    write_gradient(kernel, gradients[size_t(row)], p.dtype, p.row(row) + first * p.item, first, n,
+                   out + (out_rows.offset(row) + first) * p.item, p.dtype);
   });
 }
 

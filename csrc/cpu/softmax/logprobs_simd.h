@@ -121,8 +121,8 @@ struct GradientLanes {
 };
 
 // `out` may be `x`.
-template <class T, class P>
-inline void segment_gradient(const P* x, P* out, int64_t n, const RowGradient& row) {
+template <class T, class P, class Q>
+inline void segment_gradient(const P* x, Q* out, int64_t n, const RowGradient& row) {
   using S = scalar_t<T>;
   const GradientLanes<T> lane{set1<T>(S(row.inv_temperature)), set1<T>(S(-row.row_max)),
                               set1<T>(S(row.log_sum)), set1<T>(S(row.slope)),
@@ -151,6 +151,20 @@ inline void softmax_gradient(DType dtype, const void* x, void* out, int64_t n,
     default:
       return segment_gradient<double>(static_cast<const double*>(x), static_cast<double*>(out), n,
                                       row);
+  }
+}
+
+// The same, fp32 (fp64 for fp64) from logits of any dtype.
+inline void softmax_gradient_wide(DType dtype, const void* x, void* out, int64_t n,
+                                  const RowGradient& row) {
+  float* const to = static_cast<float*>(out);
+  switch (dtype) {
+    case DType::bf16:
+      return segment_gradient<F>(static_cast<const bf16*>(x), to, n, row);
+    case DType::f16:
+      return segment_gradient<F>(static_cast<const fp16*>(x), to, n, row);
+    default:
+      return softmax_gradient(dtype, x, out, n, row);
   }
 }
 

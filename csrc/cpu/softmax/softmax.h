@@ -31,6 +31,27 @@ struct RowGradient {
 // Least number of logits per thread.
 constexpr int64_t kLogitGrain = 16384;
 
+inline double number_at(DType dtype, const void* row, int64_t j) {
+  return read_at({row, dtype, 1, 0, 0, 1}, 0, j);
+}
+
+// 1 / temperature in the precision of the kernels, so that forward and backward see one value.
+inline double inverse(DType dtype, double temperature) {
+  return dtype == DType::f64 ? 1.0 / temperature : double(float(1.0 / temperature));
+}
+
+// One row of logits, contiguous.
+struct LogitsRow {
+  const char* logits;
+  DType dtype;
+  int64_t vocab, label;
+  double inv_temperature;
+
+  bool has_label() const { return label >= 0 && label < vocab; }
+  double label_logit() const { return number_at(dtype, logits, label); }
+  int64_t segments() const { return vocab > 0 ? (vocab + kSegment - 1) / kSegment : 1; }
+};
+
 // Logits (..., V) by rows, with every row's token (label), mask and temperature.
 struct LogitsRows {
   const char* logits;
@@ -69,12 +90,10 @@ struct LogitsRows {
     return (!mask || mask.is_set(i)) && tokens.integer(i) != ignore_index;
   }
   double inv_temperature(int64_t i) const {
-    return narrowed(1.0 / (temperature ? temperature.number(i) : number_temperature));
+    return inverse(dtype, temperature ? temperature.number(i) : number_temperature);
   }
-  // x rounded to the precision of the kernels, so that forward and backward see the same value.
-  double narrowed(double x) const { return dtype == DType::f64 ? x : double(float(x)); }
-  double logit(const char* row, int64_t j) const {
-    return read_at({row, dtype, 1, vocab, 0, 1}, 0, j);
+  LogitsRow at(int64_t i) const {
+    return {row(i), dtype, vocab, tokens.integer(i), inv_temperature(i)};
   }
   // Calls f(task, row, first, n) for every segment of every row, in parallel.
   template <class Fn>
@@ -114,16 +133,15 @@ struct Outputs {
   }
 };
 
+// Results of a row that is computed, from the states of its segments.
 template <class S>
-void finish_row(const LogitsRows& p, int64_t row, const SoftmaxState* states,
+void finish_row(const LogitsRow& r, const SoftmaxState* states, int64_t row,
                 const Outputs<S>& out) {
-  if (!p.live(row)) return out.set(row, 0, 0, 0, 0);
-  const SoftmaxState all = merge(states, p.segments);
+  const SoftmaxState all = merge(states, r.segments());
   if (!(all.sum > 0)) return out.set(row, kNaN, kNaN, kNaN, kNaN);
   const double own = std::log(all.sum), entropy = own - all.dot / all.sum;
-  const int64_t label = p.tokens.integer(row);
-  if (label < 0 || label >= p.vocab) return out.set(row, kNaN, kNaN, all.max, own);
-  const double z = p.logit(p.row(row), label) * p.inv_temperature(row) - all.max;
+  if (!r.has_label()) return out.set(row, kNaN, kNaN, all.max, own);
+  const double z = r.label_logit() * r.inv_temperature - all.max;
   // The label's own share of the sum is e^z. Rounding lowers the sum below it and the entropy
   // below 0 where the label is certain and z, then the rounding of the maximum, is not 0.
   const double log_sum = z > own ? z : own;
@@ -135,22 +153,33 @@ struct RowNumbers {
   double grad_logprobs, grad_entropy, entropy, row_max, log_sum;
 };
 
+// The rows' tensors of numbers; absent gradients are 0.
+struct Upstream {
+  RowValues grad_logprobs, grad_entropy, entropy, row_max, log_sum;
+
+  RowNumbers at(int64_t row) const {
+    return {grad_logprobs ? grad_logprobs.number(row) : 0.0,
+            grad_entropy ? grad_entropy.number(row) : 0.0, entropy.number(row),
+            row_max.number(row), log_sum.number(row)};
+  }
+};
+
 // Gradient of a row. With the incoming gradients g and h, l = ln p and the label y: d loss / d z_j
 // = g (1[j = y] - p_j) - h p_j (l_j + H).
-inline RowGradient row_gradient(const LogitsRows& p, int64_t row, const RowNumbers& x) {
+inline RowGradient row_gradient(const LogitsRow& r, const RowNumbers& x) {
   RowGradient out{};
   double g = x.grad_logprobs;
   const double h = x.grad_entropy;
   if (g == 0 && h == 0) return out;
-  out.label = p.tokens.integer(row);
-  if (out.label < 0 || out.label >= p.vocab) {
+  out.label = r.label;
+  if (!r.has_label()) {
     out.kind = RowGradient::nan;
     return out;
   }
-  const double H = x.entropy, inv = p.inv_temperature(row);
+  const double H = x.entropy, inv = r.inv_temperature;
   out.row_max = x.row_max;
   out.log_sum = x.log_sum;
-  const double label_logit = p.logit(p.row(row), out.label);
+  const double label_logit = r.label_logit();
   // A label at -inf has the log-probability -inf whatever the other logits are. (A NaN row stays
   // NaN.)
   const bool impossible =
@@ -174,36 +203,23 @@ inline RowValues row_values(const char* op, const Tensor& tokens, const OptTenso
   return RowValues(x);
 }
 
-inline void store_as(DType dtype, void* at, double x) {
-  switch (dtype) {
-    case DType::f32:
-      return from_float(float(x), static_cast<float*>(at));
-    case DType::bf16:
-      return from_float(float(x), static_cast<bf16*>(at));
-    case DType::f16:
-      return from_float(float(x), static_cast<fp16*>(at));
-    default:
-      *static_cast<double*>(at) = x;
-  }
-}
-
-// Writes columns [first, first + n) of row `row` of the gradient at `out`, which may be the
-// logits.
+// Writes columns [first, first + n) of a row's gradient from `to` on, as `wanted`, which is what
+// the kernel writes; `from`, logit `first`, may be at the same place.
 template <class Kernel>
-void write_gradient(const LogitsRows& p, Kernel kernel, const RowGradient& gradient, int64_t row,
-                    int64_t first, int64_t n, char* out, const RowIndex& out_rows) {
-  char* to = out + (out_rows.offset(row) + first) * p.item;
+void write_gradient(Kernel kernel, const RowGradient& gradient, DType dtype, const char* from,
+                    int64_t first, int64_t n, char* to, DType wanted) {
+  const int64_t item = wanted == DType::f64 ? 8 : wanted == DType::f32 ? 4 : 2;
   switch (gradient.kind) {
     case RowGradient::zero:
-      std::memset(to, 0, size_t(n * p.item));
+      std::memset(to, 0, size_t(n * item));
       break;
     case RowGradient::nan:
-      for (int64_t j = 0; j < n; ++j) store_as(p.dtype, to + j * p.item, kNaN);
+      for (int64_t j = 0; j < n; ++j) store_as(wanted, to + j * item, kNaN);
       break;
     case RowGradient::live:
-      kernel(p.dtype, p.row(row) + first * p.item, to, n, gradient);
+      kernel(dtype, from, to, n, gradient);
       if (gradient.label >= first && gradient.label < first + n) {
-        store_as(p.dtype, to + (gradient.label - first) * p.item, gradient.label_term);
+        store_as(wanted, to + (gradient.label - first) * item, gradient.label_term);
       }
       break;
   }

@@ -1,0 +1,229 @@
+"""Linear head over a support: products with the kept rows of its weight alone, or dense logits.
+
+Sparse, the pairs' logits are the only ones that are formed, and are kept for the backward: three
+products in all. Dense, chunks of all logits go through `ops/head.py`, and the pairs are gathered
+from them; the backward forms them again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppo_fast._boundary import calls
+from ppo_fast._boundary.options import Pairs, Scoring, Softmax
+from ppo_fast.ops.backward import once_differentiable, saveable
+from ppo_fast.ops.exact import exact_products
+from ppo_fast.ops.head import NOTHING_IGNORED, Head, HeadOptions, HeadRows
+from ppo_fast.ops.head_inputs import HeadInputs, computed_rows
+from ppo_fast.ops.support import Kept, gradient_over, kept_pairs, softmax_over
+from ppo_fast.support import Support
+
+# Pairs that are sorted at a time: a sort takes 24 bytes of each.
+_SORTED = 1 << 25
+
+
+class _Call(NamedTuple):
+    """Constants of one call: its rows with something kept, their pairs and how they are scored."""
+
+    kept: Kept
+    s: Scoring
+    options: HeadOptions
+
+    def saved(self) -> tuple[Tensor | None, ...]:
+        """The tensors, for autograd to watch."""
+        s, kept = self.s, self.kept
+        return saveable(s.tokens, s.temperature_tensor, *kept.pairs, kept.rows)
+
+    def with_saved(self, *tensors: Any) -> _Call:
+        """The same of those tensors."""
+        tokens, temperature, ids, offsets, mask, rows = tensors
+        s = self.s._replace(tokens=tokens, temperature_tensor=temperature)
+        return self._replace(kept=Kept(Pairs(ids, offsets, mask), rows, self.kept.ends), s=s)
+
+    def part(self, at: slice) -> _Call:
+        """The call of a slice of the rows."""
+        t = self.s.temperature_tensor
+        s = self.s._replace(
+            tokens=self.s.tokens[at], temperature_tensor=None if t is None else t[at]
+        )
+        return self._replace(kept=self.kept.part(at), s=s)
+
+    def softmax(self, z: Tensor) -> Softmax:
+        """Softmax numbers of the rows, from the pairs' logits z (M,)."""
+        return softmax_over(self.options.backend, z, self.kept, self.s, self.options.shard)
+
+    def gradient(self, z: Tensor, softmax: Softmax, g: Tensor | None, h: Tensor | None) -> Tensor:
+        """The gradient by the pairs' logits before the soft cap, (M,)."""
+        o = self.options
+        dz = gradient_over(o.backend, z, self.kept, self.s, softmax, (g, h), o.shard)
+        if o.softcap is None:
+            return dz
+        inside = (z / o.softcap).square_().neg_().add_(1.0)
+        # Absent pairs and masked rows may hold anything.
+        return torch.where(dz == 0, 0.0, dz * inside)
+
+
+class _SparseHead(torch.autograd.Function):
+    """Saves the pairs' logits and four numbers per row."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Any:
+        kept, o = call.kept, call.options
+        x = hidden.reshape(-1, hidden.shape[-1])
+        z = calls.sparse_logits(o.backend, x, weight, kept.pairs)
+        if bias is not None:
+            z = z + bias[kept.columns(weight.shape[0])]
+        if o.softcap is not None:
+            z = kept.marked(z.div_(o.softcap).tanh_().mul_(o.softcap), weight.shape[0])
+        softmax = call.softmax(z)
+        ctx.save_for_backward(*saveable(hidden, weight, bias), *call.saved(), z, *softmax)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return softmax.logprobs, softmax.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, None
+        hidden, weight, bias, *saved = ctx.saved_tensors
+        call: _Call = ctx.call.with_saved(*saved[:6])
+        z, softmax = saved[6], Softmax(*saved[7:])
+        dz = call.gradient(z, softmax, grad_logprobs, grad_entropy)
+        x = hidden.reshape(-1, hidden.shape[-1])
+        wants_x, wants_w, wants_b, _ = ctx.needs_input_grad
+        dx = dw = db = None
+        if wants_x:
+            dx = _hidden_gradient(call, dz, weight).view(hidden.shape)
+        if wants_w or wants_b:
+            wide, db = _weight_gradient(call, dz, x if wants_w else x[:, :0], weight.shape[0])
+            dw = wide if wants_w else None
+            db = db.to(bias.dtype) if wants_b else None
+        return dx, dw, db, None
+
+
+def _hidden_gradient(call: _Call, dz: Tensor, weight: Tensor) -> Tensor:
+    o = call.options
+    dx = calls.sparse_hidden_grad(o.backend, dz, weight, call.kept.pairs)
+    if o.shard is None:
+        return dx
+    wide = dx.to(dz.dtype)
+    dist.all_reduce(wide, group=o.shard.group)
+    return wide.to(dx.dtype)
+
+
+def _weight_gradient(call: _Call, dz: Tensor, x: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """dW (V, H) in x's dtype and db (V,) wide; where there are many pairs, some rows at a time."""
+    if dz.numel() <= _SORTED:
+        return _of_sorted(call.options.backend, call.kept, dz, x, vocab)
+    dw, db = dz.new_zeros(vocab, x.shape[1]), dz.new_zeros(vocab)
+    ends, first = call.kept.ends, 0
+    while first < len(ends) - 1:
+        fits = int(torch.searchsorted(ends, ends[first] + _SORTED, right=True)) - 1
+        last = min(max(fits, first + 1), len(ends) - 1)
+        part = dz[int(ends[first]) : int(ends[last])]
+        rows = call.kept.part(slice(first, last))
+        w, b = _of_sorted(call.options.backend, rows, part, x[first:last], vocab)
+        dw += w
+        db += b
+        first = last
+    return dw.to(x.dtype), db
+
+
+def _of_sorted(
+    backend: str, kept: Kept, dz: Tensor, x: Tensor, vocab: int
+) -> tuple[Tensor, Tensor]:
+    ids, order = kept.pairs.ids.sort(stable=True)
+    every = torch.arange(vocab + 1, dtype=ids.dtype, device=ids.device)
+    starts = torch.searchsorted(ids, every)
+    return calls.sparse_weight_grad(backend, dz[order], kept.rows[order], starts, x)
+
+
+class _DenseHead(torch.autograd.Function):
+    """Saves four numbers per row; the backward runs the GEMM once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: HeadRows,
+        call: _Call,
+    ) -> Any:
+        head = Head(hidden, weight, bias, rows, call.options)
+        count = rows.tokens.shape[0]
+        out = Softmax(*torch.empty(4, count, dtype=head.wide, device=hidden.device))
+        for at in head.chunks(count):
+            part = call.part(at)
+            z = _gathered(head.logits(head.inputs(at)), part.kept)
+            for to, x in zip(out, part.softmax(z), strict=True):
+                to[at] = x
+        tensors = saveable(hidden, weight, bias, rows.places)
+        ctx.save_for_backward(*tensors, *call.saved(), *out)
+        ctx.call, ctx.n = call, rows.n
+        ctx.set_materialize_grads(False)
+        return rows.spread(out.logprobs), rows.spread(out.entropy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, None, None
+        hidden, weight, bias, places, *saved = ctx.saved_tensors
+        call: _Call = ctx.call.with_saved(*saved[:6])
+        numbers = Softmax(*saved[6:])
+        rows = HeadRows(places, call.s.tokens, call.kept.pairs.mask, None, ctx.n)
+        g, h = (rows.pick_some(x) for x in (grad_logprobs, grad_entropy))
+        with exact_products(hidden.device):
+            head = Head(hidden, weight, bias, rows, call.options)
+            head.allocate(*ctx.needs_input_grad[:3])
+            _accumulate(head, call, numbers, g, h)
+        return *head.gradients(), None, None
+
+
+def _accumulate(
+    head: Head, call: _Call, numbers: Softmax, g: Tensor | None, h: Tensor | None
+) -> None:
+    """Form the logits of each block anew, and accumulate the gradients of its pairs."""
+    for at in head.blocks(head.rows.tokens.shape[0]):
+        part, x = call.part(at), head.inputs(at)
+        logits = head.logits(x)
+        z = _gathered(logits, part.kept)
+        softmax = Softmax(*(number[at] for number in numbers))
+        dz = part.gradient(z, softmax, *(None if grad is None else grad[at] for grad in (g, h)))
+        places = part.kept.rows.long(), part.kept.columns(logits.shape[1])
+        head.accumulate(logits.zero_().index_put_(places, dz, accumulate=True), x, at)
+
+
+def _gathered(logits: Tensor, kept: Kept) -> Tensor:
+    """The pairs' logits, (M,), of a chunk's, (R, V)."""
+    vocab = logits.shape[1]
+    return kept.marked(logits[kept.rows.long(), kept.columns(vocab)], vocab)
+
+
+def score_kept(given: HeadInputs, support: Support) -> tuple[Tensor, Tensor]:
+    """(N,) log-probabilities and entropies of the rows with something kept, 0 for the others."""
+    vocab = given.weight.shape[0] if given.options.shard is None else given.options.shard.vocab
+    tokens, keep = given.tokens.reshape(-1), given.named() & ~support.whole
+    t = given.temperature.reshape(-1) if isinstance(given.temperature, Tensor) else None
+    rows: HeadRows | None = None
+    if not support.is_sparse(vocab):
+        rows = computed_rows(tokens, keep, t, None)
+        tokens, t, keep = rows.tokens, rows.temperature, rows.pick(keep)
+        support = support if rows.places is None else support.rows(rows.places)
+    kept = kept_pairs(support, tokens, keep, vocab, given.options.shard)
+    s = Scoring(tokens, keep, t, given.options.temperature, NOTHING_IGNORED)
+    call = _Call(kept, s, given.options)
+    args = (given.hidden, given.weight, given.bias)
+    out: tuple[Tensor, Tensor]
+    with given.exact():
+        if rows is None:
+            out = _SparseHead.apply(*args, call)
+        else:
+            out = _DenseHead.apply(*args, rows, call)
+    return out
