@@ -224,12 +224,13 @@ def linear_logprobs_at(
         ignore_index=ABSENT,
         row_index=row_index,
         process_group=process_group,
+        support=None,
         backend=backend,
     )
     _check_ids(ids, given)
     if given.options.backend == "reference":
         inputs = given.for_reference()
-        del inputs["tokens"]
+        del inputs["tokens"], inputs["support"]
         return reference.linear_logprobs_at(ids=ids, **inputs)
     logprobs, entropy = _score(ids, given)
     return TokenLogProbs(logprobs.view(ids.shape), entropy.view(lead))
