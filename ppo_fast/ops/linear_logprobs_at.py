@@ -16,86 +16,87 @@ from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, check_head
-from ppo_fast.ops.shards import Shard, unlabelled_gradient
+from ppo_fast.ops.shards import unlabelled_gradient
 from ppo_fast.support import ABSENT
 
 _OP = "linear_logprobs_at"
 
 
 class Columns(NamedTuple):
-    """The ids of some rows, (R, K), as columns of these logits: 0 where they are elsewhere."""
+    """The ids of some rows, (R, K) each, as columns of the logits that are here."""
 
-    column: Tensor  # int64
-    here: Tensor  # this rank holds the id's logit
+    column: Tensor  # int64; 0 where the id is elsewhere
+    here: Tensor  # the id's logit is this rank's
     read: Tensor  # neither absent nor of a masked row
-    wrong: Tensor  # (R,) a row with an id that is in no vocabulary
+    wrong: Tensor  # read, and in no vocabulary
 
     @classmethod
-    def of(cls, ids: Tensor, vocab: int, shard: Shard | None, keep: Tensor | None) -> Columns:
-        """The columns of a share of the vocabulary, of `vocab` ids in all."""
-        absent = ids == ABSENT
-        legal = (ids >= 0) & (ids < vocab)
-        here = legal if shard is None else shard.holds(ids)
-        local = ids if shard is None else shard.local(ids)
-        read, wrong = ~absent, (~legal & ~absent).any(-1)
+    def of(cls, ids: Tensor, head: Head) -> Columns:
+        """The columns of a head's rows."""
+        shard, keep = head.options.shard, head.rows.keep
+        vocab = head.weight.shape[0] if shard is None else shard.vocab
+        legal, read = (ids >= 0) & (ids < vocab), ids != ABSENT
         if keep is not None:
-            read, wrong = read & keep[:, None], wrong & keep
-        return cls(torch.where(here, local, 0).long(), here, read, wrong)
+            read = read & keep[:, None]
+        here = legal if shard is None else shard.holds(ids)
+        local = ids if shard is None else ids - shard.first
+        return cls(torch.where(here, local, 0).long(), here, read, read & ~legal)
+
+    def rows(self, at: Tensor | slice) -> Columns:
+        """Those of a chunk."""
+        return Columns(*(x[at] for x in self))
 
 
 class _At:
     """The chunks of one call: log-probabilities (R, K) and softmax numbers, and their gradient."""
 
     def __init__(self, head: Head, ids: Tensor) -> None:
-        self.head, self.ids = head, ids
-        self.shard = head.options.shard
-        self.vocab = head.weight.shape[0] if self.shard is None else self.shard.vocab
-
-    def columns(self, at: Tensor | slice) -> Columns:
-        """The columns of a chunk."""
-        keep = self.head.rows.keep
-        ids = self.ids[at]
-        return Columns.of(ids, self.vocab, self.shard, None if keep is None else keep[at])
+        self.head, self.columns = head, Columns.of(ids, head)
 
     def forward(self) -> tuple[Tensor, Softmax]:
-        """Log-probabilities (R, K) and the rows' softmax numbers."""
-        head, (count, k) = self.head, self.ids.shape
-        out = torch.empty(count, k, dtype=head.wide, device=self.ids.device)
-        part = Softmax(*torch.empty(4, count, dtype=head.wide, device=self.ids.device))
+        """Log-probabilities (R, K) and the rows' softmax numbers, without the label's own."""
+        head, (count, k) = self.head, self.columns.column.shape
+        out = torch.empty(count, k, dtype=head.wide, device=head.hidden.device)
+        part = torch.empty(3, count, dtype=head.wide, device=head.hidden.device)
+        wrong = self.columns.wrong.any(-1)
         for at in head.chunks(count):
             z = head.logits(head.inputs(at))
-            numbers, columns = head.softmax(z, at), self.columns(at)
-            poison = torch.where(columns.wrong, float("nan"), 0.0).to(head.wide)
-            numbers = Softmax(*(x + poison for x in numbers))
-            out[at] = self._logprobs(z, head.scoring(at), numbers, columns)
+            _, *numbers = head.softmax(z, at)
             for to, x in zip(part, numbers, strict=True):
-                to[at] = x
-        return out, part
+                to[at] = torch.where(wrong[at], float("nan"), x)
+            out[at] = self._logprobs(z, at, part[1, at], part[2, at])
+        return out, Softmax(part[0], *part)
 
-    def _logprobs(self, z: Tensor, s: Scoring, numbers: Softmax, columns: Columns) -> Tensor:
-        gap = z.gather(-1, columns.column) / _per_id(s.divisor()) - numbers.row_max[:, None]
-        if self.shard is not None:
+    def _logprobs(self, z: Tensor, at: slice, row_max: Tensor, log_sum: Tensor) -> Tensor:
+        columns, shard = self.columns.rows(at), self.head.options.shard
+        gap = z.gather(-1, columns.column) / self._divisor(at) - row_max[:, None]
+        if shard is not None:
             gap = torch.where(columns.here, gap, -float("inf"))
-            dist.all_reduce(gap, dist.ReduceOp.MAX, self.shard.group)
+            dist.all_reduce(gap, dist.ReduceOp.MAX, shard.group)
         # An id's own share of the sum is e^gap, of which rounding may leave less.
-        out = gap - torch.maximum(numbers.log_sum[:, None], gap)
+        out = gap - torch.maximum(log_sum[:, None], gap)
         return torch.where(columns.read, out, torch.zeros_like(out))
+
+    def _divisor(self, at: Tensor | slice) -> float | Tensor:
+        """The temperature, for each of a row's ids."""
+        divisor = self.head.scoring(at).divisor()
+        return divisor[:, None] if isinstance(divisor, Tensor) else divisor
 
     def backward(self, logprobs: Tensor, part: Softmax, g: Tensor, h: Tensor) -> None:
         """Accumulate the gradients of Σ g·logprobs + h·entropy, g (R, K)."""
         head = self.head
-        live = live_rows((g != 0).any(-1), h)
+        # An id of probability 0 passes no gradient; neither does what is not read.
+        passes = self.columns.read & ~logprobs.isneginf()
+        g = torch.where(passes, g, torch.zeros_like(g))
+        sums, live = row_sums(g), live_rows((g != 0).any(-1), h)
         for at in head.blocks(g.shape[0] if live is None else live.shape[0]):
             rows = at if live is None else live[at]
-            x, columns = head.inputs(rows), self.columns(rows)
+            x, columns = head.inputs(rows), self.columns.rows(rows)
             z, numbers = head.logits(x), Softmax(*(number[rows] for number in part))
-            # An id of probability 0 passes no gradient; neither does what is not read.
-            passes = columns.read & ~logprobs[rows].isneginf()
-            mine = torch.where(passes, g[rows], torch.zeros_like(g[rows]))
             bend = head.bend(z)
-            dz = self._dense(z, rows, numbers, row_sums(mine), h[rows])
-            here = torch.where(columns.here, mine / _per_id(head.scoring(rows).divisor()), 0.0)
-            add_in_rows_(dz, columns.column, here)
+            dz = self._dense(z, rows, numbers, sums[rows], h[rows])
+            own = g[rows] / self._divisor(rows)
+            add_in_rows_(dz, columns.column, torch.where(columns.here, own, 0.0))
             if bend is not None:
                 dz *= bend
             head.accumulate(dz, x, rows)
@@ -111,10 +112,6 @@ class _At:
             return z
 
         return unlabelled_gradient(kernel, z, self.head.scoring(rows), numbers, g, h)
-
-
-def _per_id(divisor: float | Tensor) -> float | Tensor:
-    return divisor[:, None] if isinstance(divisor, Tensor) else divisor
 
 
 def row_sums(x: Tensor) -> Tensor:
@@ -227,12 +224,13 @@ def linear_logprobs_at(
         ignore_index=ABSENT,
         row_index=row_index,
         process_group=process_group,
+        support=None,
         backend=backend,
     )
     _check_ids(ids, given)
     if given.options.backend == "reference":
         inputs = given.for_reference()
-        del inputs["tokens"]
+        del inputs["tokens"], inputs["support"]
         return reference.linear_logprobs_at(ids=ids, **inputs)
     logprobs, entropy = _score(ids, given)
     return TokenLogProbs(logprobs.view(ids.shape), entropy.view(lead))

@@ -117,7 +117,8 @@ def _report(case: dict[str, Any]) -> dict[str, Any]:
         ones = [x if isinstance(x, Tensor) and x.requires_grad else None for x in out[:2]]
         if not hasattr(type(node), "_forward_cls"):  # the results are views, of flat ones
             ((node, _),) = node.next_functions
-            ones = [None if x is None else x.reshape(-1) for x in ones]
+            last = out[-1].dim() - 1  # of the entropies' dimensions; ids have one more
+            ones = [None if x is None else x.flatten(0, last) for x in ones]
         with Record() as backward, torch.no_grad():
             type(node)._forward_cls.backward(node, *ones)
         told["backward"] = backward.report()
