@@ -19,7 +19,7 @@ SUPPORT = (
         "ids, offsets = ids[present], before[offsets]",
         "ids = ids.clamp(min=0)",
         "support",
-        "fp64_from_one_id and sparse",
+        "absent_ids",
     ),
     Mutant(
         "a missing token is not missed",

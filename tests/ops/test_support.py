@@ -393,3 +393,17 @@ def test_a_nan_row_s_absent_pairs_reach_nothing(kernel: str, sparse: bool) -> No
     out.logprobs.sum().backward()
     assert out.logprobs.isnan().tolist() == [True, False]
     assert not bool(weight.grad[0].any()) and bool(weight.grad[5:7].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_absent_ids_are_left_out(dtype: torch.dtype) -> None:
+    """Of rows of one width, and between offsets."""
+    padded = Support(
+        torch.tensor([[[1, -1, 4], [-1, -1, -1]], [[0, 2, 3], [5, -1, -1]]]).to(dtype)
+    )
+    flat = Support(
+        torch.tensor([1, -1, 4, -1, 0, 2, 3, 5]).to(dtype), torch.tensor([0, 3, 4, 7, 8])
+    )
+    for support in (padded, flat):
+        assert support.ids.tolist() == [1, 4, 0, 2, 3, 5]
+        assert support.offsets.tolist() == [0, 2, 2, 5, 6] and support.n_whole == 1
