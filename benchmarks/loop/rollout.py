@@ -55,7 +55,7 @@ class Workload:
 
     def check(self) -> None:
         """Log-probs are the training forward's, and nearly greedy draws the greedy tokens."""
-        seqs, logprobs = self._rollout(1.0)
+        seqs, logprobs, _ = self._rollout(1.0)
         with torch.no_grad():
             logits, _ = Tower(self.model, 0).logits(seqs)
         again = torch.log_softmax(logits, -1).gather(1, seqs.flat(seqs.response)[:, None])

@@ -142,6 +142,15 @@ class TrainConfig:
     """Texts that end a completion, beside the EOS; what the reward sees ends before them."""
     temperature: float = 1.0
     """Divides the logits in sampling and in every scoring forward."""
+    top_k: int = 0
+    """Samples from this many of the likeliest tokens; 0 from all. Where samples are drawn from
+    some tokens alone (so too by `top_p`, `min_p`), probabilities are over these everywhere: in
+    scoring, in the reference, in the loss."""
+    top_p: float = 1.0
+    """Samples from the fewest of the likeliest tokens, of those that `top_k` leaves, that have
+    this share of their probability."""
+    min_p: float = 0.0
+    """Samples from tokens that have at least this share of the likeliest one's probability."""
 
     epochs: int = 2
     minibatches: int = 2
@@ -358,7 +367,7 @@ def _check(config: TrainConfig) -> None:
     coefficients = ("warmup", "vf_coef", "kl_coef", "entropy_coef", "weight_decay")
     for name in ("train_layers", "lora_rank", "compare", *coefficients):
         _require(config, name, getattr(config, name) >= 0, "at least 0")
-    for name in ("overlong_buffer", "overlong_penalty", "dynamic_filtering"):
+    for name in ("overlong_buffer", "overlong_penalty", "dynamic_filtering", "top_k"):
         _require(config, name, getattr(config, name) >= 0, "at least 0")
     optional = ("reward_timeout", "score_clip", "kl_stop", "kl_target", "penalty_target")
     bounds = ("correction_low", "correction_high", "clip_low", "clip_high", "ratio_cap")
@@ -374,8 +383,9 @@ def _check(config: TrainConfig) -> None:
     check_losses(config, _require)
     below = config.variant != "linear" or (config.loss_kl_coef or 0) < 1
     _require(config, "loss_kl_coef", below, "below 1 with variant linear")
-    for name in ("gamma", "lam", "lr_end"):
+    for name in ("gamma", "lam", "lr_end", "min_p"):
         _require(config, name, 0 <= getattr(config, name) <= 1, "in [0, 1]")
+    _require(config, "top_p", 0 < config.top_p <= 1, "above 0 and at most 1")
     _require(config, "seed", -(2**63) <= config.seed < 2**64, "in [-2**63, 2**64)")
     _check_weights(config)
     _require(config, "data", not (config.data and config.transitions), "absent with transitions")
@@ -395,7 +405,7 @@ def _check_sampling(config: TrainConfig) -> None:
     _require(config, "critic_lr", one, f"absent with {config.advantages}, which has no critic")
     filters = config.dynamic_filtering == 0 or config.group > 1
     _require(config, "dynamic_filtering", filters, "0 with a group of 1")
-    own = ("group", "dynamic_filtering", "eval_every", "stop")
+    own = ("group", "dynamic_filtering", "eval_every", "stop", "top_k", "top_p", "min_p")
     for name in (*own, "advantages") if config.transitions else ():
         default = TrainConfig.__dataclass_fields__[name].default
         _require(config, name, getattr(config, name) == default, f"{default!r} with transitions")

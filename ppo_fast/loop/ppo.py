@@ -16,7 +16,14 @@ from ppo_fast.loop.coefficients import adapt_penalty, adapt_reward_kl, lr_share
 from ppo_fast.loop.collect import Collector
 from ppo_fast.loop.config import OptionError, TrainConfig
 from ppo_fast.loop.data.chat import rendered
-from ppo_fast.loop.data.experience import Experience, Plan, advantages, corrected, make_plan
+from ppo_fast.loop.data.experience import (
+    Experience,
+    Plan,
+    advantages,
+    corrected,
+    make_plan,
+    supported,
+)
 from ppo_fast.loop.data.prompts import Prompt, PromptStream, Row, as_rows, columns_of
 from ppo_fast.loop.data.replay import TransitionStream
 from ppo_fast.loop.data.sequences import Scores, Sequences
@@ -31,6 +38,7 @@ from ppo_fast.loop.model.trial import check_is_causal_lm
 from ppo_fast.loop.model.weights import chosen_dtype
 from ppo_fast.loop.ranks.ranks import Ranks
 from ppo_fast.loop.sampling.sampler import Sampler
+from ppo_fast.loop.sampling.truncate import require_support
 from ppo_fast.loop.score import score
 from ppo_fast.loop.update import Ahead, numbers, update
 
@@ -74,6 +82,8 @@ class PPO:
         self.device = self.agent.parameters[0].device
         asked = None if config.backend == "auto" else config.backend
         self.backend = select("train", asked, self.agent.parameters[0])
+        stored = isinstance(prompts, TransitionStream) and prompts.supported
+        require_support(self.backend, config, stored)
         self.sampler = Sampler(self.agent, tokenizer, config, self.device)
         self.collector = Collector(config, self.sampler, reward, self.ranks, self.backend)
         self.evaluation = Evaluation(self.collector, held) if held else None
@@ -192,6 +202,7 @@ class PPO:
             "rollout_gap_max": float(gap.max()),
             "rollout_gap_mean": float(gap.mean()),
             **done.record(),
+            **supported(seqs, rollout),
             **correcting,
         }
         if c.critic_lr is not None:

@@ -19,6 +19,7 @@ from ppo_fast.loop.model import export
 from ppo_fast.loop.model.adapters import require_peft
 from ppo_fast.loop.model.layers import check_train_layers
 from ppo_fast.loop.model.load import Size, size_of
+from ppo_fast.loop.sampling.truncate import require_support
 
 
 class RunExistsError(OptionError):
@@ -54,9 +55,10 @@ def check(config: TrainConfig, device: torch.device, first: bool) -> Size:
 def _check_backend(config: TrainConfig, device: torch.device) -> None:
     asked = None if config.backend == "auto" else config.backend
     try:
-        select("train", asked, torch.empty(0, device=device))
+        name = select("train", asked, torch.empty(0, device=device))
     except (ppo_fast.BackendUnavailableError, ValueError) as error:
         raise OptionError(str(error).removeprefix("train: ")) from error
+    require_support(name, config)
 
 
 def _check_places(config: TrainConfig) -> None:

@@ -29,10 +29,12 @@ from ppo_fast.loop.log import progress, recorder
 from ppo_fast.loop.log.history import History, Record, fifths
 from ppo_fast.loop.log.lock import RunLock
 from ppo_fast.loop.model import export
+from ppo_fast.loop.model.layers import vocabulary
 from ppo_fast.loop.model.load import from_outside, load_tokenizer, load_weights
 from ppo_fast.loop.ppo import PPO
 from ppo_fast.loop.ranks.ranks import RankFailedError, Ranks, device_of
 from ppo_fast.loop.sampling.sampler import check_lengths
+from ppo_fast.loop.sampling.truncate import Truncation, held_at_most
 
 Say = Callable[[str], None]
 
@@ -273,6 +275,8 @@ def load_trainer(
     report(f"loading {config.model}")
     with from_outside("model", config.model):
         model = load_weights(config.model, tokenizer, device)
+    if Truncation.of(config) is not None:
+        report(held_at_most(config, vocabulary(model)))
     source = (
         task.rows
         if config.transitions is None

@@ -186,6 +186,7 @@ def _loss(
         "reduction": config.reduction,
         "denom": divisors.policy,
         "cu_seqlens": seqs.cu_seqlens(),
+        "support": seqs.flat_support(),
         "backend": backend,
     }
     if out.logits is None:
@@ -268,15 +269,22 @@ def logprobs(
     seqs: Sequences,
     backend: str,
 ) -> Tensor:
-    """Log-probability of each kept token, (n,), from the logits or else the hidden states."""
-    tokens = seqs.flat(seqs.response)
+    """Log-probability of each kept token, (n,), from the logits or else the hidden states.
+
+    It is over the ids that the token was drawn from.
+    """
+    tokens, support = seqs.flat(seqs.response), seqs.flat_support()
     if logits is not None:
         return ppo_fast.token_logprobs(
-            logits, tokens, temperature=agent.config.temperature, backend=backend
+            logits,
+            tokens,
+            temperature=agent.config.temperature,
+            support=support,
+            backend=backend,
         ).logprobs
     with agent.autocast():
         return ppo_fast.linear_token_logprobs(
-            hidden, tokens=tokens, backend=backend, **_head(agent, tower)
+            hidden, tokens=tokens, support=support, backend=backend, **_head(agent, tower)
         ).logprobs
 
 

@@ -158,8 +158,10 @@ def gradient_over(
     shard: Shard | None,
 ) -> Tensor:
     """dz (M,) of Σ g·logprobs + h·entropy, wide; 0 for absent pairs and in masked rows."""
+    absent = kept.pairs.ids == ABSENT
     if shard is None:
-        return calls.support_bwd(backend, z, kept.pairs, s, softmax, *grads)
+        dz = calls.support_bwd(backend, z, kept.pairs, s, softmax, *grads)
+        return dz.masked_fill_(absent, 0.0)  # of a row that is NaN too
     zero = torch.zeros_like(softmax.logprobs)
     g, h = (zero if x is None else x for x in grads)
     # A label of probability 0 passes no gradient, on whatever rank it is.
@@ -175,7 +177,7 @@ def gradient_over(
         -g * torch.expm1(ln_p[at]) - torch.where(p[at] == 0, p[at], p[at] * bent[at])
     ) / temperature
     dz = dz.index_put((at,), torch.where(shard.holds(s.tokens), own, dz[at]))
-    return torch.where(kept.pairs.mask[row], dz, 0.0)
+    return torch.where(kept.pairs.mask[row] & ~absent, dz, 0.0)
 
 
 class _KeptLogProbs(torch.autograd.Function):

@@ -30,6 +30,8 @@ _DRAWN = (
     "eval_best",
     "ended",
     "value_loss",
+    "support_size",
+    "support_cut",
     "ess",
     "grad_norm",
     "lr",

@@ -28,7 +28,7 @@ def test_tokens_behind_the_first_eos_do_not_count(tmp_path: Path) -> None:
 
 def test_wrong_logprobs_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Workload(trainer(tmp_path), 8, 6, [0])
-    seqs, logprobs = work._rollout(1.0)
+    seqs, logprobs, _ = work._rollout(1.0)
     monkeypatch.setattr(work, "_rollout", lambda temperature: Rollout(seqs, logprobs + 0.01))
     with pytest.raises(AssertionError, match=r"log-probs are 1\.0e-02 off the training forward's"):
         work.check()

@@ -211,7 +211,7 @@ def test_filtered_groups_keep_their_bits(tmp_path: Path) -> None:
     ]
     narrow = both[0].rows([2])
     cut = Rollout(
-        Sequences(*(x[:, :-3] for x in narrow.rollout.seqs)), narrow.rollout.logprobs[:, :-3]
+        Sequences(*(x[:, :-3] for x in narrow.rollout.seqs[:3])), narrow.rollout.logprobs[:, :-3]
     )
     one = joined([narrow._replace(rollout=cut), both[1]])
     assert one.prompts == [both[0].prompts[2], *both[1].prompts]

@@ -13,6 +13,7 @@ from mutant_numbers import NUMBERS, NUMBERS_CPU
 from mutant_report import REPORT
 from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
+from mutant_support import SUPPORT
 from mutant_surrogates import SURROGATES
 from mutant_weights import WEIGHTS, WEIGHTS_CPU
 
@@ -218,8 +219,8 @@ CPU = (
     Mutant(
         "no temperature in the label's logit",
         "csrc/cpu/softmax/softmax.h",
-        "p.logit(p.row(row), label) * p.inv_temperature(row) - all.max",
-        "p.logit(p.row(row), label) - all.max",
+        "r.label_logit() * r.inv_temperature - all.max",
+        "r.label_logit() - all.max",
         "logprobs",
         "cpu",
     ),
@@ -409,5 +410,6 @@ MUTANTS = {
     "report": REPORT,
     "runs": RUNS,
     "surrogates": SURROGATES,
+    "support": SUPPORT,
     "weights": WEIGHTS,
 }

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 import ppo_fast
 from ppo_fast.loop.config import TrainConfig
@@ -44,12 +43,11 @@ class Experience(NamedTuple):
 
     def rows(self, index: list[int]) -> Experience:
         """The samples at `index`."""
-        seqs, logprobs = self.rollout
-        rows = torch.tensor(index, device=logprobs.device)
+        rows = torch.tensor(index, device=self.rollout.logprobs.device)
         return Experience(
             [self.prompts[i] for i in index],
             [self.texts[i] for i in index],
-            Rollout(seqs.rows(rows), logprobs[rows]),
+            self.rollout.rows(rows),
             self.scores.rows(index),
             [self.ended[i] for i in index],
             None if self.token_rewards is None else self.token_rewards[rows],
@@ -57,21 +55,11 @@ class Experience(NamedTuple):
 
 
 def joined(samples: list[Experience]) -> Experience:
-    """Samples of several rollouts in one, as wide as the longest prompt and response ask for."""
-    before = max(s.rollout.seqs.prompt_width for s in samples)
-    after = max(s.rollout.logprobs.shape[1] for s in samples)
-    wide = []
-    for sample in samples:
-        seqs, logprobs = sample.rollout
-        left, right = before - seqs.prompt_width, after - logprobs.shape[1]
-        tokens, attention = (pad(x, (left, right)) for x in seqs[:2])
-        mask, logprobs = pad(seqs.mask, (0, right)), pad(logprobs, (0, right))
-        wide.append((tokens, attention, mask, logprobs))
-    *columns, logprobs = (torch.cat(column) for column in zip(*wide, strict=True))
+    """Samples of several rollouts in one."""
     return Experience(
         [text for s in samples for text in s.prompts],
         [text for s in samples for text in s.texts],
-        Rollout(Sequences(*columns), logprobs),
+        Rollout.joined([s.rollout for s in samples]),
         Scores.joined([s.scores for s in samples]),
         [end for s in samples for end in s.ended],
     )
@@ -131,6 +119,32 @@ class Batch(NamedTuple):
                 f" got a difference of {gap}: the model's forward is not deterministic"
                 " (dropout, or kernels that differ between runs)"
             )
+
+
+def supported(seqs: Sequences, rollout: Rollout) -> dict[str, float]:
+    """Numbers for the log on the ids that the tokens of `seqs` were drawn from, where there are.
+
+    `support_size` is the mean number of a token that has any, `support_none` counts those without,
+    which take the whole vocabulary, and `support_mb` is the memory of all. Of own samples
+    `support_cut` is the mean probability that was cut, and `support_limited` counts tokens at the
+    sampler's limit; of others' `support_missed` counts tokens that are not among their ids.
+    """
+    whole, support = seqs.support, seqs.flat_support()
+    if whole is None or support is None:
+        return {}
+    held, none = whole.ids.nbytes + whole.offsets.nbytes, int(support.whole.sum())
+    told = {
+        "support_size": len(support.ids) / max(1, support.n_rows - none),
+        "support_none": none,
+        "support_mb": held / 1e6,
+    }
+    if rollout.cut is None:
+        missed = support.missed(seqs.flat(seqs.response))
+        return told | {"support_missed": int(missed.sum())}
+    return told | {
+        "support_cut": float(seqs.flat(rollout.cut.mass).mean()),
+        "support_limited": int(seqs.flat(rollout.cut.limited).sum()),
+    }
 
 
 def make_plan(n: int, minibatches: int, micro_batch: int, generator: torch.Generator) -> Plan:

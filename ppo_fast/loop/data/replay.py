@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from ppo_fast import Support
 from ppo_fast.loop.data.experience import Experience
-from ppo_fast.loop.data.sequences import Rollout, Scores, Sequences, context_of
+from ppo_fast.loop.data.sequences import Rollout, Scores, Sequences, context_of, support_of
 from ppo_fast.loop.data.transitions import Limits, Transition, TransitionsError, read_transitions
 from ppo_fast.loop.files import naming, replace
 
@@ -65,6 +68,8 @@ class TransitionStream:
         if not rows:
             raise TransitionsError("transitions must not be empty, got 0 rows")
         self._rows, self._decode, self._pad = rows, decode, pad
+        # One row's ids suffice for all batches to have a support, and for all updates to log it.
+        self.supported = any(row.support is not None for row in rows)
         self._dtype, self._device = dtype, device
         self._passes = Passes(len(rows), seed, shuffle)
         self._batch = batch
@@ -78,7 +83,12 @@ class TransitionStream:
 
     def digest(self) -> str:
         """The sha256 of all rows."""
-        return hashlib.sha256(json.dumps(self._rows).encode()).hexdigest()
+        found = hashlib.sha256(json.dumps([row[:-1] for row in self._rows]).encode())
+        for i, row in enumerate(self._rows):
+            if row.support is not None:
+                found.update(f" {i} {row.support.offsets.tolist()} ".encode())
+                found.update(row.support.ids.tobytes())
+        return found.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the next batch: passes done, and rows taken of this one."""
@@ -118,7 +128,10 @@ class TransitionStream:
         ]
         attended = torch.tensor(attention, device=self._device)
         seqs = Sequences(
-            torch.tensor(tokens, device=self._device), attended, attended[:, before:].bool()
+            torch.tensor(tokens, device=self._device),
+            attended,
+            attended[:, before:].bool(),
+            self._support(rows, after) if self.supported else None,
         )
         logprobs, rewards = (
             torch.tensor([_padded(x, after, 0.0) for x in column], dtype=self._dtype)
@@ -134,6 +147,18 @@ class TransitionStream:
             [not r.truncated for r in rows],
             rewards.to(self._device),
         )
+
+    def _support(self, rows: list[Transition], width: int) -> Support:
+        """The support of the (B, R) slots."""
+        counts = torch.zeros(len(rows), width, dtype=torch.int64)
+        ids = array("i")
+        for i, drawn in enumerate(row.support for row in rows):
+            if drawn is not None:
+                offsets = torch.tensor(drawn.offsets)
+                counts[i, : len(offsets) - 1] = offsets.diff()
+                ids.extend(drawn.ids)
+        flat = torch.tensor(ids, dtype=torch.int32)
+        return support_of(flat.to(self._device), counts.to(self._device))
 
 
 class TransitionWriter:
@@ -162,6 +187,7 @@ class TransitionWriter:
         width = seqs.prompt_width
         columns = (seqs.tokens, seqs.attention.bool(), seqs.mask, sample.rollout.logprobs)
         rows = zip(*(x.cpu() for x in columns), strict=True)
+        supports = _supports(seqs)
         for i, (tokens, attended, mask, logprobs) in enumerate(rows):
             if i in scores.faults:
                 continue
@@ -173,7 +199,22 @@ class TransitionWriter:
                 "logprobs": logprobs[mask].tolist(),
                 "reward": scores.values[i],
                 "truncated": not sample.ended[i],
+                **({} if supports is None else supports[i]),
             }
+
+
+def _supports(seqs: Sequences) -> list[dict[str, list[int]]] | None:
+    """The ids and offsets of each sequence's kept tokens, as transitions have them."""
+    support = seqs.flat_support()
+    if support is None:
+        return None
+    ids, offsets, ends = (x.cpu() for x in (support.ids, support.offsets, seqs.cu_seqlens()))
+    found = []
+    for first, last in itertools.pairwise(ends.tolist()):
+        own = offsets[first : last + 1]
+        kept = ids[int(own[0]) : int(own[-1])]
+        found.append({"support_ids": kept.tolist(), "support_offsets": (own - own[0]).tolist()})
+    return found
 
 
 def _lines_before(path: Path, update: int) -> list[str]:
@@ -218,11 +259,18 @@ def open_transitions(
     if not rows:
         raise TransitionsError(f"transitions {path}: all {cut} good rows are truncated")
     weight = model.get_output_embeddings().weight
+    drawn = [r.support for r in rows if r.support is not None]
     passes = -(-len(rows) // batch)
     report(
         f"{path}: {len(rows)} transitions, {len(found.faults)} bad rows and {cut} truncated ones"
         f" left out; a pass takes {passes} updates of {batch}"
     )
+    if drawn:
+        ids = sum(len(support.ids) for support in drawn)
+        report(
+            f"{path}: {len(drawn)} transitions have the ids that their tokens were drawn from,"
+            f" {ids} in {4 * ids / 1e6:.1f} MB; {len(rows) - len(drawn)} take the whole vocabulary"
+        )
     return TransitionStream(
         rows,
         batch,

@@ -9,18 +9,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from ppo_fast import Support
 
 
 class Sequences(NamedTuple):
     """Left-padded prompts followed by right-padded responses.
 
     tokens and attention (B, P + R) int64; mask (B, R) bool, True up to and including the EOS.
-    A dropped sample has an all-False mask.
+    A dropped sample has an all-False mask. `support` holds the ids that the token of each of the
+    (B, R) slots was drawn from, in row-major order; None stands for the whole vocabulary.
     """
 
     tokens: Tensor
     attention: Tensor
     mask: Tensor
+    support: Support | None = None
 
     @property
     def response(self) -> Tensor:
@@ -34,7 +39,11 @@ class Sequences(NamedTuple):
 
     def rows(self, index: Tensor) -> Sequences:
         """The sequences at `index`."""
-        return Sequences(*(x[index] for x in self))
+        support, width = self.support, self.mask.shape[1]
+        if support is not None:
+            slots = torch.arange(width, device=index.device)
+            support = support.rows((index[:, None] * width + slots).flatten())
+        return Sequences(self.tokens[index], self.attention[index], self.mask[index], support)
 
     def kept(self, rows: list[bool]) -> Sequences:
         """The same sequences with all rows but the true ones masked out."""
@@ -44,6 +53,12 @@ class Sequences(NamedTuple):
     def flat(self, x: Tensor) -> Tensor:
         """Values of a (B, R) tensor at the n kept tokens, (n,)."""
         return x[self.mask]
+
+    def flat_support(self) -> Support | None:
+        """The support of the n kept tokens."""
+        if self.support is None:
+            return None
+        return self.support.rows(self.mask.flatten().nonzero().squeeze(1))
 
     def cu_seqlens(self) -> Tensor:
         """Offsets of each sequence's kept tokens among the n, (B + 1,) int64."""
@@ -75,11 +90,64 @@ def position_ids(attention: Tensor) -> Tensor:
     return (attention.cumsum(-1) - 1).clamp(min=0)
 
 
+def support_of(ids: Tensor, counts: Tensor) -> Support:
+    """The support of the slots of `counts`, in row-major order, each with that many of `ids`."""
+    ends = counts.flatten().cumsum(0)
+    return Support(ids, torch.cat([ends.new_zeros(1), ends]))
+
+
+class Cut(NamedTuple):
+    """Probability that truncated sampling cut of each token, (B, R), and whether at its limit."""
+
+    mass: Tensor
+    limited: Tensor
+
+
 class Rollout(NamedTuple):
-    """Sampled sequences and the sampler's own log-probability of every token, (B, R) fp32."""
+    """Sampled sequences and the sampler's own log-probability of every token, (B, R) fp32.
+
+    `cut` is there where the sampler truncated.
+    """
 
     seqs: Sequences
     logprobs: Tensor
+    cut: Cut | None = None
+
+    def rows(self, index: Tensor) -> Rollout:
+        """The sequences at `index`."""
+        cut = None if self.cut is None else Cut(*(x[index] for x in self.cut))
+        return Rollout(self.seqs.rows(index), self.logprobs[index], cut)
+
+    @classmethod
+    def joined(cls, parts: list[Rollout]) -> Rollout:
+        """Several rollouts in one, as wide as the longest prompt and response ask for."""
+        before = max(part.seqs.prompt_width for part in parts)
+        width = max(part.logprobs.shape[1] for part in parts)
+        left = [before - part.seqs.prompt_width for part in parts]
+        right = [width - part.logprobs.shape[1] for part in parts]
+
+        def whole(columns: list[Tensor]) -> Tensor:
+            pads = zip(columns, left, right, strict=True)
+            return torch.cat([pad(x, (front, back)) for x, front, back in pads])
+
+        def response(columns: list[Tensor]) -> Tensor:
+            return torch.cat([pad(x, (0, back)) for x, back in zip(columns, right, strict=True)])
+
+        seqs, support, cut = [part.seqs for part in parts], None, None
+        supports = [(s.support, s.mask.shape) for s in seqs if s.support is not None]
+        if supports:
+            counts = response([x.counts.view(shape) for x, shape in supports])
+            support = support_of(torch.cat([x.ids for x, _ in supports]), counts)
+        cuts = [part.cut for part in parts if part.cut is not None]
+        if cuts:
+            cut = Cut(*(response(list(column)) for column in zip(*cuts, strict=True)))
+        one = Sequences(
+            whole([s.tokens for s in seqs]),
+            whole([s.attention for s in seqs]),
+            response([s.mask for s in seqs]),
+            support,
+        )
+        return cls(one, response([part.logprobs for part in parts]), cut)
 
 
 @dataclass

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,15 +13,36 @@ from ppo_fast.loop.config import OptionError
 from ppo_fast.loop.data.tables import Numbered, TableError, json_rows, parquet_rows
 from ppo_fast.loop.values import described, is_fp32, require_text, shown, tokens_within
 
-FIELDS = ("prompt", "prompt_tokens", "tokens", "logprobs", "reward", "truncated")
+FIELDS = (
+    "prompt",
+    "prompt_tokens",
+    "tokens",
+    "logprobs",
+    "reward",
+    "truncated",
+    "support_ids",
+    "support_offsets",
+)
 _ROUNDING = 1e-3  # a log-probability of bf16 logits may come out that much above 0
 Encode = Callable[[str], list[int]]
+
+
+class Drawn(NamedTuple):
+    """Ids that the tokens of a response were drawn from: those of token t from the t-th offset on.
+
+    `ids` are int32, `offsets`, one more than tokens, int64; a token without ids was drawn from
+    all.
+    """
+
+    ids: array[int]
+    offsets: array[int]
 
 
 class Transition(NamedTuple):
     """One prompt and response, with rewards.
 
     `logprobs`, of the policy that sampled, and `rewards` have one number per response token.
+    Without a `support` every token was drawn from the whole vocabulary.
     """
 
     prompt: str
@@ -28,6 +51,7 @@ class Transition(NamedTuple):
     logprobs: list[float]
     rewards: list[float]
     truncated: bool
+    support: Drawn | None = None
 
 
 class Limits(NamedTuple):
@@ -107,9 +131,10 @@ def _checked(row: Any, encode: Encode, limits: Limits) -> Transition:
     if truncated is not None and not isinstance(truncated, bool):
         raise ValueError(f"truncated must be true or false, got {shown(truncated)}")
     rewards = _rewards(row.get("reward"), len(tokens))
+    support = _support(row.get("support_ids"), row.get("support_offsets"), len(tokens), limits)
     # The prompt last: tokenizing one may take long.
     text, prompt_tokens = _prompt(row, encode, limits, len(tokens))
-    return Transition(text, prompt_tokens, tokens, logprobs, rewards, bool(truncated))
+    return Transition(text, prompt_tokens, tokens, logprobs, rewards, bool(truncated), support)
 
 
 def _prompt(row: Any, encode: Encode, limits: Limits, after: int) -> tuple[str, list[int]]:
@@ -147,6 +172,10 @@ def _prompt(row: Any, encode: Encode, limits: Limits, after: int) -> tuple[str, 
 def _tokens(name: str, value: Any, limits: Limits) -> list[int]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} must be a list of at least one token, got {shown(value)}")
+    return _ids(name, value, limits)
+
+
+def _ids(name: str, value: list[Any], limits: Limits) -> list[int]:
     for i, token in enumerate(value):
         if type(token) is not int or not 0 <= token < limits.vocabulary:
             raise ValueError(
@@ -154,6 +183,41 @@ def _tokens(name: str, value: Any, limits: Limits) -> list[int]:
                 f" got {shown(token)}"
             )
     return value
+
+
+def _support(ids: Any, offsets: Any, n: int, limits: Limits) -> Drawn | None:
+    """The ids that `n` tokens were drawn from, None where there are neither ids nor offsets."""
+    if ids is None and offsets is None:
+        return None
+    if not isinstance(ids, list):
+        wanted = "a list of ids where there are support_offsets"
+        raise ValueError(f"support_ids must be {wanted}, got {shown(ids)}")
+    if not isinstance(offsets, list):
+        wanted = "a list of whole numbers where there are support_ids"
+        raise ValueError(f"support_offsets must be {wanted}, got {shown(offsets)}")
+    if len(offsets) != n + 1:
+        raise ValueError(
+            f"support_offsets must have a number more than there are tokens, {n + 1}, got"
+            f" {len(offsets)}"
+        )
+    _ids("support_ids", ids, limits)
+    for i, offset in enumerate(offsets):
+        if type(offset) is not int:
+            raise ValueError(f"support_offsets[{i}] must be a whole number, got {shown(offset)}")
+        if i and offset < offsets[i - 1]:
+            raise ValueError(
+                f"support_offsets[{i}] must be at least the one before, {offsets[i - 1]}, got"
+                f" {offset}"
+            )
+    if (offsets[0], offsets[-1]) != (0, len(ids)):
+        raise ValueError(
+            f"support_offsets must go from 0 to the number of support_ids, {len(ids)}, got"
+            f" {offsets[0]} to {offsets[-1]}"
+        )
+    for t, (first, last) in enumerate(pairwise(offsets)):
+        if len(set(ids[first:last])) < last - first:
+            raise ValueError(f"support_ids must be different for a token, got some twice at {t}")
+    return Drawn(array("i", ids), array("q", offsets))
 
 
 def _rewards(value: Any, n: int) -> list[float]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ppo_fast.loop.config import OptionError, TrainConfig
-from ppo_fast.loop.data.sequences import Rollout, Sequences
+from ppo_fast.loop.data.sequences import Cut, Rollout, Sequences, support_of
 from ppo_fast.loop.model.agent import Agent
 from ppo_fast.loop.model.load import eos_ids, prompt_limit
 from ppo_fast.loop.sampling.generate import generate
+from ppo_fast.loop.sampling.truncate import Truncation
 from ppo_fast.loop.values import require_text, tokens_within
 
 _SPECIAL = 8  # tokens that a tokenizer may add to those of a text
@@ -28,6 +29,7 @@ class Sampler:
     ) -> None:
         self.agent, self.tokenizer, self.config, self.device = agent, tokenizer, config, device
         self.eos = eos_ids(agent.policy.model, tokenizer)
+        self.truncation = Truncation.of(config)
         self.generator = torch.Generator(device).manual_seed(config.seed)
 
     def rollout(
@@ -51,15 +53,27 @@ class Sampler:
                 stopped=self._stopped if config.stop else None,
                 rows=rows,
                 total=len(tokens),
+                truncation=self.truncation,
             )
-        # Without an EOS every completion has full length, and none is padded.
-        gather, end = agent.ranks.gather, next(iter(self.eos), 0)
-        seqs = Sequences(*(gather(x, f) for x, f in zip(mine.seqs, (end, 0, 0), strict=True)))
-        return Rollout(seqs, gather(mine.logprobs, 0))
+        return self._gathered(mine)
 
     def completions(self, seqs: Sequences) -> tuple[list[str], list[bool]]:
         """The text of each response, and whether it ended by itself."""
         return completions(self.tokenizer, seqs, self.eos, self.config.stop)
+
+    def _gathered(self, mine: Rollout) -> Rollout:
+        """The rollouts of all ranks in one."""
+        gather, (tokens, attention, mask, support) = self.agent.ranks.gather, mine.seqs
+        if self.agent.ranks.size == 1:
+            return mine
+        if support is not None:
+            ids = gather(support.ids[None], -1).flatten()
+            support = support_of(ids[ids >= 0], gather(support.counts.view(mask.shape), 0))
+        cut = None if mine.cut is None else Cut(*(gather(x, 0) for x in mine.cut))
+        # Without an EOS every completion has full length, and none is padded.
+        end = next(iter(self.eos), 0)
+        seqs = Sequences(gather(tokens, end), gather(attention, 0), gather(mask, 0), support)
+        return Rollout(seqs, gather(mine.logprobs, 0), cut)
 
     def _stopped(self, responses: Tensor) -> Tensor:
         rows = responses.tolist()
