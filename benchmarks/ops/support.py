@@ -28,13 +28,14 @@ class Kept(NamedTuple):
     frozen: bool = False
 
 
-K20, K128, K512, K2048 = (f"support-{n}" for n in (20, 128, 512, 2048))
+K20, K128, K512, K2048, K4096 = (f"support-{n}" for n in (20, 128, 512, 2048, 4096))
 FROZEN, UNIFORM = "support-20-frozen", "support-20-uniform"
 _KEPT = {
     K20: Kept(20),
     K128: Kept(128),
     K512: Kept(512),
-    K2048: Kept(2048),  # two thirds of the pairs at which the dense head takes over
+    K2048: Kept(2048),  # below and above the share of the vocabulary from which on a CPU's head
+    K4096: Kept(4096),  # multiplies all of it
     FROZEN: Kept(20, frozen=True),
     UNIFORM: Kept(20, uniform=True),
 }

@@ -16,6 +16,7 @@ from benchmarks.peers import eager
 from benchmarks.peers.base import Bound, Named, Provider, leaves, pair, timed
 from benchmarks.peers.ours import bind_backend
 from benchmarks.peers.pytorch import with_stats
+from ppo_fast import Support
 from ppo_fast.testing import Call
 
 _INPUTS = {"linear_ppo_loss": policy_loss_inputs, "linear_token_logprobs": logprobs_inputs}
@@ -28,15 +29,17 @@ _WHOLE = (
 
 
 def of(case: Case) -> Iterator[Provider]:
-    """The head over the whole vocabulary, and forced to form all logits; then PyTorch's two."""
+    """The head over the whole vocabulary, the way not taken over the support, PyTorch's two."""
     if case.device != "cpu":
         return
     yield Provider("dense-head", _on_cpu, _no_kernels, computes=_WHOLE, asked=_asked)
+    is_sparse = Support(support.sampled(case.shape)[0]).is_sparse(case.shape.dims[1])
+    other = "dense" if is_sparse else "sparse"
     yield Provider(
-        "ppo_fast-cpu-dense",
-        _dense,
+        f"ppo_fast-cpu-{other}",
+        _other,
         _no_kernels,
-        computes="all logits, by Support(sparse=False)",
+        computes=f"the same by Support(sparse={not is_sparse})",
     )
     yield Provider("eager", _plain(eager.masked_logprobs), plain=True)
     yield Provider("gather", _plain(eager.gathered_logprobs), lambda: _too_large(case), plain=True)
@@ -56,9 +59,10 @@ def _on_cpu(case: Case, call: Call) -> Bound:
     return bind_backend(case, call, "cpu")
 
 
-def _dense(case: Case, call: Call) -> Bound:
+def _other(case: Case, call: Call) -> Bound:
     given: Any = call.options["support"]
-    forced = ppo_fast.Support(given.ids, given.offsets, sparse=False)
+    way = given.is_sparse(call.tensors["weight"].shape[0])
+    forced = Support(given.ids, given.offsets, sparse=not way)
     return bind_backend(case, call.option(support=forced), "cpu")
 
 
