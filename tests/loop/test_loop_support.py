@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loop_helpers import TEXTS, batch_of, rollout_of, tiny, trainer, weights
+from loop_helpers import TEXTS, batch_of, ids_of, rollout_of, tiny, trainer, weights
 from rich.console import Console
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -65,11 +65,6 @@ def spelled(z: list[float], t: Truncation) -> tuple[list[int], float]:
 
 def rows_of(mask: torch.Tensor) -> list[list[int]]:
     return [row.nonzero().flatten().tolist() for row in mask]
-
-
-def lists(support: Any) -> list[list[int]]:
-    """The ids of every row of a support."""
-    return [x.tolist() for x in support.ids.tensor_split(support.offsets[1:-1].cpu())]
 
 
 def some_logits(n: int, vocab: int, seed: int) -> torch.Tensor:
@@ -147,7 +142,7 @@ def test_draws_invert_the_cdf_of_what_is_kept_in_the_order_of_ids(tmp_path: Path
     uniforms = torch.rand(6, 16, generator=seeded(5), dtype=torch.float64)
     support, mask = found.seqs.support, found.seqs.mask
     assert support is not None and found.cut is not None
-    width, ids = mask.shape[1], lists(support)
+    width, ids = mask.shape[1], ids_of(support)
     assert mask.sum(1).min() < width and len(ids) == mask.numel()
     for i, (row, seen) in enumerate(zip(tokens, attention, strict=True)):
         text = row[seen.bool()].tolist()
@@ -185,7 +180,7 @@ def test_a_share_of_the_batch_draws_and_keeps_what_the_whole_does(share: list[in
     )
     want = whole.rows(rows)
     assert torch.equal(part.seqs.response, want.seqs.response)
-    assert lists(part.seqs.support) == lists(want.seqs.support)
+    assert ids_of(part.seqs.support) == ids_of(want.seqs.support)
     torch.testing.assert_close(part.logprobs, want.logprobs, rtol=0, atol=1e-12)
     assert part.cut is not None and want.cut is not None
     torch.testing.assert_close(part.cut.mass, want.cut.mass, rtol=0, atol=1e-12)
@@ -215,7 +210,7 @@ def test_a_truncation_that_keeps_all_draws_the_tokens_of_none(tmp_path: Path) ->
     one, other = rollout_of(plain), rollout_of(full)
     assert torch.equal(one.seqs.tokens, other.seqs.tokens) and one.seqs.support is None
     assert other.seqs.support is not None and other.cut is not None
-    assert set(map(len, lists(other.seqs.flat_support()))) == {300}
+    assert set(map(len, ids_of(other.seqs.flat_support()))) == {300}
     assert float(other.cut.mass.max()) <= 300 * 2**-53
 
 
@@ -247,7 +242,7 @@ def test_the_first_ratio_is_one(
 def dense(t: Trainer, logits: torch.Tensor, seqs: Any) -> torch.Tensor:
     """Log-probs of the kept tokens by a log-softmax over logits that are -inf where cut."""
     masked = torch.full_like(logits, -torch.inf)
-    for i, ids in enumerate(lists(seqs.flat_support())):
+    for i, ids in enumerate(ids_of(seqs.flat_support())):
         masked[i, ids] = logits[i, ids]
     every = torch.log_softmax(masked / t.config.temperature, -1)
     return every.gather(1, seqs.flat(seqs.response)[:, None]).squeeze(1)
@@ -298,7 +293,7 @@ def test_the_log_counts_what_was_kept(tmp_path: Path) -> None:
     t = trainer(tmp_path, top_p=0.9)
     rollout = rollout_of(t)
     seqs = rollout.seqs.kept([True] * 5 + [False] * 3)
-    sizes = [len(ids) for ids in lists(seqs.flat_support())]
+    sizes = [len(ids) for ids in ids_of(seqs.flat_support())]
     assert len(sizes) == int(seqs.mask.sum()) < int(rollout.seqs.mask.sum())
     assert rollout.cut is not None and seqs.support is not None
     assert supported(seqs, rollout) == {
@@ -338,10 +333,10 @@ def test_rollouts_that_are_joined_keep_their_ids(tmp_path: Path) -> None:
     order = torch.tensor([3, 0])
     one, two = seen[0].rows(order.tolist()), found.rows([1])
     both = joined([one, two])
-    want = lists(one.rollout.seqs.flat_support()) + lists(two.rollout.seqs.flat_support())
-    assert lists(both.rollout.seqs.flat_support()) == want
-    picked = [lists(seen[0].rollout.rows(x[None]).seqs.support) for x in order]
-    assert lists(one.rollout.seqs.support) == picked[0] + picked[1]
+    want = ids_of(one.rollout.seqs.flat_support()) + ids_of(two.rollout.seqs.flat_support())
+    assert ids_of(both.rollout.seqs.flat_support()) == want
+    picked = [ids_of(seen[0].rollout.rows(x[None]).seqs.support) for x in order]
+    assert ids_of(one.rollout.seqs.support) == picked[0] + picked[1]
     assert one.rollout.cut is not None and both.rollout.cut is not None
     assert torch.equal(both.rollout.cut.mass[:2], one.rollout.cut.mass)
 
@@ -358,11 +353,12 @@ def test_scoring_in_halves_is_over_the_same_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", ["linear", "logits"])
 def test_a_resumed_run_ends_with_the_bits_of_the_whole(tmp_path: Path, head: str) -> None:
     options = {"top_p": 0.9, "min_p": 0.01, "head": head, "save_every": 1}
-    whole = trainer(tmp_path / "a", updates=3, **options)
-    whole.run(Console(quiet=True))
+    whole = trainer(tmp_path / "a", updates=2, **options)
+    whole.step(), whole.step()
     trainer(tmp_path / "b", updates=1, **options).run(Console(quiet=True))
-    later = trainer(tmp_path / "b", updates=3, resume=True, **options)
-    later.run(Console(quiet=True))
+    later = trainer(tmp_path / "b", updates=2, resume=True, **options)
+    later.begin(lambda _: None)
+    later.step(), later.close()
     assert all(map(torch.equal, weights(whole), weights(later)))
     with pytest.raises(ValueError, match=r"resume: top_p is 0\.8, the checkpoint's is 0\.9"):
         trainer(tmp_path / "b", updates=4, resume=True, **(options | {"top_p": 0.8})).begin()
