@@ -14,6 +14,7 @@ from mutant_report import REPORT
 from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
 from mutant_surrogates import SURROGATES
+from mutant_truncation import TRUNCATION
 from mutant_weights import WEIGHTS, WEIGHTS_CPU
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -408,6 +409,7 @@ MUTANTS = {
     "numbers": NUMBERS,
     "report": REPORT,
     "runs": RUNS,
+    "truncation": TRUNCATION,
     "surrogates": SURROGATES,
     "weights": WEIGHTS,
 }
