@@ -71,11 +71,11 @@ WIDE = RowTiling(lanes=1024, unroll=8, segment=32768, warps=4, stages=1)
 NARROW = RowTiling(lanes=128, unroll=4, segment=2048, warps=1, stages=1)
 WIDE_GRAD = RowTiling(lanes=1024, unroll=4, segment=32768, warps=4, stages=1)
 NARROW_GRAD = RowTiling(lanes=128, unroll=4, segment=2048, warps=1, stages=1)
-# Pairs whose products one program forms, a quarter of them a warp. 256 lanes of bf16 are a load of
-# 16 bytes a thread, of which four pairs and their hidden states have eight in flight.
-PAIR_PRODUCTS = PairTile(pairs=16, lanes=256, warps=4)
-# Pairs that a program adds at a time, all of them in each thread: their sums need no barrier, and a
-# row of one pair keeps every thread busy.
+# Pairs whose products one program forms, two a warp. 256 lanes of bf16 are a load of 16 bytes a
+# thread, of which there are four in flight: more would cost registers, and with them warps.
+PAIR_PRODUCTS = PairTile(pairs=8, lanes=256, warps=4)
+# Pairs that a program adds at a time, all of them in each thread: their sums need no barrier, and
+# a row of one pair keeps every thread busy.
 PAIR_SUMS = PairTile(pairs=4, lanes=1024, warps=4)
 NARROW_PAIR_SUMS = PairTile(pairs=4, lanes=256, warps=1)
 # Pairs of a row that one program adds: longer rows are shared by several.

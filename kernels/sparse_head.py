@@ -49,13 +49,21 @@ def row_of(offsets_ptr, pair, n_rows, steps):
 
 
 @triton.jit
-def vectors(x_ptr, starts, column, width, reads, LANES: tl.constexpr, MASKED: tl.constexpr):
-    """fp32 columns [column, column + LANES) of vectors from `starts` on; 0 of those not read."""
-    columns = column + tl.arange(0, LANES)
-    reads = reads[:, None]
-    if MASKED:
-        reads = reads & (columns < width)[None, :]
-    return widened(tl.load(x_ptr + starts[:, None] + columns[None, :], mask=reads, other=0.0))
+def columns_of(column, width, LANES: tl.constexpr, ALIGN: tl.constexpr):
+    """Columns [column, column + LANES), and True for those inside, for whole vectors of ALIGN.
+
+    ALIGN divides the width: spelled so that the compiler sees it, a masked access is as wide as
+    one without a mask.
+    """
+    lanes = tl.arange(0, LANES)
+    return column + lanes, column + lanes // ALIGN * ALIGN < width
+
+
+@triton.jit
+def vectors(x_ptr, starts, columns, inside, reads):
+    """fp32 columns of the vectors from `starts` on, (pairs, columns); 0 of those not read."""
+    at = x_ptr + starts[:, None] + columns[None, :]
+    return widened(tl.load(at, mask=reads[:, None] & inside[None, :], other=0.0))
 
 
 @triton.jit(**RUNTIME)
@@ -76,7 +84,7 @@ def pair_logits_kernel(
     steps,
     PAIRS: tl.constexpr,
     LANES: tl.constexpr,
-    ALIGN: tl.constexpr,  # every vector starts at a multiple of this many elements
+    ALIGN: tl.constexpr,  # every vector starts and ends at a multiple of this many elements
 ):
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     inside = pair < n_pairs
@@ -89,14 +97,10 @@ def pair_logits_kernel(
         x_starts = aligned(row * hidden_stride, ALIGN)
         w_starts = aligned(ids * weight_stride, ALIGN)
         total = tl.zeros([PAIRS, LANES], tl.float32)
-        full = width // LANES * LANES
-        for column in tl.range(0, full, LANES):
-            x = vectors(hidden_ptr, x_starts, column, width, reads, LANES, False)
-            w = vectors(weight_ptr, w_starts, column, width, reads, LANES, False)
-            total = tl.fma(x, w, total)
-        if full < width:
-            x = vectors(hidden_ptr, x_starts, full, width, reads, LANES, True)
-            w = vectors(weight_ptr, w_starts, full, width, reads, LANES, True)
+        for column in tl.range(0, width, LANES):
+            columns, within = columns_of(column, width, LANES, ALIGN)
+            x = vectors(hidden_ptr, x_starts, columns, within, reads)
+            w = vectors(weight_ptr, w_starts, columns, within, reads)
             total = tl.fma(x, w, total)
         missing = tl.where(ids == ABSENT, float("-inf"), float("nan"))
         tl.store(out_ptr + pair, tl.where(reads, pair_sum(total, LANES), missing), mask=live)
@@ -111,14 +115,13 @@ def summed(
     first,
     last,
     n_source,
-    column,
-    width,
+    columns,
+    within,
     PAIRS: tl.constexpr,
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """dz · vector of the pairs [first, last), columns [column, column + LANES), fp32.
+    """Columns of the sum of dz · vector over the pairs [first, last), fp32.
 
     A pair whose dz is 0 takes no part, whatever its vector holds, nor one without a vector: but
     its dz is NaN where its row is, and so is the sum.
@@ -129,8 +132,7 @@ def summed(
         dz = tl.load(grads_ptr + pairs, mask=pairs < last, other=0.0)
         index = tl.load(index_ptr + pairs, mask=pairs < last, other=0).to(tl.int64)
         reads = (dz != 0.0) & (index >= 0) & (index < n_source)
-        starts = aligned(index * x_stride, ALIGN)
-        x = vectors(x_ptr, starts, column, width, reads, LANES, MASKED)
+        x = vectors(x_ptr, aligned(index * x_stride, ALIGN), columns, within, reads)
         total = tl.fma(tl.broadcast_to(dz[:, None], [PAIRS, LANES]), x, total)
     return pair_sum(tl.trans(total), PAIRS)
 
@@ -164,42 +166,25 @@ def pair_parts_kernel(
     PAIRS: tl.constexpr,
     LANES: tl.constexpr,
     SEGMENT: tl.constexpr,
-    ALIGN: tl.constexpr,  # every vector starts at a multiple of this many elements
+    ALIGN: tl.constexpr,  # every vector starts and ends at a multiple of this many elements
 ):
-    # Rows whose pairs begin at a multiple of SEGMENT have their segments but the first numbered
-    # one after the other; others have as many numbers or more: floor(a + b) >= floor(a) + floor(b).
-    # Number p is of the row that holds pair (p + 1) SEGMENT - 1; the first row's start need not be 0.
+    # Part p is of the row that holds pair (p + 1) SEGMENT - 1, if of any. The rows' parts follow
+    # one another and are no more than the programs, as floor(a + b) >= floor(a) + floor(b). Pairs
+    # before the first row's are nobody's.
     part = tl.program_id(0).to(tl.int64)
     row = row_of(offsets_ptr, (part + 1) * SEGMENT - 1, n_rows, steps)
     start, count = pairs_to_add(offsets_ptr, mask_ptr, mask_stride, row)
     first = (part - start // SEGMENT + 1) * SEGMENT
     if (first > 0) & (first < count):
         last = start + tl.minimum(first + SEGMENT, count)
-        to_ptr = parts_ptr + aligned(part * parts_stride, 4)
-        full = width // LANES * LANES
-        for column in tl.range(0, full, LANES):
+        to_ptr = parts_ptr + aligned(part * parts_stride, ALIGN)
+        for column in tl.range(0, width, LANES):
+            columns, within = columns_of(column, width, LANES, ALIGN)
             total = summed(
                 *(grads_ptr, index_ptr, x_ptr, x_stride, start + first, last, n_source),
-                *(column, width, PAIRS, LANES, ALIGN, False),
+                *(columns, within, PAIRS, LANES, ALIGN),
             )
-            tl.store(to_ptr + column + tl.arange(0, LANES), total)
-        if full < width:
-            total = summed(
-                *(grads_ptr, index_ptr, x_ptr, x_stride, start + first, last, n_source),
-                *(full, width, PAIRS, LANES, ALIGN, True),
-            )
-            columns = full + tl.arange(0, LANES)
-            tl.store(to_ptr + columns, total, mask=columns < width)
-
-
-@triton.jit
-def with_parts(total, parts_ptr, parts_stride, start, count, columns, inside, SEGMENT: tl.constexpr):
-    """A row's sum: its first segment's and, in order, those of the others."""
-    first = start // SEGMENT
-    for part in tl.range(first, first + tl.maximum(count - 1, 0) // SEGMENT):
-        from_ptr = parts_ptr + aligned(part * parts_stride, 4)
-        total += tl.load(from_ptr + columns, mask=inside, other=0.0)
-    return total
+            tl.store(to_ptr + columns, total, mask=within)
 
 
 @triton.jit(**RUNTIME)
@@ -222,30 +207,24 @@ def pair_sums_kernel(
     LANES: tl.constexpr,
     SEGMENT: tl.constexpr,
     SUM_LANES: tl.constexpr,
-    ALIGN: tl.constexpr,  # every vector, of the output too, starts at a multiple of this many
+    ALIGN: tl.constexpr,  # as above, of the output's too
 ):
     row = tl.program_id(0)
     start, count = pairs_to_add(offsets_ptr, mask_ptr, mask_stride, row)
     last = start + tl.minimum(count, SEGMENT)
     to_ptr = out_ptr + aligned(row.to(tl.int64) * out_stride, ALIGN)
-    full = width // LANES * LANES
-    for column in tl.range(0, full, LANES):
+    part = start // SEGMENT
+    parts_end = part + tl.maximum(count - 1, 0) // SEGMENT
+    for column in tl.range(0, width, LANES):
+        columns, within = columns_of(column, width, LANES, ALIGN)
         total = summed(
             *(grads_ptr, index_ptr, x_ptr, x_stride, start, last, n_source),
-            *(column, width, PAIRS, LANES, ALIGN, False),
+            *(columns, within, PAIRS, LANES, ALIGN),
         )
-        columns = column + tl.arange(0, LANES)
-        total = with_parts(total, parts_ptr, parts_stride, start, count, columns, None, SEGMENT)
-        tl.store(to_ptr + columns, rounded(total, to_ptr.dtype.element_ty))
-    if full < width:
-        total = summed(
-            *(grads_ptr, index_ptr, x_ptr, x_stride, start, last, n_source),
-            *(full, width, PAIRS, LANES, ALIGN, True),
-        )
-        columns = full + tl.arange(0, LANES)
-        inside = columns < width
-        total = with_parts(total, parts_ptr, parts_stride, start, count, columns, inside, SEGMENT)
-        tl.store(to_ptr + columns, rounded(total, to_ptr.dtype.element_ty), mask=inside)
+        for p in tl.range(part, parts_end):
+            at = parts_ptr + aligned(p * parts_stride, ALIGN) + columns
+            total += tl.load(at, mask=within, other=0.0)
+        tl.store(to_ptr + columns, rounded(total, to_ptr.dtype.element_ty), mask=within)
     if sums_ptr is not None:
         sums = tl.zeros([SUM_LANES], tl.float32)
         for pair in tl.range(start, start + count, SUM_LANES):
@@ -274,22 +253,19 @@ def _sums(grads: Tensor, pairs: Pairs, x: Tensor, out: Tensor, sums: Tensor | No
     tile = config.pair_sum_tile(width)
     segment = config.PAIR_SEGMENT
     n_parts = grads.numel() // segment if width else 0
-    # Rows on 16 bytes, and the address of an empty tensor is none.
-    parts = x.new_empty(max(1, n_parts), triton.cdiv(max(1, width), 4) * 4, dtype=torch.float32)
-    arguments = (grads, pairs.index, pairs.offsets, *row_arguments(pairs.mask), x, x.stride(0))
-    arguments = (*arguments, parts, parts.stride(0))
-    alike = {"SEGMENT": segment, **tile.constants(), **LAUNCH}
+    parts = x.new_empty(n_parts, width, dtype=torch.float32)
+    arguments = (grads, pairs.index, pairs.offsets, *row_arguments(pairs.mask, x, parts))
+    align = min(alignment(y, y.stride(0), width) for y in (x, out))
+    alike = {"SEGMENT": segment, "ALIGN": align, **tile.constants(), **LAUNCH}
     with on_device(x):
         if n_parts:
             pair_parts_kernel[(n_parts,)](
                 *(*arguments, rows, source, width, steps_for(rows)),
-                ALIGN=alignment(x, x.stride(0)),
                 **alike,
             )
         pair_sums_kernel[(rows,)](
             *(*arguments, out, out.stride(0), sums, source, width),
             SUM_LANES=SUM_LANES,
-            ALIGN=min(alignment(x, x.stride(0)), alignment(out, out.stride(0))),
             **alike,
         )
 
@@ -307,7 +283,7 @@ def sparse_logits(
                 *(*row_arguments(hidden, weight), ids, offsets),
                 *(*row_arguments(flag_bytes(mask)), out),
                 *(pairs, rows, weight.shape[0], width, steps_for(rows)),
-                ALIGN=min(alignment(x, x.stride(0)) for x in (hidden, weight)),
+                ALIGN=min(alignment(x, x.stride(0), width) for x in (hidden, weight)),
                 **tile.constants(),
                 **LAUNCH,
             )

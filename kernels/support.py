@@ -30,7 +30,10 @@ from .softmax import (
 )
 
 PER_ROW = ("mask", "temperature", "grad_logprobs", "grad_entropy")
-RUNTIME = unspecialised(PER_ROW, ("stride",), ("logits", "offsets"), ("inv_temperature",))
+SOFTMAX = ("logprobs", "entropy", "row_max", "log_sum")
+RUNTIME = unspecialised(
+    PER_ROW, ("stride",), ("logits", "offsets", *SOFTMAX), ("inv_temperature",)
+)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from ppo_fast.ops.few_rows_linear import few_rows_linear
 from ppo_fast.ops.gae import gae
 from ppo_fast.ops.group_advantages import group_advantages, prompt_weights
 from ppo_fast.ops.linear_logprobs import linear_token_logprobs
+from ppo_fast.ops.linear_logprobs_at import linear_logprobs_at
 from ppo_fast.ops.linear_ppo_loss import linear_ppo_loss
 from ppo_fast.ops.logits_ppo_loss import logits_ppo_loss
 from ppo_fast.ops.logprobs import token_logprobs
@@ -54,6 +55,7 @@ __all__ = [
     "few_rows_linear",
     "gae",
     "group_advantages",
+    "linear_logprobs_at",
     "linear_ppo_loss",
     "linear_token_logprobs",
     "logits_ppo_loss",

@@ -191,11 +191,13 @@ def coefficient(
     return 0.0, value.detach()
 
 
-def tokens_in_range(op: str, tokens: Tensor, keep: Tensor, vocab: int) -> None:
+def tokens_in_range(
+    op: str, tokens: Tensor, keep: Tensor, vocab: int, name: str = "tokens"
+) -> None:
     """Debug only: raise IndexError at the first live token outside the vocabulary."""
     bad = keep & ((tokens < 0) | (tokens >= vocab))
     if bool(bad.any()):
         where = tuple(int(i) for i in bad.nonzero()[0])
         raise IndexError(
-            f"{op}: tokens must be in [0, {vocab}), got {int(tokens[where])} at {where}"
+            f"{op}: {name} must be in [0, {vocab}), got {int(tokens[where])} at {where}"
         )

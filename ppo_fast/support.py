@@ -117,7 +117,7 @@ class Support:
         moved = object.__new__(Support)
         moved.ids, moved.offsets = self.ids.to(device), self.offsets.to(device)
         moved._ends, moved.sparse, moved._of = self._ends, self.sparse, self._of
-        moved._find_whole()
+        moved.n_whole, moved.whole_index = self.n_whole, self.whole_index.to(device)
         return moved
 
     def row_of_pairs(self) -> Tensor:

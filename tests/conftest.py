@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 import hypothesis
 
 import ppo_fast
-from ppo_fast import testing
+from ppo_fast import _ext, testing
 
 if os.environ.get("TRITON_INTERPRET") == "1" and ppo_fast.backends()["triton"] is None:
     import interpreter
@@ -91,6 +91,19 @@ def device(request: pytest.FixtureRequest) -> str:
         if fixture in request.fixturenames
     )
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=("scalar", "avx2", "avx512"))
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that the CPU's kernels were compiled for and this machine has."""
+    usable("cpu")
+    module = _ext.module()
+    info, names = module.build_info(), module.build_info()["isa_compiled"]
+    if request.param not in names[: names.index(info["isa_best"]) + 1]:
+        pytest.skip(f"this CPU has no {request.param}")
+    module.set_isa(request.param)
+    yield request.param
+    module.set_isa(info["isa"])
 
 
 @pytest.fixture(autouse=True)

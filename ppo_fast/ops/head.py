@@ -195,12 +195,12 @@ class Head:
         self, z: Tensor, x: Tensor, at: Tensor | slice, softmax: Softmax, g: Tensor, h: Tensor
     ) -> None:
         """Accumulate the gradients of Σ g·logprobs + h·entropy over a block; overwrites z."""
-        s, cap, shard = self.scoring(at), self.options.softcap, self.options.shard
-        if cap is None and shard is None and self._writes_bf16:
+        s, shard = self.scoring(at), self.options.shard
+        if self.options.softcap is None and shard is None and self._writes_bf16:
             calls.logprobs_bwd_bf16_(self.options.backend, z, s, softmax, g, h)
             self.accumulate(z.view(torch.bfloat16)[:, : z.shape[1]], x, at)
             return
-        inside = None if cap is None else (z / cap).square_().neg_().add_(1.0)
+        bend = self.bend(z)
 
         def kernel(s: Scoring, g: Tensor) -> Tensor:
             calls.logprobs_bwd_(self.options.backend, z, s, softmax, g, h)
@@ -210,9 +210,14 @@ class Head:
             kernel(s, g)
         else:
             shard.gradient(kernel, z, s, softmax, g, h)
-        if inside is not None:
-            z *= inside
+        if bend is not None:
+            z *= bend
         self.accumulate(z, x, at)
+
+    def bend(self, z: Tensor) -> Tensor | None:
+        """The softcap's slope at capped logits, 1 − (z / cap)²; None without a cap."""
+        cap = self.options.softcap
+        return None if cap is None else (z / cap).square_().neg_().add_(1.0)
 
     @property
     def _writes_bf16(self) -> bool:

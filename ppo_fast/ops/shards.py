@@ -96,17 +96,42 @@ class Shard:
         A kernel wants a label in every row. Where the token is elsewhere it gets the likeliest
         column of this share, whose gradient, that of any other column, is then put in its place.
         """
-        tokens, keep, temperature = s.tokens, s.mask, s.divisor()
+        tokens, keep = s.tokens, s.mask
         # A label of probability 0 passes no gradient, on whatever rank it is.
         g = torch.where(part.logprobs.isneginf(), torch.zeros_like(g), g)
         stays = self.holds(tokens) if keep is None else self.holds(tokens) | ~keep
         label = torch.where(self.holds(tokens), self.local(tokens), z.argmax(-1).to(tokens.dtype))
-        ln_p = _at(z, label) / temperature - part.row_max - part.log_sum
-        p = ln_p.exp()
-        slope = torch.where(p == 0, p, -p * (g + h * (ln_p + part.entropy)) / temperature)
+        slope = _other_column(z, label, s, part, g, h)
         dz = kernel(s._replace(tokens=label), g)
         there = torch.where(stays, _at(dz, label), slope.to(dz.dtype))
         return dz.scatter_(-1, label.long()[..., None], there[..., None])
+
+
+def unlabelled_gradient(
+    kernel: Callable[[Scoring, Tensor], Tensor],
+    z: Tensor,
+    s: Scoring,
+    part: Softmax,
+    g: Tensor,
+    h: Tensor,
+) -> Tensor:
+    """The same without the label's own term: dz_j = −p_j (g + h (ln p_j + H)) / τ everywhere."""
+    label = z.argmax(-1).to(s.tokens.dtype)  # no kernel takes it for impossible
+    slope = _other_column(z, label, s, part, g, h)
+    if s.mask is not None:
+        slope = torch.where(s.mask, slope, torch.zeros_like(slope))
+    dz = kernel(s._replace(tokens=label), g)
+    return dz.scatter_(-1, label.long()[..., None], slope.to(dz.dtype)[..., None])
+
+
+def _other_column(
+    z: Tensor, column: Tensor, s: Scoring, part: Softmax, g: Tensor, h: Tensor
+) -> Tensor:
+    """dz of one column of every row, were it not the label."""
+    temperature = s.divisor()
+    ln_p = _at(z, column) / temperature - part.row_max - part.log_sum
+    p = ln_p.exp()
+    return torch.where(p == 0, p, -p * (g + h * (ln_p + part.entropy)) / temperature)
 
 
 def softmax_of(backend: str, z: Tensor, s: Scoring, shard: Shard | None) -> Softmax:

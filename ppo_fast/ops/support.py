@@ -65,8 +65,10 @@ def select(op: str, backend: str | None, x: Tensor, support: Support | None) -> 
     return _backend.automatic(x.device.type)
 
 
-def check_support(op: str, support: Any, tokens: Tensor, keep: Tensor, vocab: int) -> Support:
-    """A support of the tokens' rows, or TypeError or ValueError."""
+def check_support(op: str, support: Any, tokens: Tensor, keep: Any, vocab: int) -> None:
+    """A support of the tokens' rows, or TypeError or ValueError. None passes."""
+    if support is None:
+        return
     if not isinstance(support, Support):
         raise TypeError(f"{op}: support must be a ppo_fast.Support, got {type(support).__name__}")
     if support.n_rows != tokens.numel():
@@ -78,7 +80,6 @@ def check_support(op: str, support: Any, tokens: Tensor, keep: Tensor, vocab: in
         raise ValueError(f"{op}: support must be on {tokens.device}, got {support.ids.device}")
     if _checks.DEBUG:
         _check_ids(op, support, keep.reshape(-1), vocab)
-    return support
 
 
 def _check_ids(op: str, support: Support, keep: Tensor, vocab: int) -> None:
@@ -158,8 +159,10 @@ def gradient_over(
     shard: Shard | None,
 ) -> Tensor:
     """dz (M,) of Σ g·logprobs + h·entropy, wide; 0 for absent pairs and in masked rows."""
+    absent = kept.pairs.ids == ABSENT
     if shard is None:
-        return calls.support_bwd(backend, z, kept.pairs, s, softmax, *grads)
+        dz = calls.support_bwd(backend, z, kept.pairs, s, softmax, *grads)
+        return dz.masked_fill_(absent, 0.0)  # of a row that is NaN too
     zero = torch.zeros_like(softmax.logprobs)
     g, h = (zero if x is None else x for x in grads)
     # A label of probability 0 passes no gradient, on whatever rank it is.
@@ -175,7 +178,7 @@ def gradient_over(
         -g * torch.expm1(ln_p[at]) - torch.where(p[at] == 0, p[at], p[at] * bent[at])
     ) / temperature
     dz = dz.index_put((at,), torch.where(shard.holds(s.tokens), own, dz[at]))
-    return torch.where(kept.pairs.mask[row], dz, 0.0)
+    return torch.where(kept.pairs.mask[row] & ~absent, dz, 0.0)
 
 
 class _KeptLogProbs(torch.autograd.Function):

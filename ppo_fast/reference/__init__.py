@@ -7,6 +7,7 @@ return the public result tuples; they favour clarity over memory and speed.
 from ppo_fast.reference.few_rows_linear import few_rows_linear
 from ppo_fast.reference.gae import gae
 from ppo_fast.reference.linear_logprobs import linear_token_logprobs
+from ppo_fast.reference.linear_logprobs_at import linear_logprobs_at
 from ppo_fast.reference.linear_ppo_loss import linear_ppo_loss
 from ppo_fast.reference.logits_ppo_loss import logits_ppo_loss
 from ppo_fast.reference.logprobs import token_logprobs
@@ -19,6 +20,7 @@ from ppo_fast.reference.whiten import moments, whiten
 __all__ = [
     "few_rows_linear",
     "gae",
+    "linear_logprobs_at",
     "linear_ppo_loss",
     "linear_token_logprobs",
     "logits_ppo_loss",

@@ -20,6 +20,17 @@ def rows_of(tokens: Tensor, mask: Tensor | None, row_index: Tensor | None) -> Te
     return keep & named.index_fill(0, row_index, True).view(tokens.shape)
 
 
+def logits_of(
+    hidden: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None, softcap: float | None
+) -> Tensor:
+    """z = cap·tanh((hidden·weightᵀ + bias) / cap), of a hidden state of 0 where not kept."""
+    # Selected before the product: 0·NaN would reach the weight's gradient.
+    z = torch.where(keep[..., None], compute(hidden), 0.0) @ compute(weight).t()
+    if bias is not None:
+        z = z + compute(bias)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -34,10 +45,5 @@ def linear_token_logprobs(
 ) -> TokenLogProbs:
     """`token_logprobs` of z = cap·tanh((hidden·weightᵀ + bias) / cap)."""
     keep = rows_of(tokens, mask, row_index)
-    # Selected before the product: 0·NaN would reach the weight's gradient.
-    z = torch.where(keep[..., None], compute(hidden), 0.0) @ compute(weight).t()
-    if bias is not None:
-        z = z + compute(bias)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    z = logits_of(hidden, weight, keep, bias, softcap)
     return token_logprobs(z, tokens, temperature=temperature, mask=keep, support=support)

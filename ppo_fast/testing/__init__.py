@@ -6,7 +6,13 @@ another layout, fill its masked slots with garbage, take some of its rows.
 
 from ppo_fast.testing.budget import assert_agrees, assert_within_budget
 from ppo_fast.testing.calls import Call, output, promoted, run, same_bits
-from ppo_fast.testing.head_inputs import HEADS, linear_call, linear_ppo_call, logits_ppo_call
+from ppo_fast.testing.head_inputs import (
+    HEADS,
+    linear_at_call,
+    linear_call,
+    linear_ppo_call,
+    logits_ppo_call,
+)
 from ppo_fast.testing.inputs import (
     FACTORIES,
     gae_call,
@@ -29,6 +35,7 @@ __all__ = [
     "assert_within_budget",
     "gae_call",
     "laid_out",
+    "linear_at_call",
     "linear_call",
     "linear_ppo_call",
     "logits_ppo_call",

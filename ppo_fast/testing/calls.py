@@ -17,6 +17,7 @@ DIFFERENTIABLE = {
     "ppo_loss": (("logprobs", "entropy"), ("loss",)),
     "value_loss": (("values",), ("loss",)),
     "linear_token_logprobs": (("hidden", "weight", "bias"), ("logprobs", "entropy")),
+    "linear_logprobs_at": (("hidden", "weight", "bias"), ("logprobs", "entropy")),
     "logits_ppo_loss": (("logits",), ("loss",)),
     "linear_ppo_loss": (("hidden", "weight", "bias"), ("loss",)),
 }

@@ -12,7 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ppo_fast.testing.advantage_conditions import gae_condition, rlhf_condition, whiten_condition
-from ppo_fast.testing.head_conditions import head_loss_condition, linear_logprobs_condition
+from ppo_fast.testing.head_conditions import (
+    head_loss_condition,
+    linear_logprobs_at_condition,
+    linear_logprobs_condition,
+)
 from ppo_fast.testing.loss_conditions import (
     Conditions,
     logprobs_condition,
@@ -31,6 +35,7 @@ CONDITIONS: dict[str, Callable[..., Conditions]] = {
     "rlhf_advantages": rlhf_condition,
     "whiten": whiten_condition,
     "linear_token_logprobs": linear_logprobs_condition,
+    "linear_logprobs_at": linear_logprobs_at_condition,
     "logits_ppo_loss": head_loss_condition,
     "linear_ppo_loss": head_loss_condition,
     "rollout_weights": rollout_condition,

@@ -24,6 +24,9 @@ from ppo_fast.testing.loss_conditions import (
     temperature_of,
 )
 
+# A probability below the smallest normal number may be 0, whatever it is multiplied by later.
+_FLUSHED = torch.finfo(torch.float32).smallest_normal / torch.finfo(torch.float32).eps
+
 
 class Logits(NamedTuple):
     """Logits (N, V) of selected rows, what rounds them, and what the softcap's slope is."""
@@ -86,10 +89,7 @@ def _upward(
     dz = (g[..., None] * direct - up.h[..., None] * of_entropy) / temperature
     error = rows.gradient(g, up.h)
     error = error + gh[0][..., None] * direct.abs() + gh[1][..., None] * of_entropy.abs()
-    # A probability below the smallest normal number may be 0, whatever it is multiplied by later.
-    info = torch.finfo(torch.float32)
-    flushed = info.smallest_normal / info.eps
-    error = error + flushed * (g.abs()[..., None] + (up.h[..., None] * rows.slope).abs())
+    error = error + _FLUSHED * (g.abs()[..., None] + (up.h[..., None] * rows.slope).abs())
     return dz * logits.bend, error / temperature * logits.bend + dz.abs() * logits.bend_error
 
 
@@ -128,6 +128,35 @@ def linear_logprobs_condition(
         live = rows_of(call.tensors["tokens"], _kept(call), call.tensors.get("row_index"))
         g, h = (torch.where(live, call.cotangents[k], 0.0) for k in ("logprobs", "entropy"))
         out |= _gradients(call, *_upward(rows, logits, temperature, Upstream(g, h)), eps, narrow)
+    return out
+
+
+def linear_logprobs_at_condition(
+    call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
+) -> Conditions:
+    """The same at the ids of a row, whose gradients are summed before they meet its softmax."""
+    ids = call.tensors["ids"]
+    head = call.replace(tokens=ids.new_zeros(ids.shape[:-1]), ids=None)
+    logits, temperature = _logits(head, _kept(head)), temperature_of(head)
+    z = logits.z / temperature
+    rows = Softmax(z, head.tensors["tokens"], logits.error / temperature)
+    at = ids.clamp(0, z.shape[-1] - 1).long()
+    reach = rows.reach + finite(z.log_softmax(-1)).abs()
+    out = {"logprobs": (8, reach.gather(-1, at), False), "entropy": rows.outputs()["entropy"]}
+    if call.cotangents:
+        live = rows_of(head.tensors["tokens"], _kept(head), call.tensors.get("row_index"))
+        h = torch.where(live, call.cotangents["entropy"], 0.0)
+        passes = live[..., None] & (ids >= 0) & ~z.gather(-1, at).isneginf()
+        g = torch.where(passes, call.cotangents["logprobs"], 0.0)
+        own, size = (torch.zeros_like(z).scatter_add(-1, at, x) for x in (g, g.abs()))
+        total, most = (x.sum(-1, keepdim=True) for x in (g, g.abs()))
+        adds = _adds(ids.shape[-1])
+        dz = (own - rows.p * total - h[..., None] * rows.p * rows.slope) / temperature
+        error = rows.gradient(torch.zeros_like(h), h) + adds * size
+        error = error + finite(rows.p * (rows.reach + adds)) * most
+        error = error + _FLUSHED * (most + (h[..., None] * rows.slope).abs())
+        error = error / temperature * logits.bend + dz.abs() * logits.bend_error
+        out |= _gradients(head, dz * logits.bend, error, eps, narrow)
     return out
 
 

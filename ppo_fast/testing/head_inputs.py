@@ -73,6 +73,31 @@ def linear_call(
     return finish("linear_token_logprobs", tensors, options, **grads)
 
 
+def linear_at_call(
+    shape: Shape = (3, 5),
+    vocab: int = 37,
+    width: int = 24,
+    *,
+    k: int = 5,
+    absent: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> Call:
+    """`linear_logprobs_at`, k ids a row; other options as `linear_call`'s.
+
+    `absent`: every seventh id is none. An id may stand twice in its row.
+    """
+    head = linear_call(shape, vocab, width, seed=seed, ignored=False, **options)
+    tensors = {"ids" if name == "tokens" else name: x for name, x in head.tensors.items()}
+    main, dtype = tensors["hidden"], tensors["hidden"].dtype
+    source = Source(dtype, main.device, seed + 1)
+    tensors["ids"] = source.integers((*shape, k), vocab)
+    if absent:
+        tensors["ids"].view(-1)[2::7] = -1
+    grads = head.cotangents | {"logprobs": source.cotangent((*shape, k))}
+    return Call("linear_logprobs_at", tensors, head.options, grads)
+
+
 def _rows(source: Source, shape: Shape) -> Tensor:
     """About two thirds of the flat rows."""
     return source.chance((torch.Size(shape).numel(),), 0.67).nonzero()[:, 0]
@@ -133,6 +158,7 @@ def _with_loss(op: str, head: Call, shape: Shape, options: dict[str, Any]) -> Ca
 
 HEADS: dict[str, Callable[..., Call]] = {
     "linear_token_logprobs": linear_call,
+    "linear_logprobs_at": linear_at_call,
     "logits_ppo_loss": logits_ppo_call,
     "linear_ppo_loss": linear_ppo_call,
 }

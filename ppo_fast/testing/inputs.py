@@ -75,7 +75,7 @@ def offsets(n: int, device: torch.device | str) -> Tensor:
 def make_support(
     tokens: Tensor, vocab: int, kept: int, seed: int = 0, sparse: bool | None = None
 ) -> Support:
-    """Up to `kept` different ids a row, in any order: some rows have none, some lack their token."""
+    """Up to `kept` different ids a row, in any order: some have none, some lack their token."""
     rng = torch.Generator().manual_seed(seed)
     rows = []
     for token in tokens.flatten().tolist():

@@ -51,6 +51,11 @@ def absent(*names: str) -> dict[str, None]:
     return dict.fromkeys(f"{name}_ptr" for name in names)
 
 
+def row_strides(*names: str) -> dict[str, str]:
+    """Types of the stride of tensors with an element a row."""
+    return {f"{name}_stride": "i64" for name in names}
+
+
 # The advantages: gae and rlhf_advantages.
 def step_strides(*names: str) -> dict[str, str]:
     """Types of a tensor's strides between sequences and between steps."""

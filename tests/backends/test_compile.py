@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import shape_of
+from conftest import shape_of, usable
 
 import ppo_fast
 from ppo_fast import testing
@@ -60,6 +60,13 @@ def test_fullgraph(kernel: str, device: str, op: str) -> None:
 
 
 @pytest.mark.case("I2")
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_fullgraph_with_a_support(name: str) -> None:
+    call = testing.logprobs_call((2, 3), kept=5)
+    assert_same(compiled_run(call, usable(name), "aot_eager"), run(call, name))
+
+
+@pytest.mark.case("I2")
 @pytest.mark.parametrize("op", ["token_logprobs", "ppo_loss", "gae"])
 def test_dynamic_shapes(kernel: str, device: str, op: str) -> None:
     """Several shapes through one compiled function: at most one more graph than the first."""
@@ -82,8 +89,6 @@ def test_dynamic_shapes(kernel: str, device: str, op: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["token_logprobs", "ppo_loss"])
 def test_inductor(op: str) -> None:
-    from conftest import usable
-
     backend = usable("triton" if torch.cuda.is_available() else "cpu")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     call = testing.FACTORIES[op](shape_of(op), device=device)

@@ -33,6 +33,8 @@ del PPO["tokens"]
 LOGITS: Tensors = {"logits": ((B, T, V), "bfloat16"), **TOKENS}
 HEAD: Tensors = {"hidden": ((B, T, H), "bfloat16"), "weight": ((V, H), "bfloat16")}
 LARGE: Tensors = {"hidden": ((ROWS, WIDTH), "bfloat16"), "weight": ((VOCAB, WIDTH), "bfloat16")}
+IDS: Tensors = {"ids": ((B, T, 6), "int64"), "mask": ((B, T), "bool")}
+LARGE_IDS: Tensors = {"ids": ((ROWS, 128), "int64")}
 LARGE_TOKENS: Tensors = {"tokens": ((ROWS,), "int64")}
 BOTH = ("hidden", "weight")
 MEANS = {"reduction": "seq-mean-token-mean"}
@@ -59,6 +61,7 @@ CASES: dict[str, tuple[Case, int, int]] = {
     "linear_token_logprobs": (
         Case("linear_token_logprobs", HEAD | {"tokens": TOKENS["tokens"]}, BOTH), 11, 12,
     ),
+    "linear_logprobs_at": (Case("linear_logprobs_at", HEAD | IDS, BOTH), 36, 61),
     "linear_ppo_loss": (Case("linear_ppo_loss", HEAD | TOKENS, BOTH), 22, 2),
 }  # fmt: skip
 WAITING = {
@@ -67,6 +70,11 @@ WAITING = {
     "correction, D": Case(
         "logits_ppo_loss", LOGITS | ROLLOUT, ("logits",), REJECTING | {"denom": 3.0}
     ),
+    "support": Case("linear_ppo_loss", HEAD | TOKENS, BOTH, {"kept": 5}),
+    "support, log-probabilities": Case(
+        "linear_token_logprobs", HEAD | {"tokens": TOKENS["tokens"]}, BOTH, {"kept": 5}
+    ),
+    "support, logits": Case("logits_ppo_loss", LOGITS, ("logits",), {"kept": 5}),
     "D": Case("linear_ppo_loss", HEAD | TOKENS, BOTH, {"denom": 3.0}),
     "hidden states cut": Case("linear_ppo_loss", HEAD | TOKENS, BOTH, {}, ("hidden",)),
     "chosen rows": Case(
@@ -76,9 +84,14 @@ WAITING = {
 FULL = {
     "linear_ppo_loss": Case("linear_ppo_loss", LARGE | tensors(ROWS), BOTH),
     "linear_token_logprobs": Case("linear_token_logprobs", LARGE | LARGE_TOKENS, BOTH),
+    "linear_logprobs_at": Case("linear_logprobs_at", LARGE | LARGE_IDS, BOTH),
 }
 # The part of each that forms the gradients.
-PARTS = [("linear_ppo_loss", "forward"), ("linear_token_logprobs", "backward")]
+PARTS = [
+    ("linear_ppo_loss", "forward"),
+    ("linear_token_logprobs", "backward"),
+    ("linear_logprobs_at", "backward"),
+]
 
 
 @pytest.fixture(scope="module")

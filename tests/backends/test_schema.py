@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,6 +54,7 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
         "logprobs_bwd": back,
         "logprobs_bwd_": (*back[:2], logits.clone(), *back[3:]),
         "logprobs_bwd_bf16_": (*back[:2], logits.clone(), *back[3:]),
+        **of_supports(x, device),
         "ppo_loss": (logs, logs + 0.1, x(3, 5), mask, x(3, 5).abs(), moments, entropy, logs - 0.2,
                      none, x(3).abs(), none, none, none, *PPO),
         "logits_ppo_loss": (logits, *one_pass),
@@ -71,6 +73,23 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
         "rollout_weights": (logs, logs + 0.1, mask, none, 2, 1, 0.9, 1.1,
                             [-1.0, 1.0, 0.5, 0.4] * 5),
     }  # fmt: skip
+
+
+def of_supports(x: Callable[..., torch.Tensor], device: str) -> dict[str, tuple[Any, ...]]:
+    """The same of the ops over pairs: three rows of seven."""
+    ids = torch.tensor([4, 1, -1, 0, 6, 2, 2], dtype=torch.int32, device=device)
+    ends, kept = torch.tensor([0, 3, 4, 7], device=device), torch.ones(3, dtype=torch.bool)
+    pairs = (ids, ends, kept.to(device))
+    starts = torch.tensor([0, 1, 1, 4, 4, 7], device=device)
+    temperature, entropy = x(3).abs() + 0.5, x(3).abs()
+    numbers = (temperature, entropy, x(3) + 5, entropy + 1, 1.0)
+    return {
+        "support_fwd": (x(7), *pairs[1:], temperature, 1.0),
+        "support_bwd": (x(3), x(3), x(7), *pairs[1:], *numbers),
+        "sparse_logits": (x(3, 5), x(7, 5), *pairs),
+        "sparse_hidden_grad": (x(7), x(7, 5), *pairs),
+        "sparse_weight_grad": (x(7), ids.clamp(0, 2), starts, x(5, 5)),
+    }
 
 
 @pytest.mark.parametrize("kind", [PolicyOptions, ValueOptions])
@@ -114,9 +133,11 @@ def test_outputs_are_contiguous_and_as_the_fake_says(
     kernel: str, device: str, op: str, rows: int
 ) -> None:
     def cut(a: Any) -> Any:
-        """The first rows of a tensor that has a row per sequence."""
+        """The first rows of a tensor that has a row per sequence, or of their ends."""
         whole = not isinstance(a, torch.Tensor) or a.dtype == DOUBLE or op == "moments"
-        return a if whole or a.shape[:1] != (3,) else a[:rows]
+        if whole or a.shape[:1] not in ((3,), (4,)):
+            return a
+        return a[: rows + a.shape[0] - 3]
 
     args = [cut(a) for a in boundary(device)[op]]
     real = schema.HANDLES[op][kernel](*args)
@@ -195,6 +216,13 @@ class TestGradcheck:
     def test_linear_logprobs(self) -> None:
         for options in ({}, {"softcap": 3.0, "temperature": 0.7, "extras": ("bias", "row_index")}):
             call = testing.linear_call((2, 3), 7, 3, dtype=DOUBLE, **options)
+            leaves = [k for k in ("hidden", "weight", "bias") if k in call.tensors]
+            assert self.check(call, leaves, ["logprobs", "entropy"])
+
+    def test_linear_logprobs_at(self) -> None:
+        """Ids that stand twice, absent ones, and more ids than the vocabulary has."""
+        for options in ({}, {"k": 9, "softcap": 3.0, "extras": ("bias", "row_index")}):
+            call = testing.linear_at_call((2, 3), 7, 3, dtype=DOUBLE, **options)
             leaves = [k for k in ("hidden", "weight", "bias") if k in call.tensors]
             assert self.check(call, leaves, ["logprobs", "entropy"])
 

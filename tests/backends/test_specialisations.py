@@ -37,6 +37,7 @@ BUDGETS = {
     "rlhf_advantages": Budget(2, 0, 4, 1, 1),
     "whiten": Budget(5, 0, 9, 3, 0),
     "linear_token_logprobs": Budget(12, 5, 18, 3, 44),
+    "linear_logprobs_at": Budget(12, 5, 18, 3, 111),
     "logits_ppo_loss": Budget(8, 2, 17, 3, 8),
     "linear_ppo_loss": Budget(8, 2, 13, 5, 41),
 }

@@ -193,8 +193,17 @@ def changed_meanwhile(call: Call, name: str, kernel: str) -> tuple[Tensor, ...]:
     return torch.autograd.grad(total, [args[n] for n in leaves])
 
 
-@pytest.mark.parametrize("name", ["tokens", "temperature"])
-@pytest.mark.parametrize("op", ["token_logprobs", "linear_token_logprobs"])
+@pytest.mark.parametrize(
+    "op, name",
+    [
+        ("token_logprobs", "tokens"),
+        ("token_logprobs", "temperature"),
+        ("linear_token_logprobs", "tokens"),
+        ("linear_token_logprobs", "temperature"),
+        ("linear_logprobs_at", "ids"),
+        ("linear_logprobs_at", "temperature"),
+    ],
+)
 def test_a_constant_that_the_backward_reads_again_is_watched(
     kernel: str, device: str, op: str, name: str
 ) -> None:

@@ -201,7 +201,7 @@ def of_the_head(call: Call, rows: torch.Tensor) -> Call:
 def test_rows_of_the_head(op: str, dtype: torch.dtype, vocab: int, width: int) -> None:
     """A row keeps its bits whatever rows stand beside it, and so in whatever tile it falls."""
     wide = {} if op == "logits_ppo_loss" else {"width": width}
-    given = {} if op == "linear_token_logprobs" else {"reduction": "token-sum"}
+    given = {"reduction": "token-sum"} if op.endswith("loss") else {}
     call = testing.HEADS[op]((9, 7), vocab, mask="right", dtype=dtype, **wide, **given)
     names = ("logprobs", "entropy", "grad_logits", "grad_hidden")
     whole = run(call, "cpu")
@@ -213,10 +213,10 @@ def test_rows_of_the_head(op: str, dtype: torch.dtype, vocab: int, width: int) -
 
 
 @pytest.mark.parametrize("vocab, width", [(37, 24), (1009, 130)])
-@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_ppo_loss"])
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_logprobs_at", "linear_ppo_loss"])
 def test_few_rows_of_the_head(op: str, vocab: int, width: int) -> None:
     """GEMM libraries change a row's bits where there are 1, 2, 3, 5 or 7: tiles do not."""
-    given = {} if op == "linear_token_logprobs" else {"reduction": "token-sum"}
+    given = {"reduction": "token-sum"} if op.endswith("loss") else {}
     call = testing.HEADS[op]((40, 1), vocab, width, mask=None, **given)
     whole = run(call, "cpu")
     for count in (*range(1, 20), 33):

@@ -143,6 +143,7 @@ def test_an_empty_row_leaves_the_others(backend: str, device: str, op: str) -> N
 
 HEADS: dict[str, tuple[str, dict[str, object]]] = {
     "linear logprobs": ("linear_token_logprobs", {"softcap": 4.0}),
+    "linear logprobs at": ("linear_logprobs_at", {"softcap": 4.0}),
     "logits loss": ("logits_ppo_loss", {}),
     "logits loss gspo": ("logits_ppo_loss", {"variant": "gspo"}),
     "linear loss": ("linear_ppo_loss", {}),
@@ -167,6 +168,22 @@ def test_garbage_reaches_nothing_of_the_head(
                 assert same_bits(x, clean[name]), (mask, value, name)
         for name in ("logprobs", "entropy", "grad_hidden", "grad_logits"):
             assert name not in dirty or not bool(dirty[name][~call.tensors["mask"]].any()), name
+
+
+def test_garbage_in_rows_left_out_at_ids(backend: str, device: str) -> None:
+    """Rows that row_index does not name are never read, nor are their ids."""
+    call = testing.linear_at_call((2, 5), mask=None, device=device, extras=("row_index",))
+    unread = torch.ones(10, dtype=torch.bool, device=device)
+    unread = unread.index_fill(0, call.tensors["row_index"], False).view(2, 5, 1)
+    assert unread.any()
+    want = run(call, backend)
+    hidden, ids = call.tensors["hidden"], call.tensors["ids"]
+    dirty = {
+        "hidden": hidden.masked_fill(unread, math.nan),
+        "ids": ids.masked_fill(unread, 2**40),
+    }
+    got = run(call.replace(**dirty), backend)
+    assert all(same_bits(got[k], want[k]) for k in want)
 
 
 @pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_ppo_loss"])

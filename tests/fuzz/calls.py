@@ -41,9 +41,11 @@ def _finish(d: Draw, op: str, tensors: dict[str, Any], options: dict[str, Any]) 
     wide = torch.float64 if getattr(main, "dtype", None) == torch.float64 else torch.float32
     shape = tuple(main.shape) if isinstance(main, torch.Tensor) else ()
     grads: dict[str, torch.Tensor] = {}
-    if op in ("token_logprobs", "linear_token_logprobs"):
+    if op in ("token_logprobs", "linear_token_logprobs", "linear_logprobs_at"):
         lead = shape[:-1]
         grads = {k: torch.randn(lead, generator=d.rng).to(wide) for k in ("logprobs", "entropy")}
+        if isinstance(kept.get("ids"), torch.Tensor):
+            grads["logprobs"] = torch.randn(kept["ids"].shape, generator=d.rng).to(wide)
     elif op.endswith("_loss"):
         grads = {"loss": torch.tensor(1.5, dtype=wide)}
     return Call(op, kept, options | none, grads)
@@ -227,6 +229,14 @@ def linear_token_logprobs(d: Draw) -> Call:
     return _finish(d, "linear_token_logprobs", t | {"mask": d.maybe(d.mask, shape)}, o)
 
 
+def linear_logprobs_at(d: Draw) -> Call:
+    shape, dtype = _rows(d), _dtype(d)
+    t, o = _linear(d, shape, dtype)
+    del t["tokens"], o["ignore_index"]
+    t["ids"] = d.tokens((*shape, d.upto(5)), getattr(t["weight"], "shape", (9,))[0])
+    return _finish(d, "linear_logprobs_at", t | {"mask": d.maybe(d.mask, shape)}, o)
+
+
 def linear_ppo_loss(d: Draw) -> Call:
     (shape, ends), dtype = _loss_rows(d), _dtype(d)
     t, o = _linear(d, shape, dtype)
@@ -257,6 +267,7 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
         token_logprobs,
         logits_ppo_loss,
         linear_token_logprobs,
+        linear_logprobs_at,
         linear_ppo_loss,
         whiten,
     )

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -102,6 +103,12 @@ def _report(case: dict[str, Any]) -> dict[str, Any]:
     }
     if "correction" in options:
         options["correction"] = ppo_fast.Correction(**options["correction"])
+    if "kept" in options:
+        n = tensors["tokens"].numel()
+        with unset_fake_temporarily():  # it is made outside of the op, and looks at its ids
+            support = ppo_fast.Support(torch.arange(n * options["kept"]).view(n, -1), sparse=True)
+        options["support"] = support.to("cuda")
+        del options["kept"]
     with Record() as forward:
         out = getattr(ppo_fast, case["op"])(**tensors, **options, backend="triton")
     told = {"forward": forward.report()}
@@ -110,7 +117,8 @@ def _report(case: dict[str, Any]) -> dict[str, Any]:
         ones = [x if isinstance(x, Tensor) and x.requires_grad else None for x in out[:2]]
         if not hasattr(type(node), "_forward_cls"):  # the results are views, of flat ones
             ((node, _),) = node.next_functions
-            ones = [None if x is None else x.reshape(-1) for x in ones]
+            last = out[-1].dim() - 1  # of the entropies' dimensions; ids have one more
+            ones = [None if x is None else x.flatten(0, last) for x in ones]
         with Record() as backward, torch.no_grad():
             type(node)._forward_cls.backward(node, *ones)
         told["backward"] = backward.report()
@@ -145,7 +153,7 @@ def main() -> None:
     source = Path(__file__).with_name("fake_guard.cpp")
     cpp_extension.load("ppo_fast_fake_guard", [str(source)], is_python_module=False)
     cases = json.load(sys.stdin)
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         print(json.dumps({name: _report(case) for name, case in cases.items()}))
 
 

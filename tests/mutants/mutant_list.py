@@ -13,6 +13,7 @@ from mutant_numbers import NUMBERS, NUMBERS_CPU
 from mutant_report import REPORT
 from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
+from mutant_support import SUPPORT
 from mutant_surrogates import SURROGATES
 from mutant_truncation import TRUNCATION
 from mutant_weights import WEIGHTS, WEIGHTS_CPU
@@ -219,8 +220,8 @@ CPU = (
     Mutant(
         "no temperature in the label's logit",
         "csrc/cpu/softmax/softmax.h",
-        "p.logit(p.row(row), label) * p.inv_temperature(row) - all.max",
-        "p.logit(p.row(row), label) - all.max",
+        "r.label_logit() * r.inv_temperature - all.max",
+        "r.label_logit() - all.max",
         "logprobs",
         "cpu",
     ),
@@ -383,13 +384,6 @@ LOOP = (
         "loop_policy",
     ),
     Mutant(
-        "the KL coefficient runs away",
-        "ppo_fast/loop/coefficients.py",
-        "coef * (1.0 + error * n",
-        "coef * (1.0 - error * n",
-        "loop_cli",
-    ),
-    Mutant(
         "the gradient that went too far is kept",
         "ppo_fast/loop/update.py",
         "agent.discard()\n                done.add(stats)",
@@ -411,5 +405,6 @@ MUTANTS = {
     "runs": RUNS,
     "truncation": TRUNCATION,
     "surrogates": SURROGATES,
+    "support": SUPPORT,
     "weights": WEIGHTS,
 }

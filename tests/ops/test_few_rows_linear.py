@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,22 +10,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import ppo_fast
-from ppo_fast import _ext
 
 # Whole and broken tiles of rows, of the weight's rows (12) and of K (16).
 SHAPES = [(1, 1, 1), (16, 12, 16), (17, 25, 33), (5, 97, 130), (33, 49, 7), (50, 13, 64)]
-ISAS = _ext.module().build_info()["isa_compiled"] if _ext.load() is None else ()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = _ext.module()
-    before = module.build_info()["isa"]
-    if ISAS.index(request.param) > ISAS.index(module.build_info()["isa_best"]):
-        pytest.skip(f"this CPU has no {request.param}")
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(before)
 
 
 def inputs(rows: int, v: int, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,8 @@ from error_rows import ONES, SHAPE, TYPE, Change, Row, assert_refused, both, cas
 
 from ppo_fast import _checks, testing
 
-LINEAR, LOGITS_LOSS, LINEAR_LOSS = testing.HEADS
+LINEAR, AT, LOGITS_LOSS, LINEAR_LOSS = testing.HEADS
+SCORED = (LINEAR, LOGITS_LOSS, LINEAR_LOSS)  # by a token of each row
 
 
 def rows(*index: int) -> Change:
@@ -18,7 +19,7 @@ def rows(*index: int) -> Change:
 
 ROWS = [
     # the linear head
-    *(row for op in (LINEAR, LINEAR_LOSS) for row in (
+    *(row for op in (LINEAR, AT, LINEAR_LOSS) for row in (
         Row(op, "hidden", [1.0], TYPE, "hidden must be a tensor, got list"),
         Row(op, cast("hidden", torch.int64), None, TYPE, "hidden must be float32, .*got torch.int64"),
         Row(op, "hidden", torch.tensor(1.0), SHAPE, r"hidden must have shape \(..., H\), got \(\)"),
@@ -51,19 +52,27 @@ ROWS = [
         Row(op, "process_group", object(), SHAPE, "process_group must be None on 'reference', got <object"),
     )),
     # what the heads share with token_logprobs
-    *(row for op in testing.HEADS for row in (
+    *(row for op in SCORED for row in (
         Row(op, cut("tokens"), None, SHAPE, r"tokens must have shape \(B, T\) = \(4, 9\), got \(4, 8\)"),
         Row(op, cast("tokens", torch.int16), None, TYPE, "tokens must be int32 or int64, got torch.int16"),
         Row(op, moved("tokens"), None, SHAPE, "tokens must be on cpu, got meta"),
+        Row(op, "ignore_index", 1 << 70, SHAPE, "ignore_index must fit in 64 bits, got 1180591620717411303424"),
+        Row(op, "ignore_index", 1.5, TYPE, "ignore_index must be an int, got float"),
+    )),
+    *(row for op in testing.HEADS for row in (
         Row(op, cut("mask"), None, SHAPE, r"mask must have shape .*got \(4, 8\)"),
         Row(op, cast("mask", torch.complex64), None, TYPE, "mask must be real, got torch.complex64"),
         Row(op, "temperature", 0.0, SHAPE, "temperature must be positive and finite, got 0.0"),
         Row(op, "temperature", 1e-46, SHAPE, "temperature must be positive and finite in float32, got 1e-46"),
         Row(op, "temperature", 1e39, SHAPE, r"temperature must be positive and finite in float32, got 1e\+39"),
-        Row(op, "ignore_index", 1 << 70, SHAPE, "ignore_index must fit in 64 bits, got 1180591620717411303424"),
         Row(op, "temperature", torch.ones(5), SHAPE, r"temperature must broadcast to \(B, T\) = \(4, 9\), got \(5,\)"),
-        Row(op, "ignore_index", 1.5, TYPE, "ignore_index must be an int, got float"),
     )),
+    # of several ids a row
+    Row(AT, cut("ids"), None, SHAPE, r"ids must have shape \(\.\.\., K\) beside hidden \(4, 9, 24\), got \(4, 8, 5\)"),
+    Row(AT, "ids", torch.zeros(4, 9, dtype=torch.int64), SHAPE, r"ids must have shape .*got \(4, 9\)"),
+    Row(AT, cast("ids", torch.int16), None, TYPE, "ids must be int32 or int64, got torch.int16"),
+    Row(AT, moved("ids"), None, SHAPE, "ids must be on cpu, got meta"),
+    Row(AT, "ids", [[1]], TYPE, "ids must be a tensor, got list"),
     # and with ppo_loss
     *(row for op in (LOGITS_LOSS, LINEAR_LOSS) for row in (
         Row(op, cut("old_logprobs"), None, SHAPE, r"old_logprobs must have shape \(B, T\) = \(4, 9\), got \(4, 8\)"),
@@ -94,7 +103,7 @@ def test_bad_input(row: Row) -> None:
     assert_refused(row)
 
 
-@pytest.mark.parametrize("op", testing.HEADS)
+@pytest.mark.parametrize("op", SCORED)
 def test_debug_finds_tokens_out_of_range_of_the_head(
     monkeypatch: pytest.MonkeyPatch, op: str
 ) -> None:
@@ -109,3 +118,18 @@ def test_debug_finds_tokens_out_of_range_of_the_head(
     mask[1, 2] = False
     out = testing.run(call.replace(tokens=tokens, mask=mask), "cpu")
     assert bool(out["logprobs"].isfinite().all())
+
+
+def test_debug_finds_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """-1 is no id; a masked row may hold anything."""
+    monkeypatch.setattr(_checks, "DEBUG", True)
+    call = testing.linear_at_call((2, 3), mask="all")
+    ids, mask = call.tensors["ids"].clone(), call.tensors["mask"].clone()
+    assert bool((ids == -1).any())
+    ids[1, 2, 4] = -2
+    with pytest.raises(
+        IndexError, match=r"linear_logprobs_at: ids must be in \[0, 37\), got -2 at \(1, 2, 4\)"
+    ):
+        testing.run(call.replace(ids=ids), "cpu")
+    mask[1, 2] = False
+    assert bool(testing.run(call.replace(ids=ids, mask=mask), "cpu")["logprobs"].isfinite().all())

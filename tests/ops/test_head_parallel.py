@@ -14,7 +14,14 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import ppo_fast
 from ppo_fast import _checks, testing
 from ppo_fast._boundary.schema import VARIANTS
-from ppo_fast.testing import Call, linear_call, linear_ppo_call, logprobs_call, same_bits
+from ppo_fast.testing import (
+    Call,
+    linear_at_call,
+    linear_call,
+    linear_ppo_call,
+    logprobs_call,
+    same_bits,
+)
 
 WORLD, VOCAB, SHARE = 2, 38, 19
 SHARDED = {"weight": 0, "bias": 0, "logits": -1}  # and the dimension that is the vocabulary
@@ -75,7 +82,29 @@ def cases() -> dict[str, Call]:
         out[f"{name}, labels at -inf"] = _forbidden(_labelled(few, edges), slice(SHARE, None, 2))
         out[f"{name}, loss"] = linear_ppo_call((3, 5), VOCAB, kept=12, sparse=sparse)
     out["support, logits"] = logprobs_call((3, 5), VOCAB, kept=12)
+    out |= at_ids()
     return out | {f"loss {v}": linear_ppo_call((3, 5), VOCAB, variant=v) for v in VARIANTS}
+
+
+def at_ids() -> dict[str, Call]:
+    """Several ids a row: on both ranks, on one, twice, absent, forbidden, of nobody."""
+    call = linear_at_call((3, 5), VOCAB, mask=None)
+    ids = call.tensors["ids"].clone()
+    ids.view(-1, 5)[:3] = torch.tensor(
+        [[0, SHARE - 1, SHARE, VOCAB - 1, SHARE], [1, 2, 3, 3, -1], [30, 31, -1, -1, 31]]
+    )
+    call, wrong = call.replace(ids=ids), ids.clone()
+    wrong[0, 0, 1], wrong[1, 2, 3] = VOCAB, 2**40
+    capped = {"softcap": 4.0, "extras": ("bias", "row_index"), "mask": "row"}
+    return {
+        "ids": call,
+        "ids, every option": linear_at_call((3, 5), VOCAB, **capped),
+        "ids at -inf": _forbidden(call, slice(SHARE, None, 2)),
+        "ids, first share at -inf": _forbidden(call, slice(0, SHARE)),
+        "ids, last share at -inf": _forbidden(call, slice(SHARE, None)),
+        "ids out of the vocabulary": call.replace(ids=wrong)._replace(cotangents={}),
+        "no ids": linear_at_call((3, 5), VOCAB, k=0),
+    }
 
 
 def share(call: Call, rank: int) -> Call:

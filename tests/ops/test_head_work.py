@@ -11,7 +11,7 @@ from head_helpers import Allocations, products, short_chunks
 import ppo_fast
 from ppo_fast import testing
 from ppo_fast.ops import gemm, head
-from ppo_fast.testing import linear_call, linear_ppo_call, run, same_bits
+from ppo_fast.testing import linear_at_call, linear_call, linear_ppo_call, run, same_bits
 
 GRADS = ("grad_hidden", "grad_weight", "grad_bias")
 BARE: dict[str, Any] = {"extras": (), "kl_coef": 0.0, "ignored": False, "temperature": 1.0}
@@ -19,6 +19,7 @@ BARE: dict[str, Any] = {"extras": (), "kl_coef": 0.0, "ignored": False, "tempera
 
 CALLS: dict[str, testing.Call] = {
     "logprobs": linear_call((5, 12)),
+    "logprobs at ids": linear_at_call((5, 12)),
     "clip": linear_ppo_call((5, 12)),
     "gspo": linear_ppo_call((5, 12), variant="gspo"),
 }
@@ -136,11 +137,12 @@ def test_rows_are_rounded_over_their_own_memory(rows: int, dtype: torch.dtype) -
     assert torch.equal(got, want) and got.is_contiguous() and got.data_ptr() == start
 
 
-@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_ppo_loss"])
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_logprobs_at", "linear_ppo_loss"])
 def test_blocks_of_chunks_multiply_less_often(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     """As on a GPU: two chunks of logits for one product each of dX and dW, within the budget."""
     short_chunks(monkeypatch)
-    call = testing.HEADS[op]((5, 13), mask=None, ignored=False)
+    ignored = {} if op == "linear_logprobs_at" else {"ignored": False}
+    call = testing.HEADS[op]((5, 13), mask=None, **ignored)
     rows = weight_products(monkeypatch)
     single = run(call, "cpu")
     monkeypatch.setattr(head, "_BLOCK", {"cpu": 2})

@@ -45,7 +45,7 @@ def spelled_out(z: list[float], ids: list[int], token: int) -> tuple[float, floa
 
 
 ROWS: list[list[int]] = [[3, 1, 4], [], [5, 5, 9, 5], [2], list(range(11)), [0, 7, 7], [6]]
-TOKENS = [4, 8, 9, 2, 10, 1, 5]  # missing in the last two
+TOKENS = [4, 8, 5, 2, 10, 1, 5]  # three times in the third, missing in the last two
 
 
 def given(sparse: bool | None = None) -> Support:
@@ -378,3 +378,32 @@ def test_supports_move_and_are_taken_by_rows() -> None:
         25,
     ]
     assert part.n_whole == 1 and part.whole_index.tolist() == [1]
+
+
+@SPARSE
+def test_a_nan_row_s_absent_pairs_reach_nothing(kernel: str, sparse: bool) -> None:
+    """Of a row whose kept logits are all -inf, the weight of id 0 learns nothing."""
+    hidden = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(13, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    bias = torch.zeros(13).index_fill(0, torch.tensor([5, 6]), -math.inf)
+    support = Support(torch.tensor([[5, 6], [7, 8]]), sparse=sparse)
+    out = ppo_fast.linear_token_logprobs(
+        hidden, weight, torch.tensor([5, 7]), bias=bias, support=support, backend=kernel
+    )
+    out.logprobs.sum().backward()
+    assert out.logprobs.isnan().tolist() == [True, False]
+    assert not bool(weight.grad[0].any()) and bool(weight.grad[5:7].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_absent_ids_are_left_out(dtype: torch.dtype) -> None:
+    """Of rows of one width, and between offsets."""
+    padded = Support(
+        torch.tensor([[[1, -1, 4], [-1, -1, -1]], [[0, 2, 3], [5, -1, -1]]]).to(dtype)
+    )
+    flat = Support(
+        torch.tensor([1, -1, 4, -1, 0, 2, 3, 5]).to(dtype), torch.tensor([0, 3, 4, 7, 8])
+    )
+    for support in (padded, flat):
+        assert support.ids.tolist() == [1, 4, 0, 2, 3, 5]
+        assert support.offsets.tolist() == [0, 2, 2, 5, 6] and support.n_whole == 1

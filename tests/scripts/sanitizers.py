@@ -29,6 +29,7 @@ TESTS = (
     "logits_ppo_loss",
     "whiten",
     "linear_logprobs",
+    "linear_logprobs_at",
     "linear_ppo_loss",
     "masking",
     "strides",
@@ -47,6 +48,7 @@ OPS = (
     "token_logprobs",
     "logits_ppo_loss",
     "linear_token_logprobs",
+    "linear_logprobs_at",
     "linear_ppo_loss",
     "whiten",
 )

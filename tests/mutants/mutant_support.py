@@ -1,0 +1,112 @@
+"""Seeded mistakes of supports: the pairs, their softmax over shards, and the sparse head."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+SUPPORT = (
+    Mutant(
+        "a support decides anew for its rows",
+        "ppo_fast/support.py",
+        "part.sparse, part._of = self.sparse, self._of",
+        "part.sparse, part._of = self.sparse, (int(ends[-1]), len(index))",
+        "support",
+        "decision",
+    ),
+    Mutant(
+        "an id that is absent is id 0",
+        "ppo_fast/support.py",
+        "ids, offsets = ids[present], before[offsets]",
+        "ids = ids.clamp(min=0)",
+        "support",
+        "absent_ids",
+    ),
+    Mutant(
+        "a missing token is not missed",
+        "ppo_fast/support.py",
+        "(before[self.offsets].diff() == 0) & ~self.whole",
+        "(before[self.offsets].diff() > 0) & ~self.whole",
+        "support",
+        "can_be_asked",
+    ),
+    Mutant(
+        "offsets may fall",
+        "ppo_fast/support.py",
+        "(ends.diff() < 0).nonzero()",
+        "(ends.diff() < -9).nonzero()",
+        "support",
+        "bad_supports",
+    ),
+    Mutant(
+        "every occurrence of the token leaves the kept ids",
+        "ppo_fast/ops/support.py",
+        "first = own & (found - before[row] == 1)",
+        "first = own",
+        "support",
+        "softmax_is_over and cpu",
+    ),
+    Mutant(
+        "the token counts twice",
+        "ppo_fast/ops/support.py",
+        "torch.where(first, ABSENT, support.ids)",
+        "support.ids",
+        "support",
+        "softmax_is_over and cpu",
+    ),
+    Mutant(
+        "rows with nothing kept are left out",
+        "ppo_fast/ops/linear_logprobs.py",
+        "if given.support.n_whole == 0:",
+        "if given.support.n_whole >= 0:",
+        "support",
+        "heads_within and cpu",
+    ),
+    Mutant(
+        "a wrong id is no id",
+        "ppo_fast/ops/support.py",
+        "z.masked_fill((ids < ABSENT) | (ids >= vocab), torch.nan)",
+        "z.masked_fill((ids < ABSENT) | (ids >= vocab), -torch.inf)",
+        "support",
+        "wrong_id and cpu",
+    ),
+    Mutant(
+        "an absent pair of a NaN row reaches column 0",
+        "ppo_fast/ops/support.py",
+        "return dz.masked_fill_(absent, 0.0)",
+        "return dz",
+        "support",
+        "nan_row",
+    ),
+    Mutant(
+        "a softcap without its slope over a support",
+        "ppo_fast/ops/sparse_head.py",
+        "torch.where(dz == 0, 0.0, dz * inside)",
+        "dz",
+        "support",
+        "heads_within and cpu and softcap",
+    ),
+    Mutant(
+        "a share's label without its own slope",
+        "ppo_fast/ops/support.py",
+        "torch.where(shard.holds(s.tokens), own, dz[at])",
+        "dz[at]",
+        "head_parallel",
+        "two_processes and support",
+    ),
+    Mutant(
+        "parts of many pairs lose the first",
+        "ppo_fast/ops/sparse_head.py",
+        "        dw += w\n",
+        "        dw = w\n",
+        "support",
+        "many_pairs",
+    ),
+    Mutant(
+        "a support on CUDA C++ is ignored",
+        "ppo_fast/ops/support.py",
+        'if name != "cuda" or support is None:',
+        "if True:",
+        "support",
+        "refused",
+    ),
+)
