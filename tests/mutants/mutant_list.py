@@ -383,13 +383,6 @@ LOOP = (
         "loop_policy",
     ),
     Mutant(
-        "the KL coefficient runs away",
-        "ppo_fast/loop/coefficients.py",
-        "coef * (1.0 + error * n",
-        "coef * (1.0 - error * n",
-        "loop_cli",
-    ),
-    Mutant(
         "the gradient that went too far is kept",
         "ppo_fast/loop/update.py",
         "agent.discard()\n                done.add(stats)",
