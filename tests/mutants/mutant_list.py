@@ -13,7 +13,7 @@ from mutant_numbers import NUMBERS, NUMBERS_CPU
 from mutant_report import REPORT
 from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
-from mutant_support import SUPPORT
+from mutant_support import SUPPORT, SUPPORT_CPU
 from mutant_surrogates import SURROGATES
 from mutant_truncation import TRUNCATION
 from mutant_weights import WEIGHTS, WEIGHTS_CPU
@@ -394,7 +394,7 @@ LOOP = (
 
 MUTANTS = {
     "triton": TRITON,
-    "cpu": CPU + NUMBERS_CPU + ROLLOUT_CPU + WEIGHTS_CPU,
+    "cpu": CPU + NUMBERS_CPU + ROLLOUT_CPU + WEIGHTS_CPU + SUPPORT_CPU,
     "cuda": CUDA,
     "python": PYTHON + ROLLOUT,
     "loop": LOOP,

@@ -110,3 +110,47 @@ SUPPORT = (
         "refused",
     ),
 )
+
+# Of the extension: built anew for each.
+SUPPORT_CPU = (
+    Mutant(
+        "a pair without gradient brings its row's NaN",
+        "csrc/cpu/linear/sparse_head_simd.h",
+        "if (scale[i] == 0 || !m.has(index[i])) continue;",
+        "if (!m.has(index[i])) continue;",
+        "sparse_head",
+        "gradient_by",
+    ),
+    Mutant(
+        "a wrong id is an absent one to the sparse head",
+        "csrc/cpu/linear/sparse_head_simd.h",
+        'ids[i] == kAbsent ? -__builtin_inff() : __builtin_nanf("")',
+        "-__builtin_inff()",
+        "sparse_head",
+        "logits_of_pairs",
+    ),
+    Mutant(
+        "a wrong id leaves its row's gradient as it is",
+        "csrc/cpu/linear/sparse_head.cpp",
+        "wrong |= ids[i] < kAbsent || ids[i] >= vocab",
+        "wrong |= ids[i] < kAbsent",
+        "sparse_head",
+        "hidden_states",
+    ),
+    Mutant(
+        "the end of a row of many pairs takes the place of its beginning",
+        "csrc/cpu/softmax/support.cpp",
+        "states[size_t(i)] = kernel",
+        "states[0] = kernel",
+        "sparse_head",
+        "to_the_bit",
+    ),
+    Mutant(
+        "a row that begins on a share's edge is left out",
+        "csrc/tensor/pairs.h",
+        "if (before(middle) < work) {",
+        "if (before(middle) <= work) {",
+        "sparse_head",
+        "threads",
+    ),
+)

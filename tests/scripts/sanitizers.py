@@ -31,6 +31,8 @@ TESTS = (
     "linear_logprobs",
     "linear_logprobs_at",
     "linear_ppo_loss",
+    "support",
+    "sparse_head",
     "masking",
     "strides",
     "invariance",
