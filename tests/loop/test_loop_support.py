@@ -336,6 +336,7 @@ def test_the_log_counts_what_was_kept(tmp_path: Path) -> None:
     assert supported(seqs, rollout._replace(cut=limited))["support_limited"] == len(sizes)
     record = t.step()
     assert 0.05 < record["support_cut"] < 0.1 and record["support_limited"] == 0
+    assert t.last_batch is not None and t.last_batch.rollout.seqs.support is None
     plain = trainer(tmp_path / "plain").step()
     assert not [name for name in plain if name.startswith("support")]
 
