@@ -53,11 +53,14 @@ def _sampled(call: Call) -> tuple[Call, Tensor | None]:
         for k, x in call.tensors.items()
         if k != "row_index"  # what it leaves out is masked
     }
+    options = dict(call.options)
+    if "support" in options:
+        options["support"] = options["support"].rows(rows)
     if call.op in _MEANS_OF_ROWS:  # divided by all rows: each row's results stay what they were
         live = float(call.tensors["mask"].sum())
-        return call._replace(tensors=tensors, options={**call.options, "denom": live}), rows
+        return call._replace(tensors=tensors, options=options | {"denom": live}), rows
     cotangents = {k: x[rows.to(x.device)] for k, x in call.cotangents.items()}
-    return call._replace(tensors=tensors, cotangents=cotangents), rows
+    return Call(call.op, tensors, options, cotangents), rows
 
 
 def _budgets(wide: Call, exact: dict[str, Tensor], eps: float, call: Call) -> Conditions:

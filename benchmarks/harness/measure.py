@@ -87,13 +87,15 @@ def _admit(provider: Provider, case: Case, call: Call, gate: Gate) -> tuple[Outc
     """Run a provider once (compiling it, if it compiles) and hold its results to the gate."""
 
     def run() -> Bound:
-        bound = provider.bind(case, call)
+        own = call if provider.asked is None else provider.asked(case)
+        bound = provider.bind(case, own)
         if bound.prepare is not None:
             bound.prepare()
         result = bound.call()
         _synchronize(case)
         if not provider.ceiling:
-            gate.check(bound.named(result), plain=provider.plain, roundings=provider.roundings)
+            held = gate if own is call else Gate(own)
+            held.check(bound.named(result), plain=provider.plain, roundings=provider.roundings)
         return bound
 
     done = _tried(case, run)

@@ -51,18 +51,28 @@ def off_the_bounds(ratio: Tensor, within: float, step: float) -> Tensor:
     return ratio
 
 
-def logprobs_inputs(case: Case) -> Call:
-    """Log-probabilities and entropies of tokens, from logits or from hidden states × head."""
-    tensors = _head_tensors(case)
+def logprobs_inputs(
+    case: Case, tokens: Tensor | None = None, support: ppo_fast.Support | None = None
+) -> Call:
+    """Log-probabilities and entropies of tokens, from logits or from hidden states × head.
+
+    Tokens are uniform over the vocabulary where none are given.
+    """
+    tensors = _head_tensors(case, tokens)
     rows = case.shape.dims[0]
     cotangents = {k: torch.randn(rows, device=case.device) for k in ("logprobs", "entropy")}
-    return Call(case.op, tensors, {}, cotangents)
+    return Call(case.op, tensors, _over(support), cotangents)
 
 
-def policy_loss_inputs(case: Case) -> Call:
-    """The loss of a policy some steps from the one that sampled, from logits or from a head."""
-    tensors = _head_tensors(case)
-    logprobs = _logprobs(tensors)
+def policy_loss_inputs(
+    case: Case, tokens: Tensor | None = None, support: ppo_fast.Support | None = None
+) -> Call:
+    """The loss of a policy some steps from the one that sampled, from logits or from a head.
+
+    Tokens are uniform over the vocabulary where none are given.
+    """
+    tensors = _head_tensors(case, tokens)
+    logprobs = _logprobs(tensors, _over(support))
     ratio = off_the_bounds(torch.randn_like(logprobs).mul(0.15).exp(), 1e-2, 3e-2)
     tensors |= {
         "old_logprobs": logprobs - ratio.log(),
@@ -70,14 +80,21 @@ def policy_loss_inputs(case: Case) -> Call:
         "ref_logprobs": logprobs + 0.1 * torch.randn_like(logprobs),
         "mask": torch.ones_like(logprobs, dtype=torch.bool),
     }
-    return Call(case.op, tensors, dict(PPO_OPTIONS), {"loss": torch.ones((), device=case.device)})
+    options = PPO_OPTIONS | _over(support)
+    return Call(case.op, tensors, options, {"loss": torch.ones((), device=case.device)})
 
 
-def _head_tensors(case: Case) -> dict[str, Tensor]:
+def _over(support: ppo_fast.Support | None) -> dict[str, Any]:
+    """The option of a support, if there is one."""
+    return {} if support is None else {"support": support}
+
+
+def _head_tensors(case: Case, tokens: Tensor | None) -> dict[str, Tensor]:
     """Tokens, and logits or (with a hidden size) hidden states and weight."""
     torch.manual_seed(0)
     (rows, vocab, *width), dtype, device = case.shape.dims, DTYPES[case.dtype], case.device
-    tensors = {"tokens": torch.randint(vocab, (rows,), device=device)}
+    drawn = torch.randint(vocab, (rows,), device=device)
+    tensors = {"tokens": drawn if tokens is None else tokens}
     if width:
         weight = torch.randn(vocab, *width, device=device) * (_SCALE / math.sqrt(*width))
         tensors["hidden"] = torch.randn(rows, *width, device=device).to(dtype)
@@ -87,10 +104,10 @@ def _head_tensors(case: Case) -> dict[str, Tensor]:
     return tensors
 
 
-def _logprobs(tensors: dict[str, Tensor]) -> Tensor:
+def _logprobs(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
     if isinstance(tensors["tokens"], FakeTensor):
         return torch.empty(tensors["tokens"].shape)
     with torch.no_grad():
         if "logits" in tensors:
             return ppo_fast.token_logprobs(tensors["logits"], tensors["tokens"]).logprobs
-        return ppo_fast.linear_token_logprobs(**tensors).logprobs
+        return ppo_fast.linear_token_logprobs(**tensors, **options).logprobs

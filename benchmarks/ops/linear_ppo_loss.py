@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.ops import support
 from benchmarks.ops.case import BOTH, DTYPES, Case, Shape
 from benchmarks.ops.inputs import policy_loss_inputs
 from benchmarks.ops.op import CPU, Cost, Goal, Op, device_time
@@ -20,11 +21,13 @@ LENGTHS = tuple(Shape(f"head-{n}k", (1024 * n, 8192, 64)) for n in (1, 4, 16, 64
 CHOSEN_R2 = Shape("qwen-r2-3-rows-of-10", QWEN_R2.dims)
 
 LINEAR_LOSS_BOTH = Case(NAME, BOTH, SMOLLM2_HEAD_2K)
+OF_SUPPORT = {name: Case(NAME, BOTH, shape) for name, shape in support.SHAPES.items()}
 GPU_LINEAR_LOSS = Case(NAME, BOTH, QWEN_R2, "bf16", device="cuda")
 GPU_CHOSEN_ROWS = Case(NAME, BOTH, CHOSEN_R2, "bf16", device="cuda")
 CASES = (
     LINEAR_LOSS_BOTH,
     *(Case(NAME, BOTH, shape) for shape in LENGTHS),
+    *OF_SUPPORT.values(),
     GPU_LINEAR_LOSS,
     GPU_CHOSEN_ROWS,
 )
@@ -32,6 +35,16 @@ GOALS = (
     Goal(LINEAR_LOSS_BOTH, CPU, "gemms", 1.15, 1.05, faster=False),
     Goal(LINEAR_LOSS_BOTH, CPU, "eager", 4, 10, memory=True),
     Goal(LINEAR_LOSS_BOTH, f"{CPU}-surrogate", CPU, 1.05, 1.02, faster=False),
+    *(
+        Goal(OF_SUPPORT[name], CPU, "dense-head", times, None)
+        for name, times in (
+            (support.K20, 5),
+            (support.K128, 5),
+            (support.K512, 1),
+            (support.FROZEN, 20),
+            (support.UNIFORM, 5),
+        )
+    ),
     device_time(GPU_LINEAR_LOSS, 47000, 40000),
     device_time(GPU_CHOSEN_ROWS, 22000, 17000),
 )
@@ -48,7 +61,9 @@ def _rows(case: Case) -> int:
 
 
 def inputs(case: Case) -> Call:
-    """The loss of all rows, or of three in ten."""
+    """The loss of all rows, or of three in ten, or over a support."""
+    if support.kept(case):
+        return support.inputs(case, policy_loss_inputs)
     call = policy_loss_inputs(case)
     if not _chosen(case):
         return call
@@ -63,6 +78,8 @@ def cost(case: Case) -> Cost:
 
     Backward: both gradients, and two more products.
     """
+    if support.kept(case):
+        return support.cost(case)
     rows, (_, vocab, width) = _rows(case), case.shape.dims
     n = rows * vocab
     moved, both = (rows + vocab) * width * DTYPES[case.dtype].itemsize, case.direction == BOTH
@@ -71,11 +88,12 @@ def cost(case: Case) -> Cost:
 
 
 def gradient_mb(case: Case) -> float:
-    """The gradients by hidden states and weight."""
+    """The gradients by hidden states and, if it is trained, weight."""
     if not case.differentiates:
         return 0.0
     rows, vocab, width = case.shape.dims
-    return (rows + vocab) * width * DTYPES[case.dtype].itemsize / 2**20
+    trained = 0 if support.is_frozen(case) else vocab
+    return (rows + trained) * width * DTYPES[case.dtype].itemsize / 2**20
 
 
 OP = Op(NAME, 4, CASES, inputs, cost, GOALS, gradient_mb=gradient_mb)

@@ -6,12 +6,14 @@ Every module knows what its package offers for a case; each provider is imported
 from __future__ import annotations
 
 from benchmarks.ops.case import Case
+from benchmarks.ops.support import kept
 from benchmarks.peers import (
     cross_entropy,
     liger,
     ours,
     pytorch,
     scans,
+    support,
     tianshou,
     torchrl,
     trl,
@@ -23,7 +25,11 @@ __all__ = ["Provider", "providers_of"]
 
 _MODULES = (ours, pytorch, trl, verl, torchrl, tianshou, scans, liger, cross_entropy)
 
+# The others have no support, and would compute something else.
+_OF_SUPPORT = (ours, support)
+
 
 def providers_of(case: Case) -> tuple[Provider, ...]:
     """Providers of a case; an absent one carries its reason."""
-    return tuple(provider for module in _MODULES for provider in module.of(case))
+    modules = _OF_SUPPORT if kept(case) else _MODULES
+    return tuple(provider for module in modules for provider in module.of(case))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops.case import BACKWARD, Case
+from benchmarks.ops.support import is_frozen
 from ppo_fast.testing import Call
 from ppo_fast.testing.calls import DIFFERENTIABLE
 
@@ -42,7 +43,8 @@ class Provider:
 
     A ceiling moves bytes and computes nothing that a gate could check. A `plain` one is PyTorch's
     own arithmetic. `roundings` is what its documented method may err beyond the op's budget, in
-    spacings of fp32. `computes` says where it does less, or other, than the op.
+    spacings of fp32. `computes` says where it does less, or other, than the op. One that answers
+    another question than the case's has a call of its own, `asked`, and is gated against that.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Provider:
     plain: bool = False
     roundings: float = 0.0
     computes: str = ""
+    asked: Callable[[Case], Call] | None = None
 
 
 def needs(module: str, package: str, *, gpu: bool = False) -> Callable[[], str | None]:
@@ -76,6 +79,7 @@ def leaves(case: Case, call: Call) -> tuple[Named, Named]:
     """The call's tensors, and those of them that gradients flow to: leaves where asked for."""
     tensors = dict(call.tensors)
     wanted = DIFFERENTIABLE[call.op][0] if case.grad else ()
+    wanted = tuple(name for name in wanted if not (name == "weight" and is_frozen(case)))
     for name in wanted:
         if name in tensors:
             tensors[name] = tensors[name].detach().clone().requires_grad_()

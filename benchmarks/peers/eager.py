@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -140,6 +141,39 @@ def linear_ppo_loss(
         hidden, tokens = hidden[row_index], tokens[row_index]
         rest = {k: x[row_index] if isinstance(x, Tensor) else x for k, x in rest.items()}
     return logits_ppo_loss(F.linear(hidden, weight), tokens, **rest)
+
+
+def masked_logprobs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The logits materialised, -inf outside of the kept ids (N, K)."""
+    logits = F.linear(hidden, weight)
+    keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+    logp = F.log_softmax(logits.masked_fill(~keep, -torch.inf), dim=-1, dtype=torch.float32)
+    logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    entropy = -(logp.exp() * logp.masked_fill(~keep, 0.0)).sum(-1)  # 0 times -inf is NaN
+    return logprobs, entropy
+
+
+def gathered_logprobs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The kept rows of the head copied for every token, (N, K, H), and multiplied."""
+    logits = torch.einsum("nh,nkh->nk", hidden, F.embedding(ids, weight))
+    return token_logprobs(logits, (ids == tokens[:, None]).int().argmax(1))
+
+
+def of_support(
+    head: Callable[..., tuple[Tensor, Tensor]],
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    ids: Tensor,
+    **rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """The loss of the log-probabilities and entropies over a support, as `head` forms them."""
+    logprobs, entropy = head(hidden, weight, tokens, ids)
+    return ppo_loss(logprobs, entropy=entropy, **rest)
 
 
 def value_loss(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import ppo_fast
 from benchmarks.ops.case import Case
 from benchmarks.ops.registry import OPS
+from benchmarks.ops.support import kept
 from benchmarks.peers.base import Bound, Provider, leaves, restore, timed
 from ppo_fast import surrogates
 from ppo_fast.testing import Call, output
@@ -17,12 +18,13 @@ _MOST_STEPS = {"cpu": 16384, "cuda": 1024}
 
 def of(case: Case) -> Iterator[Provider]:
     """The backends of the case's device, then the reference."""
-    backends = ("cpu",) if case.device == "cpu" else ("cuda", "triton")
+    on_gpu = ("triton",) if kept(case) else ("cuda", "triton")  # supports have no CUDA C++
+    backends = ("cpu",) if case.device == "cpu" else on_gpu
     for backend in backends:
         yield _backend(case, backend)
         if OPS[case.op].inplace and case.differentiates:
             yield _backend(case, backend, inplace=True)
-        if case.op == "linear_ppo_loss":
+        if case.op == "linear_ppo_loss" and not kept(case):
             yield _surrogate(case, backend)
     yield _backend(case, "reference")
 
@@ -32,10 +34,12 @@ def _backend(case: Case, backend: str, *, inplace: bool = False) -> Provider:
         steps = case.shape.dims[1]
         if backend == "reference" and case.op == "gae" and steps > _MOST_STEPS[case.device]:
             return f"a loop over {steps:,} steps takes too long to be timed"
+        if backend == "reference" and kept(case):
+            return "it counts every id of every row: `eager` is what plain PyTorch takes"
         return ppo_fast.backends()[backend]
 
     def bind(case: Case, call: Call) -> Bound:
-        return _bind(case, call, backend, inplace)
+        return bind_backend(case, call, backend, inplace)
 
     return Provider(
         f"ppo_fast-{backend}" + ("-inplace" if inplace else ""),
@@ -53,12 +57,13 @@ def _surrogate(case: Case, backend: str) -> Provider:
         names = ("clip_low", "clip_high", "dual_clip")
         own = surrogates.clip(**{name: options[name] for name in names if name in options})
         options.pop("dual_clip", None)
-        return _bind(case, call._replace(options=options | {"variant": own}), backend, False)
+        return bind_backend(case, call._replace(options=options | {"variant": own}), backend)
 
     return Provider(f"ppo_fast-{backend}-surrogate", bind, lambda: ppo_fast.backends()[backend])
 
 
-def _bind(case: Case, call: Call, backend: str, inplace: bool) -> Bound:
+def bind_backend(case: Case, call: Call, backend: str, inplace: bool = False) -> Bound:
+    """The op on a backend, with the gradients that the case takes."""
     tensors, inputs = leaves(case, call)
     op = getattr(ppo_fast, call.op)
     options = dict(call.options, backend=backend)

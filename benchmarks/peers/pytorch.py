@@ -75,7 +75,7 @@ def _no_linear_ce() -> str | None:
     return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
 
 
-def _with_stats(names: tuple[str, ...], *, head: bool = False) -> Callable[[Any], Named]:
+def with_stats(names: tuple[str, ...], *, head: bool = False) -> Callable[[Any], Named]:
     """The loss and the means; of a head, "entropy" is the tokens' own, not their mean."""
 
     def named(out: Any) -> Named:
@@ -101,19 +101,19 @@ _PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...], Callable[[Any], Nam
     "ppo_loss": (
         eager.ppo_loss,
         ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
-        _with_stats(eager.PPO_STATS),
+        with_stats(eager.PPO_STATS),
     ),
     "linear_ppo_loss": (
         eager.linear_ppo_loss,
         ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
-        _with_stats(eager.PPO_STATS, head=True),
+        with_stats(eager.PPO_STATS, head=True),
     ),
     "logits_ppo_loss": (
         eager.logits_ppo_loss,
         ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
-        _with_stats(eager.PPO_STATS, head=True),
+        with_stats(eager.PPO_STATS, head=True),
     ),
-    "value_loss": (eager.value_loss, ("clip",), _with_stats(eager.VALUE_STATS)),
+    "value_loss": (eager.value_loss, ("clip",), with_stats(eager.VALUE_STATS)),
     "whiten": (eager.whiten, (), single("out")),
     "rollout_weights": (eager.rollout_weights, ("high", "reject"), _weights_with_stats),
 }

@@ -94,8 +94,7 @@ def check_head(
     shard = shard_of(op, "weight", process_group, weight, 0, name)
     keep = kept_tokens(tokens, mask, ignore_index)
     vocab = weight.shape[0] if shard is None else shard.vocab
-    if support is not None:
-        check_support(op, support, tokens, keep, vocab)
+    check_support(op, support, tokens, keep, vocab)
     if _checks.DEBUG:
         _checks.tokens_in_range(op, tokens, keep, vocab)
     if row_index is not None:

@@ -184,8 +184,7 @@ def logits_ppo_loss(
     if _checks.DEBUG:
         _checks.tokens_in_range(_OP, tokens, kept(s), logits.shape[-1])
     name = select(_OP, backend, logits, support)
-    if support is not None:
-        check_support(_OP, support, tokens, kept(s), logits.shape[-1])
+    check_support(_OP, support, tokens, s.mask, logits.shape[-1])
     if name == "reference":
         if inplace:
             raise ValueError(f"{_OP}: inplace must be False on 'reference', got True")

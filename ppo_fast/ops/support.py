@@ -65,8 +65,10 @@ def select(op: str, backend: str | None, x: Tensor, support: Support | None) -> 
     return _backend.automatic(x.device.type)
 
 
-def check_support(op: str, support: Any, tokens: Tensor, keep: Tensor, vocab: int) -> Support:
-    """A support of the tokens' rows, or TypeError or ValueError."""
+def check_support(op: str, support: Any, tokens: Tensor, keep: Any, vocab: int) -> None:
+    """A support of the tokens' rows, or TypeError or ValueError. None passes."""
+    if support is None:
+        return
     if not isinstance(support, Support):
         raise TypeError(f"{op}: support must be a ppo_fast.Support, got {type(support).__name__}")
     if support.n_rows != tokens.numel():
@@ -78,7 +80,6 @@ def check_support(op: str, support: Any, tokens: Tensor, keep: Tensor, vocab: in
         raise ValueError(f"{op}: support must be on {tokens.device}, got {support.ids.device}")
     if _checks.DEBUG:
         _check_ids(op, support, keep.reshape(-1), vocab)
-    return support
 
 
 def _check_ids(op: str, support: Support, keep: Tensor, vocab: int) -> None:

@@ -9,7 +9,7 @@ from ppo_fast.support import Support
 
 
 def multiplicity(support: Support, tokens: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """How often each id is kept, (..., V) fp64, and True for rows with a wrong id, (...).
+    """Multiplicity of every id, (..., V) fp64, and True for rows with a wrong id, (...).
 
     A row's own token is kept once at least; a row with nothing kept keeps every id.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +48,13 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
     )
     none = None
     token = (logs - 3, x(3, 5), x(3, 5).abs(), moments, logs - 3.2, x(3, 5).abs(), none, none)
-    ids = torch.tensor([4, 1, -1, 0, 6, 2, 2], dtype=torch.int32, device=device)
-    ends, kept = torch.tensor([0, 3, 4, 7], device=device), torch.ones(3, dtype=torch.bool)
-    pairs = (ids, ends, kept.to(device))
-    starts = torch.tensor([0, 1, 1, 4, 4, 7], device=device)
     one_pass = (tokens, mask, temperature, *token, 1.0, -100, [0, 2, 0, 1, 1, 0, 0], PPO[1])
     return {
         "logprobs_fwd": (logits, tokens, mask, temperature, 1.0, -100),
         "logprobs_bwd": back,
         "logprobs_bwd_": (*back[:2], logits.clone(), *back[3:]),
         "logprobs_bwd_bf16_": (*back[:2], logits.clone(), *back[3:]),
-        "support_fwd": (x(7), *pairs[1:], temperature[:, 0], 1.0),
-        "support_bwd": (logs[:, 0], x(3), x(7), *pairs[1:], temperature[:, 0], entropy[:, 0],
-                        row_max[:, 0], entropy[:, 0] + 1, 1.0),
-        "sparse_logits": (x(3, 5), x(7, 5), *pairs),
-        "sparse_hidden_grad": (x(7), x(7, 5), *pairs),
-        "sparse_weight_grad": (x(7), ids.clamp(0, 2), starts, x(5, 5)),
+        **of_supports(x, device),
         "ppo_loss": (logs, logs + 0.1, x(3, 5), mask, x(3, 5).abs(), moments, entropy, logs - 0.2,
                      none, x(3).abs(), none, none, none, *PPO),
         "logits_ppo_loss": (logits, *one_pass),
@@ -81,6 +73,23 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
         "rollout_weights": (logs, logs + 0.1, mask, none, 2, 1, 0.9, 1.1,
                             [-1.0, 1.0, 0.5, 0.4] * 5),
     }  # fmt: skip
+
+
+def of_supports(x: Callable[..., torch.Tensor], device: str) -> dict[str, tuple[Any, ...]]:
+    """The same of the ops over pairs: three rows of seven."""
+    ids = torch.tensor([4, 1, -1, 0, 6, 2, 2], dtype=torch.int32, device=device)
+    ends, kept = torch.tensor([0, 3, 4, 7], device=device), torch.ones(3, dtype=torch.bool)
+    pairs = (ids, ends, kept.to(device))
+    starts = torch.tensor([0, 1, 1, 4, 4, 7], device=device)
+    temperature, entropy = x(3).abs() + 0.5, x(3).abs()
+    numbers = (temperature, entropy, x(3) + 5, entropy + 1, 1.0)
+    return {
+        "support_fwd": (x(7), *pairs[1:], temperature, 1.0),
+        "support_bwd": (x(3), x(3), x(7), *pairs[1:], *numbers),
+        "sparse_logits": (x(3, 5), x(7, 5), *pairs),
+        "sparse_hidden_grad": (x(7), x(7, 5), *pairs),
+        "sparse_weight_grad": (x(7), ids.clamp(0, 2), starts, x(5, 5)),
+    }
 
 
 @pytest.mark.parametrize("kind", [PolicyOptions, ValueOptions])

@@ -376,7 +376,7 @@ def test_the_bias_gradient_alone(kernel: str, device: str) -> None:
 
 
 def every_result(kernel: str, head: Head) -> dict[str, Tensor]:
-    """What the five ops make of a head, by name."""
+    """Results of the five ops for a head, by name."""
     z = calls.sparse_logits(kernel, head.hidden, head.weight, head.pairs)
     softmax = calls.support_fwd(kernel, z, head.pairs, scoring())
     n = len(head.pairs.mask)

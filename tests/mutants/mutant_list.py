@@ -15,6 +15,7 @@ from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
 from mutant_support import SUPPORT
 from mutant_surrogates import SURROGATES
+from mutant_truncation import TRUNCATION
 from mutant_weights import WEIGHTS, WEIGHTS_CPU
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -383,13 +384,6 @@ LOOP = (
         "loop_policy",
     ),
     Mutant(
-        "the KL coefficient runs away",
-        "ppo_fast/loop/coefficients.py",
-        "coef * (1.0 + error * n",
-        "coef * (1.0 - error * n",
-        "loop_cli",
-    ),
-    Mutant(
         "the gradient that went too far is kept",
         "ppo_fast/loop/update.py",
         "agent.discard()\n                done.add(stats)",
@@ -409,6 +403,7 @@ MUTANTS = {
     "numbers": NUMBERS,
     "report": REPORT,
     "runs": RUNS,
+    "truncation": TRUNCATION,
     "surrogates": SURROGATES,
     "support": SUPPORT,
     "weights": WEIGHTS,

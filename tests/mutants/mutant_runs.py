@@ -6,6 +6,13 @@ from mutant import Mutant
 
 RUNS = (
     Mutant(
+        "the KL coefficient runs away",
+        "ppo_fast/loop/coefficients.py",
+        "coef * (1.0 + error * n",
+        "coef * (1.0 - error * n",
+        "loop_cli",
+    ),
+    Mutant(
         "an option given at its default is replaced",
         "ppo_fast/loop/config.py",
         "for name, value in own.items() if name not in given",

@@ -124,9 +124,9 @@ def is_under(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == p or name.startswith(f"{p}.") for p in prefixes)
 
 
-PUBLIC = {f"ppo_fast.{name}" for name in ("Loss", "Moments", "RolloutStats", "Stats")} | {
-    "ppo_fast"
-}
+PUBLIC = {
+    f"ppo_fast.{name}" for name in ("Loss", "Moments", "RolloutStats", "Stats", "Support")
+} | {"ppo_fast"}
 
 
 @pytest.mark.parametrize("path", sources(), ids=relative)
@@ -271,6 +271,7 @@ def test_no_backend_is_imported_by_another() -> None:
         "tests/backends/test_aot.py",
         "tests/backends/test_logprobs_kernel.py",
         "tests/backends/test_loss_counts.py",
+        "tests/backends/test_sparse_head_kernel.py",
         "tests/backends/test_specialisations.py",
     }
 
