@@ -277,7 +277,7 @@ def sparse_logits(
     out = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
     tile = config.PAIR_PRODUCTS
     pairs, (rows, width) = ids.numel(), hidden.shape
-    if pairs:
+    if pairs and rows:
         with on_device(hidden):
             pair_logits_kernel[(triton.cdiv(pairs, tile.pairs),)](
                 *(*row_arguments(hidden, weight), ids, offsets),

@@ -18,6 +18,7 @@ from torch import Tensor
 from ppo_fast.ops.logprobs import token_logprobs
 from ppo_fast.ops.whiten import whiten
 from ppo_fast.reference.common import compute, kl_terms
+from ppo_fast.support import Support
 
 # verl's other names of the estimators, and the bound that it and OpenRLHF put on a value.
 _VERL_NAMES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
@@ -26,7 +27,12 @@ _IS_WEIGHT_CLIP = 10.0
 
 
 def selective_log_softmax(
-    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+    logits: Tensor,
+    index: Tensor,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+    *,
+    support: Support | None = None,
 ) -> Tensor:
     """Log-probabilities (nats) of the indexed tokens, TRL's `log_softmax(logits).gather(index)`.
 
@@ -35,6 +41,7 @@ def selective_log_softmax(
         index: `(...)` int32 or int64, or `(..., K)` for K tokens of each row.
         temperature: a positive number, divides the logits.
         row_mask: `(...)`; rows that it leaves out are 0 and never read.
+        support: kept ids of every row, as in `token_logprobs`, with an index of `(...)`.
 
     Returns:
         Index's shape, fp32 (fp64 for fp64 logits), differentiable in the logits.
@@ -43,10 +50,16 @@ def selective_log_softmax(
         ValueError: shape, device or range. TypeError: dtype.
     """
     if index.dim() == logits.dim():
+        if support is not None:
+            raise ValueError(
+                f"selective_log_softmax: index must have shape (...) with a support, got"
+                f" {tuple(index.shape)} beside logits {tuple(logits.shape)}"
+            )
         # Every row K times, by a stride of 0.
         logits = logits.unsqueeze(-2).expand(*index.shape, logits.shape[-1])
         row_mask = None if row_mask is None else row_mask[..., None].expand(index.shape)
-    return token_logprobs(logits, index, temperature=temperature, mask=row_mask).logprobs
+    out = token_logprobs(logits, index, temperature=temperature, mask=row_mask, support=support)
+    return out.logprobs
 
 
 def selective_log_softmax_and_entropy(
@@ -55,34 +68,50 @@ def selective_log_softmax_and_entropy(
     entropy_requires_grad: bool = True,
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
+    *,
+    support: Support | None = None,
 ) -> tuple[Tensor, Tensor]:
     """TRL's pair of `selective_log_softmax` and the rows' entropy, from one read of the logits.
 
     Both `(...)` in nats, fp32 (fp64 for fp64 logits); without `entropy_requires_grad` the second
     is detached. Arguments and errors as above, with an index of `(...)`.
     """
-    out = token_logprobs(logits, index, temperature=temperature, mask=row_mask)
+    out = token_logprobs(logits, index, temperature=temperature, mask=row_mask, support=support)
     return out.logprobs, out.entropy if entropy_requires_grad else out.entropy.detach()
 
 
-def entropy_from_logits(logits: Tensor, chunk_size: int | None = None) -> Tensor:
+def entropy_from_logits(
+    logits: Tensor, chunk_size: int | None = None, *, support: Support | None = None
+) -> Tensor:
     """−Σ p ln p (nats) of every row of `(..., V)`, as TRL's and verl's functions of this name.
 
     `(...)` fp32 (fp64 for fp64 logits), differentiable. TRL's `chunk_size` changes nothing: no
-    probabilities are held. Errors as above.
+    probabilities are held. With a support it is over the kept ids alone, as no token is known
+    that could be missing among them. Errors as above.
     """
     first = torch.zeros((), dtype=torch.int64, device=logits.device).expand(logits.shape[:-1])
-    return token_logprobs(logits, first).entropy
+    if support is not None and support.n_rows == first.numel() and support.ids.numel():
+        at = support.offsets[:-1].clamp(max=support.ids.numel() - 1)
+        first = torch.where(support.whole, 0, support.ids[at]).view(first.shape)
+    return token_logprobs(logits, first, support=support).entropy
 
 
-def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = False) -> Tensor:
+def logprobs_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    inplace_backward: bool = False,
+    *,
+    support: Support | None = None,
+) -> Tensor:
     """Log-probabilities (nats) of the labels, as verl's function of this name.
 
     `logits` `(..., V)` and `labels` `(...)` give `(...)` fp32 (fp64 for fp64), differentiable;
     a label of −100 gives 0. `inplace_backward` lets the backward write over the logits, which
-    nothing else may then use: False here, True in verl. Errors as above.
+    nothing else may then use: False here, True in verl. `support` holds kept ids of every row,
+    those of ignored labels too. Errors as above.
     """
-    return token_logprobs(logits, labels, inplace_backward=inplace_backward).logprobs
+    out = token_logprobs(logits, labels, inplace_backward=inplace_backward, support=support)
+    return out.logprobs
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
@@ -152,8 +181,9 @@ def arrays(op: Callable[..., Any]) -> Callable[..., Any]:
 
     Every argument with DLPack's interface (NumPy, JAX, CuPy, ...) or that is a TensorFlow tensor
     becomes a tensor on the same memory; the result's tensors become arrays of the first
-    argument's framework on theirs. `Stats` and `Moments` stay as they are. Gradients do not
-    cross: see `to_tensor`.
+    argument's framework on theirs. `Stats`, `Moments` and `Support` stay as they are; a support
+    of arrays is `ppo_fast.Support(to_tensor(ids), to_tensor(offsets))`. Gradients do not cross:
+    see `to_tensor`.
 
     Example:
         >>> gae = compat.arrays(ppo_fast.gae)

@@ -94,6 +94,12 @@ def streamed(code: Sequence[Instruction]) -> int:
     return written // 2 if read else 0
 
 
+def products(code: Sequence[Instruction]) -> int:
+    """Elements of a loop that multiplies and adds each into a sum, eight at a time or more."""
+    found = sum(x.name.startswith("FFMA") for x in code)
+    return found if found >= 8 and "16" in tally(code).get("loads", {}) else 0
+
+
 class Role(NamedTuple):
     """A loop that a kernel takes over all its elements."""
 
@@ -103,6 +109,7 @@ class Role(NamedTuple):
 
 _SCAN, _GRADIENT = Role("scan", scanned), Role("gradient", written)
 _STEPS, _TOKENS = (Role("tile", steps),), (Role("tile", tokens),)
+_PAIRS = (Role("products", products),)
 # Kernel -> the loops over its elements; none where it has a few numbers a row.
 ROLES: dict[str, tuple[Role, ...]] = {
     "segments_kernel": (_SCAN,),
@@ -119,6 +126,11 @@ ROLES: dict[str, tuple[Role, ...]] = {
     "advantage_blocks_kernel": (Role("tile", blocks_steps),),
     "gae_slabs_kernel": _STEPS,
     "scale_kernel": (Role("pass", streamed),),
+    "support_kernel": (_SCAN,),
+    "support_grad_kernel": (_GRADIENT,),
+    "pair_logits_kernel": _PAIRS,
+    "pair_sums_kernel": _PAIRS,
+    "pair_parts_kernel": _PAIRS,
 }
 
 
@@ -262,18 +274,44 @@ def _is_idle(kernel: str, constants: Counts) -> bool:
     )
 
 
+def _of_pairs(launch: Any) -> Counts:
+    """Elements, starts by warps, and bytes of a kernel over the pairs (row, id) of supports.
+
+    Every pair's vector is counted as read from DRAM, though ids that rows share may be in the L2.
+    The shares of long rows are counted with the others, as if there were none.
+    """
+    x, blocks, warps = launch.arguments, launch.grid[0], launch.variant.num_warps
+    tensors = {name: y for name, y in x.items() if isinstance(y, Tensor)}
+    if launch.kernel == "pair_parts_kernel":
+        return {"elements": 0, "rows": blocks * warps, "bytes": 0}
+    vectors = tensors.pop("weight_ptr", tensors.pop("x_ptr", None))
+    tensors.pop("parts_ptr", None)
+    streamed = sum(y.numel() * y.element_size() for y in tensors.values())
+    if vectors is None:  # the softmax over a row's pairs
+        return {"elements": x["logits_ptr"].numel(), "rows": blocks * warps, "bytes": streamed}
+    pairs = tensors["ids_ptr" if "ids_ptr" in tensors else "index_ptr"].numel()
+    # A turn of the outer loop of the sums takes LANES columns.
+    tiles = -(-x["width"] // x["LANES"])
+    starts = 0 if launch.kernel == "pair_logits_kernel" else blocks * warps * tiles
+    read = pairs * x["width"] * vectors.element_size()
+    return {"elements": pairs * x["width"], "rows": starts, "bytes": streamed + read}
+
+
 def _triton_step(step: Triton, named: Named) -> Counts:
     launch = step.launch
+    variant = launch.variant
+    name = named.name(launch.kernel, (variant.kernel, variant.key), launch)
+    if ROLES.get(launch.kernel) == _PAIRS or launch.kernel.startswith("support_"):
+        return {"kernel": name, "blocks": launch.grid[0]} | _of_pairs(launch)
     tensors = [x for x in launch.arguments.values() if isinstance(x, Tensor)]
     sizes = sorted((x.numel() * x.element_size() for x in tensors), reverse=True)
     loops = ROLES.get(launch.kernel)
     kept = sizes if loops or not sizes else sizes[1:]  # a few numbers a row of the largest
-    variant = launch.variant
     main = max(tensors, key=Tensor.numel)
     rows = main.numel() // main.shape[-1]
     idle = _is_idle(variant.kernel, variant.constants)
     return {
-        "kernel": named.name(launch.kernel, (variant.kernel, variant.key), launch),
+        "kernel": name,
         "blocks": launch.grid[0] * launch.grid[1] * launch.grid[2],
         "elements": 0 if idle else main.numel(),
         "rows": rows * variant.num_warps,

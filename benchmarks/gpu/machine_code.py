@@ -266,6 +266,8 @@ class Code:
     def once(self) -> list[Instruction]:
         """The instructions outside of all loops, from the entry to the end."""
         ends = {n for n in self.order if not self.after[n]}
+        if not ends:  # the last thing is a loop, which is left by an EXIT under a condition
+            ends = {n for n in self.order if self.blocks[n][-1].kind == "EXIT"}
         return self._of(self.path(0, ends, frozenset(self.order), self.loops))
 
     def _of(self, blocks: Iterable[int]) -> list[Instruction]:

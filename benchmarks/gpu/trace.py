@@ -8,6 +8,7 @@ a real device: here its `Function.apply` runs the forward and keeps what the bac
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import math
 from collections.abc import Iterator
@@ -249,10 +250,11 @@ def _as_if_a_gpu(tape: _Tape, steps: list[Step]) -> Iterator[None]:
 
     fakes = {
         "copy_": copy_,
-        "requires_grad": property(_wanted),
+        "requires_grad": property(_wanted, _want),
         "requires_grad_": _want,
         "__getitem__": _item,
         "__setitem__": _set_item,
+        "__invert__": lambda self: torch.ops.aten.bitwise_not(self),
         "data_ptr": lambda self: 4096 + self.storage_offset() * self.element_size(),
     }
     with contextlib.ExitStack() as stack:
@@ -282,7 +284,13 @@ def _on_gpu(case: Case) -> Call:
     def there(x: Tensor) -> Tensor:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
 
-    return tree_map_only(Tensor, there, call)
+    call = tree_map_only(Tensor, there, call)
+    if "support" not in call.options:
+        return call
+    support = copy.copy(call.options["support"])  # its counts stay on the host
+    for name in ("ids", "offsets", "whole_index"):
+        setattr(support, name, there(getattr(support, name)))
+    return call.option(support=support)
 
 
 def traced(case: Case, provider: Provider) -> list[Step]:

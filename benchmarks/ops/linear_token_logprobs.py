@@ -13,12 +13,22 @@ NAME = "linear_token_logprobs"
 SMOLLM2_HEAD = Shape("smollm2-head", (512, 49152, 576))
 
 GPU_LINEAR_FORWARD = Case(NAME, FORWARD, QWEN_R2, "bf16", device="cuda")
+GPU_OF_SUPPORT = {
+    n: Case(NAME, BOTH, shape, "bf16", device="cuda") for n, shape in support.GPU_SHAPES.items()
+}
 CASES = (
     Case(NAME, FORWARD, SMOLLM2_HEAD),
     Case(NAME, FORWARD, support.SHAPES[support.K128]),
     GPU_LINEAR_FORWARD,
+    *GPU_OF_SUPPORT.values(),
 )
-GOALS = (device_time(GPU_LINEAR_FORWARD, 16500, 13700),)
+GOALS = (
+    device_time(GPU_LINEAR_FORWARD, 16500, 13700),
+    # 8 KB of every pair in each of three products, and the weight's gradient once.
+    device_time(GPU_OF_SUPPORT[20], 2600, 1700, "triton"),
+    device_time(GPU_OF_SUPPORT[128], 12000, 8000, "triton"),
+    device_time(GPU_OF_SUPPORT[512], 47000, 30000, "triton"),
+)
 
 
 def inputs(case: Case) -> Call:

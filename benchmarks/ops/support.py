@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from benchmarks.ops.case import BOTH, DTYPES, Case, Shape
 from benchmarks.ops.op import Cost
+from benchmarks.ops.sizes import QWEN_R2
 from ppo_fast import Support
 from ppo_fast.testing import Call
 
@@ -40,6 +42,9 @@ _KEPT = {
     UNIFORM: Kept(20, uniform=True),
 }
 SHAPES = {name: Shape(name, _DIMS) for name in _KEPT}
+# On a GPU, of R2's hidden states and head.
+GPU_SHAPES = {n: Shape(f"{QWEN_R2.name}-support-{n}", QWEN_R2.dims) for n in (20, 128, 512)}
+_KEPT |= {shape.name: Kept(n) for n, shape in GPU_SHAPES.items()}
 
 
 def kept(case: Case) -> Kept | None:
@@ -63,6 +68,9 @@ def sampled(shape: Shape) -> tuple[Tensor, Tensor]:
     rows, vocab = shape.dims[:2]
     found = _KEPT[shape.name.partition("/")[0]]
     generator = torch.Generator().manual_seed(0)
+    if shape.dims == QWEN_R2.dims:
+        ids = _frequent(rows, vocab, found.ids, generator)
+        return ids, ids[:, 0]
     law = torch.ones(vocab) if found.uniform else 1 / torch.arange(1.0, vocab + 1)
     law = law[torch.randperm(vocab, generator=generator)]
     ids = torch.multinomial(law.expand(rows, vocab), found.ids, generator=generator)
@@ -70,10 +78,24 @@ def sampled(shape: Shape) -> tuple[Tensor, Tensor]:
     return ids, ids.gather(1, place).squeeze(1)
 
 
+def _frequent(rows: int, vocab: int, count: int, generator: torch.Generator) -> Tensor:
+    """Ids by Zipf's law, each once in a row, without a weight for every id of every row.
+
+    Ranks are drawn with replacement, and one that is taken is moved to the next that is not.
+    """
+    ranks = (vocab - count) ** torch.rand(rows, count, generator=generator, dtype=torch.float64)
+    place = torch.arange(count)
+    ranks = (ranks.long().sort(1).values - place).cummax(1).values + place
+    ids = torch.randperm(vocab, generator=generator)[ranks]
+    return ids[:, torch.randperm(count, generator=generator)]
+
+
 def inputs(case: Case, make: Callable[..., Call]) -> Call:
     """The call that `make` forms of the case's tokens and support."""
-    ids, tokens = (x.to(case.device) for x in sampled(case.shape))
-    return make(case, tokens=tokens, support=Support(ids))
+    with unset_fake_temporarily():  # a trace has no values, and a support looks at its ids
+        ids, tokens = (x.to(case.device) for x in sampled(case.shape))
+        support = Support(ids)
+    return make(case, tokens=tokens.clone(), support=support)
 
 
 def whole(case: Case, make: Callable[..., Call]) -> Call:

@@ -18,7 +18,8 @@ _MOST_STEPS = {"cpu": 16384, "cuda": 1024}
 
 def of(case: Case) -> Iterator[Provider]:
     """The backends of the case's device, then the reference."""
-    backends = ("cpu",) if case.device == "cpu" else ("cuda", "triton")
+    on_gpu = ("triton",) if kept(case) else ("cuda", "triton")  # supports have no CUDA C++
+    backends = ("cpu",) if case.device == "cpu" else on_gpu
     for backend in backends:
         yield _backend(case, backend)
         if OPS[case.op].inplace and case.differentiates:

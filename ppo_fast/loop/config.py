@@ -143,12 +143,11 @@ class TrainConfig:
     temperature: float = 1.0
     """Divides the logits in sampling and in every scoring forward."""
     top_k: int = 0
-    """Samples from this many of the likeliest tokens; 0 from all. Where samples are drawn from
-    some tokens alone (so too by `top_p`, `min_p`), probabilities are over these everywhere: in
-    scoring, in the reference, in the loss."""
+    """Samples from this many of the likeliest tokens; 0 from all. With it, `top_p` or `min_p`,
+    scoring, reference and loss take probabilities over the tokens that were left to draw from."""
     top_p: float = 1.0
-    """Samples from the fewest of the likeliest tokens, of those that `top_k` leaves, that have
-    this share of their probability."""
+    """Samples from the fewest of the likeliest tokens that make up this share of the probability,
+    that of `top_k`'s tokens where it is given."""
     min_p: float = 0.0
     """Samples from tokens that have at least this share of the likeliest one's probability."""
 

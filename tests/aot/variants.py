@@ -7,12 +7,13 @@ It runs without TRITON_INTERPRET, over the fake driver of the benchmarks.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,34 @@ SHAPES = ((4, 9), (1, 1), (2, 16), (3, 33), (16, 64), (5, 128), (33, 130), (2, 7
 VOCABS = (33, 48, 2052, 4096)
 # Ops whose calls have a vocabulary, and small ones for these.
 HEAD_SHAPES = ((4, 9), (1, 1), (2, 16), (3, 33))
+# Of a support, ids kept beside them, and hidden sizes of whole vectors and of others.
+SUPPORTS = ((1, 24), (20, 25), (40, 300))
+OVER_SUPPORTS = {
+    "token_logprobs over supports": "token_logprobs",
+    "linear_token_logprobs over supports": "linear_token_logprobs",
+}
+
+
+def calls() -> dict[str, Callable[..., Any]]:
+    """The factory of every op's calls, those over supports beside the others."""
+    from ppo_fast import testing
+
+    make = {**testing.FACTORIES, **testing.HEADS}
+    return make | {
+        name: functools.partial(make[op], kept=5, **({"sparse": True} if "linear" in op else {}))
+        for name, op in OVER_SUPPORTS.items()
+    }
 
 
 def sizes(op: str) -> Iterator[Any]:
     """One kind of call, dense, in many sizes."""
     from ppo_fast import testing
 
-    make = {**testing.FACTORIES, **testing.HEADS}[op]
-    if op in testing.HEADS or op == "token_logprobs":
+    make = calls()[op]
+    if op in OVER_SUPPORTS:
+        for (kept, width), vocab, shape in itertools.product(SUPPORTS, VOCABS[:2], HEAD_SHAPES):
+            yield make(shape, vocab, *([width] if "linear" in op else []), kept=kept)
+    elif op in testing.HEADS or op == "token_logprobs":
         for vocab, shape in itertools.product(VOCABS, HEAD_SHAPES):
             yield make(shape, vocab)
     else:
@@ -84,7 +105,7 @@ def main() -> None:
     from ppo_fast import testing
 
     result = {}
-    for op, make in {**testing.FACTORIES, **testing.HEADS}.items():
+    for op, make in calls().items():
         # What the launches leave unwritten is NaN, so that no path depends on old memory.
         with testing.poisoned_allocations():
             with fake_driver.recording() as record:

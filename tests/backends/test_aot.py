@@ -270,6 +270,19 @@ def test_scaled_gradients_move_16_bytes(dtype: str, in_place: bool) -> None:
     assert len(wide) == 2 * vectors, accesses
 
 
+@pytest.mark.parametrize(("x", "align", "loads"), [("*bf16:16", 8, 4), ("*fp32:16", 4, 8)])
+def test_the_sparse_head_reads_16_bytes_a_load(x: str, align: int, loads: int) -> None:
+    """Of vectors whose ends are on 16 bytes, the last columns of them too; nothing waits for other
+    warps, but for the logits' sums over the hidden size."""
+    wanted = {"ALIGN": align}
+    products = inner_loops(ptx_of("sparse_head.pair_logits_kernel", weight_ptr=x, **wanted))
+    sums = inner_loops(ptx_of("sparse_head.pair_sums_kernel", x_ptr=x, LANES=1024, **wanted))
+    for loop in (max(products, key=len), max(sums, key=len)):
+        assert len([y for y in re.findall(r"ld\.global\S*", loop) if re.search(FULL, y)]) == loads
+        assert not re.search(r"ld\.global\.(?:b16|v2)", loop)
+        assert "bar.sync" not in loop and "shfl" not in loop
+
+
 @pytest.mark.parametrize(("align", "width"), [(4, r"v2\.b32|b64"), (2, r"\.b32"), (1, r"\.b16")])
 def test_logprobs_width_follows_alignment(align: int, width: str) -> None:
     """Rows of an odd V start anywhere: narrower loads of the same lanes, so the same bits."""

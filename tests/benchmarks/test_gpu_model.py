@@ -79,6 +79,15 @@ def test_of_ways_that_move_the_same_the_shorter_is_counted() -> None:
     assert [x.name for x in code.once()] == ["BRA", "LDG.E", "EXIT"]
 
 
+def test_a_loop_may_be_the_last_thing() -> None:
+    """It is left by an EXIT under a condition, and nothing follows."""
+    lines = ("NOP", "@P2 EXIT", "LDG.E R1, [R2]", "STG.E [R4], R1", "@P0 EXIT", "BRA 0x20")
+    code = Code(listing(*lines))
+    (loop,) = code.loops
+    assert [x.address for x in code.turn(loop)] == [0x20, 0x30, 0x40, 0x50]
+    assert [x.name for x in code.once()] == ["NOP", "EXIT"]
+
+
 def test_the_way_through_a_loop_is_taken() -> None:
     """Not the one past it, though it is shorter."""
     code = Code(listing("@P0 BRA 0x40", "NOP", "LDG.E R1, [R2]", "@P1 BRA 0x20", "EXIT"))

@@ -68,6 +68,11 @@ def rollout_of(t: Trainer) -> Rollout:
     return t.sampler.rollout(taken, t.backend)
 
 
+def ids_of(support: Any) -> list[list[int]]:
+    """The ids of every row of a support."""
+    return [ids.tolist() for ids in support.ids.tensor_split(support.offsets[1:-1].cpu())]
+
+
 def batch_of(t: Trainer, scores: Scores | None = None) -> tuple[Rollout, Batch, Plan]:
     """A rollout, the batch made of it and the plan its old log-probs were scored in."""
     rollout = rollout_of(t)

@@ -24,6 +24,7 @@ RUNS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "ddp-fp32": (torch.float32, {}),
     "ddp-logits-separate": (torch.float64, {"head": "logits", "critic": "separate"}),
     "ddp-gspo-all-layers": (torch.float64, {"variant": "gspo", "train_layers": 0}),
+    "ddp-truncated": (torch.float64, {"top_p": 0.8, "min_p": 0.1}),
     "fsdp2": (torch.float64, {"parallel": "fsdp2"}),
     "fsdp2-logits": (torch.float64, {"parallel": "fsdp2", "head": "logits"}),
     "fsdp2-all-layers-separate": (

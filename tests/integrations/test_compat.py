@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from installed import assert_near_whitened, functions, source
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast import compat, testing
-from ppo_fast.testing import Call
+from ppo_fast import Support, compat, testing
+from ppo_fast.ops.support import BACKENDS
+from ppo_fast.testing import Call, same_bits
 from ppo_fast.testing.conditions import CONDITIONS
 from ppo_fast.testing.loss_conditions import kl_term
 
@@ -69,6 +72,84 @@ def test_selective_log_softmax_and_entropy(backend: str, device: str, dtype: tor
     testing.assert_agrees(
         call, backend, {"logprobs": logprobs, "entropy": entropy, "grad_logits": grad}
     )
+
+
+@pytest.fixture(params=BACKENDS)
+def kept_on(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A backend that has a support, and its device."""
+    from conftest import usable
+
+    backend = usable(request.param)
+    on_gpu = backend != "cpu" and torch.cuda.is_available()
+    return backend, "cuda" if on_gpu else "cpu"
+
+
+def test_functions_over_a_support(kept_on: tuple[str, str]) -> None:
+    """Value and gradient of those that take one are the op's, which test_support.py holds."""
+    backend, device = kept_on
+    call = testing.logprobs_call((3, 5), 37, device=device, temperature=1.0, mask=None, kept=6)
+    support, tokens = call.options["support"], call.tensors["tokens"]
+    assert bool(support.missed(tokens).logical_not().any()) and support.n_whole
+    results = []
+    for function in _over_support(tokens, support):
+        leaf = call.tensors["logits"].clone().requires_grad_()
+        with ppo_fast.use_backend(backend):
+            logprobs, entropy = function(leaf)
+        outputs = {
+            k: x for k, x in (("logprobs", logprobs), ("entropy", entropy)) if x is not None
+        }
+        results.append((logprobs, entropy, gradient(leaf, call.cotangents, **outputs)))
+    (_, _, both), (pair_a, pair_b, pair), *single = results
+    assert same_bits(pair, both)
+    assert same_bits(pair_a, results[0][0]) and same_bits(pair_b, results[0][1])
+    testing.assert_agrees(
+        call, backend, {"logprobs": pair_a, "entropy": pair_b, "grad_logits": pair}
+    )
+    for logprobs, _, grad in single:
+        assert same_bits(logprobs, pair_a)
+        testing.assert_agrees(
+            alone(call, "logprobs"),
+            backend,
+            {"logprobs": logprobs, "entropy": pair_b, "grad_logits": grad},
+        )
+
+
+def _over_support(tokens: Tensor, support: Support) -> list[Callable[[Tensor], tuple[Any, Any]]]:
+    """The op and the functions, of logits."""
+    return [
+        lambda z: ppo_fast.token_logprobs(z, tokens, support=support),
+        lambda z: compat.selective_log_softmax_and_entropy(z, tokens, support=support),
+        lambda z: (compat.selective_log_softmax(z, tokens, support=support), None),
+        lambda z: (compat.logprobs_from_logits(z, tokens, support=support), None),
+    ]
+
+
+def test_entropy_over_the_kept_ids_alone(kept_on: tuple[str, str]) -> None:
+    """No token is added: -Σ p ln p of each row's own ids, and of all where nothing is kept."""
+    backend, device = kept_on
+    ids = torch.tensor([[4, 9, 30], [-1, -1, -1], [7, -1, -1], [0, 1, 36]], device=device)
+    x = testing.logprobs_call((4,), 37, device=device).tensors["logits"]
+    with ppo_fast.use_backend(backend):
+        got = compat.entropy_from_logits(x, support=ppo_fast.Support(ids))
+        none = compat.entropy_from_logits(x[:2], support=ppo_fast.Support(ids[1:2].repeat(2, 1)))
+    for row, kept, entropy in zip(x.double(), ids, got, strict=True):
+        kept = kept[kept >= 0]
+        logp = (row[kept] if len(kept) else row).log_softmax(-1)
+        want = -(logp.exp() * logp).sum()
+        # Some tens of roundings of numbers up to ln 37 and of logits up to 16.
+        assert abs(entropy.double() - want) <= 64 * 16 * torch.finfo(torch.float32).eps
+    assert float(got[2]) == 0.0 and same_bits(none[1], got[1])
+
+
+def test_an_index_of_several_ids_is_refused_with_a_support() -> None:
+    """Ids that the support does not keep would each have a softmax of their own."""
+    z, index = torch.zeros(2, 5), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"selective_log_softmax: index .*got \(2, 3\) beside"):
+        compat.selective_log_softmax(z, index, support=ppo_fast.Support(index))
+    with pytest.raises(
+        ValueError, match="support must have a row for each of the 2 tokens, got 1"
+    ):
+        compat.entropy_from_logits(z, support=ppo_fast.Support(index[:1]))
 
 
 def test_entropy_without_a_gradient(backend: str, device: str) -> None:

@@ -44,6 +44,26 @@ def framework(request: pytest.FixtureRequest) -> Framework:
     return request.param()
 
 
+def test_a_support_of_arrays(framework: Framework) -> None:
+    """Made of shared memory, and handed on as it is."""
+    logits, tokens = numbers(3, 9), np.array([1, 2, 8], dtype=np.int64)
+    ids, offsets = np.array([1, 5, 8, 0], dtype=np.int32), np.array([0, 2, 2, 4], dtype=np.int64)
+    shared = [compat.to_tensor(framework.make(x)) for x in (ids, offsets.astype(np.int32))]
+    support = ppo_fast.Support(*shared)
+    want = ppo_fast.token_logprobs(
+        torch.from_numpy(logits), torch.from_numpy(tokens), support=support
+    )
+    op = compat.arrays(ppo_fast.token_logprobs)
+    given = [framework.make(x) for x in (logits, tokens.astype(np.int32))]
+    got = op(*given, support=support)
+    assert all(isinstance(x, framework.kind) for x in got)
+    assert np.asarray(got.logprobs).tolist() == want.logprobs.tolist()
+    assert support.whole.tolist() == [False, True, False]
+    # Over two ids: ln of one exponential among two.
+    z = logits[0, [1, 5]].astype(np.float64)
+    assert abs(float(want.logprobs[0]) - (z[0] - np.logaddexp(*z))) < 1e-6
+
+
 def numbers(*shape: int, dtype: type = np.float32) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(dtype)
 

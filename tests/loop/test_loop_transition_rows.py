@@ -35,6 +35,27 @@ def test_rewards_of_the_tokens(tmp_path: Path, write: Any, name: str) -> None:
     assert read_transitions(path, encode, LIMITS).rows[0].rewards == [0.25, -3.0]
 
 
+OFFSETS = "support_offsets must be"
+ENDS = "from 0 to the number of support_ids"
+WITH_IDS = "of whole numbers where there are support_ids"
+IDS = "a list of ids where there are support_offsets"
+TWICE = "different for a token, got some twice at token"
+
+
+def drawn(ids: Any, offsets: Any) -> dict[str, Any]:
+    return {"support_ids": ids, "support_offsets": offsets}
+
+
+@pytest.mark.parametrize(("write", "name"), [(jsonl, "t.jsonl"), (parquet, "t.parquet")])
+def test_ids_that_tokens_were_drawn_from(tmp_path: Path, write: Any, name: str) -> None:
+    """Of some rows, of some tokens, and of a token that is not among them."""
+    rows = [{**GOOD, **drawn([3, 9, 0, 4], [0, 3, 4])}, GOOD, {**GOOD, **drawn([5], [0, 0, 1])}]
+    found = read_transitions(write(tmp_path / name, rows), encode, LIMITS)
+    assert found.faults == []
+    supports = [row.support and [x.tolist() for x in row.support] for row in found.rows]
+    assert supports == [[[3, 9, 0, 4], [0, 3, 4]], None, [[5], [0, 0, 1]]]
+
+
 BAD = [
     ({"tokens": []}, "tokens must be a list of at least one token, got []"),
     ({"tokens": None}, "tokens must be a list of at least one token, got None"),
@@ -57,6 +78,22 @@ BAD = [
     ({"prompt": "abcdefg"}, "prompt and tokens must fit the model's context of 8, got 9"),
     ({"prompt_tokens": [12]}, "prompt_tokens[0] must be a whole number in [0, 10), got 12"),
     ({"truncated": 1}, "truncated must be true or false, got 1"),
+    ({"support_ids": [3, 4]}, f"{OFFSETS} a list {WITH_IDS}, got None"),
+    ({"support_offsets": [0, 1, 2]}, f"support_ids must be {IDS}, got None"),
+    (drawn("34", [0, 1, 2]), f"support_ids must be {IDS}, got '34'"),
+    (drawn([3, 4], 2), f"{OFFSETS} a list {WITH_IDS}, got 2"),
+    (drawn([3, 4], [0, 2]), "support_offsets must have one more than tokens, 3, got 2"),
+    (drawn([3, 10], [0, 1, 2]), "support_ids[1] must be a whole number in [0, 10), got 10"),
+    (drawn([3, -1], [0, 1, 2]), "support_ids[1] must be a whole number in [0, 10), got -1"),
+    (drawn([3, 4.0], [0, 1, 2]), "support_ids[1] must be a whole number in [0, 10), got 4.0"),
+    (drawn([3, 4], [0, 1.0, 2]), "support_offsets[1] must be a whole number, got 1.0"),
+    (drawn([3, 4], [0, None, 2]), "support_offsets[1] must be a whole number, got None"),
+    (drawn([3, 4], [0, 3, 2]), "support_offsets[2] must be at least the one before, 3, got 2"),
+    (drawn([3, 4], [-1, 1, 2]), f"{OFFSETS} {ENDS}, 2, got -1 to 2"),
+    (drawn([3, 4], [1, 1, 2]), f"{OFFSETS} {ENDS}, 2, got 1 to 2"),
+    (drawn([3, 4], [0, 1, 3]), f"{OFFSETS} {ENDS}, 2, got 0 to 3"),
+    (drawn([3, 4], [0, 1, 1]), f"{OFFSETS} {ENDS}, 2, got 0 to 1"),
+    (drawn([3, 4, 5, 4], [0, 1, 4]), f"support_ids must be {TWICE} 1"),
 ]
 
 

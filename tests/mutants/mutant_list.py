@@ -15,6 +15,7 @@ from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
 from mutant_support import SUPPORT
 from mutant_surrogates import SURROGATES
+from mutant_truncation import TRUNCATION
 from mutant_weights import WEIGHTS, WEIGHTS_CPU
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -402,6 +403,7 @@ MUTANTS = {
     "numbers": NUMBERS,
     "report": REPORT,
     "runs": RUNS,
+    "truncation": TRUNCATION,
     "surrogates": SURROGATES,
     "support": SUPPORT,
     "weights": WEIGHTS,

@@ -26,6 +26,9 @@ def calls() -> dict[str, Call]:
         "ppo_loss": testing.ppo_call((4, 512)),
         "value_loss": testing.value_call((4, 512)),
         "whiten": testing.whiten_call((4, 1024)),
+        "linear_token_logprobs over a support": testing.linear_call(
+            (2, 2), 30, 512, dtype=half, mask=None, ignored=False, extras=(), kept=9, sparse=True
+        ),
     }
 
 

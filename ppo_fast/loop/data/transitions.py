@@ -197,8 +197,7 @@ def _support(ids: Any, offsets: Any, n: int, limits: Limits) -> Drawn | None:
         raise ValueError(f"support_offsets must be {wanted}, got {shown(offsets)}")
     if len(offsets) != n + 1:
         raise ValueError(
-            f"support_offsets must have a number more than there are tokens, {n + 1}, got"
-            f" {len(offsets)}"
+            f"support_offsets must have one more than tokens, {n + 1}, got {len(offsets)}"
         )
     _ids("support_ids", ids, limits)
     for i, offset in enumerate(offsets):
@@ -211,12 +210,14 @@ def _support(ids: Any, offsets: Any, n: int, limits: Limits) -> Drawn | None:
             )
     if (offsets[0], offsets[-1]) != (0, len(ids)):
         raise ValueError(
-            f"support_offsets must go from 0 to the number of support_ids, {len(ids)}, got"
+            f"support_offsets must be from 0 to the number of support_ids, {len(ids)}, got"
             f" {offsets[0]} to {offsets[-1]}"
         )
     for t, (first, last) in enumerate(pairwise(offsets)):
         if len(set(ids[first:last])) < last - first:
-            raise ValueError(f"support_ids must be different for a token, got some twice at {t}")
+            raise ValueError(
+                f"support_ids must be different for a token, got some twice at token {t}"
+            )
     return Drawn(array("i", ids), array("q", offsets))
 
 

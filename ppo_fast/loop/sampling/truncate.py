@@ -17,6 +17,21 @@ LIMIT = 4096
 _FIRST = 256  # logits that top-p looks at first: nearly always enough
 
 
+class Choice(NamedTuple):
+    """Tokens that rows of logits keep: (B, V) bool, and of each row the ids and their number.
+
+    `rows` and `ids` (M,) int64 are those of the True ones, row after row. `mass` (B,) fp64 is what
+    was cut of the probability, `limited` (B,) bool, where the limit cut.
+    """
+
+    kept: Tensor
+    rows: Tensor
+    ids: Tensor
+    counts: Tensor
+    mass: Tensor
+    limited: Tensor
+
+
 class Truncation(NamedTuple):
     """Tokens that are drawn from: `top_k`, of these `top_p`, of these `min_p` (0, 1, 0 are off).
 
@@ -34,19 +49,21 @@ class Truncation(NamedTuple):
         found = cls(config.top_k, config.top_p, config.min_p)
         return None if found == cls() else found
 
-    def kept(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens kept, (B, V) bool, the mass cut, (B,) fp64, and rows at the limit, (B,) bool.
+    def choose(self, z: Tensor) -> Choice:
+        """The tokens that are kept of `z` (B, V), logits over the temperature.
 
-        `z` (B, V) are logits over the temperature. A row's result depends on nothing but the row.
+        They depend on nothing but the row.
         """
         probs = torch.softmax(z, dim=-1)
-        total = _mass(probs)
-        threshold = z.amax(-1) + (math.log(self.min_p) if self.min_p else -math.inf)
-        mass = total
+        mass = total = _mass(probs)
+        # At least the least number: a logit of -inf is never kept.
+        threshold = torch.full_like(z[:, 0], torch.finfo(z.dtype).min)
+        if self.min_p:
+            threshold = torch.maximum(threshold, z.amax(-1) + math.log(self.min_p))
         if 0 < self.top_k < z.shape[1]:
             of_k = z.topk(self.top_k).values[:, -1]
             threshold = torch.maximum(threshold, of_k)
-            mass = _mass(probs.masked_fill(z < of_k[:, None], 0)) if self.top_p < 1 else mass
+            mass = _mass(probs, z >= of_k[:, None]) if self.top_p < 1 else mass
         if self.top_p < 1:
             target = self.top_p * mass
             of_p, found = _reached(z, probs, target, _FIRST)
@@ -54,13 +71,17 @@ class Truncation(NamedTuple):
             if len(more):
                 of_p[more], _ = _reached(z[more], probs[more], target[more], LIMIT)
             threshold = torch.maximum(threshold, of_p)
-        kept = (z >= threshold[:, None]) & (z > -math.inf)
-        limited = kept.sum(-1) > LIMIT
+        kept = z >= threshold[:, None]
+        rows, ids, counts = _listed(kept)
+        limited = counts > LIMIT
         over = limited.nonzero().squeeze(1)
         if len(over):
             kept[over] &= _likeliest(z[over])
-        cut = 1 - _mass(probs.masked_fill(~kept, 0)) / total
-        return kept, cut.clamp(min=0), limited
+            rows, ids, counts = _listed(kept)
+        sums = probs[rows, ids].cumsum(0, dtype=torch.float64)
+        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        mass = 1 - torch.cat([sums.new_zeros(1), sums])[ends].diff() / total
+        return Choice(kept, rows, ids, counts, mass.clamp(min=0), limited)
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
@@ -69,9 +90,18 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
     return wide if temperature == 1 else wide / temperature  # the division costs a pass
 
 
-def _mass(probs: Tensor) -> Tensor:
-    """Sums of the rows, (B,) fp64, in an order that does not depend on the batch."""
-    return probs.cumsum(-1, dtype=torch.float64)[:, -1]
+def _listed(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and id of every True one, and their number by row: a sum of bools would convert all."""
+    rows, ids = kept.nonzero(as_tuple=True)
+    return rows, ids, rows.bincount(minlength=len(kept))
+
+
+def _mass(probs: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Sums of the rows, or of what is kept of them, (B,) fp64."""
+    masked = probs if kept is None else torch.where(kept, probs, 0)
+    # Two rows at least: one alone would be shared out among threads, and summed in another order.
+    rows = masked if len(masked) > 1 else masked.expand(2, -1)
+    return rows.sum(-1, dtype=torch.float64)[: len(masked)]
 
 
 def _reached(z: Tensor, probs: Tensor, target: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -111,12 +141,11 @@ class Kept:
 
         Of the rows that are `alive`, which are the rows `going` of the response, it is taken down.
         """
-        kept, mass, limited = self._truncation.kept(scaled(logits, temperature))
-        live = kept[alive]
-        self._ids.append(live.nonzero()[:, 1].int())
-        self._counts[going, t] = live.sum(1)
-        self._mass[going, t], self._limited[going, t] = mass[alive], limited[alive]
-        return logits.masked_fill(~kept, -math.inf)
+        found = self._truncation.choose(scaled(logits, temperature))
+        self._ids.append(found.ids[alive[found.rows]].int())
+        self._counts[going, t] = found.counts[alive]
+        self._mass[going, t], self._limited[going, t] = found.mass[alive], found.limited[alive]
+        return logits.masked_fill(~found.kept, -math.inf)
 
     def support(self) -> tuple[Support, Cut]:
         """The support of the (n, T) slots up to the last step, row after row, and their cut."""
