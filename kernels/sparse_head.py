@@ -217,13 +217,15 @@ def pair_sums_kernel(
     parts_end = part + tl.maximum(count - 1, 0) // SEGMENT
     for column in tl.range(0, width, LANES):
         columns, within = columns_of(column, width, LANES, ALIGN)
-        total = summed(
-            *(grads_ptr, index_ptr, x_ptr, x_stride, start, last, n_source),
-            *(columns, within, PAIRS, LANES, ALIGN),
-        )
-        for p in tl.range(part, parts_end):
-            at = parts_ptr + aligned(p * parts_stride, ALIGN) + columns
-            total += tl.load(at, mask=within, other=0.0)
+        total = tl.zeros([LANES], tl.float32)
+        if count > 0:
+            total = summed(
+                *(grads_ptr, index_ptr, x_ptr, x_stride, start, last, n_source),
+                *(columns, within, PAIRS, LANES, ALIGN),
+            )
+            for p in tl.range(part, parts_end):
+                at = parts_ptr + aligned(p * parts_stride, ALIGN) + columns
+                total += tl.load(at, mask=within, other=0.0)
         tl.store(to_ptr + columns, rounded(total, to_ptr.dtype.element_ty), mask=within)
     if sums_ptr is not None:
         sums = tl.zeros([SUM_LANES], tl.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import launches
@@ -427,6 +428,29 @@ def test_strides_and_alignment_change_no_bit(
     ids = torch.cat([head.pairs.ids.new_zeros(extra), head.pairs.ids])[extra:]
     pairs = head.pairs._replace(ids=ids)
     got = every_result(kernel, Head(inside(head.hidden), inside(head.weight), pairs))
+    for name, x in want.items():
+        assert same_bits(got[name], x), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_vectors_beyond_2_31_elements(
+    kernel: str, device: str, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """In sparse files, of which what is not touched takes no room."""
+    if device != "cpu":
+        pytest.skip("the files' tensors are on the CPU")
+    head = make(device, [2, 1, 4], vocab=3, dtype=dtype)
+    want = every_result(kernel, head)
+
+    def far_apart(name: str, x: Tensor) -> Tensor:
+        stride = 2**30 + 8  # the third begins beyond 2^31
+        room = torch.from_file(
+            str(tmp_path / name), shared=True, size=3 * stride, dtype=x.dtype
+        ).as_strided(x.shape, (stride, 1))
+        return room.copy_(x)
+
+    far = Head(far_apart("hidden", head.hidden), far_apart("weight", head.weight), head.pairs)
+    got = every_result(kernel, far)
     for name, x in want.items():
         assert same_bits(got[name], x), name
 
