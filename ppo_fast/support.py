@@ -58,7 +58,8 @@ class Support:
         self.offsets = offsets
         self._ends = offsets.cpu()
         self.sparse = sparse
-        self._of = int(self._ends[-1]), int((self._ends.diff() > 0).sum())
+        # The counts that decide, of this support's rows and of all that are taken from it.
+        self._counted = int(self._ends[-1]), int((self._ends.diff() > 0).sum())
         self._find_whole()
 
     def _find_whole(self) -> None:
@@ -108,7 +109,7 @@ class Support:
         places = torch.arange(total, device=self.ids.device) + shift
         part = object.__new__(Support)
         part.ids, part.offsets, part._ends = self.ids[places], offsets, ends
-        part.sparse, part._of = self.sparse, self._of
+        part.sparse, part._counted = self.sparse, self._counted
         part._find_whole()
         return part
 
@@ -116,7 +117,7 @@ class Support:
         """The same support on a device."""
         moved = object.__new__(Support)
         moved.ids, moved.offsets = self.ids.to(device), self.offsets.to(device)
-        moved._ends, moved.sparse, moved._of = self._ends, self.sparse, self._of
+        moved._ends, moved.sparse, moved._counted = self._ends, self.sparse, self._counted
         moved.n_whole, moved.whole_index = self.n_whole, self.whole_index.to(device)
         return moved
 
@@ -129,7 +130,7 @@ class Support:
         """True where the head multiplies the kept rows of its weight alone, of `vocab` in all."""
         if self.sparse is not None:
             return self.sparse
-        pairs, rows = self._of
+        pairs, rows = self._counted
         kind = "cpu" if self.ids.device.type == "cpu" else "cuda"
         return pairs * BREAK_EVEN[kind] < rows * vocab
 

@@ -20,8 +20,10 @@ from ppo_fast import compat, surrogates
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._first_call import first_of_head, first_tokens
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
+from ppo_fast.integrations._verl_support import model_outputs, packed, without_support
 
 _CORE = "verl.trainer.ppo.core_algos"
+_ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 _FUSED = "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward"
 Options = dict[str, Any]
 _MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
@@ -369,6 +371,7 @@ integration = Integration(
     package="verl",
     version="0.9.1",
     extra="verl",
+    on_request=("support",),
     swaps=(
         *(
             Swap(
@@ -395,6 +398,13 @@ integration = Integration(
             _FUSED,
             _linear,
             sample=first_of_head("hidden_states", "vocab_weights", "input_ids"),
+        ),
+        Swap(
+            "support",
+            f"{_ENGINE}.prepare_model_outputs",
+            model_outputs,
+            sample=without_support,
+            view=packed,
         ),
     ),
 )

@@ -26,7 +26,7 @@ from ppo_fast.loop.data.experience import (
 )
 from ppo_fast.loop.data.prompts import Prompt, PromptStream, Row, as_rows, columns_of
 from ppo_fast.loop.data.replay import TransitionStream
-from ppo_fast.loop.data.sequences import Scores, Sequences
+from ppo_fast.loop.data.sequences import Rollout, Scores, Sequences
 from ppo_fast.loop.evaluate import Evaluation
 from ppo_fast.loop.log.history import History, Record
 from ppo_fast.loop.log.meter import Phases
@@ -116,7 +116,9 @@ class PPO:
         }
         if seqs.mask.any():
             record |= self._learn(sample, seqs, phases)
-            self.last_batch = None if self.stored else sample
+            # Without its ids, which may be more than all else and are drawn anew to compare.
+            plain = Rollout(sample.rollout.seqs._replace(support=None), sample.rollout.logprobs)
+            self.last_batch = None if self.stored else sample._replace(rollout=plain)
         took = sum(s for phase, s in phases.seconds.items() if phase != "evaluation")
         tokens = int(sample.rollout.seqs.mask.sum())
         record["tokens_per_second"] = tokens / took if took else math.nan

@@ -27,6 +27,7 @@ RUNS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "ddp-truncated": (torch.float64, {"top_p": 0.8, "min_p": 0.1}),
     "fsdp2": (torch.float64, {"parallel": "fsdp2"}),
     "fsdp2-logits": (torch.float64, {"parallel": "fsdp2", "head": "logits"}),
+    "fsdp2-truncated": (torch.float64, {"parallel": "fsdp2", "top_k": 4}),
     "fsdp2-all-layers-separate": (
         torch.float64,
         {"parallel": "fsdp2", "critic": "separate", "train_layers": 0},

@@ -77,6 +77,13 @@ def test_loaded_by_the_environment_variable() -> None:
     assert "ppo_fast: patched verl.trainer.ppo.core_algos" in done.stderr
 
 
+def test_ops_by_name() -> None:
+    done = python(ACTIVE, VERL_USE_EXTERNAL_MODULES=PLUGIN, PPO_FAST_VERL_OPS="kl,gae")
+    assert done.stdout.strip() == "['gae', 'kl']", done.stderr
+    done = python(ACTIVE, VERL_USE_EXTERNAL_MODULES=PLUGIN, PPO_FAST_VERL_OPS="gea")
+    assert done.returncode != 0 and "verl: ops must be among" in done.stderr
+
+
 def test_loaded_by_the_entry_point(tmp_path: Path) -> None:
     """pyproject.toml's own entry point, in the group that verl looks through."""
     assert f'ppo_fast = "{PLUGIN}"' in (ROOT / "pyproject.toml").read_text()

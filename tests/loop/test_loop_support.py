@@ -14,11 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop_helpers import TEXTS, batch_of, ids_of, rollout_of, tiny, trainer, weights
 from rich.console import Console
+from torch.nn.functional import pad
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import ppo_fast
 from ppo_fast.loop import OptionError, TrainConfig, Trainer, preflight
 from ppo_fast.loop.data.experience import joined, supported
+from ppo_fast.loop.data.sequences import Cut, Rollout, Sequences
+from ppo_fast.loop.log.meter import Phases
+from ppo_fast.loop.sampling import truncate
 from ppo_fast.loop.sampling.generate import draw, generate
 from ppo_fast.loop.sampling.sampler import encode
 from ppo_fast.loop.sampling.truncate import LIMIT, Truncation, held_at_most, require_support
@@ -78,6 +82,7 @@ def some_logits(n: int, vocab: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("vocab", [1, 2, 300, 1500])
 def test_the_kept_set_is_the_one_spelled_out(vocab: int, t: Truncation) -> None:
     z = some_logits(8, vocab, vocab)
+    z[1, 3:] = -torch.inf
     z[2, vocab // 2 :] = torch.where(torch.arange(vocab - vocab // 2) > 0, -torch.inf, 1.0)
     kept, rows, ids, counts, cut, limited = t.choose(z)
     assert torch.equal(kept.nonzero(), torch.stack([rows, ids], 1))
@@ -121,9 +126,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("t", [*SOME, Truncation(top_p=0.99999)], ids=str)
 @pytest.mark.parametrize(("dtype", "vocab"), [(torch.float32, 49152), (torch.float64, 6000)])
-def test_a_row_is_cut_by_itself(
-    t: Truncation, dtype: torch.dtype, vocab: int, two_threads: None
-) -> None:
+def test_a_row_is_cut_by_itself(t: Truncation, dtype: torch.dtype, vocab: int) -> None:
     z = some_logits(6, vocab, 4).to(dtype)
     together = t.choose(z)
     for i in range(6):
@@ -132,6 +135,14 @@ def test_a_row_is_cut_by_itself(
         # differences of sums over all six rows, which are at most 6
         bound = 6 * vocab * 6 * 2**-53
         assert float(together.mass[i]) == pytest.approx(float(alone.mass), rel=0, abs=bound)
+
+
+def test_a_long_rows_mass_is_summed_in_one_order(two_threads: None) -> None:
+    """Top-p compares it with sums of probabilities: its last bit may decide on a token."""
+    probs = torch.softmax(some_logits(6, 49152, 4).float(), -1)
+    together = truncate._mass(probs)
+    alone = torch.cat([truncate._mass(row[None]) for row in probs])
+    assert torch.equal(together, alone)
 
 
 def test_at_most_so_many_ids_are_kept() -> None:
@@ -155,8 +166,8 @@ def test_draws_invert_the_cdf_of_what_is_kept_in_the_order_of_ids(tmp_path: Path
     tokens, attention = encode(tokenizer, TEXTS * 2, CPU)
     t, temperature, eos = Truncation(top_k=100, top_p=0.7), 0.8, list(range(0, 300, 4))
     options = {"max_new_tokens": 6, "temperature": temperature, "eos": eos, "truncation": t}
-    found = generate(model, tokens, attention, generator=seeded(5), backend="reference", **options)
-    uniforms = torch.rand(6, 16, generator=seeded(5), dtype=torch.float64)
+    found = generate(model, tokens, attention, generator=seeded(6), backend="reference", **options)
+    uniforms = torch.rand(6, 16, generator=seeded(6), dtype=torch.float64)
     support, mask = found.seqs.support, found.seqs.mask
     assert support is not None and found.cut is not None
     width, ids = mask.shape[1], ids_of(support)
@@ -309,8 +320,9 @@ def test_one_kept_token_leaves_nothing_to_learn(tmp_path: Path, head: str) -> No
 def test_the_log_counts_what_was_kept(tmp_path: Path) -> None:
     t = trainer(tmp_path, top_p=0.9)
     rollout = rollout_of(t)
-    seqs = rollout.seqs.kept([True] * 5 + [False] * 3)
-    sizes = [len(ids) for ids in ids_of(seqs.flat_support())]
+    seqs = rollout.seqs.kept([False] * 3 + [True] * 5)
+    slots = zip(ids_of(seqs.support), seqs.mask.flatten().tolist(), strict=True)
+    sizes = [len(ids) for ids, kept in slots if kept]
     assert len(sizes) == int(seqs.mask.sum()) < int(rollout.seqs.mask.sum())
     assert rollout.cut is not None and seqs.support is not None
     assert supported(seqs, rollout) == {
@@ -324,38 +336,46 @@ def test_the_log_counts_what_was_kept(tmp_path: Path) -> None:
     assert supported(seqs, rollout._replace(cut=limited))["support_limited"] == len(sizes)
     record = t.step()
     assert 0.05 < record["support_cut"] < 0.1 and record["support_limited"] == 0
+    assert t.last_batch is not None and t.last_batch.rollout.seqs.support is None
     plain = trainer(tmp_path / "plain").step()
     assert not [name for name in plain if name.startswith("support")]
 
 
 def test_rollouts_that_are_joined_keep_their_ids(tmp_path: Path) -> None:
-    """The wider pads the other, and rows are taken in another order."""
-    t = trainer(tmp_path, top_p=0.8, group=2, advantages="grpo", dynamic_filtering=2)
-    seen = []
-    sample = t.collector.sample
+    """A narrow one and a wide one, of rows in another order."""
+    t = trainer(tmp_path, top_p=0.8)
+    wide, other = (
+        t.collector.sample(t.prompts.next(8), Phases(CPU), lambda scores: scores) for _ in range(2)
+    )
+    (tokens, attention, mask, support), logprobs, cut = other.rollout
+    width, short = mask.shape[1], mask.shape[1] - 2
+    assert support is not None and cut is not None
+    slots = torch.arange(8 * width).view(8, width)[:, :short].flatten()
+    seqs = Sequences(tokens[:, :-2], attention[:, :-2], mask[:, :-2], support.rows(slots))
+    less = Rollout(seqs, logprobs[:, :-2], Cut(*(x[:, :-2] for x in cut)))
+    narrow = other._replace(rollout=less)
+    found = joined([narrow.rows([3, 0]), wide.rows([5])])
+    every, of_wide = ids_of(support), ids_of(wide.rollout.seqs.support)
+    want = [every[i * width + k] if k < short else [] for i in (3, 0) for k in range(width)]
+    assert ids_of(found.rollout.seqs.support) == want + of_wide[5 * width : 6 * width]
+    assert found.rollout.cut is not None and wide.rollout.cut is not None
+    masses = pad(cut.mass[[3, 0], :-2], (0, 2))
+    assert torch.equal(found.rollout.cut.mass[:2], masses)
+    assert torch.equal(found.rollout.cut.mass[2], wide.rollout.cut.mass[5])
 
-    def kept(*args: Any) -> Any:
-        seen.append(sample(*args))
-        if len(seen) == 1:  # narrower than the other
-            cut = seen[0].rollout
-            short = cut.seqs.kept([True] * 16)
-            mask = short.mask.clone()
-            mask[:, -2:] = False
-            seen[0] = seen[0]._replace(rollout=cut._replace(seqs=short._replace(mask=mask)))
-        return seen[-1]
 
-    t.collector.sample = kept  # type: ignore[method-assign]
-    record, found = t.iteration()
-    assert record["rollouts"] == len(seen) and record["steps"] == 4
-    order = torch.tensor([3, 0])
-    one, two = seen[0].rows(order.tolist()), found.rows([1])
-    both = joined([one, two])
-    want = ids_of(one.rollout.seqs.flat_support()) + ids_of(two.rollout.seqs.flat_support())
-    assert ids_of(both.rollout.seqs.flat_support()) == want
-    picked = [ids_of(seen[0].rollout.rows(x[None]).seqs.support) for x in order]
-    assert ids_of(one.rollout.seqs.support) == picked[0] + picked[1]
-    assert one.rollout.cut is not None and both.rollout.cut is not None
-    assert torch.equal(both.rollout.cut.mass[:2], one.rollout.cut.mass)
+def test_filtered_groups_learn_over_what_was_kept(tmp_path: Path) -> None:
+    """Of several rollouts: the first ratio, which the update holds to 1, is of joined ones."""
+    options: dict[str, Any] = {"group": 2, "advantages": "grpo", "dynamic_filtering": 3}
+
+    def reward(prompts: list[str], texts: list[str]) -> list[float]:
+        return [float(len(text) % 2) for text in texts]
+
+    record, sample = trainer(tmp_path, reward, top_p=0.8, **options).iteration()
+    assert record["rollouts"] > 1 and record["steps"] == 4 and record["support_size"] < 300
+    seqs = sample.rollout.seqs
+    tokens = seqs.flat(seqs.response).tolist()
+    assert all(x in ids for x, ids in zip(tokens, ids_of(seqs.flat_support()), strict=True))
 
 
 def test_scoring_in_halves_is_over_the_same_ids(tmp_path: Path) -> None:

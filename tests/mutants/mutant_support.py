@@ -8,8 +8,8 @@ SUPPORT = (
     Mutant(
         "a support decides anew for its rows",
         "ppo_fast/support.py",
-        "part.sparse, part._of = self.sparse, self._of",
-        "part.sparse, part._of = self.sparse, (int(ends[-1]), len(index))",
+        "part.sparse, part._counted = self.sparse, self._counted",
+        "part.sparse, part._counted = self.sparse, (int(ends[-1]), len(index))",
         "support",
         "decision",
     ),

@@ -54,9 +54,9 @@ TRUNCATION = (
         "a long row's sum depends on the batch",
         _TRUNCATE,
         "masked if len(masked) > 1 else masked.expand(2, -1)",
-        "masked.roll(len(masked), 1)",
+        "masked",
         "loop_support",
-        "cut_by_itself",
+        "one_order",
     ),
     Mutant(
         "the limit takes ties of any ids",
@@ -72,7 +72,7 @@ TRUNCATION = (
         "found.ids[alive[found.rows]].int()",
         "found.ids.int()",
         "loop_support",
-        "invert or share",
+        "invert",
     ),
     Mutant(
         "the ids of a step are those of a row",
