@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.ops import support
 from benchmarks.ops.case import Case
 from benchmarks.ops.registry import FULL, GOALS, make_call
 from benchmarks.peers import Provider, providers_of
@@ -26,13 +27,13 @@ _RUNS_ON_SHAPES = ("ppo_fast-triton", "ppo_fast-cuda", "eager")
 
 def shapes_of(case: Case) -> Call:
     """The case's call on tensors without memory."""
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         call = make_call(replace(case, device="cpu"))
 
     def bare(x: Tensor) -> Tensor:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
-    return tree_map_only(Tensor, bare, call)
+    return support.moved(tree_map_only(Tensor, bare, call), bare)
 
 
 def rehearse(provider: Provider, case: Case, call: Call) -> str:

@@ -8,7 +8,6 @@ a real device: here its `Function.apply` runs the forward and keeps what the bac
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import math
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.gpu import fake_driver
+from benchmarks.ops import support
 from benchmarks.ops.case import Case
 from benchmarks.ops.registry import make_call
 from benchmarks.peers.base import Provider
@@ -284,13 +284,7 @@ def _on_gpu(case: Case) -> Call:
     def there(x: Tensor) -> Tensor:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
 
-    call = tree_map_only(Tensor, there, call)
-    if "support" not in call.options:
-        return call
-    support = copy.copy(call.options["support"])  # its counts stay on the host
-    for name in ("ids", "offsets", "whole_index"):
-        setattr(support, name, there(getattr(support, name)))
-    return call.option(support=support)
+    return support.moved(tree_map_only(Tensor, there, call), there)
 
 
 def traced(case: Case, provider: Provider) -> list[Step]:

@@ -5,6 +5,7 @@ A case of a support has a shape of `SHAPES`, whose name says what its dimensions
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -96,6 +97,16 @@ def inputs(case: Case, make: Callable[..., Call]) -> Call:
         ids, tokens = (x.to(case.device) for x in sampled(case.shape))
         support = Support(ids)
     return make(case, tokens=tokens.clone(), support=support)
+
+
+def moved(call: Call, there: Callable[[Tensor], Tensor]) -> Call:
+    """The call with its support's tensors replaced; what the host knows of it stays."""
+    if "support" not in call.options:
+        return call
+    support: Any = copy.copy(call.options["support"])
+    for name in ("ids", "offsets", "whole_index"):
+        setattr(support, name, there(getattr(support, name)))
+    return call.option(support=support)
 
 
 def whole(case: Case, make: Callable[..., Call]) -> Call:

@@ -19,7 +19,7 @@ from ppo_fast.ops.backward import once_differentiable, saveable
 from ppo_fast.ops.exact import exact_products
 from ppo_fast.ops.head import NOTHING_IGNORED, Head, HeadOptions, HeadRows
 from ppo_fast.ops.head_inputs import HeadInputs, computed_rows
-from ppo_fast.ops.support import Kept, gradient_over, kept_pairs, softmax_over
+from ppo_fast.ops.support import Kept, add_pairs_, gradient_over, kept_pairs, softmax_over
 from ppo_fast.support import ABSENT, Support
 
 # Pairs that are sorted at a time: a sort takes 24 bytes of each.
@@ -200,7 +200,8 @@ def _accumulate(
         softmax = Softmax(*(number[at] for number in numbers))
         dz = part.gradient(z, softmax, *(None if grad is None else grad[at] for grad in (g, h)))
         places = part.kept.rows.long(), part.kept.columns(logits.shape[1])
-        head.accumulate(logits.zero_().index_put_(places, dz, accumulate=True), x, at)
+        add_pairs_(logits.zero_(), places, dz)
+        head.accumulate(logits, x, at)
 
 
 def _gathered(logits: Tensor, kept: Kept) -> Tensor:

@@ -233,8 +233,22 @@ class _KeptLogProbs(torch.autograd.Function):
         else:
             dlogits = logits.detach().zero_() if inplace else torch.zeros_like(logits)
         places = (*unravelled(rows.long(), logits.shape[:-1]), kept.columns(vocab))
-        dlogits.index_put_(places, dz.to(dlogits.dtype), accumulate=True)
+        add_pairs_(dlogits, places, dz)
         return dlogits, None, None, None, None
+
+
+def add_pairs_(z: Tensor, places: tuple[Tensor, ...], x: Tensor) -> None:
+    """z[places] += x (M,) in the order of the pairs, without float atomics."""
+    x = x.to(z.dtype)
+    if x.numel() == 0:
+        return
+    if z.is_cuda:  # sorts the indices, where scatter_add_ would use atomics
+        z.index_put_(places, x, accumulate=True)
+        return
+    # Along one dimension a thread adds, where index_put_ would use atomics.
+    extent = 1 + sum((n - 1) * step for n, step in zip(z.shape, z.stride(), strict=True))
+    at: Any = sum(index * step for index, step in zip(places, z.stride(), strict=True))
+    z.as_strided((extent,), (1,)).scatter_add_(0, at, x)
 
 
 def _of_whole(s: Scoring, kept: Kept) -> Scoring:

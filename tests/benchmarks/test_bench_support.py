@@ -36,6 +36,18 @@ def provider(case: Case, name: str) -> Provider:
     return next(p for p in providers_of(case) if p.name == name)
 
 
+def test_a_gpu_s_supports_follow_the_same_law() -> None:
+    """Drawn without a weight for every id of every row. The most frequent of 151936 ids has a
+    probability of 1/12.5: of 128 draws one at least is it, but in one row of 40000."""
+    shape = support.GPU_SHAPES[128]
+    ids, tokens = support.sampled(shape)
+    rows, vocab = shape.dims[:2]
+    assert ids.shape == (rows, 128) and torch.equal(ids[:, 0], tokens)
+    assert int(ids.min()) >= 0 and int(ids.max()) < vocab
+    assert bool((ids.sort(1).values.diff() > 0).all())
+    assert int(ids.flatten().bincount().max()) > 0.99 * rows
+
+
 @pytest.mark.parametrize("name", [support.K20, support.K512, support.UNIFORM])
 def test_a_row_keeps_each_id_once_and_its_token(name: str) -> None:
     ids, tokens = support.sampled(support.SHAPES[name])

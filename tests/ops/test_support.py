@@ -407,3 +407,35 @@ def test_absent_ids_are_left_out(dtype: torch.dtype) -> None:
     for support in (padded, flat):
         assert support.ids.tolist() == [1, 4, 0, 2, 3, 5]
         assert support.offsets.tolist() == [0, 2, 2, 5, 6] and support.n_whole == 1
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
+def test_no_rows(backend: str, shape: tuple[int, ...]) -> None:
+    for sparse in (True, False):
+        call = linear_call(shape, 19, mask=None, kept=5, sparse=sparse)
+        out = run(call, backend)
+        assert out["logprobs"].shape == shape and not bool(out["grad_weight"].any())
+    out = run(logprobs_call(shape, 19, mask=None, kept=5), backend)
+    assert out["logprobs"].shape == shape and out["grad_logits"].shape == (*shape, 19)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_logits_of_any_strides(kernel: str, inplace: bool) -> None:
+    """A cut of longer sequences, where gradients are added too, one id three times."""
+    every = torch.randn(3, 4, 11, generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([[1, 2, 5], [3, 4, 5], [6, 7, 8]])
+    support = Support(torch.tensor([[5, 5, 5, i] for i in range(9)]))
+    grads = []
+    for cut in (True, False):
+        leaf = (every if cut else every[:, :-1].contiguous()).clone().requires_grad_()
+        z = leaf * 1.0
+        out = ppo_fast.token_logprobs(
+            z[:, :-1] if cut else z,
+            tokens,
+            support=support,
+            inplace_backward=inplace,
+            backend=kernel,
+        )
+        (out.logprobs + out.entropy).sum().backward()
+        grads.append(leaf.grad[:, :3])
+    assert same_bits(*grads)
