@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from ppo_fast.loop import TrainConfig, ppo
-from ppo_fast.loop.cli import parse
 from ppo_fast.loop.data.experience import Scored
 from ppo_fast.loop.data.sequences import Rollout, Sequences
 from ppo_fast.loop.log.history import fifths
@@ -272,6 +271,8 @@ def kept(path: Path, options: list[str]) -> Curves:
 
 def main() -> None:
     """Train every seed both ways, write the curves, the figure and the tables."""
+    from ppo_fast.loop.cli import parse  # tyro is not everywhere that tests are collected
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--top-p", type=float, default=0.9)
