@@ -14,7 +14,7 @@ from torch import Tensor
 # Pairs (row, id) whose sparse products cost as much as a row of the dense head's, as a share of
 # the vocabulary: sparse is chosen where pairs · this < rows · V. Measured on a CPU
 # (benchmarks/README.md), computed from bytes for a GPU.
-BREAK_EVEN = {"cpu": 16, "cuda": 192}
+BREAK_EVEN = {"cpu": 8, "cuda": 192}
 ABSENT = -1
 _INTEGERS = (torch.int64, torch.int32)
 _LARGEST = (1 << 31) - 1  # ids are kept as int32; a larger one is wrong in every vocabulary

@@ -31,14 +31,14 @@ class Kept(NamedTuple):
     frozen: bool = False
 
 
-K20, K128, K512, K2048, K4096 = (f"support-{n}" for n in (20, 128, 512, 2048, 4096))
+K20, K128, K512, K4096, K8192 = (f"support-{n}" for n in (20, 128, 512, 4096, 8192))
 FROZEN, UNIFORM = "support-20-frozen", "support-20-uniform"
 _KEPT = {
     K20: Kept(20),
     K128: Kept(128),
     K512: Kept(512),
-    K2048: Kept(2048),  # below and above the share of the vocabulary from which on a CPU's head
-    K4096: Kept(4096),  # multiplies all of it
+    K4096: Kept(4096),  # below and above the share of the vocabulary from which on a CPU's head
+    K8192: Kept(8192),  # multiplies all of it
     FROZEN: Kept(20, frozen=True),
     UNIFORM: Kept(20, uniform=True),
 }

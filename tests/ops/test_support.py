@@ -282,10 +282,10 @@ def test_the_decision_is_carried_to_the_rows() -> None:
     """From the counts of what was made first, whatever part of it is taken."""
     ids = torch.arange(40).view(4, 10)
     small = Support(torch.cat([ids.flatten(), torch.arange(200)]), torch.tensor([0, 10, 20, 240]))
-    assert small.is_sparse(2000) and not small.is_sparse(1000)
+    assert small.is_sparse(1000) and not small.is_sparse(500)
     for row in (0, 2):
         part = small.rows(torch.tensor([row]))
-        assert part.is_sparse(2000) and not part.is_sparse(1000)
+        assert part.is_sparse(1000) and not part.is_sparse(500)
     assert Support(ids, sparse=True).is_sparse(1) and not Support(ids, sparse=False).is_sparse(99)
 
 
