@@ -16,6 +16,7 @@ from ppo_fast._results import (
     RolloutWeights,
     Stats,
     TokenLogProbs,
+    TopKDivergence,
 )
 from ppo_fast.corrections import Correction
 from ppo_fast.ops.few_rows_linear import few_rows_linear
@@ -29,6 +30,7 @@ from ppo_fast.ops.logprobs import token_logprobs
 from ppo_fast.ops.ppo_loss import ppo_loss
 from ppo_fast.ops.rlhf_advantages import rlhf_advantages
 from ppo_fast.ops.rollout_weights import off_policy_mask, rollout_weights
+from ppo_fast.ops.topk_divergence import topk_divergence
 from ppo_fast.ops.value_loss import value_loss
 from ppo_fast.ops.whiten import whiten
 from ppo_fast.support import Support
@@ -51,6 +53,7 @@ __all__ = [
     "Surrogate",
     "TokenLogProbs",
     "TokenTerms",
+    "TopKDivergence",
     "backends",
     "few_rows_linear",
     "gae",
@@ -66,6 +69,7 @@ __all__ = [
     "rollout_weights",
     "surrogates",
     "token_logprobs",
+    "topk_divergence",
     "use_backend",
     "value_loss",
     "whiten",

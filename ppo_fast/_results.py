@@ -236,6 +236,14 @@ class TokenLogProbs(NamedTuple):
     entropy: Tensor
 
 
+class TopKDivergence(NamedTuple):
+    """Divergence per token, and student's and teacher's mass of the K ids, detached: `(...)`."""
+
+    divergence: Tensor
+    student_mass: Tensor
+    teacher_mass: Tensor
+
+
 class Loss(NamedTuple):
     """A 0-d differentiable loss and its statistics."""
 
