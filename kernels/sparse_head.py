@@ -235,7 +235,7 @@ def pair_sums_kernel(
         tl.store(sums_ptr + row, pair_sum(sums, SUM_LANES))
 
 
-class Pairs(NamedTuple):
+class Addends(NamedTuple):
     """Pairs of output rows: the vector of each, where each row's begin, and its flag."""
 
     index: Tensor  # (pairs,)
@@ -248,7 +248,7 @@ def steps_for(rows: int) -> int:
     return (rows - 1).bit_length()
 
 
-def _sums(grads: Tensor, pairs: Pairs, x: Tensor, out: Tensor, sums: Tensor | None) -> None:
+def _sums(grads: Tensor, pairs: Addends, x: Tensor, out: Tensor, sums: Tensor | None) -> None:
     """The launches. Fill `out` and `sums`, from the rows of `x`."""
     rows, width = out.shape
     source = x.shape[0]
@@ -298,7 +298,7 @@ def sparse_hidden_grad(
     """The op of ppo_fast/_boundary/schema.py: (N, H) in the weight's dtype."""
     out = weight.new_empty(mask.shape[0], weight.shape[1])
     if out.numel():
-        _sums(grad_logits, Pairs(ids, offsets, flag_bytes(mask)), weight, out, None)
+        _sums(grad_logits, Addends(ids, offsets, flag_bytes(mask)), weight, out, None)
     return out
 
 
@@ -309,5 +309,5 @@ def sparse_weight_grad(
     out = hidden.new_empty(starts.shape[0] - 1, hidden.shape[1])
     sums = torch.empty(out.shape[0], dtype=torch.float32, device=hidden.device)
     if sums.numel():
-        _sums(grad_logits, Pairs(rows, starts, None), hidden, out, sums)
+        _sums(grad_logits, Addends(rows, starts, None), hidden, out, sums)
     return out, sums

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Pairs (row, id) whose sparse products cost as much as a row of the dense head's, as a share of
-# the vocabulary: sparse is chosen where pairs · this < rows · V. Measured on a CPU
-# (benchmarks/README.md), computed from bytes for a GPU.
+# Sparse is chosen where pairs · this < rows · V: V over the kept ids of a row at which products
+# with these rows of the weight alone cost as much as the dense way over a support. Measured on a
+# CPU (benchmarks/README.md), computed from bytes for a GPU.
 BREAK_EVEN = {"cpu": 8, "cuda": 192}
 ABSENT = -1
 _INTEGERS = (torch.int64, torch.int32)
@@ -56,26 +56,21 @@ class Support:
             ids, offsets = ids[present], before[offsets]
         self.ids = ids.clamp(ABSENT - 1, _LARGEST).int()
         self.offsets = offsets
-        self._ends = offsets.cpu()
+        self.ends = offsets.cpu()  # the offsets on the host
         self.sparse = sparse
         # The counts that decide, of this support's rows and of all that are taken from it.
-        self._counted = int(self._ends[-1]), int((self._ends.diff() > 0).sum())
+        self._counted = int(self.ends[-1]), int((self.ends.diff() > 0).sum())
         self._find_whole()
 
     def _find_whole(self) -> None:
-        at = (self._ends.diff() == 0).nonzero()[:, 0]
+        at = (self.ends.diff() == 0).nonzero()[:, 0]
         self.n_whole = at.numel()
         self.whole_index = at.to(self.ids.device)
 
     @property
     def n_rows(self) -> int:
         """The number of rows, N."""
-        return self._ends.numel() - 1
-
-    @property
-    def ends(self) -> Tensor:
-        """The offsets on the host."""
-        return self._ends
+        return self.ends.numel() - 1
 
     @property
     def counts(self) -> Tensor:
@@ -99,7 +94,7 @@ class Support:
         """The support of the rows `index`, (R,) int64, in that order, decided as this one was."""
         index = index.to(self.ids.device)
         on_host = index.cpu()
-        counts = self._ends.diff()[on_host]
+        counts = self.ends.diff()[on_host]
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         total = int(ends[-1])
         offsets = ends.to(self.ids.device)
@@ -108,7 +103,7 @@ class Support:
         )
         places = torch.arange(total, device=self.ids.device) + shift
         part = object.__new__(Support)
-        part.ids, part.offsets, part._ends = self.ids[places], offsets, ends
+        part.ids, part.offsets, part.ends = self.ids[places], offsets, ends
         part.sparse, part._counted = self.sparse, self._counted
         part._find_whole()
         return part
@@ -117,7 +112,7 @@ class Support:
         """The same support on a device."""
         moved = object.__new__(Support)
         moved.ids, moved.offsets = self.ids.to(device), self.offsets.to(device)
-        moved._ends, moved.sparse, moved._counted = self._ends, self.sparse, self._counted
+        moved.ends, moved.sparse, moved._counted = self.ends, self.sparse, self._counted
         moved.n_whole, moved.whole_index = self.n_whole, self.whole_index.to(device)
         return moved
 

@@ -69,6 +69,11 @@ def unravelled(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     return tuple(reversed(parts))
 
 
+def softcap_slope(z: Tensor, cap: float) -> Tensor:
+    """1 − (z / cap)², of logits z that are capped."""
+    return (z / cap).square_().neg_().add_(1.0)
+
+
 class HeadRows(NamedTuple):
     """The rows that are computed: their places among the tokens, and per-token arguments, (R,)."""
 
@@ -215,9 +220,9 @@ class Head:
         self.accumulate(z, x, at)
 
     def bend(self, z: Tensor) -> Tensor | None:
-        """The softcap's slope at capped logits, 1 − (z / cap)²; None without a cap."""
+        """The softcap's slope at capped logits; None without a cap."""
         cap = self.options.softcap
-        return None if cap is None else (z / cap).square_().neg_().add_(1.0)
+        return None if cap is None else softcap_slope(z, cap)
 
     @property
     def _writes_bf16(self) -> bool:

@@ -103,8 +103,7 @@ def token_logprobs(
         # Every rank masks what is ignored, whoever holds its label.
         s = s._replace(mask=kept(s))
     vocab = logits.shape[-1] if shard is None else shard.vocab
-    if support is not None:
-        check_support(_OP, support, tokens, kept(s), vocab)
+    check_support(_OP, support, tokens, s.mask, vocab)
     if _checks.DEBUG:
         _checks.tokens_in_range(_OP, tokens, kept(s), vocab)
     if name == "reference":

@@ -17,7 +17,7 @@ from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Pairs, Scoring, Softmax
 from ppo_fast.ops.backward import once_differentiable, saveable
 from ppo_fast.ops.exact import exact_products
-from ppo_fast.ops.head import NOTHING_IGNORED, Head, HeadOptions, HeadRows
+from ppo_fast.ops.head import NOTHING_IGNORED, Head, HeadOptions, HeadRows, softcap_slope
 from ppo_fast.ops.head_inputs import HeadInputs, computed_rows
 from ppo_fast.ops.support import Kept, add_pairs_, gradient_over, kept_pairs, softmax_over
 from ppo_fast.support import ABSENT, Support
@@ -62,9 +62,8 @@ class _Call(NamedTuple):
         dz = gradient_over(o.backend, z, self.kept, self.s, softmax, (g, h), o.shard)
         if o.softcap is None:
             return dz
-        inside = (z / o.softcap).square_().neg_().add_(1.0)
         # Absent pairs and masked rows may hold anything.
-        return torch.where(dz == 0, 0.0, dz * inside)
+        return torch.where(dz == 0, 0.0, dz * softcap_slope(z, o.softcap))
 
 
 class _SparseHead(torch.autograd.Function):
@@ -127,7 +126,9 @@ def _weight_gradient(call: _Call, dz: Tensor, x: Tensor, vocab: int) -> tuple[Te
         last = min(max(fits, first + 1), len(ends) - 1)
         part = dz[int(ends[first]) : int(ends[last])]
         rows = call.kept.part(slice(first, last))
-        w, b = _of_sorted(call.options.backend, rows, part, x[first:last], vocab)
+        # Wide, so that the sum of the parts is rounded once.
+        wide = x[first:last].to(dz.dtype)
+        w, b = _of_sorted(call.options.backend, rows, part, wide, vocab)
         dw += w
         db += b
         first = last
