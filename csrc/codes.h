@@ -17,6 +17,7 @@ enum class KlWeight : int { none, ratio, score };
 enum class Form : int { unclipped, max, clipped };
 enum class Masked : int { carry, zero };
 enum class ScoreAt : int { last_token, first_pad, per_token };
+enum class Divergence : int { reverse, forward, jsd, mixed };
 enum class RolloutLevel : int { none, token, sequence, geometric };
 enum class RolloutForm : int { truncate, mask };
 
@@ -110,6 +111,8 @@ enum Stat : int {
   kRolloutK3,
   kRolloutRejected,
   kRolloutMissing,
+  kDivergence,
+  kZLoss,
   kRatioMin,
   kRatioMax,
   kNStats,

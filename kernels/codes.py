@@ -37,9 +37,14 @@ SCORE_AT_LAST_TOKEN = tl.constexpr(0)
 SCORE_AT_FIRST_PAD = tl.constexpr(1)
 SCORE_AT_PER_TOKEN = tl.constexpr(2)
 
+DIVERGENCE_REVERSE = tl.constexpr(0)
+DIVERGENCE_FORWARD = tl.constexpr(1)
+DIVERGENCE_JSD = tl.constexpr(2)
+DIVERGENCE_MIXED = tl.constexpr(3)
+
 # The statistics: N_SUMS sums, then the smallest and the largest ratio.
-N_STATS = tl.constexpr(32)
-N_SUMS = tl.constexpr(30)
+N_STATS = tl.constexpr(34)
+N_SUMS = tl.constexpr(32)
 
 
 class PolicyCodes(NamedTuple):

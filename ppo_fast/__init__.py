@@ -8,6 +8,7 @@ from ppo_fast import surrogates
 from ppo_fast._backend import BackendUnavailableError, backends, use_backend
 from ppo_fast._results import (
     Advantages,
+    DivergenceLoss,
     HeadLoss,
     Loss,
     Moments,
@@ -15,6 +16,7 @@ from ppo_fast._results import (
     RolloutStats,
     RolloutWeights,
     Stats,
+    TokenDivergence,
     TokenLogProbs,
     TopKDivergence,
 )
@@ -35,6 +37,7 @@ from ppo_fast.ops.value_loss import value_loss
 from ppo_fast.ops.whiten import whiten
 from ppo_fast.support import Support
 from ppo_fast.surrogates import Surrogate, TokenTerms
+from ppo_fast.teacher import Teacher
 
 __version__ = "0.1.0"
 
@@ -42,6 +45,7 @@ __all__ = [
     "Advantages",
     "BackendUnavailableError",
     "Correction",
+    "DivergenceLoss",
     "HeadLoss",
     "Loss",
     "Moments",
@@ -51,6 +55,8 @@ __all__ = [
     "Stats",
     "Support",
     "Surrogate",
+    "Teacher",
+    "TokenDivergence",
     "TokenLogProbs",
     "TokenTerms",
     "TopKDivergence",

@@ -42,6 +42,8 @@ STATS_FIELDS = (
     "rollout_k3",
     "rollout_rejected",
     "rollout_missing",
+    "divergence",
+    "z_loss",
     "ratio_min",
     "ratio_max",
 )
@@ -52,7 +54,7 @@ N_SUMS = N_STATS - 2
 class Stats(NamedTuple):
     """Sufficient statistics of one or more loss calls.
 
-    `values` is one float64 tensor `(32,)` on the loss's device, in the order of `STATS_FIELDS`:
+    `values` is one float64 tensor `(34,)` on the loss's device, in the order of `STATS_FIELDS`:
     undivided sums and counts, then the smallest and the largest ratio. `a + b` merges
     micro-batches, `all_reduce` merges ranks, `compute` is the caller's own synchronisation.
     """
@@ -78,7 +80,8 @@ class Stats(NamedTuple):
         (Schulman 2020, "Approximating KL Divergence"). `rollout_*` are of the weights of an
         off-policy correction: their mean and effective sample size, the mean k3 of KL(rollout‖old)
         and the share of rejected tokens; `rollout_missing` counts tokens without a rollout
-        log-probability.
+        log-probability. `divergence` (from a teacher) and `z_loss`, (ln Σe^z)², are means per
+        token before their coefficients, and 0 where a loss has no such term.
         """
         s = dict(zip(STATS_FIELDS, self.values.tolist(), strict=True))
         n, m = s["n_tokens"], s["vf_n_tokens"]
@@ -88,7 +91,7 @@ class Stats(NamedTuple):
             "policy_loss": s["policy_loss"] / denom,
             "value_loss": s["vf_loss"] / vf_denom,
         }
-        for name in ("entropy", "ref_kl", "kl_k1", "kl_k2", "kl_k3"):
+        for name in ("entropy", "ref_kl", "divergence", "z_loss", "kl_k1", "kl_k2", "kl_k3"):
             out[name] = _ratio(s[name], n)
         out["ratio_mean"] = _ratio(s["ratio"], n)
         out["ratio_min"] = s["ratio_min"] if n else float("nan")
@@ -233,6 +236,22 @@ class TokenLogProbs(NamedTuple):
     """Per-token log-probability and entropy (nats), each `(...)` fp32 (fp64 for fp64 logits)."""
 
     logprobs: Tensor
+    entropy: Tensor
+
+
+class TokenDivergence(NamedTuple):
+    """Per-token divergence and student's entropy (nats), each `(...)` fp32 (fp64 for fp64)."""
+
+    divergence: Tensor
+    entropy: Tensor
+
+
+class DivergenceLoss(NamedTuple):
+    """A loss and its statistics; divergences and student's entropies `(...)`, detached."""
+
+    loss: Tensor
+    stats: Stats
+    divergence: Tensor
     entropy: Tensor
 
 

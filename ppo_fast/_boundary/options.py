@@ -226,6 +226,18 @@ class Softmax(NamedTuple):
     log_sum: Tensor
 
 
+class Teaching(NamedTuple):
+    """A teacher's rows of logits, the state of their softmax, and the divergence from it."""
+
+    logits: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+    temperature_tensor: Tensor | None  # per token
+    temperature: float
+    kind: int
+    beta: float
+
+
 class Pairs(NamedTuple):
     """(row, id) pairs of N rows, row after row; a row's first is its token.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ppo_fast._results import N_STATS, ROLLOUT_FIELDS
 from ppo_fast.corrections import FORMS as ROLLOUT_FORMS
 from ppo_fast.corrections import LEVELS
+from ppo_fast.teacher import KINDS
 
 BACKENDS = ("cpu", "triton", "cuda")
 
@@ -46,6 +47,7 @@ ENUM_CODES = {
     "Form": FORMS,
     "Masked": MASKED,
     "ScoreAt": SCORE_AT,
+    "Divergence": KINDS,
 }
 # Enumerations of ops that the CPU alone has: C++ alone gets them.
 CPU_ENUM_CODES = {
@@ -86,6 +88,29 @@ _SPARSE_HIDDEN_GRAD = (
 _SPARSE_WEIGHT_GRAD = (
     "(Tensor grad_logits, Tensor rows, Tensor starts, Tensor hidden)"
     " -> (Tensor grad_weight, Tensor grad_bias)"
+)
+# A student's rows of logits and a teacher's, (..., V) both, each with its own temperature and the
+# state (row_max, log_sum) of its softmax, which `logprobs_fwd` gave or ranks have merged: z and y
+# may be a share of the columns, of which there may be none. With p and q their probabilities and
+# m = (1 - beta) p + beta q, `kl` is the sum of p ln(p/q), or p ln(p/m) for jsd, 0 for forward;
+# `divergence` is beta kl + (1 - beta) sum q ln(q/p) for mixed, beta sum q ln(q/m) + (1 - beta) kl
+# for jsd. A term of probability 0 is 0. Nothing of a masked row is read; its results are 0.
+_DIVERGENCE_FWD = (
+    "(Tensor logits, Tensor teacher_logits, Tensor? mask, Tensor? temperature_tensor,"
+    " Tensor? teacher_temperature_tensor, Tensor row_max, Tensor log_sum, Tensor teacher_max,"
+    " Tensor teacher_log_sum, float temperature, float teacher_temperature, int kind,"
+    " float beta) -> (Tensor divergence, Tensor kl)"
+)
+# dz_j of g logprob + h entropy + c divergence, tau times it: [j = token] g - p (g + h (ln p + H))
+# + c d_j, where d_j is p (ln p - ln q - kl) for reverse, p - q for forward, beta and 1 - beta of
+# these for mixed, (1 - beta) p (ln p - ln m - kl) for jsd. `kl` is the whole row's. A token
+# outside [0, V) has no column here, and no other effect. A row with a NaN in entropy is NaN.
+_DIVERGENCE_BWD_ARGS = (
+    "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor grad_divergence, {logits} logits,"
+    " Tensor teacher_logits, Tensor tokens, Tensor? mask, Tensor? temperature_tensor,"
+    " Tensor? teacher_temperature_tensor, Tensor entropy, Tensor row_max, Tensor log_sum,"
+    " Tensor teacher_max, Tensor teacher_log_sum, Tensor kl, float temperature,"
+    " float teacher_temperature, int kind, float beta)"
 )
 # codes and params: PolicyCodes and PolicyParams of options.py.
 # grads is (n_grads, *shape): by logprobs, by entropy; the gradients are scale times it. scale is
@@ -163,6 +188,10 @@ def _fake_logprobs_bwd(grad_logprobs: Any, grad_entropy: Any, logits: Tensor, *_
     return _empty(logits, dtype=logits.dtype)
 
 
+def _fake_divergence_fwd(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _empty(logits, logits.shape[:-1]), _empty(logits, logits.shape[:-1])
+
+
 def _fake_support_fwd(logits: Tensor, offsets: Tensor, mask: Tensor, *_: Any) -> Any:
     return tuple(_empty(logits, mask.shape) for _ in range(4))
 
@@ -237,6 +266,22 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
         "sparse_head",
     ),
     "sparse_weight_grad": (_SPARSE_WEIGHT_GRAD, _fake_weight_grad, "sparse_head"),
+    "divergence_fwd": (_DIVERGENCE_FWD, _fake_divergence_fwd, "divergence"),
+    "divergence_bwd": (
+        _DIVERGENCE_BWD_ARGS.format(logits="Tensor") + " -> Tensor",
+        lambda g, h, c, logits, *_: _empty(logits, dtype=logits.dtype),
+        "divergence",
+    ),
+    "divergence_bwd_": (
+        _DIVERGENCE_BWD_ARGS.format(logits="Tensor(a!)") + " -> ()",
+        lambda *_: None,
+        "divergence",
+    ),
+    "divergence_bwd_bf16_": (
+        _DIVERGENCE_BWD_ARGS.format(logits="Tensor(a!)") + " -> ()",
+        lambda *_: None,
+        "divergence",
+    ),
     "ppo_loss": (_PPO_LOSS, _fake_loss, "ppo_loss"),
     "logits_ppo_loss": (
         _LOGITS_PPO_LOSS_ARGS.format(logits="Tensor")
@@ -292,6 +337,10 @@ _BACKENDS_OF = {
     "sparse_logits": ("cpu", "triton"),
     "sparse_hidden_grad": ("cpu", "triton"),
     "sparse_weight_grad": ("cpu", "triton"),
+    "divergence_fwd": ("cpu", "triton"),
+    "divergence_bwd": ("cpu", "triton"),
+    "divergence_bwd_": ("cpu", "triton"),
+    "divergence_bwd_bf16_": ("triton",),
     "few_rows_linear": ("cpu",),
     "rollout_weights": ("cpu",),
 }

@@ -12,7 +12,8 @@ from torch import Tensor
 from ppo_fast import _checks
 from ppo_fast._boundary.schema import compute_dtype
 from ppo_fast._results import TopKDivergence
-from ppo_fast.reference.divergence import KINDS, divergence_terms
+from ppo_fast.reference.divergence import divergence_terms
+from ppo_fast.teacher import check_kind
 
 _OP = "topk_divergence"
 TAILS = ("drop", "bucket", "renormalise")
@@ -58,9 +59,8 @@ def topk_divergence(
         ValueError: shape, device, range or a name. TypeError: dtype.
     """
     _check(logprobs, teacher_logprobs)
-    _checks.choice(_OP, "kind", kind, KINDS)
+    kind, beta = check_kind(_OP, kind, beta)
     _checks.choice(_OP, "tail", tail, TAILS)
-    _check_beta(kind, beta)
     wide = compute_dtype(logprobs)
     keep = _kept(mask, logprobs)
     # −inf has no probability, and a masked slot may hold anything.
@@ -101,12 +101,6 @@ def _check(logprobs: Tensor, teacher_logprobs: Tensor) -> None:
             f"{_OP}: logprobs must have shape (..., K) with K >= 1, got {tuple(logprobs.shape)}"
         )
     _checks.alike(_OP, logprobs, teacher_logprobs=teacher_logprobs)
-
-
-def _check_beta(kind: str, beta: float) -> None:
-    number = _checks.number(_OP, "beta", beta, 0.0, 1.0)
-    if kind == "jsd" and number in (0.0, 1.0):
-        raise ValueError(f"{_OP}: beta must be in (0, 1) with kind 'jsd', got {beta}")
 
 
 def _kept(mask: Tensor | None, logprobs: Tensor) -> Tensor:

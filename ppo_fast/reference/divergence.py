@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-KINDS = ("reverse", "forward", "jsd", "mixed")
-
 
 def divergence_terms(student: Tensor, teacher: Tensor, kind: str, beta: float) -> Tensor:
     """Terms of the divergence of log-probabilities (..., V), to be summed over the last dimension.
