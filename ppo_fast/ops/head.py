@@ -106,6 +106,8 @@ class HeadOptions(NamedTuple):
     softcap: float | None
     shard: Shard | None
     backend: str
+    # A teacher's logits before the cap are times this; without a cap it is in the temperature.
+    logit_scale: float = 1.0
 
 
 class Head:
@@ -181,8 +183,9 @@ class Head:
         z = self._z[:count]
         if self.bias is not None:
             z += self.bias
-        if self.options.softcap is not None:
-            z.div_(self.options.softcap).tanh_().mul_(self.options.softcap)
+        cap = self.options.softcap
+        if cap is not None:
+            z.div_(cap / self.options.logit_scale).tanh_().mul_(cap)
         return z
 
     def scoring(self, at: Tensor | slice) -> Scoring:
@@ -277,9 +280,12 @@ class Head:
         return dx, dw, db
 
 
-def live_rows(g: Tensor, h: Tensor) -> Tensor | None:
+def live_rows(*slopes: Tensor | None) -> Tensor | None:
     """Indices of the rows with a gradient; None on a GPU and where all have one."""
-    if g.device.type != "cpu":
+    given = [x for x in slopes if x is not None]
+    if given[0].device.type != "cpu":
         return None
-    live = (g != 0) | (h != 0)
+    live = given[0] != 0
+    for x in given[1:]:
+        live |= x != 0
     return None if bool(live.all()) else live.nonzero()[:, 0]
