@@ -60,8 +60,6 @@ class HeadTerms(NamedTuple):
         lse: Tensor,
     ) -> Tensor:
         """The loss with the terms of the tokens of `mask`, whose sums are written into `stats`."""
-        if not self.any:
-            return loss
         parts: dict[str, tuple[float | Tensor, Tensor]] = {}
         if self.teacher is not None:
             parts["divergence"] = self.teacher.coef, divergence

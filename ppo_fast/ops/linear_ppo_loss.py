@@ -85,8 +85,9 @@ class _Loss:
         if self.policy.late_denom:
             self.denom = policy.denom(self.mask)
         loss, stats, *_ = policy_loss(policy, backend, logprobs, mask, entropy, 0)
-        rows_of_loss = self.mask if mask is None else mask
-        loss = self.others.added(loss, stats, policy, rows_of_loss, self.counted, *others)
+        if others:
+            mask = self.mask if mask is None else mask
+            loss = self.others.added(loss, stats, policy, mask, self.counted, *others)
         return loss, stats, logprobs, entropy
 
     def _weights(self, at: slice) -> Tensor:
