@@ -223,8 +223,8 @@ def _check_beside(op: str, hidden: Tensor, weight: Tensor, given: HeadInputs) ->
     shape, vocab = given.hidden.shape[:-1], given.weight.shape[0]
     if hidden.shape[:-1] != shape:
         raise ValueError(
-            f"{op}: teacher.hidden must have shape {_checks.label(shape)[:-1]}, H) ="
-            f" {(*shape, 'H')}, got {tuple(hidden.shape)}"
+            f"{op}: teacher.hidden must have the student's rows, {tuple(shape)} before its H, got"
+            f" {tuple(hidden.shape)}"
         )
     if weight.shape[0] != vocab:
         raise ValueError(

@@ -5,7 +5,7 @@ another layout, fill its masked slots with garbage, take some of its rows.
 """
 
 from ppo_fast.testing.budget import assert_agrees, assert_within_budget
-from ppo_fast.testing.calls import Call, output, promoted, run, same_bits
+from ppo_fast.testing.calls import Call, arguments, output, promoted, run, same_bits
 from ppo_fast.testing.head_inputs import (
     DIVERGENCES,
     HEADS,
@@ -36,6 +36,7 @@ __all__ = [
     "HEADS",
     "LAYOUTS",
     "Call",
+    "arguments",
     "assert_agrees",
     "assert_within_budget",
     "divergence_call",

@@ -24,7 +24,6 @@ DIFFERENTIABLE = {
     "linear_token_divergence": (("hidden", "weight", "bias"), ("divergence", "entropy")),
     "linear_divergence": (("hidden", "weight", "bias"), ("loss",)),
 }
-_TEACHER = "teacher_"
 
 
 class Call(NamedTuple):
@@ -76,14 +75,14 @@ def output(result: Any) -> dict[str, Tensor]:
     return {k: v.values if isinstance(v, sums) else v for k, v in named.items()}
 
 
-def _arguments(tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments, with its teacher's made into one."""
-    if f"{_TEACHER}hidden" not in tensors:
-        return tensors | options
-    own = {k: v for k, v in tensors.items() if k.startswith(_TEACHER)}
-    given: dict[str, Any] = {k.removeprefix(_TEACHER): v for k, v in own.items()}
-    teacher = Teacher(**given, **options["teacher"])
-    return {k: v for k, v in tensors.items() if k not in own} | options | {"teacher": teacher}
+def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's tensors and options as its op takes them: those of a teacher made into one."""
+    own = {k: v for k, v in given.items() if k.startswith("teacher_")}
+    if "teacher_hidden" not in own:
+        return dict(given)
+    named = {k.removeprefix("teacher_"): v for k, v in own.items()}
+    teacher = Teacher(**named, **given["teacher"])
+    return {k: v for k, v in given.items() if k not in own} | {"teacher": teacher}
 
 
 def run(call: Call, backend: str | None) -> dict[str, Tensor]:
@@ -93,7 +92,7 @@ def run(call: Call, backend: str | None) -> dict[str, Tensor]:
     given = [name for name in leaves if name in tensors and call.cotangents]
     for name in given:
         tensors[name] = tensors[name].detach().requires_grad_()
-    out = output(getattr(ppo_fast, call.op)(**_arguments(tensors, call.options), backend=backend))
+    out = output(getattr(ppo_fast, call.op)(**arguments(tensors | call.options), backend=backend))
     if given:
         used = [name for name in outputs if name in call.cotangents]
         grads = torch.autograd.grad(

@@ -11,7 +11,7 @@ from conftest import usable
 from head_helpers import products, shape_for, short_chunks
 
 import ppo_fast
-from ppo_fast import Teacher, testing
+from ppo_fast import testing
 from ppo_fast._boundary.schema import REDUCTIONS
 from ppo_fast.teacher import KINDS
 from ppo_fast.testing import (
@@ -179,11 +179,8 @@ def test_gradcheck(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _call(call: testing.Call, backend: str) -> Any:
     """The op's own result, with its graph."""
-    given = {k.removeprefix("teacher_"): v for k, v in call.tensors.items() if "teacher_" in k}
-    own = {k: v for k, v in call.tensors.items() if "teacher_" not in k}
-    options = {k: v for k, v in call.options.items() if k != "teacher"}
-    teacher = Teacher(**given, **call.options["teacher"])
-    return getattr(ppo_fast, call.op)(teacher=teacher, **own, **options, backend=backend)
+    given = testing.arguments(call.tensors | call.options)
+    return getattr(ppo_fast, call.op)(**given, backend=backend)
 
 
 @pytest.mark.parametrize("op", DIVERGENCES)
