@@ -71,6 +71,9 @@ WIDE = RowTiling(lanes=1024, unroll=8, segment=32768, warps=4, stages=1)
 NARROW = RowTiling(lanes=128, unroll=4, segment=2048, warps=1, stages=1)
 WIDE_GRAD = RowTiling(lanes=1024, unroll=4, segment=32768, warps=4, stages=1)
 NARROW_GRAD = RowTiling(lanes=128, unroll=4, segment=2048, warps=1, stages=1)
+# Two rows at a time, a student's and a teacher's.
+WIDE_PAIR = RowTiling(lanes=1024, unroll=2, segment=32768, warps=4, stages=1)
+NARROW_PAIR = RowTiling(lanes=128, unroll=4, segment=2048, warps=1, stages=1)
 # Pairs whose products one program forms, two a warp. 256 lanes of bf16 are a load of 16 bytes a
 # thread, of which there are four in flight: more would cost registers, and with them warps.
 PAIR_PRODUCTS = PairTile(pairs=8, lanes=256, warps=4)
@@ -93,6 +96,11 @@ def forward_tiling(vocab: int) -> RowTiling:
 def gradient_tiling(vocab: int) -> RowTiling:
     """Tiling with which `logprobs_bwd` reads and writes such a row."""
     return NARROW_GRAD if vocab <= NARROW_GRAD.segment else WIDE_GRAD
+
+
+def pair_tiling(vocab: int) -> RowTiling:
+    """Tiling with which the ops of divergence.py read two such rows, and write one."""
+    return NARROW_PAIR if vocab <= NARROW_PAIR.segment else WIDE_PAIR
 
 
 def token_tile(cols: int) -> TokenTile:

@@ -39,6 +39,7 @@ from .softmax import (
     grad_columns,
     label_rows,
     merged,
+    own_grad,
     row_results,
     row_start,
     row_terms,
@@ -192,7 +193,8 @@ def logits_ppo_kernel(
             column = tl.where(legal, label, 0).to(tl.int32)
             gradient = Gradient(column, row_max, log_sum, inv_temp, offset, slope, at_label)
             grad_columns(
-                row_ptr, to_ptr, 0, V, V, gradient, LANES, GRAD_UNROLL, STAGES, "evict_first"
+                *(row_ptr, None, to_ptr, 0, V, V, gradient, own_grad),
+                *(LANES, GRAD_UNROLL, STAGES, "evict_first"),
             )
 
 

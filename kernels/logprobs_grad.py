@@ -26,6 +26,7 @@ from .softmax import (
     bf16_rows,
     grad_columns,
     label_rows,
+    own_grad,
     row_start,
     row_terms,
     zero_columns,
@@ -139,7 +140,9 @@ def dlogits_kernel(
         slope = tl.load(term + 4 * n_rows)
         at_label = tl.load(term + 5 * n_rows)
         gradient = Gradient(label, row_max, log_sum, inv_temp, offset, slope, at_label)
-        grad_columns(row_ptr, to_ptr, start, end, V, gradient, LANES, UNROLL, STAGES, "")
+        grad_columns(
+            row_ptr, None, to_ptr, start, end, V, gradient, own_grad, LANES, UNROLL, STAGES, ""
+        )
 
 
 def _write(out: Tensor, *args: Any) -> None:

@@ -252,10 +252,22 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def log_probability(x, inv_temperature, row_max, log_sum):
+    """ln p of a logit x."""
+    return tl.fma(x, inv_temperature, -row_max) - log_sum
+
+
+@triton.jit
 def grad_of(x, inv_temperature, row_max, log_sum, offset, slope):
     """dz of a logit x that is not the label."""
-    log_p = tl.fma(x, inv_temperature, -row_max) - log_sum
+    log_p = log_probability(x, inv_temperature, row_max, log_sum)
     return tl.exp2(log_p * LOG2E) * tl.fma(slope, tl.maximum(log_p, ZERO_EXP), offset)
+
+
+@triton.jit
+def own_grad(x, y, row):
+    """The same from a Gradient, of a row beside which there is no other."""
+    return grad_of(x, row.inv_temperature, row.row_max, row.log_sum, row.offset, row.slope)
 
 
 @triton.jit
@@ -277,10 +289,12 @@ def row_terms(
 @triton.jit
 def grad_step(
     row_ptr,
+    other_ptr,
     to_ptr,
     col,
     end,
     row,
+    GRAD: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
     MASKED: tl.constexpr,
@@ -295,16 +309,21 @@ def grad_step(
     OVERLAP: tl.constexpr = to_ptr.dtype.element_ty != row_ptr.dtype.element_ty
     lanes = tl.arange(0, LANES)
     xs = ()
+    ys = ()
     for u in tl.static_range(UNROLL):
         at = col + u * LANES
         inside = at + lanes < end if MASKED else None
-        x = tl.load(row_ptr + at + lanes, mask=inside, eviction_policy=EVICT)
-        xs = xs + (widened(x),)
+        x = widened(tl.load(row_ptr + at + lanes, mask=inside, eviction_policy=EVICT))
+        y = x
+        if other_ptr is not None:
+            y = widened(tl.load(other_ptr + at + lanes, mask=inside, eviction_policy=EVICT))
+        xs = xs + (x,)
+        ys = ys + (y,)
     if OVERLAP:
         tl.debug_barrier()
     for u in tl.static_range(UNROLL):
         at = col + u * LANES
-        dz = grad_of(xs[u], row.inv_temperature, row.row_max, row.log_sum, row.offset, row.slope)
+        dz = GRAD(xs[u], ys[u], row)
         inside = at + lanes < end if MASKED else None
         dz = rounded(dz, to_ptr.dtype.element_ty)
         tl.store(to_ptr + at + lanes, dz, mask=inside, eviction_policy=EVICT)
@@ -313,23 +332,29 @@ def grad_step(
 @triton.jit
 def grad_columns(
     row_ptr,
+    other_ptr,
     to_ptr,
     start,
     end,
     V,
     row,
+    GRAD: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """The gradient, a Gradient's, of a row's columns [start, end); `end` as in scan_columns."""
+    """The gradient of a row's columns [start, end); `end` as in scan_columns.
+
+    GRAD(x, y, row) is dz of a logit x and, where there is another row, its y; `row` holds their
+    terms, and `label` and `at_label` as a Gradient.
+    """
     STEP: tl.constexpr = LANES * UNROLL
     full_end = start + (end - start) // STEP * STEP
     for col in tl.range(start, full_end, STEP, num_stages=STAGES):
-        grad_step(row_ptr, to_ptr, col, V, row, LANES, UNROLL, False, EVICT)
+        grad_step(row_ptr, other_ptr, to_ptr, col, V, row, GRAD, LANES, UNROLL, False, EVICT)
     for col in tl.range(full_end, end, 2 * LANES):  # 2: more would spill where ALIGN is 1
-        grad_step(row_ptr, to_ptr, col, V, row, LANES, 2, True, EVICT)
+        grad_step(row_ptr, other_ptr, to_ptr, col, V, row, GRAD, LANES, 2, True, EVICT)
     if (row.label >= start) & (row.label < end):
         tl.debug_barrier()  # over what was just stored there
         tl.store(to_ptr + row.label, rounded(row.at_label, to_ptr.dtype.element_ty))

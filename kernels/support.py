@@ -23,6 +23,7 @@ from .softmax import (
     Gradient,
     grad_columns,
     inverse_temperature,
+    own_grad,
     row_results,
     row_terms,
     scan_columns,
@@ -127,7 +128,9 @@ def support_grad_kernel(
         zero_columns(to_ptr, 0, count, count, LANES * UNROLL)
     else:
         gradient = Gradient(0, row_max, log_sum, inv_temp, offset, slope, at_label)
-        grad_columns(row_ptr, to_ptr, 0, count, count, gradient, LANES, UNROLL, STAGES, "")
+        grad_columns(
+            row_ptr, None, to_ptr, 0, count, count, gradient, own_grad, LANES, UNROLL, STAGES, ""
+        )
 
 
 def row_arguments(*tensors: Tensor | None) -> tuple[Any, ...]:
