@@ -21,9 +21,11 @@ from ppo_fast._results import (
     TopKDivergence,
 )
 from ppo_fast.corrections import Correction
+from ppo_fast.ops.divergence import divergence
 from ppo_fast.ops.few_rows_linear import few_rows_linear
 from ppo_fast.ops.gae import gae
 from ppo_fast.ops.group_advantages import group_advantages, prompt_weights
+from ppo_fast.ops.linear_divergence import linear_divergence, linear_token_divergence
 from ppo_fast.ops.linear_logprobs import linear_token_logprobs
 from ppo_fast.ops.linear_logprobs_at import linear_logprobs_at
 from ppo_fast.ops.linear_ppo_loss import linear_ppo_loss
@@ -61,11 +63,14 @@ __all__ = [
     "TokenTerms",
     "TopKDivergence",
     "backends",
+    "divergence",
     "few_rows_linear",
     "gae",
     "group_advantages",
+    "linear_divergence",
     "linear_logprobs_at",
     "linear_ppo_loss",
+    "linear_token_divergence",
     "linear_token_logprobs",
     "logits_ppo_loss",
     "off_policy_mask",

@@ -124,6 +124,17 @@ def select(
     return name
 
 
+def select_beside(op: str, backend: str | None, x: Tensor, argument: str | None) -> str:
+    """The backend of a call with an argument that CUDA C++ does not take; None: without one."""
+    name = select(op, backend, x)
+    if name != "cuda" or argument is None:
+        return name
+    if asked(backend) is not None:
+        names = ", ".join(n for n in NAMES if n != "cuda")
+        raise ValueError(f"{op}: backend must be one of {names} with {argument}, got {name!r}")
+    return automatic(x.device.type)
+
+
 def select_among(op: str, names: tuple[str, ...], backend: str | None, x: Tensor) -> str:
     """The backend of an op that the GPU's do not have; left to choose, they take the reference."""
     if asked(backend) is None and x.device.type != "cpu":

@@ -106,6 +106,8 @@ class HeadOptions(NamedTuple):
     softcap: float | None
     shard: Shard | None
     backend: str
+    # A teacher's logits before the cap are times this; without a cap it is in the temperature.
+    logit_scale: float = 1.0
 
 
 class Head:
@@ -181,8 +183,9 @@ class Head:
         z = self._z[:count]
         if self.bias is not None:
             z += self.bias
-        if self.options.softcap is not None:
-            z.div_(self.options.softcap).tanh_().mul_(self.options.softcap)
+        cap = self.options.softcap
+        if cap is not None:
+            z.div_(cap / self.options.logit_scale).tanh_().mul_(cap)
         return z
 
     def scoring(self, at: Tensor | slice) -> Scoring:

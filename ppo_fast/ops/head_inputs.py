@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppo_fast import _checks, reference
+from ppo_fast import _backend, _checks, reference
 from ppo_fast.ops.exact import exact_products
 from ppo_fast.ops.head import HeadOptions, HeadRows
 from ppo_fast.ops.logprobs import check_ignore_index, check_temperature, kept_tokens
 from ppo_fast.ops.shards import shard_of
-from ppo_fast.ops.support import check_support, select
+from ppo_fast.ops.support import check_support
 from ppo_fast.support import Support
 
 
@@ -79,18 +79,21 @@ def check_head(
     process_group: dist.ProcessGroup | None,
     support: Support | None,
     backend: str | None,
+    beside: str | None = None,
 ) -> HeadInputs:
-    """The arguments of the chunks, or ValueError, TypeError or IndexError."""
-    weight = _plain_tensor(weight, process_group)
-    bias = None if bias is None else _plain_tensor(bias, process_group)
-    hidden, weight, bias = _cast(op, hidden, weight, bias)
+    """The arguments of the chunks, or ValueError, TypeError or IndexError.
+
+    `beside` names another argument that CUDA C++ does not take.
+    """
+    hidden, weight, bias = plain_head(op, hidden, weight, bias, process_group)
     shape, device = hidden.shape[:-1], hidden.device
     _checks.indices(op, "tokens", tokens, shape, device)
     mask = _checks.flags(op, "mask", mask, shape, device)
     scalar, per_token = check_temperature(op, temperature, hidden)
     check_ignore_index(op, ignore_index)
     cap = None if softcap is None else _checks.positive(op, "softcap", softcap, hidden)
-    name = select(op, backend, hidden, support)
+    beside = beside if support is None else "a support"
+    name = _backend.select_beside(op, backend, hidden, beside)
     shard = shard_of(op, "weight", process_group, weight, 0, name)
     keep = kept_tokens(tokens, mask, ignore_index)
     vocab = weight.shape[0] if shard is None else shard.vocab
@@ -105,6 +108,20 @@ def check_head(
     return HeadInputs(hidden, weight, bias, tokens, keep, row_index, given, rows, options, support)
 
 
+def plain_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    group: dist.ProcessGroup | None,
+    owner: str = "",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A head's tensors, of one type and on one device; `owner` stands before their names."""
+    weight = _plain_tensor(weight, group)
+    bias = None if bias is None else _plain_tensor(bias, group)
+    return _cast(op, hidden, weight, bias, owner)
+
+
 def _plain_tensor(x: Any, group: dist.ProcessGroup | None) -> Any:
     """A DTensor as this rank's share with a group, whole without one; others as they are."""
     if not hasattr(x, "full_tensor"):
@@ -113,32 +130,33 @@ def _plain_tensor(x: Any, group: dist.ProcessGroup | None) -> Any:
 
 
 def _cast(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, owner: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    if _checks.floating(op, "hidden", hidden).dim() < 1:
-        raise ValueError(f"{op}: hidden must have shape (..., H), got {tuple(hidden.shape)}")
+    x, w = f"{owner}hidden", f"{owner}weight"
+    if _checks.floating(op, x, hidden).dim() < 1:
+        raise ValueError(f"{op}: {x} must have shape (..., H), got {tuple(hidden.shape)}")
     width = hidden.shape[-1]
-    if _checks.floating(op, "weight", weight).dim() != 2 or weight.shape[1] != width:
+    if _checks.floating(op, w, weight).dim() != 2 or weight.shape[1] != width:
         raise ValueError(
-            f"{op}: weight must have shape (V, H) = (V, {width}), got {tuple(weight.shape)}"
+            f"{op}: {w} must have shape (V, H) = (V, {width}), got {tuple(weight.shape)}"
         )
     if weight.shape[0] < 1:
-        raise ValueError(f"{op}: weight must have at least one row, got {tuple(weight.shape)}")
+        raise ValueError(f"{op}: {w} must have at least one row, got {tuple(weight.shape)}")
     if weight.device != hidden.device:
-        raise ValueError(f"{op}: weight must be on {hidden.device}, got {weight.device}")
+        raise ValueError(f"{op}: {w} must be on {hidden.device}, got {weight.device}")
     kind = hidden.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if autocast and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if weight.dtype != hidden.dtype:
-        raise TypeError(f"{op}: weight must be {hidden.dtype} as hidden is, got {weight.dtype}")
+        raise TypeError(f"{op}: {w} must be {hidden.dtype} as {x} is, got {weight.dtype}")
     if width > 1 and hidden.stride(-1) != 1:
         raise ValueError(
-            f"{op}: hidden must have a contiguous last dimension, got strides {hidden.stride()}"
+            f"{op}: {x} must have a contiguous last dimension, got strides {hidden.stride()}"
         )
     if bias is not None:
-        _checks.sized(op, "bias", bias, hidden, (weight.shape[0],), "(V,)")
+        _checks.sized(op, f"{owner}bias", bias, hidden, (weight.shape[0],), "(V,)")
     return hidden, weight, bias
 
 

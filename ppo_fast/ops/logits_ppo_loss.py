@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast import _checks, reference
+from ppo_fast import _backend, _checks, reference
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Scoring
 from ppo_fast._results import HeadLoss, Moments, Stats
@@ -19,7 +19,7 @@ from ppo_fast.ops.loss_options import Bounds, Coefficient, Variant, loss_options
 from ppo_fast.ops.policy import PolicyInputs, check_policy
 from ppo_fast.ops.policy_loss import corrected, policy_loss
 from ppo_fast.ops.ppo_loss import loss_and_stats
-from ppo_fast.ops.support import check_support, select
+from ppo_fast.ops.support import check_support
 from ppo_fast.support import Support
 
 _OP = "logits_ppo_loss"
@@ -183,7 +183,7 @@ def logits_ppo_loss(
     s = scoring._replace(mask=kept(scoring))
     if _checks.DEBUG:
         _checks.tokens_in_range(_OP, tokens, kept(s), logits.shape[-1])
-    name = select(_OP, backend, logits, support)
+    name = _backend.select_beside(_OP, backend, logits, None if support is None else "a support")
     check_support(_OP, support, tokens, s.mask, logits.shape[-1])
     if name == "reference":
         if inplace:

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppo_fast import _checks, reference
+from ppo_fast import _backend, _checks, reference
 from ppo_fast._boundary.options import Scoring, Softmax
 from ppo_fast._boundary.schema import compute_dtype
 from ppo_fast._results import TokenLogProbs
 from ppo_fast.ops.backward import once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.shards import Shard, shard_of, softmax_gradient, softmax_of
-from ppo_fast.ops.support import check_support, score_kept, select
+from ppo_fast.ops.support import check_support, score_kept
 from ppo_fast.support import Support
 
 _OP = "token_logprobs"
@@ -97,7 +97,7 @@ def token_logprobs(
         NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
     s = check_scoring(_OP, logits, tokens, mask, temperature, ignore_index)
-    name = select(_OP, backend, logits, support)
+    name = _backend.select_beside(_OP, backend, logits, None if support is None else "a support")
     shard = shard_of(_OP, "logits", process_group, logits, -1, name)
     if shard is not None or support is not None:
         # Every rank masks what is ignored, whoever holds its label.
@@ -165,15 +165,15 @@ def check_scoring(
     return Scoring(tokens, mask, tensor, number, ignore_index)
 
 
-def check_logits(op: str, logits: Tensor) -> None:
+def check_logits(op: str, logits: Tensor, name: str = "logits") -> None:
     """A floating `(..., V)` with a contiguous last dimension, or ValueError or TypeError."""
-    if _checks.floating(op, "logits", logits).dim() < 1 or logits.shape[-1] < 1:
+    if _checks.floating(op, name, logits).dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(
-            f"{op}: logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}"
+            f"{op}: {name} must have shape (..., V) with V >= 1, got {tuple(logits.shape)}"
         )
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
-            f"{op}: logits must have a contiguous last dimension, got strides {logits.stride()}"
+            f"{op}: {name} must have a contiguous last dimension, got strides {logits.stride()}"
         )
 
 
@@ -185,19 +185,21 @@ def check_ignore_index(op: str, ignore_index: Any) -> None:
         raise ValueError(f"{op}: ignore_index must fit in 64 bits, got {ignore_index}")
 
 
-def check_temperature(op: str, temperature: Any, main: Tensor) -> tuple[float, Tensor | None]:
+def check_temperature(
+    op: str, temperature: Any, main: Tensor, name: str = "temperature"
+) -> tuple[float, Tensor | None]:
     """The number and None, or 1 and the tensor for every token; `main` is `(..., V or H)`."""
     if not isinstance(temperature, Tensor):
-        return _checks.positive(op, "temperature", temperature, main), None
-    _checks.floating(op, "temperature", temperature)
+        return _checks.positive(op, name, temperature, main), None
+    _checks.floating(op, name, temperature)
     shape = main.shape[:-1]
     if temperature.device != main.device:
-        raise ValueError(f"{op}: temperature must be on {main.device}, got {temperature.device}")
+        raise ValueError(f"{op}: {name} must be on {main.device}, got {temperature.device}")
     try:
         expanded = temperature.detach().expand(shape)
     except RuntimeError as error:
         raise ValueError(
-            f"{op}: temperature must broadcast to {_checks.label(shape)},"
+            f"{op}: {name} must broadcast to {_checks.label(shape)},"
             f" got {tuple(temperature.shape)}"
         ) from error
     return 1.0, expanded.to(compute_dtype(main))

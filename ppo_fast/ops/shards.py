@@ -39,6 +39,16 @@ class Shard:
         there = torch.where((ids >= ABSENT) & (ids < self.vocab), ABSENT, ABSENT - 1)
         return torch.where(self.holds(ids), ids - self.first, there).int()
 
+    def summed(self, *parts: Tensor) -> list[Tensor]:
+        """Sums over the ranks, in rank order."""
+        mine = torch.stack(parts)
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(every, mine, group=self.group)
+        total = every[0]
+        for other in every[1:]:
+            total = total + other
+        return list(total.unbind())
+
     def merge(self, part: Softmax, dead: Tensor, s: Scoring) -> Softmax:
         """The whole vocabulary's softmax, from this share's.
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast import _backend, _checks
+from ppo_fast import _checks
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Pairs, Scoring, Softmax
 from ppo_fast._boundary.schema import compute_dtype
@@ -20,7 +20,6 @@ from ppo_fast.ops.head import unravelled
 from ppo_fast.ops.shards import Shard, softmax_gradient, softmax_of
 from ppo_fast.support import ABSENT, Support
 
-BACKENDS = ("reference", "cpu", "triton")
 _WRONG = -2
 
 
@@ -51,18 +50,6 @@ class Kept(NamedTuple):
         ids = self.pairs.ids
         z = z.masked_fill(ids == ABSENT, -torch.inf)
         return z.masked_fill((ids < ABSENT) | (ids >= vocab), torch.nan)
-
-
-def select(op: str, backend: str | None, x: Tensor, support: Support | None) -> str:
-    """The backend of a call, which is not CUDA C++ with a support."""
-    name = _backend.select(op, backend, x)
-    if name != "cuda" or support is None:
-        return name
-    if _backend.asked(backend) is not None:
-        raise ValueError(
-            f"{op}: backend must be one of {', '.join(BACKENDS)} with a support, got {name!r}"
-        )
-    return _backend.automatic(x.device.type)
 
 
 def check_support(op: str, support: Any, tokens: Tensor, keep: Any, vocab: int) -> None:

@@ -1,11 +1,16 @@
-"""Divergences of two categorical distributions, from their log-probabilities."""
+"""Divergences of two categorical distributions, from their log-probabilities or their logits."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ppo_fast._results import DivergenceLoss, TokenDivergence
+from ppo_fast._sequences import Sequences
+from ppo_fast.reference.common import compute, keep_of, own_denom, reduce_loss, stats_of
 
 
 def divergence_terms(student: Tensor, teacher: Tensor, kind: str, beta: float) -> Tensor:
@@ -37,3 +42,78 @@ def _mixture(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     s, t = (torch.where(none, 0.0, x) for x in (student, teacher))
     mixed = torch.logaddexp(s + math.log1p(-beta), t + math.log(beta))
     return torch.where(none, -torch.inf, mixed)
+
+
+def token_divergence(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    keep: Tensor,
+    *,
+    kind: str,
+    beta: float,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+) -> TokenDivergence:
+    """Divergence and student's entropy of every row of logits (..., V), 0 where not kept."""
+    student, teacher = (
+        log_softmax_of(x, keep, t)
+        for x, t in ((logits, temperature), (teacher_logits.detach(), teacher_temperature))
+    )
+    divergence = divergence_terms(student, teacher, kind, beta).sum(-1)
+    # Below 0 by rounding alone: the gradient is that of the value as it was.
+    divergence = torch.where(divergence < 0, divergence - divergence.detach(), divergence)
+    inside = torch.where(student.isneginf(), 0.0, student)
+    entropy = -(student.exp() * inside).sum(-1)
+    return TokenDivergence(*(torch.where(keep, x, 0.0) for x in (divergence, entropy)))
+
+
+def log_softmax_of(logits: Tensor, keep: Tensor, temperature: float | Tensor) -> Tensor:
+    """ln of the softmax of rows of logits over their temperature, of zeros where not kept."""
+    if isinstance(temperature, Tensor):
+        temperature = torch.where(keep, temperature, 1.0)[..., None]
+    return (torch.where(keep[..., None], compute(logits), 0.0) / temperature).log_softmax(-1)
+
+
+def divergence(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str = "token-mean",
+    denom: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    **options: Any,
+) -> DivergenceLoss:
+    """Σ w·divergence / D of rows of logits."""
+    keep = keep_of(logits[..., 0], mask)
+    tokens = token_divergence(logits, teacher_logits, keep, **options)
+    return reduced(tokens, keep, keep, 1.0, reduction, denom, cu_seqlens)
+
+
+def reduced(
+    tokens: TokenDivergence,
+    keep: Tensor,
+    counted: Tensor,
+    coef: float | Tensor,
+    reduction: str,
+    denom: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> DivergenceLoss:
+    """coef·Σ w·divergence / D over the rows that are kept; D of the slots that are `counted`."""
+    seqs = Sequences(keep, cu_seqlens)
+    if denom is None:
+        own = own_denom(Sequences(counted, cu_seqlens), reduction)
+        denom = torch.ones_like(own) if reduction == "token-sum" else own
+    terms = coef * tokens.divergence
+    loss, weights, own = reduce_loss(terms, seqs, reduction, denom)
+    wide = [x.detach().double() for x in (terms, tokens.divergence, tokens.entropy)]
+    stats = stats_of(
+        keep.device,
+        n_tokens=keep.sum(),
+        n_seqs=(seqs.tokens > 0).sum(),
+        loss=(weights * wide[0]).sum(),
+        loss_denom=own,
+        divergence=wide[1].sum(),
+        entropy=wide[2].sum(),
+    )
+    return DivergenceLoss(loss, stats, tokens.divergence.detach(), tokens.entropy.detach())

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from ppo_fast._results import HeadLoss
 from ppo_fast.reference.common import keep_of
-from ppo_fast.reference.linear_logprobs import linear_token_logprobs, rows_of
+from ppo_fast.reference.linear_divergence import TeacherRows, linear_token_divergence
+from ppo_fast.reference.linear_logprobs import linear_token_logprobs, logits_of, rows_of
 from ppo_fast.reference.logits_ppo_loss import head_loss
+from ppo_fast.reference.logprobs import log_sum_exp
 from ppo_fast.support import Support
 
 
@@ -26,9 +28,14 @@ def linear_ppo_loss(
     softcap: float | None = None,
     row_index: Tensor | None = None,
     support: Support | None = None,
+    teacher: TeacherRows | None = None,
+    z_loss_coef: float | Tensor = 0.0,
     **options: Any,
 ) -> HeadLoss:
-    """`ppo_loss` of `linear_token_logprobs`; rows left out by `row_index` count in D alone."""
+    """`ppo_loss` of `linear_token_logprobs`; rows left out by `row_index` count in D alone.
+
+    A teacher adds coef·divergence to every token's term, and z_loss_coef·(ln Σe^z)² is added.
+    """
     scored = linear_token_logprobs(
         hidden,
         weight,
@@ -41,4 +48,14 @@ def linear_ppo_loss(
         support=support,
     )
     rows = rows_of(tokens, mask, row_index)
-    return head_loss(scored, old_logprobs, advantages, rows, keep_of(tokens, mask), **options)
+    others: dict[str, tuple[Tensor, float | Tensor]] = {}
+    if teacher is not None:
+        own: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap}
+        found = linear_token_divergence(hidden, weight, teacher, rows, **own)
+        others["divergence"] = found.divergence, teacher.coef
+    if isinstance(z_loss_coef, Tensor) or z_loss_coef != 0.0:
+        z = logits_of(hidden, weight, rows, bias, softcap)
+        lse = log_sum_exp(z, tokens, rows, temperature, support)
+        others["z_loss"] = lse * lse, z_loss_coef
+    counted = keep_of(tokens, mask)
+    return head_loss(scored, old_logprobs, advantages, rows, counted, others=others, **options)

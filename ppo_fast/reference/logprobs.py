@@ -26,20 +26,9 @@ def token_logprobs(
     """
     vocab = logits.shape[-1]
     keep = keep_of(tokens, mask) & (tokens != ignore_index)
-    z = torch.where(keep[..., None], compute(logits), 0.0)
-    if isinstance(temperature, Tensor):
-        temperature = torch.where(keep, compute(temperature), 1.0)[..., None].to(z.dtype)
-    z = z / temperature
     legal = (tokens >= 0) & (tokens < vocab)
     label = torch.where(keep & legal, tokens, 0).long()[..., None]
-
-    wrong = torch.zeros_like(keep)
-    log_times = torch.zeros_like(z)
-    if support is not None:
-        times, wrong = multiplicity(support, tokens, vocab)
-        log_times = times.log().to(z.dtype)
-        z = torch.where(log_times.isneginf(), log_times, z + log_times)
-
+    z, log_times, wrong = _scaled(logits, tokens, keep, temperature, support)
     logp = z.log_softmax(-1) - log_times.clamp(min=0)
     at_label = logp.gather(-1, label)[..., 0]
     # The label at −inf has probability 0 whatever the other logits: no gradient through it.
@@ -55,3 +44,35 @@ def token_logprobs(
     return TokenLogProbs(
         torch.where(keep, logprobs * poison, zero), torch.where(keep, entropy * poison, zero)
     )
+
+
+def log_sum_exp(
+    logits: Tensor,
+    tokens: Tensor,
+    keep: Tensor,
+    temperature: float | Tensor,
+    support: Support | None,
+) -> Tensor:
+    """ln Σ e^(logits / temperature) of every row, over its support where given; 0 where masked."""
+    z, _, wrong = _scaled(logits, tokens, keep, temperature, support)
+    lse = torch.where(wrong, float("nan"), z.logsumexp(-1))
+    return torch.where(keep, lse, torch.zeros_like(lse))
+
+
+def _scaled(
+    logits: Tensor,
+    tokens: Tensor,
+    keep: Tensor,
+    temperature: float | Tensor,
+    support: Support | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits over their temperature, to which ln(multiplicity) is added, that, and wrong rows."""
+    z = torch.where(keep[..., None], compute(logits), 0.0)
+    if isinstance(temperature, Tensor):
+        temperature = torch.where(keep, compute(temperature), 1.0)[..., None].to(z.dtype)
+    z = z / temperature
+    if support is None:
+        return z, torch.zeros_like(z), torch.zeros_like(keep)
+    times, wrong = multiplicity(support, tokens, logits.shape[-1])
+    log_times = times.log().to(z.dtype)
+    return torch.where(log_times.isneginf(), log_times, z + log_times), log_times, wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -91,10 +92,12 @@ def ppo_loss(
     rollout_logprobs: Tensor | None = None,
     correction: Correction | None = None,
     all_tokens: Tensor | None = None,
+    others: Mapping[str, tuple[Tensor, float | Tensor]] | None = None,
 ) -> Loss:
     """Σ w·(policy + kl_coef·kl − entropy_coef·entropy) / D over the unmasked tokens.
 
-    `all_tokens`, where given, are those that count in D.
+    `all_tokens`, where given, are those that count in D. `others` are further terms and their
+    coefficients, by the names of their statistics.
     """
     keep, extra = keep_of(logprobs, mask), {}
     every, accepted = keep if all_tokens is None else all_tokens, torch.ones_like(keep)
@@ -137,8 +140,13 @@ def ppo_loss(
         if isinstance(entropy_coef, Tensor):
             entropy_coef = entropy_coef.to(t.new.dtype, copy=True)
         terms = terms - entropy_coef * bonus
+    sums = {"policy_loss": policy.terms, "entropy": bonus}
+    for name, (value, coef) in (others or {}).items():
+        sums[name] = select(keep, value)
+        coef = coef.to(t.new.dtype, copy=True) if isinstance(coef, Tensor) else coef
+        terms = terms + coef * sums[name]
     loss, weights, own = reduce_loss(terms, t.seqs, reduction, denom, sequence_weights)
-    sums = {"loss": weights * terms, "policy_loss": weights * policy.terms, "entropy": bonus}
+    sums |= {"loss": weights * terms, "policy_loss": weights * policy.terms}
     sums |= {"ref_kl": kl, "clip_dual": policy.dual} | _ratio_sums(t, policy, clip)
     return Loss(loss, _stats(t, policy, {"loss_denom": own} | extra, sums))
 

@@ -1,0 +1,91 @@
+"""Divergence of a linear head's distribution from that of another linear head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_fast._results import DivergenceLoss, TokenDivergence
+from ppo_fast.reference.common import compute, keep_of
+from ppo_fast.reference.divergence import reduced, token_divergence
+from ppo_fast.reference.linear_logprobs import logits_of, rows_of
+
+
+class TeacherRows(NamedTuple):
+    """A teacher of logits cap·tanh(logit_scale·(hidden·weightᵀ + bias) / cap), a constant."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    temperature: float | Tensor
+    kind: str
+    beta: float
+    coef: float | Tensor
+
+    def logits(self, keep: Tensor) -> Tensor:
+        """(..., V), of a hidden state of 0 where not kept."""
+        z = self.logit_scale * logits_of(self.hidden, self.weight, keep, self.bias, None)
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+def linear_token_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: TeacherRows,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    row_index: Tensor | None = None,
+) -> TokenDivergence:
+    """`token_divergence` of z = cap·tanh((hidden·weightᵀ + bias) / cap) and the teacher's."""
+    keep = rows_of(hidden[..., 0], mask, row_index)
+    return token_divergence(
+        logits_of(hidden, weight, keep, bias, softcap),
+        teacher.logits(keep),
+        keep,
+        kind=teacher.kind,
+        beta=teacher.beta,
+        temperature=temperature,
+        teacher_temperature=teacher.temperature,
+    )
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: TeacherRows,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    row_index: Tensor | None = None,
+    reduction: str = "token-mean",
+    denom: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> DivergenceLoss:
+    """coef·Σ w·divergence / D; rows left out by `row_index` count in D alone."""
+    tokens = linear_token_divergence(
+        hidden,
+        weight,
+        teacher,
+        mask,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        row_index=row_index,
+    )
+    keep = rows_of(hidden[..., 0], mask, row_index)
+    coef = (
+        teacher.coef.to(compute(hidden).dtype)
+        if isinstance(teacher.coef, Tensor)
+        else teacher.coef
+    )
+    counted = keep_of(hidden[..., 0], mask)
+    return reduced(tokens, keep, counted, coef, reduction, denom, cu_seqlens)
