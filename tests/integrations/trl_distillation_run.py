@@ -1,6 +1,6 @@
-"""A real run of TRL's DistillationTrainer; as a script it prints what one costs, with `--patched` ours.
+"""A real run of TRL's DistillationTrainer; as a script it prints what one costs.
 
-The script takes options such as `beta=0.5`.
+The script takes options such as `beta=0.5`; with `--patched` it runs on ppo_fast.
 """
 
 from __future__ import annotations
@@ -13,15 +13,26 @@ import tiny
 from tiny import Run
 
 
-def trainer(folder: str, vocab: int = tiny.WORDS, length: int = 12, **options: Any) -> Any:
-    """A tiny GPT-2 that learns from a wider one."""
+def trainer(
+    folder: str,
+    vocab: int = tiny.WORDS,
+    length: int = 12,
+    scaled: bool = False,
+    **options: Any,
+) -> Any:
+    """A tiny GPT-2 that learns from a wider one; `scaled`: with a scale and a cap of each head."""
     from datasets import Dataset
     from transformers import GPT2LMHeadModel, set_seed
     from trl import DistillationConfig, DistillationTrainer
 
     set_seed(0)
-    teacher = GPT2LMHeadModel(tiny.config(vocab, n_embd=48, n_head=4))
-    student = GPT2LMHeadModel(tiny.config(vocab))
+    own: dict[str, Any] = {}
+    other: dict[str, Any] = {}
+    if scaled:
+        own = {"logit_scale": 0.5, "final_logit_softcapping": 4.0}
+        other = {"logit_scale": 2.0, "final_logit_softcapping": 9.0}
+    teacher = GPT2LMHeadModel(tiny.config(vocab, n_embd=48, n_head=4, **other))
+    student = GPT2LMHeadModel(tiny.config(vocab, **own))
     prompts = [{"prompt": f"w{i} w{i + 1} w{2 * i}"} for i in range(16)]
     chosen = {"max_steps": 12, "learning_rate": 3e-3, "temperature": 0.9, **options}
     args = DistillationConfig(
