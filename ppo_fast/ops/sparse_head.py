@@ -20,10 +20,15 @@ from ppo_fast.ops.exact import exact_products
 from ppo_fast.ops.head import NOTHING_IGNORED, Head, HeadOptions, HeadRows, softcap_slope
 from ppo_fast.ops.head_inputs import HeadInputs, computed_rows
 from ppo_fast.ops.support import Kept, add_pairs_, gradient_over, kept_pairs, softmax_over
+from ppo_fast.ops.z_loss import with_lse
 from ppo_fast.support import ABSENT, Support
 
 # Pairs that are sorted at a time: a sort takes 24 bytes of each.
 _SORTED = 1 << 25
+
+
+# Gradients by (logprobs, entropy, ln Σe^z).
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Call(NamedTuple):
@@ -56,9 +61,12 @@ class _Call(NamedTuple):
         """Softmax numbers of the rows, from the pairs' logits z (M,)."""
         return softmax_over(self.options.backend, z, self.kept, self.s, self.options.shard)
 
-    def gradient(self, z: Tensor, softmax: Softmax, g: Tensor | None, h: Tensor | None) -> Tensor:
-        """The gradient by the pairs' logits before the soft cap, (M,)."""
+    def gradient(self, z: Tensor, softmax: Softmax, grads: Grads) -> Tensor:
+        """The gradient by the pairs' logits before the soft cap, (M,), of a row's results."""
         o = self.options
+        g, h, k = grads
+        if k is not None:
+            softmax, h = with_lse(softmax, torch.zeros_like(k) if h is None else h, k)
         dz = gradient_over(o.backend, z, self.kept, self.s, softmax, (g, h), o.shard)
         if o.softcap is None:
             return dz
@@ -82,17 +90,17 @@ class _SparseHead(torch.autograd.Function):
         ctx.save_for_backward(*saveable(hidden, weight, bias), *call.saved(), z, *softmax)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return softmax.logprobs, softmax.entropy
+        return softmax.logprobs, softmax.entropy, softmax.row_max + softmax.log_sum
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        if grad_logprobs is None and grad_entropy is None:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if all(grad is None for grad in grads):
             return None, None, None, None
         hidden, weight, bias, *saved = ctx.saved_tensors
         call: _Call = ctx.call.with_saved(*saved[:6])
         z, softmax = saved[6], Softmax(*saved[7:])
-        dz = call.gradient(z, softmax, grad_logprobs, grad_entropy)
+        dz = call.gradient(z, softmax, grads)
         x = hidden.reshape(-1, hidden.shape[-1])
         wants_x, wants_w, wants_b, _ = ctx.needs_input_grad
         dx = dw = db = None
@@ -171,35 +179,35 @@ class _DenseHead(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *call.saved(), *out)
         ctx.call, ctx.n = call, rows.n
         ctx.set_materialize_grads(False)
-        return rows.spread(out.logprobs), rows.spread(out.entropy)
+        lse = out.row_max + out.log_sum
+        return rows.spread(out.logprobs), rows.spread(out.entropy), rows.spread(lse)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        if grad_logprobs is None and grad_entropy is None:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if all(grad is None for grad in grads):
             return None, None, None, None, None
         hidden, weight, bias, places, *saved = ctx.saved_tensors
         call: _Call = ctx.call.with_saved(*saved[:6])
         numbers = Softmax(*saved[6:])
         rows = HeadRows(places, call.s.tokens, call.kept.pairs.mask, None, ctx.n)
-        g, h = (rows.pick_some(x) for x in (grad_logprobs, grad_entropy))
+        g, h, k = (rows.pick_some(x) for x in grads)
         with exact_products(hidden.device):
             head = Head(hidden, weight, bias, rows, call.options)
             head.allocate(*ctx.needs_input_grad[:3])
-            _accumulate(head, call, numbers, g, h)
+            _accumulate(head, call, numbers, (g, h, k))
         return *head.gradients(), None, None
 
 
-def _accumulate(
-    head: Head, call: _Call, numbers: Softmax, g: Tensor | None, h: Tensor | None
-) -> None:
+def _accumulate(head: Head, call: _Call, numbers: Softmax, grads: Grads) -> None:
     """Form the logits of each block anew, and accumulate the gradients of its pairs."""
     for at in head.blocks(head.rows.tokens.shape[0]):
         part, x = call.part(at), head.inputs(at)
         logits = head.logits(x)
         z = _gathered(logits, part.kept)
         softmax = Softmax(*(number[at] for number in numbers))
-        dz = part.gradient(z, softmax, *(None if grad is None else grad[at] for grad in (g, h)))
+        g, h, k = (None if grad is None else grad[at] for grad in grads)
+        dz = part.gradient(z, softmax, (g, h, k))
         places = part.kept.rows.long(), part.kept.columns(logits.shape[1])
         add_pairs_(logits.zero_(), places, dz)
         head.accumulate(logits, x, at)
@@ -211,8 +219,9 @@ def _gathered(logits: Tensor, kept: Kept) -> Tensor:
     return kept.marked(logits[kept.rows.long(), kept.columns(vocab)], vocab)
 
 
-def score_kept(given: HeadInputs, support: Support) -> tuple[Tensor, Tensor]:
-    """(N,) log-probabilities and entropies of the rows with something kept, 0 for the others."""
+def score_kept(given: HeadInputs, support: Support) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) log-probabilities, entropies and ln Σe^z over what is kept of a row, 0 for a row with
+    nothing."""
     vocab = given.weight.shape[0] if given.options.shard is None else given.options.shard.vocab
     tokens, keep = given.tokens.reshape(-1), given.named() & ~support.whole
     t = given.temperature.reshape(-1) if isinstance(given.temperature, Tensor) else None
@@ -225,7 +234,7 @@ def score_kept(given: HeadInputs, support: Support) -> tuple[Tensor, Tensor]:
     s = Scoring(tokens, keep, t, given.options.temperature, NOTHING_IGNORED)
     call = _Call(kept, s, given.options)
     args = (given.hidden, given.weight, given.bias)
-    out: tuple[Tensor, Tensor]
+    out: tuple[Tensor, Tensor, Tensor]
     with given.exact():
         if rows is None:
             out = _SparseHead.apply(*args, call)

@@ -31,6 +31,20 @@ class TeacherRows(NamedTuple):
         z = self.logit_scale * logits_of(self.hidden, self.weight, keep, self.bias, None)
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
+    def divergence_from(
+        self, logits: Tensor, keep: Tensor, temperature: float | Tensor
+    ) -> TokenDivergence:
+        """Of a student's rows of logits (..., V)."""
+        return token_divergence(
+            logits,
+            self.logits(keep),
+            keep,
+            kind=self.kind,
+            beta=self.beta,
+            temperature=temperature,
+            teacher_temperature=self.temperature,
+        )
+
 
 def linear_token_divergence(
     hidden: Tensor,
@@ -45,15 +59,8 @@ def linear_token_divergence(
 ) -> TokenDivergence:
     """`token_divergence` of z = cap·tanh((hidden·weightᵀ + bias) / cap) and the teacher's."""
     keep = rows_of(hidden[..., 0], mask, row_index)
-    return token_divergence(
-        logits_of(hidden, weight, keep, bias, softcap),
-        teacher.logits(keep),
-        keep,
-        kind=teacher.kind,
-        beta=teacher.beta,
-        temperature=temperature,
-        teacher_temperature=teacher.temperature,
-    )
+    logits = logits_of(hidden, weight, keep, bias, softcap)
+    return teacher.divergence_from(logits, keep, temperature)
 
 
 def linear_divergence(

@@ -8,10 +8,13 @@ from ppo_fast.testing.budget import assert_agrees, assert_within_budget
 from ppo_fast.testing.calls import Call, output, promoted, run, same_bits
 from ppo_fast.testing.head_inputs import (
     HEADS,
+    divergence_call,
     linear_at_call,
     linear_call,
+    linear_divergence_call,
     linear_ppo_call,
     logits_ppo_call,
+    token_divergence_call,
 )
 from ppo_fast.testing.inputs import (
     FACTORIES,
@@ -33,10 +36,12 @@ __all__ = [
     "Call",
     "assert_agrees",
     "assert_within_budget",
+    "divergence_call",
     "gae_call",
     "laid_out",
     "linear_at_call",
     "linear_call",
+    "linear_divergence_call",
     "linear_ppo_call",
     "logits_ppo_call",
     "logprobs_call",
@@ -48,6 +53,7 @@ __all__ = [
     "rlhf_call",
     "run",
     "same_bits",
+    "token_divergence_call",
     "value_call",
     "whiten_call",
     "with_garbage",

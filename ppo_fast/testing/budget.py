@@ -23,6 +23,7 @@ from ppo_fast.testing.conditions import CONDITIONS, Conditions
 from ppo_fast.testing.head_inputs import HEADS
 
 _HALVES = (torch.bfloat16, torch.float16)
+_LOSSES = ("logits_ppo_loss", "linear_ppo_loss", "linear_divergence")
 _SCALED = ("grad_logits", "grad_hidden", "grad_weight", "grad_bias")
 
 
@@ -117,5 +118,5 @@ def _budgets(
 def _stores(op: str, name: str, interpreted: bool) -> float:
     """Roundings to an output's own type, in units of its eps."""
     # The head's losses store their gradient, and the backward stores it once more, scaled.
-    again = 0.5 if op in ("logits_ppo_loss", "linear_ppo_loss") and name in _SCALED else 0.0
+    again = 0.5 if op in _LOSSES and name in _SCALED else 0.0
     return again + (1.0 if interpreted else 0.5)
