@@ -7,6 +7,7 @@ another layout, fill its masked slots with garbage, take some of its rows.
 from ppo_fast.testing.budget import assert_agrees, assert_within_budget
 from ppo_fast.testing.calls import Call, output, promoted, run, same_bits
 from ppo_fast.testing.head_inputs import (
+    DIVERGENCES,
     HEADS,
     divergence_call,
     linear_at_call,
@@ -30,6 +31,7 @@ from ppo_fast.testing.layouts import LAYOUTS, laid_out, with_garbage, with_layou
 from ppo_fast.testing.poison import poisoned_allocations
 
 __all__ = [
+    "DIVERGENCES",
     "FACTORIES",
     "HEADS",
     "LAYOUTS",

@@ -104,7 +104,9 @@ def weighted_loss(
     return adds, finite(w * seqs_value(terms, seqs)).sum() * adds / divisor, w / divisor
 
 
-def logits_divergence_condition(call: Call, exact: dict[str, Tensor], eps: float) -> Conditions:
+def logits_divergence_condition(
+    call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
+) -> Conditions:
     """Of two softmaxes, their divergence, the loss of it and its gradient by the logits."""
     t, o = call.tensors, call.options
     keep = keep_of(t["logits"][..., 0], t.get("mask"))

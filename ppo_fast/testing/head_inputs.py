@@ -262,7 +262,10 @@ HEADS: dict[str, Callable[..., Call]] = {
     "linear_logprobs_at": linear_at_call,
     "logits_ppo_loss": logits_ppo_call,
     "linear_ppo_loss": linear_ppo_call,
+}
+# Ops with a teacher, which CUDA C++ has not.
+DIVERGENCES: dict[str, Callable[..., Call]] = {
+    "divergence": divergence_call,
     "linear_token_divergence": token_divergence_call,
     "linear_divergence": linear_divergence_call,
-    "divergence": divergence_call,
 }
