@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -338,6 +339,33 @@ def test_gkd_and_gold(trainer: Any, beta: float) -> None:
         from_logits = ppo_fast.divergence(s, t, mask, kind=teacher.kind, beta=teacher.beta, **own)
         assert_near(gradients(head.loss, x), want)
         assert_near(gradients(from_logits.loss, x), want)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_liger(beta: float) -> None:
+    """Liger 0.8.5's fused JSD, its cross-entropy left out; fp64 but for its sum, in fp32."""
+    jsd_loss = pytest.importorskip("liger_kernel.chunked_loss.jsd_loss")
+    x, mask = heads("plain", torch.float64), masks()["some"].flatten()
+    theirs = jsd_loss.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=0.5, beta=beta, temperature=0.9, compiled=False
+    )
+    flat = {side: x[f"{side}_hidden"].flatten(0, 1) for side in WIDTHS}
+    loss = theirs(
+        flat["student"],
+        x["student_weight"],
+        flat["teacher"].detach(),
+        x["teacher_weight"].detach(),
+        torch.where(mask != 0, 7, -100),
+    )
+    teacher = replace(teacher_of(x, beta), coef=0.5, hidden=flat["teacher"])
+    ours = ppo_fast.linear_divergence(
+        flat["student"], x["student_weight"], teacher, mask, temperature=0.9
+    )
+    (value, *got), (total, *want) = gradients(ours.loss, x), gradients(loss, x)
+    assert_near(got, want)
+    testing.assert_within_budget(
+        value, total.double(), condition=float(total), ops=2, compute=torch.float32
+    )
 
 
 @pytest.mark.parametrize("alpha", BETAS)
