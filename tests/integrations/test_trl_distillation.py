@@ -290,7 +290,9 @@ def test_a_weight_that_zero_3_takes_away() -> None:
 
 
 WRONG: dict[str, Callable[..., Any]] = {
-    "mask": lambda call, **given: call(**given | {"mask": torch.ones_like(given["mask"])}),
+    "mask": lambda call, **given: call(
+        **given | {"mask": torch.ones_like(given["mask"]), "row_index": None}
+    ),
     "temperature": lambda call, **given: call(**given | {"temperature": 1.1}),
     "divisor": lambda call, **given: call(**given | {"denom": 30.0}),
 }
