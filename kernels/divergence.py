@@ -59,7 +59,9 @@ LEAST_EXP = tl.constexpr(-126.0)
 # ln q of a q that is 0, in a gradient: p times it is 0 where p is 0. Elsewhere kl is infinite, and
 # the gradient without a number whatever stands here.
 FAINT = tl.constexpr(-1e30)
-N_TERMS = 11  # a Pair's up to teacher_inv_temperature, then a PairGradient's from offset on
+N_TERMS = tl.constexpr(
+    11
+)  # a Pair's up to teacher_inv_temperature, then a PairGradient's from offset on
 NO_LABEL = tl.constexpr(-2)  # in place of the label's column, of a label that has none here
 
 TENSORS = ("logits", "teacher", "out")
@@ -247,10 +249,12 @@ def divergence_kernel(
     live = load_flag(mask_ptr, row_offset(mask, row, inner), row >= 0)
     if live:
         inv_temp = inverse_temperature(temperature, row, inner, live, inv_temperature)
-        of_teacher = inverse_temperature(of_teacher, row, inner, live, teacher_inv_temperature)
+        other_inv_temp = inverse_temperature(
+            of_teacher, row, inner, live, teacher_inv_temperature
+        )
         pair = Pair(
             *(tl.load(row_max_ptr + row), tl.load(log_sum_ptr + row), inv_temp),
-            *(tl.load(teacher_max_ptr + row), tl.load(teacher_log_sum_ptr + row), of_teacher),
+            *(tl.load(teacher_max_ptr + row), tl.load(teacher_log_sum_ptr + row), other_inv_temp),
             *(beta, rest, KIND),
         )
         row_ptr = row_start(Strided(logits_ptr, logits_outer, logits_inner), row, inner, ALIGN)
@@ -361,8 +365,8 @@ def divergence_terms_kernel(
     inv_temp = tl.broadcast_to(inv_temp, [ROWS])
     teacher_max = tl.load(teacher_max_ptr + rows, mask=live, other=0.0)
     teacher_log_sum = tl.load(teacher_log_sum_ptr + rows, mask=live, other=0.0)
-    of_teacher = inverse_temperature(of_teacher, rows, inner, live, teacher_inv_temperature)
-    states = (row_max, log_sum, inv_temp, teacher_max, teacher_log_sum, of_teacher)
+    other_inv_temp = inverse_temperature(of_teacher, rows, inner, live, teacher_inv_temperature)
+    states = (row_max, log_sum, inv_temp, teacher_max, teacher_log_sum, other_inv_temp)
     pair = Pair(*states, beta, rest, KIND)
     g = row_value(grad_logprobs_ptr, grad_logprobs_outer, grad_logprobs_inner, rows, inner, live)
     h = row_value(grad_entropy_ptr, grad_entropy_outer, grad_entropy_inner, rows, inner, live)
@@ -379,7 +383,7 @@ def divergence_terms_kernel(
     slope = -h * inv_temp
     gradient = PairGradient(pair, label, offset, slope, own, other, 0.0)
     at_label = tl.fma(g, inv_temp, pair_grad(x, y, gradient))
-    terms = (*states, offset, slope, own, other, at_label)
+    terms = states + (offset, slope, own, other, at_label)
     for i in tl.static_range(N_TERMS):
         tl.store(terms_ptr + i * n_rows + rows, terms[i], mask=inside)
     column = tl.where(here, label, NO_LABEL).to(tl.int32)
@@ -484,7 +488,7 @@ def _write(out: Tensor, *args: Any) -> None:
             n_rows = block.outer * block.inner
             if n_rows == 0 or vocab == 0:
                 break
-            terms = logits.new_empty(N_TERMS, n_rows, dtype=torch.float32)
+            terms = logits.new_empty(N_TERMS.value, n_rows, dtype=torch.float32)
             labels = logits.new_empty(n_rows, dtype=torch.int32)
             divergence_terms_kernel[(triton.cdiv(n_rows, config.ROW_SCALARS.block),)](
                 *(*block.args[:-3], *(x.view(-1)[block.start :] for x in numbers), terms, labels),

@@ -182,9 +182,7 @@ def _some_rows(arguments: Arguments) -> Arguments:
     """The first call's comparison: some tokens on the vocabulary's first words."""
     counts = {"hidden": _KEPT, "weight": _WORDS, "bias": _WORDS}
     names = {f"{side}_{name}": n for side in _SIDES for name, n in counts.items()}
-    return {
-        k: x[: names[k]] if k in names and x is not None else x for k, x in arguments.items()
-    }
+    return {k: x[: names[k]] if k in names and x is not None else x for k, x in arguments.items()}
 
 
 integration = Integration(

@@ -65,6 +65,7 @@ class HeadTerms(NamedTuple):
             parts["divergence"] = self.teacher.coef, divergence
         if self.has_z_loss:
             parts["z_loss"] = self.z_loss_coef, lse * lse
+        mask = mask.contiguous()  # strides change the order of a sum
         weights, zero = policy.row_weights(mask), torch.zeros_like(lse)
         total = torch.where(mask, weights * sum(c * x for c, x in parts.values()), zero)
         sums = {

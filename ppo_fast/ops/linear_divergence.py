@@ -127,16 +127,16 @@ class _HeadTerms(torch.autograd.Function):
 def score_terms(given: HeadInputs, teacher: TeacherInputs | None) -> tuple[Tensor, ...]:
     """(N,) log-probabilities, entropies, divergences and ln Σe^z, differentiable as the head is.
 
-    Without a teacher the divergences are 0; with a support there is none.
+    Without a teacher the divergences are 0.
     """
     if given.support is None:
         return _score_whole(given, teacher)
-    logprobs, entropy, lse = score_kept(given, given.support)
-    nothing = torch.zeros_like(lse)
+    logprobs, entropy, lse, divergence = score_kept(given, given.support, teacher)
+    found = (logprobs, entropy, divergence, lse)
     if given.support.n_whole == 0:
-        return logprobs, entropy, nothing, lse
-    others = _score_whole(given.whole(), None)
-    return logprobs + others[0], entropy + others[1], nothing, lse + others[3]
+        return found
+    others = _score_whole(given.whole(), teacher)
+    return tuple(x + y for x, y in zip(found, others, strict=True))
 
 
 def _score_whole(given: HeadInputs, teacher: TeacherInputs | None) -> tuple[Tensor, ...]:
