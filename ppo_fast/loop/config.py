@@ -12,41 +12,17 @@ from typing import Any, Literal
 
 import torch
 
-from ppo_fast.loop.losses import check_losses
-from ppo_fast.loop.presets import ADVANTAGE_DEFAULTS, QUICK, TASK_DEFAULTS, TINY
+from ppo_fast.loop.choices import (
+    Advantages,
+    Distill,
+    Estimator,
+    LossEstimator,
+    Reduction,
+    Variant,
+)
+from ppo_fast.loop.losses import check_distillation, check_losses
+from ppo_fast.loop.presets import ADVANTAGE_DEFAULTS, ALONE, QUICK, TASK_DEFAULTS, TINY
 
-Variant = Literal[
-    "clip",
-    "gspo",
-    "cispo",
-    "penalty",
-    "linear",
-    "sapo",
-    "dppo-tv",
-    "dppo-kl",
-    "reinforce",
-    "dro",
-    "gmpo",
-    "vespo",
-    "clip-cov",
-    "kl-cov",
-]
-Estimator = Literal["k1", "k2", "k3", "abs"]
-LossEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"]
-Advantages = Literal[
-    "gae",
-    "grpo",
-    "grpo-batch-std",
-    "grpo-passk",
-    "rloo",
-    "dr_grpo",
-    "opo",
-    "maxrl",
-    "reinforce++",
-]
-Reduction = Literal[
-    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
-]
 Dtype = Literal["float32", "bfloat16", "auto"]
 # Former names of options, in files of former runs and on the command line.
 RENAMED = {"is_truncation": "correction_high"}
@@ -232,6 +208,23 @@ class TrainConfig:
     """Ends an update's epochs once KL(old, new) per token exceeds 1.5 times this."""
     penalty_target: float = 0.01
     """KL(old, new) per token that the coefficient of "penalty" aims at."""
+    z_loss_coef: float = 0.0
+    """Weight, in the loss, of the mean square of the logits' ln(sum of exp)."""
+
+    teacher: str | None = None
+    """A frozen model of the same vocabulary to learn from: a run's folder, or as `model`."""
+    distill: Distill | None = None
+    """Divergence from the teacher that the loss takes, over the whole vocabulary, or "pg", the
+    policy gradient of log p_teacher - log p_policy of each token; docs/distillation.md."""
+    distill_coef: float = 1.0
+    """Weight of that divergence in the loss, or of that difference in the advantages."""
+    distill_beta: float = 0.5
+    """Weight of the teacher in the mixture of "jsd", or of the reverse divergence in "mixed"."""
+    distill_temperature: float | None = None
+    """Divides the teacher's logits in the place of `temperature`."""
+    reward_coef: float = 1.0
+    """Weight of the reward's advantages beside a teacher's; 0 learns from the teacher alone,
+    without a critic."""
 
     advantages: Advantages = "gae"
     """"gae" by a critic, or a baseline of `group_advantages` by the other completions of the
@@ -321,10 +314,16 @@ class TrainConfig:
     def _replaced(self) -> dict[str, Any]:
         own = TASK_DEFAULTS.get(self.task, {}) | (QUICK if self.quick else {})
         own |= ADVANTAGE_DEFAULTS.get(self.advantages, {})
+        own |= ALONE if self.reward_coef == 0 else {}
         given: Given = vars(self)["_given"]
         if (self.model if "model" in given else own.get("model", self.model)) == "tiny":
             own |= TINY
         return {name: value for name, value in own.items() if name not in given}
+
+    @property
+    def has_critic(self) -> bool:
+        """True where values are learnt: for "gae", of a reward that counts."""
+        return self.advantages == "gae" and self.reward_coef > 0
 
     @property
     def sequences(self) -> int:
@@ -363,14 +362,14 @@ def _check(config: TrainConfig) -> None:
     optimisation = ("temperature", "lr", "max_grad_norm", "clip", "vf_clip", "kl_horizon")
     for name in (*optimisation, "timeout", "http_timeout"):
         _require(config, name, getattr(config, name) > 0, "positive")
-    coefficients = ("warmup", "vf_coef", "kl_coef", "entropy_coef", "weight_decay")
+    coefficients = ("warmup", "vf_coef", "kl_coef", "entropy_coef", "weight_decay", "z_loss_coef")
     for name in ("train_layers", "lora_rank", "compare", *coefficients):
         _require(config, name, getattr(config, name) >= 0, "at least 0")
     for name in ("overlong_buffer", "overlong_penalty", "dynamic_filtering", "top_k"):
         _require(config, name, getattr(config, name) >= 0, "at least 0")
     optional = ("reward_timeout", "score_clip", "kl_stop", "kl_target", "penalty_target")
     bounds = ("correction_low", "correction_high", "clip_low", "clip_high", "ratio_cap")
-    for name in (*optional, *bounds, "critic_lr", "dro_beta"):
+    for name in (*optional, *bounds, "critic_lr", "dro_beta", "distill_temperature"):
         value = getattr(config, name)
         _require(config, name, value is None or value > 0, "positive")
     for name in ("timeout", "reward_timeout"):  # what waiting for a thread takes
@@ -380,6 +379,7 @@ def _check(config: TrainConfig) -> None:
         _require(config, name, (getattr(config, name) or 0) <= 1, "at most 1")
     _require(config, "dual_clip", config.dual_clip is None or config.dual_clip > 1, "above 1")
     check_losses(config, _require)
+    check_distillation(config, _require)
     below = config.variant != "linear" or (config.loss_kl_coef or 0) < 1
     _require(config, "loss_kl_coef", below, "below 1 with variant linear")
     for name in ("gamma", "lam", "lr_end", "min_p"):

@@ -1,4 +1,7 @@
-"""Policy loss and correction of a run, from its options, a `TrainConfig`, which imports this."""
+"""Policy loss, correction and distillation of a run, from its options.
+
+These are a `TrainConfig`, which imports this.
+"""
 
 from __future__ import annotations
 
@@ -108,3 +111,34 @@ def check_losses(config: Any, require: Callable[..., None]) -> None:
     except ValueError as error:
         text = str(error).removeprefix("Correction: ")
         require(config, "reject", False, f"as seq-mean-k1=0.999:1.001 ({text})")
+
+
+def check_distillation(config: Any, require: Callable[..., None]) -> None:
+    """Raise OptionError for options of a teacher that do not go together, or lack one."""
+    kind = config.distill
+    for name in ("distill_coef", "distill_beta", "reward_coef"):
+        value, default = getattr(config, name), type(config).__dataclass_fields__[name].default
+        require(config, name, kind or value == default, f"{default} without distill")
+    for name in ("teacher", "distill_temperature"):
+        require(config, name, kind or getattr(config, name) is None, "absent without distill")
+    require(config, "distill_coef", config.distill_coef > 0, "positive")
+    require(config, "reward_coef", config.reward_coef >= 0, "at least 0")
+    beta = config.distill_beta
+    weighs = kind in ("jsd", "mixed") or beta == 0.5
+    require(config, "distill_beta", weighs, f"0.5, which does not count, with distill {kind}")
+    require(config, "distill_beta", 0 <= beta <= 1, "in [0, 1]")
+    require(config, "distill_beta", kind != "jsd" or 0 < beta < 1, "in (0, 1) with distill jsd")
+    alone = config.reward_coef == 0
+    for name in ("kl_target", "critic_lr"):
+        unused = not alone or getattr(config, name) is None
+        require(config, name, unused, "absent with reward_coef 0")
+    require(config, "kl_coef", not alone or config.kl_coef == 0, "0 with reward_coef 0")
+    # Only the head's own loss forms these.
+    heads = config.head == "linear"
+    whole = kind not in (None, "pg")
+    require(config, "distill", heads or not whole, "pg with head logits")
+    for name in ("top_k", "top_p", "min_p") if whole else ():
+        default = type(config).__dataclass_fields__[name].default
+        all_of_them = getattr(config, name) == default
+        require(config, name, all_of_them, f"{default} with distill {kind}, over all tokens")
+    require(config, "z_loss_coef", heads or config.z_loss_coef == 0, "0 with head logits")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ppo_fast._backend import select
-from ppo_fast.loop import evaluate, rewards
+from ppo_fast.loop import distill, evaluate, rewards
 from ppo_fast.loop.checkpoint import state
 from ppo_fast.loop.coefficients import adapt_penalty, adapt_reward_kl, lr_share
 from ppo_fast.loop.collect import Collector
@@ -23,6 +23,7 @@ from ppo_fast.loop.data.experience import (
     corrected,
     make_plan,
     supported,
+    taught,
 )
 from ppo_fast.loop.data.prompts import Prompt, PromptStream, Row, as_rows, columns_of
 from ppo_fast.loop.data.replay import TransitionStream
@@ -60,6 +61,7 @@ class PPO:
         reward: rewards.RewardFn,
         ranks: Ranks | None = None,
         held_out: Iterable[Any] | None = None,
+        teacher: Any = None,
     ) -> None:
         self.ranks = ranks or Ranks()
         torch.manual_seed(config.seed)
@@ -77,13 +79,15 @@ class PPO:
         else:
             self.prompts, held = self._prompt_streams(prompts, held_out)
         check_vocabulary(model, tokenizer)
-        self.agent = Agent(model, config, self.ranks, sampled=not self.stored)
+        distill.require_given(config, teacher)
+        self.agent = Agent(model, config, self.ranks, not self.stored, teacher)
         self.first_batch = FirstBatch(self.agent)
         self.device = self.agent.parameters[0].device
         asked = None if config.backend == "auto" else config.backend
         self.backend = select("train", asked, self.agent.parameters[0])
         stored = isinstance(prompts, TransitionStream) and prompts.supported
         require_support(self.backend, config, stored)
+        distill.require_kernels(self.backend, config, stored)
         self.sampler = Sampler(self.agent, tokenizer, config, self.device)
         self.collector = Collector(config, self.sampler, reward, self.ranks, self.backend)
         self.evaluation = Evaluation(self.collector, held) if held else None
@@ -205,6 +209,7 @@ class PPO:
             "rollout_gap_mean": float(gap.mean()),
             **done.record(),
             **supported(seqs, rollout),
+            **taught(c, seqs, scored),
             **correcting,
         }
         if c.critic_lr is not None:
@@ -266,7 +271,7 @@ class PPO:
         """JSON values in which a checkpoint and the run that resumes from it must agree.
 
         The options that move the mathematics, the prompts, and a sha256 over every frozen weight:
-        the base model under the trained weights, and the reference.
+        the base model under the trained weights, and the reference, and another of a teacher's.
         """
         options = dataclasses.asdict(self.config)
         used = {"device": self.device.type, "backend": self.backend}
@@ -276,6 +281,8 @@ class PPO:
             kept["the columns' sha256"] = self.prompts.columns_digest()
         if self.config.lr_schedule != "constant":
             kept["updates, which the schedule needs,"] = self.config.updates
+        if (teacher := state.digest_of_teacher(self.agent)) is not None:
+            kept["the teacher's sha256"] = teacher
         return kept | {
             "the prompts' sha256": self.prompts.digest(),
             "the frozen weights' sha256": state.digest_of_frozen(self.agent),

@@ -11,6 +11,7 @@ import torch
 
 import ppo_fast
 from ppo_fast._backend import select
+from ppo_fast.loop import distill
 from ppo_fast.loop.config import OptionError, TrainConfig
 from ppo_fast.loop.data.transitions import require_readable
 from ppo_fast.loop.files import require_file, require_folder
@@ -29,6 +30,8 @@ class RunExistsError(OptionError):
 def check(config: TrainConfig, device: torch.device, first: bool) -> Size:
     """Check what needs neither data nor tokenizer nor weights; the size of the model.
 
+    Its context is that of a teacher where that is less.
+
     Raises OptionError, which names the option and its value, and ModuleNotFoundError for a
     package that one needs. The `first` rank alone looks at the folder that it will write.
     """
@@ -42,6 +45,8 @@ def check(config: TrainConfig, device: torch.device, first: bool) -> Size:
         require_new(config)
         _check_places(config)
     size = size_of(config.model)
+    if config.distill is not None:
+        size = distill.check(config, size)
     if size.layers is not None:
         check_train_layers(config.train_layers, size.layers)
     context, new = size.context, config.max_new_tokens
@@ -59,6 +64,7 @@ def _check_backend(config: TrainConfig, device: torch.device) -> None:
     except (ppo_fast.BackendUnavailableError, ValueError) as error:
         raise OptionError(str(error).removeprefix("train: ")) from error
     require_support(name, config)
+    distill.require_kernels(name, config)
 
 
 def _check_places(config: TrainConfig) -> None:

@@ -18,6 +18,9 @@ QUICK: dict[str, object] = {
 # What the tiny model does, whatever the task: it has two layers.
 TINY: dict[str, object] = {"train_layers": 0}
 
+# Without a reward there is none for the KL to be taken off.
+ALONE: dict[str, object] = {"kl_coef": 0.0}
+
 # What each task puts in place of the options' defaults, found by trial on two CPU cores.
 TASK_DEFAULTS: dict[str, dict[str, object]] = {
     "sentiment": {},

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ppo_fast.loop import preflight, rewards, tasks
+from ppo_fast.loop import distill, preflight, rewards, tasks
 from ppo_fast.loop.checkpoint.checkpoints import Checkpoints
 from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.data.chat import rendered
@@ -63,7 +63,8 @@ class Trainer(PPO):
     fn(prompts, completions, **columns) -> list[float], which gets the prompts as they are in the
     rows and those columns that its signature takes. Stored transitions in the place of prompts
     come with their rewards: nothing is sampled, and `reward` is not called. `held_out` are prompts
-    too, to evaluate on every `config.eval_every` updates.
+    too, to evaluate on every `config.eval_every` updates. `teacher` is the model that
+    `config.distill` learns from, frozen in place; its tokens must be the model's.
 
     `run` does all updates, `step` one. Making a trainer touches no file: the first of the two
     takes the folder `config.out`.
@@ -78,8 +79,9 @@ class Trainer(PPO):
         reward: rewards.RewardFn,
         ranks: Ranks | None = None,
         held_out: Iterable[Any] | None = None,
+        teacher: Any = None,
     ) -> None:
-        super().__init__(config, model, tokenizer, prompts, reward, ranks, held_out)
+        super().__init__(config, model, tokenizer, prompts, reward, ranks, held_out, teacher)
         self.begun = False
         self.lock = RunLock(self.config.out)
         self.recorder = recorder.Recorder(self.config, self.backend)
@@ -271,10 +273,13 @@ def load_trainer(
     reward = rewards.load_reward(config, task.reward, device)
     if config.transitions is None:
         rewards.taken(reward, columns_of(task.rows))  # raises for one that is not there
+    if config.distill is not None:
+        distill.check_tokenizer(config, tokenizer, task.texts[:200], report)
     torch.manual_seed(config.seed)
     report(f"loading {config.model}")
     with from_outside("model", config.model):
         model = load_weights(config.model, tokenizer, device)
+    teacher = distill.load_teacher(config, tokenizer, device, report)
     if Truncation.of(config) is not None:
         report(held_at_most(config, vocabulary(model)))
     source = (
@@ -287,11 +292,12 @@ def load_trainer(
             shuffle=config.shuffle,
             keep_truncated=config.keep_truncated,
             model=model,
+            context=context,
             tokenizer=tokenizer,
             report=report,
         )
     )
-    return Trainer(config, model, tokenizer, source, reward, ranks, held)
+    return Trainer(config, model, tokenizer, source, reward, ranks, held, teacher)
 
 
 def train(

@@ -130,7 +130,7 @@ def accumulate(
 
 
 def numbers(agent: Agent, stats: ppo_fast.Stats) -> dict[str, float]:
-    """The statistics for the log: without those of a critic where there is none.
+    """The statistics for the log: without those of terms that the loss does not have.
 
     The op knows no width of packed sequences, so the divisor of "seq-mean-token-sum-norm" is put
     in here.
@@ -140,11 +140,15 @@ def numbers(agent: Agent, stats: ppo_fast.Stats) -> dict[str, float]:
         divisor = (out["n_seqs"] or 1.0) * config.max_new_tokens
         for name in ("loss", "policy_loss"):
             out[name] = float(stats.field(name)) / divisor
-    of_critic = () if agent.critic is not None else _OF_CRITIC
+    absent = set() if agent.critic is not None else set(_OF_CRITIC)
+    if config.distill in (None, "pg"):
+        absent.add("divergence")  # that of "pg" is logged from its scores
+    if config.z_loss_coef == 0:
+        absent.add("z_loss")
     return {
         name: value
         for name, value in out.items()
-        if name not in of_critic and not name.startswith("rollout_")  # the update logs its own
+        if name not in absent and not name.startswith("rollout_")  # the update logs its own
     }
 
 
@@ -192,6 +196,8 @@ def _loss(
     if out.logits is None:
         head = _head(agent, agent.policy)
         weight = head.pop("weight")
+        # What only the head's own loss forms.
+        options |= {"teacher": _teacher(agent, part), "z_loss_coef": config.z_loss_coef}
         with agent.autocast():
             policy = ppo_fast.linear_ppo_loss(
                 out.hidden, weight, tokens, old, advantages, **head, **options
@@ -219,6 +225,20 @@ def _loss(
     )
     loss = policy.loss + config.vf_coef * value.loss
     return policy, loss, policy.stats + value.stats
+
+
+def _teacher(agent: Agent, part: Batch) -> ppo_fast.Teacher | None:
+    """The teacher's distributions of the n kept tokens, where the loss takes them whole."""
+    config, tower, hidden = agent.config, agent.teacher, part.scored.teacher
+    if tower is None or hidden is None or config.distill in (None, "pg"):
+        return None
+    return ppo_fast.Teacher(
+        part.seqs.flat(hidden),
+        kind=config.distill,
+        beta=config.distill_beta,
+        coef=config.distill_coef,
+        **_head(agent, tower),
+    )
 
 
 class Forward(NamedTuple):
@@ -278,7 +298,7 @@ def logprobs(
         return ppo_fast.token_logprobs(
             logits,
             tokens,
-            temperature=agent.config.temperature,
+            temperature=agent.temperature(tower),
             support=support,
             backend=backend,
         ).logprobs
@@ -289,7 +309,7 @@ def logprobs(
 
 
 def _head(agent: Agent, tower: Tower) -> dict[str, Any]:
-    """The output head as the linear ops take it, at the temperature of the run."""
+    """The output head as the linear ops take it, at the temperature of the tower."""
     head = tower.head()
-    head["temperature"] = agent.config.temperature * head.get("temperature", 1.0)
+    head["temperature"] = agent.temperature(tower) * head.get("temperature", 1.0)
     return head

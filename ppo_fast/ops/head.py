@@ -280,9 +280,12 @@ class Head:
         return dx, dw, db
 
 
-def live_rows(g: Tensor, h: Tensor) -> Tensor | None:
+def live_rows(*slopes: Tensor | None) -> Tensor | None:
     """Indices of the rows with a gradient; None on a GPU and where all have one."""
-    if g.device.type != "cpu":
+    given = [x for x in slopes if x is not None]
+    if given[0].device.type != "cpu":
         return None
-    live = (g != 0) | (h != 0)
+    live = given[0] != 0
+    for x in given[1:]:
+        live |= x != 0
     return None if bool(live.all()) else live.nonzero()[:, 0]

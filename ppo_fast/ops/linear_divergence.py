@@ -13,17 +13,18 @@ from ppo_fast._boundary.options import Softmax
 from ppo_fast._results import DivergenceLoss, Stats, TokenDivergence
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable, scaled
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.head import Head
+from ppo_fast.ops.head import Head, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, all_kept, check_head
 from ppo_fast.ops.loss_options import Coefficient
 from ppo_fast.ops.reduction import Reduction, check_loss_reduction
+from ppo_fast.ops.sparse_head import score_kept
 from ppo_fast.ops.teacher import (
     Compared,
     Slopes,
     TeacherHead,
     TeacherInputs,
+    backward,
     check_teacher,
-    with_lse,
 )
 from ppo_fast.teacher import Teacher
 
@@ -46,9 +47,9 @@ class _Numbers(NamedTuple):
 
 
 def _all_rows(head: Head, teacher: TeacherHead | None) -> _Numbers:
-    """The numbers of every row that is computed; without a teacher the last four hold nothing."""
+    """The numbers of every row that is computed; without a teacher the last four are 0."""
     count = head.rows.tokens.shape[0]
-    out = _Numbers(*torch.empty(8, count, dtype=head.wide, device=head.hidden.device))
+    out = _Numbers(*torch.zeros(8, count, dtype=head.wide, device=head.hidden.device))
     for at in head.chunks(count):
         z = head.logits(head.inputs(at))
         softmax = head.softmax(z, at)
@@ -60,18 +61,15 @@ def _all_rows(head: Head, teacher: TeacherHead | None) -> _Numbers:
 
 def _accumulate(head: Head, teacher: TeacherHead | None, part: _Numbers, slopes: Slopes) -> None:
     """Form the logits of the blocks with a gradient anew, and accumulate it."""
-    live = slopes.live()
+    live = live_rows(*slopes)
     count = part.logprobs.shape[0] if live is None else live.shape[0]
     for at in head.blocks(count):
         rows = at if live is None else live[at]
         x, softmax, s = head.inputs(rows), part.softmax(rows), slopes.rows(rows)
-        z = head.logits(x)
-        if teacher is None:
-            softmax, h = with_lse(softmax, s.entropy, s.lse)
-            head.backward(z, x, rows, softmax, s.logprobs, h)
-        else:
+        z, other = head.logits(x), None
+        if teacher is not None:
             other = Compared(teacher.logits(rows), *(number[rows] for number in part[4:]))
-            teacher.backward(z, x, rows, softmax, s, other)
+        backward(head, teacher, z, x, rows, softmax, s, other)
 
 
 class _HeadTerms(torch.autograd.Function):
@@ -129,8 +127,20 @@ class _HeadTerms(torch.autograd.Function):
 def score_terms(given: HeadInputs, teacher: TeacherInputs | None) -> tuple[Tensor, ...]:
     """(N,) log-probabilities, entropies, divergences and ln Σe^z, differentiable as the head is.
 
-    Without a teacher the divergences hold nothing.
+    Without a teacher the divergences are 0.
     """
+    if given.support is None:
+        return _score_whole(given, teacher)
+    logprobs, entropy, lse, divergence = score_kept(given, given.support, teacher)
+    found = (logprobs, entropy, divergence, lse)
+    if given.support.n_whole == 0:
+        return found
+    others = _score_whole(given.whole(), teacher)
+    return tuple(x + y for x, y in zip(found, others, strict=True))
+
+
+def _score_whole(given: HeadInputs, teacher: TeacherInputs | None) -> tuple[Tensor, ...]:
+    """The same over the whole vocabulary."""
     args = (given.hidden, given.weight, given.bias)
     if n_grads(*args):
         out: tuple[Tensor, ...] = _HeadTerms.apply(*args, given, teacher)

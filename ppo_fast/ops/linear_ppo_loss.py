@@ -18,12 +18,16 @@ from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, all_kept, check_head
+from ppo_fast.ops.head_terms import HeadTerms, check_z_loss
+from ppo_fast.ops.linear_divergence import score_terms
 from ppo_fast.ops.linear_logprobs import score
 from ppo_fast.ops.loss_options import Bounds, Coefficient, Variant, loss_options
 from ppo_fast.ops.policy import PolicyInputs, check_policy, over
 from ppo_fast.ops.policy_loss import corrected, of_rows, policy_loss
 from ppo_fast.ops.ppo_loss import loss_and_stats
+from ppo_fast.ops.teacher import TeacherHead, backward, check_teacher
 from ppo_fast.support import Support
+from ppo_fast.teacher import Teacher
 
 _OP = "linear_ppo_loss"
 # Type of the weights -> the kernel op that writes such gradients over wide logits.
@@ -55,9 +59,13 @@ class _Tokens(NamedTuple):
 class _Loss:
     """One call: the loss over the computed rows, and the slopes of its tokens."""
 
-    def __init__(self, head: Head, given: HeadInputs, policy: PolicyInputs) -> None:
-        self.head, self.given = head, given
+    def __init__(
+        self, head: Head, given: HeadInputs, policy: PolicyInputs, others: HeadTerms
+    ) -> None:
+        self.head, self.given, self.others = head, given, others
+        self.teacher = others.teacher and TeacherHead(others.teacher, head)
         tokens = _Tokens.of(given)
+        self.counted = tokens.counted
         self.policy, self.mask = tokens.prepared(given, policy)
         known = None if self.policy.late_denom else tokens.counted
         weights = self.policy.weights(self.mask, known)
@@ -67,15 +75,19 @@ class _Loss:
         self.tokens = _picked(self.policy.per_token, given.rows)
         self.denom: Tensor | None = None
 
-    def total(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:
-        """(loss, stats, logprobs, entropy) over all tokens, from the rows' two."""
+    def total(self, *numbers: Tensor) -> tuple[Tensor, ...]:
+        """(loss, stats, logprobs, entropy) over all tokens, from the rows' numbers: these two,
+        their divergences and ln Σe^z."""
         shape, rows = self.given.tokens.shape, self.given.rows
-        logprobs, entropy = (rows.spread(x).view(shape) for x in (logprobs, entropy))
+        logprobs, entropy, *others = (rows.spread(x).view(shape) for x in numbers)
         backend = self.given.options.backend
         policy, mask = corrected(self.policy, backend, self.mask, logprobs)
         if self.policy.late_denom:
             self.denom = policy.denom(self.mask)
         loss, stats, *_ = policy_loss(policy, backend, logprobs, mask, entropy, 0)
+        if others:
+            mask = self.mask if mask is None else mask
+            loss = self.others.added(loss, stats, policy, mask, self.counted, *others)
         return loss, stats, logprobs, entropy
 
     def _weights(self, at: slice) -> Tensor:
@@ -88,9 +100,10 @@ class _Loss:
         alone = options.softcap is None and options.shard is None
         op = _FUSED.get(self.head.weight.dtype)
         has = op is not None and options.backend in backends_of(op)
+        alone = alone and not self.others.any
         return has and alone and policy.one_pass and options.backend != "cpu"
 
-    def fused(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+    def fused(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, ...]:
         """A block's (logprobs, entropy) and gradients: the logits' by one kernel, over z."""
         dtype = self.head.weight.dtype
         narrow = dtype == torch.bfloat16
@@ -106,9 +119,11 @@ class _Loss:
         self.head.accumulate(z.view(dtype)[:, : z.shape[1]], x, at)
         return scores
 
-    def composed(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-        """The same by the kernels of softmax, loss and gradient."""
+    def composed(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, ...]:
+        """The same by the kernels of softmax, divergence, loss and gradient; then a block's
+        divergences and ln Σe^z."""
         head, softmax = self.head, self.head.softmax(z, at)
+        other = None if self.teacher is None else self.teacher.compared(z, at, softmax)
         policy = self.policy._replace(
             per_token=_chunk(self.tokens, at), options=self.slopes, cu_seqlens=None
         )
@@ -127,26 +142,37 @@ class _Loss:
             sequence_weights=None,  # in self.weights
         )
         g, h = grads * self._weights(at)
-        live = live_rows(g, h)
+        slopes = self.others.slopes(g, h, softmax, keep, self._weights(at))
+        live = live_rows(*slopes)
         if live is None:
-            head.backward(z, x, at, softmax, g, h)
+            backward(head, self.teacher, z, x, at, softmax, slopes, other)
         elif live.numel():
             chosen = Softmax(*(number[live] for number in softmax))
-            head.backward(z[live], x[live], live + at.start, chosen, g[live], h[live])
-        return softmax.logprobs, softmax.entropy
+            pair = other and other.rows(live)
+            args = (z[live], x[live], live + at.start, chosen, slopes.rows(live), pair)
+            backward(head, self.teacher, *args)
+        if not self.others.any:
+            return softmax.logprobs, softmax.entropy
+        lse = softmax.row_max + softmax.log_sum
+        divergence = torch.zeros_like(lse) if other is None else other.divergence
+        return softmax.logprobs, softmax.entropy, divergence, lse
 
-    def one_pass(self) -> tuple[Tensor, Tensor]:
+    def one_pass(self) -> Tensor:
         """Three products: logits, and both gradients while the block's softmax is at hand."""
         head, count = self.head, self.given.rows.tokens.shape[0]
         step = self.fused if self._fuses() else self.composed
-        logprobs, entropy = torch.empty(2, count, dtype=head.wide, device=head.hidden.device)
+        size = 4 if self.others.any else 2
+        out = torch.empty(size, count, dtype=head.wide, device=head.hidden.device)
         for at in head.blocks(count):
             x = head.inputs(at)
-            logprobs[at], entropy[at] = step(head.logits(x), x, at)
-        return logprobs, entropy
+            for to, number in zip(out, step(head.logits(x), x, at), strict=True):
+                to[at] = number
+        return out
 
 
-def two_passes(given: HeadInputs, policy: PolicyInputs, grads: int) -> tuple[Tensor, ...]:
+def two_passes(
+    given: HeadInputs, policy: PolicyInputs, others: HeadTerms, grads: int
+) -> tuple[Tensor, ...]:
     """(loss, stats, logprobs, entropy) by both ops in turn: a backward forms the logits again.
 
     For losses whose slopes need other tokens first (gspo), and for fp16, whose gradients must not
@@ -155,9 +181,15 @@ def two_passes(given: HeadInputs, policy: PolicyInputs, grads: int) -> tuple[Ten
     Without gradients (`grads` 0) there is one pass.
     """
     tokens, backend = _Tokens.of(given), given.options.backend
-    logprobs, entropy = (x.view(given.tokens.shape) for x in score(given))
+    numbers = score_terms(given, others.teacher) if others.any else score(given)
+    logprobs, entropy, *rest = (x.view(given.tokens.shape) for x in numbers)
     policy, mask = tokens.prepared(given, policy)
     loss, stats = loss_and_stats(logprobs, entropy, mask, policy, grads, backend)
+    if others.any:
+        known = logprobs.detach()
+        policy, left = corrected(policy, backend, mask, known)
+        mask = mask if left is None else left
+        loss = others.added(loss, stats, policy, mask, tokens.counted, *rest)
     return loss, stats, logprobs.detach(), entropy.detach()
 
 
@@ -202,11 +234,12 @@ class _LinearPPOLoss(torch.autograd.Function):
         bias: Tensor | None,
         given: HeadInputs,
         policy: PolicyInputs,
+        others: HeadTerms,
     ) -> Any:
         with given.exact():
             head = Head(hidden, weight, bias, given.rows, given.options)
             head.allocate(*ctx.needs_input_grad[:3])
-            call = _Loss(head, given, policy)
+            call = _Loss(head, given, policy, others)
             loss, stats, logprobs, entropy = call.total(*call.one_pass())
         ctx.save_for_backward(*head.gradients(), call.denom)
         ctx.backend = given.options.backend
@@ -218,13 +251,13 @@ class _LinearPPOLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
-            return None, None, None, None, None
+            return (None,) * 6
         # The factor stays wide: rounded to the gradients' type, all of them would be off alike.
         *grads, denom = ctx.saved_tensors
         if denom is not None:
             grad = over(grad, denom)
         dx, dw, db = (None if x is None else scaled(ctx.backend, x, grad) for x in grads)
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None
 
 
 @derivatives("hidden", "weight", "bias")
@@ -265,6 +298,8 @@ def linear_ppo_loss(
     rollout_logprobs: Tensor | None = None,
     correction: Correction | None = None,
     support: Support | None = None,
+    teacher: Teacher | None = None,
+    z_loss_coef: Coefficient = 0.0,
     backend: str | None = None,
 ) -> HeadLoss:
     """`ppo_loss` of the head's own log-probabilities and entropies, in three matrix products.
@@ -284,6 +319,12 @@ def linear_ppo_loss(
         process_group, support: as in `linear_token_logprobs`; tokens `(B, T)`, or flat `(N,)`.
         old_logprobs, advantages, mask and the options of the loss: as in `ppo_loss`. Ignored
             tokens are masked. What `row_index` leaves out counts in the default D alone.
+        teacher: a `ppo_fast.Teacher`, as in `linear_divergence`: coef·divergence is added to every
+            token's term, in a fourth product; over the support where given. Not on "cuda".
+        z_loss_coef: ≥ 0, a number or 0-d tensor: z_loss_coef·(ln Σe^z)² of the logits over their
+            temperature, over the support where given, is added (PaLM, Chowdhery et al. 2022).
+            Weights and corrections do not touch these two terms; a token that a correction
+            rejects from "all" terms has neither.
 
     Returns:
         `HeadLoss(loss, stats, logprobs, entropy)`; the last two `(...)` fp32 (fp64 for fp64
@@ -307,6 +348,11 @@ def linear_ppo_loss(
         process_group=process_group,
         support=support,
         backend=backend,
+        beside=None if teacher is None else "a teacher",
+    )
+    others = HeadTerms(
+        None if teacher is None else check_teacher(_OP, teacher, given, process_group),
+        check_z_loss(_OP, z_loss_coef, given.hidden.device),
     )
     # A slice of the hidden states has the tokens' shape, and their device and precision class.
     main = _checks.main(_OP, "hidden[..., 0]", given.hidden.detach()[..., 0], cu_seqlens)
@@ -342,16 +388,18 @@ def linear_ppo_loss(
         has_entropy=True,
     )
     if given.options.backend == "reference":
-        return reference.linear_ppo_loss(**given.for_reference(), **policy.for_reference(_OP))
-    return _head_loss(given, policy)
+        return reference.linear_ppo_loss(
+            **given.for_reference(), **policy.for_reference(_OP), **others.for_reference()
+        )
+    return _head_loss(given, policy, others)
 
 
-def _head_loss(given: HeadInputs, policy: PolicyInputs) -> HeadLoss:
+def _head_loss(given: HeadInputs, policy: PolicyInputs, others: HeadTerms) -> HeadLoss:
     args = (given.hidden, given.weight, given.bias)
     grads = 2 if n_grads(*args) else 0
     one_pass = not policy.couples and given.support is None
     if grads and one_pass and given.weight.dtype != torch.float16:
-        loss, stats, logprobs, entropy = _LinearPPOLoss.apply(*args, given, policy)
+        loss, stats, logprobs, entropy = _LinearPPOLoss.apply(*args, given, policy, others)
     else:
-        loss, stats, logprobs, entropy = two_passes(given, policy, grads)
+        loss, stats, logprobs, entropy = two_passes(given, policy, others, grads)
     return HeadLoss(loss, Stats(stats), logprobs, entropy)

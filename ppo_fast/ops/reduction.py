@@ -41,6 +41,7 @@ class Reduction(NamedTuple):
     ) -> DivergenceLoss:
         """coef·Σ w·divergence / D over `rows`, differentiable by the divergences."""
         divisor = self.divisor(counted)
+        rows = rows.contiguous()  # strides change the order of a sum
         return reduced(tokens, rows, counted, coef, self.name, divisor, self.cu_seqlens)
 
 

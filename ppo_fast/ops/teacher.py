@@ -20,6 +20,7 @@ from ppo_fast.ops.head import Head, HeadOptions
 from ppo_fast.ops.head_inputs import HeadInputs, plain_head
 from ppo_fast.ops.logprobs import check_temperature
 from ppo_fast.ops.shards import Shard, softmax_of
+from ppo_fast.ops.z_loss import with_lse
 from ppo_fast.reference.linear_divergence import TeacherRows
 from ppo_fast.teacher import KINDS, Teacher, check_kind
 
@@ -35,6 +36,11 @@ class TeacherInputs(NamedTuple):
     kind: int
     beta: float
     coef: float | Tensor
+
+    @property
+    def number(self) -> float:
+        """The temperature where all have one, else 1."""
+        return self.options.temperature
 
     @property
     def per_token(self) -> Tensor | None:
@@ -62,20 +68,13 @@ class Slopes(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor
-    divergence: Tensor
+    divergence: Tensor | None = None
     lse: Tensor | None = None
 
     def rows(self, at: Any) -> Slopes:
         """Those of some of the rows."""
         g, h, c, k = self
-        return Slopes(g[at], h[at], c[at], None if k is None else k[at])
-
-    def live(self) -> Tensor | None:
-        """Indices of the rows with a gradient; None on a GPU and where all have one."""
-        if self.logprobs.device.type != "cpu":
-            return None
-        some = torch.stack([x != 0 for x in self if x is not None]).any(0)
-        return None if bool(some.all()) else some.nonzero()[:, 0]
+        return Slopes(g[at], h[at], c if c is None else c[at], k if k is None else k[at])
 
 
 class Compared(NamedTuple):
@@ -126,8 +125,9 @@ class TeacherHead:
         head, o = self.student, self.student.options
         t = self._teaching(other.logits, other.row_max, other.log_sum, at)
         softmax, h = with_lse(softmax, slopes.entropy, slopes.lse)
+        c = torch.zeros_like(h) if slopes.divergence is None else slopes.divergence
         g, s = labelled(slopes.logprobs, softmax, head.scoring(at), o.shard)
-        args = (o.backend, z, s, softmax, t, other.kl, (g, h, slopes.divergence))
+        args = (o.backend, z, s, softmax, t, other.kl, (g, h, c))
         narrow = o.softcap is None and head.weight.dtype == torch.bfloat16
         if narrow and o.backend in backends_of("divergence_bwd_bf16_"):
             calls.divergence_bwd_bf16_(*args)
@@ -168,24 +168,22 @@ def labelled(
     return g, s._replace(tokens=here)
 
 
-# Below this share of the other slope, an entropy's slope may be replaced: what it adds is lost in
-# rounding.
-_NEGLIGIBLE = 2.0**-60
-
-
-def with_lse(softmax: Softmax, h: Tensor, k: Tensor | None) -> tuple[Softmax, Tensor]:
-    """Softmax numbers and entropy's slopes that give a gradient k·p, of ln Σe^z, as well.
-
-    The kernels form −p (g + h (ln p + H)): H − k/h in place of H adds k·p to it. Where h is 0 or
-    next to nothing beside k, a negligible one takes its place.
-    """
-    if k is None:
-        return softmax, h
-    least = (k.abs() * _NEGLIGIBLE).clamp(min=torch.finfo(k.dtype).tiny)
-    least = torch.where(k == 0, 0.0, least)
-    h = torch.where(h.abs() < least, least, h)
-    shift = torch.where(k == 0, 0.0, k / torch.where(h == 0, 1.0, h))
-    return softmax._replace(entropy=softmax.entropy - shift), h
+def backward(
+    head: Head,
+    teacher: TeacherHead | None,
+    z: Tensor,
+    x: Tensor,
+    at: Any,
+    softmax: Softmax,
+    slopes: Slopes,
+    other: Compared | None,
+) -> None:
+    """Accumulate the gradients of a head's block, with or without a teacher; overwrites z."""
+    if teacher is not None and other is not None:
+        teacher.backward(z, x, at, softmax, slopes, other)
+        return
+    softmax, h = with_lse(softmax, slopes.entropy, slopes.lse)
+    head.backward(z, x, at, softmax, slopes.logprobs, h)
 
 
 def check_teacher(
@@ -199,8 +197,6 @@ def check_teacher(
     )
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     _check_beside(op, hidden, weight, given)
-    if given.support is not None:
-        raise ValueError(f"{op}: support must be None with a teacher, got a Support")
     kind, beta = check_kind(op, teacher.kind, teacher.beta)
     number, per_token = _temperature(op, teacher, given)
     scale = _checks.positive(op, "teacher.logit_scale", teacher.logit_scale, hidden)
@@ -230,8 +226,8 @@ def _check_beside(op: str, hidden: Tensor, weight: Tensor, given: HeadInputs) ->
     shape, vocab = given.hidden.shape[:-1], given.weight.shape[0]
     if hidden.shape[:-1] != shape:
         raise ValueError(
-            f"{op}: teacher.hidden must have shape {_checks.label(shape)[:-1]}, H) ="
-            f" {(*shape, 'H')}, got {tuple(hidden.shape)}"
+            f"{op}: teacher.hidden must have the student's rows, {tuple(shape)} before its H, got"
+            f" {tuple(hidden.shape)}"
         )
     if weight.shape[0] != vocab:
         raise ValueError(

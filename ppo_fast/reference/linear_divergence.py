@@ -31,6 +31,25 @@ class TeacherRows(NamedTuple):
         z = self.logit_scale * logits_of(self.hidden, self.weight, keep, self.bias, None)
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
+    def divergence_from(
+        self,
+        logits: Tensor,
+        keep: Tensor,
+        temperature: float | Tensor,
+        log_times: Tensor | None = None,
+    ) -> TokenDivergence:
+        """Of a student's rows of logits (..., V), as `token_divergence`."""
+        return token_divergence(
+            logits,
+            self.logits(keep),
+            keep,
+            kind=self.kind,
+            beta=self.beta,
+            temperature=temperature,
+            teacher_temperature=self.temperature,
+            log_times=log_times,
+        )
+
 
 def linear_token_divergence(
     hidden: Tensor,
@@ -45,15 +64,8 @@ def linear_token_divergence(
 ) -> TokenDivergence:
     """`token_divergence` of z = cap·tanh((hidden·weightᵀ + bias) / cap) and the teacher's."""
     keep = rows_of(hidden[..., 0], mask, row_index)
-    return token_divergence(
-        logits_of(hidden, weight, keep, bias, softcap),
-        teacher.logits(keep),
-        keep,
-        kind=teacher.kind,
-        beta=teacher.beta,
-        temperature=temperature,
-        teacher_temperature=teacher.temperature,
-    )
+    logits = logits_of(hidden, weight, keep, bias, softcap)
+    return teacher.divergence_from(logits, keep, temperature)
 
 
 def linear_divergence(

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ppo_fast._results import HeadLoss
 from ppo_fast.reference.common import keep_of
-from ppo_fast.reference.linear_divergence import TeacherRows, linear_token_divergence
-from ppo_fast.reference.linear_logprobs import linear_token_logprobs, logits_of, rows_of
+from ppo_fast.reference.linear_divergence import TeacherRows
+from ppo_fast.reference.linear_logprobs import logits_of, rows_of
 from ppo_fast.reference.logits_ppo_loss import head_loss
-from ppo_fast.reference.logprobs import log_sum_exp
+from ppo_fast.reference.logprobs import log_sum_exp, token_logprobs
+from ppo_fast.reference.support import log_multiplicity
 from ppo_fast.support import Support
 
 
@@ -36,26 +37,17 @@ def linear_ppo_loss(
 
     A teacher adds coef·divergence to every token's term, and z_loss_coef·(ln Σe^z)² is added.
     """
-    scored = linear_token_logprobs(
-        hidden,
-        weight,
-        tokens,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        mask=mask,
-        row_index=row_index,
-        support=support,
-    )
     rows = rows_of(tokens, mask, row_index)
+    z = logits_of(hidden, weight, rows, bias, softcap)  # once: its gradient is rounded once
+    own: dict[str, Any] = {"temperature": temperature, "support": support}
+    scored = token_logprobs(z, tokens, mask=rows, **own)
     others: dict[str, tuple[Tensor, float | Tensor]] = {}
     if teacher is not None:
-        own: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap}
-        found = linear_token_divergence(hidden, weight, teacher, rows, **own)
+        times = None if support is None else log_multiplicity(support, tokens, rows, z)
+        found = teacher.divergence_from(z, rows, temperature, times)
         others["divergence"] = found.divergence, teacher.coef
     if isinstance(z_loss_coef, Tensor) or z_loss_coef != 0.0:
-        z = logits_of(hidden, weight, rows, bias, softcap)
-        lse = log_sum_exp(z, tokens, rows, temperature, support)
+        lse = log_sum_exp(z, tokens, rows, **own)
         others["z_loss"] = lse * lse, z_loss_coef
     counted = keep_of(tokens, mask)
     return head_loss(scored, old_logprobs, advantages, rows, counted, others=others, **options)

@@ -58,6 +58,7 @@ SECTIONS: dict[str, tuple[Plotted, ...]] = {
         Plotted("kl", "KL to the reference", "nats a sequence"),
         Plotted("clip_frac", "Clip fraction", "share of the tokens"),
         Plotted("entropy", "Entropy", "nats a token"),
+        Plotted("divergence", "Divergence from the teacher", "nats a token", when="there"),
         Plotted("support_size", "Ids drawn from", "ids a token", "mean", when="there"),
         Plotted("support_cut", "Probability cut", "share", "mean of the tokens", when="there"),
         Plotted("ess", "Effective sample size", "share of the tokens"),

@@ -20,9 +20,10 @@ from torch import Tensor
 from ppo_fast import reference
 from ppo_fast.testing.calls import Call, promoted, run
 from ppo_fast.testing.conditions import CONDITIONS, Conditions
-from ppo_fast.testing.head_inputs import HEADS
+from ppo_fast.testing.head_inputs import DIVERGENCES, HEADS
 
 _HALVES = (torch.bfloat16, torch.float16)
+_LOSSES = ("logits_ppo_loss", "linear_ppo_loss", "linear_divergence")
 _SCALED = ("grad_logits", "grad_hidden", "grad_weight", "grad_bias")
 
 
@@ -109,7 +110,7 @@ def _budgets(
     main = next(iter(call.tensors.values()))
     on_gpu = backend in ("triton", "cuda")  # interpreted or emulated, or it is there
     gpu = on_gpu or (main.is_cuda and backend != "reference")
-    if call.op in HEADS and gpu and main.dtype in _HALVES:
+    if call.op in (HEADS | DIVERGENCES) and gpu and main.dtype in _HALVES:
         return CONDITIONS[call.op](promoted(call), exact, eps, narrow=main.dtype)
     return CONDITIONS[call.op](promoted(call), exact, eps)
 
@@ -117,5 +118,5 @@ def _budgets(
 def _stores(op: str, name: str, interpreted: bool) -> float:
     """Roundings to an output's own type, in units of its eps."""
     # The head's losses store their gradient, and the backward stores it once more, scaled.
-    again = 0.5 if op in ("logits_ppo_loss", "linear_ppo_loss") and name in _SCALED else 0.0
+    again = 0.5 if op in _LOSSES and name in _SCALED else 0.0
     return again + (1.0 if interpreted else 0.5)

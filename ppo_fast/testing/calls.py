@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast import Moments, RolloutStats, Stats
+from ppo_fast import Moments, RolloutStats, Stats, Teacher
 
 # What gradients flow to, and the outputs that they flow from.
 DIFFERENTIABLE = {
@@ -20,13 +20,18 @@ DIFFERENTIABLE = {
     "linear_logprobs_at": (("hidden", "weight", "bias"), ("logprobs", "entropy")),
     "logits_ppo_loss": (("logits",), ("loss",)),
     "linear_ppo_loss": (("hidden", "weight", "bias"), ("loss",)),
+    "divergence": (("logits",), ("loss",)),
+    "linear_token_divergence": (("hidden", "weight", "bias"), ("divergence", "entropy")),
+    "linear_divergence": (("hidden", "weight", "bias"), ("loss",)),
 }
 
 
 class Call(NamedTuple):
     """An op of the public API, its tensor arguments and options, and its outputs' gradients.
 
-    `cotangents` is keyed by output; an output without one takes no part in the backward.
+    `cotangents` is keyed by output; an output without one takes no part in the backward. A
+    teacher's tensors are named teacher_hidden, teacher_weight and so on, and the option "teacher"
+    holds its other arguments.
     """
 
     op: str
@@ -70,6 +75,16 @@ def output(result: Any) -> dict[str, Tensor]:
     return {k: v.values if isinstance(v, sums) else v for k, v in named.items()}
 
 
+def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's tensors and options as its op takes them: those of a teacher made into one."""
+    own = {k: v for k, v in given.items() if k.startswith("teacher_")}
+    if "teacher_hidden" not in own:
+        return dict(given)
+    named = {k.removeprefix("teacher_"): v for k, v in own.items()}
+    teacher = Teacher(**named, **given["teacher"])
+    return {k: v for k, v in given.items() if k not in own} | {"teacher": teacher}
+
+
 def run(call: Call, backend: str | None) -> dict[str, Tensor]:
     """Outputs by name and, for differentiable ops, `grad_<input>` of each leaf."""
     leaves, outputs = DIFFERENTIABLE.get(call.op, ((), ()))
@@ -77,7 +92,7 @@ def run(call: Call, backend: str | None) -> dict[str, Tensor]:
     given = [name for name in leaves if name in tensors and call.cotangents]
     for name in given:
         tensors[name] = tensors[name].detach().requires_grad_()
-    out = output(getattr(ppo_fast, call.op)(**tensors, **call.options, backend=backend))
+    out = output(getattr(ppo_fast, call.op)(**arguments(tensors | call.options), backend=backend))
     if given:
         used = [name for name in outputs if name in call.cotangents]
         grads = torch.autograd.grad(

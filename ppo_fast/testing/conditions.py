@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ppo_fast.testing.advantage_conditions import gae_condition, rlhf_condition, whiten_condition
+from ppo_fast.testing.divergence_conditions import logits_divergence_condition
 from ppo_fast.testing.head_conditions import (
     head_loss_condition,
+    linear_divergence_condition,
     linear_logprobs_at_condition,
     linear_logprobs_condition,
 )
@@ -38,5 +40,8 @@ CONDITIONS: dict[str, Callable[..., Conditions]] = {
     "linear_logprobs_at": linear_logprobs_at_condition,
     "logits_ppo_loss": head_loss_condition,
     "linear_ppo_loss": head_loss_condition,
+    "divergence": logits_divergence_condition,
+    "linear_token_divergence": linear_divergence_condition,
+    "linear_divergence": linear_divergence_condition,
     "rollout_weights": rollout_condition,
 }

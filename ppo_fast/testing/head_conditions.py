@@ -11,10 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_fast._results import STATS_FIELDS
 from ppo_fast._sequences import Sequences
 from ppo_fast.reference.common import keep_of, own_denom
 from ppo_fast.reference.linear_logprobs import rows_of
 from ppo_fast.testing.calls import Call, run
+from ppo_fast.testing.divergence_conditions import (
+    Pair,
+    loss_conditions,
+    temperatures,
+    weighted_loss,
+)
 from ppo_fast.testing.loss_conditions import (
     Conditions,
     Softmax,
@@ -48,7 +55,9 @@ class Upstream(NamedTuple):
 
 def _kept(call: Call) -> Tensor:
     """The unmasked slots whose token is not ignored."""
-    tokens = call.tensors["tokens"]
+    tokens = call.tensors.get("tokens")
+    if tokens is None:
+        return keep_of(call.tensors["hidden"][..., 0], call.tensors.get("mask"))
     return keep_of(tokens, call.tensors.get("mask")) & (
         tokens != call.options.get("ignore_index", -100)
     )
@@ -60,7 +69,7 @@ def _adds(n: int) -> float:
 
 
 def _logits(call: Call, keep: Tensor) -> Logits:
-    t, cap = call.tensors, call.options.get("softcap")
+    t, cap, scale = call.tensors, call.options.get("softcap"), call.options.get("logit_scale", 1.0)
     if "logits" in t:
         z = torch.where(keep[..., None], t["logits"], 0.0)
         return Logits(z, torch.zeros_like(z), 1.0, 0.0)
@@ -70,6 +79,8 @@ def _logits(call: Call, keep: Tensor) -> Logits:
     if "bias" in t:
         z = z + t["bias"]
         error = error + finite(z).abs()
+    if scale != 1.0:
+        z, error = scale * z, scale * (error + finite(z).abs())
     if cap is None:
         return Logits(z, error, 1.0, 0.0)
     u = torch.tanh(z / cap)
@@ -160,6 +171,60 @@ def linear_logprobs_at_condition(
     return out
 
 
+def _teacher_of(call: Call) -> Call:
+    """The teacher's head as a call of its own."""
+    own = {k: v for k, v in call.tensors.items() if k.startswith("teacher_")}
+    tensors = {k.removeprefix("teacher_"): v for k, v in own.items()}
+    return Call(call.op, tensors, call.options["teacher"], {})
+
+
+def _pair(call: Call, keep: Tensor, logits: Logits, tokens: Tensor) -> tuple[Pair, Softmax]:
+    """A head's rows beside its teacher's."""
+    own, other = temperatures(call, keep)
+    theirs = _logits(_teacher_of(call), keep)
+    z, y = (over_support(call, x) for x in (logits.z / own, theirs.z / other))
+    rows = Softmax(z, tokens, logits.error / own)
+    o = call.options["teacher"]
+    kind, beta = o["kind"], o.get("beta", 0.5)
+    return Pair(z, y, rows, Softmax(y, tokens, theirs.error / other), kind, beta), rows
+
+
+def _by_pair(
+    pair: Pair, logits: Logits, temperature: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of Σ slopes·divergence by the uncapped logits, and what rounds it."""
+    slope, error = pair.gradient()
+    flushed = _FLUSHED * slopes.abs()[..., None]
+    dz = slopes[..., None] * slope / temperature
+    error = (slopes.abs()[..., None] * (error + slope.abs()) + flushed) / temperature
+    error = finite(error)
+    return dz * logits.bend, error * logits.bend + dz.abs() * logits.bend_error
+
+
+def linear_divergence_condition(
+    call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
+) -> Conditions:
+    """Of both heads' products, the divergences, and the products of the backward."""
+    counted = _kept(call)
+    keep = rows_of(counted, counted, call.tensors.get("row_index"))
+    logits, temperature = _logits(call, keep), temperatures(call, keep)[0]
+    pair, rows = _pair(call, keep, logits, torch.zeros_like(keep, dtype=torch.int64))
+    h = torch.zeros_like(pair.value)
+    if call.op == "linear_divergence":
+        coef = float(call.options["teacher"].get("coef", 1.0))
+        out, c = loss_conditions(call, exact, keep, pair, rows, coef)
+    else:
+        out = {"divergence": (8.0, pair.condition(), False), "entropy": rows.outputs()["entropy"]}
+        c = call.cotangents.get("divergence", h)
+        h = torch.where(keep, call.cotangents.get("entropy", h), 0.0)
+    if call.cotangents:
+        up = Upstream(torch.zeros_like(h), h)
+        dz, error = _upward(rows, logits, temperature, up)
+        more = _by_pair(pair, logits, temperature, torch.where(keep, c, 0.0))
+        out |= _gradients(call, dz + more[0], error + more[1], eps, narrow)
+    return out
+
+
 def head_loss_condition(
     call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
 ) -> Conditions:
@@ -171,6 +236,9 @@ def head_loss_condition(
     result = run(loss, "reference")
     # Their 8·eps in units of the loss's 4·eps.
     out = ppo_condition(loss, result, eps, (2 * rows.logprobs, 2 * rows.entropy))
+    extra = _other_terms(call, loss, exact, z, rows, logits)
+    for name in ("loss", "stats"):
+        out[name] = (4, out[name][1] + 2 * extra[name], False)
     if call.cotangents:
         up = Upstream(
             result["grad_logprobs"],
@@ -178,8 +246,51 @@ def head_loss_condition(
             out.pop("grad_logprobs")[1] / 2,
             out.pop("grad_entropy")[1] / 2,
         )
-        out |= _gradients(call, *_upward(rows, logits, temperature, up), eps, narrow)
+        dz, error = _upward(rows, logits, temperature, up)
+        out |= _gradients(call, dz + extra["dz"], error + extra["error"], eps, narrow)
     return out | rows.outputs()
+
+
+def _other_terms(
+    call: Call,
+    loss: Call,
+    exact: dict[str, Tensor],
+    z: Tensor,
+    rows: Softmax,
+    logits: Logits,
+) -> dict[str, Tensor]:
+    """Of the divergence and the z-loss beside a policy loss, in units of 8·eps; 0 without."""
+    keep, o, stats = loss.tensors["mask"], call.options, exact["stats"]
+    zero = torch.zeros_like(z)
+    out = {"loss": zero.sum(), "stats": torch.zeros_like(stats), "dz": zero, "error": zero}
+    own = float(stats[STATS_FIELDS.index("loss_denom")]) or 1.0
+    divisor = own if loss.options.get("denom") is None else float(loss.options["denom"])
+    passed = float(call.cotangents["loss"].abs()) if call.cotangents else 0.0
+    temperature, of_lse = temperature_of(call), (rows.p * rows.reach).sum(-1)
+    parts = []
+    if "teacher" in o:
+        pair, _ = _pair(call, keep, logits, call.tensors["tokens"])
+        coef = float(o["teacher"].get("coef", 1.0))
+        parts.append(("divergence", coef, pair.condition(), pair.gradient()))
+    if o.get("z_loss_coef"):
+        lse = finite(z.logsumexp(-1))
+        off = of_lse + lse.abs()
+        slope = 2 * lse[..., None] * rows.p
+        error = 2 * rows.p * (off[..., None] + lse.abs()[..., None] * (rows.reach + 8))
+        parts.append(("z_loss", float(o["z_loss_coef"]), 2 * lse.abs() * off, (slope, error)))
+    for name, coef, of_value, (slope, error) in parts:
+        adds, of_loss, w = weighted_loss(loss, keep, divisor, coef * of_value)
+        out["loss"] = out["loss"] + of_loss
+        out["stats"][STATS_FIELDS.index("loss")] += of_loss * divisor
+        out["stats"][STATS_FIELDS.index(name)] = (
+            finite(torch.where(keep, of_value, 0.0)).sum() * adds
+        )
+        c = (w * coef * passed)[..., None] / temperature
+        out["dz"] = out["dz"] + finite(c * slope * logits.bend)
+        size = finite(c * (error + slope.abs() + _FLUSHED))
+        out["error"] = out["error"] + size * logits.bend
+        out["error"] = out["error"] + (c * slope).abs() * logits.bend_error
+    return out
 
 
 def _loss_of(call: Call, exact: dict[str, Tensor]) -> Call:
@@ -187,7 +298,8 @@ def _loss_of(call: Call, exact: dict[str, Tensor]) -> Call:
     t, o = call.tensors, call.options
     taken = ["old_logprobs", "advantages", "is_weights", "ref_logprobs", "cu_seqlens"]
     taken.append("sequence_weights")
-    head = ("temperature", "softcap", "ignore_index", "inplace", "support")
+    head = ["temperature", "softcap", "ignore_index", "inplace", "support", "teacher"]
+    head.append("z_loss_coef")
     options: dict[str, Any] = {k: v for k, v in o.items() if k not in head}
     counted, index = _kept(call), t.get("row_index")
     tensors = {k: t[k] for k in taken if k in t} | {k: exact[k] for k in ("logprobs", "entropy")}

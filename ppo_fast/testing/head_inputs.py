@@ -16,6 +16,7 @@ from ppo_fast.testing.inputs import (
     logprobs_call,
     make_mask,
     make_support,
+    offsets,
     ppo_call,
 )
 
@@ -128,9 +129,12 @@ def linear_ppo_call(
     head_extras: tuple[str, ...] = ("bias",),
     kept: int | None = None,
     sparse: bool | None = None,
+    teacher: dict[str, Any] | None = None,
+    z_loss_coef: float = 0.0,
     **options: Any,
 ) -> Call:
-    """`linear_ppo_loss`; `head_extras` are `linear_call`'s, other options `ppo_call`'s."""
+    """`linear_ppo_loss`; `head_extras` are `linear_call`'s, `teacher` is as `with_teacher`'s,
+    other options `ppo_call`'s."""
     given = {k: options[k] for k in ("dtype", "device", "seed", "mask") if k in options}
     cap: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
     head = linear_call(
@@ -145,7 +149,104 @@ def linear_ppo_call(
         **given,
         **cap,
     )
-    return _with_loss("linear_ppo_loss", head, shape, options)
+    call = _with_loss("linear_ppo_loss", head, shape, options)
+    if z_loss_coef:
+        call = call.option(z_loss_coef=z_loss_coef)
+    return call if teacher is None else with_teacher(call, shape, vocab, **teacher)
+
+
+def with_teacher(
+    call: Call,
+    shape: Shape,
+    vocab: int,
+    *,
+    kind: str,
+    width: int = 13,
+    scale: float = 3.0,
+    temperature: str | float | None = None,
+    extras: tuple[str, ...] = ("bias",),
+    seed: int = 5,
+    **options: Any,
+) -> Call:
+    """A head's call beside a teacher of another width; extras: bias."""
+    main = call.tensors["hidden"]
+    source = Source(main.dtype, main.device, seed)
+    tensors = {
+        "teacher_hidden": source.normal((*shape, width)),
+        "teacher_weight": source.normal((vocab, width), scale / width**0.5),
+    }
+    if "bias" in extras:
+        tensors["teacher_bias"] = source.normal((vocab,))
+    if temperature == "token":
+        tensors["teacher_temperature"] = source.uniform(shape, 0.5, 2.0)
+    elif temperature is not None:
+        options["temperature"] = temperature
+    return call.replace(**tensors).option(teacher={"kind": kind, **options})
+
+
+def token_divergence_call(
+    shape: Shape = (3, 5),
+    vocab: int = 37,
+    width: int = 24,
+    *,
+    kind: str = "reverse",
+    teacher: dict[str, Any] | None = None,
+    **options: Any,
+) -> Call:
+    """`linear_token_divergence`; `teacher` as `with_teacher`'s, the others `linear_call`'s."""
+    head = linear_call(shape, vocab, width, ignored=False, **options)
+    call = head.replace(tokens=None)._replace(op="linear_token_divergence")
+    grads = {"divergence": call.cotangents["logprobs"], "entropy": call.cotangents["entropy"]}
+    call = call._replace(cotangents=grads)
+    return with_teacher(call, shape, vocab, kind=kind, **(teacher or {}))
+
+
+def linear_divergence_call(
+    shape: Shape = (3, 5),
+    vocab: int = 37,
+    width: int = 24,
+    *,
+    reduction: str = "token-mean",
+    denom: float | None = None,
+    packed: bool = False,
+    **options: Any,
+) -> Call:
+    """`linear_divergence`; other options as `token_divergence_call`'s."""
+    call = token_divergence_call(shape, vocab, width, **options)
+    call = call._replace(op="linear_divergence", cotangents=_of_loss(call))
+    if packed:
+        call = call.replace(cu_seqlens=offsets(shape[0], call.tensors["hidden"].device))
+    return call.option(reduction=reduction, denom=denom)
+
+
+def divergence_call(
+    shape: Shape = (3, 5),
+    vocab: int = 37,
+    *,
+    kind: str = "reverse",
+    beta: float = 0.5,
+    teacher_temperature: str | float | None = None,
+    reduction: str = "token-mean",
+    denom: float | None = None,
+    **options: Any,
+) -> Call:
+    """`divergence` of two rows of logits; other options as `logprobs_call`'s."""
+    head = logprobs_call(shape, vocab, **options)
+    call = head.replace(tokens=None)._replace(op="divergence", cotangents=_of_loss(head))
+    main = call.tensors["logits"]
+    source = Source(main.dtype, main.device, 5)
+    call = call.replace(teacher_logits=source.normal((*shape, vocab), 3.0))
+    if teacher_temperature == "token":
+        call = call.replace(teacher_temperature=source.uniform(shape, 0.5, 2.0))
+    elif teacher_temperature is not None:
+        call = call.option(teacher_temperature=teacher_temperature)
+    return call.option(kind=kind, beta=beta, reduction=reduction, denom=denom)
+
+
+def _of_loss(call: Call) -> dict[str, Tensor]:
+    """A loss's own gradient, in the outputs' precision."""
+    like = call.cotangents["entropy"]
+    return {"loss": torch.tensor(1.25, dtype=like.dtype, device=like.device)}
 
 
 def _with_loss(op: str, head: Call, shape: Shape, options: dict[str, Any]) -> Call:
@@ -161,4 +262,10 @@ HEADS: dict[str, Callable[..., Call]] = {
     "linear_logprobs_at": linear_at_call,
     "logits_ppo_loss": logits_ppo_call,
     "linear_ppo_loss": linear_ppo_call,
+}
+# Ops with a teacher, which CUDA C++ has not.
+DIVERGENCES: dict[str, Callable[..., Call]] = {
+    "divergence": divergence_call,
+    "linear_token_divergence": token_divergence_call,
+    "linear_divergence": linear_divergence_call,
 }

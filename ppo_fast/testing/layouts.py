@@ -8,7 +8,12 @@ from torch import Tensor
 from ppo_fast.testing.calls import Call
 
 LAYOUTS = ("transposed", "sliced", "offset", "expanded")
-_ALIGNED = ("logits", "hidden")  # their last dimension stays contiguous
+_ALIGNED = (
+    "logits",
+    "hidden",
+    "teacher_logits",
+    "teacher_hidden",
+)  # their last dimension stays contiguous
 
 
 def laid_out(x: Tensor, kind: str, *, aligned: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import ppo_fast
 from ppo_fast import testing
 
-EVERY = testing.FACTORIES | testing.HEADS
+EVERY = testing.FACTORIES | testing.HEADS | testing.DIVERGENCES
 ONES = torch.ones(4, 9)
 SHAPE, TYPE = ValueError, TypeError
 Change = Callable[[dict[str, Any]], dict[str, Any]]
@@ -51,5 +51,5 @@ def assert_refused(row: Row) -> None:
     args = {**call.tensors, **call.options, "backend": "reference"}
     change = {row.change: row.value} if isinstance(row.change, str) else row.change(args)
     with pytest.raises(row.error, match=row.text) as caught:
-        getattr(ppo_fast, row.op)(**{**args, **change})
+        getattr(ppo_fast, row.op)(**testing.arguments({**args, **change}))
     assert str(caught.value).startswith(f"{row.op}: ")

@@ -43,6 +43,7 @@ def trainer(
     prompts: list[Any] = TEXTS,
     model_of: tuple[Any, Any] | None = None,
     held_out: list[Any] | None = None,
+    teacher: Any = None,
     **options: Any,
 ) -> Trainer:
     """A trainer of the tiny model: 8 prompts, 6 new tokens, one trainable layer of two."""
@@ -59,7 +60,13 @@ def trainer(
         "device": "cpu",
     }
     config = TrainConfig(out=out, **(defaults | options))
-    return Trainer(config, *(model_of or tiny(dtype)), prompts, reward, ranks, held_out)
+    return Trainer(config, *(model_of or tiny(dtype)), prompts, reward, ranks, held_out, teacher)
+
+
+def tiny_teacher(dtype: torch.dtype = torch.float32, seed: int = 7, **sizes: int) -> Any:
+    """A tiny Llama of the same vocabulary as `tiny`'s, and of another hidden size."""
+    torch.manual_seed(seed)
+    return tiny_model(TEXTS, **({"hidden": 48, "layers": 3} | sizes))[0].eval().to(dtype)
 
 
 def rollout_of(t: Trainer) -> Rollout:

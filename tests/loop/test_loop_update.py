@@ -100,7 +100,7 @@ def test_a_dropped_sample_leaves_the_others_as_if_it_had_not_been(tmp_path: Path
     others = torch.tensor([0, 1, 2, 4, 5, 6, 7])
     batch = dropped._replace(
         seqs=dropped.seqs.rows(others),
-        scored=type(dropped.scored)(*(x[others] for x in dropped.scored)),
+        scored=dropped.scored.rows(others),
         advantages=dropped.advantages[others],
         returns=dropped.returns[others],
     )

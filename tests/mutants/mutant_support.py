@@ -134,6 +134,14 @@ SUPPORT = (
         "spelled_out and drop",
     ),
     Mutant(
+        "a teacher's zeros without the student's entropy",
+        "ppo_fast/ops/topk_divergence.py",
+        "reverse = -entropy.to(student.dtype) - known",
+        "reverse = -known",
+        "topk_divergence",
+        "whole_distribution",
+    ),
+    Mutant(
         "a support on CUDA C++ is ignored",
         "ppo_fast/ops/support.py",
         'if name != "cuda" or support is None:',

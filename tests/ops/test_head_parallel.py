@@ -14,17 +14,21 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import ppo_fast
 from ppo_fast import _checks, testing
 from ppo_fast._boundary.schema import VARIANTS
+from ppo_fast.teacher import KINDS
 from ppo_fast.testing import (
     Call,
     linear_at_call,
     linear_call,
+    linear_divergence_call,
     linear_ppo_call,
     logprobs_call,
     same_bits,
+    token_divergence_call,
 )
 
 WORLD, VOCAB, SHARE = 2, 38, 19
-SHARDED = {"weight": 0, "bias": 0, "logits": -1}  # and the dimension that is the vocabulary
+# And the dimension that is the vocabulary.
+SHARDED = {"weight": 0, "bias": 0, "logits": -1, "teacher_weight": 0, "teacher_bias": 0}
 Results = dict[str, torch.Tensor]
 
 
@@ -82,7 +86,7 @@ def cases() -> dict[str, Call]:
         out[f"{name}, labels at -inf"] = _forbidden(_labelled(few, edges), slice(SHARE, None, 2))
         out[f"{name}, loss"] = linear_ppo_call((3, 5), VOCAB, kept=12, sparse=sparse)
     out["support, logits"] = logprobs_call((3, 5), VOCAB, kept=12)
-    out |= at_ids()
+    out |= at_ids() | taught()
     return out | {f"loss {v}": linear_ppo_call((3, 5), VOCAB, variant=v) for v in VARIANTS}
 
 
@@ -105,6 +109,40 @@ def at_ids() -> dict[str, Call]:
         "ids out of the vocabulary": call.replace(ids=wrong)._replace(cotangents={}),
         "no ids": linear_at_call((3, 5), VOCAB, k=0),
     }
+
+
+def taught() -> dict[str, Call]:
+    """Beside a teacher: every kind, both soft caps, labels that one rank alone holds."""
+    out = {
+        f"{kind} of tokens": token_divergence_call((3, 5), VOCAB, kind=kind, softcap=4.0)
+        for kind in KINDS
+    }
+    teacher = {"softcap": 3.0, "logit_scale": 1.5, "temperature": "token"}
+    out["divergence, rows"] = linear_divergence_call(
+        (3, 5), VOCAB, kind="jsd", extras=("bias", "row_index"), teacher=teacher
+    )
+    edges = torch.tensor([0, SHARE - 1, SHARE, VOCAB - 1, 3, 30])
+    for kind in KINDS:
+        taught = {"kind": kind, "coef": 0.5}
+        loss = linear_ppo_call((3, 5), VOCAB, teacher=taught, z_loss_coef=0.25, ignored=False)
+        out[f"loss and {kind}"] = _labelled(loss, edges)
+        coupled = linear_ppo_call((3, 5), VOCAB, teacher=taught, variant="gspo")
+        out[f"gspo and {kind}"] = coupled
+    barred = _forbidden(out["loss and forward"], slice(SHARE, None, 2))
+    bias = barred.tensors["teacher_bias"].clone()
+    bias[SHARE::2] = -float("inf")
+    out["loss and forward, both at -inf"] = barred.replace(teacher_bias=bias)
+    out["z-loss"] = linear_ppo_call((3, 5), VOCAB, z_loss_coef=0.25, entropy_coef=0.0)
+    for sparse in (True, False):
+        out[f"z-loss over a support, sparse {sparse}"] = linear_ppo_call(
+            (3, 5), VOCAB, z_loss_coef=0.25, kept=12, sparse=sparse
+        )
+        for kind in ("jsd", "mixed"):
+            taught = {"kind": kind, "coef": 0.5}
+            out[f"{kind} over a support, sparse {sparse}"] = linear_ppo_call(
+                (3, 5), VOCAB, teacher=taught, kept=12, sparse=sparse
+            )
+    return out
 
 
 def share(call: Call, rank: int) -> Call:

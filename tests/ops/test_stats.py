@@ -109,6 +109,8 @@ def test_every_field_by_hand(backend: str, device: str) -> None:
         "value_loss": 0.0,
         "entropy": 0.7,
         "ref_kl": 1.0,
+        "divergence": 0.0,
+        "z_loss": 0.0,
         "kl_k1": -sum(gaps) / 4,
         "kl_k2": sum(x * x for x in gaps) / 8,
         "kl_k3": sum(math.expm1(x) - x for x in gaps) / 4,

@@ -15,17 +15,31 @@ from ppo_fast import testing
 from ppo_fast.ops.topk_divergence import TAILS
 
 K, V, ROWS, BETA = 5, 12, 6, 0.3
+ZERO = -100.0  # ln of a teacher's probability of 0, as in NeMo-RL
 KINDS = ("reverse", "forward", "jsd", "mixed")
 Rows = list[list[float]]
 
 
-def drawn(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of both at the first K of V ids."""
+def whole() -> tuple[Rows, Rows]:
+    """Log-probabilities of both at all V ids."""
     g = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(2, ROWS, V, generator=g, dtype=torch.float64)
-    rows = [[log_softmax(row)[:K] for row in one] for one in logits.tolist()]
-    student, teacher = torch.tensor(rows, dtype=dtype)
+    student, teacher = ([log_softmax(row) for row in one] for one in logits.tolist())
     return student, teacher
+
+
+def drawn(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of both at the first K of V ids."""
+    student, teacher = (torch.tensor(rows, dtype=dtype)[:, :K] for rows in whole())
+    return student, teacher
+
+
+def entropy_for(tail: str, dtype: torch.dtype = torch.float64) -> torch.Tensor | None:
+    """The student's entropies over all V ids, for the tail that takes them."""
+    if tail != "zero":
+        return None
+    rows = [-math.fsum(math.exp(a) * a for a in row) for row in whole()[0]]
+    return torch.tensor(rows, dtype=dtype)
 
 
 def kl(p: list[float], q: list[float]) -> float:
@@ -45,20 +59,38 @@ def of_kind(s: list[float], t: list[float], kind: str) -> float:
     return BETA * kl(t, m) + (1 - BETA) * kl(s, m)
 
 
-def tailed(x: list[float], tail: str) -> list[float]:
+def tailed(x: list[float], tail: str, of_teacher: bool = False) -> list[float]:
     mass = math.fsum(math.exp(a) for a in x)
     if tail == "bucket":
         return [*x, math.log(1 - mass)]
-    return [a - math.log(mass) for a in x] if tail == "renormalise" else x
+    divided = tail == "renormalise" or (tail == "zero" and of_teacher)
+    return [a - math.log(mass) for a in x] if divided else x
+
+
+def beyond(s: list[float], entropy: float, kind: str) -> float:
+    """The terms of the student's other ids, where the teacher has none of its mass."""
+    rest = 1 - math.fsum(math.exp(a) for a in s)
+    if kind == "jsd":
+        return (1 - BETA) * rest * math.log(1 / (1 - BETA))
+    reverse = -entropy - math.fsum(math.exp(a) * a for a in s) - ZERO * rest
+    return {"forward": 0.0, "reverse": reverse, "mixed": BETA * reverse}[kind]
 
 
 def spelled_out(
-    student: torch.Tensor, teacher: torch.Tensor, kind: str, tail: str, floor: float, high: float
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    entropy: torch.Tensor | None,
+    kind: str,
+    tail: str,
+    floor: float,
+    high: float,
 ) -> torch.Tensor:
     out = []
-    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
-        s, t = ([max(a, floor) for a in tailed(x, tail)] for x in (s, t))
+    for i, (own, other) in enumerate(zip(student.tolist(), teacher.tolist(), strict=True)):
+        s, t = ([max(a, floor) for a in tailed(x, tail, x is other)] for x in (own, other))
         value = of_kind(s, t, kind)
+        if entropy is not None:
+            value += beyond(own, float(entropy[i]), kind)
         out.append(min(max(value, 0.0 if tail == "drop" else -high), high))
     return torch.tensor(out, dtype=torch.float64)
 
@@ -69,16 +101,30 @@ def spelled_out(
 def test_the_formula_spelled_out(kind: str, tail: str, dtype: torch.dtype) -> None:
     """With and without a floor and a bound, each of which moves some rows."""
     student, teacher = (x.to(dtype) for x in drawn())
+    entropy = entropy_for(tail, torch.promote_types(dtype, torch.float32))
     for floor, high in ((None, None), (-3.0, 0.4)):
         out = ppo_fast.topk_divergence(
-            student, teacher, kind=kind, beta=BETA, tail=tail, floor=floor, max=high
+            student,
+            teacher,
+            kind=kind,
+            beta=BETA,
+            tail=tail,
+            entropy=entropy,
+            floor=floor,
+            max=high,
         )
         exact = spelled_out(
-            student.double(), teacher.double(), kind, tail, floor or -math.inf, high or math.inf
+            student.double(),
+            teacher.double(),
+            entropy,
+            kind,
+            tail,
+            floor or -math.inf,
+            high or math.inf,
         )
-        # Terms of a probability times logarithms of at most 20, and the tail's, whose logarithm
-        # has a condition of mass / (1 - mass), here below 100.
-        condition = 20.0 * (100.0 if tail == "bucket" else 1.0)
+        # Terms of a probability times logarithms of at most 20, and the tail's: a bucket's
+        # logarithm has a condition of mass / (1 - mass), here below 100, a zero counts 100 nats.
+        condition = 20.0 * (100.0 if tail == "bucket" else 1.0) + (-ZERO if tail == "zero" else 0)
         testing.assert_within_budget(out.divergence, exact, condition=condition, ops=8)
         assert out.divergence.dtype == (dtype if dtype == torch.float64 else torch.float32)
         for mass, x in ((out.student_mass, student), (out.teacher_mass, teacher)):
@@ -94,14 +140,17 @@ def test_gradients(kind: str, tail: str) -> None:
     teacher.requires_grad_()
     mask = torch.rand(ROWS, K, generator=torch.Generator().manual_seed(1)) < 0.8
     mask[0] = False
+    entropy = entropy_for(tail)
+    given = [student] if entropy is None else [student, entropy]
+    high = 5.0 if tail != "zero" else 70.0  # holds some rows, not all
 
-    def f(x: torch.Tensor) -> torch.Tensor:
+    def f(x: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
         return ppo_fast.topk_divergence(
-            x, teacher, mask, kind=kind, beta=BETA, tail=tail, floor=-6.0, max=5.0
+            x, teacher, mask, kind=kind, beta=BETA, tail=tail, entropy=own, floor=-6.0, max=high
         ).divergence
 
-    assert torch.autograd.gradcheck(f, (student.requires_grad_(),))
-    out = f(student)
+    assert torch.autograd.gradcheck(f, [x.requires_grad_() for x in given])
+    out = f(*given)
     assert out[0] == 0
     grad_student, grad_teacher = torch.autograd.grad(
         out.sum(), (student, teacher), allow_unused=True
@@ -114,14 +163,46 @@ def test_ids_without_part_may_hold_anything(tail: str) -> None:
     student, teacher = drawn()
     mask = torch.tensor([1, 1, 0, 1, 0]).expand(ROWS, K)
     kept = mask[0].bool()
-    want = ppo_fast.topk_divergence(student[:, kept], teacher[:, kept], kind="jsd", tail=tail)
+    options = {"kind": "mixed", "tail": tail, "entropy": entropy_for(tail)}
+    want = ppo_fast.topk_divergence(student[:, kept], teacher[:, kept], **options)
     for value in (0.0, math.nan, math.inf, -math.inf):
         x, y = (torch.where(mask != 0, z, value).requires_grad_() for z in (student, teacher))
-        out = ppo_fast.topk_divergence(x, y, mask.float(), kind="jsd", tail=tail)
+        out = ppo_fast.topk_divergence(x, y, mask.float(), **options)
         torch.testing.assert_close(out.divergence, want.divergence, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(out.teacher_mass, want.teacher_mass)
         out.divergence.sum().backward()
         assert bool(x.grad.isfinite().all())
+
+
+def test_without_ids_nothing_is_read() -> None:
+    """Nor is the entropy of such a token, whose gradient is 0."""
+    student, teacher = (x.fill_(math.nan).requires_grad_() for x in drawn())
+    entropy = torch.full((ROWS,), math.nan, dtype=torch.float64, requires_grad=True)
+    none = torch.zeros(ROWS, 1)
+    out = ppo_fast.topk_divergence(
+        student, teacher, none, kind="reverse", tail="zero", entropy=entropy
+    )
+    out.divergence.sum().backward()
+    for x in (*out, student.grad, entropy.grad):
+        assert not bool(x.any())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_of_zero_outside_is_a_whole_distribution(kind: str) -> None:
+    """Tail "zero" over all V ids, in each of which the student has its own probability."""
+    student, teacher = drawn()
+    out = ppo_fast.topk_divergence(
+        student, teacher, kind=kind, beta=BETA, tail="zero", entropy=entropy_for("zero")
+    ).divergence
+    exact = []
+    for s, t in zip(*whole(), strict=True):
+        t = [*tailed(t[:K], "zero", of_teacher=True), *[ZERO] * (V - K)]
+        # A jsd and a forward KL have no ln 0: 4e-44 of each such id is below their rounding.
+        exact.append(of_kind(s, t, kind))
+    condition = 20.0 - ZERO
+    testing.assert_within_budget(
+        out, torch.tensor(exact, dtype=torch.float64), condition=condition, ops=V
+    )
 
 
 def test_the_first_k_of_a_head() -> None:
@@ -144,7 +225,27 @@ def test_the_first_k_of_a_head() -> None:
 
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: call(kind="l2"), ValueError, "kind must be one of reverse, forward, jsd, mixed"),
-    (lambda: call(tail="zero"), ValueError, "tail must be one of drop, bucket, renormalise"),
+    (lambda: call(tail="none"), ValueError, "tail must be one of drop, bucket, renormalise, zero"),
+    (
+        lambda: call(tail="zero"),
+        ValueError,
+        "entropy must be given with tail 'zero' and kind 'reverse'",
+    ),
+    (
+        lambda: call(entropy=torch.ones(ROWS)),
+        ValueError,
+        "entropy must be None with tail 'drop', got Tensor",
+    ),
+    (
+        lambda: call(tail="zero", entropy=torch.ones(ROWS, 1)),
+        ValueError,
+        r"entropy must have shape \(...\) = \(6,\), got \(6, 1\)",
+    ),
+    (
+        lambda: call(tail="zero", entropy=torch.ones(ROWS).double()),
+        TypeError,
+        "entropy must not mix float64 with other types",
+    ),
     (lambda: call(kind="jsd", beta=0.0), ValueError, r"beta must be in \(0, 1\) with kind 'jsd'"),
     (lambda: call(kind="mixed", beta=1.5), ValueError, r"beta must be in \[0, 1\], got 1.5"),
     (lambda: call(floor=1.0), ValueError, r"floor must be in \[-inf, 0\], got 1.0"),

@@ -16,6 +16,7 @@
 //   vexp  vexpm1      1-2 ulp; -inf -> 0 / -1, overflow -> inf, NaN -> NaN
 //   vexp_neg(x)       for x in [-105, 1], cheaper
 //   vlog(float)  vlog(double)
+//   near_one(x)       for x > 0: (scale, k), scale = 2^-k, with scale * x in [sqrt(1/2), sqrt(2))
 //   Acc<T>            sum in double: add(x), add_square(x), total()
 // The fp32 functions run the same operations in every lane and tail. Multiply-add is never
 // contracted (-ffp-contract=off); vfma is fused wherever the instruction set can.
@@ -157,6 +158,16 @@ PPO_INLINE double reduce_max(double x) { return x; }
 // + 1.5 * 2^23.
 PPO_INLINE float round_even(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
 PPO_INLINE float pow2(float n) { return as_float((as_bits(n + 0x1.8p23f) << 23) + 0x3f800000u); }
+
+template <class T>
+struct NearOne {
+  T scale, k;
+};
+constexpr int32_t kSqrtHalfBits = 0x3f3504f3;
+PPO_INLINE NearOne<float> near_one(float x) {
+  const int32_t k = (int32_t(as_bits(x)) - kSqrtHalfBits) >> 23;
+  return {as_float(0x3f800000u - (uint32_t(k) << 23)), float(k)};
+}
 
 #if PPO_ISA_WIDTH == 1
 using F = float;

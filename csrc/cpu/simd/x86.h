@@ -167,6 +167,12 @@ PPO_INLINE F pow2(F n) {
   return {_mm256_castsi256_ps(
       _mm256_add_epi32(_mm256_slli_epi32(i, 23), _mm256_set1_epi32(0x3f800000)))};
 }
+PPO_INLINE NearOne<F> near_one(F x) {
+  const __m256i k = _mm256_srai_epi32(
+      _mm256_sub_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(kSqrtHalfBits)), 23);
+  const __m256i scale = _mm256_sub_epi32(_mm256_set1_epi32(0x3f800000), _mm256_slli_epi32(k, 23));
+  return {{_mm256_castsi256_ps(scale)}, {_mm256_cvtepi32_ps(k)}};
+}
 
 PPO_INLINE void add_deviation(VectorAcc& sum, VectorAcc& squares, F x, double pivot) {
   const __m256d p = _mm256_set1_pd(pivot);
@@ -326,6 +332,12 @@ PPO_INLINE F round_even(F x) {
 }
 PPO_INLINE F scalef(F x, F n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 PPO_INLINE F pow2(F n) { return scalef(set1_as(Tag<F>{}, 1.f), n); }
+PPO_INLINE NearOne<F> near_one(F x) {
+  const __m512i k = _mm512_srai_epi32(
+      _mm512_sub_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(kSqrtHalfBits)), 23);
+  const __m512i scale = _mm512_sub_epi32(_mm512_set1_epi32(0x3f800000), _mm512_slli_epi32(k, 23));
+  return {{_mm512_castsi512_ps(scale)}, {_mm512_cvtepi32_ps(k)}};
+}
 
 PPO_INLINE void add_deviation(VectorAcc& sum, VectorAcc& squares, F x, double pivot) {
   const __m512d p = _mm512_set1_pd(pivot);

@@ -52,48 +52,28 @@ struct LogitsRow {
   int64_t segments() const { return vocab > 0 ? (vocab + kSegment - 1) / kSegment : 1; }
 };
 
-// Logits (..., V) by rows, with every row's token (label), mask and temperature.
-struct LogitsRows {
+// Logits (..., V) by rows, with every row's temperature.
+struct RowsOfLogits {
   const char* logits;
   DType dtype;
   int64_t item, vocab, segments;  // item: bytes of a logit
   RowIndex rows;
-  RowValues tokens, mask, temperature;
-  int64_t ignore_index;
+  RowValues temperature;
   double number_temperature;
 
-  LogitsRows(const char* op, const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
-             const OptTensor& temperature, int64_t ignore_index, double number_temperature)
+  RowsOfLogits(const Tensor& logits, const OptTensor& temperature, double number_temperature)
       : logits(static_cast<const char*>(logits.const_data_ptr())),
         dtype(dtype_of(logits)),
         item(int64_t(logits.element_size())),
-        vocab(checked_vocab(op, logits, tokens, mask, temperature)),
+        vocab(logits.sizes()[logits.sizes().size() - 1]),
         segments((vocab + kSegment - 1) / kSegment),
         rows(logits.sizes(), logits.strides(), logits.sizes().size() - 1),
-        tokens(tokens),
-        mask(mask),
         temperature(temperature),
-        ignore_index(ignore_index),
         number_temperature(number_temperature) {}
 
-  static int64_t checked_vocab(const char* op, const Tensor& logits, const Tensor& tokens,
-                               const OptTensor& mask, const OptTensor& temperature) {
-    PPO_CHECK(logits.is_cpu() && tokens.is_cpu(), op, "logits must be (..., V)");
-    check_logits(logits, tokens, mask, op);
-    check_like(tokens, mask, op, "mask");
-    check_like(tokens, temperature, op, "temperature");
-    return logits.sizes()[tokens.sizes().size()];
-  }
-
   const char* row(int64_t i) const { return logits + rows.offset(i) * item; }
-  bool live(int64_t i) const {
-    return (!mask || mask.is_set(i)) && tokens.integer(i) != ignore_index;
-  }
   double inv_temperature(int64_t i) const {
     return inverse(dtype, temperature ? temperature.number(i) : number_temperature);
-  }
-  LogitsRow at(int64_t i) const {
-    return {row(i), dtype, vocab, tokens.integer(i), inv_temperature(i)};
   }
   // Calls f(task, row, first, n) for every segment of every row, in parallel.
   template <class Fn>
@@ -106,6 +86,36 @@ struct LogitsRows {
             f(task, task / segments, first, vocab - first < kSegment ? vocab - first : kSegment);
           }
         });
+  }
+};
+
+// The same with every row's token (label) and mask.
+struct LogitsRows : RowsOfLogits {
+  RowValues tokens, mask;
+  int64_t ignore_index;
+
+  LogitsRows(const char* op, const Tensor& logits, const Tensor& tokens, const OptTensor& mask,
+             const OptTensor& temperature, int64_t ignore_index, double number_temperature)
+      : RowsOfLogits(checked(op, logits, tokens, mask, temperature), temperature,
+                     number_temperature),
+        tokens(tokens),
+        mask(mask),
+        ignore_index(ignore_index) {}
+
+  static const Tensor& checked(const char* op, const Tensor& logits, const Tensor& tokens,
+                               const OptTensor& mask, const OptTensor& temperature) {
+    PPO_CHECK(logits.is_cpu() && tokens.is_cpu(), op, "logits must be (..., V)");
+    check_logits(logits, tokens, mask, op);
+    check_like(tokens, mask, op, "mask");
+    check_like(tokens, temperature, op, "temperature");
+    return logits;
+  }
+
+  bool live(int64_t i) const {
+    return (!mask || mask.is_set(i)) && tokens.integer(i) != ignore_index;
+  }
+  LogitsRow at(int64_t i) const {
+    return {row(i), dtype, vocab, tokens.integer(i), inv_temperature(i)};
   }
 };
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from ppo_fast.loop.model.agent import Agent
 
@@ -30,6 +30,7 @@ FREE = {
     "transitions",  # their digest is among the prompts
     "data",  # so is that of its prompts and columns
     "prompt_field",
+    "teacher",  # its weights have a digest
     "data_split",
     "http_timeout",
     "http_retries",
@@ -95,9 +96,19 @@ def load_agent_state(agent: Agent, state: Tree) -> None:
 
 def digest_of_frozen(agent: Agent) -> str:
     """The sha256 of every frozen weight: the base under the trained ones, and the reference."""
-    digest, seen, full = hashlib.sha256(), set(), _full(agent)
     critic = [] if agent.critic is None else [agent.critic]
-    for module in (agent.policy.model, agent.reference.model, *critic):
+    return _digest(agent, [agent.policy.model, agent.reference.model, *critic])
+
+
+def digest_of_teacher(agent: Agent) -> str | None:
+    """The sha256 of a teacher's weights; None without one."""
+    return None if agent.teacher is None else _digest(agent, [agent.teacher.model])
+
+
+def _digest(agent: Agent, modules: list[nn.Module]) -> str:
+    """The sha256 of the frozen weights of some modules, each weight once."""
+    digest, seen, full = hashlib.sha256(), set(), _full(agent)
+    for module in modules:
         for name, p in module.named_parameters():
             if p.requires_grad or id(p) in seen:  # towers share what is frozen
                 continue

@@ -69,13 +69,23 @@ class Scored(NamedTuple):
     """Constants of one batch: old policy, reference and value of each response token, (B, R).
 
     The values are 0 without a critic. `frozen_out` (B, P + R, H) is the frozen layers' output,
-    None when nothing is frozen.
+    None when nothing is frozen. `teacher` has a teacher's log-probabilities (B, R) with "pg", its
+    last hidden states (B, R, H) with a divergence of whole distributions.
     """
 
     old: Tensor
     ref: Tensor
     values: Tensor
     frozen_out: Tensor | None
+    teacher: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Scored:
+        """The constants at row indices `index`."""
+        frozen_out, teacher = (
+            None if x is None else x[index] for x in (self.frozen_out, self.teacher)
+        )
+        old, ref, values = self.old[index], self.ref[index], self.values[index]
+        return Scored(old, ref, values, frozen_out, teacher)
 
 
 class Batch(NamedTuple):
@@ -95,14 +105,11 @@ class Batch(NamedTuple):
 
     def rows(self, index: Tensor) -> Batch:
         """The batch at row indices `index`; the moments stay those of the whole."""
-        old, ref, values, frozen_out = self.scored
-        frozen_out = None if frozen_out is None else frozen_out[index]
-        scored = Scored(old[index], ref[index], values[index], frozen_out)
         advantages, returns = self.advantages[index], self.returns[index]
         sampled, counted = (None if x is None else x[index] for x in (self.sampled, self.counted))
         return self._replace(
             seqs=self.seqs.rows(index),
-            scored=scored,
+            scored=self.scored.rows(index),
             advantages=advantages,
             returns=returns,
             sampled=sampled,
@@ -166,6 +173,7 @@ def advantages(
 
     With a baseline of groups, of `config.group` neighbours each, every token of a completion has
     the advantage of its score less `kl_coef` times its KL. Without a critic there are no returns.
+    A teacher's part is added as in `beside_teacher`.
     """
     given = scored.old.new_tensor(scores.values) if token_rewards is None else token_rewards
     out = ppo_fast.rlhf_advantages(
@@ -183,11 +191,51 @@ def advantages(
     )
     kl = float(out.kl.sum()) / max(1, int(seqs.mask.any(1).sum()))
     if config.advantages == "gae":
-        return Batch(seqs, scored, out.advantages, out.returns, out.moments), kl
+        batch = Batch(seqs, scored, out.advantages, out.returns, out.moments)
+        return beside_teacher(config, batch, backend), kl
     shaped = given.double() - kl_coef * out.kl.sum(1, dtype=torch.float64)
     of_group = _of_groups(config, seqs, scores, shaped).to(scored.old.dtype)
     spread = torch.where(seqs.mask, of_group[:, None], torch.zeros_like(scored.old))
-    return Batch(seqs, scored, spread, torch.zeros_like(spread), None), kl
+    batch = Batch(seqs, scored, spread, torch.zeros_like(spread), None)
+    return beside_teacher(config, batch, backend), kl
+
+
+def beside_teacher(config: TrainConfig, batch: Batch, backend: str) -> Batch:
+    """The batch with its reward's advantages times `reward_coef`, and with "pg" the teacher's.
+
+    A token's advantage from the teacher is `distill_coef` (log p_teacher - log p_old), as slime
+    and prime-rl have it: in expectation that is the gradient of its state's KL(policy‖teacher),
+    with nothing of later tokens. It keeps its size, in nats; so the reward's advantages are
+    whitened here, as the loss would, and not the sum.
+    """
+    if config.distill is None:
+        return batch
+    mask, found = batch.seqs.mask, torch.zeros_like(batch.advantages)
+    if config.reward_coef > 0:
+        found = batch.advantages
+        if batch.moments is not None:
+            found = ppo_fast.whiten(found, mask, moments=batch.moments, backend=backend)
+        found = config.reward_coef * found
+    if (gap := _behind(config, batch.scored)) is not None:
+        found = found - config.distill_coef * torch.where(mask, gap, 0.0)
+    return batch._replace(advantages=found, moments=None)
+
+
+def _behind(config: TrainConfig, scored: Scored) -> Tensor | None:
+    """log p_old - log p_teacher of each token, (B, R), where the teacher scored tokens."""
+    if config.distill != "pg" or scored.teacher is None:
+        return None
+    return scored.old - scored.teacher
+
+
+def taught(config: TrainConfig, seqs: Sequences, scored: Scored) -> dict[str, float]:
+    """For the log `divergence`, the mean of log p_old - log p_teacher over the tokens, with "pg".
+
+    That estimates KL(policy‖teacher) of own samples (k1, Schulman 2020). Other kinds of
+    distillation have a divergence of whole distributions among the loss's statistics.
+    """
+    gap = _behind(config, scored)
+    return {} if gap is None else {"divergence": float(seqs.flat(gap).double().mean())}
 
 
 def _of_groups(config: TrainConfig, seqs: Sequences, scores: Scores, shaped: Tensor) -> Tensor:

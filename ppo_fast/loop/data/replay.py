@@ -244,11 +244,16 @@ def open_transitions(
     shuffle: bool,
     keep_truncated: bool,
     model: Any,
+    context: int | None = None,
     tokenizer: Any,
     report: Callable[[str], None],
 ) -> TransitionStream:
-    """The transitions in `path` for `model`; `report` gets lines on dropped and kept rows."""
-    limits = Limits(model.get_input_embeddings().num_embeddings, context_of(model.config))
+    """The transitions in `path` for `model`; `report` gets lines on dropped and kept rows.
+
+    They fit `context`, or the model's own where that is None.
+    """
+    context = context_of(model.config) if context is None else context
+    limits = Limits(model.get_input_embeddings().num_embeddings, context)
     found = read_transitions(
         path, lambda text: tokenizer(text)["input_ids"] or [tokenizer.eos_token_id], limits
     )

@@ -51,7 +51,7 @@ class Sequences(NamedTuple):
         return self._replace(mask=self.mask & kept[:, None])
 
     def flat(self, x: Tensor) -> Tensor:
-        """Values of a (B, R) tensor at the n kept tokens, (n,)."""
+        """Values of a (B, R, ...) tensor at the n kept tokens, (n, ...)."""
         return x[self.mask]
 
     def flat_support(self) -> Support | None:
@@ -72,10 +72,10 @@ class Sequences(NamedTuple):
         return keep.flatten().nonzero().squeeze(1)
 
     def unflatten(self, values: Tensor) -> Tensor:
-        """Spread one value per kept token, (n,), over (B, R) with zeros elsewhere."""
-        index = self.mask.flatten().nonzero().squeeze(1)
-        flat = values.new_zeros(self.mask.numel()).index_copy(0, index, values)
-        return flat.view(self.mask.shape)
+        """Spread one value per kept token, (n, ...), over (B, R, ...) with zeros elsewhere."""
+        index, rest = self.mask.flatten().nonzero().squeeze(1), values.shape[1:]
+        flat = values.new_zeros(self.mask.numel(), *rest).index_copy(0, index, values)
+        return flat.view(*self.mask.shape, *rest)
 
 
 def context_of(config: Any) -> int | None:

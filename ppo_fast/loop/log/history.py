@@ -28,6 +28,7 @@ NUMBERS = (
     "clip_frac",
     "explained_variance",
     "entropy",
+    "divergence",
     "rollout_gap_mean",
     "response_length",
     "eval_reward",

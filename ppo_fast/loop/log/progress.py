@@ -25,6 +25,7 @@ _FIELDS = {
     "reward": "{:+.3f}",
     "eval_reward": "{:+.3f}",
     "kl": "{:.2f}",
+    "divergence": "{:.3f}",
     "clip_frac": "{:.2f}",
     "tokens_per_second": "{:.0f}",
 }

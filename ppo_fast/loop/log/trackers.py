@@ -25,6 +25,8 @@ TAGS = {
     "kl": "objective/kl",
     "kl_coef": "objective/kl_coef",
     "entropy": "objective/entropy",
+    "divergence": "objective/divergence",
+    "z_loss": "loss/z_loss_avg",
     "kl_k3": "policy/approxkl_avg",
     "clip_frac": "policy/clipfrac_avg",
     "ess": "policy/ess",

@@ -1,4 +1,4 @@
-"""Agent: policy, frozen reference, critic and their optimiser."""
+"""Agent: policy, frozen reference, critic and their optimiser, and a teacher."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ppo_fast.loop.config import TrainConfig
 from ppo_fast.loop.model.adapters import add_adapters
 from ppo_fast.loop.model.layers import freeze_below
 from ppo_fast.loop.model.memory import MemoryGuard, recompute
+from ppo_fast.loop.model.teacher import teacher_tower
 from ppo_fast.loop.model.tower import Critic, Tower
 from ppo_fast.loop.model.trial import try_model
 from ppo_fast.loop.model.weights import check_trainable, widen
@@ -28,10 +29,15 @@ class NonFiniteGradientError(RuntimeError):
 
 
 class Agent:
-    """Policy, frozen reference, critic and their optimiser."""
+    """Policy, frozen reference, critic and their optimiser, and a frozen teacher where one is."""
 
     def __init__(
-        self, model: Any, config: TrainConfig, ranks: Ranks | None = None, sampled: bool = True
+        self,
+        model: Any,
+        config: TrainConfig,
+        ranks: Ranks | None = None,
+        sampled: bool = True,
+        teacher: Any = None,
     ) -> None:
         """`sampled` says that the policy will draw completions; stored transitions need none.
 
@@ -46,12 +52,15 @@ class Agent:
             try_model(self.policy, sampled)
             if config.head == "linear":
                 self.policy.product(), self.reference.product()
+        self.teacher: Tower | None = None  # whole on every rank, under fsdp2 too
+        if teacher is not None:
+            self.teacher = teacher_tower(teacher, self.policy, config, self.autocast)
         weight = model.get_output_embeddings().weight
         # fp32 for half-precision models, fp64 for fp64 ones, as the ops compute
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         trained = [self.policy]
-        self.critic: Critic | None = None  # a baseline of groups needs none
-        if config.advantages == "gae":
+        self.critic: Critic | None = None  # a baseline of groups needs none, nor a teacher alone
+        if config.has_critic:
             body = self.policy.copy() if config.critic == "separate" else None
             self.critic = Critic(weight.shape[1], body, weight.device, self.dtype)
             trained += [] if body is None else [body]
@@ -69,6 +78,11 @@ class Agent:
                 shard(self.critic.head, [])
         self.parameters = [p for module in self.modules.values() for p in _trainable(module)]
         self.optimizer = torch.optim.AdamW(self._groups(), lr=config.lr, eps=1e-5, fused=True)
+
+    def temperature(self, tower: Tower) -> float:
+        """The divisor of a tower's logits: a teacher may have one of its own."""
+        own = self.config.distill_temperature if tower is self.teacher else None
+        return self.config.temperature if own is None else own
 
     @property
     def modules(self) -> dict[str, nn.Module]:

@@ -42,7 +42,8 @@ class FirstBatch:
         some = kept[torch.linspace(0, len(kept) - 1, min(_ROWS, len(kept))).long()]
         mask = torch.zeros_like(rows.mask).flatten().index_fill(0, some, True)
         few = rows._replace(mask=mask.view_as(rows.mask))
-        for tower in (self.agent.policy, self.agent.reference):
+        agent = self.agent
+        for tower in filter(None, (agent.policy, agent.reference, agent.teacher)):
             logits, hidden = tower.logits(few)
             with tower.inside():
                 check_distributions(tower.model, tower.product(), hidden, logits)

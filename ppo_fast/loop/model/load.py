@@ -21,17 +21,18 @@ SAFE: dict[str, Any] = {**NO_CODE, "use_safetensors": True}
 
 
 class Size(NamedTuple):
-    """Number of layers and context, in tokens; None where a config does not say."""
+    """Number of layers, context and vocabulary, in tokens; None where a config does not say."""
 
     layers: int | None
     context: int | None
+    vocabulary: int | None
 
 
-_SMOLLM2_SIZE = Size(30, 8192)  # read off the file, which takes seconds
-_TINY_SIZE = Size(2, 512)
+_SMOLLM2_SIZE = Size(30, 8192, 49152)  # read off the file, which takes seconds
+_TINY_SIZE = Size(2, 512, 300)
 
 
-def size_of(name: str) -> Size:
+def size_of(name: str, option: str = "model") -> Size:
     """The size of the model `name`, as `load_model` takes it, of which no weight is loaded.
 
     Raises OptionError where there is no such model, or none that is loaded without its own code.
@@ -40,10 +41,12 @@ def size_of(name: str) -> Size:
         return _TINY_SIZE if name == "tiny" else _SMOLLM2_SIZE
     from transformers import AutoConfig
 
-    with from_outside("model", name):
+    with from_outside(option, name):
         config: Any = AutoConfig.from_pretrained(name, **NO_CODE)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    return Size(layers, context_of(config))
+    layers, words = (
+        getattr(config.get_text_config(), key, None) for key in ("num_hidden_layers", "vocab_size")
+    )
+    return Size(layers, context_of(config), words)
 
 
 @contextmanager

@@ -1,0 +1,405 @@
+"""TRL 1.16's DistillationTrainer: twelve steps on ppo_fast against twelve of its own; its loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from trainers import needs
+
+needs("trl", "1.16")
+
+import trl_distillation_run
+from trl.experimental.gkd.gkd_trainer import GKDTrainer
+from trl.experimental.gold.gold_trainer import GOLDTrainer
+from trl.experimental.sdft import loss_utils
+from trl.kernels import chunked_divergence
+from trl.trainer import distillation_trainer
+
+import ppo_fast
+from ppo_fast import Teacher, testing
+from ppo_fast.integrations import MismatchError, trl_distillation
+
+TIMES = ("step_time", "epoch")
+BETAS = (0.0, 0.3, 1.0)
+B, K, V = 5, 9, 101
+WIDTHS = {"student": 16, "teacher": 24}
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled": {
+        "student_logit_scale": 0.5,
+        "teacher_logit_scale": 0.25,
+        "bias": True,
+        "temperature": 0.7,
+    },
+    "capped": {
+        "student_logit_scale": 2.0,
+        "student_final_logit_softcapping": 5.0,
+        "teacher_logit_scale": 1.5,
+        "teacher_final_logit_softcapping": 8.0,
+        "temperature": 1.3,
+    },
+    "the teacher capped": {"teacher_final_logit_softcapping": 4.0, "bias": True},
+}
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_run_is_the_same(beta: float, scaled: bool) -> None:
+    theirs = trl_distillation_run.run(beta=beta, scaled=scaled)
+    with trl_distillation.patched() as calls:
+        ours = trl_distillation_run.run(beta=beta, scaled=scaled)
+    tiny.assert_same_run(ours, theirs, 12, TIMES)
+    assert (calls["loss"].fused, calls["loss"].left) == (24, 0)  # 12 steps of 2 micro-batches
+
+
+def heads(head: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Hidden states (B, K, H) and a head of each side, and the options that act on them."""
+    g = torch.Generator().manual_seed(0)
+    found: dict[str, Any] = {k: v for k, v in HEADS[head].items() if k != "bias"}
+    for side, width in WIDTHS.items():
+        found[f"{side}_hidden"] = torch.randn(B, K, width, generator=g)
+        found[f"{side}_weight"] = torch.randn(V, width, generator=g)
+        bias = torch.randn(V, generator=g)
+        found[f"{side}_bias"] = bias if "bias" in HEADS[head] else None
+    return {k: _leaf(x, dtype) if isinstance(x, Tensor) else x for k, x in found.items()}
+
+
+def _leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).requires_grad_()
+
+
+def leaves(x: dict[str, Any]) -> list[Tensor]:
+    """Hidden states, weight and bias of the student."""
+    names = ("student_hidden", "student_weight", "student_bias")
+    return [x[name] for name in names if x[name] is not None]
+
+
+def in_float64(x: dict[str, Any], beta: float, slopes: Tensor) -> list[Tensor]:
+    """Divergences, entropies and gradients by TRL's own formulas, on a tile of the whole.
+
+    `ChunkedDivergenceFunction` computes in fp32 whatever it is given; the functions that it calls
+    with a tile of logits do not.
+    """
+    x = {k: v.detach().double() if isinstance(v, Tensor) else v for k, v in x.items()}
+    tiles = []
+    for side in WIDTHS:
+        z = x[f"{side}_hidden"].flatten(0, 1) @ x[f"{side}_weight"].t()
+        tiles.append(z if x[f"{side}_bias"] is None else z + x[f"{side}_bias"])
+    (s, t), n = tiles, B * K
+    caps = [x.get(f"{side}_final_logit_softcapping") for side in WIDTHS]
+    options = {
+        "s_scale": x.get("student_logit_scale", 1.0),
+        "t_scale": x.get("teacher_logit_scale", 1.0),
+        "s_softcap": caps[0] or 1.0,
+        "t_softcap": caps[1] or 1.0,
+        "S_HAS_SOFTCAP": caps[0] is not None,
+        "T_HAS_SOFTCAP": caps[1] is not None,
+        "inv_t": 1 / x.get("temperature", 1.0),
+        "BLOCK_SIZE": V,
+    }
+    s_max, t_max = torch.full((2, n), -math.inf, dtype=torch.float64)
+    s_sum, s_x, t_sum, t_gap, s_gap, jsd, kl = torch.zeros(7, n, dtype=torch.float64)
+    chunked_divergence._stats_tile(
+        s, V, t, V, s_max, s_sum, s_x, t_max, t_sum, t_gap, s_gap, V, **options
+    )
+    s_log, t_log = s_max + s_sum.log(), t_max + t_sum.log()
+    if beta in (0.0, 1.0):
+        gap, total, sign = (t_gap, t_sum, 1.0) if beta == 0.0 else (s_gap, s_sum, -1.0)
+        jsd = kl = gap / total + sign * (s_log - t_log)
+    else:
+        chunked_divergence._jsd_tile(s, V, t, V, s_log, t_log, jsd, kl, V, beta, **options)
+    mode = {0.0: 0, 1.0: 1}.get(beta, 2)
+    chunked_divergence._backward_tile(
+        s, V, t, V, s_log, t_log, kl, slopes.double().flatten(), V, beta, MODE=mode, **options
+    )
+    grads = [(s @ x["student_weight"]).view(B, K, -1), s.t() @ x["student_hidden"].flatten(0, 1)]
+    if x["student_bias"] is not None:
+        grads.append(s.sum(0))
+    return [jsd, s_log - s_x / s_sum, *grads]
+
+
+def assert_near(
+    ours: list[Tensor], exact: list[Tensor], theirs: list[Tensor] | None = None
+) -> None:
+    """Within fp64's budget, or of a few roundings beside twice TRL's own error."""
+    assert len(ours) == len(exact)
+    for i, (a, b) in enumerate(zip(ours, exact, strict=True)):
+        # A logit is at most some 60 and so is its product with a logarithm's slope.
+        size = 60.0 * (60.0 if theirs is None else 0.0) + float(b.abs().max())
+        testing.assert_within_budget(
+            a.detach(),
+            b,
+            condition=size,
+            ops=8 * (max(WIDTHS.values()) + V) if theirs is None else 8,
+            eager=None if theirs is None else theirs[i].detach(),
+        )
+
+
+def token_divergence(x: dict[str, Any], beta: float, slopes: Tensor) -> list[Tensor]:
+    """What `ChunkedDivergenceFunction.apply` gives, patched or not, and its gradients."""
+    order = ("student_hidden", "student_weight", "student_bias")
+    order += tuple(name.replace("student", "teacher") for name in order)
+    given = [x[k].flatten(0, 1) if k.endswith("_hidden") else x[k] for k in order]
+    found, entropy = chunked_divergence.ChunkedDivergenceFunction.apply(
+        *given,
+        beta,
+        x.get("temperature", 1.0),
+        x.get("student_logit_scale", 1.0),
+        x.get("student_final_logit_softcapping"),
+        x.get("teacher_logit_scale", 1.0),
+        x.get("teacher_final_logit_softcapping"),
+    )
+    assert not entropy.requires_grad
+    of_teacher = [x["teacher_hidden"], x["teacher_weight"]]
+    grads = torch.autograd.grad(
+        found, [*leaves(x), *of_teacher], slopes.flatten().to(found.dtype), allow_unused=True
+    )
+    assert grads[-2:] == (None, None)
+    return [found, entropy, *grads[:-2]]
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("head", HEADS)
+def test_the_token_divergence(head: str, beta: float) -> None:
+    slopes = torch.linspace(-1.0, 2.0, B * K)
+    for dtype in (torch.float64, torch.float32):
+        x = heads(head, dtype)
+        theirs = token_divergence(x, beta, slopes)
+        with trl_distillation.patched(("token_divergence",)) as calls:
+            ours = token_divergence(x, beta, slopes)
+        assert (calls["token_divergence"].fused, calls["token_divergence"].left) == (1, 0)
+        exact = in_float64(x, beta, slopes)
+        assert_near(ours, exact, None if dtype == torch.float64 else theirs)
+
+
+def masks() -> dict[str, Tensor]:
+    """Rows padded, with a tool's answer inside, of one token and of none; and nothing kept."""
+    mask = torch.ones(B, K, dtype=torch.int64)
+    mask[0, 5:], mask[1, 3:6], mask[2, 1:], mask[3] = 0, 0, 0, 0
+    return {"some": mask, "all": torch.ones_like(mask), "none": torch.zeros_like(mask)}
+
+
+def loss_of(x: dict[str, Any], mask: Tensor, beta: float, items: Any) -> list[Tensor]:
+    """What `_chunked_divergence_loss` gives, patched or not, and its gradients."""
+    given = {
+        k.replace("hidden", "hidden_states").replace("_weight", "_lm_head_weight"): v
+        for k, v in x.items()
+        if not k.endswith("_bias")
+    }
+    biases = {f"{side}_lm_head_bias": x[f"{side}_bias"] for side in WIDTHS}
+    loss, entropy, count = distillation_trainer._chunked_divergence_loss(
+        **given, **biases, completion_mask=mask, beta=beta, num_items_in_batch=items
+    )
+    return [loss, entropy, count, *torch.autograd.grad(loss, leaves(x))]
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("head", HEADS)
+def test_the_loss(head: str, beta: float) -> None:
+    """Divided by the batch's count, a tensor or a number, and by its own."""
+    x, wide = heads(head), heads(head, torch.float64)
+    cases = [(m, items) for m in masks().values() for items in (None, 31, torch.tensor(17.0))]
+    theirs = [loss_of(x, mask, beta, items) for mask, items in cases]
+    with trl_distillation.patched() as calls:
+        ours = [loss_of(x, mask, beta, items) for mask, items in cases]
+        doubles = [loss_of(wide, mask, beta, items) for mask, items in cases]
+    assert (calls["loss"].fused, calls["loss"].left) == (2 * len(cases), 0)
+    for (mask, items), a, b, c in zip(cases, ours, theirs, doubles, strict=True):
+        divisor = float(mask.sum().clamp(min=1)) if items is None else float(items)
+        assert a[2] == b[2] == c[2] == mask.sum()
+        for found, tensors, eager in ((c, wide, None), (a, x, b)):
+            slopes = mask.double() / divisor
+            tokens, entropy, *grads = in_float64(tensors, beta, slopes)
+            kept = mask.flatten() != 0
+            exact = [(tokens * slopes.flatten()).sum(), entropy[kept].sum(), *grads]
+            del found[2]
+            assert_near(found, exact, eager and [*eager[:2], *eager[3:]])
+
+
+def test_masked_tokens_may_hold_anything() -> None:
+    """Hidden states of padding that are NaN, which TRL on a CPU passes to the weight."""
+    mask = masks()["some"]
+    with trl_distillation.patched():
+        want = loss_of(heads("plain"), mask, 0.3, None)
+        x = heads("plain")
+        for side in WIDTHS:
+            x[f"{side}_hidden"].detach()[mask == 0] = math.nan
+        got = loss_of(x, mask, 0.3, None)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_under_autocast() -> None:
+    """bf16 products of fp32 tensors, each side's own: no further off than twice TRL."""
+    x, mask = heads("capped"), masks()["some"]
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = loss_of(x, mask, 0.3, None)
+        with trl_distillation.patched() as calls:
+            ours = loss_of(x, mask, 0.3, None)
+    assert (calls["loss"].fused, calls["loss"].left) == (1, 0)
+    rounded = {k: v.bfloat16() if isinstance(v, Tensor) else v for k, v in x.items()}
+    for side in WIDTHS:
+        rounded[f"{side}_bias"] = x[f"{side}_bias"]
+    slopes = mask / mask.sum()
+    tokens, entropy, *grads = in_float64(rounded, 0.3, slopes)
+    exact = [(tokens * slopes.flatten()).sum(), entropy[mask.flatten() != 0].sum(), *grads]
+    assert_near([*ours[:2], *ours[3:]], exact, [*theirs[:2], *theirs[3:]])
+
+
+UNCOVERED: dict[str, tuple[dict[str, Any], str]] = {
+    "scale": ({"student_logit_scale": -0.5}, "student_logit_scale -0.5"),
+    "a teacher's scale": ({"teacher_logit_scale": 0.0}, "teacher_logit_scale 0.0"),
+    "cap": ({"student_final_logit_softcapping": -2.0}, "student_final_logit_softcapping -2.0"),
+    "temperature": ({"temperature": -1.0}, "temperature -1.0"),
+    "rows": ({"teacher_weight": torch.ones(V + 3, 24)}, "heads of 101 and 104 rows"),
+    "types": (
+        {"student_hidden": torch.ones(B, K, 16).bfloat16().requires_grad_()},
+        "a student's hidden states torch.bfloat16 beside a weight torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_what_is_left_to_trl(name: str) -> None:
+    """Its own result, and a warning that names the reason."""
+    changed, reason = UNCOVERED[name]
+    x, mask = heads("plain") | changed, masks()["some"]
+    want = loss_of(x, mask, 0.3, 31)
+    with (
+        pytest.warns(RuntimeWarning, match=f"left to trl: {reason}"),
+        trl_distillation.patched() as calls,
+    ):
+        got = loss_of(x, mask, 0.3, 31)
+    assert (calls["loss"].fused, calls["loss"].left) == (0, 1)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_weight_that_zero_3_takes_away() -> None:
+    x = heads("plain")
+    x["teacher_weight"].ds_id = 0
+    with pytest.raises(trl_distillation.Uncovered, match="a teacher's weight that DeepSpeed"):
+        trl_distillation._token_divergence(**x, beta=0.3)
+
+
+WRONG: dict[str, Callable[..., Any]] = {
+    "mask": lambda call, **given: call(**given | {"mask": torch.ones_like(given["mask"])}),
+    "temperature": lambda call, **given: call(**given | {"temperature": 1.1}),
+    "divisor": lambda call, **given: call(**given | {"denom": 30.0}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_first_call_sees_what_is_wrong(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = ppo_fast.linear_divergence
+    change = WRONG[wrong]
+    monkeypatch.setattr(ppo_fast, "linear_divergence", lambda **given: change(call, **given))
+    with pytest.raises(MismatchError, match="the original gives"), trl_distillation.patched():
+        loss_of(heads("plain"), masks()["some"], 0.3, torch.tensor(3100.0))
+
+
+def logits_of(x: dict[str, Any], side: str) -> Tensor:
+    return x[f"{side}_hidden"] @ x[f"{side}_weight"].t()
+
+
+def gradients(value: Tensor, x: dict[str, Any]) -> list[Tensor]:
+    return [value.detach(), *torch.autograd.grad(value.sum(), leaves(x))]
+
+
+def teacher_of(x: dict[str, Any], beta: float) -> Teacher:
+    kind = {0.0: "forward", 1.0: "reverse"}.get(beta, "jsd")
+    return Teacher(x["teacher_hidden"], x["teacher_weight"], kind=kind, beta=beta)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("trainer", [GKDTrainer, GOLDTrainer], ids=["gkd", "gold"])
+def test_gkd_and_gold(trainer: Any, beta: float) -> None:
+    """Their loss of logits, by two heads and by logits; fp64."""
+    x, mask = heads("plain", torch.float64), masks()["some"]
+    labels = torch.where(mask != 0, 7, -100)
+    for items, denom in ((None, None), (31, 31.0)):
+        s, t = (logits_of(x, side) for side in WIDTHS)
+        loss = trainer.generalized_jsd_loss(
+            s, t.detach(), labels, beta=beta, temperature=0.9, num_items_in_batch=items
+        )
+        want = gradients(loss, x)
+        s = logits_of(x, "student")
+        own = {"temperature": 0.9, "denom": denom}
+        teacher = teacher_of(x, beta)
+        head = ppo_fast.linear_divergence(
+            x["student_hidden"], x["student_weight"], teacher, mask, **own
+        )
+        from_logits = ppo_fast.divergence(s, t, mask, kind=teacher.kind, beta=teacher.beta, **own)
+        assert_near(gradients(head.loss, x), want)
+        assert_near(gradients(from_logits.loss, x), want)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_liger(beta: float) -> None:
+    """Liger 0.8.5's fused JSD, its cross-entropy left out; fp64 but for its sum, in fp32."""
+    jsd_loss = pytest.importorskip("liger_kernel.chunked_loss.jsd_loss")
+    x, mask = heads("plain", torch.float64), masks()["some"].flatten()
+    theirs = jsd_loss.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=0.5, beta=beta, temperature=0.9, compiled=False
+    )
+    flat = {side: x[f"{side}_hidden"].flatten(0, 1) for side in WIDTHS}
+    loss = theirs(
+        flat["student"],
+        x["student_weight"],
+        flat["teacher"].detach(),
+        x["teacher_weight"].detach(),
+        torch.where(mask != 0, 7, -100),
+    )
+    teacher = replace(teacher_of(x, beta), coef=0.5, hidden=flat["teacher"])
+    ours = ppo_fast.linear_divergence(
+        flat["student"], x["student_weight"], teacher, mask, temperature=0.9
+    )
+    (value, *got), (total, *want) = gradients(ours.loss, x), gradients(loss, x)
+    assert_near(got, want)
+    testing.assert_within_budget(
+        value, total.double(), condition=float(total), ops=2, compute=torch.float32
+    )
+
+
+@pytest.mark.parametrize("alpha", BETAS)
+def test_self_distillation_over_the_vocabulary(alpha: float) -> None:
+    """SDFT's and SDPO's `full_logits`, per token; fp64."""
+    x = heads("plain", torch.float64)
+    s, t = (logits_of(x, side) for side in WIDTHS)
+    want = loss_utils.compute_full_logit_self_distillation_loss(
+        s, t.detach(), distillation_alpha=alpha
+    )
+    ours = ppo_fast.linear_token_divergence(
+        x["student_hidden"], x["student_weight"], teacher_of(x, alpha)
+    )
+    assert_near(gradients(ours.divergence, x), gradients(want, x))
+
+
+@pytest.mark.parametrize("alpha", BETAS)
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+def test_self_distillation_of_the_first_k(tail: str, alpha: float) -> None:
+    """SDFT's and SDPO's `topk_logits`: the student's own first K; fp64."""
+    x = heads("plain", torch.float64)
+    s, t = (logits_of(x, side) for side in WIDTHS)
+    want = loss_utils.compute_topk_self_distillation_loss(
+        s,
+        t.detach(),
+        distillation_topk=20,
+        distillation_alpha=alpha,
+        distillation_add_tail=tail == "bucket",
+    )
+    ids = s.detach().topk(20).indices
+    student, teacher = (
+        ppo_fast.linear_logprobs_at(x[f"{side}_hidden"], x[f"{side}_weight"], ids).logprobs
+        for side in WIDTHS
+    )
+    kind = teacher_of(x, alpha).kind
+    ours = ppo_fast.topk_divergence(student, teacher, kind=kind, beta=alpha, tail=tail)
+    assert_near(gradients(ours.divergence, x), gradients(want, x))

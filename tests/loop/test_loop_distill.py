@@ -1,0 +1,521 @@
+"""Distillation: gradients and advantages by their formulas, refusals, resumes, and learning."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loop_helpers import (
+    TEXTS,
+    batch_of,
+    gradients,
+    rollout_of,
+    tiny,
+    tiny_teacher,
+    trainer,
+    weights,
+)
+from rich.console import Console
+
+import ppo_fast
+from ppo_fast.loop import OptionError, TrainConfig, Trainer, distill, preflight
+from ppo_fast.loop.compare import compare
+from ppo_fast.loop.data.experience import taught
+from ppo_fast.loop.data.sequences import Sequences
+from ppo_fast.loop.log.history import History
+from ppo_fast.loop.model import load
+from ppo_fast.loop.rewards import letters
+from ppo_fast.loop.run import load_trainer
+from ppo_fast.loop.update import accumulate
+
+CPU = torch.device("cpu")
+WHOLE = ("reverse", "forward", "jsd", "mixed")
+# fp64 sums in another order: 2**-53 times terms and condition number below 1e4, per unit.
+FP64 = 1e-12
+
+
+def learner(out: Path, kind: str, **options: Any) -> Trainer:
+    """A trainer in fp64 with a teacher of another hidden size, alone if not said otherwise."""
+    options = {"reward_coef": 0.0, "vf_coef": 0.0, "dtype": torch.float64} | options
+    return trainer(out, distill=kind, teacher=tiny_teacher(options["dtype"]), **options)
+
+
+def own_logprobs(t: Trainer, seqs: Sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ln of both models' distributions, (n, V), of their own logits, and the policy's lse (n,).
+
+    One forward: transformers' norms are in fp32, and so is a gradient of two of them.
+    """
+    assert t.agent.teacher is not None
+    own, config = t.config.temperature, t.config
+    with torch.no_grad():
+        other = t.agent.teacher.logits(seqs)[0] / (config.distill_temperature or own)
+    logits = t.agent.policy.logits(seqs)[0] / own
+    return logits.log_softmax(-1), other.log_softmax(-1), logits.logsumexp(-1)
+
+
+def divergence(kind: str, beta: float, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The divergence of each row, (n,), spelled out from its definition."""
+    p, q = s.exp(), t.exp()
+    reverse, forward = (p * (s - t)).sum(-1), (q * (t - s)).sum(-1)
+    if kind == "jsd":
+        m = ((1 - beta) * p + beta * q).log()
+        return beta * (q * (t - m)).sum(-1) + (1 - beta) * (p * (s - m)).sum(-1)
+    mixed = beta * reverse + (1 - beta) * forward
+    return {"reverse": reverse, "forward": forward, "mixed": mixed}[kind]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("coefs", [(1.0, 0.0), (0.3, 0.7)], ids=["alone", "beside the reward"])
+def test_gradients_are_those_of_the_formula(
+    tmp_path: Path, kind: str, coefs: tuple[float, float], backend: str
+) -> None:
+    options: dict[str, Any] = {"temperature": 0.8, "distill_temperature": 1.3, "backend": backend}
+    beta = 0.3 if kind in ("jsd", "mixed") else 0.5
+    options |= {"distill_coef": coefs[0], "reward_coef": coefs[1], "distill_beta": beta}
+    t = learner(tmp_path, kind, z_loss_coef=0.01, **options)
+    _, batch, plan = batch_of(t)
+    stats = accumulate(t.agent, batch, plan[0], 0.0, t.backend, unchanged=True)
+    assert stats is not None
+    found = [p.grad.clone() for p in t.agent.policy.model.parameters() if p.grad is not None]
+    t.agent.discard()
+    sums, n = torch.zeros(2, dtype=torch.float64), int(batch.seqs.mask[torch.cat(plan[0])].sum())
+    for rows in plan[
+        0
+    ]:  # transformers' norms are in fp32: other rows beside would round otherwise
+        part = batch.rows(rows)
+        s, q, lse = own_logprobs(t, part.seqs)
+        each = divergence(kind, beta, s, q)
+        white = part.seqs.flat(part.advantages)  # with the reward's coefficient
+        assert bool(white.any()) == (coefs[1] > 0)
+        new = s.gather(1, part.seqs.flat(part.seqs.response)[:, None]).squeeze(1)
+        z_loss = lse.square()
+        ((coefs[0] * each - new * white + 0.01 * z_loss).sum() / n).backward()
+        sums += torch.stack([each.sum(), z_loss.sum()]).detach() / n
+    want = [p.grad for p in t.agent.policy.model.parameters() if p.grad is not None]
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11 * float(b.abs().max()))
+    told = stats.compute()
+    assert [told["divergence"], told["z_loss"]] == pytest.approx(sums.tolist(), rel=FP64)
+
+
+@pytest.mark.parametrize("head", ["linear", "logits"])
+@pytest.mark.parametrize("advantages", ["gae", "grpo"])
+@pytest.mark.parametrize("coefs", [(1.0, 0.0), (0.3, 0.7)], ids=["alone", "beside the reward"])
+def test_advantages_are_those_of_the_formula(
+    tmp_path: Path, coefs: tuple[float, float], advantages: str, head: str
+) -> None:
+    """sg(log p_teacher - log p_old) a token, and the reward's as without a teacher."""
+    options: dict[str, Any] = {"temperature": 0.8, "distill_temperature": 1.3, "head": head}
+    options |= {"advantages": advantages, "group": 2, "batch": 4}
+    t = learner(tmp_path / "a", "pg", distill_coef=coefs[0], reward_coef=coefs[1], **options)
+    _, batch, _ = batch_of(t)
+    seqs, mask = batch.seqs, batch.seqs.mask
+    s, q, _ = own_logprobs(t, seqs)
+    tokens = seqs.flat(seqs.response)[:, None]
+    gap = (q - s.detach()).gather(1, tokens).squeeze(1)
+    del options["distill_temperature"]
+    plain = trainer(tmp_path / "b", dtype=torch.float64, **options | {"kl_coef": t.config.kl_coef})
+    _, other, _ = batch_of(plain)
+    assert torch.equal(other.seqs.tokens, seqs.tokens)
+    reward = other.advantages
+    if other.moments is not None:
+        reward = ppo_fast.whiten(reward, mask, moments=other.moments)
+    want = coefs[0] * gap + (coefs[1] * seqs.flat(reward) if coefs[1] else 0)
+    assert batch.moments is None and batch.advantages[~mask].eq(0).all()
+    torch.testing.assert_close(seqs.flat(batch.advantages), want, rtol=0, atol=FP64)
+    told = taught(t.config, seqs, batch.scored)
+    assert told == {"divergence": pytest.approx(-float(gap.mean()), rel=1e-10)}
+
+
+def test_tokens_of_truncated_samples_are_compared_over_what_was_kept(tmp_path: Path) -> None:
+    t = learner(tmp_path, "pg", top_k=20)
+    _, batch, _ = batch_of(t)
+    assert batch.seqs.support is not None and batch.scored.teacher is not None
+    found = batch.seqs.flat(batch.scored.teacher)
+    _, q, _ = own_logprobs(t, batch.seqs)
+    support = batch.seqs.flat_support()
+    assert support is not None
+    for i, ids in enumerate(support.ids.tensor_split(support.offsets[1:-1])):
+        row = q[i, ids.long()] - q[i, ids.long()].logsumexp(-1)
+        at = ids.tolist().index(int(batch.seqs.flat(batch.seqs.response)[i]))
+        assert float(found[i]) == pytest.approx(float(row[at]), abs=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "pg"])
+def test_gradients_do_not_depend_on_the_micro_batch_split(tmp_path: Path, kind: str) -> None:
+    t = learner(tmp_path, kind, backend="reference", reward_coef=0.5)
+    _, batch, _ = batch_of(t)
+    found = []
+    for size in (8, 3, 1):
+        t.agent.discard()
+        accumulate(t.agent, batch, list(torch.arange(8).split(size)), 0.0, t.backend)
+        found.append(gradients(t))
+    largest = max(float(x.abs().max()) for x in found[0])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=FP64 * largest)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "pg"])
+def test_the_teacher_is_read_once_whatever_the_epochs(tmp_path: Path, kind: str) -> None:
+    t = learner(tmp_path, kind, backend="reference", epochs=3)
+    seen: list[int] = []
+    assert t.agent.teacher is not None
+    before = [p.clone() for p in t.agent.teacher.model.parameters()]
+    t.step()  # the first batch's checks read it too
+    t.agent.teacher.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    record = t.step()
+    assert record["steps"] == 6 and len(seen) == 4  # of 8 sequences in micro-batches of 2
+    assert all(map(torch.equal, before, t.agent.teacher.model.parameters()))
+    assert all(p.grad is None for p in t.agent.teacher.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["reverse", "pg"])
+def test_a_teacher_alone_needs_no_critic(tmp_path: Path, kind: str) -> None:
+    alone = learner(tmp_path / "a", kind, backend="reference", dtype=torch.float32)
+    record = alone.step()
+    assert alone.agent.critic is None and list(alone.agent.modules) == ["policy"]
+    assert not {"value_loss", "explained_variance", "vf_clip_frac"} & record.keys()
+    assert TrainConfig(distill=kind, reward_coef=0.0).resolved().kl_coef == 0.0
+    assert TrainConfig(distill=kind, reward_coef=0.1).resolved().kl_coef > 0.0
+    assert record["divergence"] > 0 and math.isfinite(record["reward"])
+    both = learner(tmp_path / "b", kind, backend="reference", reward_coef=0.5, vf_coef=0.1)
+    assert both.agent.critic is not None and "value_loss" in both.step()
+
+
+def test_numbers_of_terms_that_are_not_there_are_not_logged(tmp_path: Path) -> None:
+    record = trainer(tmp_path / "a").step()
+    assert not {"divergence", "z_loss"} & record.keys()
+    record = trainer(tmp_path / "b", z_loss_coef=1e-4, backend="reference").step()
+    assert record["z_loss"] > 0 and "divergence" not in record
+
+
+LEARNING: dict[str, Any] = {
+    "prompts": [f"{text} {i}" for i in range(4) for text in TEXTS],
+    "train_layers": 0,
+    "batch": 32,
+    "micro_batch": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def letters_policy(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny model after ten updates of PPO, by which its reward rises."""
+    t = trainer(tmp_path_factory.mktemp("teacher"), lr=1e-2, **LEARNING)
+    rewards = [t.iteration()[0]["reward"] for _ in range(10)]
+    assert rewards[-1] > rewards[0] + 0.2
+    return t.agent.policy.model
+
+
+@pytest.mark.parametrize("kind", [*WHOLE, "pg"])
+def test_the_divergence_falls(tmp_path: Path, letters_policy: Any, kind: str) -> None:
+    """The base model learns of the policy that it became; measured on the logits of both."""
+    teacher = copy.deepcopy(letters_policy)
+    t = trainer(tmp_path, distill=kind, reward_coef=0.0, teacher=teacher, lr=6e-3, **LEARNING)
+    seqs = rollout_of(t).seqs
+
+    @torch.no_grad()
+    def kl() -> float:
+        s, q, _ = own_logprobs(t, seqs)
+        return float(divergence("reverse", 0.5, s, q).mean())
+
+    before, records = kl(), [t.iteration()[0] for _ in range(8)]
+    assert kl() < 0.6 * before
+    told = [r["divergence"] for r in records]
+    assert sum(told[-2:]) < 0.8 * sum(told[:2])
+    assert records[-1]["reward"] > records[0]["reward"]  # which no term has
+
+
+@pytest.mark.parametrize("kind", ["reverse", "pg"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.float32, "lora_rank": 2, "train_layers": 0},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float32, "variant": "gspo", "reduction": "seq-mean-token-mean"},
+        {"dtype": torch.float32, "variant": "linear", "reward_coef": 1.0, "advantages": "gae"},
+        {"dtype": torch.float32, "correction": "token", "correction_high": 2.0},
+    ],
+    ids=["lora", "bf16", "gspo", "linear", "corrected"],
+)
+def test_it_goes_with_other_options(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    if "lora_rank" in options:
+        pytest.importorskip("peft", reason="adapters are peft's")
+    with pytest.warns(UserWarning) if options["dtype"] == torch.bfloat16 else nullcontext():
+        t = learner(tmp_path, kind, backend="reference", **options)
+    records = [t.step() for _ in range(2)]
+    assert all(r["steps"] == 4 and r["skipped"] == 0 and r["grad_norm"] > 0 for r in records)
+    assert all(math.isfinite(r["divergence"]) for r in records)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "pg"])
+def test_bf16_reads_the_same_teacher(tmp_path: Path, kind: str) -> None:
+    """Products in bf16: 2**-8 of logits of size 3, in differences of two log-probs."""
+    wide = learner(tmp_path / "a", kind, dtype=torch.float32, backend="reference", lr=1e-9)
+    config = dataclasses.replace(wide.config, dtype="bfloat16", out=tmp_path / "b")
+    half = Trainer(config, *tiny(), TEXTS, letters, teacher=tiny_teacher())
+    assert half.agent.teacher is not None
+    assert {p.dtype for p in half.agent.teacher.model.parameters()} == {torch.bfloat16}
+    found = [t.step()["divergence"] for t in (wide, half)]
+    assert found[1] == pytest.approx(found[0], abs=0.1) and found[0] != found[1]
+
+
+@pytest.mark.parametrize("kind", ["jsd", "pg"])
+def test_a_resumed_run_ends_with_the_bits_of_the_whole(tmp_path: Path, kind: str) -> None:
+    options: dict[str, Any] = {"dtype": torch.float32, "backend": "reference", "save_every": 1}
+    whole = learner(tmp_path / "a", kind, updates=2, **options)
+    whole.step(), whole.step()
+    learner(tmp_path / "b", kind, updates=1, **options).run(Console(quiet=True))
+    later = learner(tmp_path / "b", kind, updates=2, resume=True, **options)
+    later.begin(lambda _: None)
+    later.step(), later.close()
+    assert all(map(torch.equal, weights(whole), weights(later)))
+    again = {"updates": 4, "resume": True, **options}
+    for changed, message in (
+        ({"distill_coef": 0.5}, r"resume: distill_coef is 0\.5, the checkpoint's is 1\.0"),
+        ({"distill_temperature": 2.0}, "resume: distill_temperature is 2.0, .* is None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            learner(tmp_path / "b", kind, **(again | changed)).begin()
+    with pytest.raises(ValueError, match=r"^resume: the teacher's sha256 is '\w+', the check"):
+        trainer(
+            tmp_path / "b",
+            distill=kind,
+            teacher=tiny_teacher(seed=8),
+            **({"reward_coef": 0.0, "vf_coef": 0.0} | again),
+        ).begin()
+
+
+def test_backends_are_compared_with_a_teacher(tmp_path: Path) -> None:
+    t = learner(tmp_path, "pg", dtype=torch.float32)
+    t.step()
+    found = compare(t, 1)
+    assert found.gradient > 0 and found.gradient_difference < 1e-4 * found.gradient
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": "x"}, "teacher must be absent without distill, got x"),
+        ({"distill_coef": 0.5}, "distill_coef must be 1.0 without distill, got 0.5"),
+        ({"reward_coef": 0.0}, "reward_coef must be 1.0 without distill, got 0.0"),
+        ({"distill": "pg", "distill_coef": 0.0}, "distill_coef must be positive, got 0.0"),
+        ({"distill": "pg", "reward_coef": -1.0}, "reward_coef must be at least 0, got -1.0"),
+        (
+            {"distill": "pg", "distill_beta": 0.1},
+            "distill_beta must be 0.5, which does not count, with distill pg, got 0.1",
+        ),
+        (
+            {"distill": "jsd", "distill_beta": 1.0},
+            r"distill_beta must be in \(0, 1\) with distill jsd, got 1.0",
+        ),
+        (
+            {"distill": "mixed", "distill_beta": 1.5},
+            r"distill_beta must be in \[0, 1\], got 1.5",
+        ),
+        (
+            {"distill": "pg", "distill_temperature": 0.0},
+            "distill_temperature must be positive, got 0.0",
+        ),
+        (
+            {"distill": "pg", "reward_coef": 0.0, "kl_target": 1.0},
+            "kl_target must be absent with reward_coef 0, got 1.0",
+        ),
+        (
+            {"distill": "pg", "reward_coef": 0.0, "kl_coef": 0.1},
+            "kl_coef must be 0 with reward_coef 0, got 0.1",
+        ),
+        ({"distill": "reverse", "head": "logits"}, "distill must be pg with head logits, got rev"),
+        (
+            {"z_loss_coef": 0.1, "head": "logits"},
+            "z_loss_coef must be 0 with head logits, got 0.1",
+        ),
+        ({"z_loss_coef": -0.1}, "z_loss_coef must be at least 0, got -0.1"),
+        (
+            {"distill": "jsd", "top_p": 0.9},
+            "top_p must be 1.0 with distill jsd, over all tokens, got 0.9",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=f"^TrainConfig: {message}"):
+        TrainConfig(**options)
+
+
+def test_kernels_that_are_not_there_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = "^backend must be triton, cpu or reference with {}, got 'cuda'$"
+    config = TrainConfig(
+        distill="jsd", teacher="tiny", out=tmp_path, model="tiny", z_loss_coef=0.1
+    ).resolved()
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight, "select", lambda *_: "cuda")
+        with pytest.raises(OptionError, match=message.format("z_loss_coef 0.1")):
+            preflight.check(config, CPU, first=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("ppo_fast.loop.ppo.select", lambda *_: "cuda")
+        with pytest.raises(OptionError, match=message.format("distill jsd")):
+            learner(tmp_path, "jsd")
+    distill.require_kernels("cuda", TrainConfig(distill="pg"), supported=True)
+    with pytest.raises(OptionError, match=r"^distill must be pg with transitions that have supp"):
+        distill.require_kernels("cpu", config, supported=True)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    wanted = (
+        "^teacher must have the vocabulary of the model, 300 tokens, got LlamaForCausalLM with"
+    )
+    with pytest.raises(OptionError, match=wanted + " 310$"):
+        trainer(tmp_path, distill="pg", teacher=tiny_teacher(vocab=310))
+
+
+def test_a_teacher_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        OptionError, match=r"^teacher must be given with distill pg, got NoneType$"
+    ):
+        trainer(tmp_path, distill="pg")
+    with pytest.raises(OptionError, match=r"^teacher must be absent without distill, got Llama"):
+        trainer(tmp_path, teacher=tiny_teacher())
+    with pytest.raises(OptionError, match=r"^teacher: model must be a transformers causal LM"):
+        trainer(tmp_path, distill="pg", teacher=torch.nn.Linear(2, 2))
+    model, tokenizer = tiny()
+    with pytest.raises(OptionError, match=r"^teacher must be another model than the one that is"):
+        trainer(tmp_path, distill="pg", teacher=model, model_of=(model, tokenizer))
+
+
+def test_a_context_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    teacher = tiny_teacher()
+    teacher.config.max_position_embeddings = 9
+    t = trainer(tmp_path, distill="pg", teacher=teacher)
+    wanted = (
+        r"^teacher must read the \d+ tokens of the longest prompt and completion, got one with"
+    )
+    with pytest.raises(OptionError, match=wanted + " a context of 9$"):
+        t.step()
+
+
+class TestNamed:
+    """Teachers by name, as the command line takes them."""
+
+    @pytest.fixture
+    def rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A folder with prompts, in which the run is made."""
+        lines = (json.dumps({"prompt": text}) + "\n" for text in TEXTS)
+        (tmp_path / "rows.jsonl").write_text("".join(lines))
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    def config(self, teacher: object, **options: Any) -> TrainConfig:
+        fixed = {"model": "tiny", "data": "rows.jsonl", "reward": "letters", "device": "cpu"}
+        fixed |= {"updates": 1, "max_new_tokens": 4, "out": Path("run"), "distill": "pg"}
+        return TrainConfig(
+            **fixed | {"teacher": None if teacher is None else str(teacher)} | options
+        )
+
+    def saved(self, place: Path, tokenizer: bool = True, **sizes: int) -> Path:
+        """A folder with a teacher and, or not, the tokenizer that "tiny" has here."""
+        tiny_teacher(**sizes).save_pretrained(place)
+        if tokenizer:
+            load.load_tokenizer("tiny", TEXTS).save_pretrained(place)
+        return place
+
+    @pytest.mark.parametrize("within", ["", "run-of-a-teacher"])
+    def test_a_model_or_a_run_is_taken(self, rows: Path, within: str) -> None:
+        if within:
+            self.saved(rows / within / "model")
+            (rows / within / "log.jsonl").write_text("{}\n")
+        else:
+            self.saved(rows / "teacher")
+        said: list[str] = []
+        t = load_trainer(self.config(within or "teacher"), said.append)
+        assert t.agent.teacher is not None
+        assert t.agent.teacher.model.config.hidden_size == 48
+        (line,) = [x for x in said if "tokenizer" in x]
+        assert line.endswith(": its tokenizer is the model's, 294 tokens")
+
+    def test_one_without_a_tokenizer_is_taken_at_its_ids(self, rows: Path) -> None:
+        self.saved(rows / "teacher", tokenizer=False)
+        said: list[str] = []
+        load_trainer(self.config("teacher"), said.append)
+        assert sum("it has no tokenizer of its own" in x for x in said) == 1
+
+    def test_another_tokenizer_is_refused(
+        self, rows: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.saved(rows / "teacher", tokenizer=False)
+        load._tiny_tokenizer([text[::-1] for text in TEXTS]).save_pretrained(rows / "teacher")
+        _unloaded(monkeypatch)
+        wanted = r"^teacher must have the tokenizer of the model, got 'teacher', whose id of .* is"
+        with pytest.raises(OptionError, match=wanted + r" .* \(\d+ tokens differ\)$"):
+            load_trainer(self.config("teacher"), lambda _: None)
+
+    @pytest.mark.parametrize(
+        ("teacher", "message"),
+        [
+            (None, "teacher must be given with distill pg, got None"),
+            ("none/of/these", "teacher must be 'smollm2', 'tiny', a folder .* does not exist"),
+            (
+                "smollm2",
+                "teacher must have the vocabulary of the model, 300 tokens, got 'smollm2'",
+            ),
+            ("empty-run", "teacher must be a run with a model in it, got 'empty-run'"),
+        ],
+    )
+    def test_it_is_refused_before_anything_is_loaded(
+        self, rows: Path, monkeypatch: pytest.MonkeyPatch, teacher: str | None, message: str
+    ) -> None:
+        (rows / "empty-run").mkdir()
+        (rows / "empty-run" / "log.jsonl").write_text("{}\n")
+        (rows / "empty-run" / "config.json").write_text("{}\n")
+        _unloaded(monkeypatch)
+        with pytest.raises(OptionError, match=f"^{message}"):
+            load_trainer(self.config(teacher), lambda _: None)
+        assert not (rows / "run").exists()
+
+    def test_both_sizes_are_named_before_anything_is_loaded(
+        self, rows: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.saved(rows / "teacher", vocab=310)
+        _unloaded(monkeypatch)
+        with pytest.raises(OptionError, match=r"300 tokens, got 'teacher' with 310$"):
+            load_trainer(self.config("teacher"), lambda _: None)
+
+    def test_its_context_counts(self, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        place = self.saved(rows / "teacher")
+        written = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps(written | {"max_position_embeddings": 12}))
+        _unloaded(monkeypatch)
+        with pytest.raises(
+            OptionError, match="below the 12 tokens of the model's context, got 12"
+        ):
+            load_trainer(self.config("teacher", max_new_tokens=12), lambda _: None)
+        with pytest.raises(OptionError, match=r"prompts\[\d\] must have at most 8 tokens"):
+            load_trainer(self.config("teacher"), lambda _: None)
+
+
+def _unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_weights(*_: Any) -> None:
+        raise AssertionError("weights were loaded before the options were checked")
+
+    for module in ("run", "distill"):
+        monkeypatch.setattr(f"ppo_fast.loop.{module}.load_weights", load_weights)
+
+
+def test_the_log_s_readers_know_the_divergence(tmp_path: Path) -> None:
+    t = learner(tmp_path, "pg", dtype=torch.float32)
+    record = t.step()
+    t.close()
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert line["divergence"] == record["divergence"]
+    assert History([line]).column("divergence").tolist() == [record["divergence"]]
+    bad = History([line | {"divergence": None}])
+    assert bad.lost == {0: "divergence"}
