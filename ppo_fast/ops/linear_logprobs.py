@@ -146,7 +146,7 @@ def score(given: HeadInputs) -> tuple[Tensor, Tensor]:
     """(N,) log-probabilities and entropies, differentiable where the head is."""
     if given.support is None:
         return _score_whole(given)
-    logprobs, entropy, _ = score_kept(given, given.support)
+    logprobs, entropy, *_ = score_kept(given, given.support)
     if given.support.n_whole == 0:
         return logprobs, entropy
     of_others = _score_whole(given.whole())

@@ -167,6 +167,7 @@ class _Loss:
             x = head.inputs(at)
             for to, number in zip(out, step(head.logits(x), x, at), strict=True):
                 to[at] = number
+        self.teacher = None  # its logits go before dW is there twice
         return out
 
 
@@ -320,7 +321,7 @@ def linear_ppo_loss(
         old_logprobs, advantages, mask and the options of the loss: as in `ppo_loss`. Ignored
             tokens are masked. What `row_index` leaves out counts in the default D alone.
         teacher: a `ppo_fast.Teacher`, as in `linear_divergence`: coef·divergence is added to every
-            token's term, in a fourth product. Not with a support, nor on "cuda".
+            token's term, in a fourth product; over the support where given. Not on "cuda".
         z_loss_coef: ≥ 0, a number or 0-d tensor: z_loss_coef·(ln Σe^z)² of the logits over their
             temperature, over the support where given, is added (PaLM, Chowdhery et al. 2022).
             Weights and corrections do not touch these two terms; a token that a correction

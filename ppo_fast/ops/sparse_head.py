@@ -19,16 +19,19 @@ from ppo_fast.ops.backward import once_differentiable, saveable
 from ppo_fast.ops.exact import exact_products
 from ppo_fast.ops.head import NOTHING_IGNORED, Head, HeadOptions, HeadRows, softcap_slope
 from ppo_fast.ops.head_inputs import HeadInputs, computed_rows
+from ppo_fast.ops.kept_divergence import KeptPair, KeptTeacher, compare_kept, kept_slopes
 from ppo_fast.ops.support import Kept, add_pairs_, gradient_over, kept_pairs, softmax_over
+from ppo_fast.ops.teacher import TeacherHead, TeacherInputs
 from ppo_fast.ops.z_loss import with_lse
 from ppo_fast.support import ABSENT, Support
+from ppo_fast.teacher import KINDS
 
 # Pairs that are sorted at a time: a sort takes 24 bytes of each.
 _SORTED = 1 << 25
 
 
-# Gradients by (logprobs, entropy, ln Σe^z).
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+# Gradients by (logprobs, entropy, ln Σe^z, divergence).
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Call(NamedTuple):
@@ -37,6 +40,7 @@ class _Call(NamedTuple):
     kept: Kept
     s: Scoring
     options: HeadOptions
+    teacher: KeptTeacher | None
 
     def saved(self) -> tuple[Tensor | None, ...]:
         """The tensors, for autograd to watch."""
@@ -55,19 +59,38 @@ class _Call(NamedTuple):
         s = self.s._replace(
             tokens=self.s.tokens[at], temperature_tensor=None if t is None else t[at]
         )
-        return self._replace(kept=self.kept.part(at), s=s)
+        teacher = self.teacher and self.teacher.part(at)
+        return self._replace(kept=self.kept.part(at), s=s, teacher=teacher)
 
     def softmax(self, z: Tensor) -> Softmax:
         """Softmax numbers of the rows, from the pairs' logits z (M,)."""
         return softmax_over(self.options.backend, z, self.kept, self.s, self.options.shard)
 
-    def gradient(self, z: Tensor, softmax: Softmax, grads: Grads) -> Tensor:
+    def compared(self, z: Tensor, y: Tensor | None, softmax: Softmax) -> KeptPair | None:
+        """The divergences of the rows from their teacher's, of pairs' logits y (M,)."""
+        o = self.options
+        if self.teacher is None or y is None:
+            return None
+        args = (o.backend, z, y, self.kept, self.s, softmax, self.teacher, o.shard)
+        return compare_kept(*args)
+
+    def results(self, softmax: Softmax, pair: KeptPair | None) -> tuple[Tensor, ...]:
+        """What a row gives: log-probability, entropy, ln Σe^z and divergence, 0 without one."""
+        lse = softmax.row_max + softmax.log_sum
+        divergence = torch.zeros_like(lse) if pair is None else pair.divergence
+        return softmax.logprobs, softmax.entropy, lse, divergence
+
+    def gradient(self, z: Tensor, y: Tensor | None, softmax: Softmax, grads: Grads) -> Tensor:
         """The gradient by the pairs' logits before the soft cap, (M,), of a row's results."""
         o = self.options
-        g, h, k = grads
+        g, h, k, c = grads
+        bent = softmax
         if k is not None:
-            softmax, h = with_lse(softmax, torch.zeros_like(k) if h is None else h, k)
-        dz = gradient_over(o.backend, z, self.kept, self.s, softmax, (g, h), o.shard)
+            bent, h = with_lse(softmax, torch.zeros_like(k) if h is None else h, k)
+        dz = gradient_over(o.backend, z, self.kept, self.s, bent, (g, h), o.shard)
+        pair = None if c is None else self.compared(z, y, softmax)
+        if pair is not None and self.teacher is not None and c is not None:
+            dz = dz + kept_slopes(pair, self.kept, self.s, self.teacher, c)
         if o.softcap is None:
             return dz
         # Absent pairs and masked rows may hold anything.
@@ -75,34 +98,38 @@ class _Call(NamedTuple):
 
 
 class _SparseHead(torch.autograd.Function):
-    """Saves the pairs' logits and four numbers per row."""
+    """Saves the pairs' logits, of a teacher too, and four numbers per row."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Any:
-        kept, o = call.kept, call.options
-        x = hidden.reshape(-1, hidden.shape[-1])
-        z = calls.sparse_logits(o.backend, x, weight, kept.pairs)
-        if bias is not None:
-            z = z + bias[kept.columns(weight.shape[0])]
-        if o.softcap is not None:
-            z = kept.marked(z.div_(o.softcap).tanh_().mul_(o.softcap), weight.shape[0])
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: _Call,
+        teacher: TeacherInputs | None,
+    ) -> Any:
+        z, y = _pair_logits(call.kept, hidden, weight, bias, call.options), None
+        if teacher is not None:
+            t = teacher
+            y = _pair_logits(call.kept, t.hidden, t.weight, t.bias, t.options)
         softmax = call.softmax(z)
-        ctx.save_for_backward(*saveable(hidden, weight, bias), *call.saved(), z, *softmax)
+        ctx.save_for_backward(*saveable(hidden, weight, bias), *call.saved(), z, y, *softmax)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return softmax.logprobs, softmax.entropy, softmax.row_max + softmax.log_sum
+        return call.results(softmax, call.compared(z, y, softmax))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         if all(grad is None for grad in grads):
-            return None, None, None, None
+            return (None,) * 5
         hidden, weight, bias, *saved = ctx.saved_tensors
         call: _Call = ctx.call.with_saved(*saved[:6])
-        z, softmax = saved[6], Softmax(*saved[7:])
-        dz = call.gradient(z, softmax, grads)
+        z, y, softmax = saved[6], saved[7], Softmax(*saved[8:])
+        dz = call.gradient(z, y, softmax, grads)
         x = hidden.reshape(-1, hidden.shape[-1])
-        wants_x, wants_w, wants_b, _ = ctx.needs_input_grad
+        wants_x, wants_w, wants_b, *_ = ctx.needs_input_grad
         dx = dw = db = None
         if wants_x:
             dx = _hidden_gradient(call, dz, weight).view(hidden.shape)
@@ -110,7 +137,21 @@ class _SparseHead(torch.autograd.Function):
             wide, db = _weight_gradient(call, dz, x if wants_w else x[:, :0], weight.shape[0])
             dw = wide if wants_w else None
             db = db.to(bias.dtype) if wants_b else None
-        return dx, dw, db, None
+        return dx, dw, db, None, None
+
+
+def _pair_logits(
+    kept: Kept, hidden: Tensor, weight: Tensor, bias: Tensor | None, o: HeadOptions
+) -> Tensor:
+    """The pairs' logits of a head, (M,)."""
+    x = hidden.reshape(-1, hidden.shape[-1])
+    z = calls.sparse_logits(o.backend, x, weight, kept.pairs)
+    if bias is not None:
+        z = z + bias[kept.columns(weight.shape[0])]
+    if o.softcap is not None:
+        z = z.div_(o.softcap / o.logit_scale).tanh_().mul_(o.softcap)
+        z = kept.marked(z, weight.shape[0])
+    return z
 
 
 def _hidden_gradient(call: _Call, dz: Tensor, weight: Tensor) -> Tensor:
@@ -156,7 +197,7 @@ def _of_sorted(
 
 
 class _DenseHead(torch.autograd.Function):
-    """Saves four numbers per row; the backward runs the GEMM once more."""
+    """Saves four numbers per row; the backward runs the GEMMs once more."""
 
     @staticmethod
     def forward(
@@ -166,48 +207,60 @@ class _DenseHead(torch.autograd.Function):
         bias: Tensor | None,
         rows: HeadRows,
         call: _Call,
+        teacher: TeacherInputs | None,
     ) -> Any:
         head = Head(hidden, weight, bias, rows, call.options)
+        other = teacher and TeacherHead(teacher, head)
         count = rows.tokens.shape[0]
         out = Softmax(*torch.empty(4, count, dtype=head.wide, device=hidden.device))
+        results = torch.empty(4, count, dtype=head.wide, device=hidden.device)
         for at in head.chunks(count):
             part = call.part(at)
             z = _gathered(head.logits(head.inputs(at)), part.kept)
-            for to, x in zip(out, part.softmax(z), strict=True):
+            y = None if other is None else _gathered(other.logits(at), part.kept)
+            softmax = part.softmax(z)
+            for to, x in zip(out, softmax, strict=True):
+                to[at] = x
+            found = part.results(softmax, part.compared(z, y, softmax))
+            for to, x in zip(results, found, strict=True):
                 to[at] = x
         tensors = saveable(hidden, weight, bias, rows.places)
-        ctx.save_for_backward(*tensors, *call.saved(), *out)
-        ctx.call, ctx.n = call, rows.n
+        theirs = (None, None, None) if teacher is None else teacher[:3]
+        ctx.save_for_backward(*tensors, *call.saved(), *out, *saveable(*theirs))
+        ctx.call, ctx.n, ctx.teacher = call, rows.n, teacher
         ctx.set_materialize_grads(False)
-        lse = out.row_max + out.log_sum
-        return rows.spread(out.logprobs), rows.spread(out.entropy), rows.spread(lse)
+        return tuple(rows.spread(x) for x in results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         if all(grad is None for grad in grads):
-            return None, None, None, None, None
+            return (None,) * 6
         hidden, weight, bias, places, *saved = ctx.saved_tensors
         call: _Call = ctx.call.with_saved(*saved[:6])
-        numbers = Softmax(*saved[6:])
+        numbers = Softmax(*saved[6:10])
         rows = HeadRows(places, call.s.tokens, call.kept.pairs.mask, None, ctx.n)
-        g, h, k = (rows.pick_some(x) for x in grads)
+        g, h, k, c = (rows.pick_some(x) for x in grads)
         with exact_products(hidden.device):
             head = Head(hidden, weight, bias, rows, call.options)
             head.allocate(*ctx.needs_input_grad[:3])
-            _accumulate(head, call, numbers, (g, h, k))
-        return *head.gradients(), None, None
+            other = ctx.teacher and TeacherHead(ctx.teacher, head)
+            _accumulate(head, other, call, numbers, (g, h, k, c))
+        return *head.gradients(), None, None, None
 
 
-def _accumulate(head: Head, call: _Call, numbers: Softmax, grads: Grads) -> None:
+def _accumulate(
+    head: Head, other: TeacherHead | None, call: _Call, numbers: Softmax, grads: Grads
+) -> None:
     """Form the logits of each block anew, and accumulate the gradients of its pairs."""
     for at in head.blocks(head.rows.tokens.shape[0]):
         part, x = call.part(at), head.inputs(at)
         logits = head.logits(x)
         z = _gathered(logits, part.kept)
+        y = None if other is None else _gathered(other.logits(at), part.kept)
         softmax = Softmax(*(number[at] for number in numbers))
-        g, h, k = (None if grad is None else grad[at] for grad in grads)
-        dz = part.gradient(z, softmax, (g, h, k))
+        g, h, k, c = (None if grad is None else grad[at] for grad in grads)
+        dz = part.gradient(z, y, softmax, (g, h, k, c))
         places = part.kept.rows.long(), part.kept.columns(logits.shape[1])
         add_pairs_(logits.zero_(), places, dz)
         head.accumulate(logits, x, at)
@@ -219,25 +272,34 @@ def _gathered(logits: Tensor, kept: Kept) -> Tensor:
     return kept.marked(logits[kept.rows.long(), kept.columns(vocab)], vocab)
 
 
-def score_kept(given: HeadInputs, support: Support) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) log-probabilities, entropies and ln Σe^z over what is kept of a row, 0 for a row with
-    nothing."""
+def score_kept(
+    given: HeadInputs, support: Support, teacher: TeacherInputs | None = None
+) -> tuple[Tensor, ...]:
+    """(N,) log-probabilities, entropies, ln Σe^z and divergences over what is kept of a row, 0 for
+    a row with nothing."""
     vocab = given.weight.shape[0] if given.options.shard is None else given.options.shard.vocab
     tokens, keep = given.tokens.reshape(-1), given.named() & ~support.whole
     t = given.temperature.reshape(-1) if isinstance(given.temperature, Tensor) else None
     rows: HeadRows | None = None
+    other = None if teacher is None or teacher.per_token is None else teacher.per_token.reshape(-1)
     if not support.is_sparse(vocab):
         rows = computed_rows(tokens, keep, t, None)
         tokens, t, keep = rows.tokens, rows.temperature, rows.pick(keep)
+        other = rows.pick_some(other)
         support = support if rows.places is None else support.rows(rows.places)
     kept = kept_pairs(support, tokens, keep, vocab, given.options.shard)
     s = Scoring(tokens, keep, t, given.options.temperature, NOTHING_IGNORED)
-    call = _Call(kept, s, given.options)
+    beside = None
+    if teacher is not None:
+        # Of zeros, for its log-probabilities are not used.
+        own = Scoring(torch.zeros_like(tokens), keep, other, teacher.number, NOTHING_IGNORED)
+        beside = KeptTeacher(own, KINDS[teacher.kind], teacher.beta)
+    call = _Call(kept, s, given.options, beside)
     args = (given.hidden, given.weight, given.bias)
-    out: tuple[Tensor, Tensor, Tensor]
+    out: tuple[Tensor, ...]
     with given.exact():
         if rows is None:
-            out = _SparseHead.apply(*args, call)
+            out = _SparseHead.apply(*args, call, teacher)
         else:
-            out = _DenseHead.apply(*args, rows, call)
+            out = _DenseHead.apply(*args, rows, call, teacher)
     return out

@@ -38,6 +38,11 @@ class TeacherInputs(NamedTuple):
     coef: float | Tensor
 
     @property
+    def number(self) -> float:
+        """The temperature where all have one, else 1."""
+        return self.options.temperature
+
+    @property
     def per_token(self) -> Tensor | None:
         """The temperature of every token, where they differ."""
         return self.temperature if isinstance(self.temperature, Tensor) else None
@@ -192,8 +197,6 @@ def check_teacher(
     )
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     _check_beside(op, hidden, weight, given)
-    if given.support is not None:
-        raise ValueError(f"{op}: support must be None with a teacher, got a Support")
     kind, beta = check_kind(op, teacher.kind, teacher.beta)
     number, per_token = _temperature(op, teacher, given)
     scale = _checks.positive(op, "teacher.logit_scale", teacher.logit_scale, hidden)

@@ -19,16 +19,16 @@ def divergence_terms(student: Tensor, teacher: Tensor, kind: str, beta: float) -
     A term of probability 0 is 0; a probability of the first beside 0 of the second is infinite.
     """
     if kind == "reverse":
-        return _kl(student, teacher)
+        return kl_of(student, teacher)
     if kind == "forward":
-        return _kl(teacher, student)
+        return kl_of(teacher, student)
     if kind == "mixed":
-        return beta * _kl(student, teacher) + (1 - beta) * _kl(teacher, student)
-    mixture = _mixture(student, teacher, beta)
-    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+        return beta * kl_of(student, teacher) + (1 - beta) * kl_of(teacher, student)
+    mixture = log_mixture(student, teacher, beta)
+    return beta * kl_of(teacher, mixture) + (1 - beta) * kl_of(student, mixture)
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
+def kl_of(p: Tensor, q: Tensor) -> Tensor:
     """p·ln(p / q) of log-probabilities."""
     none = p.isneginf()
     return torch.where(
@@ -36,7 +36,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     )
 
 
-def _mixture(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+def log_mixture(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """ln((1 − β)s + βt), which is −∞ where both are; no gradient is NaN there."""
     none = student.isneginf() & teacher.isneginf()
     s, t = (torch.where(none, 0.0, x) for x in (student, teacher))
@@ -53,12 +53,17 @@ def token_divergence(
     beta: float,
     temperature: float | Tensor,
     teacher_temperature: float | Tensor,
+    log_times: Tensor | None = None,
 ) -> TokenDivergence:
-    """Divergence and student's entropy of every row of logits (..., V), 0 where not kept."""
+    """Divergence and student's entropy of every row of logits (..., V), 0 where not kept.
+
+    `log_times`, ln of how often an id counts, makes the distributions those over a support.
+    """
     student, teacher = (
-        log_softmax_of(x, keep, t)
+        log_softmax_of(x, keep, t, log_times)
         for x, t in ((logits, temperature), (teacher_logits.detach(), teacher_temperature))
     )
+    # An id that counts n times has n terms of an nth of its probability: the same sum.
     divergence = divergence_terms(student, teacher, kind, beta).sum(-1)
     # Below 0 by rounding alone: the gradient is that of the value as it was.
     divergence = torch.where(divergence < 0, divergence - divergence.detach(), divergence)
@@ -67,11 +72,16 @@ def token_divergence(
     return TokenDivergence(*(torch.where(keep, x, 0.0) for x in (divergence, entropy)))
 
 
-def log_softmax_of(logits: Tensor, keep: Tensor, temperature: float | Tensor) -> Tensor:
+def log_softmax_of(
+    logits: Tensor, keep: Tensor, temperature: float | Tensor, log_times: Tensor | None
+) -> Tensor:
     """ln of the softmax of rows of logits over their temperature, of zeros where not kept."""
     if isinstance(temperature, Tensor):
         temperature = torch.where(keep, temperature, 1.0)[..., None]
-    return (torch.where(keep[..., None], compute(logits), 0.0) / temperature).log_softmax(-1)
+    z = torch.where(keep[..., None], compute(logits), 0.0) / temperature
+    if log_times is not None:
+        z = torch.where(log_times.isneginf(), log_times, z + log_times)
+    return z.log_softmax(-1)
 
 
 def divergence(

@@ -32,9 +32,13 @@ class TeacherRows(NamedTuple):
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def divergence_from(
-        self, logits: Tensor, keep: Tensor, temperature: float | Tensor
+        self,
+        logits: Tensor,
+        keep: Tensor,
+        temperature: float | Tensor,
+        log_times: Tensor | None = None,
     ) -> TokenDivergence:
-        """Of a student's rows of logits (..., V)."""
+        """Of a student's rows of logits (..., V), as `token_divergence`."""
         return token_divergence(
             logits,
             self.logits(keep),
@@ -43,6 +47,7 @@ class TeacherRows(NamedTuple):
             beta=self.beta,
             temperature=temperature,
             teacher_temperature=self.temperature,
+            log_times=log_times,
         )
 
 

@@ -12,6 +12,7 @@ from ppo_fast.reference.linear_divergence import TeacherRows
 from ppo_fast.reference.linear_logprobs import logits_of, rows_of
 from ppo_fast.reference.logits_ppo_loss import head_loss
 from ppo_fast.reference.logprobs import log_sum_exp, token_logprobs
+from ppo_fast.reference.support import log_multiplicity
 from ppo_fast.support import Support
 
 
@@ -42,7 +43,8 @@ def linear_ppo_loss(
     scored = token_logprobs(z, tokens, mask=rows, **own)
     others: dict[str, tuple[Tensor, float | Tensor]] = {}
     if teacher is not None:
-        found = teacher.divergence_from(z, rows, temperature)
+        times = None if support is None else log_multiplicity(support, tokens, rows, z)
+        found = teacher.divergence_from(z, rows, temperature, times)
         others["divergence"] = found.divergence, teacher.coef
     if isinstance(z_loss_coef, Tensor) or z_loss_coef != 0.0:
         lse = log_sum_exp(z, tokens, rows, **own)

@@ -24,3 +24,10 @@ def multiplicity(support: Support, tokens: Tensor, vocab: int) -> tuple[Tensor, 
     times = times.scatter(1, label, times.gather(1, label).clamp(min=1))
     times = torch.where(support.whole[:, None], 1.0, times)
     return times.view(*tokens.shape, vocab), wrong.view(tokens.shape)
+
+
+def log_multiplicity(support: Support, tokens: Tensor, keep: Tensor, like: Tensor) -> Tensor:
+    """ln of it, in the type of `like`: NaN in rows with a wrong id, 0 where not kept."""
+    times, wrong = multiplicity(support, tokens, like.shape[-1])
+    times = torch.where(wrong[..., None], torch.nan, times)
+    return torch.where(keep[..., None], times, 1.0).log().to(like.dtype)

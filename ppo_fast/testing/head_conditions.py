@@ -182,7 +182,7 @@ def _pair(call: Call, keep: Tensor, logits: Logits, tokens: Tensor) -> tuple[Pai
     """A head's rows beside its teacher's."""
     own, other = temperatures(call, keep)
     theirs = _logits(_teacher_of(call), keep)
-    z, y = logits.z / own, theirs.z / other
+    z, y = (over_support(call, x) for x in (logits.z / own, theirs.z / other))
     rows = Softmax(z, tokens, logits.error / own)
     o = call.options["teacher"]
     kind, beta = o["kind"], o.get("beta", 0.5)

@@ -137,6 +137,11 @@ def taught() -> dict[str, Call]:
         out[f"z-loss over a support, sparse {sparse}"] = linear_ppo_call(
             (3, 5), VOCAB, z_loss_coef=0.25, kept=12, sparse=sparse
         )
+        for kind in ("jsd", "mixed"):
+            taught = {"kind": kind, "coef": 0.5}
+            out[f"{kind} over a support, sparse {sparse}"] = linear_ppo_call(
+                (3, 5), VOCAB, teacher=taught, kept=12, sparse=sparse
+            )
     return out
 
 

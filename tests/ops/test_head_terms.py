@@ -11,7 +11,7 @@ from conftest import usable
 from head_helpers import products, shape_for, short_chunks
 
 import ppo_fast
-from ppo_fast import Correction, Stats, Teacher, testing
+from ppo_fast import Correction, Stats, Support, Teacher, testing
 from ppo_fast._boundary.schema import REDUCTIONS
 from ppo_fast.teacher import KINDS
 from ppo_fast.testing import Call, linear_ppo_call, run, same_bits
@@ -111,7 +111,9 @@ def test_the_z_loss_by_hand(entropy_coef: float) -> None:
         assert want is not None
         assert float((got - want).abs().max()) < 1e-13 * float(want.abs().max()), key
     sums = Stats(with_term["stats"])
-    assert float(sums.field("z_loss")) == pytest.approx(float((lse * lse).sum()), rel=1e-14)
+    assert float(sums.field("z_loss")) == pytest.approx(
+        float(lse.detach().square().sum()), rel=1e-14
+    )
     assert float(sums.field("divergence")) == 0.0
 
 
@@ -222,10 +224,33 @@ def test_a_teacher_and_no_gradient(backend: str, device: str) -> None:
     assert abs(float(got["loss"] - want["loss"])) <= top
 
 
-def test_a_teacher_and_a_support_are_refused() -> None:
-    call = linear_ppo_call((2, 3), kept=5, teacher={"kind": "reverse"})
-    with pytest.raises(ValueError, match="support must be None with a teacher"):
-        run(call, usable("cpu"))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_teacher_over_a_support(backend: str, device: str, kind: str, sparse: bool) -> None:
+    """Both distributions over the kept ids; a row that keeps nothing takes all of them."""
+    shape = (2, 3) if backend == "triton" else (4, 9)
+    options: dict[str, Any] = {"kept": 2 if backend == "triton" else 9, "sparse": sparse}
+    own: dict[str, Any] = {"softcap": 3.0, "logit_scale": 1.5, "temperature": "token"}
+    for more in ({}, {"softcap": 4.0, "teacher": own, "entropy_coef": 0.0, "z_loss_coef": 0.0}):
+        call = _call(shape, kind=kind, device=device, **options, **more)
+        assert call.options["support"].n_whole > 0
+        testing.assert_agrees(call, backend)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_support_of_all_ids_changes_nothing(sparse: bool) -> None:
+    """In fp64; nor does one that names every id twice change a divergence."""
+    name = usable("cpu")
+    call = _call((2, 3), vocab=11, kind="jsd", dtype=DOUBLE)
+    ids = torch.arange(11).expand(2, 3, 11)
+    want, got, twice = (
+        run(call if kept is None else call.option(support=Support(kept, sparse=sparse)), name)
+        for kept in (None, ids, torch.cat([ids, ids], -1))
+    )
+    for key in ("loss", "grad_hidden", "grad_weight", "grad_bias"):
+        assert float((got[key] - want[key]).abs().max()) < 1e-13, key
+    sums = [float(Stats(x["stats"]).field("divergence")) for x in (want, got, twice)]
+    assert sums == pytest.approx([sums[0]] * 3, rel=1e-13)
 
 
 def test_cuda_is_refused_by_name() -> None:

@@ -33,6 +33,7 @@ TESTS = (
     "linear_ppo_loss",
     "support",
     "sparse_head",
+    "divergence_kernel",
     "masking",
     "strides",
     "invariance",
