@@ -25,24 +25,13 @@ def check(config: TrainConfig, size: Size) -> Size:
     return size._replace(context=min(contexts, default=None))
 
 
-def require_kernels(backend: str, config: TrainConfig, supported: bool = False) -> None:
-    """Raise OptionError where no kernels are for what the options ask of the loss.
-
-    `supported` says that stored transitions have the ids that their tokens were drawn from.
-    """
-    whole = config.distill not in (None, "pg")
-    if whole and supported:
+def require_kernels(backend: str, config: TrainConfig) -> None:
+    """Raise OptionError for the backend that has no kernels for whole distributions."""
+    if backend == "cuda" and config.distill not in (None, "pg"):
         raise OptionError(
-            "distill must be pg with transitions that have support_ids: other kinds are over all"
-            f" tokens, got {config.distill}"
+            f"backend must be triton, cpu or reference with distill {config.distill}, got"
+            f" {backend!r}"
         )
-    asked = {"z_loss_coef": config.z_loss_coef != 0, "distill": whole}
-    for name, needed in asked.items():
-        if needed and backend == "cuda":
-            raise OptionError(
-                "backend must be triton, cpu or reference with"
-                f" {name} {getattr(config, name)}, got {backend!r}"
-            )
 
 
 def require_given(config: TrainConfig, teacher: Any) -> None:

@@ -87,7 +87,7 @@ class PPO:
         self.backend = select("train", asked, self.agent.parameters[0])
         stored = isinstance(prompts, TransitionStream) and prompts.supported
         require_support(self.backend, config, stored)
-        distill.require_kernels(self.backend, config, stored)
+        distill.require_kernels(self.backend, config)
         self.sampler = Sampler(self.agent, tokenizer, config, self.device)
         self.collector = Collector(config, self.sampler, reward, self.ranks, self.backend)
         self.evaluation = Evaluation(self.collector, held) if held else None

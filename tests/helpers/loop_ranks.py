@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from loop_helpers import batch_of, trainer, weights
+from loop_helpers import batch_of, tiny_teacher, trainer, weights
 
 from ppo_fast.loop import Trainer, processes
 from ppo_fast.loop.data.sequences import Scores
@@ -25,7 +25,11 @@ RUNS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "ddp-logits-separate": (torch.float64, {"head": "logits", "critic": "separate"}),
     "ddp-gspo-all-layers": (torch.float64, {"variant": "gspo", "train_layers": 0}),
     "ddp-truncated": (torch.float64, {"top_p": 0.8, "min_p": 0.1}),
+    "ddp-taught": (torch.float64, {"distill": "jsd", "reward_coef": 0.5, "z_loss_coef": 1e-3}),
+    "ddp-taught-pg": (torch.float64, {"distill": "pg"}),
     "fsdp2": (torch.float64, {"parallel": "fsdp2"}),
+    "fsdp2-taught": (torch.float64, {"parallel": "fsdp2", "distill": "reverse"}),
+    "fsdp2-taught-pg": (torch.float64, {"parallel": "fsdp2", "distill": "pg"}),
     "fsdp2-logits": (torch.float64, {"parallel": "fsdp2", "head": "logits"}),
     "fsdp2-truncated": (torch.float64, {"parallel": "fsdp2", "top_k": 4}),
     "fsdp2-all-layers-separate": (
@@ -96,7 +100,9 @@ def everything(folder: Path, ranks_for: Any) -> dict[str, dict[str, Any]]:
     for name, (dtype, options) in RUNS.items():
         ranks = ranks_for(options.get("parallel") == "fsdp2")
         out = folder / f"{name}-{ranks.rank}-of-{ranks.size}"
-        t = trainer(out, dtype=dtype, ranks=ranks, micro_batch=4 // ranks.size, **options)
+        teacher = tiny_teacher(dtype) if "distill" in options else None
+        size = 4 // ranks.size
+        t = trainer(out, dtype=dtype, ranks=ranks, micro_batch=size, teacher=teacher, **options)
         results[name] = three_updates(t)
     for name, sharded in (("masked-ddp", False), ("masked-fsdp2", True)):
         ranks = ranks_for(sharded)

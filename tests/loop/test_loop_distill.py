@@ -1,4 +1,4 @@
-"""Distillation: gradients and advantages by their formulas, refusals, resumes, and learning."""
+"""Distillation: gradients and advantages by their formulas, learning, resumes, the log."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from loop_helpers import (
     TEXTS,
     batch_of,
     gradients,
+    ids_of,
     rollout_of,
     tiny,
     tiny_teacher,
@@ -25,17 +26,14 @@ from loop_helpers import (
 from rich.console import Console
 
 import ppo_fast
-from ppo_fast.loop import OptionError, TrainConfig, Trainer, distill, preflight
+from ppo_fast.loop import TrainConfig, Trainer
 from ppo_fast.loop.compare import compare
 from ppo_fast.loop.data.experience import taught
 from ppo_fast.loop.data.sequences import Sequences
 from ppo_fast.loop.log.history import History
-from ppo_fast.loop.model import load
 from ppo_fast.loop.rewards import letters
-from ppo_fast.loop.run import load_trainer
 from ppo_fast.loop.update import accumulate
 
-CPU = torch.device("cpu")
 WHOLE = ("reverse", "forward", "jsd", "mixed")
 # fp64 sums in another order: 2**-53 times terms and condition number below 1e4, per unit.
 FP64 = 1e-12
@@ -50,6 +48,7 @@ def learner(out: Path, kind: str, **options: Any) -> Trainer:
 def own_logprobs(t: Trainer, seqs: Sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ln of both models' distributions, (n, V), of their own logits, and the policy's lse (n,).
 
+    Over the kept ids, where there are some.
     One forward: transformers' norms are in fp32, and so is a gradient of two of them.
     """
     assert t.agent.teacher is not None
@@ -57,6 +56,12 @@ def own_logprobs(t: Trainer, seqs: Sequences) -> tuple[torch.Tensor, torch.Tenso
     with torch.no_grad():
         other = t.agent.teacher.logits(seqs)[0] / (config.distill_temperature or own)
     logits = t.agent.policy.logits(seqs)[0] / own
+    if seqs.support is not None:
+        cut = torch.ones_like(logits, dtype=torch.bool)
+        for row, ids in zip(cut, ids_of(seqs.flat_support()), strict=True):
+            row[ids] = False
+        # Not -inf, whose product with a probability of 0 is NaN.
+        logits, other = logits.masked_fill(cut, -1e5), other.masked_fill(cut, -1e5)
     return logits.log_softmax(-1), other.log_softmax(-1), logits.logsumexp(-1)
 
 
@@ -65,7 +70,7 @@ def divergence(kind: str, beta: float, s: torch.Tensor, t: torch.Tensor) -> torc
     p, q = s.exp(), t.exp()
     reverse, forward = (p * (s - t)).sum(-1), (q * (t - s)).sum(-1)
     if kind == "jsd":
-        m = ((1 - beta) * p + beta * q).log()
+        m = torch.logaddexp(math.log(1 - beta) + s, math.log(beta) + t)
         return beta * (q * (t - m)).sum(-1) + (1 - beta) * (p * (s - m)).sum(-1)
     mixed = beta * reverse + (1 - beta) * forward
     return {"reverse": reverse, "forward": forward, "mixed": mixed}[kind]
@@ -74,12 +79,14 @@ def divergence(kind: str, beta: float, s: torch.Tensor, t: torch.Tensor) -> torc
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("kind", WHOLE)
 @pytest.mark.parametrize("coefs", [(1.0, 0.0), (0.3, 0.7)], ids=["alone", "beside the reward"])
+@pytest.mark.parametrize("top_p", [1.0, 0.9], ids=["all tokens", "kept tokens"])
 def test_gradients_are_those_of_the_formula(
-    tmp_path: Path, kind: str, coefs: tuple[float, float], backend: str
+    tmp_path: Path, kind: str, coefs: tuple[float, float], top_p: float, backend: str
 ) -> None:
     options: dict[str, Any] = {"temperature": 0.8, "distill_temperature": 1.3, "backend": backend}
     beta = 0.3 if kind in ("jsd", "mixed") else 0.5
     options |= {"distill_coef": coefs[0], "reward_coef": coefs[1], "distill_beta": beta}
+    options |= {"top_p": top_p}
     t = learner(tmp_path, kind, z_loss_coef=0.01, **options)
     _, batch, plan = batch_of(t)
     stats = accumulate(t.agent, batch, plan[0], 0.0, t.backend, unchanged=True)
@@ -107,14 +114,15 @@ def test_gradients_are_those_of_the_formula(
 
 
 @pytest.mark.parametrize("head", ["linear", "logits"])
+@pytest.mark.parametrize("top_k", [0, 20])
 @pytest.mark.parametrize("advantages", ["gae", "grpo"])
 @pytest.mark.parametrize("coefs", [(1.0, 0.0), (0.3, 0.7)], ids=["alone", "beside the reward"])
 def test_advantages_are_those_of_the_formula(
-    tmp_path: Path, coefs: tuple[float, float], advantages: str, head: str
+    tmp_path: Path, coefs: tuple[float, float], advantages: str, top_k: int, head: str
 ) -> None:
     """sg(log p_teacher - log p_old) a token, and the reward's as without a teacher."""
     options: dict[str, Any] = {"temperature": 0.8, "distill_temperature": 1.3, "head": head}
-    options |= {"advantages": advantages, "group": 2, "batch": 4}
+    options |= {"advantages": advantages, "group": 2, "batch": 4, "top_k": top_k}
     t = learner(tmp_path / "a", "pg", distill_coef=coefs[0], reward_coef=coefs[1], **options)
     _, batch, _ = batch_of(t)
     seqs, mask = batch.seqs, batch.seqs.mask
@@ -133,20 +141,6 @@ def test_advantages_are_those_of_the_formula(
     torch.testing.assert_close(seqs.flat(batch.advantages), want, rtol=0, atol=FP64)
     told = taught(t.config, seqs, batch.scored)
     assert told == {"divergence": pytest.approx(-float(gap.mean()), rel=1e-10)}
-
-
-def test_tokens_of_truncated_samples_are_compared_over_what_was_kept(tmp_path: Path) -> None:
-    t = learner(tmp_path, "pg", top_k=20)
-    _, batch, _ = batch_of(t)
-    assert batch.seqs.support is not None and batch.scored.teacher is not None
-    found = batch.seqs.flat(batch.scored.teacher)
-    _, q, _ = own_logprobs(t, batch.seqs)
-    support = batch.seqs.flat_support()
-    assert support is not None
-    for i, ids in enumerate(support.ids.tensor_split(support.offsets[1:-1])):
-        row = q[i, ids.long()] - q[i, ids.long()].logsumexp(-1)
-        at = ids.tolist().index(int(batch.seqs.flat(batch.seqs.response)[i]))
-        assert float(found[i]) == pytest.approx(float(row[at]), abs=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["reverse", "pg"])
@@ -299,215 +293,6 @@ def test_backends_are_compared_with_a_teacher(tmp_path: Path) -> None:
     t.step()
     found = compare(t, 1)
     assert found.gradient > 0 and found.gradient_difference < 1e-4 * found.gradient
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"teacher": "x"}, "teacher must be absent without distill, got x"),
-        ({"distill_coef": 0.5}, "distill_coef must be 1.0 without distill, got 0.5"),
-        ({"reward_coef": 0.0}, "reward_coef must be 1.0 without distill, got 0.0"),
-        ({"distill": "pg", "distill_coef": 0.0}, "distill_coef must be positive, got 0.0"),
-        ({"distill": "pg", "reward_coef": -1.0}, "reward_coef must be at least 0, got -1.0"),
-        (
-            {"distill": "pg", "distill_beta": 0.1},
-            "distill_beta must be 0.5, which does not count, with distill pg, got 0.1",
-        ),
-        (
-            {"distill": "jsd", "distill_beta": 1.0},
-            r"distill_beta must be in \(0, 1\) with distill jsd, got 1.0",
-        ),
-        (
-            {"distill": "mixed", "distill_beta": 1.5},
-            r"distill_beta must be in \[0, 1\], got 1.5",
-        ),
-        (
-            {"distill": "pg", "distill_temperature": 0.0},
-            "distill_temperature must be positive, got 0.0",
-        ),
-        (
-            {"distill": "pg", "reward_coef": 0.0, "kl_target": 1.0},
-            "kl_target must be absent with reward_coef 0, got 1.0",
-        ),
-        (
-            {"distill": "pg", "reward_coef": 0.0, "kl_coef": 0.1},
-            "kl_coef must be 0 with reward_coef 0, got 0.1",
-        ),
-        ({"distill": "reverse", "head": "logits"}, "distill must be pg with head logits, got rev"),
-        (
-            {"z_loss_coef": 0.1, "head": "logits"},
-            "z_loss_coef must be 0 with head logits, got 0.1",
-        ),
-        ({"z_loss_coef": -0.1}, "z_loss_coef must be at least 0, got -0.1"),
-        (
-            {"distill": "jsd", "top_p": 0.9},
-            "top_p must be 1.0 with distill jsd, over all tokens, got 0.9",
-        ),
-    ],
-)
-def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=f"^TrainConfig: {message}"):
-        TrainConfig(**options)
-
-
-def test_kernels_that_are_not_there_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    message = "^backend must be triton, cpu or reference with {}, got 'cuda'$"
-    config = TrainConfig(
-        distill="jsd", teacher="tiny", out=tmp_path, model="tiny", z_loss_coef=0.1
-    ).resolved()
-    with monkeypatch.context() as patch:
-        patch.setattr(preflight, "select", lambda *_: "cuda")
-        with pytest.raises(OptionError, match=message.format("z_loss_coef 0.1")):
-            preflight.check(config, CPU, first=True)
-    with monkeypatch.context() as patch:
-        patch.setattr("ppo_fast.loop.ppo.select", lambda *_: "cuda")
-        with pytest.raises(OptionError, match=message.format("distill jsd")):
-            learner(tmp_path, "jsd")
-    distill.require_kernels("cuda", TrainConfig(distill="pg"), supported=True)
-    with pytest.raises(OptionError, match=r"^distill must be pg with transitions that have supp"):
-        distill.require_kernels("cpu", config, supported=True)
-
-
-def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    wanted = (
-        "^teacher must have the vocabulary of the model, 300 tokens, got LlamaForCausalLM with"
-    )
-    with pytest.raises(OptionError, match=wanted + " 310$"):
-        trainer(tmp_path, distill="pg", teacher=tiny_teacher(vocab=310))
-
-
-def test_a_teacher_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        OptionError, match=r"^teacher must be given with distill pg, got NoneType$"
-    ):
-        trainer(tmp_path, distill="pg")
-    with pytest.raises(OptionError, match=r"^teacher must be absent without distill, got Llama"):
-        trainer(tmp_path, teacher=tiny_teacher())
-    with pytest.raises(OptionError, match=r"^teacher: model must be a transformers causal LM"):
-        trainer(tmp_path, distill="pg", teacher=torch.nn.Linear(2, 2))
-    model, tokenizer = tiny()
-    with pytest.raises(OptionError, match=r"^teacher must be another model than the one that is"):
-        trainer(tmp_path, distill="pg", teacher=model, model_of=(model, tokenizer))
-
-
-def test_a_context_that_is_too_short_is_refused(tmp_path: Path) -> None:
-    teacher = tiny_teacher()
-    teacher.config.max_position_embeddings = 9
-    t = trainer(tmp_path, distill="pg", teacher=teacher)
-    wanted = (
-        r"^teacher must read the \d+ tokens of the longest prompt and completion, got one with"
-    )
-    with pytest.raises(OptionError, match=wanted + " a context of 9$"):
-        t.step()
-
-
-class TestNamed:
-    """Teachers by name, as the command line takes them."""
-
-    @pytest.fixture
-    def rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """A folder with prompts, in which the run is made."""
-        lines = (json.dumps({"prompt": text}) + "\n" for text in TEXTS)
-        (tmp_path / "rows.jsonl").write_text("".join(lines))
-        monkeypatch.chdir(tmp_path)
-        return tmp_path
-
-    def config(self, teacher: object, **options: Any) -> TrainConfig:
-        fixed = {"model": "tiny", "data": "rows.jsonl", "reward": "letters", "device": "cpu"}
-        fixed |= {"updates": 1, "max_new_tokens": 4, "out": Path("run"), "distill": "pg"}
-        return TrainConfig(
-            **fixed | {"teacher": None if teacher is None else str(teacher)} | options
-        )
-
-    def saved(self, place: Path, tokenizer: bool = True, **sizes: int) -> Path:
-        """A folder with a teacher and, or not, the tokenizer that "tiny" has here."""
-        tiny_teacher(**sizes).save_pretrained(place)
-        if tokenizer:
-            load.load_tokenizer("tiny", TEXTS).save_pretrained(place)
-        return place
-
-    @pytest.mark.parametrize("within", ["", "run-of-a-teacher"])
-    def test_a_model_or_a_run_is_taken(self, rows: Path, within: str) -> None:
-        if within:
-            self.saved(rows / within / "model")
-            (rows / within / "log.jsonl").write_text("{}\n")
-        else:
-            self.saved(rows / "teacher")
-        said: list[str] = []
-        t = load_trainer(self.config(within or "teacher"), said.append)
-        assert t.agent.teacher is not None
-        assert t.agent.teacher.model.config.hidden_size == 48
-        (line,) = [x for x in said if "tokenizer" in x]
-        assert line.endswith(": its tokenizer is the model's, 294 tokens")
-
-    def test_one_without_a_tokenizer_is_taken_at_its_ids(self, rows: Path) -> None:
-        self.saved(rows / "teacher", tokenizer=False)
-        said: list[str] = []
-        load_trainer(self.config("teacher"), said.append)
-        assert sum("it has no tokenizer of its own" in x for x in said) == 1
-
-    def test_another_tokenizer_is_refused(
-        self, rows: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.saved(rows / "teacher", tokenizer=False)
-        load._tiny_tokenizer([text[::-1] for text in TEXTS]).save_pretrained(rows / "teacher")
-        _unloaded(monkeypatch)
-        wanted = r"^teacher must have the tokenizer of the model, got 'teacher', whose id of .* is"
-        with pytest.raises(OptionError, match=wanted + r" .* \(\d+ tokens differ\)$"):
-            load_trainer(self.config("teacher"), lambda _: None)
-
-    @pytest.mark.parametrize(
-        ("teacher", "message"),
-        [
-            (None, "teacher must be given with distill pg, got None"),
-            ("none/of/these", "teacher must be 'smollm2', 'tiny', a folder .* does not exist"),
-            (
-                "smollm2",
-                "teacher must have the vocabulary of the model, 300 tokens, got 'smollm2'",
-            ),
-            ("empty-run", "teacher must be a run with a model in it, got 'empty-run'"),
-        ],
-    )
-    def test_it_is_refused_before_anything_is_loaded(
-        self, rows: Path, monkeypatch: pytest.MonkeyPatch, teacher: str | None, message: str
-    ) -> None:
-        (rows / "empty-run").mkdir()
-        (rows / "empty-run" / "log.jsonl").write_text("{}\n")
-        (rows / "empty-run" / "config.json").write_text("{}\n")
-        _unloaded(monkeypatch)
-        with pytest.raises(OptionError, match=f"^{message}"):
-            load_trainer(self.config(teacher), lambda _: None)
-        assert not (rows / "run").exists()
-
-    def test_both_sizes_are_named_before_anything_is_loaded(
-        self, rows: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.saved(rows / "teacher", vocab=310)
-        _unloaded(monkeypatch)
-        with pytest.raises(OptionError, match=r"300 tokens, got 'teacher' with 310$"):
-            load_trainer(self.config("teacher"), lambda _: None)
-
-    def test_its_context_counts(self, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        place = self.saved(rows / "teacher")
-        written = json.loads((place / "config.json").read_text())
-        (place / "config.json").write_text(json.dumps(written | {"max_position_embeddings": 12}))
-        _unloaded(monkeypatch)
-        with pytest.raises(
-            OptionError, match="below the 12 tokens of the model's context, got 12"
-        ):
-            load_trainer(self.config("teacher", max_new_tokens=12), lambda _: None)
-        with pytest.raises(OptionError, match=r"prompts\[\d\] must have at most 8 tokens"):
-            load_trainer(self.config("teacher"), lambda _: None)
-
-
-def _unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_weights(*_: Any) -> None:
-        raise AssertionError("weights were loaded before the options were checked")
-
-    for module in ("run", "distill"):
-        monkeypatch.setattr(f"ppo_fast.loop.{module}.load_weights", load_weights)
 
 
 def test_the_log_s_readers_know_the_divergence(tmp_path: Path) -> None:

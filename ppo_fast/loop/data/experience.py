@@ -203,9 +203,9 @@ def advantages(
 def beside_teacher(config: TrainConfig, batch: Batch, backend: str) -> Batch:
     """The batch with its reward's advantages times `reward_coef`, and with "pg" the teacher's.
 
-    A token's advantage from the teacher is `distill_coef` (log p_teacher - log p_old), as slime
-    and prime-rl have it: in expectation that is the gradient of its state's KL(policy‖teacher),
-    with nothing of later tokens. It keeps its size, in nats; so the reward's advantages are
+    A token's advantage from the teacher is `distill_coef` (log p_teacher - log p_old), as verl and
+    slime have it: in expectation over the token that descends its state's KL(policy‖teacher), with
+    nothing of later tokens. It keeps its size, in nats; so the reward's advantages are
     whitened here, as the loss would, and not the sum.
     """
     if config.distill is None:
