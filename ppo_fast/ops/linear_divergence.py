@@ -152,6 +152,21 @@ def _score_whole(given: HeadInputs, teacher: TeacherInputs | None) -> tuple[Tens
     return tuple(spread(x) for x in (part.logprobs, part.entropy, part.divergence, lse))
 
 
+def _one_pass(head: Head, teacher: TeacherHead, slopes: Tensor) -> Tensor:
+    """(divergence, entropy) of the rows, whose gradients are accumulated with these slopes."""
+    count = slopes.shape[0]
+    out = torch.empty(2, count, dtype=head.wide, device=slopes.device)
+    for at in head.blocks(count):
+        x = head.inputs(at)
+        z = head.logits(x)
+        softmax = head.softmax(z, at)
+        found = teacher.compared(z, at, softmax)
+        out[0, at], out[1, at] = found.divergence, softmax.entropy
+        zero = torch.zeros_like(softmax.entropy)
+        teacher.backward(z, x, at, softmax, Slopes(zero, zero, slopes[at]), found)
+    return out
+
+
 class _LinearDivergence(torch.autograd.Function):
     """The gradients are formed in the forward; the backward only scales them."""
 
@@ -169,27 +184,17 @@ class _LinearDivergence(torch.autograd.Function):
         with given.exact():
             head = Head(hidden, weight, bias, rows, given.options)
             head.allocate(*ctx.needs_input_grad[:3])
-            other = TeacherHead(teacher, head)
             kept, counted = _kept(given)
             slopes = rows.pick(teacher.coef * by.weights(kept, counted, head.wide)).to(head.wide)
-            count = rows.tokens.shape[0]
-            divergence, entropy = torch.empty(2, count, dtype=head.wide, device=hidden.device)
-            for at in head.blocks(count):
-                x = head.inputs(at)
-                z = head.logits(x)
-                softmax = head.softmax(z, at)
-                found = other.compared(z, at, softmax)
-                divergence[at], entropy[at] = found.divergence, softmax.entropy
-                zero = torch.zeros_like(softmax.entropy)
-                other.backward(z, x, at, softmax, Slopes(zero, zero, slopes[at]), found)
+            results = _one_pass(head, TeacherHead(teacher, head), slopes)
         ctx.save_for_backward(*head.gradients())
         ctx.backend = given.options.backend
         shape = given.tokens.shape
-        tokens = TokenDivergence(*(rows.spread(x).view(shape) for x in (divergence, entropy)))
-        loss, stats, *results = by.reduced(tokens, kept, counted, teacher.coef)
-        ctx.mark_non_differentiable(stats.values, *results)
+        tokens = TokenDivergence(*(rows.spread(x).view(shape) for x in results))
+        loss, stats, *found = by.reduced(tokens, kept, counted, teacher.coef)
+        ctx.mark_non_differentiable(stats.values, *found)
         ctx.set_materialize_grads(False)
-        return loss, stats.values, *results
+        return loss, stats.values, *found
 
     @staticmethod
     @once_differentiable

@@ -23,7 +23,7 @@ def with_lse(softmax: Softmax, h: Tensor, k: Tensor | None) -> tuple[Softmax, Te
     if k is None:
         return softmax, h
     least = (k.abs() * _NEGLIGIBLE).clamp(min=torch.finfo(k.dtype).tiny)
-    least = torch.where(k == 0, 0.0, least)
-    h = torch.where(h.abs() < least, least, h)
-    shift = torch.where(k == 0, 0.0, k / torch.where(h == 0, 1.0, h))
+    none = k == 0
+    h = torch.where(none | (h.abs() >= least), h, least)
+    shift = torch.where(none, 0.0, k / h)
     return softmax._replace(entropy=softmax.entropy - shift), h

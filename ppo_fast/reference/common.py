@@ -92,14 +92,12 @@ def clamp(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
 
 def stats_of(device: torch.device, **fields: Tensor) -> Stats:
     """The statistics tensor with the given fields; the others are their neutral elements."""
+    values = torch.zeros(len(STATS_FIELDS), dtype=torch.float64, device=device)
     neutral = {"ratio_min": float("inf"), "ratio_max": float("-inf")}
-    slots = [
-        fields[name].detach().double()
-        if name in fields
-        else torch.full((), neutral.get(name, 0.0), dtype=torch.float64, device=device)
-        for name in STATS_FIELDS
-    ]
-    return Stats(torch.stack(slots))
+    for name, x in (neutral | fields).items():
+        slot = values[STATS_FIELDS.index(name)]
+        slot.copy_(x.detach()) if isinstance(x, Tensor) else slot.fill_(x)
+    return Stats(values)
 
 
 def whitening(moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,8 @@ def compiled_run(call: Call, kernel: str, compiler: str) -> dict[str, torch.Tens
     }
 
     def f(tensors: dict[str, torch.Tensor]) -> object:
-        return getattr(ppo_fast, call.op)(**tensors, **call.options, backend=kernel)
+        given = testing.arguments(tensors | call.options)
+        return getattr(ppo_fast, call.op)(**given, backend=kernel)
 
     result = torch.compile(f, fullgraph=True, backend=compiler)(tensors)
     out = testing.output(result)
@@ -63,6 +64,13 @@ def test_fullgraph(kernel: str, device: str, op: str) -> None:
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_fullgraph_with_a_support(name: str) -> None:
     call = testing.logprobs_call((2, 3), kept=5)
+    assert_same(compiled_run(call, usable(name), "aot_eager"), run(call, name))
+
+
+@pytest.mark.case("I2")
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_fullgraph_with_a_teacher(name: str) -> None:
+    call = testing.divergence_call((2, 3))
     assert_same(compiled_run(call, usable(name), "aot_eager"), run(call, name))
 
 

@@ -35,12 +35,24 @@ HEAD: Tensors = {"hidden": ((B, T, H), "bfloat16"), "weight": ((V, H), "bfloat16
 LARGE: Tensors = {"hidden": ((ROWS, WIDTH), "bfloat16"), "weight": ((VOCAB, WIDTH), "bfloat16")}
 IDS: Tensors = {"ids": ((B, T, 6), "int64"), "mask": ((B, T), "bool")}
 LARGE_IDS: Tensors = {"ids": ((ROWS, 128), "int64")}
+LARGE_TEACHER: Tensors = {
+    "teacher_hidden": ((ROWS, WIDTH), "bfloat16"),
+    "teacher_weight": ((VOCAB, WIDTH), "bfloat16"),
+}
 LARGE_TOKENS: Tensors = {"tokens": ((ROWS,), "int64")}
 BOTH = ("hidden", "weight")
 MEANS = {"reduction": "seq-mean-token-mean"}
 _RULE = {"level": "token", "high": 1.2, "reject": {"seq-max-k2": 9.0}, "count": "kept"}
 REJECTING = {"correction": _RULE}
 ROLLOUT: Tensors = {"rollout_logprobs": ((B, T), "float32")}
+TEACHER: Tensors = {
+    "teacher_hidden": ((B, T, 16), "bfloat16"),
+    "teacher_weight": ((V, 16), "bfloat16"),
+    "mask": ((B, T), "bool"),
+}
+TAUGHT = {"teacher": {"kind": "reverse", "logit_scale": 2.0}}
+PAIR: Tensors = dict.fromkeys(("logits", "teacher_logits"), ((B, T, V), "bfloat16"))
+PAIR["mask"] = ((B, T), "bool")
 WEIGHTED: Tensors = {"sequence_weights": ((B,), "float32")}
 
 # Calls, and the launches of each in the forward and in the backward.
@@ -63,8 +75,25 @@ CASES: dict[str, tuple[Case, int, int]] = {
     ),
     "linear_logprobs_at": (Case("linear_logprobs_at", HEAD | IDS, BOTH), 36, 61),
     "linear_ppo_loss": (Case("linear_ppo_loss", HEAD | TOKENS, BOTH), 22, 2),
+    "linear_divergence": (Case("linear_divergence", HEAD | TEACHER, BOTH, TAUGHT), 73, 2),
+    "linear_token_divergence": (
+        Case("linear_token_divergence", HEAD | TEACHER, BOTH, TAUGHT, outputs=4), 28, 18,
+    ),
+    "linear_ppo_loss, teacher": (
+        Case("linear_ppo_loss", HEAD | TOKENS | TEACHER, BOTH, TAUGHT), 62, 2,
+    ),
+    "linear_ppo_loss, z-loss": (
+        Case("linear_ppo_loss", HEAD | TOKENS, BOTH, {"z_loss_coef": 0.1}), 69, 2,
+    ),
 }  # fmt: skip
 WAITING = {
+    "divergence": Case("divergence", PAIR, ("logits",), {"kind": "jsd"}, (), False),
+    "teacher, gspo": Case(
+        "linear_ppo_loss", HEAD | TOKENS | TEACHER, BOTH, TAUGHT | {"variant": "gspo"}, (), False
+    ),
+    "teacher, support": Case(
+        "linear_ppo_loss", HEAD | TOKENS | TEACHER, BOTH, TAUGHT | {"kept": 5}, (), False
+    ),
     "sequence weights": Case("linear_ppo_loss", HEAD | TOKENS | WEIGHTED, BOTH, MEANS),
     "correction": Case("linear_ppo_loss", HEAD | TOKENS | ROLLOUT, BOTH, REJECTING),
     "correction, D": Case(
@@ -72,7 +101,7 @@ WAITING = {
     ),
     "support": Case("linear_ppo_loss", HEAD | TOKENS, BOTH, {"kept": 5}),
     "support, log-probabilities": Case(
-        "linear_token_logprobs", HEAD | {"tokens": TOKENS["tokens"]}, BOTH, {"kept": 5}
+        "linear_token_logprobs", HEAD | {"tokens": TOKENS["tokens"]}, BOTH, {"kept": 5}, outputs=4
     ),
     "support, logits": Case("logits_ppo_loss", LOGITS, ("logits",), {"kept": 5}),
     "D": Case("linear_ppo_loss", HEAD | TOKENS, BOTH, {"denom": 3.0}),
@@ -85,6 +114,9 @@ FULL = {
     "linear_ppo_loss": Case("linear_ppo_loss", LARGE | tensors(ROWS), BOTH),
     "linear_token_logprobs": Case("linear_token_logprobs", LARGE | LARGE_TOKENS, BOTH),
     "linear_logprobs_at": Case("linear_logprobs_at", LARGE | LARGE_IDS, BOTH),
+    "linear_divergence": Case(
+        "linear_divergence", LARGE | LARGE_TEACHER, BOTH, {"teacher": {"kind": "jsd"}}
+    ),
 }
 # The part of each that forms the gradients.
 PARTS = [
@@ -133,3 +165,13 @@ def test_the_head_multiplies_whole_waves(seen: dict[str, Any], name: str, part: 
 def test_the_head_s_memory_is_bounded(seen: dict[str, Any], name: str, part: str) -> None:
     """The wide dW and 1.4 GB more: one block of logits, and the hidden states' gradient."""
     assert seen[f"{name}, full size"][part]["peak"] <= 4 * VOCAB * WIDTH + 1.4e9
+
+
+def test_a_teacher_takes_one_more_product_and_block(seen: dict[str, Any]) -> None:
+    """Its logits by 1024 rows, in a workspace of its own beside the student's."""
+    report = seen["linear_divergence, full size"]["forward"]
+    calls = Counter(report["launches"])
+    assert calls["aten::mm.dtype_out"] == 2 * ROWS // 1024
+    assert calls["aten::mm"] == ROWS // 1024
+    assert calls["aten::addmm.dtype_out"] == ROWS // 2048
+    assert report["peak"] <= 4 * VOCAB * WIDTH + 2 * 1.4e9

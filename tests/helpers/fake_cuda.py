@@ -92,9 +92,25 @@ def _tensor(shape: list[int], dtype: str, *, grad: bool, cut: bool) -> Tensor:
     return x[:, :-1] if cut else x
 
 
+def _incoming(out: Any, outputs: int) -> tuple[Any, list[Tensor | None]]:
+    """The op's node of a graph of `outputs` results, and their gradients."""
+    node: Any = None
+    ones: list[Tensor | None] = [None] * outputs
+    for x in out[:2]:
+        if not (isinstance(x, Tensor) and x.requires_grad):
+            continue
+        node, at, grad = x.grad_fn, x.output_nr, x
+        if not hasattr(type(node), "_forward_cls"):  # the results are views, of flat ones
+            ((node, at),) = node.next_functions
+            grad = x.flatten(0, out[-1].dim() - 1)  # of the entropies' dimensions; ids have more
+        ones[at] = grad
+    return node, ones
+
+
 def _report(case: dict[str, Any]) -> dict[str, Any]:
     """A `Case`, as JSON has it."""
     import ppo_fast
+    from ppo_fast.testing import arguments
 
     grads, cut, options = case["grads"], case["cut"], case["options"]
     tensors = {
@@ -110,15 +126,10 @@ def _report(case: dict[str, Any]) -> dict[str, Any]:
         options["support"] = support.to("cuda")
         del options["kept"]
     with Record() as forward:
-        out = getattr(ppo_fast, case["op"])(**tensors, **options, backend="triton")
+        out = getattr(ppo_fast, case["op"])(**arguments(tensors | options), backend="triton")
     told = {"forward": forward.report()}
-    if grads:
-        node: Any = out[0].grad_fn
-        ones = [x if isinstance(x, Tensor) and x.requires_grad else None for x in out[:2]]
-        if not hasattr(type(node), "_forward_cls"):  # the results are views, of flat ones
-            ((node, _),) = node.next_functions
-            last = out[-1].dim() - 1  # of the entropies' dimensions; ids have one more
-            ones = [None if x is None else x.flatten(0, last) for x in ones]
+    if grads and case["backward"]:
+        node, ones = _incoming(out, case["outputs"])
         with Record() as backward, torch.no_grad():
             type(node)._forward_cls.backward(node, *ones)
         told["backward"] = backward.report()
@@ -133,6 +144,8 @@ class Case(NamedTuple):
     grads: tuple[str, ...] = ()
     options: Mapping[str, Any] = MappingProxyType({})
     cut: tuple[str, ...] = ()  # not contiguous
+    backward: bool = True  # looked at too; not where the loss is a sum of several nodes
+    outputs: int = 2  # of its node that a gradient may reach
 
 
 def calls_of(cases: dict[str, Case]) -> dict[str, Any]:
