@@ -82,7 +82,7 @@ RUNTIME = unspecialised(
 
 
 class Pair(NamedTuple):
-    """A student's and a teacher's row inside a kernel: the states of their softmax; the kind."""
+    """A student's and a teacher's row inside a kernel: the states of their softmax, and beta."""
 
     row_max: Any
     log_sum: Any
@@ -92,7 +92,6 @@ class Pair(NamedTuple):
     teacher_inv_temperature: Any
     beta: Any
     rest: Any  # 1 - beta
-    KIND: Any
 
 
 class PairGradient(NamedTuple):
@@ -116,13 +115,13 @@ def log_probabilities(x, y, pair):
 
 
 @triton.jit
-def log_ratios(log_p, log_q, pair):
+def log_ratios(log_p, log_q, pair, KIND: tl.constexpr):
     """ln(p/q) and ln(q/p); for jsd ln(p/m) and ln(q/m), m = (1 - beta) p + beta q.
 
     Of m the larger of p and q is taken out, so that what remains is neither 0 nor infinite.
     """
     gap = log_q - log_p
-    if pair.KIND == DIVERGENCE_JSD:
+    if KIND == DIVERGENCE_JSD:
         up = gap > 0
         least = tl.exp2(-tl.abs(gap) * LOG2E)
         of_least = tl.where(up, pair.rest, pair.beta)
@@ -151,6 +150,7 @@ def divergence_step(
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
     MASKED: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """The lanes' sums, the student's own and the other's, with UNROLL columns a lane more."""
     lanes = tl.arange(0, LANES)
@@ -168,10 +168,10 @@ def divergence_step(
         ys = ys + (widened(y),)
     for u in tl.static_range(UNROLL):
         log_p, log_q = log_probabilities(xs[u], ys[u], pair)
-        of_student, of_teacher = log_ratios(log_p, log_q, pair)
-        if pair.KIND != DIVERGENCE_FORWARD:
+        of_student, of_teacher = log_ratios(log_p, log_q, pair, KIND)
+        if KIND != DIVERGENCE_FORWARD:
             own = weighted(own, log_p, of_student)
-        if pair.KIND != DIVERGENCE_REVERSE:
+        if KIND != DIVERGENCE_REVERSE:
             other = weighted(other, log_q, of_teacher)
     return own, other
 
@@ -187,6 +187,7 @@ def divergence_columns(
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """The two sums over columns [start, end); `end` as in softmax.scan_columns."""
     own = tl.zeros([LANES], tl.float32)
@@ -195,23 +196,23 @@ def divergence_columns(
     full_end = start + (end - start) // STEP * STEP
     for col in tl.range(start, full_end, STEP, num_stages=STAGES):
         own, other = divergence_step(
-            row_ptr, teacher_ptr, col, V, own, other, pair, LANES, UNROLL, False
+            row_ptr, teacher_ptr, col, V, own, other, pair, LANES, UNROLL, False, KIND
         )
     if full_end < end:
         own, other = divergence_step(
-            row_ptr, teacher_ptr, full_end, V, own, other, pair, LANES, UNROLL, True
+            row_ptr, teacher_ptr, full_end, V, own, other, pair, LANES, UNROLL, True, KIND
         )
     return pair_sums(own, other, LANES)
 
 
 @triton.jit
-def divergence_results(own, other, pair):
+def divergence_results(own, other, pair, KIND: tl.constexpr):
     """(divergence, kl) of a row from its sums."""
-    if pair.KIND == DIVERGENCE_REVERSE:
+    if KIND == DIVERGENCE_REVERSE:
         return own, own
-    elif pair.KIND == DIVERGENCE_FORWARD:
+    elif KIND == DIVERGENCE_FORWARD:
         return other, own  # which nothing was added to
-    elif pair.KIND == DIVERGENCE_MIXED:
+    elif KIND == DIVERGENCE_MIXED:
         return tl.fma(pair.beta, own, pair.rest * other), own
     else:
         return tl.fma(pair.beta, other, pair.rest * own), own
@@ -255,14 +256,14 @@ def divergence_kernel(
         pair = Pair(
             *(tl.load(row_max_ptr + row), tl.load(log_sum_ptr + row), inv_temp),
             *(tl.load(teacher_max_ptr + row), tl.load(teacher_log_sum_ptr + row), other_inv_temp),
-            *(beta, rest, KIND),
+            *(beta, rest),
         )
         row_ptr = row_start(Strided(logits_ptr, logits_outer, logits_inner), row, inner, ALIGN)
         beside = row_start(Strided(teacher_ptr, teacher_outer, teacher_inner), row, inner, ALIGN)
         start = segment * SEGMENT
         end = tl.minimum(start + SEGMENT, V)
         own, other = divergence_columns(
-            row_ptr, beside, start, end, V, pair, LANES, UNROLL, STAGES
+            row_ptr, beside, start, end, V, pair, LANES, UNROLL, STAGES, KIND
         )
         completes = live
         if SEGMENTS > 1:
@@ -276,7 +277,7 @@ def divergence_kernel(
                 here = each < n_segments
                 own = pair_sum(tl.load(parts, mask=here, other=0.0), SEGMENTS)
                 other = pair_sum(tl.load(parts + n_parts, mask=here, other=0.0), SEGMENTS)
-            divergence, kl = divergence_results(own, other, pair)
+            divergence, kl = divergence_results(own, other, pair, KIND)
             tl.store(divergence_ptr + row, divergence)
             tl.store(kl_ptr + row, kl)
     elif segment == 0:
@@ -285,7 +286,7 @@ def divergence_kernel(
 
 
 @triton.jit
-def pair_grad(x, y, row):
+def pair_grad(x, y, row, KIND: tl.constexpr):
     """dz of a column that is not the label's, from a PairGradient."""
     pair = row.pair
     log_p, log_q = log_probabilities(x, y, pair)
@@ -293,11 +294,11 @@ def pair_grad(x, y, row):
     inside = tl.maximum(log_p, ZERO_EXP)
     p = tl.exp2(log_p * LOG2E)
     inner = tl.fma(row.slope, inside, row.offset)
-    if pair.KIND != DIVERGENCE_FORWARD:
-        of_student, _ = log_ratios(inside, tl.maximum(log_q, FAINT), pair)
+    if KIND != DIVERGENCE_FORWARD:
+        of_student, _ = log_ratios(inside, tl.maximum(log_q, FAINT), pair, KIND)
         inner = tl.fma(row.own, of_student, inner)
     dz = p * inner
-    if (pair.KIND == DIVERGENCE_FORWARD) | (pair.KIND == DIVERGENCE_MIXED):
+    if (KIND == DIVERGENCE_FORWARD) | (KIND == DIVERGENCE_MIXED):
         dz = tl.fma(row.other, p - tl.exp2(log_q * LOG2E), dz)
     return dz
 
@@ -367,7 +368,7 @@ def divergence_terms_kernel(
     teacher_log_sum = tl.load(teacher_log_sum_ptr + rows, mask=live, other=0.0)
     other_inv_temp = inverse_temperature(of_teacher, rows, inner, live, teacher_inv_temperature)
     states = (row_max, log_sum, inv_temp, teacher_max, teacher_log_sum, other_inv_temp)
-    pair = Pair(*states, beta, rest, KIND)
+    pair = Pair(*states, beta, rest)
     g = row_value(grad_logprobs_ptr, grad_logprobs_outer, grad_logprobs_inner, rows, inner, live)
     h = row_value(grad_entropy_ptr, grad_entropy_outer, grad_entropy_inner, rows, inner, live)
     c = row_value(
@@ -382,7 +383,7 @@ def divergence_terms_kernel(
     offset = tl.fma(-own, kl, -tl.fma(h, entropy, g) * inv_temp)
     slope = -h * inv_temp
     gradient = PairGradient(pair, label, offset, slope, own, other, 0.0)
-    at_label = tl.fma(g, inv_temp, pair_grad(x, y, gradient))
+    at_label = tl.fma(g, inv_temp, pair_grad(x, y, gradient, KIND))
     terms = states + (offset, slope, own, other, at_label)
     for i in tl.static_range(N_TERMS):
         tl.store(terms_ptr + i * n_rows + rows, terms[i], mask=inside)
@@ -418,10 +419,10 @@ def divergence_grad_kernel(
         x = ()
         for i in tl.static_range(N_TERMS):
             x = x + (tl.load(terms_ptr + i * n_rows + row),)
-        pair = Pair(x[0], x[1], x[2], x[3], x[4], x[5], beta, rest, KIND)
+        pair = Pair(x[0], x[1], x[2], x[3], x[4], x[5], beta, rest)
         gradient = PairGradient(pair, label, x[6], x[7], x[8], x[9], x[10])
         grad_columns(
-            *(row_ptr, beside, to_ptr, start, end, V, gradient, pair_grad),
+            *(row_ptr, beside, to_ptr, start, end, V, gradient, pair_grad, KIND),
             *(LANES, UNROLL, STAGES, ""),
         )
 

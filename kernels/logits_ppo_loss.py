@@ -193,7 +193,7 @@ def logits_ppo_kernel(
             column = tl.where(legal, label, 0).to(tl.int32)
             gradient = Gradient(column, row_max, log_sum, inv_temp, offset, slope, at_label)
             grad_columns(
-                *(row_ptr, None, to_ptr, 0, V, V, gradient, own_grad),
+                *(row_ptr, None, to_ptr, 0, V, V, gradient, own_grad, None),
                 *(LANES, GRAD_UNROLL, STAGES, "evict_first"),
             )
 

@@ -141,7 +141,19 @@ def dlogits_kernel(
         at_label = tl.load(term + 5 * n_rows)
         gradient = Gradient(label, row_max, log_sum, inv_temp, offset, slope, at_label)
         grad_columns(
-            row_ptr, None, to_ptr, start, end, V, gradient, own_grad, LANES, UNROLL, STAGES, ""
+            row_ptr,
+            None,
+            to_ptr,
+            start,
+            end,
+            V,
+            gradient,
+            own_grad,
+            None,
+            LANES,
+            UNROLL,
+            STAGES,
+            "",
         )
 
 

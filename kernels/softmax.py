@@ -265,7 +265,7 @@ def grad_of(x, inv_temperature, row_max, log_sum, offset, slope):
 
 
 @triton.jit
-def own_grad(x, y, row):
+def own_grad(x, y, row, KIND: tl.constexpr):
     """The same from a Gradient, of a row beside which there is no other."""
     return grad_of(x, row.inv_temperature, row.row_max, row.log_sum, row.offset, row.slope)
 
@@ -295,6 +295,7 @@ def grad_step(
     end,
     row,
     GRAD: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
     MASKED: tl.constexpr,
@@ -323,7 +324,7 @@ def grad_step(
         tl.debug_barrier()
     for u in tl.static_range(UNROLL):
         at = col + u * LANES
-        dz = GRAD(xs[u], ys[u], row)
+        dz = GRAD(xs[u], ys[u], row, KIND)
         inside = at + lanes < end if MASKED else None
         dz = rounded(dz, to_ptr.dtype.element_ty)
         tl.store(to_ptr + at + lanes, dz, mask=inside, eviction_policy=EVICT)
@@ -339,6 +340,7 @@ def grad_columns(
     V,
     row,
     GRAD: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
@@ -346,15 +348,15 @@ def grad_columns(
 ):
     """The gradient of a row's columns [start, end); `end` as in scan_columns.
 
-    GRAD(x, y, row) is dz of a logit x and, where there is another row, its y; `row` holds their
-    terms, and `label` and `at_label` as a Gradient.
+    GRAD(x, y, row, KIND) is dz of a logit x and, where there is another row, its y; `row` holds
+    their terms, and `label` and `at_label` as a Gradient.
     """
     STEP: tl.constexpr = LANES * UNROLL
     full_end = start + (end - start) // STEP * STEP
     for col in tl.range(start, full_end, STEP, num_stages=STAGES):
-        grad_step(row_ptr, other_ptr, to_ptr, col, V, row, GRAD, LANES, UNROLL, False, EVICT)
+        grad_step(row_ptr, other_ptr, to_ptr, col, V, row, GRAD, KIND, LANES, UNROLL, False, EVICT)
     for col in tl.range(full_end, end, 2 * LANES):  # 2: more would spill where ALIGN is 1
-        grad_step(row_ptr, other_ptr, to_ptr, col, V, row, GRAD, LANES, 2, True, EVICT)
+        grad_step(row_ptr, other_ptr, to_ptr, col, V, row, GRAD, KIND, LANES, 2, True, EVICT)
     if (row.label >= start) & (row.label < end):
         tl.debug_barrier()  # over what was just stored there
         tl.store(to_ptr + row.label, rounded(row.at_label, to_ptr.dtype.element_ty))

@@ -129,7 +129,19 @@ def support_grad_kernel(
     else:
         gradient = Gradient(0, row_max, log_sum, inv_temp, offset, slope, at_label)
         grad_columns(
-            row_ptr, None, to_ptr, 0, count, count, gradient, own_grad, LANES, UNROLL, STAGES, ""
+            row_ptr,
+            None,
+            to_ptr,
+            0,
+            count,
+            count,
+            gradient,
+            own_grad,
+            None,
+            LANES,
+            UNROLL,
+            STAGES,
+            "",
         )
 
 

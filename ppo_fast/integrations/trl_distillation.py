@@ -152,9 +152,14 @@ def _loss(
     denom = num_items_in_batch
     if isinstance(denom, Tensor):
         denom = denom.to(student_hidden_states.device)
-    out = ppo_fast.linear_divergence(**heads, mask=completion_mask, denom=denom)
-    count = (completion_mask != 0).sum()
-    return {"loss": out.loss, "entropy_sum": out.entropy.sum(), "n_valid_tensor": count}
+    kept = completion_mask != 0
+    out = ppo_fast.linear_divergence(
+        **heads,
+        mask=kept,
+        row_index=kept.reshape(-1).nonzero()[:, 0],  # waits for a GPU, as TRL's own choice does
+        denom=denom,
+    )
+    return {"loss": out.loss, "entropy_sum": out.entropy.sum(), "n_valid_tensor": kept.sum()}
 
 
 def _some_tokens(arguments: Arguments) -> Arguments:

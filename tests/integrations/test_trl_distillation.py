@@ -143,7 +143,7 @@ def assert_near(
 
 
 def token_divergence(x: dict[str, Any], beta: float, slopes: Tensor) -> list[Tensor]:
-    """What `ChunkedDivergenceFunction.apply` gives, patched or not, and its gradients."""
+    """The results of `ChunkedDivergenceFunction.apply`, patched or not, and their gradients."""
     order = ("student_hidden", "student_weight", "student_bias")
     order += tuple(name.replace("student", "teacher") for name in order)
     given = [x[k].flatten(0, 1) if k.endswith("_hidden") else x[k] for k in order]
@@ -187,7 +187,7 @@ def masks() -> dict[str, Tensor]:
 
 
 def loss_of(x: dict[str, Any], mask: Tensor, beta: float, items: Any) -> list[Tensor]:
-    """What `_chunked_divergence_loss` gives, patched or not, and its gradients."""
+    """The results of `_chunked_divergence_loss`, patched or not, and the gradients."""
     given = {
         k.replace("hidden", "hidden_states").replace("_weight", "_lm_head_weight"): v
         for k, v in x.items()
@@ -290,7 +290,9 @@ def test_a_weight_that_zero_3_takes_away() -> None:
 
 
 WRONG: dict[str, Callable[..., Any]] = {
-    "mask": lambda call, **given: call(**given | {"mask": torch.ones_like(given["mask"])}),
+    "mask": lambda call, **given: call(
+        **given | {"mask": torch.ones_like(given["mask"]), "row_index": None}
+    ),
     "temperature": lambda call, **given: call(**given | {"temperature": 1.1}),
     "divisor": lambda call, **given: call(**given | {"denom": 30.0}),
 }

@@ -207,7 +207,7 @@ def test_the_policy_gradient(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["forward", "reverse"])
 def test_whole_distributions(kind: str, mode: str) -> None:
-    """What verl has for a teacher's first K alone: here with all of the vocabulary."""
+    """The KL that verl has over a teacher's first K alone, over the vocabulary."""
     x, mask = Drawn(), response_mask()
     p, q = (x.logprobs(), x.teacher) if kind == "reverse" else (x.teacher, x.logprobs())
     want = agg_loss((p.exp() * (p - q)).sum(-1), mask, mode)

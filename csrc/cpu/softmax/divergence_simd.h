@@ -136,6 +136,8 @@ inline DivergenceSums segment_sums(const S* x, const S* y, int64_t n, const TwoS
     Terms<kind, T> a, b;
     int64_t i = first;
     for (; i + 2 * lanes<T> <= end; i += 2 * lanes<T>) {
+      prefetch<T>(x + i);
+      prefetch<T>(y + i);
       a.add(student.of(load<T>(x + i)), teacher.of(load<T>(y + i)), mixture);
       b.add(student.of(load<T>(x + i + lanes<T>)), teacher.of(load<T>(y + i + lanes<T>)), mixture);
     }
@@ -209,6 +211,8 @@ inline void segment_divergence(const S* x, const S* y, S* out, int64_t n,
   const DivergenceLanes<kind, T> lane(row);
   int64_t i = 0;
   for (; i + 2 * lanes<T> <= n; i += 2 * lanes<T>) {
+    prefetch<T>(x + i);
+    prefetch<T>(y + i);
     const T a = lane.of(load<T>(x + i), load<T>(y + i));
     const T b = lane.of(load<T>(x + i + lanes<T>), load<T>(y + i + lanes<T>));
     store(out + i, a);

@@ -26,6 +26,17 @@ PPO_INLINE T block_max(const P* x, int64_t n) {
   return vmax(vmax(a, b), vmax(c, d));
 }
 
+// Prefetch of two vectors of a later step. The one-lane loop never waits for memory, and a
+// prefetch would stop GCC's vectoriser.
+template <class T, class P>
+PPO_INLINE void prefetch([[maybe_unused]] const P* x) {
+  if constexpr (lanes<T> > 1) {
+    const char* ahead = reinterpret_cast<const char*>(x) + kPrefetchBytes;
+    __builtin_prefetch(ahead);
+    if constexpr (2 * lanes<T> * sizeof(P) > 64) __builtin_prefetch(ahead + 64);
+  }
+}
+
 template <class T>
 struct Sums {
   T sum, dot;  // of e^d and d e^d
@@ -43,12 +54,7 @@ PPO_INLINE Sums<T> block_sums(const P* x, int64_t n, T inv_temperature, T neg_ma
   Sums<T> a{set1<T>(0), set1<T>(0)}, b = a;
   int64_t i = 0;
   for (; i + 2 * lanes<T> <= n; i += 2 * lanes<T>) {
-    // The one-lane loop never waits for memory, and a prefetch would stop GCC's vectoriser.
-    if constexpr (lanes<T> > 1) {
-      const char* ahead = reinterpret_cast<const char*>(x + i) + kPrefetchBytes;
-      __builtin_prefetch(ahead);
-      if constexpr (2 * lanes<T> * sizeof(P) > 64) __builtin_prefetch(ahead + 64);
-    }
+    prefetch<T>(x + i);
     a.add(load<T>(x + i), inv_temperature, neg_max);
     b.add(load<T>(x + i + lanes<T>), inv_temperature, neg_max);
   }
