@@ -23,7 +23,7 @@ CASES = [("reverse", 0.5), ("forward", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("mixed
 every_kind = pytest.mark.parametrize("kind, beta", CASES)
 
 
-@pytest.fixture(params=["cpu"])
+@pytest.fixture(params=["cpu", "triton"])
 def kernel(request: pytest.FixtureRequest) -> str:
     return usable(request.param)
 
