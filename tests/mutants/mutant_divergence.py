@@ -136,8 +136,8 @@ DIVERGENCE = (
     Mutant(
         "rejected tokens keep the other terms",
         "ppo_fast/ops/linear_ppo_loss.py",
-        "mask = self.mask if mask is None else mask\n            loss = self.others.added(loss, stats, policy, mask,",
-        "mask = self.mask\n            loss = self.others.added(loss, stats, policy, mask,",
+        "mask = self.mask if mask is None else mask\n            loss = self.others",
+        "mask = self.mask\n            loss = self.others",
         "head_terms",
         "corrections",
     ),
