@@ -72,6 +72,11 @@ def written(code: Sequence[Instruction]) -> int:
     return elements if stored >= 2 * elements and "shuffles" not in counts else 0
 
 
+def compared(code: Sequence[Instruction]) -> int:
+    """Elements of a loop that reads two fp32 logits of each, a student's and a teacher's."""
+    return moved(tally(code).get("loads", {})) // 8 if exponentials(code) else 0
+
+
 def steps(code: Sequence[Instruction]) -> int:
     """Elements of a loop that writes two fp32 for each."""
     return moved(tally(code).get("stores", {})) // 8
@@ -126,6 +131,9 @@ ROLES: dict[str, tuple[Role, ...]] = {
     "advantage_blocks_kernel": (Role("tile", blocks_steps),),
     "gae_slabs_kernel": _STEPS,
     "scale_kernel": (Role("pass", streamed),),
+    "divergence_kernel": (Role("scan", compared),),
+    "divergence_terms_kernel": (),
+    "divergence_grad_kernel": (Role("gradient", compared),),
     "support_kernel": (_SCAN,),
     "support_grad_kernel": (_GRADIENT,),
     "pair_logits_kernel": _PAIRS,
@@ -306,7 +314,8 @@ def _triton_step(step: Triton, named: Named) -> Counts:
     tensors = [x for x in launch.arguments.values() if isinstance(x, Tensor)]
     sizes = sorted((x.numel() * x.element_size() for x in tensors), reverse=True)
     loops = ROLES.get(launch.kernel)
-    kept = sizes if loops or not sizes else sizes[1:]  # a few numbers a row of the largest
+    # Of its largest tensors, one with rows of logits or two, it takes a few numbers a row.
+    kept = sizes if loops else [size for size in sizes if size < sizes[0]]
     main = max(tensors, key=Tensor.numel)
     rows = main.numel() // main.shape[-1]
     idle = _is_idle(variant.kernel, variant.constants)
