@@ -12,7 +12,7 @@ from conftest import usable
 from divergence_rows import Rows, assert_agrees, given, make, results
 from torch import Tensor
 
-from ppo_fast._boundary import calls
+from ppo_fast._boundary import calls_divergence
 from ppo_fast.teacher import KINDS
 from ppo_fast.testing import same_bits
 
@@ -28,11 +28,11 @@ def kernel(request: pytest.FixtureRequest) -> str:
 def assert_narrowed(kernel: str, rows: Rows, kind: str, logits: Tensor) -> Tensor:
     """The gradient written over `logits`, a copy of the rows', is the wide one, rounded."""
     s, softmax, t = given(kernel, rows, kind, 0.3)
-    _, kl = calls.divergence_fwd(kernel, rows.logits, s, softmax, t)
+    _, kl = calls_divergence.divergence_fwd(kernel, rows.logits, s, softmax, t)
     grads = (rows.g, rows.h, rows.c)
-    wide = calls.divergence_bwd(kernel, rows.logits, s, softmax, t, kl, grads)
+    wide = calls_divergence.divergence_bwd(kernel, rows.logits, s, softmax, t, kl, grads)
     assert rows.logits.shape[-1] == 1 or bool(wide.any())
-    calls.divergence_bwd_bf16_(kernel, logits, s, softmax, t, kl, grads)
+    calls_divergence.divergence_bwd_bf16_(kernel, logits, s, softmax, t, kl, grads)
     assert same_bits(logits.view(torch.bfloat16)[..., : logits.shape[-1]], wide.bfloat16())
     return wide
 
@@ -84,6 +84,19 @@ def test_every_tiling(kernel: str, device: str, vocab: int, dtype: torch.dtype) 
     assert_agrees(results(kernel, rows, "mixed", 0.3), rows, "mixed", 0.3)
 
 
+def test_a_row_of_several_segments_has_its_own_bits(kernel: str, device: str) -> None:
+    """Alone, and over its logits."""
+    rows = make(device, (2,), 33001)
+    whole = results(kernel, rows, "jsd", 0.3)
+    for name, x in results(kernel, rows.row(1), "jsd", 0.3).items():
+        assert same_bits(x, whole[name][1:]), name
+    s, softmax, t = given(kernel, rows, "jsd", 0.3)
+    calls_divergence.divergence_bwd_(
+        kernel, rows.logits, s, softmax, t, whole["kl"], (rows.g, rows.h, rows.c)
+    )
+    assert same_bits(rows.logits, whole["dz"])
+
+
 def test_counters_are_zero_again(
     kernel: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +109,9 @@ def test_counters_are_zero_again(
     mask = torch.tensor([True, False, True], device=device)
     rows = rows._replace(mask=mask)
     s, softmax, t = given(kernel, rows, "jsd", 0.3)
-    once, again = (calls.divergence_fwd(kernel, rows.logits, s, softmax, t) for _ in range(2))
+    once, again = (
+        calls_divergence.divergence_fwd(kernel, rows.logits, s, softmax, t) for _ in range(2)
+    )
     assert all(same_bits(x, y) for x, y in zip(once, again, strict=True))
     assert bool(once[0][mask].all()) and not bool(count.any())
 
@@ -114,16 +129,16 @@ def test_launches_are_registered(kernel: str, device: str, kind: str, dtype: tor
         one = rows._replace(temperature=0.7, teacher_temperature=0.7, mask=rows.g.bool())
         s, softmax, t = given(kernel, rows, kind, 0.3)
         with launches.watch() as launched:
-            calls.divergence_fwd(kernel, rows.logits, s, softmax, t)
+            calls_divergence.divergence_fwd(kernel, rows.logits, s, softmax, t)
         assert launched == {"divergence_kernel"}
         with launches.watch() as launched:
             results(kernel, one, kind, 0.3)
             for grads in ((None, rows.h, rows.c), (rows.g, None, rows.c)):
                 short = t._replace(logits=rows.teacher[..., :33])
                 logits = rows.logits[..., :33]
-                calls.divergence_bwd(kernel, logits, s, softmax, short, rows.c, grads)
+                calls_divergence.divergence_bwd(kernel, logits, s, softmax, short, rows.c, grads)
                 if dtype == torch.float32:
                     args = (s, softmax, short, rows.c, grads)
-                    calls.divergence_bwd_bf16_(kernel, logits.clone(), *args)
+                    calls_divergence.divergence_bwd_bf16_(kernel, logits.clone(), *args)
         own = {e.kernel.__name__ for e in aot.table("divergence")}
         assert launched == own | {"segments_kernel"}
