@@ -53,9 +53,9 @@ from .softmax import (
     zero_columns,
 )
 
-# A weight above 0 counts as at least this power of two: beside a probability of 0 its term is
-# infinite, which 0 times it would not be.
-LEAST_EXP = tl.constexpr(-126.0)
+# What a probability counts as that is not 0 and underflows: beside a probability of 0 its term is
+# infinite, which 0 times it would not be; beside others it stays as good as 0.
+LEAST = tl.constexpr(1.4e-45)
 # ln q of a q that is 0, in a gradient: p times it is 0 where p is 0. Elsewhere kl is infinite, and
 # the gradient without a number whatever stands here.
 FAINT = tl.constexpr(-1e30)
@@ -65,14 +65,15 @@ N_TERMS = tl.constexpr(
 NO_LABEL = tl.constexpr(-2)  # in place of the label's column, of a label that has none here
 
 TENSORS = ("logits", "teacher", "out")
-PER_ROW = ("mask", "temperature", "teacher_temperature")
-GRADS = ("grad_logprobs", "grad_entropy", "grad_divergence")
 STATES = ("row_max", "log_sum", "teacher_max", "teacher_log_sum")
+PER_ROW = ("mask", "temperature", "teacher_temperature", *STATES)
+GRADS = ("grad_logprobs", "grad_entropy", "grad_divergence")
+SAVED = ("entropy", "kl")
 LEVELS = ("outer", "inner")
 RUNTIME = unspecialised(
-    ("tokens", *PER_ROW, *GRADS),
+    ("tokens", *PER_ROW, *GRADS, *SAVED),
     LEVELS,
-    ("entropy", *STATES, "kl"),
+    (),
     (
         *(f"{x}_{level}" for x in TENSORS for level in LEVELS),
         *("inner", "V", "n_rows", "n_parts", "n_segments"),
@@ -115,27 +116,43 @@ def log_probabilities(x, y, pair):
 
 
 @triton.jit
+def at_least(x, low):
+    """The larger of both; a NaN passes."""
+    return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def log_ratios(log_p, log_q, pair, KIND: tl.constexpr):
     """ln(p/q) and ln(q/p); for jsd ln(p/m) and ln(q/m), m = (1 - beta) p + beta q.
 
-    Of m the larger of p and q is taken out, so that what remains is neither 0 nor infinite.
+    Each belongs to a weight, p or q. Where that is 0, and so below e^-200, the ratio is any that
+    is finite, or infinite where the other is 0 too. Of m the larger of p and q is taken out, so
+    that what remains is neither 0 nor infinite.
     """
-    gap = log_q - log_p
+    own, other = at_least(log_p, ZERO_EXP), at_least(log_q, ZERO_EXP)
     if KIND == DIVERGENCE_JSD:
+        gap = other - own
         up = gap > 0
         least = tl.exp2(-tl.abs(gap) * LOG2E)
         of_least = tl.where(up, pair.rest, pair.beta)
         beyond = tl.log(tl.fma(of_least, least, tl.where(up, pair.beta, pair.rest)))
         return tl.minimum(-gap, 0.0) - beyond, tl.minimum(gap, 0.0) - beyond
     else:
-        return -gap, gap
+        return own - log_q, other - log_p
 
 
 @triton.jit
 def weighted(total, log_weight, ratio):
-    """The sum with weight * ratio more, 0 where the weight is."""
-    weight = tl.exp2(tl.maximum(log_weight * LOG2E, LEAST_EXP))
+    """The sum with e^log_weight * ratio more: nothing where the weight is exactly 0."""
+    weight = tl.exp2(log_weight * LOG2E)
+    weight = tl.where(weight == 0.0, LEAST, weight)
     return tl.fma(weight, tl.where(log_weight == float("-inf"), 0.0, ratio), total)
+
+
+@triton.jit
+def row_value(ptr, outer, level, rows, inner, live):
+    """fp32 of a tensor with a number a row; 0 where it is absent, and of rows not live."""
+    return load_f32(ptr, row_offset(Strided(ptr, outer, level), rows, inner), live, 0.0)
 
 
 @triton.jit
@@ -223,11 +240,14 @@ def divergence_results(own, other, pair, KIND: tl.constexpr):
 def divergence_kernel(
     logits_ptr, logits_outer: tl.int64, logits_inner: tl.int64,  # (rows, V)
     teacher_ptr, teacher_outer: tl.int64, teacher_inner: tl.int64,  # (rows, V) of the same type
-    mask_ptr, mask_outer: tl.int64, mask_inner: tl.int64,  # (rows,), as the next two
+    mask_ptr, mask_outer: tl.int64, mask_inner: tl.int64,  # (rows,), as the next six
     temperature_ptr, temperature_outer: tl.int64, temperature_inner: tl.int64,
     teacher_temperature_ptr,
     teacher_temperature_outer: tl.int64, teacher_temperature_inner: tl.int64,
-    row_max_ptr, log_sum_ptr, teacher_max_ptr, teacher_log_sum_ptr,  # (rows,) fp32 contiguous
+    row_max_ptr, row_max_outer: tl.int64, row_max_inner: tl.int64,
+    log_sum_ptr, log_sum_outer: tl.int64, log_sum_inner: tl.int64,
+    teacher_max_ptr, teacher_max_outer: tl.int64, teacher_max_inner: tl.int64,
+    teacher_log_sum_ptr, teacher_log_sum_outer: tl.int64, teacher_log_sum_inner: tl.int64,
     parts_ptr,  # (2, rows, segments) fp32; None, as the next, for one segment
     counters_ptr,  # (rows,) int32 zeros, and so again after the launch
     divergence_ptr, kl_ptr,  # (rows,) fp32 contiguous
@@ -249,13 +269,16 @@ def divergence_kernel(
     )
     live = load_flag(mask_ptr, row_offset(mask, row, inner), row >= 0)
     if live:
-        inv_temp = inverse_temperature(temperature, row, inner, live, inv_temperature)
-        other_inv_temp = inverse_temperature(
-            of_teacher, row, inner, live, teacher_inv_temperature
-        )
         pair = Pair(
-            *(tl.load(row_max_ptr + row), tl.load(log_sum_ptr + row), inv_temp),
-            *(tl.load(teacher_max_ptr + row), tl.load(teacher_log_sum_ptr + row), other_inv_temp),
+            row_value(row_max_ptr, row_max_outer, row_max_inner, row, inner, live),
+            row_value(log_sum_ptr, log_sum_outer, log_sum_inner, row, inner, live),
+            inverse_temperature(temperature, row, inner, live, inv_temperature),
+            row_value(teacher_max_ptr, teacher_max_outer, teacher_max_inner, row, inner, live),
+            row_value(
+                *(teacher_log_sum_ptr, teacher_log_sum_outer, teacher_log_sum_inner),
+                *(row, inner, live),
+            ),
+            inverse_temperature(of_teacher, row, inner, live, teacher_inv_temperature),
             *(beta, rest),
         )
         row_ptr = row_start(Strided(logits_ptr, logits_outer, logits_inner), row, inner, ALIGN)
@@ -290,12 +313,10 @@ def pair_grad(x, y, row, KIND: tl.constexpr):
     """dz of a column that is not the label's, from a PairGradient."""
     pair = row.pair
     log_p, log_q = log_probabilities(x, y, pair)
-    # e^-200 is 0: what ln p is there changes nothing, but that 0 times it is 0.
-    inside = tl.maximum(log_p, ZERO_EXP)
     p = tl.exp2(log_p * LOG2E)
-    inner = tl.fma(row.slope, inside, row.offset)
+    inner = tl.fma(row.slope, tl.maximum(log_p, ZERO_EXP), row.offset)
     if KIND != DIVERGENCE_FORWARD:
-        of_student, _ = log_ratios(inside, tl.maximum(log_q, FAINT), pair, KIND)
+        of_student, _ = log_ratios(log_p, at_least(log_q, FAINT), pair, KIND)
         inner = tl.fma(row.own, of_student, inner)
     dz = p * inner
     if (KIND == DIVERGENCE_FORWARD) | (KIND == DIVERGENCE_MIXED):
@@ -317,27 +338,25 @@ def kind_slopes(slope, beta, rest, KIND: tl.constexpr):
         return slope * rest, none
 
 
-@triton.jit
-def row_value(ptr, outer, level, rows, inner, live):
-    """fp32 of a tensor with a number a row; 0 where it is absent, and of rows not live."""
-    return load_f32(ptr, row_offset(Strided(ptr, outer, level), rows, inner), live, 0.0)
-
-
 # fmt: off
 @triton.jit(**RUNTIME)
 def divergence_terms_kernel(
     logits_ptr, logits_outer: tl.int64, logits_inner: tl.int64,  # (rows, V)
     teacher_ptr, teacher_outer: tl.int64, teacher_inner: tl.int64,  # (rows, V) of the same type
-    tokens_ptr, tokens_outer: tl.int64, tokens_inner: tl.int64,  # (rows,), as the next six
+    tokens_ptr, tokens_outer: tl.int64, tokens_inner: tl.int64,  # (rows,), as the next twelve
     mask_ptr, mask_outer: tl.int64, mask_inner: tl.int64,
     temperature_ptr, temperature_outer: tl.int64, temperature_inner: tl.int64,
     teacher_temperature_ptr,
     teacher_temperature_outer: tl.int64, teacher_temperature_inner: tl.int64,
+    row_max_ptr, row_max_outer: tl.int64, row_max_inner: tl.int64,
+    log_sum_ptr, log_sum_outer: tl.int64, log_sum_inner: tl.int64,
+    teacher_max_ptr, teacher_max_outer: tl.int64, teacher_max_inner: tl.int64,
+    teacher_log_sum_ptr, teacher_log_sum_outer: tl.int64, teacher_log_sum_inner: tl.int64,
     grad_logprobs_ptr, grad_logprobs_outer: tl.int64, grad_logprobs_inner: tl.int64,
     grad_entropy_ptr, grad_entropy_outer: tl.int64, grad_entropy_inner: tl.int64,
     grad_divergence_ptr, grad_divergence_outer: tl.int64, grad_divergence_inner: tl.int64,
-    row_max_ptr, log_sum_ptr, teacher_max_ptr, teacher_log_sum_ptr,  # (rows,) fp32 contiguous
-    entropy_ptr, kl_ptr,  # the same
+    entropy_ptr, entropy_outer: tl.int64, entropy_inner: tl.int64,
+    kl_ptr, kl_outer: tl.int64, kl_inner: tl.int64,
     terms_ptr, labels_ptr,  # (N_TERMS, rows) fp32, (rows,) int32
     inner, V, n_rows: tl.int64,
     inv_temperature, teacher_inv_temperature, beta, rest,
@@ -360,12 +379,15 @@ def divergence_terms_kernel(
     here = (label >= 0) & (label < V)
     x = load_f32(logits_ptr, row_offset(student, rows, inner) + label, here, 0.0)
     y = load_f32(teacher_ptr, row_offset(teacher, rows, inner) + label, here, 0.0)
-    row_max = tl.load(row_max_ptr + rows, mask=live, other=0.0)
-    log_sum = tl.load(log_sum_ptr + rows, mask=live, other=0.0)
+    row_max = row_value(row_max_ptr, row_max_outer, row_max_inner, rows, inner, live)
+    log_sum = row_value(log_sum_ptr, log_sum_outer, log_sum_inner, rows, inner, live)
     inv_temp = inverse_temperature(temperature, rows, inner, live, inv_temperature)
-    inv_temp = tl.broadcast_to(inv_temp, [ROWS])
-    teacher_max = tl.load(teacher_max_ptr + rows, mask=live, other=0.0)
-    teacher_log_sum = tl.load(teacher_log_sum_ptr + rows, mask=live, other=0.0)
+    teacher_max = row_value(
+        teacher_max_ptr, teacher_max_outer, teacher_max_inner, rows, inner, live
+    )
+    teacher_log_sum = row_value(
+        *(teacher_log_sum_ptr, teacher_log_sum_outer, teacher_log_sum_inner), *(rows, inner, live)
+    )
     other_inv_temp = inverse_temperature(of_teacher, rows, inner, live, teacher_inv_temperature)
     states = (row_max, log_sum, inv_temp, teacher_max, teacher_log_sum, other_inv_temp)
     pair = Pair(*states, beta, rest)
@@ -374,16 +396,17 @@ def divergence_terms_kernel(
     c = row_value(
         grad_divergence_ptr, grad_divergence_outer, grad_divergence_inner, rows, inner, live
     )
-    entropy = tl.load(entropy_ptr + rows, mask=live, other=0.0)
-    kl = tl.load(kl_ptr + rows, mask=live, other=0.0)
+    entropy = row_value(entropy_ptr, entropy_outer, entropy_inner, rows, inner, live)
+    kl = row_value(kl_ptr, kl_outer, kl_inner, rows, inner, live)
 
     # A label at -inf stays impossible: no gradient through its log-probability.
     g = tl.where(here & (tl.fma(x, inv_temp, -row_max) == float("-inf")), 0.0, g)
     own, other = kind_slopes(c * inv_temp, beta, rest, KIND)
-    offset = tl.fma(-own, kl, -tl.fma(h, entropy, g) * inv_temp)
+    offset = -tl.fma(h, entropy, g) * inv_temp
+    offset = tl.where(own == 0.0, offset, tl.fma(-own, kl, offset))  # 0 times an infinite kl too
     slope = -h * inv_temp
     gradient = PairGradient(pair, label, offset, slope, own, other, 0.0)
-    at_label = tl.fma(g, inv_temp, pair_grad(x, y, gradient, KIND))
+    at_label = pair_grad(x, y, gradient, KIND) + g * inv_temp
     terms = states + (offset, slope, own, other, at_label)
     for i in tl.static_range(N_TERMS):
         tl.store(terms_ptr + i * n_rows + rows, terms[i], mask=inside)
@@ -427,6 +450,27 @@ def divergence_grad_kernel(
         )
 
 
+def _check(logits: Tensor, teacher_logits: Tensor, per_row: dict[str, Tensor | None]) -> None:
+    """ValueError unless the tensors are as the schema has them; the kernels would read others."""
+    if teacher_logits.dtype != logits.dtype or teacher_logits.shape != logits.shape:
+        raise ValueError(
+            f"divergence: teacher_logits must be {logits.dtype} of shape {tuple(logits.shape)},"
+            f" got {teacher_logits.dtype} of {tuple(teacher_logits.shape)}"
+        )
+    for name, x in (("logits", logits), ("teacher_logits", teacher_logits)):
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(
+                f"divergence: {name} must be contiguous in the last dimension, got strides"
+                f" {x.stride()}"
+            )
+    for name, y in per_row.items():
+        if y is not None and y.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"divergence: {name} must have shape {tuple(logits.shape[:-1])}, got"
+                f" {tuple(y.shape)}"
+            )
+
+
 def divergence_fwd(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -450,8 +494,9 @@ def divergence_fwd(
     padded = 1 if segments == 1 else max(SEGMENTS, triton.next_power_of_2(segments))
     per_row = (flag_bytes(mask), temperature_tensor, teacher_temperature_tensor)
     states = (row_max, log_sum, teacher_max, teacher_log_sum)
+    _check(logits, teacher_logits, dict(zip(STATES, states, strict=True)))
     with on_device(logits):
-        for block in row_blocks(lead, logits, teacher_logits, *per_row):
+        for block in row_blocks(lead, logits, teacher_logits, *per_row, *states):
             n_rows = block.outer * block.inner
             if n_rows == 0:
                 break
@@ -460,7 +505,7 @@ def divergence_fwd(
                 parts = logits.new_empty(2, n_rows, segments, dtype=torch.float32)
                 counters = row_counters(logits, n_rows)
             divergence_kernel[(n_rows * segments,)](
-                *(*block.args, *(x.view(-1)[block.start :] for x in states), parts, counters),
+                *(*block.args, parts, counters),
                 *(x.view(-1)[block.start :] for x in outs),
                 *(block.inner, vocab, n_rows * segments, segments),
                 *(1.0 / temperature, 1.0 / teacher_temperature, beta, 1.0 - beta),
@@ -481,8 +526,9 @@ def _write(out: Tensor, *args: Any) -> None:
     tiling = config.pair_tiling(vocab)
     # A row whose gradient overlaps other columns is one program's: see softmax.grad_step.
     segments = triton.cdiv(vocab, tiling.segment) if out.dtype == logits.dtype else 1
-    per_row = (tokens, flag_bytes(mask), of_student, of_teacher, *grads)
-    numbers = (*states, entropy, kl)
+    per_row = (tokens, flag_bytes(mask), of_student, of_teacher, *states, *grads, entropy, kl)
+    names = ("tokens", *PER_ROW, *GRADS, *SAVED)
+    _check(logits, teacher_logits, dict(zip(names, per_row, strict=True)))
     weights = (beta, 1.0 - beta)
     with on_device(logits):
         for block in row_blocks(logits.shape[:-1], logits, teacher_logits, *per_row, out):
@@ -492,7 +538,7 @@ def _write(out: Tensor, *args: Any) -> None:
             terms = logits.new_empty(N_TERMS.value, n_rows, dtype=torch.float32)
             labels = logits.new_empty(n_rows, dtype=torch.int32)
             divergence_terms_kernel[(triton.cdiv(n_rows, config.ROW_SCALARS.block),)](
-                *(*block.args[:-3], *(x.view(-1)[block.start :] for x in numbers), terms, labels),
+                *(*block.args[:-3], terms, labels),
                 *(block.inner, vocab, n_rows),
                 *(1.0 / temperature, 1.0 / teacher_temperature, *weights),
                 KIND=kind,

@@ -51,10 +51,10 @@ def compile_all(folder: Path, ops: Sequence[str]) -> int:
     import triton
 
     from benchmarks.gpu import count, fake_driver
-    from ppo_fast.testing import FACTORIES, HEADS, run
+    from ppo_fast.testing import DIVERGENCES, FACTORIES, HEADS, run
 
     with fake_driver.recording() as record:
-        for op, factory in (FACTORIES | HEADS).items():
+        for op, factory in (FACTORIES | HEADS | DIVERGENCES).items():
             if not ops or op in ops:
                 run(factory(), "triton")
     variants = record.variants

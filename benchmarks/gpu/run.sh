@@ -88,7 +88,7 @@ smoke() {
   local code=0 backends=(triton cuda)
   ((DRY_RUN)) && backends=()
   limited smoke "$PYTHON" tests/scripts/smoke.py "${backends[@]}" || code=$?
-  report smoke "$code" smoke $((code == 0 ? 1 : 20))
+  report smoke "$code" smoke $((code == 0 ? 2 : 20))
 }
 
 ceilings() {

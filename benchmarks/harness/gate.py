@@ -27,11 +27,14 @@ _MEANS = {
     "kl_k3": "kl_k3",
     "ratio_mean": "ratio",
 }
+_EXTREMES = ("ratio_min", "ratio_max")
 
 # Losses of logits: means over the rows.
-_MEANS_OF_ROWS = ("linear_ppo_loss", "logits_ppo_loss")
+_MEANS_OF_ROWS = ("linear_ppo_loss", "logits_ppo_loss", "linear_divergence", "divergence")
 # What a sample of the rows can answer for.
-_PER_ROW = ("logprobs", "entropy", "grad_logits", "grad_hidden")
+_PER_ROW = ("logprobs", "entropy", "divergence", "grad_logits", "grad_hidden")
+# Tensors that every row shares.
+_SHARED = ("weight", "teacher_weight")
 # Logits in the sample: on a CPU 0.5 GB of fp64, and some temporaries of that size. A GPU's time is
 # lent, and its host would take half a minute for the products of a head's sample of that size.
 _SAMPLE = {"cpu": 2**26, "cuda": 2**23}
@@ -39,17 +42,17 @@ _SAMPLE = {"cpu": 2**26, "cuda": 2**23}
 
 def _sampled(call: Call) -> tuple[Call, Tensor | None]:
     """The call with as many of its rows as fit the sample, and which; None where all fit."""
-    if "tokens" not in call.tensors:
+    main = call.tensors.get("hidden", call.tensors.get("logits"))
+    if main is None:
         return call, None
-    head = call.tensors.get("weight")
-    vocab = call.tensors["logits"].shape[-1] if head is None else head.shape[0]
-    tokens = call.tensors["tokens"]
-    n, fit = tokens.shape[0], max(2, _SAMPLE[tokens.device.type] // vocab)
+    heads = [call.tensors[name].shape[0] for name in _SHARED if name in call.tensors]
+    logits = [x.shape[-1] for name, x in call.tensors.items() if name.endswith("logits")]
+    n, fit = main.shape[0], max(2, _SAMPLE[main.device.type] // sum(heads or logits))
     if n <= fit:
         return call, None
     rows = torch.linspace(0, n - 1, fit, dtype=torch.float64).long()
     tensors = {
-        k: x if k == "weight" else x[rows.to(x.device)]
+        k: x if k in _SHARED else x[rows.to(x.device)]
         for k, x in call.tensors.items()
         if k != "row_index"  # what it leaves out is masked
     }
@@ -103,6 +106,8 @@ class Gate:
             if kind is Stats and name in _MEANS:
                 condition = Stats(sums).field(_MEANS[name]) / n
                 self._budgets[name] = (ops, condition, False)
+            elif kind is Stats and name in _EXTREMES:  # of one token: nothing is added
+                self._budgets[name] = (ops, Stats(sums).field(name), False)
             else:
                 self._budgets[name] = (math.sqrt(n), torch.tensor(abs(value) + 1.0), False)
 

@@ -58,7 +58,7 @@ def logprobs_inputs(
 
     Tokens are uniform over the vocabulary where none are given.
     """
-    tensors = _head_tensors(case, tokens)
+    tensors = head_tensors(case, tokens)
     rows = case.shape.dims[0]
     cotangents = {k: torch.randn(rows, device=case.device) for k in ("logprobs", "entropy")}
     return Call(case.op, tensors, _over(support), cotangents)
@@ -71,7 +71,7 @@ def policy_loss_inputs(
 
     Tokens are uniform over the vocabulary where none are given.
     """
-    tensors = _head_tensors(case, tokens)
+    tensors = head_tensors(case, tokens)
     logprobs = _logprobs(tensors, _over(support))
     ratio = off_the_bounds(torch.randn_like(logprobs).mul(0.15).exp(), 1e-2, 3e-2)
     tensors |= {
@@ -89,7 +89,7 @@ def _over(support: ppo_fast.Support | None) -> dict[str, Any]:
     return {} if support is None else {"support": support}
 
 
-def _head_tensors(case: Case, tokens: Tensor | None) -> dict[str, Tensor]:
+def head_tensors(case: Case, tokens: Tensor | None = None) -> dict[str, Tensor]:
     """Tokens, and logits or (with a hidden size) hidden states and weight."""
     torch.manual_seed(0)
     (rows, vocab, *width), dtype, device = case.shape.dims, DTYPES[case.dtype], case.device

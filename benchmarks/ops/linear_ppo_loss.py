@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.ops import support
+from benchmarks.ops import support, teacher
 from benchmarks.ops.case import BOTH, DTYPES, Case, Shape
 from benchmarks.ops.inputs import policy_loss_inputs
 from benchmarks.ops.op import CPU, Cost, Goal, Op, device_time
@@ -21,15 +21,19 @@ LENGTHS = tuple(Shape(f"head-{n}k", (1024 * n, 8192, 64)) for n in (1, 4, 16, 64
 CHOSEN_R2 = Shape("qwen-r2-3-rows-of-10", QWEN_R2.dims)
 
 LINEAR_LOSS_BOTH = Case(NAME, BOTH, SMOLLM2_HEAD_2K)
+WITH_TEACHER = Case(NAME, BOTH, teacher.taught(SMOLLM2_HEAD_2K))
 OF_SUPPORT = {name: Case(NAME, BOTH, shape) for name, shape in support.SHAPES.items()}
 GPU_LINEAR_LOSS = Case(NAME, BOTH, QWEN_R2, "bf16", device="cuda")
 GPU_CHOSEN_ROWS = Case(NAME, BOTH, CHOSEN_R2, "bf16", device="cuda")
+GPU_WITH_TEACHER = Case(NAME, BOTH, teacher.taught(QWEN_R2), "bf16", device="cuda")
 CASES = (
     LINEAR_LOSS_BOTH,
     *(Case(NAME, BOTH, shape) for shape in LENGTHS),
+    WITH_TEACHER,
     *OF_SUPPORT.values(),
     GPU_LINEAR_LOSS,
     GPU_CHOSEN_ROWS,
+    GPU_WITH_TEACHER,
 )
 GOALS = (
     Goal(LINEAR_LOSS_BOTH, CPU, "gemms", 1.15, 1.05, faster=False),
@@ -61,10 +65,12 @@ def _rows(case: Case) -> int:
 
 
 def inputs(case: Case) -> Call:
-    """The loss of all rows, or of three in ten, or over a support."""
+    """The loss of all rows, or of three in ten, over a support, or with a teacher."""
     if support.kept(case):
         return support.inputs(case, policy_loss_inputs)
     call = policy_loss_inputs(case)
+    if kind := teacher.kind_of(case):
+        return teacher.with_teacher(call, kind, teacher.COEF)
     if not _chosen(case):
         return call
     index = torch.arange(_rows(case), device=case.device) * 10 // 3
@@ -76,10 +82,13 @@ def inputs(case: Case) -> Call:
 def cost(case: Case) -> Cost:
     """Hidden states and head once, tokens and results; the product and the softmax of it.
 
-    Backward: both gradients, and two more products.
+    Backward: both gradients, and two more products. A teacher's head is read beside it.
     """
     if support.kept(case):
         return support.cost(case)
+    if teacher.kind_of(case):
+        moved, operations = teacher.cost(case)
+        return Cost(moved + case.shape.dims[0] * 32, operations)
     rows, (_, vocab, width) = _rows(case), case.shape.dims
     n = rows * vocab
     moved, both = (rows + vocab) * width * DTYPES[case.dtype].itemsize, case.direction == BOTH

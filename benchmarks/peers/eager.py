@@ -176,6 +176,80 @@ def of_support(
     return ppo_loss(logprobs, entropy=entropy, **rest)
 
 
+def divergence(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor,
+    *,
+    kind: str,
+    beta: float,
+    coef: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean divergence, each row's, and its entropy, which is logged."""
+    logp, logq = (F.log_softmax(x, dim=-1, dtype=torch.float32) for x in (logits, teacher_logits))
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp).sum(-1)
+    rows = divergences(logp, logq, kind, beta)
+    keep = mask.to(rows.dtype)
+    return coef * (rows * keep).sum() / keep.sum(), rows, entropy
+
+
+def divergences(logp: Tensor, logq: Tensor, kind: str, beta: float) -> Tensor:
+    """Those of rows of log-probabilities, as TRL's `generalized_jsd_loss` has them."""
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return F.kl_div(q, p, reduction="none", log_target=True)
+
+    if kind == "reverse":
+        return kl(logp, logq).sum(-1)
+    if kind == "forward":
+        return kl(logq, logp).sum(-1)
+    mixture = torch.logaddexp(logp + math.log1p(-beta), logq + math.log(beta))
+    return (beta * kl(logq, mixture) + (1 - beta) * kl(logp, mixture)).sum(-1)
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits of both materialised first."""
+    logits, teacher_logits = F.linear(hidden, weight), F.linear(teacher_hidden, teacher_weight)
+    return divergence(logits, teacher_logits, mask, **options)
+
+
+def linear_token_divergence(**named: Any) -> tuple[Tensor, ...]:
+    """The same without its mean."""
+    return linear_divergence(**named)[1:]
+
+
+def linear_ppo_loss_with_teacher(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    mask: Tensor,
+    *,
+    kind: str,
+    beta: float,
+    coef: float,
+    **rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """The policy's loss and the mean divergence from one softmax of the materialised logits."""
+    logp = F.log_softmax(F.linear(hidden, weight), dim=-1, dtype=torch.float32)
+    logq = F.log_softmax(F.linear(teacher_hidden, teacher_weight), dim=-1, dtype=torch.float32)
+    logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    loss, stats = ppo_loss(logprobs, entropy=entropy, mask=mask, **rest)
+    keep = mask.to(loss.dtype)
+    loss = loss + coef * (divergences(logp, logq, kind, beta) * keep).sum() / keep.sum()
+    return loss, torch.cat([loss.detach()[None], stats[1:]])
+
+
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float
 ) -> tuple[Tensor, Tensor]:

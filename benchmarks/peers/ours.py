@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import ppo_fast
+from benchmarks.ops import teacher
 from benchmarks.ops.case import Case
 from benchmarks.ops.registry import OPS
 from benchmarks.ops.support import kept
-from benchmarks.peers.base import Bound, Provider, leaves, restore, timed
+from benchmarks.peers.base import Bound, Provider, leaves, pair, restore, timed
 from ppo_fast import surrogates
-from ppo_fast.testing import Call, output
+from ppo_fast.testing import Call, arguments, output
 
 # The reference's recurrence launches about 25 kernels a step.
 _MOST_STEPS = {"cpu": 16384, "cuda": 1024}
@@ -18,13 +20,16 @@ _MOST_STEPS = {"cpu": 16384, "cuda": 1024}
 
 def of(case: Case) -> Iterator[Provider]:
     """The backends of the case's device, then the reference."""
-    on_gpu = ("triton",) if kept(case) else ("cuda", "triton")  # supports have no CUDA C++
+    # Neither supports nor teachers have CUDA C++.
+    on_gpu = ("triton",) if kept(case) or teacher.kind_of(case) else ("cuda", "triton")
     backends = ("cpu",) if case.device == "cpu" else on_gpu
     for backend in backends:
         yield _backend(case, backend)
         if OPS[case.op].inplace and case.differentiates:
             yield _backend(case, backend, inplace=True)
-        if case.op == "linear_ppo_loss" and not kept(case):
+        if case.op == "linear_ppo_loss" and teacher.kind_of(case):
+            yield _apart(case, backend)
+        elif case.op == "linear_ppo_loss" and not kept(case):
             yield _surrogate(case, backend)
     yield _backend(case, "reference")
 
@@ -62,6 +67,35 @@ def _surrogate(case: Case, backend: str) -> Provider:
     return Provider(f"ppo_fast-{backend}-surrogate", bind, lambda: ppo_fast.backends()[backend])
 
 
+def _apart(case: Case, backend: str) -> Provider:
+    """The policy's loss and the divergence by a call each, which forms the student's logits and
+    gradients twice: seven products where both at once take four."""
+
+    def bind(case: Case, call: Call) -> Bound:
+        tensors, inputs = leaves(case, call)
+        names = {name: x for name, x in tensors.items() if name.startswith("teacher_")}
+        heads = {k: x for k, x in tensors.items() if k in ("hidden", "weight", "mask")} | names
+        policy = {k: x for k, x in tensors.items() if k not in names}
+        options = {k: v for k, v in call.options.items() if k != "teacher"}
+        own = {k: call.options[k] for k in ("teacher", "reduction")}
+
+        def run() -> Any:
+            loss, *_, logprobs, entropy = ppo_fast.linear_ppo_loss(
+                **policy, **options, backend=backend
+            )
+            found = ppo_fast.linear_divergence(**arguments(heads | own), backend=backend)
+            return loss + found.loss, logprobs, entropy
+
+        return timed(case, call, run, inputs, pair("loss", "logprobs", "entropy"))
+
+    return Provider(
+        f"ppo_fast-{backend}-apart",
+        bind,
+        lambda: ppo_fast.backends()[backend],
+        computes="the same by linear_ppo_loss and linear_divergence, the statistics by the first",
+    )
+
+
 def bind_backend(case: Case, call: Call, backend: str, inplace: bool = False) -> Bound:
     """The op on a backend, with the gradients that the case takes."""
     tensors, inputs = leaves(case, call)
@@ -70,4 +104,6 @@ def bind_backend(case: Case, call: Call, backend: str, inplace: bool = False) ->
     if inplace:
         options[OPS[call.op].inplace] = True
     prepare = restore(tensors, call, "logits") if inplace else None
-    return timed(case, call, lambda: op(**tensors, **options), inputs, output, prepare=prepare)
+    return timed(
+        case, call, lambda: op(**arguments(tensors | options)), inputs, output, prepare=prepare
+    )

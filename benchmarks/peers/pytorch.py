@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.ops import teacher
 from benchmarks.ops.case import Case
 from benchmarks.peers import ceilings, eager
 from benchmarks.peers.base import (
@@ -27,7 +28,12 @@ from ppo_fast.testing import Call
 
 # About six launches a step: beyond this many a call takes seconds on a GPU.
 _MOST_STEPS = 16384
-_LINEAR = ("linear_token_logprobs", "linear_ppo_loss")
+_LINEAR = (
+    "linear_token_logprobs",
+    "linear_ppo_loss",
+    "linear_token_divergence",
+    "linear_divergence",
+)
 
 
 def of(case: Case) -> Iterator[Provider]:
@@ -48,13 +54,24 @@ def of(case: Case) -> Iterator[Provider]:
             roundings=_rounded(case),
             computes="log-prob only, no entropy; in chunks, never whole logits",
         )
-        yield _ceiling("gemm", ceilings.product)
-    elif case.op == "linear_ppo_loss":
-        if case.differentiates and case.dtype == "fp32":
+    yield from _ceilings(case)
+
+
+def _ceilings(case: Case) -> Iterator[Provider]:
+    """The head's products, or the traffic of what the op reads and writes."""
+    heads_step = case.op != "linear_token_logprobs" and case.differentiates
+    if case.op in _LINEAR and heads_step:
+        if case.dtype == "fp32":
             yield Provider("gemms", _gemms, ceiling=True)
-    elif case.op == "token_logprobs" and not case.differentiates:
+    elif case.op == "linear_token_logprobs":
+        yield _ceiling("gemm", ceilings.product)
+    elif case.op == "linear_token_divergence":
+        yield _ceiling("gemms", ceilings.products)
+    elif case.op == "divergence" and case.differentiates:
+        yield _ceiling("copy", ceilings.copy_and_read)
+    elif case.op in ("token_logprobs", "divergence") and not case.differentiates:
         yield _ceiling("read", ceilings.read)
-    else:
+    elif case.op not in _LINEAR:
         yield _ceiling("copy", ceilings.copy)
 
 
@@ -113,6 +130,9 @@ _PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...], Callable[[Any], Nam
         ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
         with_stats(eager.PPO_STATS, head=True),
     ),
+    "divergence": (eager.divergence, (), pair("loss", "divergence", "entropy")),
+    "linear_divergence": (eager.linear_divergence, (), pair("loss", "divergence", "entropy")),
+    "linear_token_divergence": (eager.linear_token_divergence, (), pair("divergence", "entropy")),
     "value_loss": (eager.value_loss, ("clip",), with_stats(eager.VALUE_STATS)),
     "whiten": (eager.whiten, (), single("out")),
     "rollout_weights": (eager.rollout_weights, ("high", "reject"), _weights_with_stats),
@@ -124,12 +144,16 @@ def _function(case: Case, name: str, compiled: bool = False) -> Provider:
 
     def bind(case: Case, call: Call) -> Bound:
         plain, accepted, named = _PLAIN[call.op]
+        if case.op == "linear_ppo_loss" and teacher.kind_of(case):
+            plain = eager.linear_ppo_loss_with_teacher
         function: Any = torch.compile(plain, dynamic=False) if compiled else plain
         tensors, inputs = leaves(case, call)
         given = call.options
         if "correction" in given:
             given = {"high": given["correction"].high, "reject": dict(given["correction"].reject)}
         options = {k: v for k, v in given.items() if k in accepted}
+        if teacher.kind_of(case):
+            options |= teacher.options_of(call)
         return timed(case, call, lambda: function(**tensors, **options), inputs, named)
 
     return Provider(name, bind, plain=True, roundings=_rounded(case))

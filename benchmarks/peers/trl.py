@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.ops import teacher
 from benchmarks.ops.case import Case
 from benchmarks.peers.base import (
     BF16_LOGITS,
@@ -33,6 +34,8 @@ def of(case: Case) -> Iterator[Provider]:
     if case.op == "linear_token_logprobs":
         rounded = 0.0 if case.dtype == "fp32" else BF16_LOGITS
         yield Provider("trl", _linear, needs("trl.kernels", _PACKAGE), roundings=rounded)
+    if case.op in ("linear_divergence", "linear_token_divergence"):
+        yield Provider("trl", _divergence, needs("trl.kernels.chunked_divergence", _PACKAGE))
 
 
 def _logits(case: Case, call: Call) -> Bound:
@@ -62,3 +65,20 @@ def _linear(case: Case, call: Call) -> Bound:
         )[:2]
 
     return Bound(run, pair("logprobs", "entropy"))
+
+
+def _divergence(case: Case, call: Call) -> Bound:
+    """By both heads' tiles of 4096 rows and 32768 of the vocabulary, formed anew each time."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    t, inputs = leaves(case, call)
+    heads = (t["hidden"], t["weight"], None, t["teacher_hidden"], t["teacher_weight"], None)
+    beta = teacher.beta_of(call)
+    mean = case.op == "linear_divergence"
+    names = pair(*(("loss",) if mean else ()), "divergence", "entropy")
+
+    def run() -> Any:
+        rows, entropy = ChunkedDivergenceFunction.apply(*heads, beta)
+        return (rows.mean(), rows, entropy) if mean else (rows, entropy)
+
+    return timed(case, call, run, inputs, names)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks.harness.machine import slugged
 from benchmarks.ops.case import CALL, CALL_GRAD, Case
 from benchmarks.ops.support import kept
+from benchmarks.ops.teacher import kind_of
 from benchmarks.report.results import Row, by_case
 from benchmarks.report.tables import ceiling_share, fused, timed
 
@@ -28,10 +29,15 @@ class Plot(NamedTuple):
 def by_size(rows: list[Row], machine: str) -> list[Plot]:
     """One per kind of case (op, direction, layout, dtype, ...) timed at two sizes or more.
 
-    The cases of supports differ in their kept ids, not in size.
+    The cases of supports differ in their kept ids, those of teachers in the divergence, not in
+    size.
     """
     kinds: dict[str, list[Case]] = {}
-    blocks = {case: timed(block) for case, block in by_case(rows).items() if not kept(case)}
+    blocks = {
+        case: timed(block)
+        for case, block in by_case(rows).items()
+        if not (kept(case) or kind_of(case))
+    }
     for case in (case for case, block in blocks.items() if block):
         size = f"{case.shape.name}:{case.shape}"
         kinds.setdefault(case.name.replace(size, case.shape.layout), []).append(case)

@@ -16,7 +16,6 @@ from ppo_fast._boundary.options import (
     PolicyOptions,
     Scoring,
     Softmax,
-    Teaching,
     TokenTensors,
     ValueOptions,
     rollout_options,
@@ -37,10 +36,6 @@ _SUPPORT_BWD = HANDLES["support_bwd"]
 _SPARSE_LOGITS = HANDLES["sparse_logits"]
 _SPARSE_HIDDEN_GRAD = HANDLES["sparse_hidden_grad"]
 _SPARSE_WEIGHT_GRAD = HANDLES["sparse_weight_grad"]
-_DIVERGENCE_FWD = HANDLES["divergence_fwd"]
-_DIVERGENCE_BWD = HANDLES["divergence_bwd"]
-_DIVERGENCE_BWD_ = HANDLES["divergence_bwd_"]
-_DIVERGENCE_BWD_BF16_ = HANDLES["divergence_bwd_bf16_"]
 _PPO_LOSS = HANDLES["ppo_loss"]
 _LOGITS_PPO_LOSS = HANDLES["logits_ppo_loss"]
 _LOGITS_PPO_LOSS_ = HANDLES["logits_ppo_loss_"]
@@ -188,100 +183,6 @@ def sparse_weight_grad(
     """
     out: tuple[Tensor, Tensor] = _SPARSE_WEIGHT_GRAD[backend](grad_logits, rows, starts, hidden)
     return out
-
-
-def divergence_fwd(
-    backend: str, logits: Tensor, s: Scoring, softmax: Softmax, t: Teaching
-) -> tuple[Tensor, Tensor]:
-    """(divergence, kl) of every row from its teacher's, or this share's part of both, unclamped.
-
-    `kl` is the student's own KL, from the teacher or, for jsd, from the mixture.
-    """
-    out: tuple[Tensor, Tensor] = _DIVERGENCE_FWD[backend](
-        logits,
-        t.logits,
-        s.mask,
-        s.temperature_tensor,
-        t.temperature_tensor,
-        softmax.row_max,
-        softmax.log_sum,
-        t.row_max,
-        t.log_sum,
-        s.temperature,
-        t.temperature,
-        t.kind,
-        t.beta,
-    )
-    return out
-
-
-def divergence_bwd(
-    backend: str,
-    logits: Tensor,
-    s: Scoring,
-    softmax: Softmax,
-    t: Teaching,
-    kl: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor],
-) -> Tensor:
-    """The logits' gradient, in their dtype, by (logprobs, entropy, divergence)."""
-    out: Tensor = _DIVERGENCE_BWD[backend](*_divergence(logits, s, softmax, t, kl, grads))
-    return out
-
-
-def divergence_bwd_(
-    backend: str,
-    logits: Tensor,
-    s: Scoring,
-    softmax: Softmax,
-    t: Teaching,
-    kl: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor],
-) -> None:
-    """The same over the logits."""
-    _DIVERGENCE_BWD_[backend](*_divergence(logits, s, softmax, t, kl, grads))
-
-
-def divergence_bwd_bf16_(
-    backend: str,
-    logits: Tensor,
-    s: Scoring,
-    softmax: Softmax,
-    t: Teaching,
-    kl: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor],
-) -> None:
-    """The same over fp32 logits, the gradient rounded to bfloat16, as `logprobs_bwd_bf16_`'s."""
-    _DIVERGENCE_BWD_BF16_[backend](*_divergence(logits, s, softmax, t, kl, grads))
-
-
-def _divergence(
-    logits: Tensor,
-    s: Scoring,
-    softmax: Softmax,
-    t: Teaching,
-    kl: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor],
-) -> tuple[Any, ...]:
-    return (
-        *grads,
-        logits,
-        t.logits,
-        s.tokens,
-        s.mask,
-        s.temperature_tensor,
-        t.temperature_tensor,
-        softmax.entropy,
-        softmax.row_max,
-        softmax.log_sum,
-        t.row_max,
-        t.log_sum,
-        kl,
-        s.temperature,
-        t.temperature,
-        t.kind,
-        t.beta,
-    )
 
 
 def ppo_loss(

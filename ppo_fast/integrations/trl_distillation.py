@@ -2,7 +2,8 @@
 
 `apply()`, `revert()` and `patched()`. Generation, the entropy metric and the reduction over
 processes stay TRL's own. The op "token_divergence" is the function inside the loss, which the
-trainer does not reach once the loss is replaced: it is patched when named.
+trainer does not reach once the loss is replaced, and "gkd" and "gold" are the losses of logits of
+the experimental `GKDTrainer` and `GOLDTrainer`: these are patched when named.
 """
 
 from __future__ import annotations
@@ -52,11 +53,10 @@ def _heads(
     rows = student_weight.shape[0], teacher_weight.shape[0]
     if rows[0] != rows[1]:
         raise Uncovered(f"heads of {rows[0]} and {rows[1]} rows")
-    kind = {0.0: "forward", 1.0: "reverse"}.get(float(beta), "jsd")
     teacher = Teacher(
         teacher_hidden,
         teacher_weight,
-        kind=kind,
+        kind=_kind(beta),
         beta=beta,
         bias=teacher_bias,
         softcap=teacher_final_logit_softcapping,
@@ -71,6 +71,10 @@ def _heads(
         "temperature": temperature / scale,
         "softcap": None if cap is None else cap / scale,
     }
+
+
+def _kind(beta: float) -> str:
+    return {0.0: "forward", 1.0: "reverse"}.get(float(beta), "jsd")
 
 
 def _positive(name: str, value: float | None) -> None:
@@ -149,9 +153,7 @@ def _loss(
         teacher_logit_scale,
         teacher_final_logit_softcapping,
     )
-    denom = num_items_in_batch
-    if isinstance(denom, Tensor):
-        denom = denom.to(student_hidden_states.device)
+    denom = _beside(student_hidden_states, num_items_in_batch)
     kept = completion_mask != 0
     out = ppo_fast.linear_divergence(
         **heads,
@@ -162,13 +164,64 @@ def _loss(
     return {"loss": out.loss, "entropy_sum": out.entropy.sum(), "n_valid_tensor": kept.sum()}
 
 
+def _beside(x: Tensor, items: Tensor | int | None) -> Tensor | int | None:
+    return items.to(x.device) if isinstance(items, Tensor) else items
+
+
+def _gkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """`GKDTrainer.generalized_jsd_loss`; "batchmean" is a mean over the labelled tokens there."""
+    if labels is None:
+        raise Uncovered("a loss without labels")
+    if reduction not in ("batchmean", "sum") and num_items_in_batch is None:
+        raise Uncovered(f"reduction {reduction!r}")
+    sides = [(tuple(x.shape), x.dtype) for x in (student_logits, teacher_logits)]
+    if sides[0] != sides[1]:
+        raise Uncovered(f"logits {sides[0]} beside a teacher's {sides[1]}")
+    _positive("temperature", temperature)
+    return ppo_fast.divergence(
+        student_logits,
+        teacher_logits,
+        labels != -100,
+        kind=_kind(beta),
+        beta=beta,
+        temperature=temperature,
+        reduction="token-sum" if reduction == "sum" else "token-mean",
+        denom=_beside(student_logits, num_items_in_batch),
+    ).loss
+
+
+def _gold(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    logits_are_probs: bool = False,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """`GOLDTrainer.generalized_jsd_loss`, for student and teacher of one tokenizer."""
+    if logits_are_probs:
+        raise Uncovered("probabilities of two tokenizers")
+    given = (student_logits, teacher_logits, labels, beta, temperature, reduction)
+    return _gkd(*given, num_items_in_batch)
+
+
 def _some_tokens(arguments: Arguments) -> Arguments:
     """The first call's comparison: some tokens, masked ones too, on the vocabulary's first words.
 
     The loss is divided by as many, for its size to be that of a token's.
     """
     mask = arguments["completion_mask"].reshape(-1)
-    rows = torch.cat([(mask != 0).nonzero()[:_KEPT, 0], (mask == 0).nonzero()[:_MASKED, 0]])
+    rows = _some_of(mask != 0)
     cut = {"completion_mask": mask[rows]}
     for side in _SIDES:
         hidden = arguments[f"{side}_hidden_states"]
@@ -176,11 +229,30 @@ def _some_tokens(arguments: Arguments) -> Arguments:
         for name in (f"{side}_lm_head_weight", f"{side}_lm_head_bias"):
             x = arguments[name]
             cut[name] = None if x is None else x[:_WORDS]
-    items = arguments["num_items_in_batch"]
-    if items is not None:
-        tensor = isinstance(items, Tensor)
-        cut["num_items_in_batch"] = torch.full_like(items, len(rows)) if tensor else len(rows)
-    return arguments | cut
+    return arguments | cut | _divided(arguments, len(rows))
+
+
+def _some_labels(arguments: Arguments) -> Arguments:
+    """The same of logits, over the vocabulary."""
+    labels = arguments.get("labels")
+    if labels is None:
+        return arguments
+    rows, cut = _some_of(labels.reshape(-1) != -100), {"labels": labels.reshape(-1)}
+    for name in (f"{side}_logits" for side in _SIDES):
+        cut[name] = arguments[name].flatten(0, -2)
+    return arguments | {k: x[rows] for k, x in cut.items()} | _divided(arguments, len(rows))
+
+
+def _some_of(keep: Tensor) -> Tensor:
+    return torch.cat([keep.nonzero()[:_KEPT, 0], (~keep).nonzero()[:_MASKED, 0]])
+
+
+def _divided(arguments: Arguments, count: int) -> Arguments:
+    items = arguments.get("num_items_in_batch")
+    if items is None:
+        return {}
+    divisor = torch.full_like(items, count) if isinstance(items, Tensor) else count
+    return {"num_items_in_batch": divisor}
 
 
 def _some_rows(arguments: Arguments) -> Arguments:
@@ -195,7 +267,7 @@ integration = Integration(
     package="trl",
     version="1.16",
     extra="trl-distillation",
-    on_request=("token_divergence",),
+    on_request=("token_divergence", "gkd", "gold"),
     swaps=(
         Swap(
             "loss",
@@ -209,6 +281,18 @@ integration = Integration(
             "trl.kernels.chunked_divergence:ChunkedDivergenceFunction.apply",
             _token_divergence,
             sample=_some_rows,
+        ),
+        Swap(
+            "gkd",
+            "trl.experimental.gkd.gkd_trainer:GKDTrainer.generalized_jsd_loss",
+            _gkd,
+            sample=_some_labels,
+        ),
+        Swap(
+            "gold",
+            "trl.experimental.gold.gold_trainer:GOLDTrainer.generalized_jsd_loss",
+            _gold,
+            sample=_some_labels,
         ),
     ),
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
-from ppo_fast._boundary import calls
+from ppo_fast._boundary import calls_divergence
 from ppo_fast._boundary.options import Scoring, Softmax, Teaching
 from ppo_fast._results import DivergenceLoss, TokenDivergence
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
@@ -50,7 +50,12 @@ class _Divergence(torch.autograd.Function):
         t = Teaching(y, row_max, log_sum, others, *t[4:])
         c = torch.zeros_like(kl) if grad is None else grad
         grads = (None, grad_entropy, c)
-        return calls.divergence_bwd(backend, logits, s, softmax, t, kl, grads), None, None, None
+        return (
+            calls_divergence.divergence_bwd(backend, logits, s, softmax, t, kl, grads),
+            None,
+            None,
+            None,
+        )
 
 
 def _rows(
@@ -134,9 +139,7 @@ def divergence(
             beta=beta,
             temperature=number if tensor is None else tensor,
             teacher_temperature=own[0] if own[1] is None else own[1],
-            reduction=reduction,
-            denom=by.denom,
-            cu_seqlens=cu_seqlens,
+            **by.for_reference(),
         )
     tokens = torch.zeros(main.shape, dtype=torch.int64, device=main.device)
     s = Scoring(tokens, mask, tensor, number, NOTHING_IGNORED)

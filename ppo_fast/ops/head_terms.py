@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast import _checks
 from ppo_fast._boundary.options import Softmax
 from ppo_fast._results import STATS_FIELDS
+from ppo_fast.ops.head_inputs import HeadInputs
 from ppo_fast.ops.policy import PolicyInputs, over
 from ppo_fast.ops.surrogate import set_fields
-from ppo_fast.ops.teacher import Slopes, TeacherInputs
+from ppo_fast.ops.teacher import Slopes, TeacherInputs, check_teacher
 
 _LOSS = STATS_FIELDS.index("loss")
 
@@ -84,7 +86,10 @@ class HeadTerms(NamedTuple):
         return {"teacher": teacher, "z_loss_coef": self.z_loss_coef}
 
 
-def check_z_loss(op: str, coef: Any, device: torch.device) -> float | Tensor:
-    """A coefficient of at least 0, a number or a 0-d tensor, or ValueError or TypeError."""
-    number, tensor = _checks.coefficient(op, "z_loss_coef", coef, device, 0.0)
-    return number if tensor is None else tensor
+def check_terms(
+    op: str, teacher: Any, z_loss_coef: Any, given: HeadInputs, group: dist.ProcessGroup | None
+) -> HeadTerms:
+    """The terms of a call, or ValueError or TypeError."""
+    other = None if teacher is None else check_teacher(op, teacher, given, group)
+    number, tensor = _checks.coefficient(op, "z_loss_coef", z_loss_coef, given.hidden.device, 0.0)
+    return HeadTerms(other, number if tensor is None else tensor)

@@ -17,14 +17,14 @@ from ppo_fast.reference.divergence import divergence_terms, kl_of, log_mixture
 
 
 class KeptTeacher(NamedTuple):
-    """What a teacher's pairs are scored with, and the divergence from it."""
+    """Scoring of a teacher's pairs, and the divergence from it."""
 
     s: Scoring
     kind: str
     beta: float
 
     def part(self, at: slice) -> KeptTeacher:
-        """That of a slice of the rows."""
+        """Teacher of a slice of the rows."""
         tokens, t = self.s.tokens[at], self.s.temperature_tensor
         s = self.s._replace(tokens=tokens, temperature_tensor=None if t is None else t[at])
         return self._replace(s=s)

@@ -295,7 +295,8 @@ def linear_token_divergence(
     if isinstance(other.coef, Tensor) or other.coef != 1.0:
         raise ValueError(f"{op}: teacher.coef must be 1, got {teacher.coef}: weight the results")
     if given.options.backend == "reference":
-        return reference.linear_token_divergence(**_for_reference(given, other))
+        with given.exact():
+            return reference.linear_token_divergence(**_for_reference(given, other))
     _, entropy, divergence, _ = score_terms(given, other)
     return TokenDivergence(*(x.view(given.tokens.shape) for x in (divergence, entropy)))
 
@@ -354,12 +355,9 @@ def linear_divergence(
     main = _checks.main(op, "hidden[..., 0]", given.hidden.detach()[..., 0], cu_seqlens)
     by = check_loss_reduction(op, main, reduction, denom, cu_seqlens)
     if given.options.backend == "reference":
-        return reference.linear_divergence(
-            **_for_reference(given, other),
-            reduction=reduction,
-            denom=by.denom,
-            cu_seqlens=cu_seqlens,
-        )
+        own = _for_reference(given, other)
+        with given.exact():
+            return reference.linear_divergence(**own, **by.for_reference())
     return _loss(given, other, by)
 
 

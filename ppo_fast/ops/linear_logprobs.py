@@ -137,7 +137,8 @@ def linear_token_logprobs(
     )
     shape = tokens.shape
     if given.options.backend == "reference":
-        return reference.linear_token_logprobs(**given.for_reference())
+        with given.exact():
+            return reference.linear_token_logprobs(**given.for_reference())
     logprobs, entropy = score(given)
     return TokenLogProbs(logprobs.view(shape), entropy.view(shape))
 

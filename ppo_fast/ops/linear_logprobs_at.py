@@ -231,7 +231,8 @@ def linear_logprobs_at(
     if given.options.backend == "reference":
         inputs = given.for_reference()
         del inputs["tokens"], inputs["support"]
-        return reference.linear_logprobs_at(ids=ids, **inputs)
+        with given.exact():
+            return reference.linear_logprobs_at(ids=ids, **inputs)
     logprobs, entropy = _score(ids, given)
     return TokenLogProbs(logprobs.view(ids.shape), entropy.view(lead))
 

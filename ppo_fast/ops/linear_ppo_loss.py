@@ -18,14 +18,14 @@ from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, all_kept, check_head
-from ppo_fast.ops.head_terms import HeadTerms, check_z_loss
+from ppo_fast.ops.head_terms import HeadTerms, check_terms
 from ppo_fast.ops.linear_divergence import score_terms
 from ppo_fast.ops.linear_logprobs import score
 from ppo_fast.ops.loss_options import Bounds, Coefficient, Variant, loss_options
 from ppo_fast.ops.policy import PolicyInputs, check_policy, over
 from ppo_fast.ops.policy_loss import corrected, of_rows, policy_loss
 from ppo_fast.ops.ppo_loss import loss_and_stats
-from ppo_fast.ops.teacher import TeacherHead, backward, check_teacher
+from ppo_fast.ops.teacher import TeacherHead, backward
 from ppo_fast.support import Support
 from ppo_fast.teacher import Teacher
 
@@ -351,10 +351,7 @@ def linear_ppo_loss(
         backend=backend,
         beside=None if teacher is None else "a teacher",
     )
-    others = HeadTerms(
-        None if teacher is None else check_teacher(_OP, teacher, given, process_group),
-        check_z_loss(_OP, z_loss_coef, given.hidden.device),
-    )
+    others = check_terms(_OP, teacher, z_loss_coef, given, process_group)
     # A slice of the hidden states has the tokens' shape, and their device and precision class.
     main = _checks.main(_OP, "hidden[..., 0]", given.hidden.detach()[..., 0], cu_seqlens)
     policy = check_policy(
@@ -388,14 +385,15 @@ def linear_ppo_loss(
         ),
         has_entropy=True,
     )
-    if given.options.backend == "reference":
-        return reference.linear_ppo_loss(
-            **given.for_reference(), **policy.for_reference(_OP), **others.for_reference()
-        )
     return _head_loss(given, policy, others)
 
 
 def _head_loss(given: HeadInputs, policy: PolicyInputs, others: HeadTerms) -> HeadLoss:
+    if given.options.backend == "reference":
+        with given.exact():
+            return reference.linear_ppo_loss(
+                **given.for_reference(), **policy.for_reference(_OP), **others.for_reference()
+            )
     args = (given.hidden, given.weight, given.bias)
     grads = 2 if n_grads(*args) else 0
     one_pass = not policy.couples and given.support is None

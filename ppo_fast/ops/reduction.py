@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ class Reduction(NamedTuple):
     name: str
     denom: float | Tensor | None
     cu_seqlens: Tensor | None
+
+    def for_reference(self) -> dict[str, Any]:
+        """Keyword arguments of the reference."""
+        return {"reduction": self.name, "denom": self.denom, "cu_seqlens": self.cu_seqlens}
 
     def divisor(self, counted: Tensor) -> Tensor:
         """D, 0-d on the device; 1 for "token-sum"."""

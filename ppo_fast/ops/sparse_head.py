@@ -75,7 +75,7 @@ class _Call(NamedTuple):
         return compare_kept(*args)
 
     def results(self, softmax: Softmax, pair: KeptPair | None) -> tuple[Tensor, ...]:
-        """What a row gives: log-probability, entropy, ln Σe^z and divergence, 0 without one."""
+        """Results of the rows: log-probability, entropy, ln Σe^z and divergence, 0 without one."""
         lse = softmax.row_max + softmax.log_sum
         divergence = torch.zeros_like(lse) if pair is None else pair.divergence
         return softmax.logprobs, softmax.entropy, lse, divergence

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast import _checks
-from ppo_fast._boundary import calls
+from ppo_fast._boundary import calls_divergence
 from ppo_fast._boundary.options import Scoring, Softmax, Teaching
 from ppo_fast._boundary.schema import backends_of
 from ppo_fast.ops.head import Head, HeadOptions
@@ -130,11 +130,11 @@ class TeacherHead:
         args = (o.backend, z, s, softmax, t, other.kl, (g, h, c))
         narrow = o.softcap is None and head.weight.dtype == torch.bfloat16
         if narrow and o.backend in backends_of("divergence_bwd_bf16_"):
-            calls.divergence_bwd_bf16_(*args)
+            calls_divergence.divergence_bwd_bf16_(*args)
             head.accumulate(z.view(torch.bfloat16)[:, : z.shape[1]], x, at)
             return
         bend = head.bend(z)
-        calls.divergence_bwd_(*args)
+        calls_divergence.divergence_bwd_(*args)
         if bend is not None:
             z *= bend
         head.accumulate(z, x, at)
@@ -149,7 +149,7 @@ def compare(
     backend: str, z: Tensor, s: Scoring, softmax: Softmax, t: Teaching, shard: Shard | None
 ) -> Compared:
     """Divergences of rows of logits from their teacher's; z and its logits may be shares."""
-    divergence, kl = calls.divergence_fwd(backend, z, s, softmax, t)
+    divergence, kl = calls_divergence.divergence_fwd(backend, z, s, softmax, t)
     if shard is not None:
         divergence, kl = shard.summed(divergence, kl)
     # Below 0 by rounding alone.

@@ -15,6 +15,7 @@ from ppo_fast.kernels.divergence import (
     GRADS,
     LEVELS,
     PER_ROW,
+    SAVED,
     STATES,
     divergence_grad_kernel,
     divergence_kernel,
@@ -61,7 +62,8 @@ AOT = (
         AXES
         | NUMBERS
         | {"rows": ROWS, "ALIGN": ALIGN, "n_parts": "i64", "n_segments": "i32"}
-        | pointers("*fp32", "divergence", "kl")
+        | pointers("*fp32", "divergence")
+        | given("*fp32", "kl")
         | {"tiling": (WIDE | SEVERAL, WIDE | ONE, NARROW | ONE)},
         valid_alignment,
     ),
@@ -71,8 +73,8 @@ AOT = (
         | NUMBERS
         | {"rows": ROWS, "tokens_ptr": ("*i64", "*i32"), "n_rows": "i64"}
         | {f"{name}_ptr": (None, "*fp32") for name in GRADS[:2]}
-        | given("*fp32", GRADS[2], "entropy", "kl")
-        | strides("tokens", *GRADS)
+        | given("*fp32", GRADS[2], *SAVED)
+        | strides("tokens", *GRADS, *SAVED)
         | pointers("*fp32", "terms")
         | pointers("*i32", "labels")
         | {"ROWS": config.ROW_SCALARS.block, "num_warps": config.ROW_SCALARS.warps},

@@ -120,6 +120,7 @@ def test_codes_are_the_schema_s() -> None:
         "FORM": schema.FORMS,
         "MASKED": schema.MASKED,
         "SCORE_AT": schema.SCORE_AT,
+        "DIVERGENCE": schema.KINDS,
     }
     want = {
         f"{prefix}_{name.upper().replace('-', '_')}": code

@@ -11,7 +11,7 @@ from conftest import usable
 from divergence_rows import Given, assert_agrees, given, make, results
 from torch import Tensor
 
-from ppo_fast._boundary import calls
+from ppo_fast._boundary import calls, calls_divergence
 from ppo_fast._boundary.options import Scoring, Softmax, Teaching
 from ppo_fast.testing import same_bits
 
@@ -23,7 +23,7 @@ CASES = [("reverse", 0.5), ("forward", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("mixed
 every_kind = pytest.mark.parametrize("kind, beta", CASES)
 
 
-@pytest.fixture(params=["cpu"])
+@pytest.fixture(params=["cpu", "triton"])
 def kernel(request: pytest.FixtureRequest) -> str:
     return usable(request.param)
 
@@ -211,13 +211,15 @@ def test_absent_gradients(kernel: str, device: str, kind: str, beta: float) -> N
     """By the log-probability, by the entropy: absent is 0."""
     rows = make(device)
     s, softmax, t = given(kernel, rows, kind, beta)
-    _, kl = calls.divergence_fwd(kernel, rows.logits, s, softmax, t)
+    _, kl = calls_divergence.divergence_fwd(kernel, rows.logits, s, softmax, t)
     none = torch.zeros_like(rows.c)
     for absent in ((True, False), (False, True), (True, True)):
         g, h = (none if gone else x for gone, x in zip(absent, (rows.g, rows.h), strict=True))
         short = tuple(None if gone else x for gone, x in zip(absent, (g, h), strict=True))
         dz = [
-            calls.divergence_bwd(kernel, rows.logits, s, softmax, t, kl, (*grads, rows.c))
+            calls_divergence.divergence_bwd(
+                kernel, rows.logits, s, softmax, t, kl, (*grads, rows.c)
+            )
             for grads in (short, (g, h))
         ]
         assert same_bits(*dz)
@@ -252,13 +254,13 @@ def test_shares_of_the_columns(kernel: str, device: str, kind: str, beta: float,
         share = rows.columns(first, last)
         s = at.scoring._replace(tokens=share.tokens)
         t = at.teaching._replace(logits=share.teacher)
-        divergence, kl = calls.divergence_fwd(kernel, share.logits, s, at.softmax, t)
+        divergence, kl = calls_divergence.divergence_fwd(kernel, share.logits, s, at.softmax, t)
         parts.append((share, s, t, divergence, kl))
     assert not bool(parts[2][3].any()) and not bool(parts[2][4].any())
     kl = sum(part[4] for part in parts)
     grads = (rows.g, rows.h, rows.c)
     dz = [
-        calls.divergence_bwd(kernel, share.logits, s, at.softmax, t, kl, grads)
+        calls_divergence.divergence_bwd(kernel, share.logits, s, at.softmax, t, kl, grads)
         for share, s, t, _, _ in parts
     ]
     assert dz[2].shape == (5, 0)
@@ -377,11 +379,11 @@ def test_in_place(kernel: str, device: str, kind: str, beta: float, dtype: torch
     rows.c[1] = 0.0
     rows = rows._replace(mask=torch.tensor([True, True, False, True], device=device))
     s, softmax, t = given(kernel, rows, kind, beta)
-    _, kl = calls.divergence_fwd(kernel, rows.logits, s, softmax, t)
+    _, kl = calls_divergence.divergence_fwd(kernel, rows.logits, s, softmax, t)
     softmax.entropy[3] = NAN
     grads = (rows.g, rows.h, rows.c)
-    want = calls.divergence_bwd(kernel, rows.logits, s, softmax, t, kl, grads)
-    calls.divergence_bwd_(kernel, rows.logits, s, softmax, t, kl, grads)
+    want = calls_divergence.divergence_bwd(kernel, rows.logits, s, softmax, t, kl, grads)
+    calls_divergence.divergence_bwd_(kernel, rows.logits, s, softmax, t, kl, grads)
     assert same_bits(rows.logits, want)
 
 
@@ -404,4 +406,4 @@ def test_unlike_arguments_are_refused(kernel: str, device: str) -> None:
     }
     for words, teaching in wrong.items():
         with pytest.raises((RuntimeError, ValueError), match=words):
-            calls.divergence_fwd(kernel, rows.logits, s, softmax, teaching)
+            calls_divergence.divergence_fwd(kernel, rows.logits, s, softmax, teaching)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast._boundary import calls
+from ppo_fast._boundary import calls, calls_divergence
 from ppo_fast._boundary.options import Scoring, Softmax, Teaching
 from ppo_fast.reference.divergence import divergence_terms
 from ppo_fast.teacher import KINDS
@@ -102,9 +102,9 @@ def results(kernel: str, rows: Rows, kind: str, beta: float, at: Given | None = 
     """divergence, kl and dz of the kernel."""
     s, softmax, teaching = at or given(kernel, rows, kind, beta)
     teaching = teaching._replace(logits=rows.teacher)
-    divergence, kl = calls.divergence_fwd(kernel, rows.logits, s, softmax, teaching)
+    divergence, kl = calls_divergence.divergence_fwd(kernel, rows.logits, s, softmax, teaching)
     grads = (rows.g, rows.h, rows.c)
-    dz = calls.divergence_bwd(kernel, rows.logits, s, softmax, teaching, kl, grads)
+    dz = calls_divergence.divergence_bwd(kernel, rows.logits, s, softmax, teaching, kl, grads)
     return {"divergence": divergence, "kl": kl, "dz": dz}
 
 

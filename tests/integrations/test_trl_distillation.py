@@ -18,6 +18,7 @@ needs("trl", "1.16")
 import trl_distillation_run
 from trl.experimental.gkd.gkd_trainer import GKDTrainer
 from trl.experimental.gold.gold_trainer import GOLDTrainer
+from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
 from trl.experimental.sdft import loss_utils
 from trl.kernels import chunked_divergence
 from trl.trainer import distillation_trainer
@@ -320,27 +321,71 @@ def teacher_of(x: dict[str, Any], beta: float) -> Teacher:
     return Teacher(x["teacher_hidden"], x["teacher_weight"], kind=kind, beta=beta)
 
 
+TRAINERS = {"gkd": GKDTrainer, "gold": GOLDTrainer}
+REDUCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "own": ({}, {}),
+    "number": ({"num_items_in_batch": 31}, {"denom": 31.0}),
+    "tensor": ({"num_items_in_batch": torch.tensor(17)}, {"denom": 17.0}),
+    "sum": ({"reduction": "sum"}, {"reduction": "token-sum"}),
+}
+
+
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("trainer", [GKDTrainer, GOLDTrainer], ids=["gkd", "gold"])
-def test_gkd_and_gold(trainer: Any, beta: float) -> None:
-    """Their loss of logits, by two heads and by logits; fp64."""
+@pytest.mark.parametrize("name", TRAINERS)
+def test_gkd_and_gold(name: str, beta: float) -> None:
+    """Their loss of logits, patched and by two heads; fp64."""
     x, mask = heads("plain", torch.float64), masks()["some"]
     labels = torch.where(mask != 0, 7, -100)
-    for items, denom in ((None, None), (31, 31.0)):
+
+    def call(options: dict[str, Any]) -> list[Tensor]:
         s, t = (logits_of(x, side) for side in WIDTHS)
-        loss = trainer.generalized_jsd_loss(
-            s, t.detach(), labels, beta=beta, temperature=0.9, num_items_in_batch=items
+        loss = TRAINERS[name].generalized_jsd_loss(
+            s, t.detach(), labels, beta=beta, temperature=0.9, **options
         )
-        want = gradients(loss, x)
-        s = logits_of(x, "student")
-        own = {"temperature": 0.9, "denom": denom}
-        teacher = teacher_of(x, beta)
-        head = ppo_fast.linear_divergence(
-            x["student_hidden"], x["student_weight"], teacher, mask, **own
-        )
-        from_logits = ppo_fast.divergence(s, t, mask, kind=teacher.kind, beta=teacher.beta, **own)
-        assert_near(gradients(head.loss, x), want)
-        assert_near(gradients(from_logits.loss, x), want)
+        return gradients(loss, x)
+
+    theirs = {key: call(options) for key, (options, _) in REDUCTIONS.items()}
+    with trl_distillation.patched((name,)) as calls:
+        ours = {key: call(options) for key, (options, _) in REDUCTIONS.items()}
+    assert (calls[name].fused, calls[name].left) == (len(REDUCTIONS), 0)
+    for key, (_, own) in REDUCTIONS.items():
+        given = x["student_hidden"], x["student_weight"], teacher_of(x, beta), mask
+        head = ppo_fast.linear_divergence(*given, temperature=0.9, **own)
+        assert_near(ours[key], theirs[key])
+        assert_near(gradients(head.loss, x), theirs[key])
+
+
+def test_a_run_of_gkd_is_the_same() -> None:
+    theirs = trl_distillation_run.run_of(trl_distillation_run.gkd)
+    with trl_distillation.patched(("gkd",)) as calls:
+        ours = trl_distillation_run.run_of(trl_distillation_run.gkd)
+    tiny.assert_same_run(ours, theirs, 6, TIMES)
+    assert (calls["gkd"].fused, calls["gkd"].left) == (12, 0)
+
+
+LEFT: dict[str, tuple[dict[str, Any], str]] = {
+    "labels": ({"labels": None}, "a loss without labels"),
+    "reduction": ({"reduction": "mean"}, "reduction 'mean'"),
+    "temperature": ({"temperature": -0.5}, "temperature -0.5"),
+    "dtype": ({"teacher_logits": torch.zeros(B, K, V).double()}, "logits .*float32.* beside"),
+    "probabilities": ({"logits_are_probs": True}, "probabilities of two tokenizers"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_left_to_gold(name: str) -> None:
+    changed, reason = LEFT[name]
+    g = torch.Generator().manual_seed(0)
+    s, t = torch.randn(2, B, K, V, generator=g).softmax(-1)
+    labels = torch.where(masks()["some"] != 0, 7, -100)
+    given = {"student_logits": s, "teacher_logits": t, "labels": labels} | changed
+    want = GOLDTrainer.generalized_jsd_loss(**given)
+    with (
+        pytest.warns(RuntimeWarning, match=f"left to trl: {reason}"),
+        trl_distillation.patched(("gold",)) as calls,
+    ):
+        got = GOLDTrainer.generalized_jsd_loss(**given)
+    assert (calls["gold"].fused, calls["gold"].left) == (0, 1) and torch.equal(got, want)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -405,3 +450,30 @@ def test_self_distillation_of_the_first_k(tail: str, alpha: float) -> None:
     kind = teacher_of(x, alpha).kind
     ours = ppo_fast.topk_divergence(student, teacher, kind=kind, beta=alpha, tail=tail)
     assert_near(gradients(ours.divergence, x), gradients(want, x))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+def test_iw_opd_of_the_first_k(tail: str, beta: float) -> None:
+    """The teacher's first K, the student's, or for a JSD both, an id once; fp64."""
+    x, mask = heads("plain", torch.float64), masks()["some"]
+    s, t = (logits_of(x, side).detach() for side in WIDTHS)
+    want = IWOPDTrainer.generalized_jsd_loss(
+        logits_of(x, "student"),
+        t,
+        torch.where(mask != 0, 7, -100),
+        beta=beta,
+        top_k=6,
+        add_tail=tail == "bucket",
+    )
+    firsts = {0.0: [t], 1.0: [s]}.get(beta, [t, s])
+    ids = torch.cat([z.topk(6).indices for z in firsts], -1)
+    again = (ids[..., None] == ids[..., None, :]).tril(-1).any(-1)
+    student, teacher = (
+        ppo_fast.linear_logprobs_at(x[f"{side}_hidden"], x[f"{side}_weight"], ids).logprobs
+        for side in WIDTHS
+    )
+    keep = ~again & (mask != 0)[..., None]
+    kind = teacher_of(x, beta).kind
+    ours = ppo_fast.topk_divergence(student, teacher, keep, kind=kind, beta=beta, tail=tail)
+    assert_near(gradients(ours.divergence.sum() / mask.sum(), x), gradients(want, x))

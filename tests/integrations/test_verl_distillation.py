@@ -116,9 +116,9 @@ def with_gradients(loss: Tensor, x: Drawn) -> list[Tensor]:
 
 
 def assert_same(ours: Tensor, theirs: Tensor, x: Drawn) -> None:
-    """The loss and its gradients; a term is some 20 times a logit's derivative, at most 5."""
+    """The loss and its gradients: verl adds 1e-8 to counts, and forms its first K's KL in fp32."""
     for a, b in zip(with_gradients(ours, x), with_gradients(theirs, x), strict=True):
-        near(a, b, size=100.0)
+        near(a, b, size=float(b.abs().max()))
 
 
 def verls(made: DistillationConfig, output: dict[str, Tensor], mode: str, **data: Any) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import tiny
@@ -58,9 +59,53 @@ def trainer(
     )
 
 
+def gkd(folder: str) -> Any:
+    """The same pair in TRL's GKDTrainer, which trains on its dataset's answers too."""
+    from datasets import Dataset
+    from transformers import GPT2LMHeadModel, set_seed
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    set_seed(0)
+    words = tiny.tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    asked = [f"w{i} w{i + 1}" for i in range(16)]
+    answers = [f"w{2 * i} w{i} w{i + 3}" for i in range(16)]
+    chats = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a, b in zip(asked, answers, strict=True)
+    ]
+    args = GKDConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=6,
+        learning_rate=3e-3,
+        max_new_tokens=8,
+        adam_epsilon=1e-5,
+        seed=1,
+    )
+    return GKDTrainer(
+        model=GPT2LMHeadModel(tiny.config(tiny.WORDS)),
+        teacher_model=GPT2LMHeadModel(tiny.config(tiny.WORDS, n_embd=48, n_head=4)),
+        processing_class=words,
+        args=args,
+        train_dataset=Dataset.from_list(chats),
+    )
+
+
 def run(vocab: int = tiny.WORDS, length: int = 12, **options: Any) -> Run:
+    return run_of(lambda folder: trainer(folder, vocab, length, **options))
+
+
+def run_of(make: Callable[[str], Any]) -> Run:
+    """The training run of a trainer made in a folder."""
     with tempfile.TemporaryDirectory() as folder:
-        made = trainer(folder, vocab, length, **options)
+        made = make(folder)
         start = tiny.snapshot(made.model)
         made.train()
         metrics = [m for m in made.state.log_history if "loss" in m]

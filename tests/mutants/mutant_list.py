@@ -7,6 +7,7 @@ once in its file. `select` is pytest's -k, which keeps to the backend that was c
 from __future__ import annotations
 
 from mutant import Mutant
+from mutant_divergence import DIVERGENCE, DIVERGENCE_CPU, DIVERGENCE_TRITON
 from mutant_inputs import INPUTS
 from mutant_models import MODELS
 from mutant_numbers import NUMBERS, NUMBERS_CPU
@@ -393,10 +394,11 @@ LOOP = (
 )
 
 MUTANTS = {
-    "triton": TRITON,
-    "cpu": CPU + NUMBERS_CPU + ROLLOUT_CPU + WEIGHTS_CPU + SUPPORT_CPU,
+    "triton": TRITON + DIVERGENCE_TRITON,
+    "cpu": CPU + NUMBERS_CPU + ROLLOUT_CPU + WEIGHTS_CPU + SUPPORT_CPU + DIVERGENCE_CPU,
     "cuda": CUDA,
     "python": PYTHON + ROLLOUT,
+    "divergence": DIVERGENCE,
     "loop": LOOP,
     "inputs": INPUTS,
     "models": MODELS,

@@ -143,8 +143,8 @@ SUPPORT = (
     ),
     Mutant(
         "a support on CUDA C++ is ignored",
-        "ppo_fast/ops/support.py",
-        'if name != "cuda" or support is None:',
+        "ppo_fast/_backend.py",
+        'if name != "cuda" or argument is None:',
         "if True:",
         "support",
         "refused",

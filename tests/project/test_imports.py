@@ -28,6 +28,7 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
             "ppo_fast.corrections",
             "ppo_fast.support",
             "ppo_fast.surrogates",
+            "ppo_fast.teacher",
         ),
         ("torch",),
     ),
@@ -44,17 +45,19 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
             "ppo_fast.reference",
             "ppo_fast.support",
             "ppo_fast.surrogates",
+            "ppo_fast.teacher",
         ),
         ("torch",),
     ),
     ("ppo_fast/compat.py", ("ppo_fast.ops", "ppo_fast.reference", "ppo_fast.support"), ("torch",)),
     (
         "ppo_fast/_boundary/",
-        ("ppo_fast._boundary", "ppo_fast._results", "ppo_fast.corrections"),
+        ("ppo_fast._boundary", "ppo_fast._results", "ppo_fast.corrections", "ppo_fast.teacher"),
         ("torch",),
     ),
     ("ppo_fast/corrections.py", (), ()),
     ("ppo_fast/support.py", (), ("torch",)),
+    ("ppo_fast/teacher.py", (), ("torch",)),
     ("ppo_fast/surrogates.py", ("ppo_fast._sequences",), ("torch",)),
     ("ppo_fast/_sequences.py", (), ("torch",)),
     ("ppo_fast/_results.py", (), ("torch",)),
@@ -72,12 +75,19 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
             "ppo_fast.ops",
             "ppo_fast.support",
             "ppo_fast.surrogates",
+            "ppo_fast.teacher",
         ),
         (),
     ),
     (
         "ppo_fast/testing/",
-        ("ppo_fast.testing", "ppo_fast._results", "ppo_fast._sequences", "ppo_fast.reference"),
+        (
+            "ppo_fast.testing",
+            "ppo_fast._results",
+            "ppo_fast._sequences",
+            "ppo_fast.reference",
+            "ppo_fast.teacher",
+        ),
         ("torch",),
     ),
 ]
@@ -125,7 +135,8 @@ def is_under(name: str, prefixes: tuple[str, ...]) -> bool:
 
 
 PUBLIC = {
-    f"ppo_fast.{name}" for name in ("Loss", "Moments", "RolloutStats", "Stats", "Support")
+    f"ppo_fast.{name}"
+    for name in ("Loss", "Moments", "RolloutStats", "Stats", "Support", "Teacher")
 } | {"ppo_fast"}
 
 

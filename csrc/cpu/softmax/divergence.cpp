@@ -178,12 +178,14 @@ std::tuple<Tensor, Tensor> forward(const DivergenceRows& p, const Tensor& like, 
     parts[size_t(task)] =
         kernel(p.rows().dtype, p.rows().row(row) + at, p.teacher.rows.row(row) + at, n, p.at(row));
   });
-  for (int64_t row = 0; row < rows; ++row) {
-    const bool live = p.live(row);
-    const DivergenceSums all = live ? p.total(&parts[size_t(row * segments)]) : DivergenceSums{};
-    divergence[row] = live ? S(p.divergence(all)) : S(0);
-    kl[row] = S(all.kl);
-  }
+  parallel_for(rows, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const bool live = p.live(row);
+      const DivergenceSums all = live ? p.total(&parts[size_t(row * segments)]) : DivergenceSums{};
+      divergence[row] = live ? S(p.divergence(all)) : S(0);
+      kl[row] = S(all.kl);
+    }
+  });
   return result;
 }
 
@@ -322,8 +324,8 @@ struct Gradients {
   const OptTensor &grad_logprobs, &grad_entropy;
   const Tensor &grad_divergence, &tokens, &entropy, &kl;
 };
-void divergence_gradient(const char* op, const Tensor& out, const DivergenceArgs& args,
-                         const Gradients& x) {
+void write_gradients(const char* op, const Tensor& out, const DivergenceArgs& args,
+                     const Gradients& x) {
   const DivergenceRows rows(op, args);
   const Tensor& main = args.row_max;
   check_like(main, x.tokens, op, "tokens");
@@ -345,7 +347,7 @@ Tensor divergence_bwd(OptTensor grad_logprobs, OptTensor grad_entropy, Tensor gr
                       double teacher_temperature, int64_t kind, double beta) {
   Tensor out = empty(logits.sizes(), logits.scalar_type());
   advise_huge_pages(data<char>(out), size_t(out.numel()) * out.element_size());
-  divergence_gradient(
+  write_gradients(
       "divergence_bwd", out,
       {logits, teacher_logits, mask, temperature_tensor, teacher_temperature_tensor, row_max,
        log_sum, teacher_max, teacher_log_sum, temperature, teacher_temperature, kind, beta},
@@ -360,7 +362,7 @@ void divergence_bwd_inplace(OptTensor grad_logprobs, OptTensor grad_entropy,
                             Tensor log_sum, Tensor teacher_max, Tensor teacher_log_sum, Tensor kl,
                             double temperature, double teacher_temperature, int64_t kind,
                             double beta) {
-  divergence_gradient(
+  write_gradients(
       "divergence_bwd_", logits,
       {logits, teacher_logits, mask, temperature_tensor, teacher_temperature_tensor, row_max,
        log_sum, teacher_max, teacher_log_sum, temperature, teacher_temperature, kind, beta},
