@@ -72,6 +72,11 @@ def written(code: Sequence[Instruction]) -> int:
     return elements if stored >= 2 * elements and "shuffles" not in counts else 0
 
 
+def compared(code: Sequence[Instruction]) -> int:
+    """Elements of a loop that reads two fp32 logits of each, a student's and a teacher's."""
+    return moved(tally(code).get("loads", {})) // 8 if exponentials(code) else 0
+
+
 def steps(code: Sequence[Instruction]) -> int:
     """Elements of a loop that writes two fp32 for each."""
     return moved(tally(code).get("stores", {})) // 8
@@ -92,22 +97,6 @@ def streamed(code: Sequence[Instruction]) -> int:
     counts = tally(code)
     read, written = moved(counts.get("loads", {})), moved(counts.get("stores", {}))
     return written // 2 if read else 0
-
-
-def paired(code: Sequence[Instruction]) -> int:
-    """Pairs of two fp32 logits of a loop that reads them, and writes nothing."""
-    counts = tally(code)
-    return 0 if "stores" in counts else _pairs_read(counts)
-
-
-def paired_written(code: Sequence[Instruction]) -> int:
-    """Pairs of two fp32 logits of a loop that reads them, and writes a gradient of each."""
-    counts = tally(code)
-    return _pairs_read(counts) if "stores" in counts else 0
-
-
-def _pairs_read(counts: Counts) -> int:
-    return moved(counts.get("loads", {})) // 8 if "mufu" in counts else 0
 
 
 def products(code: Sequence[Instruction]) -> int:
@@ -142,9 +131,9 @@ ROLES: dict[str, tuple[Role, ...]] = {
     "advantage_blocks_kernel": (Role("tile", blocks_steps),),
     "gae_slabs_kernel": _STEPS,
     "scale_kernel": (Role("pass", streamed),),
-    "divergence_kernel": (Role("scan", paired),),
+    "divergence_kernel": (Role("scan", compared),),
     "divergence_terms_kernel": (),
-    "divergence_grad_kernel": (Role("gradient", paired_written),),
+    "divergence_grad_kernel": (Role("gradient", compared),),
     "support_kernel": (_SCAN,),
     "support_grad_kernel": (_GRADIENT,),
     "pair_logits_kernel": _PAIRS,

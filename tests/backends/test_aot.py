@@ -284,6 +284,21 @@ def test_the_sparse_head_reads_16_bytes_a_load(x: str, align: int, loads: int) -
         assert "bar.sync" not in loop and "shfl" not in loop
 
 
+@pytest.mark.parametrize("kind", [0, 2], ids=["reverse", "jsd"])
+@pytest.mark.parametrize(("x", "align", "each"), [("*bf16:16", 8, 1), ("*fp32:16", 4, 2)])
+def test_divergences_move_16_bytes_an_access(x: str, align: int, each: int, kind: int) -> None:
+    """Both rows in steps of two vectors a lane, whatever V, and the gradient as wide as they are;
+    lanes stay apart until the segment ends."""
+    wanted = {"logits_ptr": x, "ALIGN": align, "LANES": 1024, "KIND": kind}
+    for name, stores in (("divergence_kernel", 0), ("divergence_grad_kernel", 2 * each)):
+        loops = inner_loops(ptx_of(f"divergence.{name}", **wanted))
+        (loop,) = (y for y in loops if re.search(rf"ld\.global\S*?(?:{FULL})", y))
+        loads, written = (re.findall(rf"{way}\.global\S*", loop) for way in ("ld", "st"))
+        assert (len(loads), len(written)) == (4 * each, stores)
+        assert all(re.search(FULL, access) for access in (*loads, *written))
+        assert "bar.sync" not in loop and "shfl" not in loop
+
+
 @pytest.mark.parametrize(("align", "width"), [(4, r"v2\.b32|b64"), (2, r"\.b32"), (1, r"\.b16")])
 def test_logprobs_width_follows_alignment(align: int, width: str) -> None:
     """Rows of an odd V start anywhere: narrower loads of the same lanes, so the same bits."""
