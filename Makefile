@@ -82,7 +82,8 @@ test-ptx: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests/ptx $(RUN) -m pytest -p ptx_plugin -n $(JOBS) \
 		--dist worksteal -m "not long" -k triton tests/ops tests/contract/test_masking.py \
 		tests/contract/test_strides.py tests/contract/test_invariance.py \
-		tests/backends/test_sparse_head_kernel.py $(ARGS)
+		tests/backends/test_sparse_head_kernel.py tests/backends/test_divergence_kernel.py \
+		tests/backends/test_divergence_triton.py $(ARGS)
 
 test-trainers: $(TRAINERS:%=test-%)
 

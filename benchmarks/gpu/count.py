@@ -94,6 +94,22 @@ def streamed(code: Sequence[Instruction]) -> int:
     return written // 2 if read else 0
 
 
+def paired(code: Sequence[Instruction]) -> int:
+    """Pairs of two fp32 logits of a loop that reads them, and writes nothing."""
+    counts = tally(code)
+    return 0 if "stores" in counts else _pairs_read(counts)
+
+
+def paired_written(code: Sequence[Instruction]) -> int:
+    """Pairs of two fp32 logits of a loop that reads them, and writes a gradient of each."""
+    counts = tally(code)
+    return _pairs_read(counts) if "stores" in counts else 0
+
+
+def _pairs_read(counts: Counts) -> int:
+    return moved(counts.get("loads", {})) // 8 if "mufu" in counts else 0
+
+
 def products(code: Sequence[Instruction]) -> int:
     """Elements of a loop that multiplies and adds each into a sum, eight at a time or more."""
     found = sum(x.name.startswith("FFMA") for x in code)
@@ -126,6 +142,9 @@ ROLES: dict[str, tuple[Role, ...]] = {
     "advantage_blocks_kernel": (Role("tile", blocks_steps),),
     "gae_slabs_kernel": _STEPS,
     "scale_kernel": (Role("pass", streamed),),
+    "divergence_kernel": (Role("scan", paired),),
+    "divergence_terms_kernel": (),
+    "divergence_grad_kernel": (Role("gradient", paired_written),),
     "support_kernel": (_SCAN,),
     "support_grad_kernel": (_GRADIENT,),
     "pair_logits_kernel": _PAIRS,
@@ -306,7 +325,8 @@ def _triton_step(step: Triton, named: Named) -> Counts:
     tensors = [x for x in launch.arguments.values() if isinstance(x, Tensor)]
     sizes = sorted((x.numel() * x.element_size() for x in tensors), reverse=True)
     loops = ROLES.get(launch.kernel)
-    kept = sizes if loops or not sizes else sizes[1:]  # a few numbers a row of the largest
+    # A few numbers a row of the largest: logits, and those beside them.
+    kept = sizes if loops else [size for size in sizes if size < sizes[0]]
     main = max(tensors, key=Tensor.numel)
     rows = main.numel() // main.shape[-1]
     idle = _is_idle(variant.kernel, variant.constants)

@@ -15,6 +15,7 @@ from ppo_fast.teacher import KINDS
 from ppo_fast.testing import assert_within_budget
 from ppo_fast.testing.divergence_conditions import Pair
 from ppo_fast.testing.loss_conditions import Softmax as Roundings
+from ppo_fast.testing.loss_conditions import finite
 
 INF = math.inf
 
@@ -154,11 +155,18 @@ def conditions(rows: Rows, kind: str, beta: float) -> dict[str, Tensor]:
     pair = Pair(z, y, student, teacher, kind, beta)
     kl = pair.from_mixture(pair.s, 0) if kind == "jsd" else pair.kl(0)
     slope, error = pair.gradient()
-    taught = rows.c.abs()[..., None] * (error + slope.abs())
+    g, h, c = (x.abs()[..., None] for x in (rows.g, rows.h, rows.c))
+    taught = c * (error + slope.abs())
+    # A p below the smallest normal number may be 0, and with it what it multiplies.
+    info = torch.finfo(torch.float64 if rows.logits.dtype == torch.float64 else torch.float32)
+    ln_p = finite(pair.s).clamp(min=2 * math.log(info.smallest_normal)).abs()
+    ln_q, own = finite(pair.t).abs(), finite(kl[0]).abs()[..., None]
+    lost = g + h * (ln_p + math.log(1 + z.shape[-1])) + c * (ln_p + ln_q + own)
+    lost = lost * info.smallest_normal / info.eps
     return {
         "divergence": pair.condition(),
         "kl": torch.zeros_like(kl[1]) if kind == "forward" else kl[0].abs() + kl[1],
-        "dz": (student.gradient(rows.g, rows.h) + taught) / tau,
+        "dz": (student.gradient(rows.g, rows.h) + taught + lost) / tau,
     }
 
 
