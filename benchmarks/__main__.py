@@ -74,13 +74,21 @@ def _at(cases: list[Case], text: str) -> list[Case]:
         return exact
     shape = shape_of(text)
     found = [c for c in cases if (c.shape.dims, c.shape.layout) == (shape.dims, shape.layout)]
-    made = (here(replace(c, shape=shape)) for c in cases if not c.is_call and not c.env)
+    made = (
+        here(replace(c, shape=_own(c.op, shape))) for c in cases if not c.is_call and not c.env
+    )
     fitting = [c for c in made if _has(c.op, shape)]
     if not found and not fitting:
         raise UnknownNameError(
             "shape for the op", text, dict.fromkeys(c.shape.name for c in cases)
         )
     return found or fitting
+
+
+def _own(op: str, shape: Shape) -> Shape:
+    """The shape, by its name where the op has it: another op's may say more than dimensions."""
+    known = {c.shape for c in CASES if c.op == op}
+    return shape if shape in known else Shape("free", shape.dims, shape.layout)
 
 
 def _has(op: str, shape: Shape) -> bool:

@@ -314,7 +314,7 @@ def _triton_step(step: Triton, named: Named) -> Counts:
     tensors = [x for x in launch.arguments.values() if isinstance(x, Tensor)]
     sizes = sorted((x.numel() * x.element_size() for x in tensors), reverse=True)
     loops = ROLES.get(launch.kernel)
-    # Of its largest tensors, one with rows of logits or two, it takes a few numbers a row.
+    # A few numbers a row of the largest: logits, and those beside them.
     kept = sizes if loops else [size for size in sizes if size < sizes[0]]
     main = max(tensors, key=Tensor.numel)
     rows = main.numel() // main.shape[-1]

@@ -265,3 +265,12 @@ def test_chosen_rows_are_measured_with_their_peers(
         if provider.name in ("eager", "ppo_fast-cpu", "ppo_fast-reference"):
             bound = provider.bind(case, call)
             checked.check(bound.named(bound.call()), plain=provider.plain)
+
+
+def test_another_op_s_name_of_a_shape_is_not_taken() -> None:
+    """`256x49152x576` is a support's shape, whose name says how many ids are kept."""
+    size = "256x49152x576"
+    found = command.cases_of("linear_divergence", size, None, None, "cpu")
+    assert {case.shape for case in found} == {Shape("free", (256, 49152, 576))}
+    (kept, *_) = command.cases_of("linear_ppo_loss", size, None, None, "cpu")
+    assert kept.shape.name.startswith("support")

@@ -95,6 +95,8 @@ def test_a_teacher_that_is_none_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, teacher=tiny_teacher())
     with pytest.raises(OptionError, match=r"^teacher: model must be a transformers causal LM"):
         trainer(tmp_path, distill="pg", teacher=torch.nn.Linear(2, 2))
+    with pytest.raises(OptionError, match=r"^teacher must be on cpu, got one on meta$"):
+        trainer(tmp_path, distill="pg", teacher=tiny_teacher().to("meta"))
     model, tokenizer = tiny()
     with pytest.raises(OptionError, match=r"^teacher must be another model than the one that is"):
         trainer(tmp_path, distill="pg", teacher=model, model_of=(model, tokenizer))

@@ -333,7 +333,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "<h4>Update <span>0</span>" in html and "<h4>Update <span>1</span>" in html
     assert html.count("<blockquote>") == 9 and "backend" in html  # one is the script's template
     absent = {"eval_reward", "eval_best", "critic_lr", "loss_kl_coef"}
-    absent |= {"support_size", "support_cut"}
+    absent |= {"support_size", "support_cut", "divergence"}
     drawn = set(re.findall('data-chart="(.*?)"', html))
     assert drawn == {plotted.key for plotted in charts.CURVES} - absent
     assert html.count('<path class="line') == len(drawn)

@@ -7,6 +7,7 @@ once in its file. `select` is pytest's -k, which keeps to the backend that was c
 from __future__ import annotations
 
 from mutant import Mutant
+from mutant_distill import DISTILL
 from mutant_divergence import DIVERGENCE, DIVERGENCE_CPU, DIVERGENCE_TRITON
 from mutant_inputs import INPUTS
 from mutant_models import MODELS
@@ -399,7 +400,7 @@ MUTANTS = {
     "cuda": CUDA,
     "python": PYTHON + ROLLOUT,
     "divergence": DIVERGENCE,
-    "loop": LOOP,
+    "loop": LOOP + DISTILL,
     "inputs": INPUTS,
     "models": MODELS,
     "numbers": NUMBERS,

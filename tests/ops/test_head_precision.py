@@ -11,7 +11,7 @@ import torch
 
 from ppo_fast.ops import gemm
 from ppo_fast.ops.exact import exact_products
-from ppo_fast.testing import linear_call, run, same_bits
+from ppo_fast.testing import DIVERGENCES, HEADS, linear_call, run, same_bits
 
 CUDA, CPU = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 HOST = torch.device("cpu")
@@ -109,3 +109,20 @@ def test_a_head_s_products_run_inside(monkeypatch: pytest.MonkeyPatch, lowered: 
     assert found and not {"tf32", "bf16", True} & found
     torch.set_float32_matmul_precision("highest")
     assert all(same_bits(x, out[k]) for k, x in run(call, "cpu").items())
+
+
+HEAD_OPS = (HEADS | DIVERGENCES).keys() - {"logits_ppo_loss", "divergence"}
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("op", sorted(HEAD_OPS))
+def test_autocast_rounds_the_inputs_alone(name: str, op: str) -> None:
+    """Within it, the results are those of bf16 hidden states and weights outside of it."""
+    call = (HEADS | DIVERGENCES)[op]((2, 3))._replace(cotangents={})
+    rounded = {
+        k: x.bfloat16() for k, x in call.tensors.items() if k.endswith(("hidden", "weight"))
+    }
+    want = run(call.replace(**rounded), name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(call, name)
+    assert all(same_bits(got[k], want[k]) for k in want)

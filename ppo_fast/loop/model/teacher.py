@@ -30,8 +30,10 @@ def teacher_tower(
         raise OptionError("teacher must be another model than the one that is trained, got that")
     try:
         check_is_causal_lm(model)
-        sizes = [len(m.get_output_embeddings().weight) for m in (policy.model, model)]
-        require_vocabulary(type(model).__name__, *sizes)
+        ours, theirs = (m.get_output_embeddings().weight for m in (policy.model, model))
+        require_vocabulary(type(model).__name__, len(ours), len(theirs))
+        if ours.device != theirs.device:
+            raise OptionError(f"teacher must be on {ours.device}, got one on {theirs.device}")
         model.eval().requires_grad_(False)
         if config.dtype == "bfloat16":
             for p in model.parameters():
