@@ -290,8 +290,9 @@ def test_divergences_move_16_bytes_an_access(x: str, align: int, each: int, kind
     """Both rows in steps of two vectors a lane, whatever V, and the gradient as wide as they are;
     lanes stay apart until the segment ends."""
     wanted = {"logits_ptr": x, "ALIGN": align, "LANES": 1024, "KIND": kind}
-    for name, stores in (("divergence_kernel", 0), ("divergence_grad_kernel", 2 * each)):
-        loops = inner_loops(ptx_of(f"divergence.{name}", **wanted))
+    grad = "divergence_grad.divergence_grad_kernel"
+    for name, stores in (("divergence.divergence_kernel", 0), (grad, 2 * each)):
+        loops = inner_loops(ptx_of(name, **wanted))
         (loop,) = (y for y in loops if re.search(rf"ld\.global\S*?(?:{FULL})", y))
         loads, written = (re.findall(rf"{way}\.global\S*", loop) for way in ("ld", "st"))
         assert (len(loads), len(written)) == (4 * each, stores)
