@@ -229,7 +229,7 @@ DIVERGENCE_CPU = (
 DIVERGENCE_TRITON = (
     Mutant(
         "a mixture's weights are the other way round",
-        "kernels/divergence.py",
+        "kernels/divergence_pair.py",
         "of_least = tl.where(up, pair.rest, pair.beta)",
         "of_least = tl.where(up, pair.beta, pair.rest)",
         "divergence_kernel",
