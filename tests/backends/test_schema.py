@@ -55,6 +55,7 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
         "logprobs_bwd_": (*back[:2], logits.clone(), *back[3:]),
         "logprobs_bwd_bf16_": (*back[:2], logits.clone(), *back[3:]),
         **of_supports(x, device),
+        **of_teachers(x, logits, mask, tokens, temperature),
         "ppo_loss": (logs, logs + 0.1, x(3, 5), mask, x(3, 5).abs(), moments, entropy, logs - 0.2,
                      none, x(3).abs(), none, none, none, *PPO),
         "logits_ppo_loss": (logits, *one_pass),
@@ -89,6 +90,27 @@ def of_supports(x: Callable[..., torch.Tensor], device: str) -> dict[str, tuple[
         "sparse_logits": (x(3, 5), x(7, 5), *pairs),
         "sparse_hidden_grad": (x(7), x(7, 5), *pairs),
         "sparse_weight_grad": (x(7), ids.clamp(0, 2), starts, x(5, 5)),
+    }
+
+
+def of_teachers(
+    x: Callable[..., torch.Tensor],
+    logits: torch.Tensor,
+    mask: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor,
+) -> dict[str, tuple[Any, ...]]:
+    """The same of the divergences of rows of logits from a teacher's."""
+    rows = (x(3, 5, 11), mask, temperature, None)
+    states = (x(3, 5) + 5, x(3, 5).abs(), x(3, 5) + 5, x(3, 5).abs())
+    numbers = (1.0, 0.7, schema.KINDS.index("jsd"), 0.3)
+    grads = (x(3, 5), x(3, 5), x(3, 5))
+    back = (rows[0], tokens, *rows[1:], x(3, 5).abs(), *states, x(3, 5), *numbers)
+    return {
+        "divergence_fwd": (logits, *rows, *states, *numbers),
+        "divergence_bwd": (*grads, logits, *back),
+        "divergence_bwd_": (*grads, logits.clone(), *back),
+        "divergence_bwd_bf16_": (*grads, logits.clone(), *back),
     }
 
 
