@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ppo_fast import _backend
+from ppo_fast.teacher import Teacher
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,6 +49,8 @@ def derivatives(*learns: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def _tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, x in arguments.items():
+        if isinstance(x, Teacher):
+            yield from _tensors({f"{name}.{field}": y for field, y in vars(x).items()})
         x = getattr(x, "values", x) if isinstance(x, tuple) else x  # Moments
         if isinstance(x, Tensor):
             yield name, x

@@ -86,10 +86,10 @@ def accesses() -> dict[str, dict[str, dict[str, int]]]:
 # Most accesses of threads to global memory in the calls of accesses.py.
 MOST = {
     "token_logprobs": 11344,
-    "logits_ppo_loss": 31593,
+    "logits_ppo_loss": 31595,
     "gae": 15040,
-    "ppo_loss": 19415,
-    "value_loss": 9983,
+    "ppo_loss": 19417,
+    "value_loss": 9985,
     "whiten": 19685,
     "linear_token_logprobs over a support": 35818,
 }
