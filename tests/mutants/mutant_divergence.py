@@ -14,14 +14,6 @@ DIVERGENCE = (
         "coefficient or loss_is_that or (precisions and cpu)",
     ),
     Mutant(
-        "a teacher's mask is not looked at",
-        "ppo_fast/ops/teacher.py",
-        "rows = student.rows\n",
-        "rows = student.rows._replace(keep=None)\n",
-        "linear_divergence",
-        "garbage and triton",
-    ),
-    Mutant(
         "the teacher takes the student's temperature",
         "ppo_fast/ops/teacher.py",
         "tokens=torch.zeros_like(rows.tokens), temperature=rows.pick_some(given.per_token)",
@@ -35,7 +27,7 @@ DIVERGENCE = (
         "number, per_token = number / scale, None if per_token is None else per_token / scale",
         "number, per_token = number, per_token",
         "linear_divergence",
-        "within_budget and cpu",
+        "own_logits",
     ),
     Mutant(
         "a teacher's scale does not reach its cap",
@@ -52,14 +44,6 @@ DIVERGENCE = (
         "if bend is None:\n            z *= 1.0",
         "linear_divergence",
         "within_budget and cpu",
-    ),
-    Mutant(
-        "a divergence may be below 0",
-        "ppo_fast/ops/teacher.py",
-        "divergence.clamp(min=0), kl)",
-        "divergence, kl)",
-        "linear_divergence",
-        "itself and cpu or within_budget and one",
     ),
     Mutant(
         "each rank keeps its share of a divergence",

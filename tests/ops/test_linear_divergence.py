@@ -360,3 +360,27 @@ def test_any_leading_shape(backend: str, device: str, shape: tuple[int, ...]) ->
     call = token_divergence_call(shape, 19, device=device, mask=None)
     testing.assert_agrees(call, backend)
     assert run(call, backend)["divergence"].shape == shape
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("temperature", [0.8, "token", None])
+def test_a_teacher_s_own_logits(backend: str, softcap: float | None, temperature: Any) -> None:
+    """cap(logit_scale·(hidden·weightᵀ + bias)) over its own temperature, formed here."""
+    own: dict[str, Any] = {"logit_scale": 1.7, "temperature": temperature, "softcap": softcap}
+    call = token_divergence_call((2, 3), mask=None, kind="jsd", teacher=own)
+    t = call.tensors
+    z = t["hidden"] @ t["weight"].t() + t["bias"]
+    y = 1.7 * (t["teacher_hidden"] @ t["teacher_weight"].t() + t["teacher_bias"])
+    y = y if softcap is None else softcap * torch.tanh(y / softcap)
+    other = t.get("teacher_temperature", t["temperature"] if temperature is None else temperature)
+    want = ppo_fast.divergence(
+        z,
+        y,
+        kind="jsd",
+        temperature=t["temperature"],
+        teacher_temperature=other,
+        backend="reference",
+    ).divergence
+    got = run(call, backend)["divergence"]
+    # Logits of two products that round in their own order; a divergence is at most ln 2.
+    assert float((got - want).abs().max()) < 1e-5
