@@ -13,7 +13,7 @@ from ppo_fast._boundary.options import Softmax
 from ppo_fast._results import DivergenceLoss, Stats, TokenDivergence
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable, scaled
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.head import Head, live_rows
+from ppo_fast.ops.head import Head, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, all_kept, check_head
 from ppo_fast.ops.loss_options import Coefficient
 from ppo_fast.ops.reduction import Reduction, check_loss_reduction
@@ -44,6 +44,11 @@ class _Numbers(NamedTuple):
     def softmax(self, at: Any) -> Softmax:
         """The student's softmax of some rows."""
         return Softmax(*(x[at] for x in self[:4]))
+
+    def results(self, rows: HeadRows) -> tuple[Tensor, ...]:
+        """Log-probability, entropy, divergence and ln Σe^z of all tokens, (N,) each."""
+        lse = self.row_max + self.log_sum
+        return tuple(rows.spread(x) for x in (self.logprobs, self.entropy, self.divergence, lse))
 
 
 def _all_rows(head: Head, teacher: TeacherHead | None) -> _Numbers:
@@ -99,8 +104,7 @@ class _HeadTerms(torch.autograd.Function):
         ctx.save_for_backward(*part, *saveable(hidden, weight, bias, *constants))
         ctx.given, ctx.teacher = given, teacher
         ctx.set_materialize_grads(False)
-        lse = part.row_max + part.log_sum
-        return tuple(rows.spread(x) for x in (part.logprobs, part.entropy, part.divergence, lse))
+        return part.results(rows)
 
     @staticmethod
     @once_differentiable
@@ -148,8 +152,7 @@ def _score_whole(given: HeadInputs, teacher: TeacherInputs | None) -> tuple[Tens
     with given.exact():
         head = Head(*args, given.rows, given.options)
         part = _all_rows(head, teacher and TeacherHead(teacher, head))
-    lse, spread = part.row_max + part.log_sum, given.rows.spread
-    return tuple(spread(x) for x in (part.logprobs, part.entropy, part.divergence, lse))
+    return part.results(given.rows)
 
 
 def _one_pass(head: Head, teacher: TeacherHead, slopes: Tensor) -> Tensor:
@@ -256,8 +259,9 @@ def linear_token_divergence(
 ) -> TokenDivergence:
     """Divergence of every token's distribution from a teacher's, without either's logits.
 
-    Both heads run in chunks of rows; the backward forms the logits of both again. What a trainer
-    weights and reduces itself; `linear_divergence` gives the loss with one product less for each.
+    For a trainer that weights and reduces the divergences itself. Both heads run in chunks of
+    rows; the backward forms the logits of both again, six products in all, where
+    `linear_divergence`, which gives the reduced loss, takes four.
 
     Args:
         hidden: `(..., H)` fp32, bf16 or fp16 (fp64 except on Triton), last dimension contiguous.
