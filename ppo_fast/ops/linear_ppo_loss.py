@@ -324,8 +324,8 @@ def linear_ppo_loss(
             token's term, in a fourth product; over the support where given. Not on "cuda".
         z_loss_coef: ≥ 0, a number or 0-d tensor: z_loss_coef·(ln Σe^z)² of the logits over their
             temperature, over the support where given, is added (PaLM, Chowdhery et al. 2022).
-            Weights and corrections do not touch these two terms; a token that a correction
-            rejects from "all" terms has neither.
+            `is_weights` and corrections do not touch these two terms, `sequence_weights` do; a
+            token that a correction rejects from "all" terms has neither.
 
     Returns:
         `HeadLoss(loss, stats, logprobs, entropy)`; the last two `(...)` fp32 (fp64 for fp64
