@@ -13,7 +13,7 @@ from ppo_fast._boundary.options import Softmax
 from ppo_fast._results import TokenLogProbs
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.head import Head, HeadRows, live_rows
+from ppo_fast.ops.head import Head, HeadOperands, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadInputs, check_head
 from ppo_fast.ops.sparse_head import score_kept
 from ppo_fast.support import Support
@@ -45,15 +45,12 @@ class _LinearLogProbs(torch.autograd.Function):
     """Saves four numbers per row; the backward runs the GEMM once more."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, given: HeadInputs
-    ) -> Any:
-        with given.exact():
-            head = Head(hidden, weight, bias, given.rows, given.options)
-            part = all_rows(head)
-        # The rows too: one that is changed in place before the backward raises there.
+    def forward(ctx: Any, given: HeadInputs, *operands: Any) -> Any:
         rows = given.rows
-        tensors = (hidden, weight, bias, rows.places, rows.tokens, rows.keep, rows.temperature)
+        with given.exact():
+            part = all_rows(Head(HeadOperands(*operands), rows, given.options))
+        # The rows too: one that is changed in place before the backward raises there.
+        tensors = (*operands, rows.places, rows.tokens, rows.keep, rows.temperature)
         ctx.save_for_backward(*part, *saveable(*tensors))
         ctx.given = given
         ctx.set_materialize_grads(False)
@@ -63,21 +60,22 @@ class _LinearLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None, None
-        *part, hidden, weight, bias, places, tokens, keep, temperature = ctx.saved_tensors
-        given: HeadInputs = ctx.given
-        numbers, rows = Softmax(*part), HeadRows(places, tokens, keep, temperature, given.rows.n)
+            return (None,) * 6
+        saved, given = ctx.saved_tensors, ctx.given
+        numbers, operands = Softmax(*saved[:4]), HeadOperands(*saved[4:9])
+        places, tokens, keep, temperature = saved[9:]
+        rows = HeadRows(places, tokens, keep, temperature, given.rows.n)
         zero = torch.zeros_like(numbers.logprobs)
         g = zero if grad_logprobs is None else rows.pick(grad_logprobs)
         h = zero if grad_entropy is None else rows.pick(grad_entropy)
         with given.exact():
-            head = Head(hidden, weight, bias, rows, given.options)
-            head.allocate(*ctx.needs_input_grad[:3])
+            head = Head(operands, rows, given.options)
+            head.allocate(*ctx.needs_input_grad[1:])
             accumulate(head, numbers, g, h)
-        return *head.gradients(), None
+        return None, *head.gradients()
 
 
-@derivatives("hidden", "weight", "bias")
+@derivatives("hidden", "weight", "bias", "extra")
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -91,6 +89,7 @@ def linear_token_logprobs(
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
     support: Support | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> TokenLogProbs:
     """`token_logprobs` of the logits cap(hidden·weightᵀ + bias), which never exist as a whole.
@@ -112,6 +111,10 @@ def linear_token_logprobs(
         process_group: ranks that hold a share of the vocabulary each, with identical tokens.
         support: as in `token_logprobs`; where it keeps few ids, only those rows of the weight are
             multiplied. It decides that itself, once. Not on "cuda".
+        extra: (u, b), `(..., r)` and `(V, r)`, both of hidden's dtype: u·bᵀ is added to the logits
+            before the cap, as an adapter of rank r on the head does (LoRA, Hu et al. 2021:
+            u = scale·dropout(hidden)·Aᵀ, b = B), and neither weight + b·A nor a copy of the weight
+            is formed. Gradients flow to both. With `process_group` b is this rank's share.
 
     Returns:
         `TokenLogProbs(logprobs, entropy)`, each `(...)` fp32 (fp64 for fp64 inputs).
@@ -133,6 +136,7 @@ def linear_token_logprobs(
         row_index=row_index,
         process_group=process_group,
         support=support,
+        extra=extra,
         backend=backend,
     )
     shape = tokens.shape
@@ -156,10 +160,9 @@ def score(given: HeadInputs) -> tuple[Tensor, Tensor]:
 
 def _score_whole(given: HeadInputs) -> tuple[Tensor, Tensor]:
     """The same over the whole vocabulary."""
-    args = (given.hidden, given.weight, given.bias)
-    if n_grads(*args):
-        out: tuple[Tensor, Tensor] = _LinearLogProbs.apply(*args, given)
+    if n_grads(*given.operands):
+        out: tuple[Tensor, Tensor] = _LinearLogProbs.apply(given, *given.operands)
         return out
     with given.exact():
-        part = all_rows(Head(*args, given.rows, given.options))
+        part = all_rows(Head(given.operands, given.rows, given.options))
     return given.rows.spread(part.logprobs), given.rows.spread(part.entropy)

@@ -61,10 +61,12 @@ def linear_token_divergence(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     row_index: Tensor | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
 ) -> TokenDivergence:
-    """`token_divergence` of z = cap·tanh((hidden·weightᵀ + bias) / cap) and the teacher's."""
+    """`token_divergence` of z = cap·tanh((hidden·weightᵀ + u·bᵀ + bias) / cap) and the
+    teacher's."""
     keep = rows_of(hidden[..., 0], mask, row_index)
-    logits = logits_of(hidden, weight, keep, bias, softcap)
+    logits = logits_of(hidden, weight, keep, bias, softcap, extra)
     return teacher.divergence_from(logits, keep, temperature)
 
 
@@ -81,6 +83,7 @@ def linear_divergence(
     reduction: str = "token-mean",
     denom: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
 ) -> DivergenceLoss:
     """coef·Σ w·divergence / D; rows left out by `row_index` count in D alone."""
     tokens = linear_token_divergence(
@@ -92,6 +95,7 @@ def linear_divergence(
         temperature=temperature,
         softcap=softcap,
         row_index=row_index,
+        extra=extra,
     )
     keep = rows_of(hidden[..., 0], mask, row_index)
     coef = (

@@ -21,11 +21,19 @@ def rows_of(tokens: Tensor, mask: Tensor | None, row_index: Tensor | None) -> Te
 
 
 def logits_of(
-    hidden: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    extra: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """z = cap·tanh((hidden·weightᵀ + bias) / cap), of a hidden state of 0 where not kept."""
+    """z = cap·tanh((hidden·weightᵀ + u·bᵀ + bias) / cap), of hidden = u = 0 where not kept."""
     # Selected before the product: 0·NaN would reach the weight's gradient.
     z = torch.where(keep[..., None], compute(hidden), 0.0) @ compute(weight).t()
+    if extra is not None:
+        u, b = extra
+        z = z + torch.where(keep[..., None], compute(u), 0.0) @ compute(b).t()
     if bias is not None:
         z = z + compute(bias)
     return z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -42,8 +50,9 @@ def linear_token_logprobs(
     mask: Tensor | None = None,
     row_index: Tensor | None = None,
     support: Support | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
 ) -> TokenLogProbs:
-    """`token_logprobs` of z = cap·tanh((hidden·weightᵀ + bias) / cap)."""
+    """`token_logprobs` of z = cap·tanh((hidden·weightᵀ + u·bᵀ + bias) / cap)."""
     keep = rows_of(tokens, mask, row_index)
-    z = logits_of(hidden, weight, keep, bias, softcap)
+    z = logits_of(hidden, weight, keep, bias, softcap, extra)
     return token_logprobs(z, tokens, temperature=temperature, mask=keep, support=support)

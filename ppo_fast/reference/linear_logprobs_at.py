@@ -22,11 +22,12 @@ def linear_logprobs_at(
     softcap: float | None = None,
     mask: Tensor | None = None,
     row_index: Tensor | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
 ) -> TokenLogProbs:
     """log softmax over the whole vocabulary at each id (..., K), 0 where absent; the entropy."""
     first = ids.new_zeros(ids.shape[:-1])
     keep = rows_of(first, mask, row_index)
-    z = logits_of(hidden, weight, keep, bias, softcap)
+    z = logits_of(hidden, weight, keep, bias, softcap, extra)
     if isinstance(temperature, Tensor):
         temperature = torch.where(keep, compute(temperature), 1.0)[..., None].to(z.dtype)
     z = z / temperature

@@ -31,6 +31,7 @@ def linear_ppo_loss(
     support: Support | None = None,
     teacher: TeacherRows | None = None,
     z_loss_coef: float | Tensor = 0.0,
+    extra: tuple[Tensor, Tensor] | None = None,
     **options: Any,
 ) -> HeadLoss:
     """`ppo_loss` of `linear_token_logprobs`; rows left out by `row_index` count in D alone.
@@ -38,7 +39,7 @@ def linear_ppo_loss(
     A teacher adds coef·divergence to every token's term, and z_loss_coef·(ln Σe^z)² is added.
     """
     rows = rows_of(tokens, mask, row_index)
-    z = logits_of(hidden, weight, rows, bias, softcap)  # once: its gradient is rounded once
+    z = logits_of(hidden, weight, rows, bias, softcap, extra)  # once: its gradient is rounded once
     own: dict[str, Any] = {"temperature": temperature, "support": support}
     scored = token_logprobs(z, tokens, mask=rows, **own)
     others: dict[str, tuple[Tensor, float | Tensor]] = {}
