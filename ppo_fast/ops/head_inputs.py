@@ -138,7 +138,7 @@ def plain_head(
     _check_weight(op, w, weight, hidden, "H")
     if weight.shape[0] < 1:
         raise ValueError(f"{op}: {w} must have at least one row, got {tuple(weight.shape)}")
-    if u is not None:
+    if extra is not None:
         _check_extra(op, u, b, hidden, weight)
     hidden, weight, u, b = _autocast(hidden, weight, u, b)
     for name, y in ((w, weight), ("extra[0]", u), ("extra[1]", b)):
@@ -172,10 +172,10 @@ def _pair(op: str, extra: Any) -> tuple[Any, Any]:
 
 
 def _check_extra(op: str, u: Any, b: Any, hidden: Tensor, weight: Tensor) -> None:
-    shape = (*hidden.shape[:-1], "r")
-    if _checks.floating(op, "extra[0]", u).shape[:-1] != hidden.shape[:-1] or u.dim() < 1:
+    lead = hidden.shape[:-1]
+    if _checks.floating(op, "extra[0]", u).dim() != len(lead) + 1 or u.shape[:-1] != lead:
         raise ValueError(
-            f"{op}: extra[0] must have shape (..., r) = {shape} beside hidden, got"
+            f"{op}: extra[0] must have shape (..., r) beside hidden {tuple(hidden.shape)}, got"
             f" {tuple(u.shape)}"
         )
     if u.shape[-1] < 1:
