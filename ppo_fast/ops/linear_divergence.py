@@ -218,6 +218,8 @@ def _check(
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
+    logit_scale: float,
+    vocab_size: int | None,
     row_index: Tensor | None,
     process_group: dist.ProcessGroup | None,
     backend: str | None,
@@ -232,6 +234,8 @@ def _check(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
         mask=mask,
         ignore_index=-100,
         row_index=row_index,
@@ -253,6 +257,8 @@ def linear_token_divergence(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
@@ -265,12 +271,14 @@ def linear_token_divergence(
 
     Args:
         hidden: `(..., H)` fp32, bf16 or fp16 (fp64 except on Triton), last dimension contiguous.
-        weight: `(V, H)` of the same dtype, or with `process_group` this rank's equal share.
+        weight: `(V, H)` of the same dtype, or with `process_group` this rank's share.
         teacher: a `ppo_fast.Teacher` of the same tokens and vocabulary, a constant; its `coef`
-            must be 1 here. With `process_group` its weight is a share too.
+            must be 1 here. With `process_group` its weight is a share of the student's size.
         mask: `(...)` of any real dtype, non-zero keeps. A masked token's divergence, entropy and
             gradients are 0, whatever either's hidden state holds.
-        bias, temperature, softcap, row_index, process_group: as in `linear_token_logprobs`.
+        bias, temperature, softcap, logit_scale, vocab_size, row_index, process_group: as in
+            `linear_token_logprobs`; the teacher has a scale of its own, and with `vocab_size` and
+            no group padding of its own.
 
     Returns:
         `TokenDivergence(divergence, entropy)`, each `(...)` fp32 (fp64 for fp64 inputs), in nats,
@@ -292,6 +300,8 @@ def linear_token_divergence(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
         row_index=row_index,
         process_group=process_group,
         backend=backend,
@@ -315,6 +325,8 @@ def linear_divergence(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
     reduction: str = "token-mean",
@@ -329,9 +341,10 @@ def linear_divergence(
     heads formed again: a loss scale must reach them before they are rounded.
 
     Args:
-        hidden, weight, teacher, mask, bias, temperature, softcap, row_index, process_group: as in
-            `linear_token_divergence`, hidden `(B, T, H)`, or flat `(N, H)`; the teacher has a
-            `coef`. What `row_index` leaves out counts in the default D alone.
+        hidden, weight, teacher, mask, bias, temperature, softcap, logit_scale, vocab_size,
+        row_index, process_group: as in `linear_token_divergence`, hidden `(B, T, H)`, or flat
+            `(N, H)`; the teacher has a `coef`. What `row_index` leaves out counts in the default D
+            alone.
         reduction, denom, cu_seqlens: as in `ppo_loss`.
 
     Returns:
@@ -352,6 +365,8 @@ def linear_divergence(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
         row_index=row_index,
         process_group=process_group,
         backend=backend,

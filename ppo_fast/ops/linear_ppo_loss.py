@@ -273,6 +273,8 @@ def linear_ppo_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     ignore_index: int = -100,
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -316,8 +318,9 @@ def linear_ppo_loss(
     before they are rounded.
 
     Args:
-        hidden, weight, bias, tokens, temperature, softcap, ignore_index, row_index,
-        process_group, support: as in `linear_token_logprobs`; tokens `(B, T)`, or flat `(N,)`.
+        hidden, weight, bias, tokens, temperature, softcap, logit_scale, vocab_size, ignore_index,
+        row_index, process_group, support: as in `linear_token_logprobs`; tokens `(B, T)`, or flat
+            `(N,)`.
         old_logprobs, advantages, mask and the options of the loss: as in `ppo_loss`. Ignored
             tokens are masked. What `row_index` leaves out counts in the default D alone.
         teacher: a `ppo_fast.Teacher`, as in `linear_divergence`: coef·divergence is added to every
@@ -343,6 +346,8 @@ def linear_ppo_loss(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
         mask=mask,
         ignore_index=ignore_index,
         row_index=row_index,
