@@ -18,6 +18,17 @@ from ppo_fast.ops.support import check_support
 from ppo_fast.support import Support
 
 
+class HeadForm(NamedTuple):
+    """Logits that a head makes of its product, as a caller gives them:
+    cap·tanh(logit_scale·(hidden·weightᵀ + bias) / cap) / temperature, of `vocab_size` ids."""
+
+    bias: Tensor | None
+    temperature: float | Tensor
+    softcap: float | None
+    logit_scale: float
+    vocab_size: int | None
+
+
 class HeadInputs(NamedTuple):
     """Arguments of one call; `keep` is bool in the tokens' shape, ignored tokens left out."""
 
@@ -72,12 +83,8 @@ def check_head(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
+    form: HeadForm,
     *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    vocab_size: int | None,
     mask: Tensor | None,
     ignore_index: int,
     row_index: Tensor | None,
@@ -90,20 +97,21 @@ def check_head(
 
     `beside` names another argument that CUDA C++ does not take.
     """
-    hidden, weight, bias = plain_head(op, hidden, weight, bias, process_group)
+    hidden, weight, bias = plain_head(op, hidden, weight, form.bias, process_group)
     shape, device = hidden.shape[:-1], hidden.device
     _checks.indices(op, "tokens", tokens, shape, device)
     mask = _checks.flags(op, "mask", mask, shape, device)
-    scalar, per_token = check_temperature(op, temperature, hidden)
+    scalar, per_token = check_temperature(op, form.temperature, hidden)
     check_ignore_index(op, ignore_index)
-    cap = None if softcap is None else _checks.positive(op, "softcap", softcap, hidden)
-    factor = _checks.positive(op, "logit_scale", logit_scale, hidden)
+    cap = form.softcap
+    cap = None if cap is None else _checks.positive(op, "softcap", cap, hidden)
+    factor = _checks.positive(op, "logit_scale", form.logit_scale, hidden)
     number, divisor, left = over_scale(op, scalar, per_token, cap, factor, hidden)
     beside = beside if support is None else "a support"
     name = _backend.select_beside(op, backend, hidden, beside)
-    shard = shard_of(op, "weight", process_group, weight, 0, name, vocab_size)
+    shard = shard_of(op, "weight", process_group, weight, 0, name, form.vocab_size)
     if shard is None:
-        size = check_vocab_size(op, vocab_size, weight.shape[0])
+        size = check_vocab_size(op, form.vocab_size, weight.shape[0])
     else:
         size = shard.size
     options = HeadOptions(number, cap, shard, name, size, left)

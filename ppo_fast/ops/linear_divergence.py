@@ -14,7 +14,7 @@ from ppo_fast._results import DivergenceLoss, Stats, TokenDivergence
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable, scaled
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
-from ppo_fast.ops.head_inputs import HeadInputs, all_kept, check_head
+from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, all_kept, check_head
 from ppo_fast.ops.loss_options import Coefficient
 from ppo_fast.ops.reduction import Reduction, check_loss_reduction
 from ppo_fast.ops.sparse_head import score_kept
@@ -214,12 +214,8 @@ def _check(
     weight: Tensor,
     teacher: Teacher,
     mask: Tensor | None,
+    form: HeadForm,
     *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    vocab_size: int | None,
     row_index: Tensor | None,
     process_group: dist.ProcessGroup | None,
     backend: str | None,
@@ -231,11 +227,7 @@ def _check(
         hidden,
         weight,
         torch.zeros(shape, dtype=torch.int64, device=hidden.device),
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
+        form,
         mask=mask,
         ignore_index=-100,
         row_index=row_index,
@@ -297,11 +289,7 @@ def linear_token_divergence(
         weight,
         teacher,
         mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
+        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
         row_index=row_index,
         process_group=process_group,
         backend=backend,
@@ -362,11 +350,7 @@ def linear_divergence(
         weight,
         teacher,
         mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
+        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
         row_index=row_index,
         process_group=process_group,
         backend=backend,

@@ -14,7 +14,7 @@ from ppo_fast._results import TokenLogProbs
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
-from ppo_fast.ops.head_inputs import HeadInputs, check_head
+from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, check_head
 from ppo_fast.ops.sparse_head import score_kept
 from ppo_fast.support import Support
 
@@ -132,11 +132,7 @@ def linear_token_logprobs(
         hidden,
         weight,
         tokens,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
+        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
         mask=mask,
         ignore_index=ignore_index,
         row_index=row_index,

@@ -15,7 +15,7 @@ from ppo_fast._results import TokenLogProbs
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
-from ppo_fast.ops.head_inputs import HeadInputs, check_head
+from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, check_head
 from ppo_fast.ops.shards import unlabelled_gradient
 from ppo_fast.support import ABSENT
 
@@ -219,11 +219,7 @@ def linear_logprobs_at(
         weight,
         # A label that every row has, for its kernels.
         torch.zeros(lead, dtype=torch.int32, device=hidden.device),
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
+        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
         mask=mask,
         ignore_index=ABSENT,
         row_index=row_index,

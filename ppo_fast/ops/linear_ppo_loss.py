@@ -17,7 +17,7 @@ from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
-from ppo_fast.ops.head_inputs import HeadInputs, all_kept, check_head
+from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, all_kept, check_head
 from ppo_fast.ops.head_terms import HeadTerms, check_terms
 from ppo_fast.ops.linear_divergence import score_terms
 from ppo_fast.ops.linear_logprobs import score
@@ -343,11 +343,7 @@ def linear_ppo_loss(
         hidden,
         weight,
         tokens,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
+        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
         mask=mask,
         ignore_index=ignore_index,
         row_index=row_index,
