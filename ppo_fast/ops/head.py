@@ -76,9 +76,10 @@ def unravelled(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     return tuple(reversed(parts))
 
 
-def softcap_slope(z: Tensor, cap: float) -> Tensor:
-    """1 − (z / cap)², of logits z that are capped."""
-    return (z / cap).square_().neg_().add_(1.0)
+def softcap_slope(z: Tensor, cap: float, scale: float) -> Tensor:
+    """scale·(1 − (z / cap)²), the slope of z = cap·tanh(scale·x / cap) by x."""
+    slope = (z / cap).square_().neg_().add_(1.0)
+    return slope if scale == 1.0 else slope.mul_(scale)
 
 
 class HeadRows(NamedTuple):
@@ -113,8 +114,19 @@ class HeadOptions(NamedTuple):
     softcap: float | None
     shard: Shard | None
     backend: str
-    # A teacher's logits before the cap are times this; without a cap it is in the temperature.
+    size: int  # the vocabulary's rows of the weight here; those behind them are padding
+    # The logits before the cap are times this; without a cap it is in the temperature.
     logit_scale: float = 1.0
+
+    @property
+    def vocab(self) -> int:
+        """The vocabulary of all ranks."""
+        return self.size if self.shard is None else self.shard.vocab
+
+    @property
+    def largest(self) -> int:
+        """The largest share: what makes all ranks take the same chunks."""
+        return self.size if self.shard is None else self.shard.largest
 
 
 class HeadOperands(NamedTuple):
@@ -128,21 +140,26 @@ class HeadOperands(NamedTuple):
 
 
 class Product:
-    """One product of the logits, of rows (..., K) and a weight (V, K), and its gradients."""
+    """One product of the logits, of rows (..., K) and a weight (V, K), and its gradients.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, rows: HeadRows) -> None:
-        self.hidden, self.weight, self.rows = hidden, weight, rows
+    Rows of the weight from `size` on are padding, which has a gradient of 0.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, size: int, rows: HeadRows) -> None:
+        self.hidden, self.weight, self.rows = hidden, weight[:size], rows
+        self._padded = weight.shape[0]
         self.dx: Tensor | None = None  # in the rows' order
         self.dw: Tensor | None = None  # wide
         self._written = False
 
     def allocate(self, hidden: bool, weight: bool, wide: torch.dtype) -> None:
         """Make the gradients that are asked for."""
-        count, (v, k) = self.rows.tokens.shape[0], self.weight.shape
+        count, (size, k) = self.rows.tokens.shape[0], self.weight.shape
         if hidden:
             self.dx = self.hidden.new_zeros(count, k)
         if weight:
-            self.dw = self.weight.new_empty(v, k, dtype=wide)
+            self.dw = self.weight.new_empty(self._padded, k, dtype=wide)
+            self.dw[size:].zero_()
 
     def inputs(self, at: Tensor | slice) -> Tensor:
         """Rows of a chunk, (R, K); 0 where masked: 0·NaN would reach dW."""
@@ -160,8 +177,9 @@ class Product:
 
     def add_weight_gradient(self, dz: Tensor, x: Tensor) -> None:
         """dW += dzᵀ · x, where it is asked for."""
-        if self.dw is not None:
-            gemm.add_weight_gradient(self.dw, dz, x, beta=int(self._written))
+        size = self.weight.shape[0]
+        if self.dw is not None and size > 0:
+            gemm.add_weight_gradient(self.dw[:size], dz, x, beta=int(self._written))
             self._written = True
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
@@ -176,22 +194,24 @@ class Head:
     """One call's chunks: logits, softmax, and the gradients that are accumulated."""
 
     def __init__(self, operands: HeadOperands, rows: HeadRows, options: HeadOptions) -> None:
-        hidden, weight, self.bias, u, b = operands
-        self.hidden, self.weight = hidden, weight
-        self.products = [Product(hidden, weight, rows)]
+        hidden, weight, bias, u, b = operands
+        size, largest = options.size, options.largest
+        self.hidden, self.weight = hidden, weight[:size]
+        self.bias = None if bias is None else bias[:size]
+        self.products = [Product(hidden, weight, size, rows)]
         if u is not None and b is not None:
-            self.products.append(Product(u, b, rows))
+            self.products.append(Product(u, b, size, rows))
         self.rows, self.options = rows, options
         self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         kind = "cpu" if hidden.device.type == "cpu" else "cuda"
-        vocab = weight.shape[0]
-        self.height, self.tile = chunk_height(vocab, kind), _TILE[kind]
+        self.height, self.tile = chunk_height(largest, kind), _TILE[kind]
         # A cap's own slopes take a second workspace.
-        self.block = self.height if options.softcap is not None else block_height(vocab, kind)
+        self.block = self.height if options.softcap is not None else block_height(largest, kind)
         # Rows that a product has at least. On CUDA a whole chunk: the choice of GEMM must not
         # follow N.
         self.least = self.height if kind == "cuda" else self.tile
         self.db: Tensor | None = None
+        self._padded = weight.shape[0]  # the rows of db
         self._z: Tensor | None = None
 
     def allocate(self, hidden: bool, weight: bool, bias: bool, u: bool, b: bool) -> None:
@@ -200,7 +220,7 @@ class Head:
         for product, each in zip(self.products, asked, strict=False):
             product.allocate(*each, self.wide)
         if bias:
-            self.db = self.weight.new_zeros(self.weight.shape[0], dtype=self.wide)
+            self.db = self.weight.new_zeros(self._padded, dtype=self.wide)
 
     def chunks(self, count: int) -> Iterator[slice]:
         """Slices of `count` rows."""
@@ -215,12 +235,16 @@ class Head:
         return tuple(product.inputs(at) for product in self.products)
 
     def logits(self, x: tuple[Tensor, ...]) -> Tensor:
-        """z = cap(Σ x · weightᵀ + bias), (R, V), in the workspace, a chunk a product."""
-        count = x[0].shape[0]
+        """z = cap(Σ x · weightᵀ + bias), (R, V), in the workspace, a chunk a product.
+
+        An empty share has one logit, −∞, of no row of the weight: no kernel meets V = 0.
+        """
+        count, size = x[0].shape[0], self.weight.shape[0]
         if self._z is None:
             tall = min(self.block, _up(count, self.least))
-            vocab, device = self.weight.shape[0], self.hidden.device
-            self._z = torch.empty(tall, vocab, dtype=self.wide, device=device)
+            self._z = torch.empty(tall, max(1, size), dtype=self.wide, device=x[0].device)
+        if size == 0:
+            return self._z[:count].fill_(-torch.inf)
         for at in self.chunks(count):
             tall = _up(at.stop - at.start, self.least)
             z = self._z[at.start : at.start + tall]
@@ -278,7 +302,7 @@ class Head:
     def bend(self, z: Tensor) -> Tensor | None:
         """The softcap's slope at capped logits; None without a cap."""
         cap = self.options.softcap
-        return None if cap is None else softcap_slope(z, cap)
+        return None if cap is None else softcap_slope(z, cap, self.options.logit_scale)
 
     @property
     def _writes_bf16(self) -> bool:
@@ -291,8 +315,9 @@ class Head:
 
         On CUDA dz lies at the start of the workspace; it may be overwritten.
         """
+        size = self.weight.shape[0]
         if self.db is not None:
-            self.db += dz.sum(0, dtype=self.wide)
+            self.db[:size] += dz.sum(0, dtype=self.wide)[:size]
         if dz.is_cuda and dz.dtype != self.weight.dtype:
             dz = gemm.narrowed(dz, self.weight.dtype)
         for product, rows in zip(self.products, x, strict=True):
@@ -306,6 +331,8 @@ class Head:
     def _hidden_gradient(self, dz: Tensor, weight: Tensor) -> Tensor:
         """dz · weight, in products of the logits' heights: a row keeps its bits."""
         count = dz.shape[0]
+        if weight.shape[0] == 0:
+            return dz.new_zeros(count, weight.shape[1])
         if dz.is_cuda:
             # The workspace has rows below dz up to a whole chunk; no row meets another.
             whole = dz.as_strided((_up(count, self.height), dz.shape[1]), dz.stride())

@@ -13,9 +13,22 @@ from ppo_fast import _backend, _checks, reference
 from ppo_fast.ops.exact import exact_products
 from ppo_fast.ops.head import HeadOperands, HeadOptions, HeadRows
 from ppo_fast.ops.logprobs import check_ignore_index, check_temperature, kept_tokens
-from ppo_fast.ops.shards import shard_of
+from ppo_fast.ops.shards import check_vocab_size, shard_of
 from ppo_fast.ops.support import check_support
 from ppo_fast.support import Support
+
+
+class HeadForm(NamedTuple):
+    """Logits that a head makes of its product, as a caller gives them:
+    cap·tanh(logit_scale·(hidden·weightᵀ + u·bᵀ + bias) / cap) / temperature, of `vocab_size` ids,
+    `extra` being (u, b)."""
+
+    bias: Tensor | None
+    temperature: float | Tensor
+    softcap: float | None
+    extra: tuple[Tensor, Tensor] | None
+    logit_scale: float
+    vocab_size: int | None
 
 
 class HeadInputs(NamedTuple):
@@ -26,6 +39,8 @@ class HeadInputs(NamedTuple):
     keep: Tensor | None
     row_index: Tensor | None
     temperature: float | Tensor
+    logit_scale: float
+    divisor: Tensor | None  # of every token, where they differ: see `over_scale`
     rows: HeadRows
     options: HeadOptions
     support: Support | None
@@ -48,9 +63,8 @@ class HeadInputs(NamedTuple):
     def whole(self) -> HeadInputs:
         """The rows that take the whole vocabulary, alone."""
         support: Any = self.support
-        t = self.temperature if isinstance(self.temperature, Tensor) else None
         keep = self.named().view(self.tokens.shape)
-        rows = computed_rows(self.tokens, keep, t, support.whole_index)
+        rows = computed_rows(self.tokens, keep, self.divisor, support.whole_index)
         return self._replace(rows=rows, support=None)
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
@@ -68,6 +82,8 @@ class HeadInputs(NamedTuple):
             "extra": None if u is None else (u, b),
             "temperature": self.temperature,
             "softcap": self.options.softcap,
+            "logit_scale": self.logit_scale,
+            "vocab_size": self.options.vocab,
             "mask": self.keep,
             "row_index": self.row_index,
             "support": self.support,
@@ -79,16 +95,13 @@ def check_head(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
+    form: HeadForm,
     *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
     mask: Tensor | None,
     ignore_index: int,
     row_index: Tensor | None,
     process_group: dist.ProcessGroup | None,
     support: Support | None,
-    extra: Any,
     backend: str | None,
     beside: str | None = None,
 ) -> HeadInputs:
@@ -96,28 +109,56 @@ def check_head(
 
     `beside` names another argument that CUDA C++ does not take.
     """
-    operands = plain_head(op, hidden, weight, bias, extra, process_group)
+    operands = plain_head(op, hidden, weight, form.bias, form.extra, process_group)
     hidden, weight = operands.hidden, operands.weight
     shape, device = hidden.shape[:-1], hidden.device
     _checks.indices(op, "tokens", tokens, shape, device)
     mask = _checks.flags(op, "mask", mask, shape, device)
-    scalar, per_token = check_temperature(op, temperature, hidden)
+    scalar, per_token = check_temperature(op, form.temperature, hidden)
     check_ignore_index(op, ignore_index)
-    cap = None if softcap is None else _checks.positive(op, "softcap", softcap, hidden)
+    cap = form.softcap
+    cap = None if cap is None else _checks.positive(op, "softcap", cap, hidden)
+    factor = _checks.positive(op, "logit_scale", form.logit_scale, hidden)
+    number, divisor, left = over_scale(op, scalar, per_token, cap, factor, hidden)
     beside = beside if support is None else "a support"
     name = _backend.select_beside(op, backend, hidden, beside)
-    shard = shard_of(op, "weight", process_group, weight, 0, name)
+    shard = shard_of(op, "weight", process_group, weight, 0, name, form.vocab_size)
+    if shard is None:
+        size = check_vocab_size(op, form.vocab_size, weight.shape[0])
+    else:
+        size = shard.size
+    options = HeadOptions(number, cap, shard, name, size, left)
     keep = kept_tokens(tokens, mask, ignore_index)
-    vocab = weight.shape[0] if shard is None else shard.vocab
-    check_support(op, support, tokens, keep, vocab)
+    check_support(op, support, tokens, keep, options.vocab)
     if _checks.DEBUG:
-        _checks.tokens_in_range(op, tokens, keep, vocab)
+        _checks.tokens_in_range(op, tokens, keep, options.vocab)
     if row_index is not None:
         row_index = _check_rows(op, row_index, tokens)
-    rows = computed_rows(tokens, keep, per_token, row_index)
-    given = scalar if per_token is None else per_token
-    options = HeadOptions(scalar, cap, shard, name)
-    return HeadInputs(operands, tokens, keep, row_index, given, rows, options, support)
+    return HeadInputs(
+        operands,
+        tokens,
+        keep,
+        row_index,
+        scalar if per_token is None else per_token,
+        factor,
+        divisor,
+        computed_rows(tokens, keep, divisor, row_index),
+        options,
+        support,
+    )
+
+
+def over_scale(
+    op: str, number: float, tensor: Tensor | None, cap: float | None, scale: float, main: Tensor
+) -> tuple[float, Tensor | None, float]:
+    """A temperature, and the factor that is left to the logits.
+
+    cap·tanh(scale·x / cap) / τ has the factor before the cap; without one it is x / (τ / scale).
+    """
+    if cap is not None or scale == 1.0:
+        return number, tensor, scale
+    number = _checks.positive(op, "temperature / logit_scale", number / scale, main)
+    return number, None if tensor is None else tensor / scale, 1.0
 
 
 def plain_head(
@@ -136,7 +177,7 @@ def plain_head(
     if _checks.floating(op, x, hidden).dim() < 1:
         raise ValueError(f"{op}: {x} must have shape (..., H), got {tuple(hidden.shape)}")
     _check_weight(op, w, weight, hidden, "H")
-    if weight.shape[0] < 1:
+    if weight.shape[0] < (1 if group is None else 0):
         raise ValueError(f"{op}: {w} must have at least one row, got {tuple(weight.shape)}")
     if extra is not None:
         _check_extra(op, u, b, hidden, weight)

@@ -14,7 +14,7 @@ from ppo_fast._results import DivergenceLoss, Stats, TokenDivergence
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable, scaled
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadOperands, HeadRows, live_rows
-from ppo_fast.ops.head_inputs import HeadInputs, all_kept, check_head
+from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, all_kept, check_head
 from ppo_fast.ops.loss_options import Coefficient
 from ppo_fast.ops.reduction import Reduction, check_loss_reduction
 from ppo_fast.ops.sparse_head import score_kept
@@ -200,13 +200,10 @@ def _check(
     weight: Tensor,
     teacher: Teacher,
     mask: Tensor | None,
+    form: HeadForm,
     *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
     row_index: Tensor | None,
     process_group: dist.ProcessGroup | None,
-    extra: tuple[Tensor, Tensor] | None,
     backend: str | None,
 ) -> tuple[HeadInputs, TeacherInputs]:
     """Both heads' validated arguments; the student's tokens are any."""
@@ -216,15 +213,12 @@ def _check(
         hidden,
         weight,
         torch.zeros(shape, dtype=torch.int64, device=hidden.device),
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        form,
         mask=mask,
         ignore_index=-100,
         row_index=row_index,
         process_group=process_group,
         support=None,
-        extra=extra,
         backend=backend,
         beside="a teacher",
     )
@@ -241,9 +235,11 @@ def linear_token_divergence(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
-    extra: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> TokenDivergence:
     """Divergence of every token's distribution from a teacher's, without either's logits.
@@ -254,13 +250,14 @@ def linear_token_divergence(
 
     Args:
         hidden: `(..., H)` fp32, bf16 or fp16 (fp64 except on Triton), last dimension contiguous.
-        weight: `(V, H)` of the same dtype, or with `process_group` this rank's equal share.
+        weight: `(V, H)` of the same dtype, or with `process_group` this rank's share.
         teacher: a `ppo_fast.Teacher` of the same tokens and vocabulary, a constant; its `coef`
-            must be 1 here. With `process_group` its weight is a share too.
+            must be 1 here. With `process_group` its weight is a share of the student's size.
         mask: `(...)` of any real dtype, non-zero keeps. A masked token's divergence, entropy and
             gradients are 0, whatever either's hidden state holds.
-        bias, temperature, softcap, row_index, process_group, extra: as in
-            `linear_token_logprobs`; `extra` is the student's.
+        bias, temperature, softcap, extra, logit_scale, vocab_size, row_index, process_group: as in
+            `linear_token_logprobs`, of the student; the teacher has a scale of its own, and with
+            `vocab_size` and no group padding of its own.
 
     Returns:
         `TokenDivergence(divergence, entropy)`, each `(...)` fp32 (fp64 for fp64 inputs), in nats,
@@ -279,12 +276,9 @@ def linear_token_divergence(
         weight,
         teacher,
         mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        HeadForm(bias, temperature, softcap, extra, logit_scale, vocab_size),
         row_index=row_index,
         process_group=process_group,
-        extra=extra,
         backend=backend,
     )
     if isinstance(other.coef, Tensor) or other.coef != 1.0:
@@ -306,12 +300,14 @@ def linear_divergence(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
     reduction: str = "token-mean",
     denom: Coefficient | None = None,
     cu_seqlens: Tensor | None = None,
-    extra: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> DivergenceLoss:
     """coef·Σ w·divergence / D of a head's distributions from a teacher's, in four products.
@@ -321,9 +317,10 @@ def linear_divergence(
     both heads formed again: a loss scale must reach them before they are rounded.
 
     Args:
-        hidden, weight, teacher, mask, bias, temperature, softcap, row_index, process_group, extra:
-            as in `linear_token_divergence`, hidden `(B, T, H)`, or flat `(N, H)`; the teacher has
-            a `coef`. What `row_index` leaves out counts in the default D alone.
+        hidden, weight, teacher, mask, bias, temperature, softcap, extra, logit_scale, vocab_size,
+        row_index, process_group: as in `linear_token_divergence`, hidden `(B, T, H)`, or flat
+            `(N, H)`; the teacher has a `coef`. What `row_index` leaves out counts in the default D
+            alone.
         reduction, denom, cu_seqlens: as in `ppo_loss`.
 
     Returns:
@@ -341,12 +338,9 @@ def linear_divergence(
         weight,
         teacher,
         mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        HeadForm(bias, temperature, softcap, extra, logit_scale, vocab_size),
         row_index=row_index,
         process_group=process_group,
-        extra=extra,
         backend=backend,
     )
     main = _checks.main(op, "hidden[..., 0]", given.hidden.detach()[..., 0], cu_seqlens)

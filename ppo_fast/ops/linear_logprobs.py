@@ -14,7 +14,7 @@ from ppo_fast._results import TokenLogProbs
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadOperands, HeadRows, live_rows
-from ppo_fast.ops.head_inputs import HeadInputs, check_head
+from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, check_head
 from ppo_fast.ops.sparse_head import score_kept
 from ppo_fast.support import Support
 
@@ -84,37 +84,44 @@ def linear_token_logprobs(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
     support: Support | None = None,
-    extra: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> TokenLogProbs:
-    """`token_logprobs` of the logits cap(hidden·weightᵀ + bias), which never exist as a whole.
+    """`token_logprobs` of cap(logit_scale·(hidden·weightᵀ + bias)), logits that never exist whole.
 
     Rows go through the GEMM in chunks of a height that the vocabulary alone decides, with or
     without gradients: the bits are the same. The backward recomputes each chunk.
 
     Args:
         hidden: `(..., H)` fp32, bf16 or fp16 (fp64 except on Triton), last dimension contiguous.
-        weight: `(V, H)` of the same dtype; with `process_group` this rank's equal share in rank
-            order (tokens stay global ids). A DTensor is taken as its local share with a group
-            and whole without. Frozen weights cost no gradient GEMM.
+        weight: `(V, H)` of the same dtype; with `process_group` this rank's share of it, in rank
+            order (tokens stay global ids): shares may differ in size and be empty. A DTensor is
+            taken as its local share with a group and whole without. Frozen weights cost no
+            gradient GEMM.
         tokens, temperature, mask, ignore_index: as in `token_logprobs`.
         bias: `(V,)`, or this rank's share.
         softcap: z ← cap·tanh(z / cap), before the temperature.
+        extra: (u, b), `(..., r)` and `(V, r)` of hidden's dtype: u·bᵀ is added to
+            hidden·weightᵀ, as an adapter of rank r on the head does (LoRA, Hu et al. 2021:
+            u = scale·dropout(hidden)·Aᵀ, b = B), while neither weight + b·A nor a copy of the
+            weight is formed. Gradients flow to both. With `process_group` b is this rank's share.
+        logit_scale: a positive number that multiplies the logits before the cap (Cohere; Granite
+            divides by `logits_scaling`).
+        vocab_size: rows of weight, b and bias from this one on are padding: never read, tokens
+            there are out of range, their gradient is 0. With `process_group`, of all ranks' rows.
         row_index: `(R,)` int64, ascending and unique: the flat rows to compute. The others give 0
             and no gradient. On a CPU masked rows are left out by themselves; on a GPU, where their
             number is not known to the host, by this alone.
         process_group: ranks that hold a share of the vocabulary each, with identical tokens.
         support: as in `token_logprobs`; where it keeps few ids, only those rows of the weight are
             multiplied. It decides that itself, once. Not on "cuda".
-        extra: (u, b), `(..., r)` and `(V, r)`, both of hidden's dtype: u·bᵀ is added to the logits
-            before the cap, as an adapter of rank r on the head does (LoRA, Hu et al. 2021:
-            u = scale·dropout(hidden)·Aᵀ, b = B), and neither weight + b·A nor a copy of the weight
-            is formed. Gradients flow to both. With `process_group` b is this rank's share.
 
     Returns:
         `TokenLogProbs(logprobs, entropy)`, each `(...)` fp32 (fp64 for fp64 inputs).
@@ -128,15 +135,12 @@ def linear_token_logprobs(
         hidden,
         weight,
         tokens,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        HeadForm(bias, temperature, softcap, extra, logit_scale, vocab_size),
         mask=mask,
         ignore_index=ignore_index,
         row_index=row_index,
         process_group=process_group,
         support=support,
-        extra=extra,
         backend=backend,
     )
     shape = tokens.shape

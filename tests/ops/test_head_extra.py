@@ -278,6 +278,34 @@ def test_strided(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert all(same_bits(got[k], x) for k, x in want.items())
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_padding_of_b_is_never_read(name: str) -> None:
+    """`vocab_size` cuts b as it cuts the weight; what is cut has a gradient of 0."""
+    if "teacher" in name or "divergence" in name:
+        call = without_bias_of_teacher(call_of(name, (3, 4)))
+    else:
+        call = call_of(name, (3, 4))
+    padded = {}
+    for k in ("weight", "extra_b", "bias", "teacher_weight"):
+        if k in call.tensors:
+            x = call.tensors[k]
+            padded[k] = torch.cat([x, torch.full((5, *x.shape[1:]), math.nan)])
+    want, got = run(call, "cpu"), run(call.replace(**padded).option(vocab_size=37), "cpu")
+    for k, x in want.items():
+        assert same_bits(got[k][:37] if k.removeprefix("grad_") in padded else got[k], x), k
+    assert got["grad_extra_b"].shape == (42, 3) and not bool(got["grad_extra_b"][37:].any())
+
+
+def without_bias_of_teacher(call: Call) -> Call:
+    """The call whose teacher has no bias, which would have to be padded too."""
+    return call.replace(teacher_bias=None)
+
+
+def test_the_factor_of_the_logits_is_behind_it() -> None:
+    call = call_of("logprobs, every option", (5, 6)).option(logit_scale=0.5)
+    testing.assert_agrees(call, "cpu")
+
+
 U, B = torch.ones(4, 9, 3), torch.ones(37, 3)
 ROWS = [
     row
