@@ -28,7 +28,14 @@ from ppo_fast.testing import (
 
 WORLD, VOCAB, SHARE = 2, 38, 19
 # And the dimension that is the vocabulary.
-SHARDED = {"weight": 0, "bias": 0, "logits": -1, "teacher_weight": 0, "teacher_bias": 0}
+SHARDED = {
+    "weight": 0,
+    "bias": 0,
+    "extra_b": 0,
+    "logits": -1,
+    "teacher_weight": 0,
+    "teacher_bias": 0,
+}
 Results = dict[str, torch.Tensor]
 
 
@@ -86,7 +93,7 @@ def cases() -> dict[str, Call]:
         out[f"{name}, labels at -inf"] = _forbidden(_labelled(few, edges), slice(SHARE, None, 2))
         out[f"{name}, loss"] = linear_ppo_call((3, 5), VOCAB, kept=12, sparse=sparse)
     out["support, logits"] = logprobs_call((3, 5), VOCAB, kept=12)
-    out |= at_ids() | taught()
+    out |= at_ids() | taught() | adapted()
     return out | {f"loss {v}": linear_ppo_call((3, 5), VOCAB, variant=v) for v in VARIANTS}
 
 
@@ -145,21 +152,37 @@ def taught() -> dict[str, Call]:
     return out
 
 
+def adapted() -> dict[str, Call]:
+    """With an adapter on the head, whose b is shared as the weight is and u whole."""
+    extras = ("bias", "extra")
+    out = {
+        "extra": linear_call((3, 5), VOCAB, softcap=4.0, extras=(*extras, "row_index")),
+        "extra at ids": linear_at_call((3, 5), VOCAB, extras=extras),
+        "extra and a teacher": linear_divergence_call((3, 5), VOCAB, kind="jsd", extras=extras),
+        "loss with extra": linear_ppo_call((3, 5), VOCAB, head_extras=extras),
+        "gspo with extra": linear_ppo_call((3, 5), VOCAB, head_extras=extras, variant="gspo"),
+    }
+    for sparse in (True, False):
+        out[f"extra over a support, sparse {sparse}"] = linear_call(
+            (3, 5), VOCAB, kept=12, sparse=sparse, extras=extras, scale=1.0
+        )
+    return out
+
+
 def share(call: Call, rank: int) -> Call:
-    """This rank's rows of weight and bias, or columns of the logits."""
+    """This rank's rows of weight, b and bias, or columns of the logits."""
     given = {k: dim for k, dim in SHARDED.items() if k in call.tensors}
     return call.replace(
         **{k: call.tensors[k].narrow(dim, rank * SHARE, SHARE).clone() for k, dim in given.items()}
     )
 
 
-def refused(call: Call, rank: int, wrong: bool) -> str:
-    """The error's text of a call with shares that are not equal, or with a bad token."""
-    rows = slice(0, SHARE + (rank if wrong else 0))
+def refused(call: Call, rows: int = SHARE, **options: Any) -> str:
+    """The error's text of a call with shares of so many rows, of one without bias."""
     try:
         testing.run(
-            call.replace(weight=call.tensors["weight"][rows], bias=None)
-            .option(process_group=dist.group.WORLD)
+            call.replace(weight=call.tensors["weight"][:rows], bias=None)
+            .option(process_group=dist.group.WORLD, **options)
             ._replace(cotangents={}),
             "cpu",
         )
@@ -170,12 +193,13 @@ def refused(call: Call, rank: int, wrong: bool) -> str:
 
 def errors(rank: int) -> list[str]:
     call = linear_call((3, 5), VOCAB, mask=None, ignored=False)
-    uneven = refused(call, rank, wrong=True)
+    sizes = [refused(call, vocab_size=20 + rank), refused(call, vocab_size=39), refused(call, 0)]
     _checks.DEBUG = True
-    elsewhere = refused(_labelled(call, torch.tensor([0, VOCAB - 1])), rank, wrong=False)
-    outside = refused(_labelled(call, torch.tensor([0, VOCAB])), rank, wrong=False)
+    elsewhere = refused(_labelled(call, torch.tensor([0, VOCAB - 1])))
+    outside = refused(_labelled(call, torch.tensor([0, VOCAB])))
+    padding = refused(_labelled(call, torch.tensor([0, 37])), vocab_size=37)
     _checks.DEBUG = False
-    return [uneven, elsewhere, outside]
+    return [*sizes, elsewhere, outside, padding]
 
 
 def with_dtensors(call: Call, group: bool) -> Results:
@@ -265,11 +289,16 @@ def test_certain_labels(ranks: list[Any]) -> None:
 
 
 def test_bad_input_is_refused_on_every_rank(ranks: list[Any]) -> None:
-    """Unequal shares; a token of nobody's under PPO_FAST_DEBUG, but not one of another rank's."""
-    for *_, (uneven, elsewhere, outside) in ranks:
-        assert uneven == (
-            "ValueError: linear_token_logprobs: weight must have equal shares on all ranks,"
-            " got [19, 20]"
+    """Sizes that cannot be; with PPO_FAST_DEBUG a token of nobody's, but not another rank's."""
+    op = "linear_token_logprobs"
+    for *_, (differ, more, none, elsewhere, outside, padding) in ranks:
+        assert differ == (
+            f"ValueError: {op}: vocab_size must be the same on all ranks, got [20, 21]"
         )
+        assert more == (
+            f"ValueError: {op}: vocab_size must be in [1, 38] with a weight of 38 rows, got 39"
+        )
+        assert none == f"ValueError: {op}: weight must have a share on some rank, got [0, 0]"
         assert elsewhere == "nothing raised"
-        assert outside.startswith("IndexError: linear_token_logprobs: tokens must be in [0, 38)")
+        assert outside.startswith(f"IndexError: {op}: tokens must be in [0, 38), got 38")
+        assert padding.startswith(f"IndexError: {op}: tokens must be in [0, 37), got 37")
