@@ -126,6 +126,7 @@ def scan_stats(
     end,
     V,
     inv_temperature,
+    inv_vocab,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
@@ -135,7 +136,7 @@ def scan_stats(
     `end` as in softmax.scan_columns. A maximum of -inf stays.
     """
     scale = inv_temperature * LOG2E
-    share = tl.div_rn(inv_temperature, V.to(tl.float32))
+    share = inv_temperature * inv_vocab
     top = tl.full([LANES], float("-inf"), tl.float32)
     shift = tl.full([LANES], -HUGE, tl.float32)
     step = tl.zeros([LANES], tl.int32) + start
@@ -203,7 +204,9 @@ def token_stats_kernel(
     logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr,  # (rows,) fp32 contiguous, as the next
     log_sum_sq_ptr, mean_ptr,
     top_ptr,  # (rows,) int64
-    inner, V, n_parts: tl.int64, n_segments, inv_temperature, ignore_index: tl.int64,
+    inner, V, n_parts: tl.int64, n_segments,
+    inv_temperature, inv_vocab,  # 1 / V
+    ignore_index: tl.int64,
     LANES: tl.constexpr, UNROLL: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
     SEGMENTS: tl.constexpr,  # a power of two >= n_segments
     ALIGN: tl.constexpr,  # every row starts at a multiple of this many elements
@@ -224,7 +227,7 @@ def token_stats_kernel(
         start = segment * SEGMENT
         end = tl.minimum(start + SEGMENT, V)
         row_max, row_sum, row_dot, squares, mean, top = scan_stats(
-            row_ptr, start, end, V, inv_temp, LANES, UNROLL, STAGES
+            row_ptr, start, end, V, inv_temp, inv_vocab, LANES, UNROLL, STAGES
         )
         completes = live
         if SEGMENTS > 1:
@@ -299,7 +302,7 @@ def token_stats(
                 *(*block.args, parts, tops, counters),
                 *(x.view(-1)[block.start :] for x in outs),
                 *(block.inner, vocab, n_rows * segments, segments),
-                *(1.0 / temperature, ignore_index),
+                *(1.0 / temperature, 1.0 / vocab, ignore_index),
                 ALIGN=alignment(*block.args[:3]),
                 SEGMENTS=padded,
                 **tiling.constants(),

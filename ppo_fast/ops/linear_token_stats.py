@@ -80,7 +80,11 @@ def linear_token_stats(
         with given.exact():
             return reference.linear_token_stats(**inputs)
     with given.exact():
-        stats = _all_rows(Head(given.hidden, given.weight, given.bias, given.rows, given.options))
+        head = Head(given.hidden, given.weight, given.bias, given.rows, given.options)
+        part = _all_rows(head)
+    shard = given.options.shard
+    vocab = given.weight.shape[0] if shard is None else shard.vocab
+    stats = _statistics(part, head.scoring(slice(None)), vocab)
     return TokenStats(*(given.rows.spread(x).view(tokens.shape) for x in stats))
 
 
@@ -89,23 +93,19 @@ def _detached(given: HeadInputs) -> HeadInputs:
     return given._replace(hidden=given.hidden.detach(), weight=given.weight.detach(), bias=bias)
 
 
-def _all_rows(head: Head) -> TokenStats:
-    """The statistics of every row that is computed, (R,) each."""
+def _all_rows(head: Head) -> RowStats:
+    """The numbers of every row that is computed, (R,) each."""
     count, device = head.rows.tokens.shape[0], head.hidden.device
-    logprobs, entropy, lse, squares, mean = torch.empty(5, count, dtype=head.wide, device=device)
-    is_top1 = torch.empty(count, dtype=torch.bool, device=device)
-    out = TokenStats(logprobs, entropy, lse, squares, is_top1, mean)
+    top = torch.empty(count, dtype=torch.int64, device=device)
+    logprobs, entropy, row_max, log_sum, squares, mean = torch.empty(
+        6, count, dtype=head.wide, device=device
+    )
+    out = RowStats(logprobs, entropy, row_max, log_sum, squares, mean, top)
     for at in head.chunks(count):
-        s = head.scoring(at)
-        part = _of_rows(head, head.logits(head.inputs(at)), s)
-        for to, x in zip(out, _statistics(part, s, _vocab(head)), strict=True):
+        part = _of_rows(head, head.logits(head.inputs(at)), head.scoring(at))
+        for to, x in zip(out, part, strict=True):
             to[at] = x
     return out
-
-
-def _vocab(head: Head) -> int:
-    shard = head.options.shard
-    return head.weight.shape[0] if shard is None else shard.vocab
 
 
 def _of_rows(head: Head, z: Tensor, s: Scoring) -> RowStats:
