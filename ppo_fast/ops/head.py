@@ -69,9 +69,10 @@ def unravelled(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     return tuple(reversed(parts))
 
 
-def softcap_slope(z: Tensor, cap: float) -> Tensor:
-    """1 − (z / cap)², of logits z that are capped."""
-    return (z / cap).square_().neg_().add_(1.0)
+def softcap_slope(z: Tensor, cap: float, scale: float) -> Tensor:
+    """scale·(1 − (z / cap)²), the slope of z = cap·tanh(scale·x / cap) by x."""
+    slope = (z / cap).square_().neg_().add_(1.0)
+    return slope if scale == 1.0 else slope.mul_(scale)
 
 
 class HeadRows(NamedTuple):
@@ -106,8 +107,19 @@ class HeadOptions(NamedTuple):
     softcap: float | None
     shard: Shard | None
     backend: str
-    # A teacher's logits before the cap are times this; without a cap it is in the temperature.
+    size: int  # the vocabulary's rows of the weight here; those behind them are padding
+    # The logits before the cap are times this; without a cap it is in the temperature.
     logit_scale: float = 1.0
+
+    @property
+    def vocab(self) -> int:
+        """The vocabulary of all ranks."""
+        return self.size if self.shard is None else self.shard.vocab
+
+    @property
+    def largest(self) -> int:
+        """The largest share: what makes all ranks take the same chunks."""
+        return self.size if self.shard is None else self.shard.largest
 
 
 class Head:
@@ -121,32 +133,35 @@ class Head:
         rows: HeadRows,
         options: HeadOptions,
     ) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+        size, largest = options.size, options.largest
+        self.hidden, self.weight = hidden, weight[:size]
+        self.bias = None if bias is None else bias[:size]
         self.rows, self.options = rows, options
         self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         kind = "cpu" if hidden.device.type == "cpu" else "cuda"
-        vocab = weight.shape[0]
-        self.height, self.tile = chunk_height(vocab, kind), _TILE[kind]
+        self.height, self.tile = chunk_height(largest, kind), _TILE[kind]
         # A cap's own slopes take a second workspace.
-        self.block = self.height if options.softcap is not None else block_height(vocab, kind)
+        self.block = self.height if options.softcap is not None else block_height(largest, kind)
         # Rows that a product has at least. On CUDA a whole chunk: the choice of GEMM must not
         # follow N.
         self.least = self.height if kind == "cuda" else self.tile
         self.dx: Tensor | None = None
         self.dw: Tensor | None = None
         self.db: Tensor | None = None
+        self._padded = weight.shape[0]  # the rows of dW and db
         self._dw_written = False
         self._z: Tensor | None = None
 
     def allocate(self, hidden: bool, weight: bool, bias: bool) -> None:
         """Make the gradients that are asked for: dX in the rows' order, dW and db wide."""
-        r, (v, h) = self.rows.tokens.shape[0], self.weight.shape
+        r, (size, h) = self.rows.tokens.shape[0], self.weight.shape
         if hidden:
             self.dx = self.hidden.new_zeros(r, h)
         if weight:
-            self.dw = self.weight.new_empty(v, h, dtype=self.wide)
+            self.dw = self.weight.new_empty(self._padded, h, dtype=self.wide)
+            self.dw[size:].zero_()
         if bias:
-            self.db = self.weight.new_zeros(v, dtype=self.wide)
+            self.db = self.weight.new_zeros(self._padded, dtype=self.wide)
 
     def chunks(self, count: int) -> Iterator[slice]:
         """Slices of `count` rows."""
@@ -170,11 +185,16 @@ class Head:
         return torch.where(self.rows.keep[at][:, None], x, x.new_zeros(()))
 
     def logits(self, x: Tensor) -> Tensor:
-        """z = cap(x · weightᵀ + bias), (R, V), in the workspace, a chunk a product."""
-        count = x.shape[0]
+        """z = cap(x · weightᵀ + bias), (R, V), in the workspace, a chunk a product.
+
+        An empty share has one logit, −∞, of no row of the weight: no kernel meets V = 0.
+        """
+        count, size = x.shape[0], self.weight.shape[0]
         if self._z is None:
             tall = min(self.block, _up(count, self.least))
-            self._z = torch.empty(tall, self.weight.shape[0], dtype=self.wide, device=x.device)
+            self._z = torch.empty(tall, max(1, size), dtype=self.wide, device=x.device)
+        if size == 0:
+            return self._z[:count].fill_(-torch.inf)
         for at in self.chunks(count):
             part, tall = x[at], _up(at.stop - at.start, self.least)
             if tall != part.shape[0]:
@@ -225,7 +245,7 @@ class Head:
     def bend(self, z: Tensor) -> Tensor | None:
         """The softcap's slope at capped logits; None without a cap."""
         cap = self.options.softcap
-        return None if cap is None else softcap_slope(z, cap)
+        return None if cap is None else softcap_slope(z, cap, self.options.logit_scale)
 
     @property
     def _writes_bf16(self) -> bool:
@@ -238,8 +258,9 @@ class Head:
 
         On CUDA dz lies at the start of the workspace; it may be overwritten.
         """
+        size = self.weight.shape[0]
         if self.db is not None:
-            self.db += dz.sum(0, dtype=self.wide)
+            self.db[:size] += dz.sum(0, dtype=self.wide)[:size]
         if dz.is_cuda and dz.dtype != self.weight.dtype:
             dz = gemm.narrowed(dz, self.weight.dtype)
         if self.dx is not None:
@@ -247,13 +268,15 @@ class Head:
             if self.options.shard is not None:
                 dist.all_reduce(dx, group=self.options.shard.group)
             self.dx[at] = dx.to(self.dx.dtype)
-        if self.dw is not None:
-            gemm.add_weight_gradient(self.dw, dz, x, beta=int(self._dw_written))
+        if self.dw is not None and size > 0:
+            gemm.add_weight_gradient(self.dw[:size], dz, x, beta=int(self._dw_written))
             self._dw_written = True
 
     def _hidden_gradient(self, dz: Tensor) -> Tensor:
         """dz · weight, in products of the logits' heights: a row keeps its bits."""
         count = dz.shape[0]
+        if self.weight.shape[0] == 0:
+            return dz.new_zeros(count, self.weight.shape[1])
         if dz.is_cuda:
             # The workspace has rows below dz up to a whole chunk; no row meets another.
             whole = dz.as_strided((_up(count, self.height), dz.shape[1]), dz.stride())

@@ -13,9 +13,20 @@ from ppo_fast import _backend, _checks, reference
 from ppo_fast.ops.exact import exact_products
 from ppo_fast.ops.head import HeadOptions, HeadRows
 from ppo_fast.ops.logprobs import check_ignore_index, check_temperature, kept_tokens
-from ppo_fast.ops.shards import shard_of
+from ppo_fast.ops.shards import check_vocab_size, shard_of
 from ppo_fast.ops.support import check_support
 from ppo_fast.support import Support
+
+
+class HeadForm(NamedTuple):
+    """Logits that a head makes of its product, as a caller gives them:
+    cap·tanh(logit_scale·(hidden·weightᵀ + bias) / cap) / temperature, of `vocab_size` ids."""
+
+    bias: Tensor | None
+    temperature: float | Tensor
+    softcap: float | None
+    logit_scale: float
+    vocab_size: int | None
 
 
 class HeadInputs(NamedTuple):
@@ -28,6 +39,8 @@ class HeadInputs(NamedTuple):
     keep: Tensor | None
     row_index: Tensor | None
     temperature: float | Tensor
+    logit_scale: float
+    divisor: Tensor | None  # of every token, where they differ: see `over_scale`
     rows: HeadRows
     options: HeadOptions
     support: Support | None
@@ -40,9 +53,8 @@ class HeadInputs(NamedTuple):
     def whole(self) -> HeadInputs:
         """The rows that take the whole vocabulary, alone."""
         support: Any = self.support
-        t = self.temperature if isinstance(self.temperature, Tensor) else None
         keep = self.named().view(self.tokens.shape)
-        rows = computed_rows(self.tokens, keep, t, support.whole_index)
+        rows = computed_rows(self.tokens, keep, self.divisor, support.whole_index)
         return self._replace(rows=rows, support=None)
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
@@ -58,6 +70,8 @@ class HeadInputs(NamedTuple):
             "bias": self.bias,
             "temperature": self.temperature,
             "softcap": self.options.softcap,
+            "logit_scale": self.logit_scale,
+            "vocab_size": self.options.vocab,
             "mask": self.keep,
             "row_index": self.row_index,
             "support": self.support,
@@ -69,10 +83,8 @@ def check_head(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
+    form: HeadForm,
     *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
     mask: Tensor | None,
     ignore_index: int,
     row_index: Tensor | None,
@@ -85,27 +97,57 @@ def check_head(
 
     `beside` names another argument that CUDA C++ does not take.
     """
-    hidden, weight, bias = plain_head(op, hidden, weight, bias, process_group)
+    hidden, weight, bias = plain_head(op, hidden, weight, form.bias, process_group)
     shape, device = hidden.shape[:-1], hidden.device
     _checks.indices(op, "tokens", tokens, shape, device)
     mask = _checks.flags(op, "mask", mask, shape, device)
-    scalar, per_token = check_temperature(op, temperature, hidden)
+    scalar, per_token = check_temperature(op, form.temperature, hidden)
     check_ignore_index(op, ignore_index)
-    cap = None if softcap is None else _checks.positive(op, "softcap", softcap, hidden)
+    cap = form.softcap
+    cap = None if cap is None else _checks.positive(op, "softcap", cap, hidden)
+    factor = _checks.positive(op, "logit_scale", form.logit_scale, hidden)
+    number, divisor, left = over_scale(op, scalar, per_token, cap, factor, hidden)
     beside = beside if support is None else "a support"
     name = _backend.select_beside(op, backend, hidden, beside)
-    shard = shard_of(op, "weight", process_group, weight, 0, name)
+    shard = shard_of(op, "weight", process_group, weight, 0, name, form.vocab_size)
+    if shard is None:
+        size = check_vocab_size(op, form.vocab_size, weight.shape[0])
+    else:
+        size = shard.size
+    options = HeadOptions(number, cap, shard, name, size, left)
     keep = kept_tokens(tokens, mask, ignore_index)
-    vocab = weight.shape[0] if shard is None else shard.vocab
-    check_support(op, support, tokens, keep, vocab)
+    check_support(op, support, tokens, keep, options.vocab)
     if _checks.DEBUG:
-        _checks.tokens_in_range(op, tokens, keep, vocab)
+        _checks.tokens_in_range(op, tokens, keep, options.vocab)
     if row_index is not None:
         row_index = _check_rows(op, row_index, tokens)
-    rows = computed_rows(tokens, keep, per_token, row_index)
-    given = scalar if per_token is None else per_token
-    options = HeadOptions(scalar, cap, shard, name)
-    return HeadInputs(hidden, weight, bias, tokens, keep, row_index, given, rows, options, support)
+    return HeadInputs(
+        hidden,
+        weight,
+        bias,
+        tokens,
+        keep,
+        row_index,
+        scalar if per_token is None else per_token,
+        factor,
+        divisor,
+        computed_rows(tokens, keep, divisor, row_index),
+        options,
+        support,
+    )
+
+
+def over_scale(
+    op: str, number: float, tensor: Tensor | None, cap: float | None, scale: float, main: Tensor
+) -> tuple[float, Tensor | None, float]:
+    """A temperature, and the factor that is left to the logits.
+
+    cap·tanh(scale·x / cap) / τ has the factor before the cap; without one it is x / (τ / scale).
+    """
+    if cap is not None or scale == 1.0:
+        return number, tensor, scale
+    number = _checks.positive(op, "temperature / logit_scale", number / scale, main)
+    return number, None if tensor is None else tensor / scale, 1.0
 
 
 def plain_head(
@@ -119,7 +161,7 @@ def plain_head(
     """A head's tensors, of one type and on one device; `owner` stands before their names."""
     weight = _plain_tensor(weight, group)
     bias = None if bias is None else _plain_tensor(bias, group)
-    return _cast(op, hidden, weight, bias, owner)
+    return _cast(op, hidden, weight, bias, owner, least=1 if group is None else 0)
 
 
 def _plain_tensor(x: Any, group: dist.ProcessGroup | None) -> Any:
@@ -130,7 +172,7 @@ def _plain_tensor(x: Any, group: dist.ProcessGroup | None) -> Any:
 
 
 def _cast(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, owner: str
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, owner: str, least: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     x, w = f"{owner}hidden", f"{owner}weight"
     if _checks.floating(op, x, hidden).dim() < 1:
@@ -140,7 +182,7 @@ def _cast(
         raise ValueError(
             f"{op}: {w} must have shape (V, H) = (V, {width}), got {tuple(weight.shape)}"
         )
-    if weight.shape[0] < 1:
+    if weight.shape[0] < least:
         raise ValueError(f"{op}: {w} must have at least one row, got {tuple(weight.shape)}")
     if weight.device != hidden.device:
         raise ValueError(f"{op}: {w} must be on {hidden.device}, got {weight.device}")

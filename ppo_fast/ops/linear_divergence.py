@@ -14,7 +14,7 @@ from ppo_fast._results import DivergenceLoss, Stats, TokenDivergence
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable, scaled
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
-from ppo_fast.ops.head_inputs import HeadInputs, all_kept, check_head
+from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, all_kept, check_head
 from ppo_fast.ops.loss_options import Coefficient
 from ppo_fast.ops.reduction import Reduction, check_loss_reduction
 from ppo_fast.ops.sparse_head import score_kept
@@ -214,10 +214,8 @@ def _check(
     weight: Tensor,
     teacher: Teacher,
     mask: Tensor | None,
+    form: HeadForm,
     *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
     row_index: Tensor | None,
     process_group: dist.ProcessGroup | None,
     backend: str | None,
@@ -229,9 +227,7 @@ def _check(
         hidden,
         weight,
         torch.zeros(shape, dtype=torch.int64, device=hidden.device),
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        form,
         mask=mask,
         ignore_index=-100,
         row_index=row_index,
@@ -253,6 +249,8 @@ def linear_token_divergence(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
@@ -265,12 +263,14 @@ def linear_token_divergence(
 
     Args:
         hidden: `(..., H)` fp32, bf16 or fp16 (fp64 except on Triton), last dimension contiguous.
-        weight: `(V, H)` of the same dtype, or with `process_group` this rank's equal share.
+        weight: `(V, H)` of the same dtype, or with `process_group` this rank's share.
         teacher: a `ppo_fast.Teacher` of the same tokens and vocabulary, a constant; its `coef`
-            must be 1 here. With `process_group` its weight is a share too.
+            must be 1 here. With `process_group` its weight is a share of the student's size.
         mask: `(...)` of any real dtype, non-zero keeps. A masked token's divergence, entropy and
             gradients are 0, whatever either's hidden state holds.
-        bias, temperature, softcap, row_index, process_group: as in `linear_token_logprobs`.
+        bias, temperature, softcap, logit_scale, vocab_size, row_index, process_group: as in
+            `linear_token_logprobs`; the teacher has a scale of its own, and with `vocab_size` and
+            no group padding of its own.
 
     Returns:
         `TokenDivergence(divergence, entropy)`, each `(...)` fp32 (fp64 for fp64 inputs), in nats,
@@ -289,9 +289,7 @@ def linear_token_divergence(
         weight,
         teacher,
         mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
         row_index=row_index,
         process_group=process_group,
         backend=backend,
@@ -315,6 +313,8 @@ def linear_divergence(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
     reduction: str = "token-mean",
@@ -329,9 +329,10 @@ def linear_divergence(
     heads formed again: a loss scale must reach them before they are rounded.
 
     Args:
-        hidden, weight, teacher, mask, bias, temperature, softcap, row_index, process_group: as in
-            `linear_token_divergence`, hidden `(B, T, H)`, or flat `(N, H)`; the teacher has a
-            `coef`. What `row_index` leaves out counts in the default D alone.
+        hidden, weight, teacher, mask, bias, temperature, softcap, logit_scale, vocab_size,
+        row_index, process_group: as in `linear_token_divergence`, hidden `(B, T, H)`, or flat
+            `(N, H)`; the teacher has a `coef`. What `row_index` leaves out counts in the default D
+            alone.
         reduction, denom, cu_seqlens: as in `ppo_loss`.
 
     Returns:
@@ -349,9 +350,7 @@ def linear_divergence(
         weight,
         teacher,
         mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
         row_index=row_index,
         process_group=process_group,
         backend=backend,

@@ -14,7 +14,7 @@ from ppo_fast._results import TokenLogProbs
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
-from ppo_fast.ops.head_inputs import HeadInputs, check_head
+from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, check_head
 from ppo_fast.ops.sparse_head import score_kept
 from ppo_fast.support import Support
 
@@ -86,6 +86,8 @@ def linear_token_logprobs(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
     row_index: Tensor | None = None,
@@ -93,19 +95,24 @@ def linear_token_logprobs(
     support: Support | None = None,
     backend: str | None = None,
 ) -> TokenLogProbs:
-    """`token_logprobs` of the logits cap(hidden·weightᵀ + bias), which never exist as a whole.
+    """`token_logprobs` of cap(logit_scale·(hidden·weightᵀ + bias)), logits that never exist whole.
 
     Rows go through the GEMM in chunks of a height that the vocabulary alone decides, with or
     without gradients: the bits are the same. The backward recomputes each chunk.
 
     Args:
         hidden: `(..., H)` fp32, bf16 or fp16 (fp64 except on Triton), last dimension contiguous.
-        weight: `(V, H)` of the same dtype; with `process_group` this rank's equal share in rank
-            order (tokens stay global ids). A DTensor is taken as its local share with a group
-            and whole without. Frozen weights cost no gradient GEMM.
+        weight: `(V, H)` of the same dtype; with `process_group` this rank's share of it, in rank
+            order (tokens stay global ids): shares may differ in size and be empty. A DTensor is
+            taken as its local share with a group and whole without. Frozen weights cost no
+            gradient GEMM.
         tokens, temperature, mask, ignore_index: as in `token_logprobs`.
         bias: `(V,)`, or this rank's share.
         softcap: z ← cap·tanh(z / cap), before the temperature.
+        logit_scale: a positive number that multiplies the logits before the cap (Cohere; Granite
+            divides by `logits_scaling`).
+        vocab_size: rows of weight and bias from this one on are padding: never read, tokens there
+            are out of range, their gradient is 0. With `process_group`, of all ranks' rows.
         row_index: `(R,)` int64, ascending and unique: the flat rows to compute. The others give 0
             and no gradient. On a CPU masked rows are left out by themselves; on a GPU, where their
             number is not known to the host, by this alone.
@@ -125,9 +132,7 @@ def linear_token_logprobs(
         hidden,
         weight,
         tokens,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
         mask=mask,
         ignore_index=ignore_index,
         row_index=row_index,

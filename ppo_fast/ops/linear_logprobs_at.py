@@ -15,7 +15,7 @@ from ppo_fast._results import TokenLogProbs
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
-from ppo_fast.ops.head_inputs import HeadInputs, check_head
+from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, check_head
 from ppo_fast.ops.shards import unlabelled_gradient
 from ppo_fast.support import ABSENT
 
@@ -34,8 +34,7 @@ class Columns(NamedTuple):
     def of(cls, ids: Tensor, head: Head) -> Columns:
         """The columns of a head's rows."""
         shard, keep = head.options.shard, head.rows.keep
-        vocab = head.weight.shape[0] if shard is None else shard.vocab
-        legal, read = (ids >= 0) & (ids < vocab), ids != ABSENT
+        legal, read = (ids >= 0) & (ids < head.options.vocab), ids != ABSENT
         if keep is not None:
             read = read & keep[:, None]
         here = legal if shard is None else shard.holds(ids)
@@ -185,6 +184,8 @@ def linear_logprobs_at(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     mask: Tensor | None = None,
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -196,7 +197,8 @@ def linear_logprobs_at(
     teacher's top K needs. The logits never exist as a whole.
 
     Args:
-        hidden, weight, bias, temperature, softcap, row_index: as in `linear_token_logprobs`.
+        hidden, weight, bias, temperature, softcap, logit_scale, vocab_size, row_index: as in
+            `linear_token_logprobs`.
         ids: `(..., K)` int32 or int64; -1 is no id: 0 there, and no gradient. An id may stand
             several times. With an id outside [0, V) the row is NaN, nothing out of bounds is
             read; `PPO_FAST_DEBUG=1` raises IndexError instead.
@@ -217,9 +219,7 @@ def linear_logprobs_at(
         weight,
         # A label that every row has, for its kernels.
         torch.zeros(lead, dtype=torch.int32, device=hidden.device),
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
         mask=mask,
         ignore_index=ABSENT,
         row_index=row_index,
@@ -246,10 +246,8 @@ def _check_ids(ids: Any, given: HeadInputs) -> None:
         )
     _checks.indices(_OP, "ids", ids, ids.shape, given.hidden.device)
     if _checks.DEBUG and given.keep is not None:
-        shard = given.options.shard
-        vocab = given.weight.shape[0] if shard is None else shard.vocab
         live = given.keep[..., None] & (ids != ABSENT)
-        _checks.tokens_in_range(_OP, ids, live, vocab, "ids")
+        _checks.tokens_in_range(_OP, ids, live, given.options.vocab, "ids")
 
 
 def _score(ids: Tensor, given: HeadInputs) -> tuple[Tensor, Tensor]:

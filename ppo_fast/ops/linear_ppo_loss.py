@@ -17,7 +17,7 @@ from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
 from ppo_fast.ops.head import Head, HeadRows, live_rows
-from ppo_fast.ops.head_inputs import HeadInputs, all_kept, check_head
+from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, all_kept, check_head
 from ppo_fast.ops.head_terms import HeadTerms, check_terms
 from ppo_fast.ops.linear_divergence import score_terms
 from ppo_fast.ops.linear_logprobs import score
@@ -273,6 +273,8 @@ def linear_ppo_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     ignore_index: int = -100,
     row_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -316,8 +318,9 @@ def linear_ppo_loss(
     before they are rounded.
 
     Args:
-        hidden, weight, bias, tokens, temperature, softcap, ignore_index, row_index,
-        process_group, support: as in `linear_token_logprobs`; tokens `(B, T)`, or flat `(N,)`.
+        hidden, weight, bias, tokens, temperature, softcap, logit_scale, vocab_size, ignore_index,
+        row_index, process_group, support: as in `linear_token_logprobs`; tokens `(B, T)`, or flat
+            `(N,)`.
         old_logprobs, advantages, mask and the options of the loss: as in `ppo_loss`. Ignored
             tokens are masked. What `row_index` leaves out counts in the default D alone.
         teacher: a `ppo_fast.Teacher`, as in `linear_divergence`: coef·divergence is added to every
@@ -340,9 +343,7 @@ def linear_ppo_loss(
         hidden,
         weight,
         tokens,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
         mask=mask,
         ignore_index=ignore_index,
         row_index=row_index,

@@ -1,6 +1,7 @@
 """A vocabulary split over ranks: the merge of each rank's share of a row's softmax.
 
-Every rank holds an equal share of the weight's rows, in rank order, and all tokens. Per token four
+Every rank holds a share of the weight's rows, in rank order, and all tokens. Shares may differ in
+size, and be empty; rows beyond `vocab_size` are padding, which no rank reads. Per token four
 numbers travel: the share's maximum m, Σ e^(z−m), Σ (z−m) e^(z−m), and z−m of the token itself,
 −∞ but on the rank that holds it. They are merged in rank order, so every rank has the same bits.
 """
@@ -8,6 +9,7 @@ numbers travel: the share's maximum m, Σ e^(z−m), Σ (z−m) e^(z−m), and z
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,12 +21,18 @@ from ppo_fast.support import ABSENT
 
 
 class Shard:
-    """This rank's rows of the vocabulary: [first, first + size)."""
+    """This rank's rows of the vocabulary: [first, first + size), of `sizes` by rank."""
 
-    def __init__(self, group: dist.ProcessGroup, size: int) -> None:
-        self.group, self.size = group, size
-        self.first = dist.get_rank(group) * size
-        self.vocab = dist.get_world_size(group) * size
+    def __init__(
+        self, group: dist.ProcessGroup, sizes: list[int], changed: Tensor | None = None
+    ) -> None:
+        rank = dist.get_rank(group)
+        self.group, self.size = group, sizes[rank]
+        self.first, self.vocab = sum(sizes[:rank]), sum(sizes)
+        # All ranks take the chunks of the largest share: of others they would wait for ever.
+        self.largest = max(sizes)
+        # 0-d bool on a GPU, True where the sizes are no longer those that the host has looked at.
+        self.changed = changed
 
     def holds(self, tokens: Tensor) -> Tensor:
         """True for tokens whose logit is on this rank."""
@@ -88,6 +96,8 @@ class Shard:
         # The label's own share of the total is e^label, of which rounding may leave less.
         log_sum = torch.maximum(total.log(), label)
         entropy = (total.log() - dot / total).clamp(min=0)
+        if self.changed is not None:
+            entropy, log_sum = (x.masked_fill(self.changed, torch.nan) for x in (entropy, log_sum))
         outside = (tokens < 0) | (tokens >= self.vocab)
         poison = torch.where(outside, float("nan"), 0.0).to(total.dtype)
         return Softmax(label - log_sum + poison, entropy + poison, row_max, log_sum)
@@ -182,29 +192,73 @@ def _at(x: Tensor, column: Tensor) -> Tensor:
     return x.gather(-1, column.long()[..., None])[..., 0]
 
 
-# (group, size) whose equality the host has seen; only asked of where looking would synchronise.
-_SEEN: set[tuple[int, int]] = set()
+# Rows on every rank, as the host has seen them and on the device, by what a rank knows itself.
+_SEEN: dict[tuple[object, ...], tuple[list[int], Tensor]] = {}
+
+
+def check_vocab_size(op: str, vocab_size: Any, rows: int) -> int:
+    """The vocabulary's share of so many rows, or TypeError or ValueError; None takes all."""
+    if vocab_size is None:
+        return rows
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"{op}: vocab_size must be an int, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= rows:
+        raise ValueError(
+            f"{op}: vocab_size must be in [1, {rows}] with a weight of {rows} rows, got"
+            f" {vocab_size}"
+        )
+    return vocab_size
 
 
 def shard_of(
-    op: str, name: str, group: dist.ProcessGroup | None, x: Tensor, dim: int, backend: str
+    op: str,
+    name: str,
+    group: dist.ProcessGroup | None,
+    x: Tensor,
+    dim: int,
+    backend: str,
+    vocab_size: int | None = None,
 ) -> Shard | None:
     """This rank's share, x.shape[dim] columns; None without a group.
 
     The ranks always exchange their sizes, whatever each has seen before: a rank that did not
-    would leave the others in a collective of their own. A GPU's are looked at once per size.
+    would leave the others in a collective of their own. The host looks at a GPU's once for what a
+    rank knows itself; later ones are compared there, and where they differ results are NaN.
     """
     if group is None:
         return None
     if backend == "reference":
         raise ValueError(f"{op}: process_group must be None on 'reference', got {group}")
     size = x.shape[dim]
-    mine = torch.full((1,), size, device=x.device)
-    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, mine, group=group)
-    if x.device.type == "cpu" or (id(group), size) not in _SEEN:
-        every = [int(n) for n in sizes]
-        if len(set(every)) > 1:
-            raise ValueError(f"{op}: {name} must have equal shares on all ranks, got {every}")
-        _SEEN.add((id(group), size))
-    return Shard(group, size)
+    asked = 0 if vocab_size is None else check_vocab_size(op, vocab_size, 1 << 62)
+    mine = torch.full((2,), size, device=x.device)
+    mine[1:].fill_(asked)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=group)
+    gathered = torch.stack(every)
+    if x.device.type == "cpu":
+        return Shard(group, _sizes(op, name, gathered.tolist()))
+    width = x.shape[1] if dim == 0 else 0
+    key = (id(group), name, size, asked, width, x.dtype)
+    if key not in _SEEN:
+        _SEEN[key] = _sizes(op, name, gathered.tolist()), gathered
+    sizes, before = _SEEN[key]
+    return Shard(group, sizes, (gathered != before).any())
+
+
+def _sizes(op: str, name: str, every: list[list[int]]) -> list[int]:
+    """The vocabulary's rows on every rank, of (rows, vocab_size or 0) each, or ValueError."""
+    rows, asked = zip(*every, strict=True)
+    total = sum(rows)
+    if len(set(asked)) > 1:
+        raise ValueError(
+            f"{op}: vocab_size must be the same on all ranks, got {[n or None for n in asked]}"
+        )
+    if total == 0:
+        raise ValueError(f"{op}: {name} must have a share on some rank, got {list(rows)}")
+    left = check_vocab_size(op, asked[0] or None, total)
+    sizes = []
+    for n in rows:
+        sizes.append(min(n, left))
+        left -= sizes[-1]
+    return sizes

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Pairs, Scoring, Softmax
+from ppo_fast._boundary.schema import compute_dtype
 from ppo_fast.ops.backward import once_differentiable, saveable
 from ppo_fast.ops.exact import exact_products
 from ppo_fast.ops.head import NOTHING_IGNORED, Head, HeadOptions, HeadRows, softcap_slope
@@ -94,7 +95,7 @@ class _Call(NamedTuple):
         if o.softcap is None:
             return dz
         # Absent pairs and masked rows may hold anything.
-        return torch.where(dz == 0, 0.0, dz * softcap_slope(z, o.softcap))
+        return torch.where(dz == 0, 0.0, dz * softcap_slope(z, o.softcap, o.logit_scale))
 
 
 class _SparseHead(torch.autograd.Function):
@@ -145,18 +146,23 @@ def _pair_logits(
 ) -> Tensor:
     """The pairs' logits of a head, (M,)."""
     x = hidden.reshape(-1, hidden.shape[-1])
-    z = calls.sparse_logits(o.backend, x, weight, kept.pairs)
+    if o.size == 0:  # no pair is here, and no kernel meets a weight without rows
+        return kept.marked(x.new_zeros(kept.rows.shape, dtype=compute_dtype(x)), 0)
+    z = calls.sparse_logits(o.backend, x, weight[: o.size], kept.pairs)
     if bias is not None:
-        z = z + bias[kept.columns(weight.shape[0])]
+        z = z + bias[kept.columns(o.size)]
     if o.softcap is not None:
         z = z.div_(o.softcap / o.logit_scale).tanh_().mul_(o.softcap)
-        z = kept.marked(z, weight.shape[0])
+        z = kept.marked(z, o.size)
     return z
 
 
 def _hidden_gradient(call: _Call, dz: Tensor, weight: Tensor) -> Tensor:
     o = call.options
-    dx = calls.sparse_hidden_grad(o.backend, dz, weight, call.kept.pairs)
+    if o.size == 0:
+        dx = weight.new_zeros(call.kept.pairs.mask.shape[0], weight.shape[1])
+    else:
+        dx = calls.sparse_hidden_grad(o.backend, dz, weight[: o.size], call.kept.pairs)
     if o.shard is None:
         return dx
     wide = dx.to(dz.dtype)
@@ -164,11 +170,15 @@ def _hidden_gradient(call: _Call, dz: Tensor, weight: Tensor) -> Tensor:
     return wide.to(dx.dtype)
 
 
-def _weight_gradient(call: _Call, dz: Tensor, x: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """dW (V, H) in x's dtype and db (V,) wide; where there are many pairs, some rows at a time."""
+def _weight_gradient(call: _Call, dz: Tensor, x: Tensor, padded: int) -> tuple[Tensor, Tensor]:
+    """dW (V, H) in x's dtype and db (V,) wide; where there are many pairs, some rows at a time.
+
+    `padded` are the rows of the weight, of which those of the padding get 0.
+    """
+    size = call.options.size
     if dz.numel() <= _SORTED:
-        return _of_sorted(call.options.backend, call.kept, dz, x, vocab)
-    dw, db = dz.new_zeros(vocab, x.shape[1]), dz.new_zeros(vocab)
+        return _of_sorted(call.options.backend, call.kept, dz, x, size, padded)
+    dw, db = dz.new_zeros(padded, x.shape[1]), dz.new_zeros(padded)
     ends, first = call.kept.ends, 0
     while first < len(ends) - 1:
         fits = int(torch.searchsorted(ends, ends[first] + _SORTED, right=True)) - 1
@@ -177,7 +187,7 @@ def _weight_gradient(call: _Call, dz: Tensor, x: Tensor, vocab: int) -> tuple[Te
         rows = call.kept.part(slice(first, last))
         # Wide, so that the sum of the parts is rounded once.
         wide = x[first:last].to(dz.dtype)
-        w, b = _of_sorted(call.options.backend, rows, part, wide, vocab)
+        w, b = _of_sorted(call.options.backend, rows, part, wide, size, padded)
         dw += w
         db += b
         first = last
@@ -185,14 +195,16 @@ def _weight_gradient(call: _Call, dz: Tensor, x: Tensor, vocab: int) -> tuple[Te
 
 
 def _of_sorted(
-    backend: str, kept: Kept, dz: Tensor, x: Tensor, vocab: int
+    backend: str, kept: Kept, dz: Tensor, x: Tensor, size: int, padded: int
 ) -> tuple[Tensor, Tensor]:
     ids = kept.pairs.ids
     order = ids.sort(stable=True).indices
     # Counts of absent ids, of every id and of those beyond: a tenth of a search for every id.
-    places = (ids.clamp(ABSENT, vocab) - ABSENT).long()
-    counts = places.new_zeros(vocab + 2).scatter_add_(0, places, torch.ones_like(places))
-    starts = counts.cumsum(0)[: vocab + 1]
+    places = (ids.clamp(ABSENT, size) - ABSENT).long()
+    counts = places.new_zeros(size + 2).scatter_add_(0, places, torch.ones_like(places))
+    starts = counts.cumsum(0)[: size + 1]
+    if padded > size:
+        starts = torch.cat([starts, starts[-1:].expand(padded - size)])
     return calls.sparse_weight_grad(backend, dz[order], kept.rows[order], starts, x)
 
 
@@ -277,9 +289,9 @@ def score_kept(
 ) -> tuple[Tensor, ...]:
     """(N,) log-probabilities, entropies, ln Σe^z and divergences over what is kept of a row, 0 for
     a row with nothing."""
-    vocab = given.weight.shape[0] if given.options.shard is None else given.options.shard.vocab
+    vocab = given.options.vocab
     tokens, keep = given.tokens.reshape(-1), given.named() & ~support.whole
-    t = given.temperature.reshape(-1) if isinstance(given.temperature, Tensor) else None
+    t = None if given.divisor is None else given.divisor.reshape(-1)
     rows: HeadRows | None = None
     other = None if teacher is None or teacher.per_token is None else teacher.per_token.reshape(-1)
     if not support.is_sparse(vocab):

@@ -17,7 +17,7 @@ from ppo_fast._boundary import calls_divergence
 from ppo_fast._boundary.options import Scoring, Softmax, Teaching
 from ppo_fast._boundary.schema import backends_of
 from ppo_fast.ops.head import Head, HeadOptions
-from ppo_fast.ops.head_inputs import HeadInputs, plain_head
+from ppo_fast.ops.head_inputs import HeadInputs, over_scale, plain_head
 from ppo_fast.ops.logprobs import check_temperature
 from ppo_fast.ops.shards import Shard, softmax_of
 from ppo_fast.ops.z_loss import with_lse
@@ -52,8 +52,8 @@ class TeacherInputs(NamedTuple):
         o = self.options
         return TeacherRows(
             self.hidden,
-            self.weight,
-            self.bias,
+            self.weight[: o.size],
+            None if self.bias is None else self.bias[: o.size],
             o.softcap,
             o.logit_scale,
             self.temperature,
@@ -203,8 +203,7 @@ def check_teacher(
     cap = teacher.softcap
     if cap is not None:
         cap = _checks.positive(op, "teacher.softcap", cap, hidden)
-    elif scale != 1.0:
-        number, per_token = number / scale, None if per_token is None else per_token / scale
+    number, per_token, scale = over_scale(op, number, per_token, cap, scale, hidden)
     coef, coef_tensor = _checks.coefficient(
         op, "teacher.coef", teacher.coef, given.hidden.device, 0.0
     )
@@ -213,9 +212,7 @@ def check_teacher(
         weight,
         bias,
         number if per_token is None else per_token,
-        given.options._replace(
-            temperature=number, softcap=cap, logit_scale=1.0 if cap is None else scale
-        ),
+        given.options._replace(temperature=number, softcap=cap, logit_scale=scale),
         KINDS.index(kind),
         beta,
         coef if coef_tensor is None else coef_tensor,
@@ -223,15 +220,17 @@ def check_teacher(
 
 
 def _check_beside(op: str, hidden: Tensor, weight: Tensor, given: HeadInputs) -> None:
-    shape, vocab = given.hidden.shape[:-1], given.weight.shape[0]
+    shape, rows, size = given.hidden.shape[:-1], given.weight.shape[0], given.options.size
     if hidden.shape[:-1] != shape:
         raise ValueError(
             f"{op}: teacher.hidden must have the student's rows, {tuple(shape)} before its H, got"
             f" {tuple(hidden.shape)}"
         )
-    if weight.shape[0] != vocab:
+    # Padding is each one's own where it is known, but on ranks it moves what follows.
+    padded = given.options.shard is None and size < rows
+    if weight.shape[0] < size or (weight.shape[0] != rows and not padded):
         raise ValueError(
-            f"{op}: teacher.weight must have the student's {vocab} rows, an equal vocabulary, got"
+            f"{op}: teacher.weight must have the student's {rows} rows, an equal vocabulary, got"
             f" {weight.shape[0]}"
         )
     if hidden.device != given.hidden.device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ppo_fast._results import DivergenceLoss, TokenDivergence
@@ -28,8 +27,8 @@ class TeacherRows(NamedTuple):
 
     def logits(self, keep: Tensor) -> Tensor:
         """(..., V), of a hidden state of 0 where not kept."""
-        z = self.logit_scale * logits_of(self.hidden, self.weight, keep, self.bias, None)
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        x, scale = (self.hidden, self.weight), self.logit_scale
+        return logits_of(*x, keep, self.bias, self.softcap, scale, None)
 
     def divergence_from(
         self,
@@ -60,11 +59,13 @@ def linear_token_divergence(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     row_index: Tensor | None = None,
 ) -> TokenDivergence:
-    """`token_divergence` of z = cap·tanh((hidden·weightᵀ + bias) / cap) and the teacher's."""
+    """`token_divergence` of `logits_of` the student and the teacher's."""
     keep = rows_of(hidden[..., 0], mask, row_index)
-    logits = logits_of(hidden, weight, keep, bias, softcap)
+    logits = logits_of(hidden, weight, keep, bias, softcap, logit_scale, vocab_size)
     return teacher.divergence_from(logits, keep, temperature)
 
 
@@ -77,6 +78,8 @@ def linear_divergence(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     row_index: Tensor | None = None,
     reduction: str = "token-mean",
     denom: float | Tensor | None = None,
@@ -91,6 +94,8 @@ def linear_divergence(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
         row_index=row_index,
     )
     keep = rows_of(hidden[..., 0], mask, row_index)

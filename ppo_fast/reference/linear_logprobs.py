@@ -21,13 +21,21 @@ def rows_of(tokens: Tensor, mask: Tensor | None, row_index: Tensor | None) -> Te
 
 
 def logits_of(
-    hidden: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_size: int | None,
 ) -> Tensor:
-    """z = cap·tanh((hidden·weightᵀ + bias) / cap), of a hidden state of 0 where not kept."""
+    """z = cap·tanh(logit_scale·(hidden·weightᵀ + bias) / cap), of a hidden state of 0 where not
+    kept, and the first `vocab_size` rows of the weight."""
     # Selected before the product: 0·NaN would reach the weight's gradient.
-    z = torch.where(keep[..., None], compute(hidden), 0.0) @ compute(weight).t()
+    z = torch.where(keep[..., None], compute(hidden), 0.0) @ compute(weight[:vocab_size]).t()
     if bias is not None:
-        z = z + compute(bias)
+        z = z + compute(bias[:vocab_size])
+    z = logit_scale * z
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
@@ -39,11 +47,13 @@ def linear_token_logprobs(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     mask: Tensor | None = None,
     row_index: Tensor | None = None,
     support: Support | None = None,
 ) -> TokenLogProbs:
-    """`token_logprobs` of z = cap·tanh((hidden·weightᵀ + bias) / cap)."""
+    """`token_logprobs` of z = cap·tanh(logit_scale·(hidden·weightᵀ + bias) / cap)."""
     keep = rows_of(tokens, mask, row_index)
-    z = logits_of(hidden, weight, keep, bias, softcap)
+    z = logits_of(hidden, weight, keep, bias, softcap, logit_scale, vocab_size)
     return token_logprobs(z, tokens, temperature=temperature, mask=keep, support=support)

@@ -27,6 +27,8 @@ def linear_ppo_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     row_index: Tensor | None = None,
     support: Support | None = None,
     teacher: TeacherRows | None = None,
@@ -38,7 +40,8 @@ def linear_ppo_loss(
     A teacher adds coef·divergence to every token's term, and z_loss_coef·(ln Σe^z)² is added.
     """
     rows = rows_of(tokens, mask, row_index)
-    z = logits_of(hidden, weight, rows, bias, softcap)  # once: its gradient is rounded once
+    # Once: its gradient is rounded once.
+    z = logits_of(hidden, weight, rows, bias, softcap, logit_scale, vocab_size)
     own: dict[str, Any] = {"temperature": temperature, "support": support}
     scored = token_logprobs(z, tokens, mask=rows, **own)
     others: dict[str, tuple[Tensor, float | Tensor]] = {}

@@ -188,13 +188,12 @@ def share(call: Call, rank: int) -> Call:
     )
 
 
-def refused(call: Call, rank: int, wrong: bool) -> str:
-    """The error's text of a call with shares that are not equal, or with a bad token."""
-    rows = slice(0, SHARE + (rank if wrong else 0))
+def refused(call: Call, rows: int = SHARE, **options: Any) -> str:
+    """The error's text of a call with shares of so many rows, of one without bias."""
     try:
         testing.run(
-            call.replace(weight=call.tensors["weight"][rows], bias=None)
-            .option(process_group=dist.group.WORLD)
+            call.replace(weight=call.tensors["weight"][:rows], bias=None)
+            .option(process_group=dist.group.WORLD, **options)
             ._replace(cotangents={}),
             "cpu",
         )
@@ -205,12 +204,13 @@ def refused(call: Call, rank: int, wrong: bool) -> str:
 
 def errors(rank: int) -> list[str]:
     call = linear_call((3, 5), VOCAB, mask=None, ignored=False)
-    uneven = refused(call, rank, wrong=True)
+    sizes = [refused(call, vocab_size=20 + rank), refused(call, vocab_size=39), refused(call, 0)]
     _checks.DEBUG = True
-    elsewhere = refused(_labelled(call, torch.tensor([0, VOCAB - 1])), rank, wrong=False)
-    outside = refused(_labelled(call, torch.tensor([0, VOCAB])), rank, wrong=False)
+    elsewhere = refused(_labelled(call, torch.tensor([0, VOCAB - 1])))
+    outside = refused(_labelled(call, torch.tensor([0, VOCAB])))
+    padding = refused(_labelled(call, torch.tensor([0, 37])), vocab_size=37)
     _checks.DEBUG = False
-    return [uneven, elsewhere, outside]
+    return [*sizes, elsewhere, outside, padding]
 
 
 def with_dtensors(call: Call, group: bool) -> Results:
@@ -301,11 +301,16 @@ def test_certain_labels(ranks: list[Any]) -> None:
 
 
 def test_bad_input_is_refused_on_every_rank(ranks: list[Any]) -> None:
-    """Unequal shares; a token of nobody's under PPO_FAST_DEBUG, but not one of another rank's."""
-    for *_, (uneven, elsewhere, outside) in ranks:
-        assert uneven == (
-            "ValueError: linear_token_logprobs: weight must have equal shares on all ranks,"
-            " got [19, 20]"
+    """Sizes that cannot be; with PPO_FAST_DEBUG a token of nobody's, but not another rank's."""
+    op = "linear_token_logprobs"
+    for *_, (differ, more, none, elsewhere, outside, padding) in ranks:
+        assert differ == (
+            f"ValueError: {op}: vocab_size must be the same on all ranks, got [20, 21]"
         )
+        assert more == (
+            f"ValueError: {op}: vocab_size must be in [1, 38] with a weight of 38 rows, got 39"
+        )
+        assert none == f"ValueError: {op}: weight must have a share on some rank, got [0, 0]"
         assert elsewhere == "nothing raised"
-        assert outside.startswith("IndexError: linear_token_logprobs: tokens must be in [0, 38)")
+        assert outside.startswith(f"IndexError: {op}: tokens must be in [0, 38), got 38")
+        assert padding.startswith(f"IndexError: {op}: tokens must be in [0, 37), got 37")
