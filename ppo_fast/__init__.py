@@ -16,8 +16,10 @@ from ppo_fast._results import (
     RolloutStats,
     RolloutWeights,
     Stats,
+    TokenAdvantages,
     TokenDivergence,
     TokenLogProbs,
+    TokenStats,
     TopKDivergence,
 )
 from ppo_fast.corrections import Correction
@@ -29,8 +31,10 @@ from ppo_fast.ops.linear_divergence import linear_divergence, linear_token_diver
 from ppo_fast.ops.linear_logprobs import linear_token_logprobs
 from ppo_fast.ops.linear_logprobs_at import linear_logprobs_at
 from ppo_fast.ops.linear_ppo_loss import linear_ppo_loss
+from ppo_fast.ops.linear_token_stats import linear_token_stats
 from ppo_fast.ops.logits_ppo_loss import logits_ppo_loss
 from ppo_fast.ops.logprobs import token_logprobs
+from ppo_fast.ops.optimal_token_baseline import optimal_token_baseline
 from ppo_fast.ops.ppo_loss import ppo_loss
 from ppo_fast.ops.rlhf_advantages import rlhf_advantages
 from ppo_fast.ops.rollout_weights import off_policy_mask, rollout_weights
@@ -58,8 +62,10 @@ __all__ = [
     "Support",
     "Surrogate",
     "Teacher",
+    "TokenAdvantages",
     "TokenDivergence",
     "TokenLogProbs",
+    "TokenStats",
     "TokenTerms",
     "TopKDivergence",
     "backends",
@@ -72,8 +78,10 @@ __all__ = [
     "linear_ppo_loss",
     "linear_token_divergence",
     "linear_token_logprobs",
+    "linear_token_stats",
     "logits_ppo_loss",
     "off_policy_mask",
+    "optimal_token_baseline",
     "ppo_loss",
     "prompt_weights",
     "rlhf_advantages",

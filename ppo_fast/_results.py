@@ -239,6 +239,21 @@ class TokenLogProbs(NamedTuple):
     entropy: Tensor
 
 
+class TokenStats(NamedTuple):
+    """Statistics of each token's distribution, `(...)` fp32 (fp64 for fp64), detached.
+
+    Log-probability and entropy (nats), ln Σ e^z, ln Σ p², True (bool) where the token is the
+    likeliest id, and the mean of z over the vocabulary.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    lse: Tensor
+    log_sum_sq_probs: Tensor
+    is_top1: Tensor
+    mean_logit: Tensor
+
+
 class TokenDivergence(NamedTuple):
     """Per-token divergence and student's entropy (nats), each `(...)` fp32 (fp64 for fp64)."""
 
@@ -285,6 +300,13 @@ class Advantages(NamedTuple):
     advantages: Tensor
     returns: Tensor
     moments: Moments
+
+
+class TokenAdvantages(NamedTuple):
+    """Advantages and returns of every token, in the rewards' shape, detached."""
+
+    advantages: Tensor
+    returns: Tensor
 
 
 class RLHFAdvantages(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops.inputs import on
-from ppo_fast import RolloutStats, Stats, reference
+from ppo_fast import RolloutStats, Stats, TokenStats, reference
 from ppo_fast.testing import Call, assert_within_budget, promoted, run
 from ppo_fast.testing.conditions import CONDITIONS, Conditions
 
@@ -32,7 +32,7 @@ _EXTREMES = ("ratio_min", "ratio_max")
 # Losses of logits: means over the rows.
 _MEANS_OF_ROWS = ("linear_ppo_loss", "logits_ppo_loss", "linear_divergence", "divergence")
 # What a sample of the rows can answer for.
-_PER_ROW = ("logprobs", "entropy", "divergence", "grad_logits", "grad_hidden")
+_PER_ROW = (*TokenStats._fields, "divergence", "grad_logits", "grad_hidden")
 # Tensors that every row shares.
 _SHARED = ("weight", "teacher_weight")
 # Logits in the sample: on a CPU 0.5 GB of fp64, and some temporaries of that size. A GPU's time is

@@ -143,6 +143,20 @@ def linear_ppo_loss(
     return logits_ppo_loss(F.linear(hidden, weight), tokens, **rest)
 
 
+def linear_token_stats(hidden: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Six statistics of the materialised logits."""
+    z = F.linear(hidden, weight).float()
+    logp = F.log_softmax(z, dim=-1)
+    return (
+        logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1),
+        -(logp.exp() * logp).sum(-1),
+        z.logsumexp(-1),
+        (2 * logp).logsumexp(-1),
+        z.argmax(-1) == tokens,
+        z.mean(-1),
+    )
+
+
 def masked_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, ids: Tensor
 ) -> tuple[Tensor, Tensor]:

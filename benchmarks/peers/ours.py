@@ -20,8 +20,9 @@ _MOST_STEPS = {"cpu": 16384, "cuda": 1024}
 
 def of(case: Case) -> Iterator[Provider]:
     """The backends of the case's device, then the reference."""
-    # Neither supports nor teachers have CUDA C++.
-    on_gpu = ("triton",) if kept(case) or teacher.kind_of(case) else ("cuda", "triton")
+    # Neither supports nor teachers nor the statistics have CUDA C++.
+    lacks = kept(case) or teacher.kind_of(case) or case.op == "linear_token_stats"
+    on_gpu = ("triton",) if lacks else ("cuda", "triton")
     backends = ("cpu",) if case.device == "cpu" else on_gpu
     for backend in backends:
         yield _backend(case, backend)

@@ -24,12 +24,14 @@ from benchmarks.peers.base import (
     timed,
 )
 from benchmarks.peers.layout import SequenceRows
+from ppo_fast import TokenStats
 from ppo_fast.testing import Call
 
 # About six launches a step: beyond this many a call takes seconds on a GPU.
 _MOST_STEPS = 16384
 _LINEAR = (
     "linear_token_logprobs",
+    "linear_token_stats",
     "linear_ppo_loss",
     "linear_token_divergence",
     "linear_divergence",
@@ -63,7 +65,7 @@ def _ceilings(case: Case) -> Iterator[Provider]:
     if case.op in _LINEAR and heads_step:
         if case.dtype == "fp32":
             yield Provider("gemms", _gemms, ceiling=True)
-    elif case.op == "linear_token_logprobs":
+    elif case.op in ("linear_token_logprobs", "linear_token_stats"):
         yield _ceiling("gemm", ceilings.product)
     elif case.op == "linear_token_divergence":
         yield _ceiling("gemms", ceilings.products)
@@ -130,6 +132,7 @@ _PLAIN: dict[str, tuple[Callable[..., Any], tuple[str, ...], Callable[[Any], Nam
         ("clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_clamp"),
         with_stats(eager.PPO_STATS, head=True),
     ),
+    "linear_token_stats": (eager.linear_token_stats, (), pair(*TokenStats._fields)),
     "divergence": (eager.divergence, (), pair("loss", "divergence", "entropy")),
     "linear_divergence": (eager.linear_divergence, (), pair("loss", "divergence", "entropy")),
     "linear_token_divergence": (eager.linear_token_divergence, (), pair("divergence", "entropy")),

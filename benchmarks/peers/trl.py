@@ -34,6 +34,10 @@ def of(case: Case) -> Iterator[Provider]:
     if case.op == "linear_token_logprobs":
         rounded = 0.0 if case.dtype == "fp32" else BF16_LOGITS
         yield Provider("trl", _linear, needs("trl.kernels", _PACKAGE), roundings=rounded)
+    if case.op == "linear_token_stats":
+        rounded = 0.0 if case.dtype == "fp32" else BF16_LOGITS
+        needed = needs("trl.kernels", _PACKAGE)
+        yield Provider("trl", _stats, needed, roundings=rounded, computes="5 of 6 statistics")
     if case.op in ("linear_divergence", "linear_token_divergence"):
         yield Provider("trl", _divergence, needs("trl.kernels.chunked_divergence", _PACKAGE))
 
@@ -65,6 +69,15 @@ def _linear(case: Case, call: Call) -> Bound:
         )[:2]
 
     return Bound(run, pair("logprobs", "entropy"))
+
+
+def _stats(case: Case, call: Call) -> Bound:
+    from trl.kernels import ChunkedLogProbFunction
+
+    t = call.tensors
+    names = pair("logprobs", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
+    head = (t["hidden"], t["weight"], None, t["tokens"], 1.0, _CHUNK)
+    return Bound(lambda: ChunkedLogProbFunction.apply(*head), names)
 
 
 def _divergence(case: Case, call: Call) -> Bound:

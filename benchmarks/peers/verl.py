@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops.case import Case
@@ -68,6 +69,25 @@ def _linear(case: Case, call: Call) -> Bound:
 
     t, head = call.tensors, FusedLinearForPPO()
     return Bound(lambda: head(t["hidden"], t["weight"], t["tokens"]), pair("logprobs", "entropy"))
+
+
+def _stats(case: Case, call: Call) -> Bound:
+    """Of whole logits: its fused heads have no Σπ²."""
+    from verl.utils.torch_functional import (
+        calculate_sum_pi_squared_from_logits,
+        entropy_from_logits,
+        logprobs_from_logits,
+    )
+
+    t = call.tensors
+
+    def run() -> tuple[Tensor, ...]:
+        logits = F.linear(t["hidden"], t["weight"])
+        logprobs = logprobs_from_logits(logits, t["tokens"])
+        squares = calculate_sum_pi_squared_from_logits(logits)
+        return logprobs, entropy_from_logits(logits), squares.log()
+
+    return Bound(run, pair("logprobs", "entropy", "log_sum_sq_probs"))
 
 
 def _linear_triton(case: Case, call: Call) -> Bound:
@@ -181,6 +201,7 @@ _FUNCTIONS, _ALGORITHMS = "verl.utils.torch_functional", "verl.trainer.ppo.core_
 _OPS: dict[str, tuple[Callable[[Case, Call], Bound], str, str]] = {
     "token_logprobs": (_logits, _FUNCTIONS, ""),
     "linear_token_logprobs": (_linear, "verl.utils.experimental.torch_functional", ""),
+    "linear_token_stats": (_stats, _FUNCTIONS, "3 of 6 statistics, of whole logits"),
     "ppo_loss": (_ppo_loss, _ALGORITHMS, "6 of 17 statistics; adds its dual clip"),
     "value_loss": (_value_loss, _ALGORITHMS, "2 of 4 statistics"),
     "gae": (_gae, _ALGORITHMS, "whitened advantages (not gated) and returns"),

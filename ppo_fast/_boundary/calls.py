@@ -14,6 +14,7 @@ from ppo_fast._boundary.options import (
     Lambda,
     Pairs,
     PolicyOptions,
+    RowStats,
     Scoring,
     Softmax,
     TokenTensors,
@@ -31,6 +32,7 @@ _LOGPROBS_FWD = HANDLES["logprobs_fwd"]
 _LOGPROBS_BWD = HANDLES["logprobs_bwd"]
 _LOGPROBS_BWD_ = HANDLES["logprobs_bwd_"]
 _LOGPROBS_BWD_BF16_ = HANDLES["logprobs_bwd_bf16_"]
+_TOKEN_STATS = HANDLES["token_stats"]
 _SUPPORT_FWD = HANDLES["support_fwd"]
 _SUPPORT_BWD = HANDLES["support_bwd"]
 _SPARSE_LOGITS = HANDLES["sparse_logits"]
@@ -121,6 +123,15 @@ def _backward(
         softmax.log_sum,
         s.temperature,
         s.ignore_index,
+    )
+
+
+def token_stats(backend: str, logits: Tensor, s: Scoring) -> RowStats:
+    """The same with the row's other statistics, of fp32 or fp64 logits."""
+    return RowStats(
+        *_TOKEN_STATS[backend](
+            logits, s.tokens, s.mask, s.temperature_tensor, s.temperature, s.ignore_index
+        )
     )
 
 

@@ -226,6 +226,18 @@ class Softmax(NamedTuple):
     log_sum: Tensor
 
 
+class RowStats(NamedTuple):
+    """A row's `Softmax`, ln Σ e^2(z − row_max), the mean of z, and the largest logit's column."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+    log_sum_sq: Tensor
+    mean_logit: Tensor
+    top: Tensor  # int64
+
+
 class Teaching(NamedTuple):
     """A teacher's rows of logits, the state of their softmax, and the divergence from it."""
 

@@ -65,6 +65,14 @@ _LOGPROBS_BWD_ARGS = (
     " Tensor? temperature_tensor, Tensor entropy, Tensor row_max, Tensor log_sum,"
     " float temperature, int ignore_index)"
 )
+# Of fp32 or fp64 rows; the first four as logprobs_fwd's, to the bit. log_sum_sq is the log of the
+# sum of e^2(z - row_max), mean_logit the mean of z, -inf or not a number as its terms are, top the
+# first column of the largest logit (int64; of a row without a finite one it means nothing).
+_TOKEN_STATS = (
+    "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? temperature_tensor, float temperature,"
+    " int ignore_index) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum,"
+    " Tensor log_sum_sq, Tensor mean_logit, Tensor top)"
+)
 # Pairs (row, id) of a call over supports, row after row: `offsets` (N + 1,) int64 are the rows'
 # ends, and a row's first pair is its token. A logit of -inf is an absent pair's. `mask` (N,) bool.
 _SUPPORT_FWD = (
@@ -184,6 +192,11 @@ def _fake_logprobs_fwd(logits: Tensor, tokens: Tensor, *_: Any) -> tuple[Tensor,
     return tuple(_empty(logits, tokens.shape) for _ in range(4))
 
 
+def _fake_token_stats(logits: Tensor, tokens: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    numbers = (_empty(logits, tokens.shape) for _ in range(6))
+    return (*numbers, _empty(logits, tokens.shape, torch.int64))
+
+
 def _fake_logprobs_bwd(grad_logprobs: Any, grad_entropy: Any, logits: Tensor, *_: Any) -> Tensor:
     return _empty(logits, dtype=logits.dtype)
 
@@ -251,6 +264,7 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda *_: None,
         "logprobs",
     ),
+    "token_stats": (_TOKEN_STATS, _fake_token_stats, "token_stats"),
     "support_fwd": (_SUPPORT_FWD, _fake_support_fwd, "support"),
     "support_bwd": (_SUPPORT_BWD, lambda g, h, logits, *_: _empty(logits), "support"),
     "sparse_logits": (
@@ -332,6 +346,7 @@ _BACKENDS_OF = {
     "logits_ppo_loss_bf16_": ("triton", "cuda"),
     "scaled": ("triton", "cuda"),
     "scaled_": ("triton", "cuda"),
+    "token_stats": ("cpu", "triton"),
     "support_fwd": ("cpu", "triton"),
     "support_bwd": ("cpu", "triton"),
     "sparse_logits": ("cpu", "triton"),

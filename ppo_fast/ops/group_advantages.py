@@ -20,6 +20,7 @@ def group_advantages(
     baseline: str = "grpo",
     eps: float = 1e-6,
     lengths: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """One advantage per response, against the responses to the same prompt.
 
@@ -36,49 +37,57 @@ def group_advantages(
       Reward Baseline");
     - "maxrl": (s − m) / (m + eps), for scores that are not negative (Tajwar et al. 2026, "Maximum
       Likelihood Reinforcement Learning");
+    - "gdpo": of R scores a response, Σ w_k (s_k − m_k) / (σ_k + eps), then standardised over all
+      responses, (a − mean) / (standard deviation + eps) (Liu et al. 2026, "GDPO: Group
+      reward-Decoupled Normalization Policy Optimization"; TRL's "normalize_then_sum");
     - "reinforce++": s − m, then whitened over all responses, 1e-8 added to the variance
       (Hu et al. 2025, REINFORCE++, the variant with a baseline).
 
     A response without another in its group, or whose group's scores are all equal, has nothing to
     be compared with: its advantage is exactly 0 ("reinforce++": before whitening). A score that is
-    not finite leaves no finite advantage in its group, and none at all in "reinforce++" and
-    "grpo-batch-std".
+    not finite leaves no finite advantage in its group, and none at all in "gdpo", "reinforce++"
+    and "grpo-batch-std". In "gdpo" it is each score for itself, before the standardisation.
 
     Args:
-        scores: `(n,)` fp32, bf16, fp16 or fp64, of every response.
+        scores: `(n,)` fp32, bf16, fp16 or fp64, of every response; for "gdpo" `(n, R)`.
         group_ids: `(n,)` int32 or int64, equal where the prompt is; in any order.
-        eps: what "grpo", its two forms and "maxrl" add to the divisor (TRL adds 1e-4).
+        eps: what "grpo", its two forms, "gdpo" and "maxrl" add to the divisor (TRL adds 1e-4).
         lengths: `(n,)` int32 or int64, tokens of every response; for "opo".
+        weights: `(R,)`, the scores' weights w, for "gdpo"; 1 where absent.
 
     Returns:
         `(n,)` fp32 (fp64 for fp64 scores), detached, computed in fp64 without asking the device.
 
     Raises:
-        ValueError: shape, device, baseline or a negative eps, lengths with another baseline or
-            absent with "opo". TypeError: dtype.
+        ValueError: shape, device, baseline or a negative eps, lengths or weights with another
+            baseline, lengths absent with "opo". TypeError: dtype.
         NotImplementedError: a forward-mode tangent, as the op has no derivative.
     """
-    _check(scores, group_ids, baseline, eps, lengths)
+    _check(scores, group_ids, baseline, eps)
+    _check_extras(scores, baseline, lengths, weights)
     s = scores.detach().double()
-    groups = _Groups(group_ids)
+    groups = Groups(group_ids)
     count = groups.sum(torch.ones_like(s))
     mean = groups.sum(s) / count
     zero = s - s  # NaN of a score that is not finite
     alone = (count < 2) | groups.all_equal(s)
     centred = torch.where(alone, zero, s - mean)
-    if baseline in ("grpo", "grpo-passk"):
+    if baseline in ("grpo", "grpo-passk", "gdpo"):
         deviation = (groups.sum(centred * centred) / (count - 1).clamp(min=1)).sqrt()
         if baseline == "grpo-passk":
             centred = torch.where(alone, centred, groups.lead(s, centred - centred))
         out = centred / (deviation + eps)
+        if baseline == "gdpo":
+            total = out.sum(-1) if weights is None else out @ weights.detach().double()
+            out = (total - _mean(total)) / (_variance(total).sqrt() + eps)
     elif baseline == "grpo-batch-std":
         out = centred / (_variance(s).sqrt() + eps)
     elif baseline == "rloo":
         out = centred * count / (count - 1).clamp(min=1)
     elif baseline == "opo" and lengths is not None:
-        weights = lengths.detach().double()
-        tokens = groups.sum(weights)
-        out = torch.where(alone, zero, s - groups.sum(weights * s) / tokens.clamp(min=1))
+        sizes = lengths.detach().double()
+        tokens = groups.sum(sizes)
+        out = torch.where(alone, zero, s - groups.sum(sizes * s) / tokens.clamp(min=1))
     elif baseline == "maxrl":
         out = centred / (mean + eps)
     elif baseline == "reinforce++":
@@ -98,18 +107,24 @@ _BASELINES = (
     "dr_grpo",
     "opo",
     "maxrl",
+    "gdpo",
     "reinforce++",
 )
 
 
-def _check(
-    scores: Tensor, group_ids: Tensor, baseline: str, eps: float, lengths: Tensor | None
-) -> None:
-    if _checks.floating(_OP, "scores", scores).dim() != 1:
-        raise ValueError(f"{_OP}: scores must have shape (n,), got {tuple(scores.shape)}")
-    _checks.indices(_OP, "group_ids", group_ids, scores.shape, scores.device)
+def _check(scores: Tensor, group_ids: Tensor, baseline: str, eps: float) -> None:
     _checks.choice(_OP, "baseline", baseline, _BASELINES)
+    dims, shape = (2, "(n, R) for 'gdpo'") if baseline == "gdpo" else (1, "(n,)")
+    if _checks.floating(_OP, "scores", scores).dim() != dims:
+        raise ValueError(f"{_OP}: scores must have shape {shape}, got {tuple(scores.shape)}")
+    _checks.indices(_OP, "group_ids", group_ids, scores.shape[:1], scores.device)
     _checks.number(_OP, "eps", eps, 0.0)
+
+
+def _check_extras(
+    scores: Tensor, baseline: str, lengths: Tensor | None, weights: Tensor | None
+) -> None:
+    """The arguments that one baseline alone takes."""
     if (lengths is not None) != (baseline == "opo"):
         given = "absent" if lengths is None else "given"
         raise ValueError(
@@ -117,6 +132,13 @@ def _check(
         )
     if lengths is not None:
         _checks.indices(_OP, "lengths", lengths, scores.shape, scores.device)
+    if weights is None:
+        return
+    if baseline != "gdpo":
+        raise ValueError(
+            f"{_OP}: weights must be there for 'gdpo' alone, got them given with {baseline!r}"
+        )
+    _checks.sized(_OP, "weights", weights, scores, (scores.shape[1],), "(R,)")
 
 
 @derivatives()
@@ -144,7 +166,7 @@ def prompt_weights(lengths: Tensor, group_ids: Tensor) -> Tensor:
         raise TypeError(f"{op}: lengths must be numbers, got {lengths.dtype}")
     _checks.indices(op, "group_ids", group_ids, lengths.shape, lengths.device)
     tokens = lengths.detach().double()
-    groups = _Groups(group_ids)
+    groups = Groups(group_ids)
     own = groups.sum(tokens)
     live = tokens > 0
     # Each prompt once: its sequences with a token share one.
@@ -162,8 +184,8 @@ def _variance(x: Tensor) -> Tensor:
     return ((x - _mean(x)) ** 2).sum() / max(1, x.numel() - 1)
 
 
-class _Groups:
-    """Sums within groups, each in the order of its members, wherever they are in the batch."""
+class Groups:
+    """Sums of (n, ...) within groups, each in the order of its members, wherever they are."""
 
     def __init__(self, ids: Tensor) -> None:
         n = ids.numel()
@@ -209,5 +231,5 @@ class _Groups:
     def _reduce(self, x: Tensor, how: str) -> Tensor:
         if x.numel() == 0:
             return x
-        sums = torch.segment_reduce(x[self.order], how, offsets=self.starts, unsafe=True)
-        return torch.empty_like(x).scatter_(0, self.order, sums[self.group])
+        sums = torch.segment_reduce(x[self.order], how, offsets=self.starts, unsafe=True, axis=0)
+        return torch.empty_like(x).index_copy_(0, self.order, sums[self.group])

@@ -11,6 +11,7 @@ from ppo_fast.reference.linear_divergence import linear_divergence, linear_token
 from ppo_fast.reference.linear_logprobs import linear_token_logprobs
 from ppo_fast.reference.linear_logprobs_at import linear_logprobs_at
 from ppo_fast.reference.linear_ppo_loss import linear_ppo_loss
+from ppo_fast.reference.linear_token_stats import linear_token_stats
 from ppo_fast.reference.logits_ppo_loss import logits_ppo_loss
 from ppo_fast.reference.logprobs import token_logprobs
 from ppo_fast.reference.ppo_loss import ppo_loss
@@ -28,6 +29,7 @@ __all__ = [
     "linear_ppo_loss",
     "linear_token_divergence",
     "linear_token_logprobs",
+    "linear_token_stats",
     "logits_ppo_loss",
     "moments",
     "ppo_loss",

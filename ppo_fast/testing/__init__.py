@@ -16,6 +16,7 @@ from ppo_fast.testing.head_inputs import (
     linear_ppo_call,
     logits_ppo_call,
     token_divergence_call,
+    token_stats_call,
 )
 from ppo_fast.testing.inputs import (
     FACTORIES,
@@ -57,6 +58,7 @@ __all__ = [
     "run",
     "same_bits",
     "token_divergence_call",
+    "token_stats_call",
     "value_call",
     "whiten_call",
     "with_garbage",

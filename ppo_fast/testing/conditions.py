@@ -18,6 +18,7 @@ from ppo_fast.testing.head_conditions import (
     linear_divergence_condition,
     linear_logprobs_at_condition,
     linear_logprobs_condition,
+    linear_token_stats_condition,
 )
 from ppo_fast.testing.loss_conditions import (
     Conditions,
@@ -38,6 +39,7 @@ CONDITIONS: dict[str, Callable[..., Conditions]] = {
     "whiten": whiten_condition,
     "linear_token_logprobs": linear_logprobs_condition,
     "linear_logprobs_at": linear_logprobs_at_condition,
+    "linear_token_stats": linear_token_stats_condition,
     "logits_ppo_loss": head_loss_condition,
     "linear_ppo_loss": head_loss_condition,
     "divergence": logits_divergence_condition,

@@ -146,6 +146,34 @@ def linear_logprobs_condition(
     return out
 
 
+def linear_token_stats_condition(
+    call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
+) -> Conditions:
+    """Of the product, the softcap and sums over a row's columns.
+
+    Whether a token is the likeliest is exact, but where rounding could move another logit past it.
+    """
+    logits, temperature = _logits(call, _kept(call)), temperature_of(call)
+    z, error = logits.z / temperature, logits.error / temperature
+    rows = Softmax(z, call.tensors["tokens"], error)
+    p, squares = rows.p, (2 * z).softmax(-1)
+    of_lse, lse = (p * rows.reach).sum(-1), finite(z.logsumexp(-1)).abs()
+    of_squares = 2 * ((squares * rows.reach).sum(-1) + of_lse)
+    size = finite(z).abs()
+    of_mean = (error + size * _adds(z.shape[-1])).mean(-1)
+    # A row of one column has no second one.
+    first, *second = z.topk(min(2, z.shape[-1]), -1)[0].unbind(-1)
+    gap = first - second[0] if second else torch.full_like(first, torch.inf)
+    # A budget of 1 or more, which lets the answer change, where rounding can close the gap.
+    flips = torch.where(gap > 0, 2 * (error + size).amax(-1) / gap, torch.inf)
+    return rows.outputs() | {
+        "lse": (8, of_lse + lse, False),
+        "log_sum_sq_probs": (8, of_squares + finite(exact["log_sum_sq_probs"]).abs(), False),
+        "is_top1": (8, flips, False),
+        "mean_logit": (8, of_mean, False),
+    }
+
+
 def linear_logprobs_at_condition(
     call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
 ) -> Conditions:

@@ -79,6 +79,19 @@ def linear_call(
     return finish("linear_token_logprobs", tensors, options, **grads)
 
 
+def token_stats_call(
+    shape: Shape = (3, 5), vocab: int = 37, width: int = 24, **options: Any
+) -> Call:
+    """`linear_token_stats`; options as `linear_call`'s. Every other token is the likeliest."""
+    call = linear_call(shape, vocab, width, **options)
+    t = promoted(call).tensors
+    best = (t["hidden"] @ t["weight"].t() + t.get("bias", 0.0)).argmax(-1)
+    chosen = torch.arange(best.numel(), device=best.device).view(shape) % 2 == 0
+    ignored = t["tokens"] == call.options.get("ignore_index", -100)
+    tokens = torch.where(chosen & ~ignored, best, t["tokens"])
+    return Call("linear_token_stats", call.tensors | {"tokens": tokens}, call.options, {})
+
+
 def linear_at_call(
     shape: Shape = (3, 5),
     vocab: int = 37,

@@ -33,7 +33,8 @@ def calls() -> dict[str, Callable[..., Any]]:
     """The factory of every op's calls, those over supports beside the others."""
     from ppo_fast import testing
 
-    make = {**testing.FACTORIES, **testing.HEADS}
+    stats = {"linear_token_stats": testing.token_stats_call}
+    make = {**testing.FACTORIES, **testing.HEADS, **stats}
     return make | {
         name: functools.partial(make[op], kept=5, **({"sparse": True} if "linear" in op else {}))
         for name, op in OVER_SUPPORTS.items()
@@ -48,7 +49,7 @@ def sizes(op: str) -> Iterator[Any]:
     if op in OVER_SUPPORTS:
         for (kept, width), vocab, shape in itertools.product(SUPPORTS, VOCABS[:2], HEAD_SHAPES):
             yield make(shape, vocab, *([width] if "linear" in op else []), kept=kept)
-    elif op in testing.HEADS or op == "token_logprobs":
+    elif op in testing.HEADS or op in ("token_logprobs", "linear_token_stats"):
         for vocab, shape in itertools.product(VOCABS, HEAD_SHAPES):
             yield make(shape, vocab)
     else:

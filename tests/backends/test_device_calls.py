@@ -87,6 +87,9 @@ CASES: dict[str, tuple[Case, int, int]] = {
     ),
 }  # fmt: skip
 WAITING = {
+    "statistics": Case(
+        "linear_token_stats", HEAD | {"tokens": TOKENS["tokens"]}, BOTH, {}, (), False
+    ),
     "divergence": Case("divergence", PAIR, ("logits",), {"kind": "jsd"}, (), False),
     "teacher, gspo": Case(
         "linear_ppo_loss", HEAD | TOKENS | TEACHER, BOTH, TAUGHT | {"variant": "gspo"}, (), False

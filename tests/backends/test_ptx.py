@@ -44,6 +44,7 @@ SAMPLE = {
     "ops/test_gae.py": ("within_budget", 7),
     "ops/test_rlhf_advantages.py": ("within_budget", 3),
     "ops/test_whiten.py": ("within_budget", 4),
+    "ops/test_linear_token_stats.py": ("precisions or banned or segments", 4),
     "backends/test_sparse_head_kernel.py": ("not registered", 6),
     "backends/test_divergence_kernel.py": ("not (budget or bits or in_place)", 29),
 }

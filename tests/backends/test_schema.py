@@ -53,6 +53,7 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
     one_pass = (tokens, mask, temperature, *token, 1.0, -100, [0, 2, 0, 1, 1, 0, 0], PPO[1])
     return {
         "logprobs_fwd": (logits, tokens, mask, temperature, 1.0, -100),
+        "token_stats": (logits, tokens, mask, temperature, 1.0, -100),
         "logprobs_bwd": back,
         "logprobs_bwd_": (*back[:2], logits.clone(), *back[3:]),
         "logprobs_bwd_bf16_": (*back[:2], logits.clone(), *back[3:]),

@@ -38,6 +38,7 @@ BUDGETS = {
     "whiten": Budget(5, 0, 9, 3, 0),
     "linear_token_logprobs": Budget(12, 5, 18, 3, 44),
     "linear_logprobs_at": Budget(12, 5, 18, 3, 111),
+    "linear_token_stats": Budget(5, 2, 9, 1, 50),
     "logits_ppo_loss": Budget(8, 2, 17, 3, 8),
     "linear_ppo_loss": Budget(8, 2, 13, 5, 41),
     # Some rows keep nothing, and take the dense kernels; each vector of a hidden size has its own.

@@ -237,6 +237,11 @@ def linear_logprobs_at(d: Draw) -> Call:
     return _finish(d, "linear_logprobs_at", t | {"mask": d.maybe(d.mask, shape)}, o)
 
 
+def linear_token_stats(d: Draw) -> Call:
+    call = linear_token_logprobs(d)
+    return call._replace(op="linear_token_stats", cotangents={})
+
+
 def linear_ppo_loss(d: Draw) -> Call:
     (shape, ends), dtype = _loss_rows(d), _dtype(d)
     t, o = _linear(d, shape, dtype)
@@ -268,6 +273,7 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
         logits_ppo_loss,
         linear_token_logprobs,
         linear_logprobs_at,
+        linear_token_stats,
         linear_ppo_loss,
         whiten,
     )

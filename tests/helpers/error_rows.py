@@ -11,7 +11,8 @@ import torch
 import ppo_fast
 from ppo_fast import testing
 
-EVERY = testing.FACTORIES | testing.HEADS | testing.DIVERGENCES
+STATS = {"linear_token_stats": testing.token_stats_call}
+EVERY = testing.FACTORIES | testing.HEADS | testing.DIVERGENCES | STATS
 ONES = torch.ones(4, 9)
 SHAPE, TYPE = ValueError, TypeError
 Change = Callable[[dict[str, Any]], dict[str, Any]]

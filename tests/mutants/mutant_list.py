@@ -15,6 +15,7 @@ from mutant_numbers import NUMBERS, NUMBERS_CPU
 from mutant_report import REPORT
 from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
+from mutant_stats import STATS, STATS_CPU, STATS_TRITON
 from mutant_support import SUPPORT, SUPPORT_CPU
 from mutant_surrogates import SURROGATES
 from mutant_truncation import TRUNCATION
@@ -395,8 +396,11 @@ LOOP = (
 )
 
 MUTANTS = {
-    "triton": TRITON + DIVERGENCE_TRITON,
-    "cpu": CPU + NUMBERS_CPU + ROLLOUT_CPU + WEIGHTS_CPU + SUPPORT_CPU + DIVERGENCE_CPU,
+    "triton": TRITON + DIVERGENCE_TRITON + STATS_TRITON,
+    "cpu": (
+        *(CPU + NUMBERS_CPU + ROLLOUT_CPU + WEIGHTS_CPU + SUPPORT_CPU + DIVERGENCE_CPU),
+        *STATS_CPU,
+    ),
     "cuda": CUDA,
     "python": PYTHON + ROLLOUT,
     "divergence": DIVERGENCE,
@@ -408,6 +412,7 @@ MUTANTS = {
     "runs": RUNS,
     "truncation": TRUNCATION,
     "surrogates": SURROGATES,
+    "stats": STATS,
     "support": SUPPORT,
     "weights": WEIGHTS,
 }

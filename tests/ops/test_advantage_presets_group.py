@@ -9,15 +9,17 @@ import logging
 import types
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from conftest import ON_GPU
-from installed import assert_near, assert_near_whitened, functions, source
+from installed import assert_near, assert_near_whitened, block, functions, source
 from preset_inputs import Rollout, rollout
 from torch import Tensor
 
 import ppo_fast
 
+TRL = "trl==1.16.0"
 VERL, OPENRLHF = "verl==0.9.1", "openrlhf==0.11.2"
 GROUP, ROWS, STEPS, KL_COEF = 4, 12, 9, 0.3
 EPS = 1e-6
@@ -38,8 +40,10 @@ def verl() -> types.SimpleNamespace:
         "compute_rloo_outcome_advantage",
         "compute_opo_outcome_advantage",
         "compute_grpo_passk_outcome_advantage",
+        "compute_gdpo_outcome_advantage",
         verl_F=helpers,
         defaultdict=collections.defaultdict,
+        np=numpy,
     )
 
 
@@ -91,6 +95,69 @@ def test_verl_opo_and_passk() -> None:
     spread = min(float(scores[ids == i].std()) for i in (0, 1))
     assert_near(ours, theirs, float(scores.abs().max()) / spread, GROUP + 1)
     assert int((ours != 0).any(1).sum()) == 2
+
+
+def test_verl_gdpo() -> None:
+    """verl whitens over tokens: each score's grpo, their weighted sum, spread, whiten."""
+    _, ids = scores_and_groups()
+    mask = rollout(torch.float64, "right", ROWS, STEPS).mask
+    rng = torch.Generator().manual_seed(8)
+    parts = torch.randn(ROWS, 2, generator=rng, dtype=torch.float32).double()
+    weights = [0.25, 2.0]  # exact in the fp32 in which verl keeps them
+    rewards = {f"r{k}": parts[:, k].numpy() for k in range(2)}
+    # It puts a score at the last kept token, from an attention mask behind a prompt of no token.
+    batch = {"prompts": torch.zeros(ROWS, 0), "attention_mask": mask.long()}
+    config = {"gdpo_reward_keys": list(rewards), "gdpo_reward_weights": weights}
+    given = {"config": config, "non_tensor_batch": rewards, "batch": batch}
+    theirs = verl().compute_gdpo_outcome_advantage(
+        torch.zeros(mask.shape), mask.double(), ids.tolist(), **given
+    )[0]
+    total = sum(w * ppo_fast.group_advantages(parts[:, k], ids) for k, w in enumerate(weights))
+    spread = total[:, None].expand(mask.shape)
+    ours = ppo_fast.whiten(spread, mask, backend="reference")
+    raw, size = spread[mask].double(), float(total.abs().max())
+    # verl sums the scores and normalises them in fp32.
+    assert_near_whitened(ours[mask].float(), theirs[mask].float(), raw, 8 * size, GROUP + 1)
+
+
+def trl(scores: Tensor, weights: Tensor, **options: str) -> Tensor:
+    """The advantages of TRL's GRPO trainer, from its own statements; groups are neighbours."""
+    tree = source(TRL, "trainer/grpo_trainer.py")
+    utils = functions(source(TRL, "trainer/utils.py"), "nanstd")
+    me = types.SimpleNamespace(
+        scale_rewards="group",
+        multi_objective_aggregation="sum_then_normalize",
+        reward_weights=weights,
+        reward_funcs=[None] * scores.shape[1],
+        accelerator=types.SimpleNamespace(process_index=0),
+    )
+    vars(me).update(options)
+    known = {"self": me, "rewards_per_func": scores, "num_generations": GROUP}
+    known |= {"device": "cpu", "prompts": [""] * len(scores)}
+    scope = block(tree, "unscorable_mask", "advantages", nanstd=utils.nanstd, **known)
+    out: Tensor = scope["advantages"]
+    return out
+
+
+@pytest.mark.parametrize("baseline", ["grpo", "grpo-batch-std", "dr_grpo", "gdpo"])
+def test_trl(baseline: str) -> None:
+    """Its `scale_rewards` and `multi_objective_aggregation`, with its own eps of 1e-4."""
+    rng = torch.Generator().manual_seed(11)
+    scores = torch.randn(ROWS, 3, generator=rng, dtype=torch.float64)
+    weights = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    ids = torch.arange(ROWS) // GROUP
+    scale = {"grpo": "group", "grpo-batch-std": "batch", "dr_grpo": "none"}.get(baseline, "group")
+    if baseline == "gdpo":
+        theirs = trl(scores, weights, multi_objective_aggregation="normalize_then_sum")
+        ours = ppo_fast.group_advantages(scores, ids, baseline="gdpo", weights=weights, eps=1e-4)
+    else:
+        theirs = trl(scores, weights, scale_rewards=scale)
+        ours = ppo_fast.group_advantages(scores @ weights, ids, baseline=baseline, eps=1e-4)
+    spread = float((scores @ weights).view(-1, GROUP).std(1).min())
+    size = float((scores.abs() @ weights).max()) / min(1.0, spread)
+    # Its Bessel factor, n / (n − 1) of integers, is fp32, and with it every σ.
+    wide = torch.float64 if baseline == "dr_grpo" else torch.float32
+    assert_near(ours.to(wide), theirs.to(wide), size, ROWS)
 
 
 @pytest.mark.parametrize("baseline", PRESETS)

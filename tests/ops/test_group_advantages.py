@@ -124,6 +124,46 @@ def test_eps_is_what_the_divisor_gets(baseline: str, eps: float) -> None:
     )
 
 
+def gdpo_of(s: Tensor, ids: Tensor, weights: list[float], eps: float) -> list[float]:
+    """Each score by itself as "grpo", their weighted sum, then over all responses."""
+    parts = [spelled_out(s[:, k].tolist(), ids.tolist(), "grpo", eps) for k in range(s.shape[1])]
+    total = [
+        math.fsum(w * x for w, x in zip(weights, row, strict=True))
+        for row in zip(*parts, strict=True)
+    ]
+    mean, sigma = statistics.fmean(total), statistics.stdev(total)
+    return [(x - mean) / (sigma + eps) for x in total]
+
+
+@on_devices
+@pytest.mark.parametrize("eps", [1e-6, 1e-4])
+def test_gdpo(device: str, eps: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    scores[:, 1] = 1.0  # a score that tells nothing
+    ids = torch.randint(0, 5, (20,), generator=generator)
+    weights = torch.tensor([0.3, 7.0, 1.5], dtype=torch.float64)
+    args = scores.to(device), ids.to(device)
+    out = ppo_fast.group_advantages(*args, baseline="gdpo", weights=weights.to(device), eps=eps)
+    want = gdpo_of(scores, ids, weights.tolist(), eps)
+    assert out.tolist() == pytest.approx(want, abs=1e-13)
+    plain = ppo_fast.group_advantages(*args, baseline="gdpo", eps=eps)
+    assert plain.tolist() == pytest.approx(gdpo_of(scores, ids, [1.0] * 3, eps), abs=1e-13)
+    assert plain.dtype == torch.float64 and not plain.equal(out)
+
+
+def test_gdpo_of_one_score_is_grpo_standardised() -> None:
+    scores, ids = torch.tensor([1.0, 2.0, 4.0, 0.0]).double(), torch.tensor([0, 0, 1, 1])
+    grpo = ppo_fast.group_advantages(scores, ids)
+    out = ppo_fast.group_advantages(scores[:, None], ids, baseline="gdpo")
+    assert out.tolist() == pytest.approx((grpo / (grpo.std() + 1e-6)).tolist(), abs=1e-14)
+    for n in (0, 1):
+        none = ppo_fast.group_advantages(torch.ones(n, 2), ids[:n], baseline="gdpo")
+        assert none.tolist() == [0.0] * n
+    same = ppo_fast.group_advantages(torch.full((4, 2), 0.1), ids, baseline="gdpo")
+    assert same.tolist() == [0.0] * 4
+
+
 def test_two_best_responses_lead_by_nothing() -> None:
     scores, ids = torch.tensor([1.0, 3.0, 3.0, 2.0]), torch.tensor([0, 0, 0, 0])
     assert advantages(scores, ids, "grpo-passk").tolist() == [0.0] * 4
@@ -158,6 +198,14 @@ def test_bad_input_is_named() -> None:
         ppo_fast.group_advantages(scores, ids, eps=-1)
     with pytest.raises(ValueError, match="lengths must be there for 'opo' alone, got them absent"):
         ppo_fast.group_advantages(scores, ids, baseline="opo")
+    with pytest.raises(
+        ValueError, match=r"scores must have shape \(n, R\) for 'gdpo', got \(4,\)"
+    ):
+        ppo_fast.group_advantages(scores, ids, baseline="gdpo")
+    with pytest.raises(ValueError, match="weights must be there for 'gdpo' alone, got them given"):
+        ppo_fast.group_advantages(scores, ids, weights=scores)
+    with pytest.raises(ValueError, match=r"weights must have shape \(R,\) = \(2,\), got \(4,\)"):
+        ppo_fast.group_advantages(scores.expand(2, 4).t(), ids, baseline="gdpo", weights=scores)
     with pytest.raises(ValueError, match="got them given with 'grpo'"):
         ppo_fast.group_advantages(scores, ids, lengths=ids)
     with pytest.raises(ValueError, match=r"lengths must have shape .*4.*, got \(3,\)"):

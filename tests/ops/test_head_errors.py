@@ -5,12 +5,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from error_rows import ONES, SHAPE, TYPE, Change, Row, assert_refused, both, cast, cut, moved
+from error_rows import (
+    EVERY,
+    ONES,
+    SHAPE,
+    TYPE,
+    Change,
+    Row,
+    assert_refused,
+    both,
+    cast,
+    cut,
+    moved,
+)
 
 from ppo_fast import _checks, testing
 
 LINEAR, AT, LOGITS_LOSS, LINEAR_LOSS = testing.HEADS
-SCORED = (LINEAR, LOGITS_LOSS, LINEAR_LOSS)  # by a token of each row
+STATS = "linear_token_stats"
+SCORED = (LINEAR, STATS, LOGITS_LOSS, LINEAR_LOSS)  # by a token of each row
 
 
 def rows(*index: int) -> Change:
@@ -19,7 +32,7 @@ def rows(*index: int) -> Change:
 
 ROWS = [
     # the linear head
-    *(row for op in (LINEAR, AT, LINEAR_LOSS) for row in (
+    *(row for op in (LINEAR, AT, STATS, LINEAR_LOSS) for row in (
         Row(op, "hidden", [1.0], TYPE, "hidden must be a tensor, got list"),
         Row(op, cast("hidden", torch.int64), None, TYPE, "hidden must be float32, .*got torch.int64"),
         Row(op, "hidden", torch.tensor(1.0), SHAPE, r"hidden must have shape \(..., H\), got \(\)"),
@@ -59,7 +72,7 @@ ROWS = [
         Row(op, "ignore_index", 1 << 70, SHAPE, "ignore_index must fit in 64 bits, got 1180591620717411303424"),
         Row(op, "ignore_index", 1.5, TYPE, "ignore_index must be an int, got float"),
     )),
-    *(row for op in testing.HEADS for row in (
+    *(row for op in (*testing.HEADS, STATS) for row in (
         Row(op, cut("mask"), None, SHAPE, r"mask must have shape .*got \(4, 8\)"),
         Row(op, cast("mask", torch.complex64), None, TYPE, "mask must be real, got torch.complex64"),
         Row(op, "temperature", 0.0, SHAPE, "temperature must be positive and finite, got 0.0"),
@@ -108,7 +121,7 @@ def test_debug_finds_tokens_out_of_range_of_the_head(
     monkeypatch: pytest.MonkeyPatch, op: str
 ) -> None:
     monkeypatch.setattr(_checks, "DEBUG", True)
-    call = testing.HEADS[op]((2, 3), mask="all")
+    call = EVERY[op]((2, 3), mask="all")
     tokens, mask = call.tensors["tokens"].clone(), call.tensors["mask"].clone()
     tokens[1, 2] = 37
     with pytest.raises(

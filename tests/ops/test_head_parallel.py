@@ -24,6 +24,7 @@ from ppo_fast.testing import (
     logprobs_call,
     same_bits,
     token_divergence_call,
+    token_stats_call,
 )
 
 WORLD, VOCAB, SHARE = 2, 38, 19
@@ -93,7 +94,7 @@ def cases() -> dict[str, Call]:
         out[f"{name}, labels at -inf"] = _forbidden(_labelled(few, edges), slice(SHARE, None, 2))
         out[f"{name}, loss"] = linear_ppo_call((3, 5), VOCAB, kept=12, sparse=sparse)
     out["support, logits"] = logprobs_call((3, 5), VOCAB, kept=12)
-    out |= at_ids() | taught() | adapted()
+    out |= at_ids() | taught() | adapted() | of_stats()
     return out | {f"loss {v}": linear_ppo_call((3, 5), VOCAB, variant=v) for v in VARIANTS}
 
 
@@ -115,6 +116,40 @@ def at_ids() -> dict[str, Call]:
         "ids, last share at -inf": _forbidden(call, slice(SHARE, None)),
         "ids out of the vocabulary": call.replace(ids=wrong)._replace(cotangents={}),
         "no ids": linear_at_call((3, 5), VOCAB, k=0),
+    }
+
+
+def of_stats() -> dict[str, Call]:
+    """Statistics: the likeliest id on either rank, on both, on none."""
+    whole = {"vocab": VOCAB, "mask": None, "ignored": False}
+    plain = token_stats_call((3, 5), **whole)
+    tied = plain.replace(
+        weight=torch.zeros_like(plain.tensors["weight"]),
+        bias=torch.zeros(VOCAB).index_fill(0, torch.tensor([4, SHARE - 1, SHARE, 30]), 2.0),
+        tokens=torch.tensor([4, SHARE - 1, SHARE, 30, 0]).expand(3, 5).contiguous(),
+    )
+    # At a temperature that rounds them to one number, the second share's is the larger logit.
+    near = tied.tensors["bias"].clone()
+    near[[4, 30]] = torch.tensor(
+        [3.8, float(torch.nextafter(torch.tensor(3.8), torch.tensor(9.0)))]
+    )
+    capped = {"softcap": 4.0, "extras": ("bias", "row_index"), "mask": "row"}
+    outside = _labelled(plain, torch.tensor([VOCAB, -1, 2**40]))
+    return {
+        "statistics": plain,
+        "statistics, every option": token_stats_call((3, 5), VOCAB, **capped),
+        "statistics, equal logits": tied,
+        "statistics, equal but for rounding": tied.replace(bias=near, temperature=None).option(
+            temperature=3.7
+        ),
+        "statistics at -inf": _forbidden(plain, slice(SHARE, None, 2)),
+        "statistics, first share at -inf": _forbidden(plain, slice(0, SHARE)),
+        "statistics, last share at -inf": _forbidden(plain, slice(SHARE, None)),
+        "statistics, all at -inf": _forbidden(plain, slice(0, None)),
+        "statistics out of the vocabulary": outside,
+        "statistics of NaN": plain.replace(
+            bias=plain.tensors["bias"].index_fill(0, torch.tensor(30), float("nan"))
+        ),
     }
 
 
@@ -246,6 +281,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
     """To 1e-6 of the largest number there (at least 1); the same rows NaN or infinite."""
+    got, want = got.double(), want.double()
     odd = ~want.isfinite()
     assert torch.equal(odd, ~got.isfinite()), name
     assert bool(((got == want) | (got.isnan() & want.isnan()))[odd].all()), name

@@ -30,6 +30,7 @@ TESTS = (
     "whiten",
     "linear_logprobs",
     "linear_logprobs_at",
+    "linear_token_stats",
     "linear_ppo_loss",
     "support",
     "sparse_head",
@@ -52,6 +53,7 @@ OPS = (
     "logits_ppo_loss",
     "linear_token_logprobs",
     "linear_logprobs_at",
+    "linear_token_stats",
     "linear_ppo_loss",
     "whiten",
 )
