@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+
+class _Gathered(torch.autograd.Function):
+    """Every rank's `x`, stacked in rank order (W, ...); the gradient is the sum of all ranks'."""
+
+    @staticmethod
+    def forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, dist.ProcessGroup], output: Tensor) -> None:
+        _, ctx.group = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        mine = _Gathered.apply(grad, ctx.group)[:, dist.get_rank(ctx.group)]
+        return _folded(mine), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        every: Tensor = _Gathered.apply(tangent, ctx.group)
+        return every
+
+
+def _folded(parts: Tensor) -> Tensor:
+    """Sum of (W, ...) in rank order: the same bits on every rank."""
+    return functools.reduce(torch.add, parts.unbind(0))
 
 
 class Sequences:
     """Sequences of a call's slots: rows of `(B, T)`, or segments of `(N,)`; masked slots are out.
 
     `count` is S. Sums run in a fixed order on every device. Token values come in the slots' shape
-    or flat.
+    or flat. With a `group`, every rank holds a part of every sequence, in the same order: what is
+    summed, counted or compared is the whole sequence, in float64, folded in rank order.
     """
 
-    def __init__(self, keep: Tensor, cu_seqlens: Tensor | None = None) -> None:
-        self.keep, self.shape = keep, keep.shape
+    def __init__(
+        self,
+        keep: Tensor,
+        cu_seqlens: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.keep, self.shape, self.group = keep, keep.shape, group
         self._offsets: Tensor | None = None
         if keep.dim() == 2:
             self.count = keep.shape[0]
@@ -33,8 +72,32 @@ class Sequences:
     def tokens(self) -> Tensor:
         """Unmasked slots of each sequence, (S,) float64."""
         if self._tokens is None:
-            self._tokens = self.sum(self.keep.double())
+            whole = self.group is not None
+            self._tokens = self._counts[:-2] if whole else self.sum(self.keep.double())
         return self._tokens
+
+    @property
+    def kept(self) -> Tensor:
+        """Unmasked slots of all sequences, 0-d float64."""
+        return self.keep.sum(dtype=torch.float64) if self.group is None else self._counts[-2]
+
+    @property
+    def width(self) -> int | Tensor:
+        """Slots of a row, masked ones included."""
+        return self.keep.shape[-1] if self.group is None else self._counts[-1]
+
+    @functools.cached_property
+    def _counts(self) -> Tensor:
+        """The group's `tokens`, `kept` and `width`, (S + 2,): exchanged at once."""
+        kept = self.keep.sum(dtype=torch.float64)
+        width = torch.full_like(kept, self.keep.shape[-1])
+        tokens = self._reduce(self.keep.double(), "sum", 0.0)
+        return _folded(self._gathered(torch.cat([tokens, torch.stack([kept, width])])))
+
+    def once(self, x: Tensor) -> Tensor:
+        """A number of all ranks on the first, 0 on the others: what their statistics add up to."""
+        first = self.group is None or dist.get_rank(self.group) == 0
+        return x if first else torch.zeros_like(x)
 
     def flat(self) -> Sequences:
         """The same sequences of flat slots, (B·T,)."""
@@ -45,7 +108,10 @@ class Sequences:
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of `x` over each sequence, (S,)."""
-        return self._reduce(self._kept(x, 0.0), "sum", 0.0)
+        if self.group is None:
+            return self._reduce(self._kept(x, 0.0), "sum", 0.0)
+        own = self._reduce(self._kept(x.double(), 0.0), "sum", 0.0)
+        return _folded(self._gathered(own)).to(x.dtype)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of `x` over each sequence, (S,); 0 where it is empty."""
@@ -53,7 +119,8 @@ class Sequences:
 
     def min(self, x: Tensor) -> Tensor:
         """Smallest `x` of each sequence, (S,); inf where it is empty."""
-        return self._reduce(self._kept(x, float("inf")), "min", float("inf"))
+        own = self._reduce(self._kept(x, float("inf")), "min", float("inf"))
+        return own if self.group is None else self._gathered(own).amin(0)
 
     def max(self, x: Tensor) -> Tensor:
         """Largest `x` of each sequence, (S,); −inf where it is empty."""
@@ -66,6 +133,13 @@ class Sequences:
         whole = per_sequence[:, None] if self.keep.dim() == 2 else per_sequence
         return whole.expand(self.keep.shape).reshape(self.shape)
 
+    def _gathered(self, own: Tensor) -> Tensor:
+        """Every rank's, (W, ...)."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()
+        every: Tensor = _Gathered.apply(own, self.group)
+        return every
+
     def _kept(self, x: Tensor, other: float) -> Tensor:
         return torch.where(self.keep, x.reshape(self.keep.shape), other)
 
@@ -76,5 +150,5 @@ class Sequences:
             )
         rows = x if x.dim() == 2 else x[None]
         if rows.shape[1] == 0:
-            return rows.new_full((rows.shape[0],), empty)
+            return rows.sum(1) + empty  # of the graph: every rank takes part in a backward
         return rows.sum(1) if how == "sum" else rows.amin(1)

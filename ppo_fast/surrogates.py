@@ -242,7 +242,7 @@ def _clip_cov(
     t: TokenTerms,
 ) -> Any:
     terms, clipped = clip(low, high).fn(t)
-    cov = _covariance(t)
+    cov = _covariance("clip_cov", t)
     eligible = t.mask & ~clipped & (cov > bounds[0]) & (cov < bounds[1])
     key = torch.where(eligible, _hash(cov, seed), -1)
     dropped = eligible & (_rank(key) < _count(t.mask, share))
@@ -259,7 +259,7 @@ def kl_cov(fraction: float = 2e-4, coef: float = 0.1) -> Surrogate:
 
 
 def _kl_cov(share: float, coef: float, t: TokenTerms) -> Tensor:
-    cov = torch.where(t.mask, _covariance(t), -math.inf)
+    cov = torch.where(t.mask, _covariance("kl_cov", t), -math.inf)
     chosen = t.mask & (_rank(cov) < _count(t.mask, share))
     plain = -t.advantages * _acting(t)
     return torch.where(chosen, plain + coef * t.log_ratio.abs(), plain)
@@ -323,8 +323,13 @@ def _weighted_logprobs(t: TokenTerms, cap: float | None, constant: Tensor | None
     return -t.advantages * _acting(t).detach().clamp(max=cap) * t.logprobs
 
 
-def _covariance(t: TokenTerms) -> Tensor:
+def _covariance(name: str, t: TokenTerms) -> Tensor:
     """(A − mean A)·(logprobs − mean logprobs), the means over unmasked tokens."""
+    if t.sequences is not None and t.sequences.group is not None:
+        raise ValueError(
+            f"{name}: context_group must be None, because the tokens of the whole call are"
+            f" ranked, got {t.sequences.group}"
+        )
     n = t.mask.sum().clamp(min=1)
     logprobs = t.logprobs.detach()
     means = (torch.where(t.mask, x, 0.0).sum() / n for x in (t.advantages, logprobs))

@@ -296,6 +296,7 @@ def linear_ppo_loss(
     cu_seqlens: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     correction: Correction | None = None,
+    context_group: dist.ProcessGroup | None = None,
     support: Support | None = None,
     teacher: Teacher | None = None,
     z_loss_coef: Coefficient = 0.0,
@@ -349,11 +350,10 @@ def linear_ppo_loss(
         beside=None if teacher is None else "a teacher",
     )
     others = check_terms(_OP, teacher, z_loss_coef, given, process_group)
-    # A slice of the hidden states has the tokens' shape, and their device and precision class.
-    main = _checks.main(_OP, "hidden[..., 0]", given.hidden.detach()[..., 0], cu_seqlens)
     policy = check_policy(
         _OP,
-        main,
+        # A slice of the hidden states has the tokens' shape, and their device and precision class.
+        _checks.main(_OP, "hidden[..., 0]", given.hidden.detach()[..., 0], cu_seqlens),
         old_logprobs,
         advantages,
         is_weights=is_weights,
@@ -363,6 +363,7 @@ def linear_ppo_loss(
         rollout_logprobs=rollout_logprobs,
         correction=correction,
         cu_seqlens=cu_seqlens,
+        context_group=context_group,
         options=loss_options(
             variant=variant,
             ratio_level=ratio_level,

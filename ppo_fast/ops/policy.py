@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ppo_fast import _checks
+from ppo_fast import _checks, surrogates
 from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import PolicyOptions, TokenTensors
-from ppo_fast._boundary.schema import compute_dtype
+from ppo_fast._boundary.schema import REDUCTIONS, VARIANTS, compute_dtype
 from ppo_fast._results import Moments
 from ppo_fast._sequences import Sequences
 from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import detached
+from ppo_fast.ops.context import check_context
 from ppo_fast.ops.loss_options import LossOptions, log_ratio_bounds, need_sequences
 from ppo_fast.ops.rollout_weights import check_correction
-from ppo_fast.reference.common import own_denom, token_weights
-from ppo_fast.reference.correction import is_late
+from ppo_fast.reference.common import keep_of, own_denom, token_weights
+from ppo_fast.reference.correction import Counted, is_late, numbers, recounts
 from ppo_fast.surrogates import Surrogate
 
 
@@ -35,6 +37,8 @@ class PolicyInputs(NamedTuple):
     counted: Tensor | None = None  # the tokens that count in D, where they are not the mask's
     own_denom: Tensor | None = None  # the reduction's own D, where rejections change it
     rollout: Tensor | None = None  # `RolloutStats.values` of the correction that was formed
+    context_group: dist.ProcessGroup | None = None  # every rank has a part of every sequence
+    whole: Sequences | None = None  # the group's, of the loss's mask, once they are counted
 
     @property
     def late(self) -> bool:
@@ -112,9 +116,58 @@ class PolicyInputs(NamedTuple):
         denom = self.denom(counted)
         return denom.double().reciprocal().masked_fill(denom <= 0, 0.0).to(wide)
 
+    def settled(self, mask: Tensor | None) -> PolicyInputs:
+        """The loss with its context group's w and D, where no rejection is to change them."""
+        waits = self.correction is not None and recounts(self.correction)
+        if self.context_group is None or self.whole is not None or waits:
+            return self
+        rows, options = keep_of(self.per_token.advantages, mask), self.counting_options()
+        if self.counted is not None:
+            options["denom"] = self.options.denom_tensor
+        return self.with_counts(numbers(rows, rows, rows, **options))
+
+    def counting_options(self) -> dict[str, Any]:
+        """Keyword arguments of `numbers`."""
+        device = self.per_token.advantages.device
+        return {
+            "denom": None if self.given.denom is None else self.given_denom(device),
+            "cu_seqlens": self.cu_seqlens,
+            "context_group": self.context_group,
+            "reduction": self.given.reduction,
+            "sequence_weights": self.sequence_weights,
+            "dtype": compute_dtype(self.per_token.advantages),
+        }
+
+    def with_counts(self, new: Counted) -> PolicyInputs:
+        """The loss with w and D as numbers, which no kernel counts then.
+
+        Nor has a kernel the ratios of sequences of which this rank has a part: "gspo" is then its
+        own surrogate.
+        """
+        denom: Any = new.denom  # a tensor, as the one it was made of
+        g, surrogate = self.given, self.surrogate
+        g = g._replace(reduction=new.reduction, denom=denom)
+        if new.seqs is not None and g.variant == "gspo":
+            surrogate = surrogates.clip(g.clip_low, g.clip_high, g.dual_clip)
+            g = g._replace(variant="clip", ratio_level="sequence-token")
+        return self._replace(
+            given=g,
+            options=self.options._replace(
+                variant=VARIANTS.index(g.variant),
+                reduction=REDUCTIONS.index(new.reduction),
+                denom=0.0,
+                denom_tensor=denom,
+            ),
+            surrogate=surrogate,
+            sequence_weights=new.sequence_weights,
+            own_denom=new.own,
+            whole=new.seqs,
+        )
+
     def row_weights(self, rows: Tensor) -> Tensor:
         """w of every slot, 0 where masked."""
-        seqs, wide = Sequences(rows, self.cu_seqlens), compute_dtype(self.per_token.advantages)
+        seqs = Sequences(rows, self.cu_seqlens, self.context_group)
+        wide = compute_dtype(self.per_token.advantages)
         return token_weights(seqs, self.given.reduction, wide, self.sequence_weights)
 
     def denom(self, counted: Tensor) -> Tensor:
@@ -122,7 +175,7 @@ class PolicyInputs(NamedTuple):
         if self.given.denom is not None:
             return self.given_denom(counted.device)
         reduction = self.given.reduction
-        own = own_denom(Sequences(counted, self.cu_seqlens), reduction)
+        own = own_denom(Sequences(counted, self.cu_seqlens, self.context_group), reduction)
         return torch.ones_like(own) if reduction == "token-sum" else own
 
     def given_denom(self, device: torch.device) -> Tensor:
@@ -149,6 +202,7 @@ class PolicyInputs(NamedTuple):
             "ref_logprobs": x.ref_logprobs,
             "cu_seqlens": self.cu_seqlens,
             "sequence_weights": self.sequence_weights,
+            "context_group": self.context_group,
         }
 
 
@@ -170,10 +224,12 @@ def check_policy(
     rollout_logprobs: Tensor | None,
     correction: Correction | None,
     cu_seqlens: Tensor | None,
+    context_group: dist.ProcessGroup | None,
     options: LossOptions,
     has_entropy: bool,
 ) -> PolicyInputs:
     """`main` sets shape, device and precision; raises ValueError or TypeError."""
+    given = options
     options, surrogate = options.resolved(op)
     shape = main.shape
     if _checks.tensor(op, "advantages", advantages).shape != shape:
@@ -210,8 +266,21 @@ def check_policy(
         check_correction(op, correction, main, cu_seqlens)
         if rollout_logprobs is None:
             raise ValueError(f"{op}: rollout_logprobs must be given with correction, got None")
+    if context_group is not None and surrogate is not None and surrogate.couples:
+        need_sequences(op, "a context_group and a surrogate that couples", main, cu_seqlens)
     weights = detached(sequence_weights)
-    return PolicyInputs(tensors, cu_seqlens, weights, checked, options, surrogate, correction)
+    constants = (*tensors, weights)
+    check_context(op, context_group, main, cu_seqlens, given, correction, constants)
+    return PolicyInputs(
+        tensors,
+        cu_seqlens,
+        weights,
+        checked,
+        options,
+        surrogate,
+        correction,
+        context_group=context_group,
+    )
 
 
 def _widened(x: Tensor, main: Tensor) -> Tensor:

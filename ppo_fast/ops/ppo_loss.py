@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
@@ -79,6 +80,7 @@ def ppo_loss(
     cu_seqlens: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     correction: Correction | None = None,
+    context_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Loss:
     """Σ w·(policy + kl_coef·kl − entropy_coef·entropy) / D over the unmasked tokens.
@@ -152,6 +154,7 @@ def ppo_loss(
         rollout_logprobs=rollout_logprobs,
         correction=correction,
         cu_seqlens=cu_seqlens,
+        context_group=context_group,
         options=loss_options(
             variant=variant,
             ratio_level=ratio_level,

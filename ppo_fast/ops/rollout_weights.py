@@ -78,13 +78,14 @@ def formed(
     *,
     correction: Correction | None,
     cu_seqlens: Tensor | None,
+    context_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, mask and statistics of checked arguments; PyTorch where there is no kernel."""
-    if backend == "cpu":
+    parts = context_group is not None and correction is not None and correction.needs_sequences()
+    if backend == "cpu" and not parts:
         return calls.rollout_weights("cpu", old, rollout, mask, cu_seqlens, correction)
-    return reference.rollout_weights(
-        old, rollout, mask, correction=correction, cu_seqlens=cu_seqlens
-    )
+    split: dict[str, Any] = {"cu_seqlens": cu_seqlens, "context_group": context_group}
+    return reference.rollout_weights(old, rollout, mask, correction=correction, **split)
 
 
 def check_correction(

@@ -65,15 +65,19 @@ def coupled(
 ) -> Evaluated:
     """The terms of a surrogate that needs the whole call, and their slopes times w/D."""
     keep = keep_of(logprobs, mask)
-    known = keep.dim() == 2 or policy.cu_seqlens is not None
-    seqs = Sequences(keep, policy.cu_seqlens) if known else None
+    seqs = policy.whole
+    if seqs is None and (keep.dim() == 2 or policy.cu_seqlens is not None):
+        seqs = Sequences(keep, policy.cu_seqlens)
     coef = policy.given.kl_coef if _kl_inside(policy) else None
     inputs = _inputs(policy.per_token, keep, entropy, None if seqs is None else seqs.flat())
     every = keep if policy.counted is None else policy.counted
     weights = over(policy.row_weights(keep), policy.denom(every)).reshape(-1)
     new = select(keep, logprobs.detach()).reshape(-1)
     surrogate: Any = policy.surrogate
-    found = evaluate(surrogate, new, inputs, _term_options(policy, coef), weights)
+    run = evaluate
+    if policy.whole is not None and torch.compiler.is_compiling():
+        run = torch.compiler.disable(evaluate)  # Dynamo traces no exchange within a vjp
+    found = run(surrogate, new, inputs, _term_options(policy, coef), weights)
     return _checked(policy, Evaluated(*(part.view(logprobs.shape) for part in found)))
 
 
@@ -95,6 +99,7 @@ def _term_options(policy: PolicyInputs, kl_coef: Any) -> TermOptions:
         kl_estimator=policy.given.kl_estimator,
         kl_clamp=policy.given.kl_clamp,
         kl_coef=kl_coef,
+        kl_ratio_clip=policy.given.kl_ratio_clip,
     )
 
 
@@ -140,11 +145,14 @@ def surrogate_loss(
         slope = found.slope
     ready = given(policy, found.value, slope)
     out, stats, scale, grads = ready.by_kernel(backend, logprobs, mask, entropy, n_grads)
+    below = found.log_ratio < 0
     set_fields(
         stats,
-        clip_low=(found.clipped & found.below).sum(),
-        clip_high=(found.clipped & ~found.below).sum(),
+        clip_low=(found.clipped & below).sum(),
+        clip_high=(found.clipped & ~below).sum(),
     )
+    if policy.whole is not None and policy.given.ratio_level != "token":
+        set_fields(stats, **_ratio_fields(policy, found, keep_of(logprobs, mask)))
     if _kl_inside(policy):
         keep = keep_of(logprobs, mask)
         terms = torch.where(keep, policy.row_weights(keep).double() * found.policy.double(), 0.0)
@@ -156,20 +164,48 @@ def surrogate_loss(
     return out, stats, scale, grads
 
 
+def _ratio_fields(policy: PolicyInputs, found: Evaluated, keep: Tensor) -> dict[str, Tensor]:
+    """Statistics of whole sequences' ratios, which a kernel would form of this rank's parts."""
+    o, x = policy.options, policy.per_token
+    ratio, low, high = found.log_ratio.exp(), 1.0 - o.clip_low, 1.0 + o.clip_high
+    adv = whitened(x.advantages, x.moments, keep, ratio.dtype)
+    held = torch.maximum(-adv * ratio, -adv * ratio.clamp(low, high))
+    dual = (adv < 0) & (held > -adv * o.dual_clip)
+    wide, inf = torch.where(keep, ratio.double(), 0.0), float("inf")
+    none = torch.full((1,), inf, dtype=torch.float64, device=keep.device)  # amin needs a number
+    smallest, largest = (wide.masked_fill(~keep, edge).flatten() for edge in (inf, -inf))
+    return {
+        "ratio": wide.sum(),
+        "ratio_sq": (wide * wide).sum(),
+        "clip_eps": (keep & ((ratio < low) | (ratio > high))).sum(),
+        "clip_dual": dual.sum(),
+        "ratio_min": torch.cat([none, smallest]).amin(),
+        "ratio_max": torch.cat([-none, largest]).amax(),
+    }
+
+
 def given(policy: PolicyInputs, value: Tensor, slope: Tensor) -> PolicyInputs:
     """The loss for the kernels' variant that takes the term and its slope as they are."""
     x = policy.per_token._replace(is_weights=value, advantages=slope, moments=None)
     options = policy.options._replace(variant=_GIVEN)
+    if policy.whole is not None:
+        options = options._replace(by_sequence=0)  # the kernel has a part of them
     if _kl_inside(policy):
-        options = options._replace(kl_coef=0.0, kl_coef_tensor=None)
+        options = options._replace(kl_coef=0.0, kl_coef_tensor=None, kl_weight=0)
     return policy._replace(per_token=x, options=options, surrogate=None)
 
 
 def _kl_inside(policy: PolicyInputs) -> bool:
-    """True where the KL term's weight is a sequence's ratio, whose gradient is no token's."""
+    """True where the KL term's weight is a sequence's ratio, whose gradient is no token's, or
+    which no kernel has."""
     x, options = policy.per_token, policy.given
-    by_sequence = options.ratio_level == "sequence" and options.kl_weight == "ratio"
-    return by_sequence and x.ref_logprobs is not None
+    level = options.ratio_level
+    by_ratio = options.kl_weight == "ratio"
+    if policy.whole is None:
+        inside = level == "sequence" and by_ratio
+    else:
+        inside = level != "token" and (by_ratio or options.kl_ratio_clip is not None)
+    return inside and x.ref_logprobs is not None
 
 
 def set_fields(stats: Tensor, **fields: Tensor) -> None:

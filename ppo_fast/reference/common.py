@@ -55,11 +55,11 @@ def own_denom(seqs: Sequences, reduction: str) -> Tensor:
     """The reduction's own D, float64; 0 for "token-sum"."""
     wide = torch.float64
     if reduction == "token-mean":
-        return seqs.keep.sum(dtype=wide)
+        return seqs.kept
     if reduction == "token-sum":
         return torch.zeros((), dtype=wide, device=seqs.keep.device)
     live = (seqs.tokens > 0).sum(dtype=wide)
-    return live * seqs.keep.shape[-1] if reduction == "seq-mean-token-sum-norm" else live
+    return live * seqs.width if reduction == "seq-mean-token-sum-norm" else live
 
 
 def reduce_loss(

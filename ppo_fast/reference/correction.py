@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast._results import ROLLOUT_FIELDS
@@ -30,7 +31,8 @@ class Counted(NamedTuple):
     """The mask, weights and divisor of a loss, some of whose tokens are rejected.
 
     `rows` is the loss's mask. `own` is the reduction's own D (0 for "token-sum"), `denom` the D
-    that is used; `reduction` and `sequence_weights` give w.
+    that is used; `reduction` and `sequence_weights` give w. `seqs` are those of
+    `rows`, with a context group.
     """
 
     rows: Tensor
@@ -38,6 +40,7 @@ class Counted(NamedTuple):
     denom: float | Tensor
     own: Tensor
     sequence_weights: Tensor | None
+    seqs: Sequences | None
 
 
 def is_late(correction: Correction | None, old: Tensor | None) -> bool:
@@ -52,11 +55,17 @@ def corrected(
     is_weights: Tensor | None,
     keep: Tensor,
     cu_seqlens: Tensor | None,
+    context_group: dist.ProcessGroup | None = None,
     form: Form = rollout_weights,
 ) -> Corrected:
     """The correction of tokens whose x is `logprobs` − `rollout`; `is_weights` multiply it."""
     weights, kept, stats = form(
-        logprobs.detach(), rollout, keep, correction=correction, cu_seqlens=cu_seqlens
+        logprobs.detach(),
+        rollout,
+        keep,
+        correction=correction,
+        cu_seqlens=cu_seqlens,
+        context_group=context_group,
     )
     if correction.level is not None:
         is_weights = weights if is_weights is None else is_weights.to(weights.dtype) * weights
@@ -71,27 +80,47 @@ def counted(
     kept: Tensor,
     rows: Tensor,
     all_tokens: Tensor,
-    cu_seqlens: Tensor | None,
-    reduction: str,
-    denom: float | Tensor | None,
-    sequence_weights: Tensor | None,
-    dtype: torch.dtype,
+    **options: Any,
 ) -> Counted:
     """The loss's mask, w and D. `rows` are summed over, `all_tokens` count in D as well."""
     kept = kept | ~rows  # nothing is known of the others
     in_w, in_d = rows, all_tokens
     if correction.count == "kept":
-        in_w, in_d = rows & kept, all_tokens & kept
-    own = own_denom(Sequences(in_d, cu_seqlens), reduction)
+        in_w = rows & kept
+        in_d = in_w if all_tokens is rows else all_tokens & kept
+    if correction.drops == "all":
+        rows = in_w if correction.count == "kept" else rows & kept
+    return numbers(rows, in_w, in_d, **options)
+
+
+def numbers(
+    rows: Tensor,
+    in_w: Tensor,
+    in_d: Tensor,
+    *,
+    cu_seqlens: Tensor | None,
+    context_group: dist.ProcessGroup | None,
+    reduction: str,
+    denom: float | Tensor | None,
+    sequence_weights: Tensor | None,
+    dtype: torch.dtype,
+) -> Counted:
+    """w over the tokens `in_w` and D over those `in_d`, as numbers."""
+    found: dict[int, Sequences] = {}
+
+    def of(mask: Tensor) -> Sequences:
+        return found.setdefault(id(mask), Sequences(mask, cu_seqlens, context_group))
+
+    own = own_denom(of(in_d), reduction)
     if denom is None:
         denom = torch.ones_like(own) if reduction == "token-sum" else own
     if reduction == "seq-mean-token-mean":
-        tokens = Sequences(in_w, cu_seqlens).tokens
+        tokens = of(in_w).tokens
         share = torch.where(tokens > 0, 1.0 / tokens.clamp(min=1), 0.0).to(dtype)
         sequence_weights = share if sequence_weights is None else share * sequence_weights
         reduction = "seq-mean-token-sum"
-    rows = rows & kept if correction.drops == "all" else rows
-    return Counted(rows, reduction, denom, own, sequence_weights)
+    whole = None if context_group is None else of(rows)
+    return Counted(rows, reduction, denom, own, sequence_weights, whole)
 
 
 def recounts(correction: Correction) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast._results import Loss, Stats
@@ -91,32 +92,35 @@ def ppo_loss(
     ratio_level: str = "token",
     rollout_logprobs: Tensor | None = None,
     correction: Correction | None = None,
+    context_group: dist.ProcessGroup | None = None,
     all_tokens: Tensor | None = None,
     others: Mapping[str, tuple[Tensor, float | Tensor]] | None = None,
 ) -> Loss:
     """Σ w·(policy + kl_coef·kl − entropy_coef·entropy) / D over the unmasked tokens.
 
     `all_tokens`, where given, are those that count in D. `others` are further terms and their
-    coefficients, by the names of their statistics.
+    coefficients, by the names of their statistics. With a `context_group`, every rank of which
+    holds a part of every sequence, the loss is this part's share.
     """
+    split: dict[str, Any] = {"cu_seqlens": cu_seqlens, "context_group": context_group}
     keep, extra = keep_of(logprobs, mask), {}
     every, accepted = keep if all_tokens is None else all_tokens, torch.ones_like(keep)
     if correction is not None and rollout_logprobs is not None:
         late = is_late(correction, old_logprobs)
         now, known = (logprobs, keep) if late or old_logprobs is None else (old_logprobs, every)
-        found = corrected(correction, now, rollout_logprobs, is_weights, known, cu_seqlens)
+        found = corrected(correction, now, rollout_logprobs, is_weights, known, **split)
         is_weights, extra = found.is_weights, rollout_sums(found.stats)
         accepted = found.kept if correction.drops == "policy" else accepted
         if recounts(correction):
-            given = (reduction, denom, sequence_weights, torch.float64)
-            new_count = counted(correction, found.kept, keep, every, cu_seqlens, *given)
-            keep, reduction, denom, extra["loss_denom"], sequence_weights = new_count
+            given = split | {"reduction": reduction, "denom": denom, "dtype": torch.float64}
+            given["sequence_weights"] = sequence_weights
+            new_count = counted(correction, found.kept, keep, every, **given)
+            keep, reduction, denom, extra["loss_denom"], sequence_weights, _ = new_count
     if denom is None and all_tokens is not None:
-        own = own_denom(Sequences(every, cu_seqlens), reduction)
+        own = own_denom(Sequences(every, cu_seqlens, context_group), reduction)
         denom = torch.ones_like(own) if reduction == "token-sum" else own
-    t = _tokens(
-        logprobs, old_logprobs, advantages, keep, cu_seqlens, is_weights, advantage_moments
-    )
+    seqs = Sequences(keep, cu_seqlens, context_group)
+    t = _tokens(logprobs, old_logprobs, advantages, seqs, is_weights, advantage_moments)
     t = t._replace(
         accepted=accepted,
         ref=None if ref_logprobs is None else select(keep, ref_logprobs),
@@ -155,17 +159,17 @@ def _tokens(
     logprobs: Tensor,
     old: Tensor | None,
     advantages: Tensor,
-    keep: Tensor,
-    cu_seqlens: Tensor | None,
+    seqs: Sequences,
     is_weights: Tensor | None,
     moments: Tensor | None,
 ) -> _Tokens:
+    keep = seqs.keep
     new = select(keep, logprobs)
     adv = whitened(advantages, moments, keep, new.dtype)
     weight = keep.to(new.dtype) if is_weights is None else select(keep, is_weights).to(new.dtype)
     old = new.detach() if old is None else select(keep, old)
     unbounded = (float("-inf"), float("inf"))
-    return _Tokens(keep, Sequences(keep, cu_seqlens), new, old, adv, weight, keep, None, unbounded)
+    return _Tokens(keep, seqs, new, old, adv, weight, keep, None, unbounded)
 
 
 def _kl(
@@ -189,12 +193,13 @@ def _stats(
     t: _Tokens, policy: Policy, fields: dict[str, Tensor], sums: dict[str, Tensor]
 ) -> Stats:
     ratio, device = policy.log_ratio.detach().exp(), t.new.device
+    fields["loss_denom"] = t.seqs.once(fields["loss_denom"])
     found = {name: torch.where(t.keep, x.detach().double(), 0.0).sum() for name, x in sums.items()}
     inf = torch.full((1,), float("inf"), dtype=t.new.dtype, device=device)
     return stats_of(
         device,
         n_tokens=t.keep.sum(),
-        n_seqs=(t.seqs.tokens > 0).sum(),
+        n_seqs=t.seqs.once((t.seqs.tokens > 0).sum()),
         ratio_min=torch.cat([inf, select(t.keep, ratio, float("inf")).flatten()]).amin(),
         ratio_max=torch.cat([-inf, select(t.keep, ratio, float("-inf")).flatten()]).amax(),
         **fields,

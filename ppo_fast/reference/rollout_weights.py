@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast._results import ROLLOUT_FIELDS
@@ -18,15 +19,17 @@ def rollout_weights(
     *,
     correction: Correction | None,
     cu_seqlens: Tensor | None = None,
+    context_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights (0 where masked), bool mask after the rejections, and `RolloutStats.values`.
 
     Where x is NaN at an unmasked slot (a NaN of either, or −inf of both), x = 0. Without a
-    correction the weights are 1.
+    correction the weights are 1. With a context group the statistics are this part's, and those
+    of sequences 0.
     """
     keep = keep_of(old_logprobs, mask)
     old, rollout = select(keep, old_logprobs), select(keep, rollout_logprobs)
-    seqs = Sequences(keep, cu_seqlens)
+    seqs = Sequences(keep, cu_seqlens, context_group)
     x = old - rollout
     missing = x.isnan()
     x = torch.where(missing, 0.0, x)
@@ -41,8 +44,9 @@ def rollout_weights(
         weights = torch.where(outside[0] | outside[1], 0.0, ratio)
     weights = torch.where(keep, weights, 0.0)
     kept = keep if correction is None else keep & _accepted(correction, bounded, seqs)
-    known = keep.dim() == 2 or cu_seqlens is not None
-    stats = _stats(old, rollout, x, weights, outside, kept, missing, seqs, known)
+    known = context_group is None and (keep.dim() == 2 or cu_seqlens is not None)
+    part = seqs if context_group is None else Sequences(keep, cu_seqlens)
+    stats = _stats(old, rollout, x, weights, outside, kept, missing, part, known)
     return weights, kept, stats
 
 

@@ -38,8 +38,10 @@ class TermOptions(NamedTuple):
     bounds: tuple[float, float]  # of the log-ratio
     kl_estimator: str
     kl_clamp: float | None
-    # The weight of a KL term that is part of the terms, because its ratio is the sequence's.
+    # The weight of a KL term that is part of the terms, because its ratio is the sequence's, and
+    # the bound on that ratio where it multiplies the gradient alone.
     kl_coef: float | Tensor | None
+    kl_ratio_clip: float | None = None
 
 
 class Evaluated(NamedTuple):
@@ -49,7 +51,7 @@ class Evaluated(NamedTuple):
     policy: Tensor  # the value without a KL term
     slope: Tensor
     clipped: Tensor
-    below: Tensor  # the ratio is below 1
+    log_ratio: Tensor  # clamped, at the loss's level
 
 
 def log_ratio_at(
@@ -84,8 +86,7 @@ def terms_of(
     log_ratio = log_ratio_at(options.level, new, old, options.bounds, x.seqs)
     inside = None
     if options.kl_coef is not None and x.ref is not None:
-        estimate = kl_terms(new - x.ref, options.kl_estimator, options.kl_clamp)
-        inside = options.kl_coef * log_ratio.exp() * estimate
+        inside = options.kl_coef * _weighted_kl(new - x.ref, log_ratio, options)
     if not surrogate.couples:
         counts = _counts(surrogate, x)
         new, log_ratio = (torch.where(counts, part, part.detach()) for part in (new, log_ratio))
@@ -107,6 +108,14 @@ def terms_of(
         sequences=x.seqs if surrogate.couples else None,
     )
     return terms, inside
+
+
+def _weighted_kl(x: Tensor, log_ratio: Tensor, options: TermOptions) -> Tensor:
+    """The estimate times the ratio, or with the bounded ratio in its gradient."""
+    name, bound = options.kl_estimator, options.kl_ratio_clip
+    if bound is None:
+        return log_ratio.exp() * kl_terms(x, name, options.kl_clamp)
+    return kl_terms(x, name, options.kl_clamp, log_ratio.detach().exp().clamp(max=bound))
 
 
 def call(surrogate: Surrogate, terms: TokenTerms) -> tuple[Tensor, Tensor | None]:
@@ -155,12 +164,12 @@ def evaluate(
         value, dropped = call(surrogate, terms)
         policy = weighted(surrogate, value, x)
         both = policy if kl is None else policy + torch.where(x.keep, kl, 0.0)
-        return both, (policy, terms.log_ratio < 0, *(() if dropped is None else (dropped,)))
+        return both, (policy, terms.log_ratio, *(() if dropped is None else (dropped,)))
 
     value, pull, aux = torch.func.vjp(  # type: ignore[misc]
         weighted_terms, new.detach(), has_aux=True
     )
-    policy, below, *dropped = aux
+    policy, log_ratio, *dropped = aux
     (slope,) = pull(torch.ones_like(value) if cotangent is None else cotangent)
     slope = torch.where(x.keep, slope, 0.0)
     if dropped:
@@ -169,4 +178,4 @@ def evaluate(
         clipped = x.acting & (x.advantages != 0) & (x.weights != 0) & (slope == 0)
         if cotangent is not None:
             clipped = clipped & (cotangent != 0)
-    return Evaluated(value.detach(), policy.detach(), slope.detach(), clipped, below)
+    return Evaluated(*(part.detach() for part in (value, policy, slope, clipped, log_ratio)))
