@@ -194,7 +194,7 @@ def _loss(
         "backend": backend,
     }
     if out.logits is None:
-        head = _head(agent, agent.policy)
+        head = _head(agent, agent.policy, out.hidden)
         weight = head.pop("weight")
         # What only the head's own loss forms.
         options |= {"teacher": _teacher(agent, part), "z_loss_coef": config.z_loss_coef}
@@ -304,12 +304,12 @@ def logprobs(
         ).logprobs
     with agent.autocast():
         return ppo_fast.linear_token_logprobs(
-            hidden, tokens=tokens, support=support, backend=backend, **_head(agent, tower)
+            hidden, tokens=tokens, support=support, backend=backend, **_head(agent, tower, hidden)
         ).logprobs
 
 
-def _head(agent: Agent, tower: Tower) -> dict[str, Any]:
+def _head(agent: Agent, tower: Tower, hidden: Tensor | None = None) -> dict[str, Any]:
     """The output head as the linear ops take it, at the temperature of the tower."""
-    head = tower.head()
+    head = tower.head(hidden)
     head["temperature"] = agent.temperature(tower) * head.get("temperature", 1.0)
     return head

@@ -52,8 +52,9 @@ def _tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         if isinstance(x, Teacher):
             yield from _tensors({f"{name}.{field}": y for field, y in vars(x).items()})
         x = getattr(x, "values", x) if isinstance(x, tuple) else x  # Moments
-        if isinstance(x, Tensor):
-            yield name, x
+        for y in x if isinstance(x, tuple | list) else (x,):  # a pair of tensors
+            if isinstance(y, Tensor):
+                yield name, y
 
 
 def _has_tangent(x: Tensor) -> bool:

@@ -40,6 +40,18 @@ def logits_into(z: Tensor, x: Tensor, weight: Tensor) -> None:
             torch.mm(x, w.t(), out=z[:, piece])
 
 
+def add_logits(z: Tensor, x: Tensor, weight: Tensor) -> None:
+    """z (R, V) += x (R, r) · weightᵀ, of a further product."""
+    if _direct(weight, z.dtype):
+        torch.addmm(z, x, weight.t(), out=z)
+    elif x.is_cuda:
+        torch.ops.aten.addmm.dtype_out(z, x, weight.t(), z.dtype, out=z)
+    else:
+        x = x.to(z.dtype)
+        for piece, w in _pieces(weight, z.dtype):
+            z[:, piece].addmm_(x, w.t())
+
+
 def narrowed(z: Tensor, dtype: torch.dtype) -> Tensor:
     """z (R, V) fp32 rounded to a 16-bit dtype over its own memory, contiguous from its start.
 

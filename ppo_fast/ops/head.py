@@ -1,7 +1,8 @@
 """Linear head in chunks of a fixed height: logits, softmax and gradients of the rows that count.
 
 The (N, V) logits never exist: a chunk of rows goes through the GEMM into one workspace, through
-the one-pass kernels of `token_logprobs` in place, and through the two GEMMs of the backward.
+the one-pass kernels of `token_logprobs` in place, and through the two GEMMs of the backward. An
+`extra` of low rank is one more product of the same logits.
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ def _slices(count: int, height: int) -> Iterator[slice]:
 
 def _up(count: int, tile: int) -> int:
     return -(-count // tile) * tile
+
+
+def _padded(x: Tensor, tall: int) -> Tensor:
+    """x (R, K) with rows of 0 below, up to `tall`."""
+    missing = tall - x.shape[0]
+    return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
 
 
 def unravelled(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
@@ -122,20 +129,78 @@ class HeadOptions(NamedTuple):
         return self.size if self.shard is None else self.shard.largest
 
 
+class HeadOperands(NamedTuple):
+    """Tensors of the logits cap(hidden · weightᵀ + u · bᵀ + bias), in autograd's order."""
+
+    hidden: Tensor  # (..., H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    u: Tensor | None = None  # (..., r)
+    b: Tensor | None = None  # (V, r)
+
+
+class Product:
+    """One product of the logits, of rows (..., K) and a weight (V, K), and its gradients.
+
+    Rows of the weight from `size` on are padding, which has a gradient of 0.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, size: int, rows: HeadRows) -> None:
+        self.hidden, self.weight, self.rows = hidden, weight[:size], rows
+        self._padded = weight.shape[0]
+        self.dx: Tensor | None = None  # in the rows' order
+        self.dw: Tensor | None = None  # wide
+        self._written = False
+
+    def allocate(self, hidden: bool, weight: bool, wide: torch.dtype) -> None:
+        """Make the gradients that are asked for."""
+        count, (size, k) = self.rows.tokens.shape[0], self.weight.shape
+        if hidden:
+            self.dx = self.hidden.new_zeros(count, k)
+        if weight:
+            self.dw = self.weight.new_empty(self._padded, k, dtype=wide)
+            self.dw[size:].zero_()
+
+    def inputs(self, at: Tensor | slice) -> Tensor:
+        """Rows of a chunk, (R, K); 0 where masked: 0·NaN would reach dW."""
+        rows = self.rows
+        index = at if rows.places is None else rows.places[at]
+        try:
+            x = self.hidden.view(-1, self.hidden.shape[-1])[index]
+        except (RuntimeError, ValueError):  # fake tensors raise the latter
+            # Rows that do not lie at one stride are gathered, not copied whole.
+            every = torch.arange(rows.n, device=self.hidden.device)
+            x = self.hidden[unravelled(every[index], self.hidden.shape[:-1])]
+        if rows.keep is None:
+            return x
+        return torch.where(rows.keep[at][:, None], x, x.new_zeros(()))
+
+    def add_weight_gradient(self, dz: Tensor, x: Tensor) -> None:
+        """dW += dzᵀ · x, where it is asked for."""
+        size = self.weight.shape[0]
+        if self.dw is not None and size > 0:
+            gemm.add_weight_gradient(self.dw[:size], dz, x, beta=int(self._written))
+            self._written = True
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Both, (..., K) and (V, K), in the operands' precision."""
+        if self.dw is not None and not self._written:
+            self.dw.zero_()
+        dx = None if self.dx is None else self.rows.spread(self.dx).view(self.hidden.shape)
+        return dx, None if self.dw is None else self.dw.to(self.weight.dtype)
+
+
 class Head:
     """One call's chunks: logits, softmax, and the gradients that are accumulated."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: HeadRows,
-        options: HeadOptions,
-    ) -> None:
+    def __init__(self, operands: HeadOperands, rows: HeadRows, options: HeadOptions) -> None:
+        hidden, weight, bias, u, b = operands
         size, largest = options.size, options.largest
         self.hidden, self.weight = hidden, weight[:size]
         self.bias = None if bias is None else bias[:size]
+        self.products = [Product(hidden, weight, size, rows)]
+        if u is not None and b is not None:
+            self.products.append(Product(u, b, size, rows))
         self.rows, self.options = rows, options
         self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         kind = "cpu" if hidden.device.type == "cpu" else "cuda"
@@ -145,21 +210,15 @@ class Head:
         # Rows that a product has at least. On CUDA a whole chunk: the choice of GEMM must not
         # follow N.
         self.least = self.height if kind == "cuda" else self.tile
-        self.dx: Tensor | None = None
-        self.dw: Tensor | None = None
         self.db: Tensor | None = None
-        self._padded = weight.shape[0]  # the rows of dW and db
-        self._dw_written = False
+        self._padded = weight.shape[0]  # the rows of db
         self._z: Tensor | None = None
 
-    def allocate(self, hidden: bool, weight: bool, bias: bool) -> None:
-        """Make the gradients that are asked for: dX in the rows' order, dW and db wide."""
-        r, (size, h) = self.rows.tokens.shape[0], self.weight.shape
-        if hidden:
-            self.dx = self.hidden.new_zeros(r, h)
-        if weight:
-            self.dw = self.weight.new_empty(self._padded, h, dtype=self.wide)
-            self.dw[size:].zero_()
+    def allocate(self, hidden: bool, weight: bool, bias: bool, u: bool, b: bool) -> None:
+        """Make the gradients of the operands that are asked for."""
+        asked = ((hidden, weight), (u, b))
+        for product, each in zip(self.products, asked, strict=False):
+            product.allocate(*each, self.wide)
         if bias:
             self.db = self.weight.new_zeros(self._padded, dtype=self.wide)
 
@@ -171,35 +230,27 @@ class Head:
         """The same in blocks, for gradients."""
         return _slices(count, self.block)
 
-    def inputs(self, at: Tensor | slice) -> Tensor:
-        """Hidden rows of a chunk, (R, H); 0 where masked: 0·NaN would reach dW."""
-        index = at if self.rows.places is None else self.rows.places[at]
-        try:
-            x = self.hidden.view(-1, self.hidden.shape[-1])[index]
-        except (RuntimeError, ValueError):  # fake tensors raise the latter
-            # Rows that do not lie at one stride are gathered, not copied whole.
-            every = torch.arange(self.rows.n, device=self.hidden.device)
-            x = self.hidden[unravelled(every[index], self.hidden.shape[:-1])]
-        if self.rows.keep is None:
-            return x
-        return torch.where(self.rows.keep[at][:, None], x, x.new_zeros(()))
+    def inputs(self, at: Tensor | slice) -> tuple[Tensor, ...]:
+        """Rows of a chunk, (R, K) of each product; 0 where masked."""
+        return tuple(product.inputs(at) for product in self.products)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """z = cap(x · weightᵀ + bias), (R, V), in the workspace, a chunk a product.
+    def logits(self, x: tuple[Tensor, ...]) -> Tensor:
+        """z = cap(Σ x · weightᵀ + bias), (R, V), in the workspace, a chunk a product.
 
         An empty share has one logit, −∞, of no row of the weight: no kernel meets V = 0.
         """
-        count, size = x.shape[0], self.weight.shape[0]
+        count, size = x[0].shape[0], self.weight.shape[0]
         if self._z is None:
             tall = min(self.block, _up(count, self.least))
-            self._z = torch.empty(tall, max(1, size), dtype=self.wide, device=x.device)
+            self._z = torch.empty(tall, max(1, size), dtype=self.wide, device=x[0].device)
         if size == 0:
             return self._z[:count].fill_(-torch.inf)
         for at in self.chunks(count):
-            part, tall = x[at], _up(at.stop - at.start, self.least)
-            if tall != part.shape[0]:
-                part = torch.cat([part, part.new_zeros(tall - part.shape[0], part.shape[1])])
-            gemm.logits_into(self._z[at.start : at.start + tall], part, self.weight)
+            tall = _up(at.stop - at.start, self.least)
+            z = self._z[at.start : at.start + tall]
+            for i, (part, product) in enumerate(zip(x, self.products, strict=True)):
+                put = gemm.add_logits if i else gemm.logits_into
+                put(z, _padded(part[at], tall), product.weight)
         z = self._z[:count]
         if self.bias is not None:
             z += self.bias
@@ -220,7 +271,13 @@ class Head:
         return softmax_of(self.options.backend, z, self.scoring(at), self.options.shard)
 
     def backward(
-        self, z: Tensor, x: Tensor, at: Tensor | slice, softmax: Softmax, g: Tensor, h: Tensor
+        self,
+        z: Tensor,
+        x: tuple[Tensor, ...],
+        at: Tensor | slice,
+        softmax: Softmax,
+        g: Tensor,
+        h: Tensor,
     ) -> None:
         """Accumulate the gradients of Σ g·logprobs + h·entropy over a block; overwrites z."""
         s, shard = self.scoring(at), self.options.shard
@@ -253,7 +310,7 @@ class Head:
         narrow = self.weight.dtype == torch.bfloat16
         return narrow and self.options.backend in backends_of("logprobs_bwd_bf16_")
 
-    def accumulate(self, dz: Tensor, x: Tensor, at: Tensor | slice) -> None:
+    def accumulate(self, dz: Tensor, x: tuple[Tensor, ...], at: Tensor | slice) -> None:
         """Add a block's part of the gradients; dz (R, V) is wide or has the weight's dtype.
 
         On CUDA dz lies at the start of the workspace; it may be overwritten.
@@ -263,44 +320,40 @@ class Head:
             self.db[:size] += dz.sum(0, dtype=self.wide)[:size]
         if dz.is_cuda and dz.dtype != self.weight.dtype:
             dz = gemm.narrowed(dz, self.weight.dtype)
-        if self.dx is not None:
-            dx = self._hidden_gradient(dz)
-            if self.options.shard is not None:
-                dist.all_reduce(dx, group=self.options.shard.group)
-            self.dx[at] = dx.to(self.dx.dtype)
-        if self.dw is not None and size > 0:
-            gemm.add_weight_gradient(self.dw[:size], dz, x, beta=int(self._dw_written))
-            self._dw_written = True
+        for product, rows in zip(self.products, x, strict=True):
+            if product.dx is not None:
+                dx = self._hidden_gradient(dz, product.weight)
+                if self.options.shard is not None:
+                    dist.all_reduce(dx, group=self.options.shard.group)
+                product.dx[at] = dx.to(product.dx.dtype)
+            product.add_weight_gradient(dz, rows)
 
-    def _hidden_gradient(self, dz: Tensor) -> Tensor:
+    def _hidden_gradient(self, dz: Tensor, weight: Tensor) -> Tensor:
         """dz · weight, in products of the logits' heights: a row keeps its bits."""
         count = dz.shape[0]
-        if self.weight.shape[0] == 0:
-            return dz.new_zeros(count, self.weight.shape[1])
+        if weight.shape[0] == 0:
+            return dz.new_zeros(count, weight.shape[1])
         if dz.is_cuda:
             # The workspace has rows below dz up to a whole chunk; no row meets another.
             whole = dz.as_strided((_up(count, self.height), dz.shape[1]), dz.stride())
-            parts = [gemm.hidden_gradient(p, self.weight) for p in whole.split(self.height)]
+            parts = [gemm.hidden_gradient(p, weight) for p in whole.split(self.height)]
             return (parts[0] if len(parts) == 1 else torch.cat(parts))[:count]
         last = count % self.tile
         if last == 0:
-            return gemm.hidden_gradient(dz, self.weight)
+            return gemm.hidden_gradient(dz, weight)
         # Only the last tile is copied, for its padding.
-        tail = torch.cat([dz[count - last :], dz.new_zeros(self.tile - last, dz.shape[1])])
-        dx = gemm.hidden_gradient(tail, self.weight)[:last]
+        tail = _padded(dz[count - last :], self.tile)
+        dx = gemm.hidden_gradient(tail, weight)[:last]
         if count < self.tile:
             return dx
-        return torch.cat([gemm.hidden_gradient(dz[: count - last], self.weight), dx])
+        return torch.cat([gemm.hidden_gradient(dz[: count - last], weight), dx])
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dX (N, H), dW and db, in the inputs' precision; the workspace is given up."""
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Gradients of the operands, in their order and precision; the workspace is given up."""
         self._z = None  # before dW is there twice
-        if self.dw is not None and not self._dw_written:
-            self.dw.zero_()
-        dx = None if self.dx is None else self.rows.spread(self.dx).view(self.hidden.shape)
-        dw = None if self.dw is None else self.dw.to(self.weight.dtype)
+        own, *extra = (product.gradients() for product in self.products)
         db = None if self.db is None or self.bias is None else self.db.to(self.bias.dtype)
-        return dx, dw, db
+        return *own, db, *(extra[0] if extra else (None, None))
 
 
 def live_rows(*slopes: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
 from ppo_fast.ops.exact import exact_products
-from ppo_fast.ops.head import HeadOptions, HeadRows
+from ppo_fast.ops.head import HeadOperands, HeadOptions, HeadRows
 from ppo_fast.ops.logprobs import check_ignore_index, check_temperature, kept_tokens
 from ppo_fast.ops.shards import check_vocab_size, shard_of
 from ppo_fast.ops.support import check_support
@@ -20,11 +20,13 @@ from ppo_fast.support import Support
 
 class HeadForm(NamedTuple):
     """Logits that a head makes of its product, as a caller gives them:
-    cap·tanh(logit_scale·(hidden·weightᵀ + bias) / cap) / temperature, of `vocab_size` ids."""
+    cap·tanh(logit_scale·(hidden·weightᵀ + u·bᵀ + bias) / cap) / temperature, of `vocab_size` ids,
+    `extra` being (u, b)."""
 
     bias: Tensor | None
     temperature: float | Tensor
     softcap: float | None
+    extra: tuple[Tensor, Tensor] | None
     logit_scale: float
     vocab_size: int | None
 
@@ -32,9 +34,7 @@ class HeadForm(NamedTuple):
 class HeadInputs(NamedTuple):
     """Arguments of one call; `keep` is bool in the tokens' shape, ignored tokens left out."""
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    operands: HeadOperands
     tokens: Tensor
     keep: Tensor | None
     row_index: Tensor | None
@@ -44,6 +44,16 @@ class HeadInputs(NamedTuple):
     rows: HeadRows
     options: HeadOptions
     support: Support | None
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states, (..., H)."""
+        return self.operands.hidden
+
+    @property
+    def weight(self) -> Tensor:
+        """The head's weight, (V, H)."""
+        return self.operands.weight
 
     def named(self) -> Tensor:
         """The unmasked rows that `row_index` names, (N,) bool."""
@@ -63,11 +73,13 @@ class HeadInputs(NamedTuple):
 
     def for_reference(self) -> dict[str, Any]:
         """Keyword arguments of the reference."""
+        hidden, weight, bias, u, b = self.operands
         return {
-            "hidden": self.hidden,
-            "weight": self.weight,
+            "hidden": hidden,
+            "weight": weight,
             "tokens": self.tokens,
-            "bias": self.bias,
+            "bias": bias,
+            "extra": None if u is None else (u, b),
             "temperature": self.temperature,
             "softcap": self.options.softcap,
             "logit_scale": self.logit_scale,
@@ -97,7 +109,8 @@ def check_head(
 
     `beside` names another argument that CUDA C++ does not take.
     """
-    hidden, weight, bias = plain_head(op, hidden, weight, form.bias, process_group)
+    operands = plain_head(op, hidden, weight, form.bias, form.extra, process_group)
+    hidden, weight = operands.hidden, operands.weight
     shape, device = hidden.shape[:-1], hidden.device
     _checks.indices(op, "tokens", tokens, shape, device)
     mask = _checks.flags(op, "mask", mask, shape, device)
@@ -122,9 +135,7 @@ def check_head(
     if row_index is not None:
         row_index = _check_rows(op, row_index, tokens)
     return HeadInputs(
-        hidden,
-        weight,
-        bias,
+        operands,
         tokens,
         keep,
         row_index,
@@ -155,13 +166,33 @@ def plain_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    extra: Any,
     group: dist.ProcessGroup | None,
     owner: str = "",
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> HeadOperands:
     """A head's tensors, of one type and on one device; `owner` stands before their names."""
-    weight = _plain_tensor(weight, group)
-    bias = None if bias is None else _plain_tensor(bias, group)
-    return _cast(op, hidden, weight, bias, owner, least=1 if group is None else 0)
+    u, b = _pair(op, extra)
+    weight, bias, b = (_plain_tensor(x, group) for x in (weight, bias, b))
+    x, w = f"{owner}hidden", f"{owner}weight"
+    if _checks.floating(op, x, hidden).dim() < 1:
+        raise ValueError(f"{op}: {x} must have shape (..., H), got {tuple(hidden.shape)}")
+    _check_weight(op, w, weight, hidden, "H")
+    if weight.shape[0] < (1 if group is None else 0):
+        raise ValueError(f"{op}: {w} must have at least one row, got {tuple(weight.shape)}")
+    if extra is not None:
+        _check_extra(op, u, b, hidden, weight)
+    hidden, weight, u, b = _autocast(hidden, weight, u, b)
+    for name, y in ((w, weight), ("extra[0]", u), ("extra[1]", b)):
+        if y is not None and y.dtype != hidden.dtype:
+            raise TypeError(f"{op}: {name} must be {hidden.dtype} as {x} is, got {y.dtype}")
+    for name, y in ((x, hidden), ("extra[0]", u)):
+        if y is not None and y.shape[-1] > 1 and y.stride(-1) != 1:
+            raise ValueError(
+                f"{op}: {name} must have a contiguous last dimension, got strides {y.stride()}"
+            )
+    if bias is not None:
+        _checks.sized(op, f"{owner}bias", bias, hidden, (weight.shape[0],), "(V,)")
+    return HeadOperands(hidden, weight, bias, u, b)
 
 
 def _plain_tensor(x: Any, group: dist.ProcessGroup | None) -> Any:
@@ -171,35 +202,53 @@ def _plain_tensor(x: Any, group: dist.ProcessGroup | None) -> Any:
     return x.full_tensor() if group is None else x.to_local()
 
 
-def _cast(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, owner: str, least: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, w = f"{owner}hidden", f"{owner}weight"
-    if _checks.floating(op, x, hidden).dim() < 1:
-        raise ValueError(f"{op}: {x} must have shape (..., H), got {tuple(hidden.shape)}")
-    width = hidden.shape[-1]
-    if _checks.floating(op, w, weight).dim() != 2 or weight.shape[1] != width:
+def _pair(op: str, extra: Any) -> tuple[Any, Any]:
+    """Both tensors of `extra`, or None twice."""
+    if extra is None:
+        return None, None
+    if not isinstance(extra, tuple | list) or len(extra) != 2:
+        got = f"{len(extra)} of them" if isinstance(extra, tuple | list) else type(extra).__name__
+        raise TypeError(f"{op}: extra must be a pair of tensors (u, b), got {got}")
+    return extra[0], extra[1]
+
+
+def _check_extra(op: str, u: Any, b: Any, hidden: Tensor, weight: Tensor) -> None:
+    lead = hidden.shape[:-1]
+    if _checks.floating(op, "extra[0]", u).dim() != len(lead) + 1 or u.shape[:-1] != lead:
         raise ValueError(
-            f"{op}: {w} must have shape (V, H) = (V, {width}), got {tuple(weight.shape)}"
+            f"{op}: extra[0] must have shape (..., r) beside hidden {tuple(hidden.shape)}, got"
+            f" {tuple(u.shape)}"
         )
-    if weight.shape[0] < least:
-        raise ValueError(f"{op}: {w} must have at least one row, got {tuple(weight.shape)}")
-    if weight.device != hidden.device:
-        raise ValueError(f"{op}: {w} must be on {hidden.device}, got {weight.device}")
+    if u.shape[-1] < 1:
+        raise ValueError(f"{op}: extra[0] must have a rank r of 1 or more, got {tuple(u.shape)}")
+    if u.device != hidden.device:
+        raise ValueError(f"{op}: extra[0] must be on {hidden.device}, got {u.device}")
+    _check_weight(op, "extra[1]", b, u, "r")
+    if b.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"{op}: extra[1] must have the weight's {weight.shape[0]} rows, got {tuple(b.shape)}"
+        )
+
+
+def _check_weight(op: str, name: str, weight: Any, rows: Tensor, letter: str) -> None:
+    """A matrix (V, K) on the device of rows (..., K), K being called `letter`."""
+    width = rows.shape[-1]
+    if _checks.floating(op, name, weight).dim() != 2 or weight.shape[1] != width:
+        raise ValueError(
+            f"{op}: {name} must have shape (V, {letter}) = (V, {width}), got {tuple(weight.shape)}"
+        )
+    if weight.device != rows.device:
+        raise ValueError(f"{op}: {name} must be on {rows.device}, got {weight.device}")
+
+
+def _autocast(hidden: Tensor, *others: Any) -> tuple[Any, ...]:
+    """The operands of the products, in the type that autocast gives them."""
     kind = hidden.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if autocast and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"{op}: {w} must be {hidden.dtype} as {x} is, got {weight.dtype}")
-    if width > 1 and hidden.stride(-1) != 1:
-        raise ValueError(
-            f"{op}: {x} must have a contiguous last dimension, got strides {hidden.stride()}"
-        )
-    if bias is not None:
-        _checks.sized(op, f"{owner}bias", bias, hidden, (weight.shape[0],), "(V,)")
-    return hidden, weight, bias
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not enabled or hidden.dtype == torch.float64:
+        return hidden, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if x is None else x.to(dtype) for x in (hidden, *others))
 
 
 def _check_rows(op: str, index: Any, tokens: Tensor) -> Tensor:

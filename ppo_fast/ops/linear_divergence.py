@@ -13,7 +13,7 @@ from ppo_fast._boundary.options import Softmax
 from ppo_fast._results import DivergenceLoss, Stats, TokenDivergence
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable, scaled
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.head import Head, HeadRows, live_rows
+from ppo_fast.ops.head import Head, HeadOperands, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, all_kept, check_head
 from ppo_fast.ops.loss_options import Coefficient
 from ppo_fast.ops.reduction import Reduction, check_loss_reduction
@@ -81,16 +81,9 @@ class _HeadTerms(torch.autograd.Function):
     """Saves eight numbers per row; the backward runs both heads' GEMMs once more."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        given: HeadInputs,
-        teacher: TeacherInputs | None,
-    ) -> Any:
+    def forward(ctx: Any, given: HeadInputs, teacher: TeacherInputs | None, *operands: Any) -> Any:
         with given.exact():
-            head = Head(hidden, weight, bias, given.rows, given.options)
+            head = Head(HeadOperands(*operands), given.rows, given.options)
             part = _all_rows(head, teacher and TeacherHead(teacher, head))
         rows = given.rows
         constants: tuple[Tensor | None, ...] = (
@@ -101,7 +94,7 @@ class _HeadTerms(torch.autograd.Function):
         )
         if teacher is not None:
             constants += (teacher.hidden, teacher.weight, teacher.bias, teacher.per_token)
-        ctx.save_for_backward(*part, *saveable(hidden, weight, bias, *constants))
+        ctx.save_for_backward(*part, *saveable(*operands, *constants))
         ctx.given, ctx.teacher = given, teacher
         ctx.set_materialize_grads(False)
         return part.results(rows)
@@ -110,10 +103,10 @@ class _HeadTerms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if all(grad is None for grad in grads):
-            return (None,) * 5
+            return (None,) * 7
         # Read here, so that constants which were changed in place raise.
         saved = ctx.saved_tensors
-        part, (hidden, weight, bias) = _Numbers(*saved[:8]), saved[8:11]
+        part, operands = _Numbers(*saved[:8]), HeadOperands(*saved[8:13])
         given: HeadInputs = ctx.given
         rows = given.rows
         zero = torch.zeros_like(part.logprobs)
@@ -121,11 +114,11 @@ class _HeadTerms(torch.autograd.Function):
         g, h, c = (zero if x is None else x for x in (g, h, c))
         slopes = Slopes(g, h, c, k)
         with given.exact():
-            head = Head(hidden, weight, bias, rows, given.options)
-            head.allocate(*ctx.needs_input_grad[:3])
+            head = Head(operands, rows, given.options)
+            head.allocate(*ctx.needs_input_grad[2:])
             teacher: TeacherInputs | None = ctx.teacher
             _accumulate(head, teacher and TeacherHead(teacher, head), part, slopes)
-        return *head.gradients(), None, None
+        return None, None, *head.gradients()
 
 
 def score_terms(given: HeadInputs, teacher: TeacherInputs | None) -> tuple[Tensor, ...]:
@@ -145,12 +138,11 @@ def score_terms(given: HeadInputs, teacher: TeacherInputs | None) -> tuple[Tenso
 
 def _score_whole(given: HeadInputs, teacher: TeacherInputs | None) -> tuple[Tensor, ...]:
     """The same over the whole vocabulary."""
-    args = (given.hidden, given.weight, given.bias)
-    if n_grads(*args):
-        out: tuple[Tensor, ...] = _HeadTerms.apply(*args, given, teacher)
+    if n_grads(*given.operands):
+        out: tuple[Tensor, ...] = _HeadTerms.apply(given, teacher, *given.operands)
         return out
     with given.exact():
-        head = Head(*args, given.rows, given.options)
+        head = Head(given.operands, given.rows, given.options)
         part = _all_rows(head, teacher and TeacherHead(teacher, head))
     return part.results(given.rows)
 
@@ -175,18 +167,12 @@ class _LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        given: HeadInputs,
-        teacher: TeacherInputs,
-        by: Reduction,
+        ctx: Any, given: HeadInputs, teacher: TeacherInputs, by: Reduction, *operands: Any
     ) -> Any:
         rows = given.rows
         with given.exact():
-            head = Head(hidden, weight, bias, rows, given.options)
-            head.allocate(*ctx.needs_input_grad[:3])
+            head = Head(HeadOperands(*operands), rows, given.options)
+            head.allocate(*ctx.needs_input_grad[3:])
             kept, counted = _kept(given)
             slopes = rows.pick(teacher.coef * by.weights(kept, counted, head.wide)).to(head.wide)
             results = _one_pass(head, TeacherHead(teacher, head), slopes)
@@ -203,9 +189,9 @@ class _LinearDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
-            return (None,) * 6
+            return (None,) * 8
         grads = (None if x is None else scaled(ctx.backend, x, grad) for x in ctx.saved_tensors)
-        return *grads, None, None, None
+        return None, None, None, *grads
 
 
 def _check(
@@ -239,7 +225,7 @@ def _check(
     return given, check_teacher(op, teacher, given, process_group)
 
 
-@derivatives("hidden", "weight", "bias")
+@derivatives("hidden", "weight", "bias", "extra")
 def linear_token_divergence(
     hidden: Tensor,
     weight: Tensor,
@@ -249,6 +235,7 @@ def linear_token_divergence(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     row_index: Tensor | None = None,
@@ -268,15 +255,15 @@ def linear_token_divergence(
             must be 1 here. With `process_group` its weight is a share of the student's size.
         mask: `(...)` of any real dtype, non-zero keeps. A masked token's divergence, entropy and
             gradients are 0, whatever either's hidden state holds.
-        bias, temperature, softcap, logit_scale, vocab_size, row_index, process_group: as in
-            `linear_token_logprobs`; the teacher has a scale of its own, and with `vocab_size` and
-            no group padding of its own.
+        bias, temperature, softcap, extra, logit_scale, vocab_size, row_index, process_group: as in
+            `linear_token_logprobs`, of the student; the teacher has a scale of its own, and with
+            `vocab_size` and no group padding of its own.
 
     Returns:
         `TokenDivergence(divergence, entropy)`, each `(...)` fp32 (fp64 for fp64 inputs), in nats,
-        both differentiable by hidden, weight and bias. Where one distribution has a probability
-        of 0 beside one of the other that is not, KL is infinite and its gradient is NaN for
-        "reverse".
+        both differentiable by hidden, weight, bias and extra. Where one distribution has a
+        probability of 0 beside one of the other that is not, KL is infinite and its gradient is
+        NaN for "reverse".
 
     Raises:
         ValueError: shape, device or range. TypeError: dtype or wrong object.
@@ -289,7 +276,7 @@ def linear_token_divergence(
         weight,
         teacher,
         mask,
-        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
+        HeadForm(bias, temperature, softcap, extra, logit_scale, vocab_size),
         row_index=row_index,
         process_group=process_group,
         backend=backend,
@@ -303,7 +290,7 @@ def linear_token_divergence(
     return TokenDivergence(*(x.view(given.tokens.shape) for x in (divergence, entropy)))
 
 
-@derivatives("hidden", "weight", "bias")
+@derivatives("hidden", "weight", "bias", "extra")
 def linear_divergence(
     hidden: Tensor,
     weight: Tensor,
@@ -313,6 +300,7 @@ def linear_divergence(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     row_index: Tensor | None = None,
@@ -324,12 +312,12 @@ def linear_divergence(
 ) -> DivergenceLoss:
     """coef·Σ w·divergence / D of a head's distributions from a teacher's, in four products.
 
-    The gradients by hidden, weight and bias are formed in the forward pass, a block of rows at a
-    time; the backward scales them. In fp16 they are formed in the backward, from logits of both
-    heads formed again: a loss scale must reach them before they are rounded.
+    The gradients by hidden, weight, bias and extra are formed in the forward pass, a block of rows
+    at a time; the backward scales them. In fp16 they are formed in the backward, from logits of
+    both heads formed again: a loss scale must reach them before they are rounded.
 
     Args:
-        hidden, weight, teacher, mask, bias, temperature, softcap, logit_scale, vocab_size,
+        hidden, weight, teacher, mask, bias, temperature, softcap, extra, logit_scale, vocab_size,
         row_index, process_group: as in `linear_token_divergence`, hidden `(B, T, H)`, or flat
             `(N, H)`; the teacher has a `coef`. What `row_index` leaves out counts in the default D
             alone.
@@ -350,7 +338,7 @@ def linear_divergence(
         weight,
         teacher,
         mask,
-        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
+        HeadForm(bias, temperature, softcap, extra, logit_scale, vocab_size),
         row_index=row_index,
         process_group=process_group,
         backend=backend,
@@ -365,9 +353,9 @@ def linear_divergence(
 
 
 def _loss(given: HeadInputs, teacher: TeacherInputs, by: Reduction) -> DivergenceLoss:
-    args, shape = (given.hidden, given.weight, given.bias), given.tokens.shape
+    args, shape = given.operands, given.tokens.shape
     if n_grads(*args) and given.weight.dtype != torch.float16:
-        loss, stats, divergence, entropy = _LinearDivergence.apply(*args, given, teacher, by)
+        loss, stats, divergence, entropy = _LinearDivergence.apply(given, teacher, by, *args)
         return DivergenceLoss(loss, Stats(stats), divergence, entropy)
     _, entropy, divergence, _ = score_terms(given, teacher)
     tokens = TokenDivergence(divergence.view(shape), entropy.view(shape))

@@ -13,7 +13,7 @@ from ppo_fast._boundary.options import Softmax
 from ppo_fast._results import TokenLogProbs
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.head import Head, HeadRows, live_rows
+from ppo_fast.ops.head import Head, HeadOperands, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, check_head
 from ppo_fast.ops.sparse_head import score_kept
 from ppo_fast.support import Support
@@ -45,15 +45,12 @@ class _LinearLogProbs(torch.autograd.Function):
     """Saves four numbers per row; the backward runs the GEMM once more."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, given: HeadInputs
-    ) -> Any:
-        with given.exact():
-            head = Head(hidden, weight, bias, given.rows, given.options)
-            part = all_rows(head)
-        # The rows too: one that is changed in place before the backward raises there.
+    def forward(ctx: Any, given: HeadInputs, *operands: Any) -> Any:
         rows = given.rows
-        tensors = (hidden, weight, bias, rows.places, rows.tokens, rows.keep, rows.temperature)
+        with given.exact():
+            part = all_rows(Head(HeadOperands(*operands), rows, given.options))
+        # The rows too: one that is changed in place before the backward raises there.
+        tensors = (*operands, rows.places, rows.tokens, rows.keep, rows.temperature)
         ctx.save_for_backward(*part, *saveable(*tensors))
         ctx.given = given
         ctx.set_materialize_grads(False)
@@ -63,21 +60,22 @@ class _LinearLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None, None
-        *part, hidden, weight, bias, places, tokens, keep, temperature = ctx.saved_tensors
-        given: HeadInputs = ctx.given
-        numbers, rows = Softmax(*part), HeadRows(places, tokens, keep, temperature, given.rows.n)
+            return (None,) * 6
+        saved, given = ctx.saved_tensors, ctx.given
+        numbers, operands = Softmax(*saved[:4]), HeadOperands(*saved[4:9])
+        places, tokens, keep, temperature = saved[9:]
+        rows = HeadRows(places, tokens, keep, temperature, given.rows.n)
         zero = torch.zeros_like(numbers.logprobs)
         g = zero if grad_logprobs is None else rows.pick(grad_logprobs)
         h = zero if grad_entropy is None else rows.pick(grad_entropy)
         with given.exact():
-            head = Head(hidden, weight, bias, rows, given.options)
-            head.allocate(*ctx.needs_input_grad[:3])
+            head = Head(operands, rows, given.options)
+            head.allocate(*ctx.needs_input_grad[1:])
             accumulate(head, numbers, g, h)
-        return *head.gradients(), None
+        return None, *head.gradients()
 
 
-@derivatives("hidden", "weight", "bias")
+@derivatives("hidden", "weight", "bias", "extra")
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -86,6 +84,7 @@ def linear_token_logprobs(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
@@ -109,10 +108,14 @@ def linear_token_logprobs(
         tokens, temperature, mask, ignore_index: as in `token_logprobs`.
         bias: `(V,)`, or this rank's share.
         softcap: z ← cap·tanh(z / cap), before the temperature.
+        extra: (u, b), `(..., r)` and `(V, r)` of hidden's dtype: u·bᵀ is added to
+            hidden·weightᵀ, as an adapter of rank r on the head does (LoRA, Hu et al. 2021:
+            u = scale·dropout(hidden)·Aᵀ, b = B), while neither weight + b·A nor a copy of the
+            weight is formed. Gradients flow to both. With `process_group` b is this rank's share.
         logit_scale: a positive number that multiplies the logits before the cap (Cohere; Granite
             divides by `logits_scaling`).
-        vocab_size: rows of weight and bias from this one on are padding: never read, tokens there
-            are out of range, their gradient is 0. With `process_group`, of all ranks' rows.
+        vocab_size: rows of weight, b and bias from this one on are padding: never read, tokens
+            there are out of range, their gradient is 0. With `process_group`, of all ranks' rows.
         row_index: `(R,)` int64, ascending and unique: the flat rows to compute. The others give 0
             and no gradient. On a CPU masked rows are left out by themselves; on a GPU, where their
             number is not known to the host, by this alone.
@@ -132,7 +135,7 @@ def linear_token_logprobs(
         hidden,
         weight,
         tokens,
-        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
+        HeadForm(bias, temperature, softcap, extra, logit_scale, vocab_size),
         mask=mask,
         ignore_index=ignore_index,
         row_index=row_index,
@@ -161,10 +164,9 @@ def score(given: HeadInputs) -> tuple[Tensor, Tensor]:
 
 def _score_whole(given: HeadInputs) -> tuple[Tensor, Tensor]:
     """The same over the whole vocabulary."""
-    args = (given.hidden, given.weight, given.bias)
-    if n_grads(*args):
-        out: tuple[Tensor, Tensor] = _LinearLogProbs.apply(*args, given)
+    if n_grads(*given.operands):
+        out: tuple[Tensor, Tensor] = _LinearLogProbs.apply(given, *given.operands)
         return out
     with given.exact():
-        part = all_rows(Head(*args, given.rows, given.options))
+        part = all_rows(Head(given.operands, given.rows, given.options))
     return given.rows.spread(part.logprobs), given.rows.spread(part.entropy)

@@ -14,7 +14,7 @@ from ppo_fast._boundary.options import Scoring, Softmax
 from ppo_fast._results import TokenLogProbs
 from ppo_fast.ops.backward import n_grads, once_differentiable, saveable
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.head import Head, HeadRows, live_rows
+from ppo_fast.ops.head import Head, HeadOperands, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, check_head
 from ppo_fast.ops.shards import unlabelled_gradient
 from ppo_fast.support import ABSENT
@@ -134,18 +134,12 @@ class _LinearLogProbsAt(torch.autograd.Function):
     """Saves three numbers per row and the log-probabilities; the backward runs the GEMM again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        given: HeadInputs,
-    ) -> Any:
+    def forward(ctx: Any, given: HeadInputs, ids: Tensor, *operands: Any) -> Any:
         rows = given.rows
         with given.exact():
-            logprobs, part = _At(Head(hidden, weight, bias, rows, given.options), ids).forward()
-        tensors = (hidden, weight, bias, ids, rows.places, rows.keep, rows.temperature)
+            head = Head(HeadOperands(*operands), rows, given.options)
+            logprobs, part = _At(head, ids).forward()
+        tensors = (*operands, ids, rows.places, rows.keep, rows.temperature)
         ctx.save_for_backward(logprobs, *part[1:], *saveable(*tensors))
         ctx.given = given
         ctx.set_materialize_grads(False)
@@ -155,18 +149,19 @@ class _LinearLogProbsAt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None, None, None
-        logprobs, *part, hidden, weight, bias, ids, places, keep, temperature = ctx.saved_tensors
+            return (None,) * 7
+        logprobs, *part = ctx.saved_tensors[:4]
+        *operands, ids, places, keep, temperature = ctx.saved_tensors[4:]
         given: HeadInputs = ctx.given
         numbers = Softmax(part[0], *part)  # no kernel reads the label's own
         rows = HeadRows(places, given.rows.tokens, keep, temperature, given.rows.n)
         g = torch.zeros_like(logprobs) if grad_logprobs is None else _pick(rows, grad_logprobs)
         h = torch.zeros_like(part[0]) if grad_entropy is None else rows.pick(grad_entropy)
         with given.exact():
-            head = Head(hidden, weight, bias, rows, given.options)
-            head.allocate(*ctx.needs_input_grad[:3])
+            head = Head(HeadOperands(*operands), rows, given.options)
+            head.allocate(*ctx.needs_input_grad[2:])
             _At(head, ids).backward(logprobs, numbers, g, h)
-        return *head.gradients(), None, None
+        return None, None, *head.gradients()
 
 
 def _pick(rows: HeadRows, x: Tensor) -> Tensor:
@@ -175,7 +170,7 @@ def _pick(rows: HeadRows, x: Tensor) -> Tensor:
     return flat if rows.places is None else flat[rows.places]
 
 
-@derivatives("hidden", "weight", "bias")
+@derivatives("hidden", "weight", "bias", "extra")
 def linear_logprobs_at(
     hidden: Tensor,
     weight: Tensor,
@@ -184,6 +179,7 @@ def linear_logprobs_at(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
@@ -197,8 +193,8 @@ def linear_logprobs_at(
     teacher's top K needs. The logits never exist as a whole.
 
     Args:
-        hidden, weight, bias, temperature, softcap, logit_scale, vocab_size, row_index: as in
-            `linear_token_logprobs`.
+        hidden, weight, bias, temperature, softcap, extra, logit_scale, vocab_size, row_index:
+            as in `linear_token_logprobs`.
         ids: `(..., K)` int32 or int64; -1 is no id: 0 there, and no gradient. An id may stand
             several times. With an id outside [0, V) the row is NaN, nothing out of bounds is
             read; `PPO_FAST_DEBUG=1` raises IndexError instead.
@@ -219,7 +215,7 @@ def linear_logprobs_at(
         weight,
         # A label that every row has, for its kernels.
         torch.zeros(lead, dtype=torch.int32, device=hidden.device),
-        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
+        HeadForm(bias, temperature, softcap, extra, logit_scale, vocab_size),
         mask=mask,
         ignore_index=ABSENT,
         row_index=row_index,
@@ -252,11 +248,10 @@ def _check_ids(ids: Any, given: HeadInputs) -> None:
 
 def _score(ids: Tensor, given: HeadInputs) -> tuple[Tensor, Tensor]:
     """(N, K) log-probabilities and (N,) entropies, differentiable where the head is."""
-    args = (given.hidden, given.weight, given.bias)
     picked = _pick(given.rows, ids)
-    if n_grads(*args):
-        out: tuple[Tensor, Tensor] = _LinearLogProbsAt.apply(*args, picked, given)
+    if n_grads(*given.operands):
+        out: tuple[Tensor, Tensor] = _LinearLogProbsAt.apply(given, picked, *given.operands)
         return out
     with given.exact():
-        logprobs, part = _At(Head(*args, given.rows, given.options), picked).forward()
+        logprobs, part = _At(Head(given.operands, given.rows, given.options), picked).forward()
     return given.rows.spread(logprobs), given.rows.spread(part.entropy)

@@ -16,7 +16,7 @@ from ppo_fast._results import HeadLoss, Moments, Stats
 from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import n_grads, once_differentiable, scaled
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.head import Head, HeadRows, live_rows
+from ppo_fast.ops.head import Head, HeadOperands, HeadRows, live_rows
 from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, all_kept, check_head
 from ppo_fast.ops.head_terms import HeadTerms, check_terms
 from ppo_fast.ops.linear_divergence import score_terms
@@ -103,7 +103,7 @@ class _Loss:
         alone = alone and not self.others.any
         return has and alone and policy.one_pass and options.backend != "cpu"
 
-    def fused(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, ...]:
+    def fused(self, z: Tensor, x: tuple[Tensor, ...], at: slice) -> tuple[Tensor, ...]:
         """A block's (logprobs, entropy) and gradients: the logits' by one kernel, over z."""
         dtype = self.head.weight.dtype
         narrow = dtype == torch.bfloat16
@@ -119,7 +119,7 @@ class _Loss:
         self.head.accumulate(z.view(dtype)[:, : z.shape[1]], x, at)
         return scores
 
-    def composed(self, z: Tensor, x: Tensor, at: slice) -> tuple[Tensor, ...]:
+    def composed(self, z: Tensor, x: tuple[Tensor, ...], at: slice) -> tuple[Tensor, ...]:
         """The same by the kernels of softmax, divergence, loss and gradient; then a block's
         divergences and ln Σe^z."""
         head, softmax = self.head, self.head.softmax(z, at)
@@ -149,7 +149,8 @@ class _Loss:
         elif live.numel():
             chosen = Softmax(*(number[live] for number in softmax))
             pair = other and other.rows(live)
-            args = (z[live], x[live], live + at.start, chosen, slopes.rows(live), pair)
+            some = tuple(part[live] for part in x)
+            args = (z[live], some, live + at.start, chosen, slopes.rows(live), pair)
             backward(head, self.teacher, *args)
         if not self.others.any:
             return softmax.logprobs, softmax.entropy
@@ -229,17 +230,11 @@ class _LinearPPOLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        given: HeadInputs,
-        policy: PolicyInputs,
-        others: HeadTerms,
+        ctx: Any, given: HeadInputs, policy: PolicyInputs, others: HeadTerms, *operands: Any
     ) -> Any:
         with given.exact():
-            head = Head(hidden, weight, bias, given.rows, given.options)
-            head.allocate(*ctx.needs_input_grad[:3])
+            head = Head(HeadOperands(*operands), given.rows, given.options)
+            head.allocate(*ctx.needs_input_grad[3:])
             call = _Loss(head, given, policy, others)
             loss, stats, logprobs, entropy = call.total(*call.one_pass())
         ctx.save_for_backward(*head.gradients(), call.denom)
@@ -252,16 +247,16 @@ class _LinearPPOLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
-            return (None,) * 6
+            return (None,) * 8
         # The factor stays wide: rounded to the gradients' type, all of them would be off alike.
         *grads, denom = ctx.saved_tensors
         if denom is not None:
             grad = over(grad, denom)
-        dx, dw, db = (None if x is None else scaled(ctx.backend, x, grad) for x in grads)
-        return dx, dw, db, None, None, None
+        out = (None if x is None else scaled(ctx.backend, x, grad) for x in grads)
+        return None, None, None, *out
 
 
-@derivatives("hidden", "weight", "bias")
+@derivatives("hidden", "weight", "bias", "extra")
 def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -273,6 +268,7 @@ def linear_ppo_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     ignore_index: int = -100,
@@ -307,20 +303,20 @@ def linear_ppo_loss(
 ) -> HeadLoss:
     """`ppo_loss` of the head's own log-probabilities and entropies, in three matrix products.
 
-    The gradients by hidden, weight and bias are formed in the forward pass, a block of rows at a
-    time; the backward scales them. Rows without a gradient (masked, clipped, advantage 0 with no
-    other term) take no part in the gradients' products on a CPU. A GPU multiplies every row, for
-    the host would have to wait for their number: there `row_index`, made with the batch on the
-    host, leaves out what is masked or has no advantage. Where slopes need other tokens
-    first ("gspo", a ratio of the sequence, a surrogate that couples, some corrections by the
-    current log-probabilities: docs/corrections.md), and in fp16, the logits are formed twice and
-    the gradients in the backward: in fp16 a loss scale (`torch.amp.GradScaler`) must reach them
-    before they are rounded.
+    The gradients by hidden, weight, bias and extra are formed in the forward pass, a block of
+    rows at a time; the backward scales them. Rows without a gradient (masked, clipped,
+    advantage 0 with no other term) take no part in the gradients' products on a CPU. A GPU
+    multiplies every row, for the host would have to wait for their number: there `row_index`,
+    made with the batch on the host, leaves out what is masked or has no advantage. Where
+    slopes need other tokens first ("gspo", a ratio of the sequence, a surrogate that couples,
+    some corrections by the current log-probabilities: docs/corrections.md), and in fp16, the
+    logits are formed twice and the gradients in the backward: in fp16 a loss scale
+    (`torch.amp.GradScaler`) must reach them before they are rounded.
 
     Args:
-        hidden, weight, bias, tokens, temperature, softcap, logit_scale, vocab_size, ignore_index,
-        row_index, process_group, support: as in `linear_token_logprobs`; tokens `(B, T)`, or flat
-            `(N,)`.
+        hidden, weight, bias, tokens, temperature, softcap, extra, logit_scale, vocab_size,
+        ignore_index, row_index, process_group, support: as in `linear_token_logprobs`; tokens
+            `(B, T)`, or flat `(N,)`.
         old_logprobs, advantages, mask and the options of the loss: as in `ppo_loss`. Ignored
             tokens are masked. What `row_index` leaves out counts in the default D alone.
         teacher: a `ppo_fast.Teacher`, as in `linear_divergence`: coef·divergence is added to every
@@ -343,7 +339,7 @@ def linear_ppo_loss(
         hidden,
         weight,
         tokens,
-        HeadForm(bias, temperature, softcap, logit_scale, vocab_size),
+        HeadForm(bias, temperature, softcap, extra, logit_scale, vocab_size),
         mask=mask,
         ignore_index=ignore_index,
         row_index=row_index,
@@ -395,11 +391,11 @@ def _head_loss(given: HeadInputs, policy: PolicyInputs, others: HeadTerms) -> He
             return reference.linear_ppo_loss(
                 **given.for_reference(), **policy.for_reference(_OP), **others.for_reference()
             )
-    args = (given.hidden, given.weight, given.bias)
+    args = given.operands
     grads = 2 if n_grads(*args) else 0
     one_pass = not policy.couples and given.support is None
     if grads and one_pass and given.weight.dtype != torch.float16:
-        loss, stats, logprobs, entropy = _LinearPPOLoss.apply(*args, given, policy, others)
+        loss, stats, logprobs, entropy = _LinearPPOLoss.apply(given, policy, others, *args)
     else:
         loss, stats, logprobs, entropy = two_passes(given, policy, others, grads)
     return HeadLoss(loss, Stats(stats), logprobs, entropy)

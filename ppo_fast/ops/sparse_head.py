@@ -18,7 +18,14 @@ from ppo_fast._boundary.options import Pairs, Scoring, Softmax
 from ppo_fast._boundary.schema import compute_dtype
 from ppo_fast.ops.backward import once_differentiable, saveable
 from ppo_fast.ops.exact import exact_products
-from ppo_fast.ops.head import NOTHING_IGNORED, Head, HeadOptions, HeadRows, softcap_slope
+from ppo_fast.ops.head import (
+    NOTHING_IGNORED,
+    Head,
+    HeadOperands,
+    HeadOptions,
+    HeadRows,
+    softcap_slope,
+)
 from ppo_fast.ops.head_inputs import HeadInputs, computed_rows
 from ppo_fast.ops.kept_divergence import KeptPair, KeptTeacher, compare_kept, kept_slopes
 from ppo_fast.ops.support import Kept, add_pairs_, gradient_over, kept_pairs, softmax_over
@@ -102,20 +109,13 @@ class _SparseHead(torch.autograd.Function):
     """Saves the pairs' logits, of a teacher too, and four numbers per row."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        call: _Call,
-        teacher: TeacherInputs | None,
-    ) -> Any:
-        z, y = _pair_logits(call.kept, hidden, weight, bias, call.options), None
+    def forward(ctx: Any, call: _Call, teacher: TeacherInputs | None, *operands: Any) -> Any:
+        z, y = _pair_logits(call.kept, HeadOperands(*operands), call.options), None
         if teacher is not None:
             t = teacher
-            y = _pair_logits(call.kept, t.hidden, t.weight, t.bias, t.options)
+            y = _pair_logits(call.kept, HeadOperands(t.hidden, t.weight, t.bias), t.options)
         softmax = call.softmax(z)
-        ctx.save_for_backward(*saveable(hidden, weight, bias), *call.saved(), z, y, *softmax)
+        ctx.save_for_backward(*saveable(*operands), *call.saved(), z, y, *softmax)
         ctx.call = call
         ctx.set_materialize_grads(False)
         return call.results(softmax, call.compared(z, y, softmax))
@@ -124,31 +124,28 @@ class _SparseHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         if all(grad is None for grad in grads):
-            return (None,) * 5
-        hidden, weight, bias, *saved = ctx.saved_tensors
+            return (None,) * 7
+        operands, saved = HeadOperands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
         call: _Call = ctx.call.with_saved(*saved[:6])
         z, y, softmax = saved[6], saved[7], Softmax(*saved[8:])
         dz = call.gradient(z, y, softmax, grads)
-        x = hidden.reshape(-1, hidden.shape[-1])
-        wants_x, wants_w, wants_b, *_ = ctx.needs_input_grad
-        dx = dw = db = None
-        if wants_x:
-            dx = _hidden_gradient(call, dz, weight).view(hidden.shape)
-        if wants_w or wants_b:
-            wide, db = _weight_gradient(call, dz, x if wants_w else x[:, :0], weight.shape[0])
-            dw = wide if wants_w else None
-            db = db.to(bias.dtype) if wants_b else None
-        return dx, dw, db, None, None
+        return None, None, *_gradients(call, dz, operands, ctx.needs_input_grad[2:])
 
 
-def _pair_logits(
-    kept: Kept, hidden: Tensor, weight: Tensor, bias: Tensor | None, o: HeadOptions
-) -> Tensor:
+def _flat(x: Tensor) -> Tensor:
+    """Rows of hidden states, (N, K)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _pair_logits(kept: Kept, operands: HeadOperands, o: HeadOptions) -> Tensor:
     """The pairs' logits of a head, (M,)."""
-    x = hidden.reshape(-1, hidden.shape[-1])
+    hidden, weight, bias, u, b = operands
+    x = _flat(hidden)
     if o.size == 0:  # no pair is here, and no kernel meets a weight without rows
         return kept.marked(x.new_zeros(kept.rows.shape, dtype=compute_dtype(x)), 0)
     z = calls.sparse_logits(o.backend, x, weight[: o.size], kept.pairs)
+    if u is not None and b is not None:
+        z = z + calls.sparse_logits(o.backend, _flat(u), b[: o.size], kept.pairs)
     if bias is not None:
         z = z + bias[kept.columns(o.size)]
     if o.softcap is not None:
@@ -157,28 +154,53 @@ def _pair_logits(
     return z
 
 
-def _hidden_gradient(call: _Call, dz: Tensor, weight: Tensor) -> Tensor:
+def _gradients(
+    call: _Call, dz: Tensor, operands: HeadOperands, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the operands that are wanted, in their order."""
+    hidden, weight, bias, u, b = operands
+    of_hidden, of_weight, of_bias, of_u, of_b = wanted
+    dx = _hidden_gradient(call, dz, hidden, weight) if of_hidden else None
+    du = _hidden_gradient(call, dz, u, b) if of_u else None
+    if not (of_weight or of_bias or of_b):
+        return dx, None, None, du, None
+    # The bias's gradient comes with any product, one of no columns too.
+    x = _flat(hidden)
+    parts = [x if of_weight else x[:, :0]] + ([_flat(u)] if u is not None and of_b else [])
+    dw, *db_extra, dbias = _weight_gradients(call, dz, parts, weight.shape[0])
+    return (
+        dx,
+        dw if of_weight else None,
+        dbias.to(bias.dtype) if bias is not None and of_bias else None,
+        du,
+        db_extra[0] if db_extra else None,
+    )
+
+
+def _hidden_gradient(call: _Call, dz: Tensor, hidden: Any, weight: Any) -> Tensor:
+    """Of hidden states (..., K) beside a weight (V, K)."""
     o = call.options
     if o.size == 0:
         dx = weight.new_zeros(call.kept.pairs.mask.shape[0], weight.shape[1])
     else:
         dx = calls.sparse_hidden_grad(o.backend, dz, weight[: o.size], call.kept.pairs)
-    if o.shard is None:
-        return dx
-    wide = dx.to(dz.dtype)
-    dist.all_reduce(wide, group=o.shard.group)
-    return wide.to(dx.dtype)
+    if o.shard is not None:
+        wide = dx.to(dz.dtype)
+        dist.all_reduce(wide, group=o.shard.group)
+        dx = wide.to(dx.dtype)
+    return dx.view(hidden.shape)
 
 
-def _weight_gradient(call: _Call, dz: Tensor, x: Tensor, padded: int) -> tuple[Tensor, Tensor]:
-    """dW (V, H) in x's dtype and db (V,) wide; where there are many pairs, some rows at a time.
+def _weight_gradients(call: _Call, dz: Tensor, inputs: list[Tensor], padded: int) -> list[Tensor]:
+    """dzᵀ · x (V, K) of each input x (N, K), in its dtype, and the sums of dz (V,), wide; where
+    there are many pairs, some rows at a time.
 
     `padded` are the rows of the weight, of which those of the padding get 0.
     """
-    size = call.options.size
+    sizes = call.options.size, padded
     if dz.numel() <= _SORTED:
-        return _of_sorted(call.options.backend, call.kept, dz, x, size, padded)
-    dw, db = dz.new_zeros(padded, x.shape[1]), dz.new_zeros(padded)
+        return _of_sorted(call.options.backend, call.kept, dz, inputs, *sizes)
+    totals = [dz.new_zeros(padded, x.shape[1]) for x in inputs] + [dz.new_zeros(padded)]
     ends, first = call.kept.ends, 0
     while first < len(ends) - 1:
         fits = int(torch.searchsorted(ends, ends[first] + _SORTED, right=True)) - 1
@@ -186,17 +208,18 @@ def _weight_gradient(call: _Call, dz: Tensor, x: Tensor, padded: int) -> tuple[T
         part = dz[int(ends[first]) : int(ends[last])]
         rows = call.kept.part(slice(first, last))
         # Wide, so that the sum of the parts is rounded once.
-        wide = x[first:last].to(dz.dtype)
-        w, b = _of_sorted(call.options.backend, rows, part, wide, size, padded)
-        dw += w
-        db += b
+        wide = [x[first:last].to(dz.dtype) for x in inputs]
+        found = _of_sorted(call.options.backend, rows, part, wide, *sizes)
+        for total, x in zip(totals, found, strict=True):
+            total += x
         first = last
-    return dw.to(x.dtype), db
+    *weights, bias = totals
+    return [*(w.to(x.dtype) for w, x in zip(weights, inputs, strict=True)), bias]
 
 
 def _of_sorted(
-    backend: str, kept: Kept, dz: Tensor, x: Tensor, size: int, padded: int
-) -> tuple[Tensor, Tensor]:
+    backend: str, kept: Kept, dz: Tensor, inputs: list[Tensor], size: int, padded: int
+) -> list[Tensor]:
     ids = kept.pairs.ids
     order = ids.sort(stable=True).indices
     # Counts of absent ids, of every id and of those beyond: a tenth of a search for every id.
@@ -205,7 +228,9 @@ def _of_sorted(
     starts = counts.cumsum(0)[: size + 1]
     if padded > size:
         starts = torch.cat([starts, starts[-1:].expand(padded - size)])
-    return calls.sparse_weight_grad(backend, dz[order], kept.rows[order], starts, x)
+    args = (backend, dz[order], kept.rows[order], starts)
+    found = [calls.sparse_weight_grad(*args, x) for x in inputs]
+    return [*(dw for dw, _ in found), found[0][1]]
 
 
 class _DenseHead(torch.autograd.Function):
@@ -213,19 +238,13 @@ class _DenseHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: HeadRows,
-        call: _Call,
-        teacher: TeacherInputs | None,
+        ctx: Any, rows: HeadRows, call: _Call, teacher: TeacherInputs | None, *operands: Any
     ) -> Any:
-        head = Head(hidden, weight, bias, rows, call.options)
+        head = Head(HeadOperands(*operands), rows, call.options)
         other = teacher and TeacherHead(teacher, head)
-        count = rows.tokens.shape[0]
-        out = Softmax(*torch.empty(4, count, dtype=head.wide, device=hidden.device))
-        results = torch.empty(4, count, dtype=head.wide, device=hidden.device)
+        count, device = rows.tokens.shape[0], head.hidden.device
+        out = Softmax(*torch.empty(4, count, dtype=head.wide, device=device))
+        results = torch.empty(4, count, dtype=head.wide, device=device)
         for at in head.chunks(count):
             part = call.part(at)
             z = _gathered(head.logits(head.inputs(at)), part.kept)
@@ -236,7 +255,7 @@ class _DenseHead(torch.autograd.Function):
             found = part.results(softmax, part.compared(z, y, softmax))
             for to, x in zip(results, found, strict=True):
                 to[at] = x
-        tensors = saveable(hidden, weight, bias, rows.places)
+        tensors = saveable(*operands, rows.places)
         theirs = (None, None, None) if teacher is None else teacher[:3]
         ctx.save_for_backward(*tensors, *call.saved(), *out, *saveable(*theirs))
         ctx.call, ctx.n, ctx.teacher = call, rows.n, teacher
@@ -247,18 +266,19 @@ class _DenseHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         if all(grad is None for grad in grads):
-            return (None,) * 6
-        hidden, weight, bias, places, *saved = ctx.saved_tensors
+            return (None,) * 8
+        operands = HeadOperands(*ctx.saved_tensors[:5])
+        places, *saved = ctx.saved_tensors[5:]
         call: _Call = ctx.call.with_saved(*saved[:6])
         numbers = Softmax(*saved[6:10])
         rows = HeadRows(places, call.s.tokens, call.kept.pairs.mask, None, ctx.n)
         g, h, k, c = (rows.pick_some(x) for x in grads)
-        with exact_products(hidden.device):
-            head = Head(hidden, weight, bias, rows, call.options)
-            head.allocate(*ctx.needs_input_grad[:3])
+        with exact_products(operands.hidden.device):
+            head = Head(operands, rows, call.options)
+            head.allocate(*ctx.needs_input_grad[3:])
             other = ctx.teacher and TeacherHead(ctx.teacher, head)
             _accumulate(head, other, call, numbers, (g, h, k, c))
-        return *head.gradients(), None, None, None
+        return None, None, None, *head.gradients()
 
 
 def _accumulate(
@@ -307,11 +327,10 @@ def score_kept(
         own = Scoring(torch.zeros_like(tokens), keep, other, teacher.number, NOTHING_IGNORED)
         beside = KeptTeacher(own, KINDS[teacher.kind], teacher.beta)
     call = _Call(kept, s, given.options, beside)
-    args = (given.hidden, given.weight, given.bias)
     out: tuple[Tensor, ...]
     with given.exact():
         if rows is None:
-            out = _SparseHead.apply(*args, call, teacher)
+            out = _SparseHead.apply(call, teacher, *given.operands)
         else:
-            out = _DenseHead.apply(*args, rows, call, teacher)
+            out = _DenseHead.apply(rows, call, teacher, *given.operands)
     return out

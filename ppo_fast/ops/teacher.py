@@ -16,7 +16,7 @@ from ppo_fast import _checks
 from ppo_fast._boundary import calls_divergence
 from ppo_fast._boundary.options import Scoring, Softmax, Teaching
 from ppo_fast._boundary.schema import backends_of
-from ppo_fast.ops.head import Head, HeadOptions
+from ppo_fast.ops.head import Head, HeadOperands, HeadOptions
 from ppo_fast.ops.head_inputs import HeadInputs, over_scale, plain_head
 from ppo_fast.ops.logprobs import check_temperature
 from ppo_fast.ops.shards import Shard, softmax_of
@@ -104,7 +104,8 @@ class TeacherHead:
         rows = rows._replace(
             tokens=torch.zeros_like(rows.tokens), temperature=rows.pick_some(given.per_token)
         )
-        self.head = Head(given.hidden, given.weight, given.bias, rows, given.options)
+        operands = HeadOperands(given.hidden, given.weight, given.bias)
+        self.head = Head(operands, rows, given.options)
         self.head.block = student.block
 
     def logits(self, at: Any) -> Tensor:
@@ -119,7 +120,13 @@ class TeacherHead:
         return compare(o.backend, z, self.student.scoring(at), softmax, t, o.shard)
 
     def backward(
-        self, z: Tensor, x: Tensor, at: Any, softmax: Softmax, slopes: Slopes, other: Compared
+        self,
+        z: Tensor,
+        x: tuple[Tensor, ...],
+        at: Any,
+        softmax: Softmax,
+        slopes: Slopes,
+        other: Compared,
     ) -> None:
         """Accumulate the gradients of all that has a slope over a block; overwrites z."""
         head, o = self.student, self.student.options
@@ -172,7 +179,7 @@ def backward(
     head: Head,
     teacher: TeacherHead | None,
     z: Tensor,
-    x: Tensor,
+    x: tuple[Tensor, ...],
     at: Any,
     softmax: Softmax,
     slopes: Slopes,
@@ -192,8 +199,8 @@ def check_teacher(
     """The arguments of a teacher beside a student's, or ValueError or TypeError."""
     if not isinstance(teacher, Teacher):
         raise TypeError(f"{op}: teacher must be a ppo_fast.Teacher, got {type(teacher).__name__}")
-    hidden, weight, bias = plain_head(
-        op, teacher.hidden.detach(), teacher.weight, teacher.bias, group, "teacher."
+    hidden, weight, bias, *_ = plain_head(
+        op, teacher.hidden.detach(), teacher.weight, teacher.bias, None, group, "teacher."
     )
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     _check_beside(op, hidden, weight, given)

@@ -28,7 +28,7 @@ class TeacherRows(NamedTuple):
     def logits(self, keep: Tensor) -> Tensor:
         """(..., V), of a hidden state of 0 where not kept."""
         x, scale = (self.hidden, self.weight), self.logit_scale
-        return logits_of(*x, keep, self.bias, self.softcap, scale, None)
+        return logits_of(*x, keep, self.bias, self.softcap, None, scale, None)
 
     def divergence_from(
         self,
@@ -59,13 +59,14 @@ def linear_token_divergence(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     row_index: Tensor | None = None,
 ) -> TokenDivergence:
     """`token_divergence` of `logits_of` the student and the teacher's."""
     keep = rows_of(hidden[..., 0], mask, row_index)
-    logits = logits_of(hidden, weight, keep, bias, softcap, logit_scale, vocab_size)
+    logits = logits_of(hidden, weight, keep, bias, softcap, extra, logit_scale, vocab_size)
     return teacher.divergence_from(logits, keep, temperature)
 
 
@@ -78,6 +79,7 @@ def linear_divergence(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     row_index: Tensor | None = None,
@@ -97,6 +99,7 @@ def linear_divergence(
         logit_scale=logit_scale,
         vocab_size=vocab_size,
         row_index=row_index,
+        extra=extra,
     )
     keep = rows_of(hidden[..., 0], mask, row_index)
     coef = (

@@ -26,13 +26,17 @@ def logits_of(
     keep: Tensor,
     bias: Tensor | None,
     softcap: float | None,
+    extra: tuple[Tensor, Tensor] | None,
     logit_scale: float,
     vocab_size: int | None,
 ) -> Tensor:
-    """z = cap·tanh(logit_scale·(hidden·weightᵀ + bias) / cap), of a hidden state of 0 where not
-    kept, and the first `vocab_size` rows of the weight."""
+    """z = cap·tanh(logit_scale·(hidden·weightᵀ + u·bᵀ + bias) / cap), of hidden = u = 0 where not
+    kept, and the first `vocab_size` rows of weight, b and bias."""
     # Selected before the product: 0·NaN would reach the weight's gradient.
     z = torch.where(keep[..., None], compute(hidden), 0.0) @ compute(weight[:vocab_size]).t()
+    if extra is not None:
+        u, b = extra
+        z = z + torch.where(keep[..., None], compute(u), 0.0) @ compute(b[:vocab_size]).t()
     if bias is not None:
         z = z + compute(bias[:vocab_size])
     z = logit_scale * z
@@ -47,13 +51,14 @@ def linear_token_logprobs(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
     row_index: Tensor | None = None,
     support: Support | None = None,
 ) -> TokenLogProbs:
-    """`token_logprobs` of z = cap·tanh(logit_scale·(hidden·weightᵀ + bias) / cap)."""
+    """`token_logprobs` of `logits_of` the head."""
     keep = rows_of(tokens, mask, row_index)
-    z = logits_of(hidden, weight, keep, bias, softcap, logit_scale, vocab_size)
+    z = logits_of(hidden, weight, keep, bias, softcap, extra, logit_scale, vocab_size)
     return token_logprobs(z, tokens, temperature=temperature, mask=keep, support=support)

@@ -20,6 +20,7 @@ def linear_logprobs_at(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
@@ -28,7 +29,7 @@ def linear_logprobs_at(
     """log softmax over the whole vocabulary at each id (..., K), 0 where absent; the entropy."""
     first = ids.new_zeros(ids.shape[:-1])
     keep = rows_of(first, mask, row_index)
-    z = logits_of(hidden, weight, keep, bias, softcap, logit_scale, vocab_size)
+    z = logits_of(hidden, weight, keep, bias, softcap, extra, logit_scale, vocab_size)
     if isinstance(temperature, Tensor):
         temperature = torch.where(keep, compute(temperature), 1.0)[..., None].to(z.dtype)
     z = z / temperature

@@ -27,6 +27,7 @@ def linear_ppo_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     row_index: Tensor | None = None,
@@ -41,7 +42,7 @@ def linear_ppo_loss(
     """
     rows = rows_of(tokens, mask, row_index)
     # Once: its gradient is rounded once.
-    z = logits_of(hidden, weight, rows, bias, softcap, logit_scale, vocab_size)
+    z = logits_of(hidden, weight, rows, bias, softcap, extra, logit_scale, vocab_size)
     own: dict[str, Any] = {"temperature": temperature, "support": support}
     scored = token_logprobs(z, tokens, mask=rows, **own)
     others: dict[str, tuple[Tensor, float | Tensor]] = {}

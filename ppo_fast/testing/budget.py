@@ -24,7 +24,7 @@ from ppo_fast.testing.head_inputs import DIVERGENCES, HEADS
 
 _HALVES = (torch.bfloat16, torch.float16)
 _LOSSES = ("logits_ppo_loss", "linear_ppo_loss", "linear_divergence")
-_SCALED = ("grad_logits", "grad_hidden", "grad_weight", "grad_bias")
+_SCALED = tuple(f"grad_{x}" for x in ("logits", "hidden", "weight", "bias", "extra_u", "extra_b"))
 
 
 def assert_within_budget(

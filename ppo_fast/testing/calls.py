@@ -11,18 +11,19 @@ from torch import Tensor
 import ppo_fast
 from ppo_fast import Moments, RolloutStats, Stats, Teacher
 
+_HEAD = ("hidden", "weight", "bias", "extra_u", "extra_b")
 # What gradients flow to, and the outputs that they flow from.
 DIFFERENTIABLE = {
     "token_logprobs": (("logits",), ("logprobs", "entropy")),
     "ppo_loss": (("logprobs", "entropy"), ("loss",)),
     "value_loss": (("values",), ("loss",)),
-    "linear_token_logprobs": (("hidden", "weight", "bias"), ("logprobs", "entropy")),
-    "linear_logprobs_at": (("hidden", "weight", "bias"), ("logprobs", "entropy")),
+    "linear_token_logprobs": (_HEAD, ("logprobs", "entropy")),
+    "linear_logprobs_at": (_HEAD, ("logprobs", "entropy")),
     "logits_ppo_loss": (("logits",), ("loss",)),
-    "linear_ppo_loss": (("hidden", "weight", "bias"), ("loss",)),
+    "linear_ppo_loss": (_HEAD, ("loss",)),
     "divergence": (("logits",), ("loss",)),
-    "linear_token_divergence": (("hidden", "weight", "bias"), ("divergence", "entropy")),
-    "linear_divergence": (("hidden", "weight", "bias"), ("loss",)),
+    "linear_token_divergence": (_HEAD, ("divergence", "entropy")),
+    "linear_divergence": (_HEAD, ("loss",)),
 }
 
 
@@ -31,7 +32,7 @@ class Call(NamedTuple):
 
     `cotangents` is keyed by output; an output without one takes no part in the backward. A
     teacher's tensors are named teacher_hidden, teacher_weight and so on, and the option "teacher"
-    holds its other arguments.
+    holds its other arguments. Those of `extra` are named extra_u and extra_b.
     """
 
     op: str
@@ -76,10 +77,13 @@ def output(result: Any) -> dict[str, Tensor]:
 
 
 def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's tensors and options as its op takes them: those of a teacher made into one."""
+    """A call's tensors and options as its op takes them: a teacher and `extra` made of theirs."""
+    given = dict(given)
+    if "extra_u" in given:
+        given["extra"] = given.pop("extra_u"), given.pop("extra_b")
     own = {k: v for k, v in given.items() if k.startswith("teacher_")}
     if "teacher_hidden" not in own:
-        return dict(given)
+        return given
     named = {k.removeprefix("teacher_"): v for k, v in own.items()}
     teacher = Teacher(**named, **given["teacher"])
     return {k: v for k, v in given.items() if k not in own} | {"teacher": teacher}

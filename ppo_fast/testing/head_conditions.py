@@ -76,6 +76,10 @@ def _logits(call: Call, keep: Tensor) -> Logits:
     x, weight = torch.where(keep[..., None], t["hidden"], 0.0), t["weight"]
     z = x @ weight.t()
     error = x.abs() @ weight.abs().t() * _adds(x.shape[-1])
+    if "extra_u" in t:
+        u, b = torch.where(keep[..., None], t["extra_u"], 0.0), t["extra_b"]
+        z = z + u @ b.t()
+        error = error + u.abs() @ b.abs().t() * _adds(u.shape[-1]) + finite(z).abs()
     if "bias" in t:
         z = z + t["bias"]
         error = error + finite(z).abs()
@@ -115,16 +119,16 @@ def _gradients(
     if narrow is not None:
         info = torch.finfo(narrow)
         error = error + (size * info.eps + info.smallest_normal * info.eps) / (16 * eps)
-    x = torch.where(_kept(call)[..., None], t["hidden"], 0.0).abs()
-    x = x.reshape(-1, x.shape[-1])
     rows, vocab = size.shape
     summed = error + _adds(rows) * size
-    by_hidden = (error + _adds(vocab) * size) @ t["weight"].abs()
-    return {
-        "grad_hidden": (8, by_hidden.view(t["hidden"].shape), False),
-        "grad_weight": (8, summed.t() @ x, False),
-        "grad_bias": (8, summed.sum(0), False),
-    }
+    out: Conditions = {"grad_bias": (8, summed.sum(0), False)}
+    for of_rows, of_vocab in (("hidden", "weight"), ("extra_u", "extra_b")):
+        if of_rows in t:
+            x = torch.where(_kept(call)[..., None], t[of_rows], 0.0).abs()
+            by_rows = (error + _adds(vocab) * size) @ t[of_vocab].abs()
+            out[f"grad_{of_rows}"] = (8, by_rows.view(x.shape), False)
+            out[f"grad_{of_vocab}"] = (8, summed.t() @ x.reshape(-1, x.shape[-1]), False)
+    return out
 
 
 def linear_logprobs_condition(

@@ -20,6 +20,7 @@ from ppo_fast.testing.inputs import (
     ppo_call,
 )
 
+_RANK = 3  # of `extra`
 # What of a loss's call is not the head's.
 _LOSS = (
     "old_logprobs",
@@ -48,7 +49,8 @@ def linear_call(
     sparse: bool | None = None,
     **options: Any,
 ) -> Call:
-    """`linear_token_logprobs` of logits with deviation `scale`; extras: bias, row_index.
+    """`linear_token_logprobs` of logits with deviation `scale`; extras: bias, row_index, and
+    extra, of rank 3.
 
     `ignored`: every eleventh token is the ignored one, out of the vocabulary. `kept`: over a
     support of up to so many ids a row, `sparse` or not.
@@ -62,6 +64,9 @@ def linear_call(
         "mask": None if mask is None else make_mask(shape, mask, seed, device),
         "row_index": _rows(source, shape) if "row_index" in extras else None,
     }
+    if "extra" in extras:
+        tensors["extra_u"] = source.normal((*shape, _RANK))
+        tensors["extra_b"] = source.normal((vocab, _RANK), scale / _RANK**0.5)
     if ignored:
         tensors["tokens"].view(-1)[3::11] = options.get("ignore_index", -100)
     if temperature == "token":
@@ -80,7 +85,10 @@ def token_stats_call(
     """`linear_token_stats`; options as `linear_call`'s. Every other token is the likeliest."""
     call = linear_call(shape, vocab, width, **options)
     t = promoted(call).tensors
-    best = (t["hidden"] @ t["weight"].t() + t.get("bias", 0.0)).argmax(-1)
+    z = t["hidden"] @ t["weight"].t() + t.get("bias", 0.0)
+    if "extra_u" in t:
+        z = z + t["extra_u"] @ t["extra_b"].t()
+    best = z.argmax(-1)
     chosen = torch.arange(best.numel(), device=best.device).view(shape) % 2 == 0
     ignored = t["tokens"] == call.options.get("ignore_index", -100)
     tokens = torch.where(chosen & ~ignored, best, t["tokens"])

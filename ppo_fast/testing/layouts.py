@@ -13,6 +13,7 @@ _ALIGNED = (
     "hidden",
     "teacher_logits",
     "teacher_hidden",
+    "extra_u",
 )  # their last dimension stays contiguous
 
 

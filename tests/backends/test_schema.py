@@ -14,9 +14,11 @@ import ppo_fast
 from ppo_fast import testing
 from ppo_fast._boundary import emit, schema
 from ppo_fast._boundary.options import PACKED, PolicyOptions, ValueOptions
+from ppo_fast.teacher import KINDS
 
 ROOT = Path(__file__).parents[2]
 DOUBLE = torch.float64
+HEAD = ("hidden", "weight", "bias", "extra_u", "extra_b")
 OVERLOADS = [(op, backend) for op in schema.OPS for backend in schema.backends_of(op)]
 PPO = [1, 2, 1, 2, 0, 0, 2], [0.2, 0.3, 3.0, -20.0, 20.0, 0.01, 0.1, 10.0, 2.0, 0.0]
 
@@ -195,7 +197,8 @@ class TestGradcheck:
     def check(self, call: testing.Call, leaves: list[str], outputs: list[str]) -> bool:
         def f(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
             given = call.replace(**dict(zip(leaves, xs, strict=True)))
-            out = getattr(ppo_fast, call.op)(**given.tensors, **given.options, backend=self.name)
+            arguments = testing.arguments(given.tensors | given.options)
+            out = getattr(ppo_fast, call.op)(**arguments, backend=self.name)
             return tuple(testing.output(out)[k] for k in outputs)
 
         xs = [call.tensors[k].clone().requires_grad_() for k in leaves]
@@ -237,16 +240,17 @@ class TestGradcheck:
         assert self.check(call, ["values"], ["loss"])
 
     def test_linear_logprobs(self) -> None:
-        for options in ({}, {"softcap": 3.0, "temperature": 0.7, "extras": ("bias", "row_index")}):
+        every = {"softcap": 3.0, "temperature": 0.7, "extras": ("bias", "row_index", "extra")}
+        for options in ({}, every, every | {"kept": 4}):
             call = testing.linear_call((2, 3), 7, 3, dtype=DOUBLE, **options)
-            leaves = [k for k in ("hidden", "weight", "bias") if k in call.tensors]
+            leaves = [k for k in HEAD if k in call.tensors]
             assert self.check(call, leaves, ["logprobs", "entropy"])
 
     def test_linear_logprobs_at(self) -> None:
         """Ids that stand twice, absent ones, and more ids than the vocabulary has."""
-        for options in ({}, {"k": 9, "softcap": 3.0, "extras": ("bias", "row_index")}):
+        for options in ({}, {"k": 9, "softcap": 3.0, "extras": ("bias", "row_index", "extra")}):
             call = testing.linear_at_call((2, 3), 7, 3, dtype=DOUBLE, **options)
-            leaves = [k for k in ("hidden", "weight", "bias") if k in call.tensors]
+            leaves = [k for k in HEAD if k in call.tensors]
             assert self.check(call, leaves, ["logprobs", "entropy"])
 
     @pytest.mark.parametrize("reduction", schema.REDUCTIONS)
@@ -257,10 +261,19 @@ class TestGradcheck:
         options = {"dtype": DOUBLE, "variant": variant, "reduction": reduction}
         logits = testing.logits_ppo_call((2, 3), 5, log_ratio_clamp=5.0, **options)
         assert self.check(logits, ["logits"], ["loss"])
-        linear = testing.linear_ppo_call(
-            (2, 3), 5, 3, softcap=3.0, log_ratio_clamp=5.0, ignored=False, **options
-        )
-        assert self.check(linear, ["hidden", "weight", "bias"], ["loss"])
+        options |= {"head_extras": ("bias", "extra"), "log_ratio_clamp": 5.0}
+        linear = testing.linear_ppo_call((2, 3), 5, 3, softcap=3.0, ignored=False, **options)
+        assert self.check(linear, list(HEAD), ["loss"])
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_divergences(self, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+        """Of a student with an adapter on its head, and of it alone."""
+        short_chunks(monkeypatch, "triton")
+        given: dict[str, Any] = {"dtype": DOUBLE, "extras": ("bias", "extra"), "softcap": 3.0}
+        tokens = testing.DIVERGENCES["linear_token_divergence"]((2, 3), 7, 3, kind=kind, **given)
+        assert self.check(tokens, list(HEAD), ["divergence", "entropy"])
+        loss = testing.DIVERGENCES["linear_divergence"]((2, 3), 7, 3, kind=kind, **given)
+        assert self.check(loss, list(HEAD), ["loss"])
 
 
 @pytest.mark.parametrize("op", testing.FACTORIES)

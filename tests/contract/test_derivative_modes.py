@@ -21,7 +21,9 @@ KERNEL_OPS = (*DIFFERENTIABLE, *ADVANTAGES)
 def call_of(op: str, device: str = "cpu") -> Call:
     """A small call of an op, with gradients where it has them."""
     makers = testing.FACTORIES | testing.HEADS | testing.DIVERGENCES
-    return makers[op]((2, 3), device=device)
+    name = "head_extras" if op == "linear_ppo_loss" else "extras"
+    options = {name: ("bias", "extra")} if op.startswith("linear") else {}
+    return makers[op]((2, 3), device=device, **options)
 
 
 def with_tangent(call: Call, name: str, op: Any) -> Any:
@@ -183,12 +185,12 @@ def test_a_bias_and_weights_of_inference_mode(kernel: str, device: str) -> None:
     """Frozen ones, as a rollout's engine hands them over."""
     call = call_of("linear_token_logprobs", device)
     with torch.inference_mode():
-        frozen = {k: call.tensors[k].clone() for k in ("weight", "bias") if k in call.tensors}
+        frozen = {k: call.tensors[k].clone() for k in ("weight", "bias", "extra_b")}
     hidden = call.tensors["hidden"].detach().requires_grad_()
     grads = []
     for given in ({}, frozen):
-        args = {**call.tensors, "hidden": hidden, **given}
-        out = ppo_fast.linear_token_logprobs(**args, **call.options, backend=kernel)
+        args = testing.arguments({**call.tensors, "hidden": hidden, **given, **call.options})
+        out = ppo_fast.linear_token_logprobs(**args, backend=kernel)
         grads.append(torch.autograd.grad(out.logprobs.sum(), hidden)[0])
     assert testing.same_bits(*grads)
 
@@ -200,7 +202,7 @@ def changed_meanwhile(call: Call, name: str, kernel: str) -> tuple[Tensor, ...]:
     names, outputs = DIFFERENTIABLE[call.op]
     leaves = [n for n in names if n in args]
     args |= {n: args[n].detach().requires_grad_() for n in leaves}
-    out = getattr(ppo_fast, call.op)(**args, **call.options, backend=kernel)
+    out = getattr(ppo_fast, call.op)(**testing.arguments(args | call.options), backend=kernel)
     total = sum((x * call.cotangents[k]).sum() for k, x in zip(outputs, out, strict=True))
     changed.fill_(1)
     return torch.autograd.grad(total, [args[n] for n in leaves])
@@ -247,7 +249,8 @@ def test_a_gradient_changed_in_place_is_not_handed_out_again(
     call = call_of(op, device).option(reduction="token-sum")
     names = [n for n in DIFFERENTIABLE[op][0] if n in call.tensors]
     leaves = {n: call.tensors[n].detach().requires_grad_() for n in names}
-    loss = getattr(ppo_fast, op)(**call.tensors | leaves, **call.options, backend=kernel).loss
+    given = testing.arguments(call.tensors | leaves | call.options)
+    loss = getattr(ppo_fast, op)(**given, backend=kernel).loss
     first = torch.autograd.grad(loss, [*leaves.values()], retain_graph=True)
     want = [g.clone() for g in first]
     for g in first:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from head_helpers import Allocations
 from loop_helpers import TEXTS, batch_of, gradients, tiny, trainer, weights
 from rich.console import Console
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -20,6 +21,7 @@ from ppo_fast.loop import TrainConfig, Trainer, UnsupportedModelError
 from ppo_fast.loop.checkpoint.state import trainable
 from ppo_fast.loop.data.sequences import Sequences
 from ppo_fast.loop.model.adapters import add_adapters
+from ppo_fast.loop.model.head import output_head
 from ppo_fast.loop.model.tower import Tower
 from ppo_fast.loop.ranks.ranks import processes
 from ppo_fast.loop.rewards import letters
@@ -196,7 +198,8 @@ def head_and_own(tower: Tower) -> tuple[torch.Tensor, torch.Tensor]:
     logits, hidden = tower.logits(seqs)
     tokens = seqs.flat(seqs.response)
     own = logits.double().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(1)
-    return ppo_fast.linear_token_logprobs(hidden, tokens=tokens, **tower.head()).logprobs, own
+    head = tower.head(hidden)
+    return ppo_fast.linear_token_logprobs(hidden, tokens=tokens, **head).logprobs, own
 
 
 @pytest.mark.parametrize(
@@ -219,6 +222,99 @@ def test_adapters_on_the_head_are_in_the_linear_head(
     off, own_off = head_and_own(Tower(model, 0, model.disable_adapter))
     torch.testing.assert_close(off, own_off, rtol=0, atol=1e-12)
     assert (off - linear).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b")])
+def test_no_dense_head_is_formed(names: tuple[str, ...]) -> None:
+    """Loss and gradients are those of weight + scale·B·A, which a micro-batch does not make."""
+    model = with_adapters_on_the_head(*names)
+    tower, tokens = Tower(model, 0), torch.arange(6)
+    hidden = torch.randn(6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    leaves = [p for n, p in model.named_parameters() if "lm_head.lora" in n]
+    given = {"tokens": tokens, "old_logprobs": torch.full((6,), -5.0).double()}
+    advantages = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def loss_and_grads(head: dict[str, Any], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = ppo_fast.linear_ppo_loss(x, advantages=advantages, **given, **head)
+        return out.loss, *torch.autograd.grad(out.loss, [x, *leaves])
+
+    tower.product()  # which is measured once
+    x = hidden.clone().requires_grad_()
+    want = loss_and_grads(tower.head(), x)
+    x = hidden.clone().requires_grad_()
+    with Allocations() as seen:
+        got = loss_and_grads(tower.head(x), x)
+    assert len(got) == 2 + 2 * len(names) and len(tower.head(x)["extra"]) == 2
+    for a, b in zip(got, want, strict=True):
+        assert b.any()
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert all(shape.numel() < 300 * 32 for shape in seen.shapes)
+
+
+def test_dropout_of_an_adapter_on_the_head() -> None:
+    """Where a model is in training mode, u is of what is left of the hidden states."""
+    model = with_adapters_on_the_head("a", lora_dropout=0.5).train()
+    hidden = torch.randn(6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(1)
+    want = model.get_output_embeddings()(hidden)
+    torch.manual_seed(1)
+    extra = output_head(model).extra(hidden)
+    assert extra is not None
+    u, b = extra
+    head = output_head(model.eval())
+    still = head.extra(hidden)
+    assert still is not None and not torch.equal(u, still[0])
+    torch.testing.assert_close(hidden @ head.weight.T + u @ b.T, want, rtol=0, atol=1e-12)
+
+
+def other_adapters(kind: str) -> Any:
+    """The tiny model with adapters on its head that are no LoRA."""
+    import peft
+
+    model, _ = tiny(torch.float64)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    given: dict[str, Any] = {"target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
+    if kind == "IA3":
+        given["feedforward_modules"] = []
+    if kind == "AdaLora":
+        given["total_step"] = 10
+    return peft.get_peft_model(model, getattr(peft, f"{kind}Config")(**given)).double().eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"), [("IA3", "ia3.layer.Linear"), ("AdaLora", "adalora.layer.SVDLinear")]
+)
+def test_adapters_of_other_kinds_are_refused_by_name(kind: str, named: str) -> None:
+    model = other_adapters(kind)
+    with pytest.raises(UnsupportedModelError, match=f"'default' on the output head .*{named}"):
+        Tower(model, 0).head()
+    with torch.no_grad():
+        off = Tower(model, 0, model.disable_adapter)
+        torch.testing.assert_close(*head_and_own(off), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"trainable": [7, 9]}])
+def test_a_head_that_is_trained_whole_or_for_some_tokens(options: dict[str, Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = tiny(torch.float64)
+    options = dict(options)
+    if "trainable" in options:
+        options = {"trainable_token_indices": options["trainable"]}
+    else:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    model = get_peft_model(model, lora).double().eval()
+    for name, p in model.named_parameters():
+        if p.requires_grad and "lora" not in name:
+            p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5))
+    linear, own = head_and_own(Tower(model, 0))
+    torch.testing.assert_close(linear, own, rtol=0, atol=1e-12)
+    off, own_off = head_and_own(Tower(model, 0, model.disable_adapter))
+    torch.testing.assert_close(off, own_off, rtol=0, atol=1e-12)
+    assert (off - linear).abs().max() > 1e-3
 
 
 def test_merged_adapters_on_the_head_count_once() -> None:

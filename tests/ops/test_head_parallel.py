@@ -29,7 +29,14 @@ from ppo_fast.testing import (
 
 WORLD, VOCAB, SHARE = 2, 38, 19
 # And the dimension that is the vocabulary.
-SHARDED = {"weight": 0, "bias": 0, "logits": -1, "teacher_weight": 0, "teacher_bias": 0}
+SHARDED = {
+    "weight": 0,
+    "bias": 0,
+    "extra_b": 0,
+    "logits": -1,
+    "teacher_weight": 0,
+    "teacher_bias": 0,
+}
 Results = dict[str, torch.Tensor]
 
 
@@ -87,7 +94,7 @@ def cases() -> dict[str, Call]:
         out[f"{name}, labels at -inf"] = _forbidden(_labelled(few, edges), slice(SHARE, None, 2))
         out[f"{name}, loss"] = linear_ppo_call((3, 5), VOCAB, kept=12, sparse=sparse)
     out["support, logits"] = logprobs_call((3, 5), VOCAB, kept=12)
-    out |= at_ids() | taught() | of_stats()
+    out |= at_ids() | taught() | adapted() | of_stats()
     return out | {f"loss {v}": linear_ppo_call((3, 5), VOCAB, variant=v) for v in VARIANTS}
 
 
@@ -126,7 +133,7 @@ def of_stats() -> dict[str, Call]:
     near[[4, 30]] = torch.tensor(
         [3.8, float(torch.nextafter(torch.tensor(3.8), torch.tensor(9.0)))]
     )
-    capped = {"softcap": 4.0, "extras": ("bias", "row_index"), "mask": "row"}
+    capped = {"softcap": 4.0, "extras": ("bias", "row_index", "extra"), "mask": "row"}
     outside = _labelled(plain, torch.tensor([VOCAB, -1, 2**40]))
     return {
         "statistics": plain,
@@ -180,8 +187,25 @@ def taught() -> dict[str, Call]:
     return out
 
 
+def adapted() -> dict[str, Call]:
+    """With an adapter on the head, whose b is shared as the weight is and u whole."""
+    extras = ("bias", "extra")
+    out = {
+        "extra": linear_call((3, 5), VOCAB, softcap=4.0, extras=(*extras, "row_index")),
+        "extra at ids": linear_at_call((3, 5), VOCAB, extras=extras),
+        "extra and a teacher": linear_divergence_call((3, 5), VOCAB, kind="jsd", extras=extras),
+        "loss with extra": linear_ppo_call((3, 5), VOCAB, head_extras=extras),
+        "gspo with extra": linear_ppo_call((3, 5), VOCAB, head_extras=extras, variant="gspo"),
+    }
+    for sparse in (True, False):
+        out[f"extra over a support, sparse {sparse}"] = linear_call(
+            (3, 5), VOCAB, kept=12, sparse=sparse, extras=extras, scale=1.0
+        )
+    return out
+
+
 def share(call: Call, rank: int) -> Call:
-    """This rank's rows of weight and bias, or columns of the logits."""
+    """This rank's rows of weight, b and bias, or columns of the logits."""
     given = {k: dim for k, dim in SHARDED.items() if k in call.tensors}
     return call.replace(
         **{k: call.tensors[k].narrow(dim, rank * SHARE, SHARE).clone() for k, dim in given.items()}

@@ -42,33 +42,98 @@ def described(model: Any) -> str:
     return f"output head {path} ({type(head).__name__}) of {type(model).__name__}"
 
 
-def weight_and_bias(model: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, H) and bias (V,) of the output head, with peft's LoRA adapters on it added in.
+class Adapter(NamedTuple):
+    """A LoRA adapter on the head: logits += u · bᵀ with u = scale · dropout(hidden) · aᵀ.
 
-    The sum is made anew at every call, so that adapters get their gradient.
+    Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+    """
+
+    a: Tensor  # (r, H)
+    b: Tensor  # (V, r)
+    scale: float
+    dropout: Callable[[Tensor], Tensor]
+
+    def u(self, hidden: Tensor) -> Tensor:
+        """(n, r), of hidden states (n, H) and in their type."""
+        x: Tensor = self.dropout(hidden.to(self.a.dtype)) @ self.a.t()
+        return (x * self.scale).to(hidden.dtype)
+
+
+class OutputHead(NamedTuple):
+    """Weight (V, H) and bias (V,) of a model's output head, and peft's adapters on it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: list[Adapter]
+
+    def extra(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(u, b) as the linear ops take it, (n, r) and (V, r); several adapters side by side."""
+        if not self.adapters:
+            return None
+        u = [x.u(hidden) for x in self.adapters]
+        b = [x.b.to(self.weight.dtype) for x in self.adapters]
+        return (u[0], b[0]) if len(u) == 1 else (torch.cat(u, 1), torch.cat(b, 1))
+
+    def low_rank(self) -> list[tuple[Tensor, Tensor]]:
+        """b (V, r) and scale · a (r, H) of every adapter, wide: their products are added to the
+        weight."""
+        return [(x.b.double(), x.scale * x.a.double()) for x in self.adapters]
+
+    def dense(self) -> Tensor:
+        """Weight with the adapters added in, (V, H)."""
+        weight = self.weight
+        with torch.autocast(weight.device.type, enabled=False):
+            for x in self.adapters:
+                weight = weight + (x.scale * (x.b @ x.a)).to(weight.dtype)
+        return weight
+
+
+def output_head(model: Any) -> OutputHead:
+    """The output head of a model, with those of peft's adapters on it that are active.
+
+    Raises UnsupportedModelError, which names adapter and head, for one that adds no product of
+    low rank to the logits, as DoRA.
     """
     head = model.get_output_embeddings()
-    lora = getattr(head, "lora_A", None)
-    if lora is None or not hasattr(head, "base_layer"):
-        return head.weight, getattr(head, "bias", None)
-    weight, bias = head.base_layer.weight, head.base_layer.bias
+    if not hasattr(head, "base_layer"):
+        return OutputHead(head.weight, getattr(head, "bias", None), [])
+    weight, bias = head.base_layer.weight, getattr(head.base_layer, "bias", None)
     if head.merged or head.disable_adapters:
-        return weight, bias
+        return OutputHead(weight, bias, [])
+    adapters = []
     for name in head.active_adapters:
-        if name not in lora:
+        if name not in _adapters_of(head):
             continue
-        if name in head.lora_variant:
-            kind = type(head.lora_variant[name]).__name__
-            raise UnsupportedModelError(
-                f"adapter {name!r} on the {described(model)} is a {kind}: {_OTHER}"
-            )
-        with torch.autocast(weight.device.type, enabled=False):
-            weight = weight + head.get_delta_weight(name)
-        added = head.lora_B[name].bias
-        if added is not None:
-            added = added * head.scaling[name]
+        _check_adapter(model, head, name)
+        a, b, scale = head.lora_A[name].weight, head.lora_B[name], head.scaling[name]
+        adapters.append(Adapter(_whole(a), _whole(b.weight), scale, head.lora_dropout[name]))
+        if b.bias is not None:
+            added = _whole(b.bias) * scale
             bias = added if bias is None else bias + added
-    return weight, bias
+    return OutputHead(weight, bias, adapters)
+
+
+def _adapters_of(head: Any) -> set[str]:
+    """Names of all adapters on a layer of peft's."""
+    layers = (getattr(head, name, {}) for name in head.adapter_layer_names)
+    return {name for layer in layers for name in layer}
+
+
+def _check_adapter(model: Any, head: Any, name: str) -> None:
+    lora = getattr(head, "lora_A", {})
+    variant = getattr(head, "lora_variant", {}).get(name)
+    if variant is None and name in lora and isinstance(lora[name], nn.Linear):
+        return
+    kind = type(head if variant is None else variant)
+    raise UnsupportedModelError(
+        f"adapter {name!r} on the {described(model)} is a {kind.__module__}.{kind.__name__}:"
+        f" {_OTHER}"
+    )
+
+
+def _whole(x: Any) -> Any:
+    """A sharded tensor's whole; others as they are."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 @torch.no_grad()
@@ -112,13 +177,13 @@ def measured(model: Any, tokens: Tensor) -> Product:
 
 def check_product(model: Any, hidden: Tensor, out: Tensor) -> None:
     """Refuse a head whose `out` (n, V) is not hidden · weightᵀ + bias, up to rounding."""
-    weight, bias = weight_and_bias(model)
-    if out.shape[-1] != len(weight):
+    head = output_head(model)
+    if out.shape[-1] != len(head.weight):
         raise UnsupportedModelError(
-            f"{described(model)} gives {out.shape[-1]} numbers with a weight of {len(weight)}"
-            f" rows: {_OTHER}"
+            f"{described(model)} gives {out.shape[-1]} numbers with a weight of"
+            f" {len(head.weight)} rows: {_OTHER}"
         )
-    want, bound = product(hidden, weight, bias, out.dtype)
+    want, bound = product(hidden, head.weight, head.bias, out.dtype, head.low_rank())
     error = (out.double() - want).abs()
     if bool((error > bound).any()):
         raise UnsupportedModelError(
@@ -166,18 +231,18 @@ def check_distributions(model: Any, head: Product, hidden: Tensor, logits: Tenso
 
     Raises UnsupportedModelError where a log-probability differs by more than rounding explains.
     """
-    weight, bias = weight_and_bias(model)
-    z, bound = product(hidden, weight, bias, head.dtype)
+    own = output_head(model)
+    z, bound = product(hidden, own.weight, own.bias, head.dtype, own.low_rank())
     mine, bound = head.of(z), bound * head.scale
-    own = logits.double()
-    if own.shape != mine.shape:
+    theirs = logits.double()
+    if theirs.shape != mine.shape:
         raise UnsupportedModelError(
-            f"{described(model)} has {mine.shape[1]} rows for {own.shape[1]} logits: {_OTHER}"
+            f"{described(model)} has {mine.shape[1]} rows for {theirs.shape[1]} logits: {_OTHER}"
         )
     rounded = 8 * spacing(logits.dtype) * mine.abs()
     bound = bound + rounded
     bound = bound + bound.amax(1, keepdim=True)  # of the normaliser
-    error = (mine.log_softmax(1) - own.log_softmax(1)).abs()
+    error = (mine.log_softmax(1) - theirs.log_softmax(1)).abs()
     worst = (error - bound).nan_to_num(-1.0, torch.inf)
     if bool((worst > 0).any()):
         token = int(worst.amax(0).argmax())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,10 +62,15 @@ def has_routed_experts(model: Any) -> bool:
 
 
 def product(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    low_rank: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> tuple[Tensor, Tensor]:
     """hidden·weightᵀ + bias of inputs rounded to `dtype`, and how far one computed in it may be.
 
+    Products b·a of `low_rank`, (V, r) and (r, H), are added to the weight, some rows at a time.
     Both (n, V) fp64, from hidden (n, H). The bound, with roundings at random as in Higham & Mary
     2019 ("A New Approach to Probabilistic Rounding Error Analysis"): eight roundings of each of
     the H terms, whose squares add; the sum's own, by sqrt(H) of its absolute sum in at least fp32;
@@ -73,11 +79,16 @@ def product(
     rows = hidden.to(dtype).double()
     eps, summed = spacing(dtype), min(spacing(dtype), spacing(torch.float32))
     values, bounds = [], []
-    for chunk in weight.detach().split(_CHUNK):
-        w = chunk.to(dtype).double()
+    pairs = [(b.detach().to(dtype).double(), a.detach().to(dtype).double()) for b, a in low_rank]
+    for start in range(0, len(weight), _CHUNK):
+        at = slice(start, start + _CHUNK)
+        w = weight.detach()[at].to(dtype).double()
+        size = w.abs()
+        for b, a in pairs:
+            w, size = w + b[at] @ a, size + b[at].abs() @ a.abs()
         values.append(rows @ w.T)
-        terms = 8 * eps * (rows.square() @ w.square().T).sqrt()
-        sums = math.sqrt(rows.shape[1]) * summed * (rows.abs() @ w.abs().T)
+        terms = 8 * eps * (rows.square() @ size.square().T).sqrt()
+        sums = math.sqrt(rows.shape[1]) * summed * (rows.abs() @ size.T)
         bounds.append(terms + sums)
     value, bound = torch.cat(values, 1), torch.cat(bounds, 1)
     if bias is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.loop.data.sequences import Sequences, position_ids
-from ppo_fast.loop.model.head import Product, hooked, measured, weight_and_bias
+from ppo_fast.loop.model.head import Product, hooked, measured, output_head
 from ppo_fast.loop.model.layers import decoder_layers, plain_tokens, refusing
 
 T = TypeVar("T")
@@ -77,15 +77,19 @@ class Tower:
                 self._product = measured(self.model, tokens)
         return self._product
 
-    def head(self) -> dict[str, Any]:
+    def head(self, hidden: Tensor | None = None) -> dict[str, Any]:
         """Weight, bias and soft cap of the output head, as `linear_ppo_loss` takes them.
 
-        Where the model scales its logits, with the temperature that does so.
+        With peft's adapters on the head as `extra` of the hidden states (n, H), or without these
+        added to the weight. Where the model scales its logits, with the temperature that does so.
         """
         options = self.product().options()
         with self.inside():
-            weight, bias = weight_and_bias(self.model)
-        return {"weight": weight, "bias": bias, **options}
+            head = output_head(self.model)
+            if hidden is None:
+                return {"weight": head.dense(), "bias": head.bias, **options}
+            extra = head.extra(hidden)
+        return {"weight": head.weight, "bias": head.bias, "extra": extra, **options}
 
     def run(self, tokens: Tensor, **options: Any) -> Any:
         """The model's answer to `tokens` (B, T), without a cache."""
