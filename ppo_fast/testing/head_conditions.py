@@ -36,7 +36,7 @@ _FLUSHED = torch.finfo(torch.float32).smallest_normal / torch.finfo(torch.float3
 
 
 class Logits(NamedTuple):
-    """Logits (N, V) of selected rows, what rounds them, and what the softcap's slope is."""
+    """Logits (N, V) of selected rows, what rounds them, and their slope by the product's."""
 
     z: Tensor
     error: Tensor
@@ -73,20 +73,21 @@ def _logits(call: Call, keep: Tensor) -> Logits:
     if "logits" in t:
         z = torch.where(keep[..., None], t["logits"], 0.0)
         return Logits(z, torch.zeros_like(z), 1.0, 0.0)
-    x, weight = torch.where(keep[..., None], t["hidden"], 0.0), t["weight"]
+    size = call.options.get("vocab_size")
+    x, weight = torch.where(keep[..., None], t["hidden"], 0.0), t["weight"][:size]
     z = x @ weight.t()
     error = x.abs() @ weight.abs().t() * _adds(x.shape[-1])
     if "bias" in t:
-        z = z + t["bias"]
+        z = z + t["bias"][:size]
         error = error + finite(z).abs()
     if scale != 1.0:
         z, error = scale * z, scale * (error + finite(z).abs())
     if cap is None:
-        return Logits(z, error, 1.0, 0.0)
+        return Logits(z, error, scale, 0.0 if scale == 1.0 else scale)
     u = torch.tanh(z / cap)
     bend = 1 - u * u
     off = finite(bend * (error + 2 * z.abs())) / cap + 2 * u.abs()
-    return Logits(cap * u, cap * off, bend, 2 * u.abs() * off + 1)
+    return Logits(cap * u, cap * off, scale * bend, scale * (2 * u.abs() * off + 2))
 
 
 def _upward(
@@ -119,7 +120,9 @@ def _gradients(
     x = x.reshape(-1, x.shape[-1])
     rows, vocab = size.shape
     summed = error + _adds(rows) * size
-    by_hidden = (error + _adds(vocab) * size) @ t["weight"].abs()
+    by_hidden = (error + _adds(vocab) * size) @ t["weight"][:vocab].abs()
+    # What is rounded in the gradient of padding is nothing.
+    summed = torch.nn.functional.pad(summed, (0, t["weight"].shape[0] - vocab))
     return {
         "grad_hidden": (8, by_hidden.view(t["hidden"].shape), False),
         "grad_weight": (8, summed.t() @ x, False),
@@ -299,7 +302,7 @@ def _loss_of(call: Call, exact: dict[str, Tensor]) -> Call:
     taken = ["old_logprobs", "advantages", "is_weights", "ref_logprobs", "cu_seqlens"]
     taken.append("sequence_weights")
     head = ["temperature", "softcap", "ignore_index", "inplace", "support", "teacher"]
-    head.append("z_loss_coef")
+    head += ["z_loss_coef", "logit_scale", "vocab_size"]
     options: dict[str, Any] = {k: v for k, v in o.items() if k not in head}
     counted, index = _kept(call), t.get("row_index")
     tensors = {k: t[k] for k in taken if k in t} | {k: exact[k] for k in ("logprobs", "entropy")}
