@@ -32,9 +32,10 @@ _EXTREMES = ("ratio_min", "ratio_max")
 # Losses of logits: means over the rows.
 _MEANS_OF_ROWS = ("linear_ppo_loss", "logits_ppo_loss", "linear_divergence", "divergence")
 # What a sample of the rows can answer for.
-_PER_ROW = (*TokenStats._fields, "divergence", "grad_logits", "grad_hidden")
+_PER_ROW = (*TokenStats._fields, "divergence", "grad_logits", "grad_hidden", "grad_extra_u")
 # Tensors that every row shares.
-_SHARED = ("weight", "teacher_weight")
+_HEADS = ("weight", "teacher_weight")
+_SHARED = (*_HEADS, "extra_b")
 # Logits in the sample: on a CPU 0.5 GB of fp64, and some temporaries of that size. A GPU's time is
 # lent, and its host would take half a minute for the products of a head's sample of that size.
 _SAMPLE = {"cpu": 2**26, "cuda": 2**23}
@@ -45,7 +46,7 @@ def _sampled(call: Call) -> tuple[Call, Tensor | None]:
     main = call.tensors.get("hidden", call.tensors.get("logits"))
     if main is None:
         return call, None
-    heads = [call.tensors[name].shape[0] for name in _SHARED if name in call.tensors]
+    heads = [call.tensors[name].shape[0] for name in _HEADS if name in call.tensors]
     logits = [x.shape[-1] for name, x in call.tensors.items() if name.endswith("logits")]
     n, fit = main.shape[0], max(2, _SAMPLE[main.device.type] // sum(heads or logits))
     if n <= fit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.ops import support, teacher
+from benchmarks.ops import adapter, support, teacher
 from benchmarks.ops.case import BOTH, DTYPES, Case, Shape
 from benchmarks.ops.inputs import policy_loss_inputs
 from benchmarks.ops.op import CPU, Cost, Goal, Op, device_time
@@ -22,6 +22,7 @@ CHOSEN_R2 = Shape("qwen-r2-3-rows-of-10", QWEN_R2.dims)
 
 LINEAR_LOSS_BOTH = Case(NAME, BOTH, SMOLLM2_HEAD_2K)
 WITH_TEACHER = Case(NAME, BOTH, teacher.taught(SMOLLM2_HEAD_2K))
+WITH_ADAPTER = Case(NAME, BOTH, adapter.SHAPE)
 OF_SUPPORT = {name: Case(NAME, BOTH, shape) for name, shape in support.SHAPES.items()}
 GPU_LINEAR_LOSS = Case(NAME, BOTH, QWEN_R2, "bf16", device="cuda")
 GPU_CHOSEN_ROWS = Case(NAME, BOTH, CHOSEN_R2, "bf16", device="cuda")
@@ -30,6 +31,7 @@ CASES = (
     LINEAR_LOSS_BOTH,
     *(Case(NAME, BOTH, shape) for shape in LENGTHS),
     WITH_TEACHER,
+    WITH_ADAPTER,
     *OF_SUPPORT.values(),
     GPU_LINEAR_LOSS,
     GPU_CHOSEN_ROWS,
@@ -65,12 +67,14 @@ def _rows(case: Case) -> int:
 
 
 def inputs(case: Case) -> Call:
-    """The loss of all rows, or of three in ten, over a support, or with a teacher."""
+    """The loss of all rows, or of three in ten, over a support, with a teacher or an adapter."""
     if support.kept(case):
         return support.inputs(case, policy_loss_inputs)
     call = policy_loss_inputs(case)
     if kind := teacher.kind_of(case):
         return teacher.with_teacher(call, kind, teacher.COEF)
+    if adapter.is_adapted(case):
+        return adapter.inputs(case, call)
     if not _chosen(case):
         return call
     index = torch.arange(_rows(case), device=case.device) * 10 // 3
@@ -89,6 +93,8 @@ def cost(case: Case) -> Cost:
     if teacher.kind_of(case):
         moved, operations = teacher.cost(case)
         return Cost(moved + case.shape.dims[0] * 32, operations)
+    if adapter.is_adapted(case):
+        return adapter.cost(case)
     rows, (_, vocab, width) = _rows(case), case.shape.dims
     n = rows * vocab
     moved, both = (rows + vocab) * width * DTYPES[case.dtype].itemsize, case.direction == BOTH
@@ -97,12 +103,15 @@ def cost(case: Case) -> Cost:
 
 
 def gradient_mb(case: Case) -> float:
-    """The gradients by hidden states and, if it is trained, weight."""
+    """The gradients by hidden states and, if they are trained, weight or adapter."""
     if not case.differentiates:
         return 0.0
     rows, vocab, width = case.shape.dims
-    trained = 0 if support.is_frozen(case) else vocab
-    return (rows + trained) * width * DTYPES[case.dtype].itemsize / 2**20
+    if adapter.is_adapted(case):
+        numbers = rows * width + (rows + vocab) * adapter.RANK
+    else:
+        numbers = (rows + (0 if support.is_frozen(case) else vocab)) * width
+    return numbers * DTYPES[case.dtype].itemsize / 2**20
 
 
 OP = Op(NAME, 4, CASES, inputs, cost, GOALS, gradient_mb=gradient_mb)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.ops.adapter import is_adapted
 from benchmarks.ops.case import BACKWARD, Case
 from benchmarks.ops.support import is_frozen
 from ppo_fast.testing import Call
@@ -79,7 +80,8 @@ def leaves(case: Case, call: Call) -> tuple[Named, Named]:
     """The call's tensors, and those of them that gradients flow to: leaves where asked for."""
     tensors = dict(call.tensors)
     wanted = DIFFERENTIABLE[call.op][0] if case.grad else ()
-    wanted = tuple(name for name in wanted if not (name == "weight" and is_frozen(case)))
+    frozen = is_frozen(case) or is_adapted(case)
+    wanted = tuple(name for name in wanted if not (name == "weight" and frozen))
     for name in wanted:
         if name in tensors:
             tensors[name] = tensors[name].detach().clone().requires_grad_()

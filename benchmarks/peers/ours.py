@@ -7,6 +7,7 @@ from typing import Any
 
 import ppo_fast
 from benchmarks.ops import teacher
+from benchmarks.ops.adapter import is_adapted
 from benchmarks.ops.case import Case
 from benchmarks.ops.registry import OPS
 from benchmarks.ops.support import kept
@@ -30,7 +31,7 @@ def of(case: Case) -> Iterator[Provider]:
             yield _backend(case, backend, inplace=True)
         if case.op == "linear_ppo_loss" and teacher.kind_of(case):
             yield _apart(case, backend)
-        elif case.op == "linear_ppo_loss" and not kept(case):
+        elif case.op == "linear_ppo_loss" and not kept(case) and not is_adapted(case):
             yield _surrogate(case, backend)
     yield _backend(case, "reference")
 

@@ -11,8 +11,8 @@ from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import RowStats, Scoring, Softmax
 from ppo_fast._results import TokenStats
 from ppo_fast.ops.forward_mode import derivatives
-from ppo_fast.ops.head import Head
-from ppo_fast.ops.head_inputs import HeadInputs, check_head
+from ppo_fast.ops.head import Head, HeadOperands
+from ppo_fast.ops.head_inputs import HeadForm, HeadInputs, check_head
 from ppo_fast.ops.shards import Shard
 
 _OP = "linear_token_stats"
@@ -27,6 +27,9 @@ def linear_token_stats(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
     row_index: Tensor | None = None,
@@ -35,13 +38,14 @@ def linear_token_stats(
 ) -> TokenStats:
     """Statistics of every token's distribution, for baselines and metrics: constants, always six.
 
-    Of z = cap(hidden·weightᵀ + bias) / temperature and p = softmax(z), as TRL names them; the
-    logits never exist as a whole, and are read once. Log-probability and entropy have the bits of
+    Of z, the logits over the temperature, and p = softmax(z), as TRL names them; the logits never
+    exist as a whole, and are read once. Log-probability and entropy have the bits of
     `linear_token_logprobs`. exp of `log_sum_sq_probs` is verl's `sum_pi_squared`, which
     `optimal_token_baseline` takes.
 
     Args:
-        hidden, weight, bias, temperature, softcap, row_index: as in `linear_token_logprobs`.
+        hidden, weight, bias, temperature, softcap, extra, logit_scale, vocab_size, row_index:
+            as in `linear_token_logprobs`.
         tokens, mask, ignore_index: as in `token_logprobs`.
         process_group: ranks that hold a share of the vocabulary each, with identical tokens.
         backend: "reference", "cpu" or "triton"; by default the device's.
@@ -62,9 +66,7 @@ def linear_token_stats(
         hidden,
         weight,
         tokens,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        HeadForm(bias, temperature, softcap, extra, logit_scale, vocab_size),
         mask=mask,
         ignore_index=ignore_index,
         row_index=row_index,
@@ -80,17 +82,15 @@ def linear_token_stats(
         with given.exact():
             return reference.linear_token_stats(**inputs)
     with given.exact():
-        head = Head(given.hidden, given.weight, given.bias, given.rows, given.options)
+        head = Head(given.operands, given.rows, given.options)
         part = _all_rows(head)
-    shard = given.options.shard
-    vocab = given.weight.shape[0] if shard is None else shard.vocab
-    stats = _statistics(part, head.scoring(slice(None)), vocab)
+    stats = _statistics(part, head.scoring(slice(None)), given.options.vocab)
     return TokenStats(*(given.rows.spread(x).view(tokens.shape) for x in stats))
 
 
 def _detached(given: HeadInputs) -> HeadInputs:
-    bias = None if given.bias is None else given.bias.detach()
-    return given._replace(hidden=given.hidden.detach(), weight=given.weight.detach(), bias=bias)
+    operands = (None if x is None else x.detach() for x in given.operands)
+    return given._replace(operands=HeadOperands._make(operands))
 
 
 def _all_rows(head: Head) -> RowStats:
@@ -122,12 +122,14 @@ def _merged(shard: Shard, part: RowStats, z: Tensor, s: Scoring) -> RowStats:
     dead = z.amax(-1).isneginf()
     whole = shard.merge(Softmax(*part[:4]), dead, s)
     peak = z.gather(-1, part.top[:, None])[:, 0]
-    # A share without a finite logit has no weight. Ids are exact in fp64.
+    # A share without a finite logit has no weight, and without a column no mean. Ids are exact in
+    # fp64.
+    mean = part.mean_logit.double() * (shard.size / shard.vocab)
     mine = torch.stack(
         [
             torch.where(dead, -float("inf"), part.row_max).double(),
             torch.where(dead, 0.0, part.log_sum_sq).double(),
-            part.mean_logit.double() * (z.shape[-1] / shard.vocab),
+            mean if shard.size else torch.zeros_like(mean),
             peak.double(),
             part.top.double() + shard.first,
         ]
@@ -141,6 +143,8 @@ def _merged(shard: Shard, part: RowStats, z: Tensor, s: Scoring) -> RowStats:
         mean = mean + own_mean
         top = torch.where(own_peak > best, own_top, top)
         best = torch.maximum(best, own_peak)
+    if shard.changed is not None:
+        mean = mean.masked_fill(shard.changed, torch.nan)
     return RowStats(*whole, squares.log().to(z.dtype), mean.to(z.dtype), top.long())
 
 

@@ -80,8 +80,9 @@ def token_logprobs(
         temperature: a positive number, or a tensor that broadcasts to `(...)`.
         mask: `(...)` of any real dtype, non-zero keeps.
         ignore_index: tokens of this value are treated as masked.
-        process_group: ranks that hold an equal share of the vocabulary each, in rank order, with
-            identical tokens (global ids) and masks; `logits` is this rank's `(..., V / ranks)`.
+        process_group: ranks that hold a share of the vocabulary each, in rank order, with
+            identical tokens (global ids) and masks; `logits` are this rank's. Shares may differ
+            in size and be empty.
         inplace_backward: let the backward write the gradient over the logits. They must not be
             used by anything else; their version is bumped, so a second backward raises.
         support: kept ids of every row, over which softmax and entropy are taken, as a sampler with
@@ -96,9 +97,13 @@ def token_logprobs(
         ValueError: shape, device or range. TypeError: dtype. IndexError: see `tokens`.
         NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
-    s = check_scoring(_OP, logits, tokens, mask, temperature, ignore_index)
+    least = 1 if process_group is None else 0
+    s = check_scoring(_OP, logits, tokens, mask, temperature, ignore_index, least)
     name = _backend.select_beside(_OP, backend, logits, None if support is None else "a support")
     shard = shard_of(_OP, "logits", process_group, logits, -1, name)
+    if shard is not None and shard.size == 0:
+        # One logit, −∞: no kernel meets V = 0.
+        logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
     if shard is not None or support is not None:
         # Every rank masks what is ignored, whoever holds its label.
         s = s._replace(mask=kept(s))
@@ -153,10 +158,16 @@ def kept_tokens(tokens: Tensor, mask: Tensor | None, ignore_index: int) -> Tenso
 
 
 def check_scoring(
-    op: str, logits: Tensor, tokens: Tensor, mask: Any, temperature: Any, ignore_index: Any
+    op: str,
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Any,
+    temperature: Any,
+    ignore_index: Any,
+    least: int = 1,
 ) -> Scoring:
     """The arguments other than the logits, or ValueError or TypeError."""
-    check_logits(op, logits)
+    check_logits(op, logits, least=least)
     shape = logits.shape[:-1]
     _checks.indices(op, "tokens", tokens, shape, logits.device)
     mask = _checks.flags(op, "mask", mask, shape, logits.device)
@@ -165,11 +176,11 @@ def check_scoring(
     return Scoring(tokens, mask, tensor, number, ignore_index)
 
 
-def check_logits(op: str, logits: Tensor, name: str = "logits") -> None:
+def check_logits(op: str, logits: Tensor, name: str = "logits", least: int = 1) -> None:
     """A floating `(..., V)` with a contiguous last dimension, or ValueError or TypeError."""
-    if _checks.floating(op, name, logits).dim() < 1 or logits.shape[-1] < 1:
+    if _checks.floating(op, name, logits).dim() < 1 or logits.shape[-1] < least:
         raise ValueError(
-            f"{op}: {name} must have shape (..., V) with V >= 1, got {tuple(logits.shape)}"
+            f"{op}: {name} must have shape (..., V) with V >= {least}, got {tuple(logits.shape)}"
         )
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(

@@ -19,12 +19,15 @@ def linear_token_stats(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     mask: Tensor | None = None,
     row_index: Tensor | None = None,
 ) -> TokenStats:
-    """Statistics of the softmax of z = cap·tanh((hidden·weightᵀ + bias) / cap) / temperature."""
+    """Statistics of the softmax of `linear_token_logprobs`' logits."""
     keep = rows_of(tokens, mask, row_index)
-    z = logits_of(hidden, weight, keep, bias, softcap)
+    z = logits_of(hidden, weight, keep, bias, softcap, extra, logit_scale, vocab_size)
     top = z.argmax(-1)  # the first of equals
     if isinstance(temperature, Tensor):
         temperature = torch.where(keep, compute(temperature), 1.0)[..., None].to(z.dtype)

@@ -36,7 +36,7 @@ _FLUSHED = torch.finfo(torch.float32).smallest_normal / torch.finfo(torch.float3
 
 
 class Logits(NamedTuple):
-    """Logits (N, V) of selected rows, what rounds them, and what the softcap's slope is."""
+    """Logits (N, V) of selected rows, what rounds them, and their slope by the product's."""
 
     z: Tensor
     error: Tensor
@@ -73,24 +73,25 @@ def _logits(call: Call, keep: Tensor) -> Logits:
     if "logits" in t:
         z = torch.where(keep[..., None], t["logits"], 0.0)
         return Logits(z, torch.zeros_like(z), 1.0, 0.0)
-    x, weight = torch.where(keep[..., None], t["hidden"], 0.0), t["weight"]
+    size = call.options.get("vocab_size")
+    x, weight = torch.where(keep[..., None], t["hidden"], 0.0), t["weight"][:size]
     z = x @ weight.t()
     error = x.abs() @ weight.abs().t() * _adds(x.shape[-1])
     if "extra_u" in t:
-        u, b = torch.where(keep[..., None], t["extra_u"], 0.0), t["extra_b"]
+        u, b = torch.where(keep[..., None], t["extra_u"], 0.0), t["extra_b"][:size]
         z = z + u @ b.t()
         error = error + u.abs() @ b.abs().t() * _adds(u.shape[-1]) + finite(z).abs()
     if "bias" in t:
-        z = z + t["bias"]
+        z = z + t["bias"][:size]
         error = error + finite(z).abs()
     if scale != 1.0:
         z, error = scale * z, scale * (error + finite(z).abs())
     if cap is None:
-        return Logits(z, error, 1.0, 0.0)
+        return Logits(z, error, scale, 0.0 if scale == 1.0 else scale)
     u = torch.tanh(z / cap)
     bend = 1 - u * u
     off = finite(bend * (error + 2 * z.abs())) / cap + 2 * u.abs()
-    return Logits(cap * u, cap * off, bend, 2 * u.abs() * off + 1)
+    return Logits(cap * u, cap * off, scale * bend, scale * (2 * u.abs() * off + 2))
 
 
 def _upward(
@@ -121,13 +122,15 @@ def _gradients(
         error = error + (size * info.eps + info.smallest_normal * info.eps) / (16 * eps)
     rows, vocab = size.shape
     summed = error + _adds(rows) * size
-    out: Conditions = {"grad_bias": (8, summed.sum(0), False)}
+    # What is rounded in the gradient of padding is nothing.
+    padded = torch.nn.functional.pad(summed, (0, t["weight"].shape[0] - vocab))
+    out: Conditions = {"grad_bias": (8, padded.sum(0), False)}
     for of_rows, of_vocab in (("hidden", "weight"), ("extra_u", "extra_b")):
         if of_rows in t:
             x = torch.where(_kept(call)[..., None], t[of_rows], 0.0).abs()
-            by_rows = (error + _adds(vocab) * size) @ t[of_vocab].abs()
+            by_rows = (error + _adds(vocab) * size) @ t[of_vocab][:vocab].abs()
             out[f"grad_{of_rows}"] = (8, by_rows.view(x.shape), False)
-            out[f"grad_{of_vocab}"] = (8, summed.t() @ x.reshape(-1, x.shape[-1]), False)
+            out[f"grad_{of_vocab}"] = (8, padded.t() @ x.reshape(-1, x.shape[-1]), False)
     return out
 
 
@@ -331,7 +334,7 @@ def _loss_of(call: Call, exact: dict[str, Tensor]) -> Call:
     taken = ["old_logprobs", "advantages", "is_weights", "ref_logprobs", "cu_seqlens"]
     taken.append("sequence_weights")
     head = ["temperature", "softcap", "ignore_index", "inplace", "support", "teacher"]
-    head.append("z_loss_coef")
+    head += ["z_loss_coef", "logit_scale", "vocab_size"]
     options: dict[str, Any] = {k: v for k, v in o.items() if k not in head}
     counted, index = _kept(call), t.get("row_index")
     tensors = {k: t[k] for k in taken if k in t} | {k: exact[k] for k in ("logprobs", "entropy")}

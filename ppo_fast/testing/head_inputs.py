@@ -47,13 +47,15 @@ def linear_call(
     extras: tuple[str, ...] = ("bias",),
     kept: int | None = None,
     sparse: bool | None = None,
+    padding: int = 0,
     **options: Any,
 ) -> Call:
     """`linear_token_logprobs` of logits with deviation `scale`; extras: bias, row_index, and
     extra, of rank 3.
 
     `ignored`: every eleventh token is the ignored one, out of the vocabulary. `kept`: over a
-    support of up to so many ids a row, `sparse` or not.
+    support of up to so many ids a row, `sparse` or not. `padding`: so many rows of NaN behind
+    the vocabulary.
     """
     source = Source(dtype, device, seed)
     tensors: dict[str, Any] = {
@@ -75,6 +77,13 @@ def linear_call(
         options["temperature"] = temperature
     if kept is not None:
         options["support"] = make_support(tensors["tokens"], vocab, kept, seed, sparse)
+    if padding:
+        options["vocab_size"] = vocab
+        for name in ("weight", "bias"):
+            x = tensors[name]
+            if x is not None:
+                behind = x.new_full((padding, *x.shape[1:]), float("nan"))
+                tensors[name] = torch.cat([x, behind])
     grads = {name: source.cotangent(shape) for name in ("logprobs", "entropy")}
     return finish("linear_token_logprobs", tensors, options, **grads)
 
@@ -85,7 +94,10 @@ def token_stats_call(
     """`linear_token_stats`; options as `linear_call`'s. Every other token is the likeliest."""
     call = linear_call(shape, vocab, width, **options)
     t = promoted(call).tensors
-    best = (t["hidden"] @ t["weight"].t() + t.get("bias", 0.0)).argmax(-1)
+    z = t["hidden"] @ t["weight"].t() + t.get("bias", 0.0)
+    if "extra_u" in t:
+        z = z + t["extra_u"] @ t["extra_b"].t()
+    best = z.argmax(-1)
     chosen = torch.arange(best.numel(), device=best.device).view(shape) % 2 == 0
     ignored = t["tokens"] == call.options.get("ignore_index", -100)
     tokens = torch.where(chosen & ~ignored, best, t["tokens"])
@@ -143,6 +155,8 @@ def linear_ppo_call(
     *,
     temperature: str | float = "token",
     softcap: float | None = None,
+    logit_scale: float | None = None,
+    padding: int = 0,
     ignored: bool = True,
     head_extras: tuple[str, ...] = ("bias",),
     kept: int | None = None,
@@ -154,7 +168,8 @@ def linear_ppo_call(
     """`linear_ppo_loss`; `head_extras` are `linear_call`'s, `teacher` is as `with_teacher`'s,
     other options `ppo_call`'s."""
     given = {k: options[k] for k in ("dtype", "device", "seed", "mask") if k in options}
-    cap: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
+    form = {"softcap": softcap, "logit_scale": logit_scale}
+    cap: dict[str, Any] = {k: v for k, v in form.items() if v is not None}
     head = linear_call(
         shape,
         vocab,
@@ -164,6 +179,7 @@ def linear_ppo_call(
         extras=head_extras,
         kept=kept,
         sparse=sparse,
+        padding=padding,
         **given,
         **cap,
     )

@@ -2,7 +2,7 @@
 
     python tests/mutants [GROUP ...] [words of a mutant's name]
 
-Groups: triton, cpu, cuda, python, divergence, loop, inputs, models, numbers,
+Groups: triton, cpu, cuda, python, divergence, head, loop, inputs, models, numbers,
 report, runs, stats, support, surrogates, truncation, weights.
 
 Works on a copy of the checkout. A mutant is killed by a test that fails with it and passes without

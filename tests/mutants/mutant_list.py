@@ -9,6 +9,7 @@ from __future__ import annotations
 from mutant import Mutant
 from mutant_distill import DISTILL
 from mutant_divergence import DIVERGENCE, DIVERGENCE_CPU, DIVERGENCE_TRITON
+from mutant_head import HEAD
 from mutant_inputs import INPUTS
 from mutant_models import MODELS
 from mutant_numbers import NUMBERS, NUMBERS_CPU
@@ -314,20 +315,6 @@ PYTHON = (
         "ppo_loss",
     ),
     Mutant(
-        "a divisor that forgets rows left out",
-        "ppo_fast/ops/linear_ppo_loss.py",
-        "policy = policy.counting(self.counted)",
-        "policy = policy",
-        "linear_ppo_loss",
-    ),
-    Mutant(
-        "gradients of a chunk to the rows of the first",
-        "ppo_fast/ops/linear_ppo_loss.py",
-        "x[live], live + at.start, chosen",
-        "x[live], live, chosen",
-        "linear_ppo_loss head_work",
-    ),
-    Mutant(
         "rloo's baseline holds the response itself",
         "ppo_fast/ops/group_advantages.py",
         "out = centred * count / (count - 1).clamp(min=1)",
@@ -404,6 +391,7 @@ MUTANTS = {
     "cuda": CUDA,
     "python": PYTHON + ROLLOUT,
     "divergence": DIVERGENCE,
+    "head": HEAD,
     "loop": LOOP + DISTILL,
     "inputs": INPUTS,
     "models": MODELS,

@@ -96,8 +96,8 @@ SUPPORT = (
     Mutant(
         "parts of many pairs lose the first",
         "ppo_fast/ops/sparse_head.py",
-        "        dw += w\n",
-        "        dw = w\n",
+        "            total += x\n",
+        "            total.copy_(x)\n",
         "support",
         "many_pairs",
     ),

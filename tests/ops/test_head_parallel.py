@@ -1,8 +1,12 @@
-"""A vocabulary split over two gloo processes: the results of one, on every rank."""
+"""A vocabulary split over two and four gloo processes: the results of one, on every rank."""
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import ppo_fast
 from ppo_fast import _checks, testing
 from ppo_fast._boundary.schema import VARIANTS
+from ppo_fast.ops import head
 from ppo_fast.teacher import KINDS
 from ppo_fast.testing import (
     Call,
@@ -28,7 +33,36 @@ from ppo_fast.testing import (
 )
 
 WORLD, VOCAB, SHARE = 2, 38, 19
-# And the dimension that is the vocabulary.
+
+
+class Layout(NamedTuple):
+    """Rows of the weight on every rank; those from the vocabulary's end on are padding."""
+
+    rows: tuple[int, ...]
+    cases: tuple[str, ...] = ("",)  # parts of the names of those that run
+    backend: str = "cpu"
+
+    @property
+    def kept(self) -> list[int]:
+        """The rows that are no padding."""
+        ends = itertools.accumulate(self.rows)
+        return [max(0, min(n, VOCAB - (end - n))) for n, end in zip(self.rows, ends, strict=True)]
+
+
+LAYOUTS = {
+    "equal": Layout((SHARE, SHARE)),
+    "unequal": Layout((25, 13), ("tall",)),
+    "first empty": Layout((0, 38), ("tall", "edges")),
+    "last empty": Layout((38, 0), ("tall", "-inf")),
+    "padded": Layout((25, 20), ("tall", "out of")),
+    "triton": Layout((25, 13), ("tall",), "triton"),
+    "triton, last empty": Layout((38, 0), ("tall",), "triton"),
+    "four": Layout((13, 7, 0, 18)),
+    "four padded": Layout((13, 7, 23, 5), ("tall", "out of", "loss and")),
+}
+# The first and the last id of every share there.
+EDGES = torch.tensor([0, 12, 13, 18, 19, 20, 24, 25, 37])
+# The dimension that is the vocabulary.
 SHARDED = {
     "weight": 0,
     "bias": 0,
@@ -37,6 +71,8 @@ SHARDED = {
     "teacher_weight": 0,
     "teacher_bias": 0,
 }
+# Logits of a chunk: 16 rows of the vocabulary, 48 of the second share of "four".
+CHUNK = 16 * VOCAB
 Results = dict[str, torch.Tensor]
 
 
@@ -65,8 +101,8 @@ def cases() -> dict[str, Call]:
     """The calls that run on one process and on two; fp32, in one chunk."""
     whole = {"vocab": VOCAB, "mask": None, "ignored": False}
     logprobs = linear_call((3, 5), **whole)
-    edges = torch.tensor([0, SHARE - 1, SHARE, VOCAB - 1, 3, 30])
-    capped = {"softcap": 4.0, "extras": ("bias", "row_index")}
+    edges = EDGES
+    capped = {"softcap": 4.0, "extras": ("bias", "row_index"), "logit_scale": 0.7}
     out = {
         "plain": linear_call((3, 5), VOCAB, extras=(), temperature=0.7),
         "every option": linear_call((3, 5), VOCAB, **capped),
@@ -94,7 +130,7 @@ def cases() -> dict[str, Call]:
         out[f"{name}, labels at -inf"] = _forbidden(_labelled(few, edges), slice(SHARE, None, 2))
         out[f"{name}, loss"] = linear_ppo_call((3, 5), VOCAB, kept=12, sparse=sparse)
     out["support, logits"] = logprobs_call((3, 5), VOCAB, kept=12)
-    out |= at_ids() | taught() | adapted() | of_stats()
+    out |= at_ids() | taught() | tall() | adapted() | of_stats()
     return out | {f"loss {v}": linear_ppo_call((3, 5), VOCAB, variant=v) for v in VARIANTS}
 
 
@@ -133,7 +169,7 @@ def of_stats() -> dict[str, Call]:
     near[[4, 30]] = torch.tensor(
         [3.8, float(torch.nextafter(torch.tensor(3.8), torch.tensor(9.0)))]
     )
-    capped = {"softcap": 4.0, "extras": ("bias", "row_index"), "mask": "row"}
+    capped = {"softcap": 4.0, "extras": ("bias", "row_index", "extra"), "mask": "row"}
     outside = _labelled(plain, torch.tensor([VOCAB, -1, 2**40]))
     return {
         "statistics": plain,
@@ -163,11 +199,10 @@ def taught() -> dict[str, Call]:
     out["divergence, rows"] = linear_divergence_call(
         (3, 5), VOCAB, kind="jsd", extras=("bias", "row_index"), teacher=teacher
     )
-    edges = torch.tensor([0, SHARE - 1, SHARE, VOCAB - 1, 3, 30])
     for kind in KINDS:
         taught = {"kind": kind, "coef": 0.5}
         loss = linear_ppo_call((3, 5), VOCAB, teacher=taught, z_loss_coef=0.25, ignored=False)
-        out[f"loss and {kind}"] = _labelled(loss, edges)
+        out[f"loss and {kind}"] = _labelled(loss, EDGES)
         coupled = linear_ppo_call((3, 5), VOCAB, teacher=taught, variant="gspo")
         out[f"gspo and {kind}"] = coupled
     barred = _forbidden(out["loss and forward"], slice(SHARE, None, 2))
@@ -204,12 +239,39 @@ def adapted() -> dict[str, Call]:
     return out
 
 
-def share(call: Call, rank: int) -> Call:
-    """This rank's rows of weight, b and bias, or columns of the logits."""
-    given = {k: dim for k, dim in SHARDED.items() if k in call.tensors}
-    return call.replace(
-        **{k: call.tensors[k].narrow(dim, rank * SHARE, SHARE).clone() for k, dim in given.items()}
-    )
+def tall() -> dict[str, Call]:
+    """Of several chunks of the largest share: of its own, a rank would take fewer."""
+    taught, adapter = {"kind": "jsd", "coef": 0.5}, ("bias", "extra")
+    out = {
+        "logprobs": linear_call((7, 10), VOCAB),
+        "ids": linear_at_call((7, 10), VOCAB),
+        "loss": linear_ppo_call((7, 10), VOCAB, softcap=4.0, logit_scale=0.7, z_loss_coef=0.25),
+        "taught": linear_ppo_call((7, 10), VOCAB, teacher=taught, variant="gspo"),
+        "divergence": linear_divergence_call((7, 10), VOCAB, kind="forward"),
+        "sparse": linear_ppo_call((7, 10), VOCAB, kept=5, sparse=True),
+        "dense": linear_ppo_call((7, 10), VOCAB, kept=5, sparse=False, teacher=taught),
+        "logits": logprobs_call((7, 10), VOCAB),
+        "statistics": token_stats_call((7, 10), VOCAB, extras=adapter, logit_scale=0.7),
+        "adapted": linear_ppo_call((7, 10), VOCAB, head_extras=adapter, softcap=4.0),
+        "adapted, sparse": linear_call((7, 10), VOCAB, kept=5, sparse=True, extras=adapter),
+    }
+    return {f"tall {name}": call for name, call in out.items()}
+
+
+def share(call: Call, layout: Layout, rank: int) -> Call:
+    """This rank's rows of weight, b and bias, NaN in the padding, or columns of the logits."""
+    first, size = sum(layout.kept[:rank]), layout.kept[rank]
+    out = {}
+    for name, dim in SHARDED.items():
+        if name in call.tensors:
+            x = call.tensors[name].narrow(dim, first, size)
+            if dim == 0:
+                shape = (layout.rows[rank] - size, *x.shape[1:])
+                x = torch.cat([x, x.new_full(shape, float("nan"))])
+            out[name] = x.clone()
+    padded = sum(layout.rows) > VOCAB and "weight" in call.tensors
+    call = call.option(vocab_size=VOCAB) if padded else call
+    return call.replace(**out).option(process_group=dist.group.WORLD)
 
 
 def refused(call: Call, rows: int = SHARE, **options: Any) -> str:
@@ -254,29 +316,57 @@ def with_dtensors(call: Call, group: bool) -> Results:
     return testing.output(out) | grads | {"grad_hidden": hidden.grad}
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, world: int) -> None:
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),  # for ranks that wait for each other
     )
     torch.set_num_threads(1)
+    head._LOGITS["cpu"] = CHUNK
     results = {
-        name: testing.run(share(call, rank).option(process_group=dist.group.WORLD), "cpu")
-        for name, call in cases().items()
+        (at, name): testing.run(share(call, LAYOUTS[at], rank), LAYOUTS[at].backend)
+        for at, name, call in runs()
+        if len(LAYOUTS[at].rows) == world
     }
-    call = linear_ppo_call((3, 5), VOCAB)
-    tensors = {str(group): with_dtensors(call, group) for group in (False, True)}
-    tensors = {n: {k: v.detach() for k, v in out.items()} for n, out in tensors.items()}
-    torch.save((results, tensors, errors(rank)), f"{folder}/{rank}.pt")
+    out: list[Any] = [results]
+    if world == WORLD:
+        call = linear_ppo_call((3, 5), VOCAB)
+        tensors = {str(group): with_dtensors(call, group) for group in (False, True)}
+        out.append({n: {k: v.detach() for k, v in x.items()} for n, x in tensors.items()})
+        out.append(errors(rank))
+    torch.save(out, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
+def runs() -> Iterator[tuple[str, str, Call]]:
+    """Layout, case and call of every run."""
+    every = cases()
+    for at, layout in LAYOUTS.items():
+        for name, call in every.items():
+            if any(part in name for part in layout.cases):
+                yield at, name, call
+
+
+def findings(folder: Path, world: int) -> list[Any]:
+    """Each rank's findings: results by layout and case; of two, DTensor results and errors."""
+    mp.start_processes(worker, args=(str(folder), world), nprocs=world, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Each rank's findings: (results by case, DTensor results, errors)."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(worker, args=(str(folder),), nprocs=WORLD, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    """Two ranks' findings."""
+    return findings(tmp_path_factory.mktemp("ranks"), WORLD)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Those of four."""
+    return findings(tmp_path_factory.mktemp("four"), 4)
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
@@ -290,19 +380,29 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
 
 
 @pytest.mark.case("I9")
-@pytest.mark.parametrize("case", cases())
-def test_two_processes_are_one(ranks: list[Any], case: str) -> None:
-    """And within the budget of the fp64 reference."""
-    call = cases()[case]
-    results = [rank[0][case] for rank in ranks]
+@pytest.mark.parametrize(("at", "case"), [run[:2] for run in runs()])
+def test_processes_are_one(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, at: str, case: str
+) -> None:
+    """And within the budget of the fp64 reference; rows of padding have a gradient of 0."""
+    layout, call = LAYOUTS[at], cases()[case]
+    found = request.getfixturevalue("ranks" if len(layout.rows) == WORLD else "four")
+    results = [rank[0][at, case] for rank in found]
+    monkeypatch.setitem(head._LOGITS, "cpu", CHUNK)
     together = {}
-    for name, x in testing.run(call, "cpu").items():
-        dim = SHARDED.get(name.removeprefix("grad_"))
-        mine, other = (r[name] for r in results)
-        assert dim is not None or same_bits(mine, other), name
-        together[name] = mine if dim is None else torch.cat([mine, other], dim)
-        assert_close(together[name], x, name)
-    testing.assert_agrees(call, "cpu", together)
+    for name, x in testing.run(call, layout.backend).items():
+        dim, parts = SHARDED.get(name.removeprefix("grad_")), [r[name] for r in results]
+        if dim is None:
+            assert all(same_bits(parts[0], part) for part in parts[1:]), name
+            together[name] = parts[0]
+        else:
+            sizes = zip(layout.kept, layout.rows, parts, strict=True)
+            split = [part.split([n, part.shape[dim] - n], dim) for n, _, part in sizes]
+            assert all(bool((padding == 0).all()) for _, padding in split), name
+            together[name] = torch.cat([part for part, _ in split], dim)
+        if "tall" not in case:  # whose logits are too large for the bound
+            assert_close(together[name], x, name)
+    testing.assert_agrees(call, layout.backend, together)
 
 
 @pytest.mark.parametrize("group", [False, True])
@@ -319,7 +419,7 @@ def test_distributed_tensors(ranks: list[Any], group: bool) -> None:
 def test_certain_labels(ranks: list[Any]) -> None:
     """No log-probability is above 0 and no entropy below, whatever the maximum's rounding."""
     for results, *_ in ranks:
-        out = results["certain labels"]
+        out = results["equal", "certain labels"]
         for least in (-out["logprobs"], out["entropy"]):
             assert bool(((least >= 0) & (least <= 2**-22)).all())
 

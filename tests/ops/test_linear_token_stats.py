@@ -32,7 +32,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INF = math.inf
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"extras": (), "mask": None, "temperature": 1.0, "ignored": False},
-    "every option": {"extras": ("bias", "row_index"), "softcap": 4.0, "mask": "row"},
+    "every option": {
+        "extras": ("bias", "row_index", "extra"),
+        "softcap": 4.0,
+        "mask": "row",
+        "logit_scale": 0.4,
+    },
+    "scaled": {"extras": ("extra",), "logit_scale": 1.7, "mask": None},
     "odd vocabulary": {"vocab": 1009, "temperature": 0.7},
     "wide tiles": {"vocab": 9001, "width": 7, "mask": None},
     "several segments": {"vocab": 33001, "width": 3, "ignored": False},
@@ -251,6 +257,19 @@ def test_layouts(kernel: str, device: str, layout: str) -> None:
     view, dense = testing.with_layout(token_stats_call((2, 3), device=device), layout)
     a, b = run(view, kernel), run(dense, kernel)
     assert all(same_bits(a[k], b[k]) for k in b)
+
+
+def test_padding_is_no_part_of_the_vocabulary(backend: str, device: str) -> None:
+    """Rows from `vocab_size` on are not read; a token there is outside."""
+    call = token_stats_call((2, 3), device=device, extras=("bias", "extra"), mask=None)
+    padded = {k: call.tensors[k] for k in ("weight", "bias", "extra_b")}
+    for name, x in padded.items():
+        padded[name] = torch.cat([x, torch.full_like(x[:5], math.nan)])
+    wide = call.replace(**padded).option(vocab_size=37)
+    got, want = run(wide, backend), run(call, backend)
+    assert all(same_bits(got[k], want[k]) for k in want)
+    outside = run(wide.replace(tokens=torch.full_like(call.tensors["tokens"], 38)), backend)
+    assert bool(outside["mean_logit"].isnan().all()) and not bool(outside["is_top1"].any())
 
 
 def test_run_to_run(kernel: str, device: str) -> None:

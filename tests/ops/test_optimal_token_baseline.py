@@ -202,7 +202,7 @@ def test_no_rows_and_no_steps() -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_from_a_fused_head(backend: str) -> None:
-    """What verl refuses with fused kernels: the head's own ln Σπ², its logits never whole."""
+    """The head's own ln Σπ², its logits never whole, which verl refuses with fused kernels."""
     call = testing.token_stats_call((ROWS, STEPS), 50, 16, mask="right", ignored=False)
     if backend == "triton":
         call = testing.token_stats_call((ROWS, STEPS), 5, 4, mask="right", ignored=False)
