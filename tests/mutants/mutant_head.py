@@ -58,7 +58,7 @@ HEAD = (
         "if self.options.shard is not None and product is self.products[0]:\n"
         "                    dist.all_reduce(dx",
         "head_parallel",
-        "two_processes and extra",
+        "processes and extra",
     ),
     Mutant(
         "the sparse head without its adapter",
