@@ -16,7 +16,7 @@ from ppo_fast._results import Moments
 from ppo_fast._sequences import Sequences
 from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import detached
-from ppo_fast.ops.context import check_context
+from ppo_fast.ops.context import check_context, eager
 from ppo_fast.ops.loss_options import LossOptions, log_ratio_bounds, need_sequences
 from ppo_fast.ops.rollout_weights import check_correction
 from ppo_fast.reference.common import keep_of, own_denom, token_weights
@@ -266,11 +266,12 @@ def check_policy(
         check_correction(op, correction, main, cu_seqlens)
         if rollout_logprobs is None:
             raise ValueError(f"{op}: rollout_logprobs must be given with correction, got None")
-    if context_group is not None and surrogate is not None and surrogate.couples:
-        need_sequences(op, "a context_group and a surrogate that couples", main, cu_seqlens)
     weights = detached(sequence_weights)
-    constants = (*tensors, weights)
-    check_context(op, context_group, main, cu_seqlens, given, correction, constants)
+    if context_group is not None:
+        if surrogate is not None and surrogate.couples:
+            need_sequences(op, "a context_group and a surrogate that couples", main, cu_seqlens)
+        call = (given, correction, (*tensors, weights))
+        eager(check_context)(op, context_group, main, cu_seqlens, *call)
     return PolicyInputs(
         tensors,
         cu_seqlens,

@@ -7,6 +7,7 @@ once in its file. `select` is pytest's -k, which keeps to the backend that was c
 from __future__ import annotations
 
 from mutant import Mutant
+from mutant_context import CONTEXT
 from mutant_distill import DISTILL
 from mutant_divergence import DIVERGENCE, DIVERGENCE_CPU, DIVERGENCE_TRITON
 from mutant_inputs import INPUTS
@@ -399,6 +400,7 @@ MUTANTS = {
     "cpu": CPU + NUMBERS_CPU + ROLLOUT_CPU + WEIGHTS_CPU + SUPPORT_CPU + DIVERGENCE_CPU,
     "cuda": CUDA,
     "python": PYTHON + ROLLOUT,
+    "context": CONTEXT,
     "divergence": DIVERGENCE,
     "loop": LOOP + DISTILL,
     "inputs": INPUTS,

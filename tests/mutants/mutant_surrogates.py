@@ -136,15 +136,15 @@ SURROGATES = (
     Mutant(
         "a surrogate's clip fractions on the wrong side",
         "ppo_fast/ops/surrogate.py",
-        "clip_low=(found.clipped & found.below)",
-        "clip_low=(found.clipped & ~found.below)",
+        "clip_low=(found.clipped & below)",
+        "clip_low=(found.clipped & ~below)",
         "surrogates",
         "clip_fractions",
     ),
     Mutant(
         "the KL by a sequence's ratio counted twice",
         "ppo_fast/ops/surrogate.py",
-        "options = options._replace(kl_coef=0.0, kl_coef_tensor=None)",
+        "options = options._replace(kl_coef=0.0, kl_coef_tensor=None, kl_weight=0)",
         "options = options._replace()",
         "ratio_level",
         "kl_times and cpu",
