@@ -229,8 +229,7 @@ def check_policy(
     has_entropy: bool,
 ) -> PolicyInputs:
     """`main` sets shape, device and precision; raises ValueError or TypeError."""
-    given = options
-    options, surrogate = options.resolved(op)
+    resolved, surrogate = options.resolved(op)
     shape = main.shape
     if _checks.tensor(op, "advantages", advantages).shape != shape:
         advantages = _widened(advantages, main)
@@ -245,7 +244,7 @@ def check_policy(
         ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs,
     )
-    checked = options.checked(
+    checked = resolved.checked(
         op,
         main,
         cu_seqlens,
@@ -266,22 +265,29 @@ def check_policy(
         check_correction(op, correction, main, cu_seqlens)
         if rollout_logprobs is None:
             raise ValueError(f"{op}: rollout_logprobs must be given with correction, got None")
-    weights = detached(sequence_weights)
-    if context_group is not None:
-        if surrogate is not None and surrogate.couples:
-            need_sequences(op, "a context_group and a surrogate that couples", main, cu_seqlens)
-        call = (given, correction, (*tensors, weights))
-        eager(check_context)(op, context_group, main, cu_seqlens, *call)
-    return PolicyInputs(
-        tensors,
-        cu_seqlens,
-        weights,
-        checked,
-        options,
-        surrogate,
-        correction,
-        context_group=context_group,
+    policy = PolicyInputs(
+        tensors, cu_seqlens, detached(sequence_weights), checked, resolved, surrogate, correction
     )
+    if context_group is None:
+        return policy
+    return _with_context(op, policy, context_group, main, options)
+
+
+def _with_context(
+    op: str,
+    policy: PolicyInputs,
+    group: dist.ProcessGroup,
+    main: Tensor,
+    options: LossOptions,
+) -> PolicyInputs:
+    """The loss of a part of every sequence, once all ranks are known to make this call."""
+    cu_seqlens, surrogate = policy.cu_seqlens, policy.surrogate
+    if surrogate is not None and surrogate.couples:
+        need_sequences(op, "a context_group and a surrogate that couples", main, cu_seqlens)
+    constants = (*policy.per_token, policy.sequence_weights)
+    call = (options, policy.correction, constants)
+    eager(check_context)(op, group, main, cu_seqlens, *call)
+    return policy._replace(context_group=group)
 
 
 def _widened(x: Tensor, main: Tensor) -> Tensor:

@@ -400,7 +400,6 @@ MUTANTS = {
     "cpu": CPU + NUMBERS_CPU + ROLLOUT_CPU + WEIGHTS_CPU + SUPPORT_CPU + DIVERGENCE_CPU,
     "cuda": CUDA,
     "python": PYTHON + ROLLOUT,
-    "context": CONTEXT,
     "divergence": DIVERGENCE,
     "loop": LOOP + DISTILL,
     "inputs": INPUTS,
@@ -409,7 +408,7 @@ MUTANTS = {
     "report": REPORT,
     "runs": RUNS,
     "truncation": TRUNCATION,
-    "surrogates": SURROGATES,
+    "surrogates": SURROGATES + CONTEXT,
     "support": SUPPORT,
     "weights": WEIGHTS,
 }

@@ -160,7 +160,7 @@ SURROGATES = (
     Mutant(
         "a rejected token stays in the other terms",
         "ppo_fast/reference/correction.py",
-        'rows = rows & kept if correction.drops == "all" else rows',
+        'rows = in_w if correction.count == "kept" else rows & kept',
         "rows = rows",
         "loss_corrections",
         "definition and cpu and geo-rs-all",
@@ -168,8 +168,8 @@ SURROGATES = (
     Mutant(
         "the divisor counts what was rejected",
         "ppo_fast/reference/correction.py",
-        "in_w, in_d = rows & kept, all_tokens & kept",
-        "in_w, in_d = rows, all_tokens",
+        "in_d = in_w if all_tokens is rows else all_tokens & kept",
+        "in_d = all_tokens",
         "loss_corrections",
         "definition and cpu and kept",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -262,10 +263,11 @@ def derivatives(rank: int) -> tuple[Tensor, Tensor]:
 
 def worker(rank: int, folder: str) -> None:
     rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
+    wait = {"timeout": timedelta(seconds=120)}  # an exchange that not all ranks make ends then
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD, **wait)
     torch.set_num_threads(1)
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    across = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    pairs = [dist.new_group([0, 1], **wait), dist.new_group([2, 3], **wait)]
+    across = [dist.new_group([0, 2], **wait), dist.new_group([1, 3], **wait)]
     groups = {2: pairs[rank // 2], 4: dist.group.WORLD}
     found: dict[str, Any] = {"runs": {}}
     for name, (call, layout, backend, worlds) in runs().items():
