@@ -118,7 +118,8 @@ class PolicyInputs(NamedTuple):
 
     def settled(self, mask: Tensor | None) -> PolicyInputs:
         """The loss with its context group's w and D, where no rejection is to change them."""
-        waits = self.correction is not None and recounts(self.correction)
+        c = self.correction
+        waits = c is not None and recounts(c) and c.count == "kept"
         if self.context_group is None or self.whole is not None or waits:
             return self
         rows, options = keep_of(self.per_token.advantages, mask), self.counting_options()

@@ -67,6 +67,8 @@ def heads() -> dict[str, Call]:
     out |= {f"logits {v}": logits_ppo_call(shape, variant=v, **by_sequence) for v in VARIANTS}
     rows = {"head_extras": ("bias", "row_index")}
     out["head rows"] = linear_ppo_call(shape, **rows, **by_sequence)
+    of_one = (torch.arange(21) % 7).nonzero()[:, 0]  # all but the first column
+    out["head rows of one"] = out["head rows"].replace(row_index=of_one)
     out["head rows gspo"] = linear_ppo_call(shape, variant="gspo", **rows)
     for variant in ("clip", "gspo"):
         out[f"head teacher {variant}"] = linear_ppo_call(
@@ -230,8 +232,8 @@ COUNTED = {
     "gspo": (ppo_call((3, 5), variant="gspo"), 3),
     "sequence": (ppo_call((3, 5), ratio_level="sequence"), 4),
     "gmpo": (ppo_call((3, 5), variant=surrogates.gmpo()), 6),
-    "head": (linear_ppo_call((3, 5), reduction="seq-mean-token-mean"), 2),
-    "head, teacher": (linear_ppo_call((3, 5), teacher={"kind": "reverse"}), 2),
+    "head": (linear_ppo_call((3, 5), reduction="seq-mean-token-mean"), 3),
+    "head, teacher": (linear_ppo_call((3, 5), teacher={"kind": "reverse"}), 3),
     "logits": (logits_ppo_call((3, 5)), 2),
 }
 
