@@ -36,7 +36,7 @@ class TokenTerms:
         rollout_logprobs, ref_logprobs, entropy: as given.
         kl: the clamped estimate of KL(π‖π_ref), for a surrogate that couples.
         sequences: `sum`, `mean`, `min`, `max` (R,) → (S,) and `spread` (S,) → (R,), for one that
-            couples, where the call has sequences.
+            couples, where the call has sequences; over all ranks of a `context_group`.
     """
 
     logprobs: Tensor

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,10 +14,17 @@ from ppo_fast.corrections import Correction
 from ppo_fast.ops.loss_options import LossOptions
 from ppo_fast.surrogates import Surrogate
 
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def eager(fn: Call) -> Call:
+    """The function; under `torch.compile` out of the graph, as Dynamo traces no exchange there."""
+    return torch.compiler.disable(fn) if torch.compiler.is_compiling() else fn
+
 
 def check_context(
     op: str,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup,
     main: Tensor,
     cu_seqlens: Tensor | None,
     options: LossOptions,
@@ -28,10 +36,6 @@ def check_context(
     Otherwise they would wait for each other's sums for ever, or add up sums of different things.
     The host reads all ranks' numbers, for which it waits on a GPU.
     """
-    if group is None:
-        return
-    if torch.compiler.is_compiling():
-        torch._dynamo.graph_break()
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"{op}: context_group must be a ProcessGroup that this rank is in,"

@@ -50,7 +50,8 @@ class _Tokens(NamedTuple):
     def prepared(self, given: HeadInputs, policy: PolicyInputs) -> tuple[PolicyInputs, Tensor]:
         """The loss with its D, where the mask alone would give another, and its own mask, with
         all of its correction that does not wait for the log-probabilities."""
-        if given.row_index is not None:
+        # Ranks that share sequences make the same exchanges, with and without a `row_index`.
+        if given.row_index is not None or policy.context_group is not None:
             policy = policy.counting(self.counted)
         policy, mask = corrected(policy, given.options.backend, self.mask)
         return policy, self.mask if mask is None else mask

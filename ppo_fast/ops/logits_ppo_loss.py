@@ -150,10 +150,9 @@ def logits_ppo_loss(
         NotImplementedError: a forward-mode tangent of a constant, or on a named kernel backend.
     """
     scoring = check_scoring(_OP, logits, tokens, mask, temperature, ignore_index)
-    main = _checks.main(_OP, "logits[..., 0]", logits.detach()[..., 0], cu_seqlens)
     policy = check_policy(
         _OP,
-        main,
+        _checks.main(_OP, "logits[..., 0]", logits.detach()[..., 0], cu_seqlens),
         old_logprobs,
         advantages,
         is_weights=is_weights,

@@ -16,7 +16,7 @@ from ppo_fast._results import Moments
 from ppo_fast._sequences import Sequences
 from ppo_fast.corrections import Correction
 from ppo_fast.ops.backward import detached
-from ppo_fast.ops.context import check_context
+from ppo_fast.ops.context import check_context, eager
 from ppo_fast.ops.loss_options import LossOptions, log_ratio_bounds, need_sequences
 from ppo_fast.ops.rollout_weights import check_correction
 from ppo_fast.reference.common import keep_of, own_denom, token_weights
@@ -118,7 +118,8 @@ class PolicyInputs(NamedTuple):
 
     def settled(self, mask: Tensor | None) -> PolicyInputs:
         """The loss with its context group's w and D, where no rejection is to change them."""
-        waits = self.correction is not None and recounts(self.correction)
+        c = self.correction
+        waits = c is not None and recounts(c) and c.count == "kept"
         if self.context_group is None or self.whole is not None or waits:
             return self
         rows, options = keep_of(self.per_token.advantages, mask), self.counting_options()
@@ -229,8 +230,7 @@ def check_policy(
     has_entropy: bool,
 ) -> PolicyInputs:
     """`main` sets shape, device and precision; raises ValueError or TypeError."""
-    given = options
-    options, surrogate = options.resolved(op)
+    resolved, surrogate = options.resolved(op)
     shape = main.shape
     if _checks.tensor(op, "advantages", advantages).shape != shape:
         advantages = _widened(advantages, main)
@@ -245,7 +245,7 @@ def check_policy(
         ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs,
     )
-    checked = options.checked(
+    checked = resolved.checked(
         op,
         main,
         cu_seqlens,
@@ -266,21 +266,29 @@ def check_policy(
         check_correction(op, correction, main, cu_seqlens)
         if rollout_logprobs is None:
             raise ValueError(f"{op}: rollout_logprobs must be given with correction, got None")
-    if context_group is not None and surrogate is not None and surrogate.couples:
-        need_sequences(op, "a context_group and a surrogate that couples", main, cu_seqlens)
-    weights = detached(sequence_weights)
-    constants = (*tensors, weights)
-    check_context(op, context_group, main, cu_seqlens, given, correction, constants)
-    return PolicyInputs(
-        tensors,
-        cu_seqlens,
-        weights,
-        checked,
-        options,
-        surrogate,
-        correction,
-        context_group=context_group,
+    policy = PolicyInputs(
+        tensors, cu_seqlens, detached(sequence_weights), checked, resolved, surrogate, correction
     )
+    if context_group is None:
+        return policy
+    return _with_context(op, policy, context_group, main, options)
+
+
+def _with_context(
+    op: str,
+    policy: PolicyInputs,
+    group: dist.ProcessGroup,
+    main: Tensor,
+    options: LossOptions,
+) -> PolicyInputs:
+    """The loss of a part of every sequence, once all ranks are known to make this call."""
+    cu_seqlens, surrogate = policy.cu_seqlens, policy.surrogate
+    if surrogate is not None and surrogate.couples:
+        need_sequences(op, "a context_group and a surrogate that couples", main, cu_seqlens)
+    constants = (*policy.per_token, policy.sequence_weights)
+    call = (options, policy.correction, constants)
+    eager(check_context)(op, group, main, cu_seqlens, *call)
+    return policy._replace(context_group=group)
 
 
 def _widened(x: Tensor, main: Tensor) -> Tensor:

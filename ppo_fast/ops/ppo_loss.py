@@ -128,6 +128,12 @@ def ppo_loss(
         rollout_logprobs: same shape, of the policy that sampled; a field of `TokenTerms`, and what
             a `correction` (`ppo_fast.Correction`) makes weights and rejections of, which multiply
             `is_weights`. With `old_logprobs=None` they are those of the current log-probabilities.
+        context_group: ranks each of which holds a part of every sequence (context or sequence
+            parallelism), empty ones included: the same number of sequences, in one order, with the
+            `cu_seqlens` of the own part. Lengths, D and ratios are then those of the whole
+            sequences, and the result is this rank's share: losses, gradients and `Stats` of the
+            ranks add up to the whole's, if all have the same incoming gradient. Not with
+            `clip_cov` and `kl_cov`. docs/parallel.md.
 
     Returns:
         `Loss(loss, stats)`: a 0-d fp32 loss (fp64 for fp64 inputs) and mergeable `Stats`.

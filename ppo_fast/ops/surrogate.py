@@ -13,6 +13,7 @@ from ppo_fast._boundary.options import TokenTensors
 from ppo_fast._boundary.schema import KERNEL_VARIANTS, compute_dtype
 from ppo_fast._results import STATS_FIELDS
 from ppo_fast._sequences import Sequences
+from ppo_fast.ops.context import eager
 from ppo_fast.ops.policy import PolicyInputs, over
 from ppo_fast.reference.common import keep_of, select, whitened
 from ppo_fast.reference.surrogate import Evaluated, TermInputs, TermOptions, evaluate
@@ -74,9 +75,7 @@ def coupled(
     weights = over(policy.row_weights(keep), policy.denom(every)).reshape(-1)
     new = select(keep, logprobs.detach()).reshape(-1)
     surrogate: Any = policy.surrogate
-    run = evaluate
-    if policy.whole is not None and torch.compiler.is_compiling():
-        run = torch.compiler.disable(evaluate)  # Dynamo traces no exchange within a vjp
+    run = evaluate if policy.whole is None else eager(evaluate)
     found = run(surrogate, new, inputs, _term_options(policy, coef), weights)
     return _checked(policy, Evaluated(*(part.view(logprobs.shape) for part in found)))
 

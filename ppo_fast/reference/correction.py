@@ -103,7 +103,7 @@ def numbers(
     reduction: str,
     denom: float | Tensor | None,
     sequence_weights: Tensor | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.float64,
 ) -> Counted:
     """w over the tokens `in_w` and D over those `in_d`, as numbers."""
     found: dict[int, Sequences] = {}

@@ -112,9 +112,8 @@ def ppo_loss(
         is_weights, extra = found.is_weights, rollout_sums(found.stats)
         accepted = found.kept if correction.drops == "policy" else accepted
         if recounts(correction):
-            given = split | {"reduction": reduction, "denom": denom, "dtype": torch.float64}
-            given["sequence_weights"] = sequence_weights
-            new_count = counted(correction, found.kept, keep, every, **given)
+            given = {"reduction": reduction, "denom": denom, "sequence_weights": sequence_weights}
+            new_count = counted(correction, found.kept, keep, every, **split, **given)
             keep, reduction, denom, extra["loss_denom"], sequence_weights, _ = new_count
     if denom is None and all_tokens is not None:
         own = own_denom(Sequences(every, cu_seqlens, context_group), reduction)

@@ -69,8 +69,9 @@ def part(call: Call, rank: int, world: int, layout: str) -> Call:
     if ends is not None:
         tensors["cu_seqlens"] = ends
     if "row_index" in tensors:
-        chosen = torch.isin(rows, tensors["row_index"])
-        tensors["row_index"] = chosen.nonzero()[:, 0]
+        chosen = torch.isin(rows, tensors.pop("row_index"))
+        if not chosen.all():  # a rank that computes all of its rows passes none
+            tensors["row_index"] = chosen.nonzero()[:, 0]
     options = dict(call.options)
     if "support" in options:
         options["support"] = options["support"].rows(rows)

@@ -7,6 +7,7 @@ once in its file. `select` is pytest's -k, which keeps to the backend that was c
 from __future__ import annotations
 
 from mutant import Mutant
+from mutant_context import CONTEXT
 from mutant_distill import DISTILL
 from mutant_divergence import DIVERGENCE, DIVERGENCE_CPU, DIVERGENCE_TRITON
 from mutant_head import HEAD
@@ -401,6 +402,7 @@ MUTANTS = {
     "truncation": TRUNCATION,
     "surrogates": SURROGATES,
     "stats": STATS,
+    "surrogates": SURROGATES + CONTEXT,
     "support": SUPPORT,
     "weights": WEIGHTS,
 }

@@ -136,15 +136,15 @@ SURROGATES = (
     Mutant(
         "a surrogate's clip fractions on the wrong side",
         "ppo_fast/ops/surrogate.py",
-        "clip_low=(found.clipped & found.below)",
-        "clip_low=(found.clipped & ~found.below)",
+        "clip_low=(found.clipped & below)",
+        "clip_low=(found.clipped & ~below)",
         "surrogates",
         "clip_fractions",
     ),
     Mutant(
         "the KL by a sequence's ratio counted twice",
         "ppo_fast/ops/surrogate.py",
-        "options = options._replace(kl_coef=0.0, kl_coef_tensor=None)",
+        "options = options._replace(kl_coef=0.0, kl_coef_tensor=None, kl_weight=0)",
         "options = options._replace()",
         "ratio_level",
         "kl_times and cpu",
@@ -160,7 +160,7 @@ SURROGATES = (
     Mutant(
         "a rejected token stays in the other terms",
         "ppo_fast/reference/correction.py",
-        'rows = rows & kept if correction.drops == "all" else rows',
+        'rows = in_w if correction.count == "kept" else rows & kept',
         "rows = rows",
         "loss_corrections",
         "definition and cpu and geo-rs-all",
@@ -168,8 +168,8 @@ SURROGATES = (
     Mutant(
         "the divisor counts what was rejected",
         "ppo_fast/reference/correction.py",
-        "in_w, in_d = rows & kept, all_tokens & kept",
-        "in_w, in_d = rows, all_tokens",
+        "in_d = in_w if all_tokens is rows else all_tokens & kept",
+        "in_d = all_tokens",
         "loss_corrections",
         "definition and cpu and kept",
     ),
