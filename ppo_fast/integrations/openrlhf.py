@@ -176,7 +176,6 @@ def _kept(arguments: Arguments, result: Any) -> Any:
 integration = Integration(
     name="openrlhf",
     package="openrlhf",
-    version="0.11.2",
     extra="openrlhf",
     swaps=(
         Swap("policy_loss", f"{_LOSS}:PolicyLoss.forward", _policy_loss),

@@ -369,7 +369,6 @@ def _linear(
 integration = Integration(
     name="verl",
     package="verl",
-    version="0.9.1",
     extra="verl",
     on_request=("support",),
     swaps=(

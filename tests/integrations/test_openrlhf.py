@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from trainers import needs
 
-needs("openrlhf", "0.11.2")
+needs("openrlhf")
 
 import openrlhf_imports  # noqa: F401
 from openrlhf.models import PolicyLoss, ValueLoss, actor, aggregate_loss

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainers import needs
 
-needs("openrlhf", "0.11.2")
+needs("openrlhf")
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = (

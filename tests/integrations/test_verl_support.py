@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from trainers import needs
 
-needs("verl", "0.9.1")
+needs("verl")
 os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"  # the tests say when it is patched
 
 from verl import DataProto
