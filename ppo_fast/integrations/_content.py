@@ -75,7 +75,7 @@ def definition_of(function: Callable[..., Any]) -> Definition:
         raise UnknownSourceError(f"its source cannot be read ({error})") from error
     definition = tree.body[0]
     if not isinstance(definition, Definition):
-        raise UnknownSourceError(f"it is no function: `{_text(definition)}`")
+        raise UnknownSourceError(f"it is no function: `{_short(_text(definition))}`")
     return definition
 
 
@@ -115,7 +115,7 @@ def difference(found: Content, statements: list[Statement], known: Sequence[Cont
         before = f"before line {statements[start].line}" if statements[start:] else "at the end"
         return f"a known statement is missing {before}"
     one = statements[start]
-    return f"statement at line {one.line} is not a known one: `{one.text}`"
+    return f"statement at line {one.line} is not a known one: `{_short(one.text)}`"
 
 
 def _other_names(found: Content, nearest: Content) -> str:
@@ -214,5 +214,8 @@ def _digest(text: str) -> str:
 
 
 def _text(node: ast.AST) -> str:
-    line = ast.unparse(node).strip().partition("\n")[0]
+    return ast.unparse(node).strip().partition("\n")[0]
+
+
+def _short(line: str) -> str:
     return line if len(line) <= 80 else f"{line[:77]}..."
