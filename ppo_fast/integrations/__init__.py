@@ -10,10 +10,10 @@ from ppo_fast.integrations._errors import (
     IntegrationError,
     MismatchError,
     NeverReachedError,
+    NoPlaceError,
     NotPatchedError,
     TrainerMissingError,
     UnknownSourceError,
-    WrongVersionError,
 )
 
 __all__ = [
@@ -22,8 +22,8 @@ __all__ = [
     "IntegrationError",
     "MismatchError",
     "NeverReachedError",
+    "NoPlaceError",
     "NotPatchedError",
     "TrainerMissingError",
     "UnknownSourceError",
-    "WrongVersionError",
 ]

@@ -11,12 +11,12 @@ class TrainerMissingError(IntegrationError):
     """The trainer, or something that it needs to be imported, is not installed."""
 
 
-class WrongVersionError(IntegrationError):
-    """The trainer's version is not the one that the swap-in was written for."""
-
-
 class UnknownSourceError(IntegrationError):
-    """The trainer's code differs from its version's: a name or a statement is missing."""
+    """The trainer's code is not known at a place: a parameter or a statement differs."""
+
+
+class NoPlaceError(UnknownSourceError):
+    """The trainer has no such module, class or function."""
 
 
 class ForeignPatchError(IntegrationError):

@@ -29,11 +29,11 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ppo_fast.integrations._content import Definition, definition_of
 from ppo_fast.integrations._errors import UnknownSourceError
 
 _CALLEE = "_ppo_fast_{}"
@@ -59,6 +59,7 @@ class Extracted:
     original: Callable[..., dict[str, Any]]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    body: list[ast.stmt]
 
 
 def extract(
@@ -69,20 +70,13 @@ def extract(
     Raises:
         UnknownSourceError: a statement is not there exactly once, or the source cannot be read.
     """
-    what = f"{function.__module__}.{function.__qualname__}"
     module = sys.modules[function.__module__]
     plain = inspect.unwrap(function)
+    definition = definition_of(function)
     if plain.__code__.co_freevars:
-        raise UnknownSourceError(f"{what} is a closure over {plain.__code__.co_freevars}")
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(plain)))
-    except OSError as error:
-        raise UnknownSourceError(f"{what}: its source cannot be read") from error
-    ast.increment_lineno(tree, plain.__code__.co_firstlineno - 1)
-    definition = tree.body[0]
-    assert isinstance(definition, ast.FunctionDef)
+        raise UnknownSourceError(f"it is a closure over {plain.__code__.co_freevars}")
     parameters = {a.arg for a in ast.walk(definition.args) if isinstance(a, ast.arg)}
-    lifted = {name: _lift(what, definition, block) for name, block in blocks.items()}
+    lifted = {name: _lift(definition, block) for name, block in blocks.items()}
     extracted = {}
     for name, (call, body) in lifted.items():
         others = [s for other, (_, b) in lifted.items() if other != name for s in b]
@@ -95,7 +89,7 @@ def extract(
         call.value = ast.parse(f"{_CALLEE.format(name)}({_keywords(inputs)})").body[0].value  # type: ignore
         ast.fix_missing_locations(call)
         original = _function(plain, module, name, inputs, outputs, body)
-        extracted[name] = Extracted(original, inputs, outputs)
+        extracted[name] = Extracted(original, inputs, outputs, body)
 
     def build(callees: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
         given = {_CALLEE.format(name): _spread(f, extracted[name]) for name, f in callees.items()}
@@ -105,16 +99,14 @@ def extract(
     return extracted, build
 
 
-def _lift(
-    what: str, definition: ast.FunctionDef, block: Block
-) -> tuple[ast.Assign, list[ast.stmt]]:
+def _lift(definition: Definition, block: Block) -> tuple[ast.Assign, list[ast.stmt]]:
     """Remove the block's statements; the assignment in their place is completed by `extract`."""
-    body, start, stop = _find(what, definition, block.first, block.last)
+    body, start, stop = _find(definition, block.first, block.last)
     call = ast.Assign(targets=[], value=ast.Constant(0), lineno=body[start].lineno, col_offset=0)
     lifted = body[start:stop]
     body[start:stop] = [call]
     if block.metrics is not None:
-        body, start, stop = _find(what, definition, *block.metrics)
+        body, start, stop = _find(definition, *block.metrics)
         scope = ast.parse("with torch.no_grad(): pass").body[0]
         assert isinstance(scope, ast.With)
         scope.body = body[start:stop]
@@ -123,9 +115,7 @@ def _lift(
     return call, lifted
 
 
-def _find(
-    what: str, definition: ast.FunctionDef, first: str, last: str
-) -> tuple[list[ast.stmt], int, int]:
+def _find(definition: Definition, first: str, last: str) -> tuple[list[ast.stmt], int, int]:
     """The only list of statements with `first` and, later, `last`; and their indices."""
     lists = [
         body
@@ -142,9 +132,7 @@ def _find(
         if j >= i and ast.unparse(other).startswith(last)
     ]
     if len(found) != 1:
-        raise UnknownSourceError(
-            f"{what}: {len(found)} places from `{first}` to `{last}`, not one"
-        )
+        raise UnknownSourceError(f"{len(found)} blocks from `{first}` to `{last}`, not one")
     return found[0]
 
 

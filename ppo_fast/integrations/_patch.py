@@ -1,36 +1,39 @@
-"""Reversible patches of a trainer: version check, replacement, call counts, restoration.
+"""Reversible patches of a trainer: recognition, replacement, call counts, restoration.
 
 A `Swap` names one function of the trainer and its replacement. An `Integration` applies all swaps
-or none. A replaced function is found by identity in every loaded module of the trainer, so that
-names imported from elsewhere and registries are patched, and restored, too.
+or none. A place is recognised by its content (`_content.py`), not by the trainer's version. A
+replaced function is found by identity in every loaded module of the trainer, so that names
+imported from elsewhere and registries are patched, and restored, too.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ppo_fast.integrations import _places
+from ppo_fast.integrations._content import Content, Statement, content_of, described, difference
 from ppo_fast.integrations._errors import (
     AlreadyPatchedError,
     ForeignPatchError,
+    IntegrationError,
     MismatchError,
     NeverReachedError,
+    NoPlaceError,
     NotPatchedError,
     TrainerMissingError,
     Uncovered,
     UnknownSourceError,
-    WrongVersionError,
 )
 from ppo_fast.integrations._extract import Block, extract
 from ppo_fast.integrations._first_call import first_call
+from ppo_fast.integrations._known import Known, load, span
 from ppo_fast.integrations._origin import check_own, file_of
 
 Arguments = dict[str, Any]
@@ -68,6 +71,9 @@ class Swap:
         view: the part of (arguments, result) that is compared on the first call; by default the
             result.
         sample: shortens the arguments of that comparison.
+        having: how a statement of the function begins (unparsed), where the signature does not
+            tell apart the functions that several swaps replace.
+        optional: whether some versions lack the place; nothing is then replaced there.
     """
 
     op: str
@@ -76,52 +82,88 @@ class Swap:
     block: Block | None = None
     view: Callable[[Arguments, Any], Any] = lambda arguments, result: result
     sample: Callable[[Arguments], Arguments] = lambda arguments: arguments
+    having: str = ""
+    optional: bool = False
+
+    @property
+    def key(self) -> str:
+        """Name of the place's content among the known ones."""
+        return f"{self.place}#{self.op}" if self.block else self.place
+
+
+class Found(NamedTuple):
+    """A swap, and what stands at its place."""
+
+    swap: Swap
+    holder: Any
+    key: str
+    original: Any
+    content: Content
+    statements: list[Statement]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Findings of `apply()`: the version, whether it is tested, and what is not known.
+
+    Attributes:
+        unknown: the first difference of each place whose content is not known.
+        fits: whether the names that go in and out are known ones at every place.
+    """
+
+    version: str
+    tested: bool
+    unknown: tuple[str, ...]
+    fits: bool
 
 
 @dataclass
 class Integration:
-    """All swaps of one trainer; they are applied together and reverted together."""
+    """All swaps of one trainer; they are applied together and reverted together.
+
+    In the place of a swap several may stand: the first that fits what is there is taken.
+    """
 
     name: str
     package: str
-    version: str
     extra: str
-    swaps: tuple[Swap, ...]
+    swaps: tuple[Swap | tuple[Swap, ...], ...]
     on_request: tuple[str, ...] = ()  # ops that most runs do not reach: only if named
+    known: Known | None = None  # by default, the file of this name
     _calls: dict[str, Calls] = field(default_factory=dict)
     _changes: list[Change] = field(default_factory=list)
 
     @property
     def ops(self) -> tuple[str, ...]:
         """Names of all ops that can be patched."""
-        return tuple(dict.fromkeys(swap.op for swap in self.swaps))
+        return tuple(dict.fromkeys(each[0].op for each in self._alternatives))
 
     @property
     def calls(self) -> dict[str, Calls]:
         """Calls of each patched op since `apply()`; empty when nothing is patched."""
         return self._calls
 
-    def apply(self, ops: tuple[str, ...] | None = None) -> list[str]:
+    def apply(self, ops: tuple[str, ...] | None = None, *, unknown: str = "refuse") -> list[str]:
         """Patch the trainer and return every place patched.
 
-        `ops` are those to patch, of `self.ops`; by default all but those `on_request`.
+        `ops` are those to patch, of `self.ops`; by default all but those `on_request`. A version
+        that is not tested is patched with a warning if its source is known at every place.
+        `unknown="compare"` patches source that is not known, too, with a warning, where the names
+        that go in and out are known ones; the comparison of the first call is then all that
+        tells whether it means the same.
 
         Raises:
             IntegrationError: see its subclasses. Nothing is then patched.
-            ValueError: `ops` names one that there is not.
+            ValueError: `ops` or `unknown` names one that there is not.
         """
         if self._changes:
             raise AlreadyPatchedError(f"{self.name}: already patched; call revert() first")
-        default = tuple(op for op in self.ops if op not in self.on_request)
-        chosen = default if ops is None else tuple(ops)
-        if not chosen or set(chosen) - set(self.ops):
-            raise ValueError(f"{self.name}: ops must be among {self.ops}, got {chosen}")
-        self._check_version()
-        calls = {op: Calls() for op in self.ops if op in chosen}
-        self._changes = self._plan([swap for swap in self.swaps if swap.op in chosen], calls)
+        found = self.recognised(ops, unknown=unknown)
+        calls = {op: Calls() for op in self.ops if op in {one.swap.op for one in found}}
+        self._changes = self._plan(found, calls)
         self._calls = calls
         for change in self._changes:
-            _set(change.holder, change.key, change.new)
+            _places.put(change.holder, change.key, change.new)
         return [change.place for change in self._changes]
 
     def revert(self) -> dict[str, Calls]:
@@ -142,12 +184,14 @@ class Integration:
         return calls
 
     @contextmanager
-    def patched(self, ops: tuple[str, ...] | None = None) -> Iterator[dict[str, Calls]]:
-        """`apply(ops)` around a block, `revert()` after it; gives the calls as they count up.
+    def patched(
+        self, ops: tuple[str, ...] | None = None, *, unknown: str = "refuse"
+    ) -> Iterator[dict[str, Calls]]:
+        """`apply(...)` around a block, `revert()` after it; gives the calls as they count up.
 
         If the block raises, everything is put back and the block's error is raised.
         """
-        self.apply(ops)
+        self.apply(ops, unknown=unknown)
         try:
             yield self._calls
         except BaseException:
@@ -160,75 +204,169 @@ class Integration:
         if not self._changes:
             raise NotPatchedError(f"{self.name}: not patched; call apply() first")
         for change in self._changes:
-            found = _held(change.holder, change.key)
+            found = _places.held(change.holder, change.key)
             if found is not change.new:
                 raise ForeignPatchError(
                     f"{self.name}: {change.place} has been replaced by {file_of(found)} since"
                     " apply(); undo that first"
                 )
         for change in self._changes:
-            _set(change.holder, change.key, change.original)
+            _places.put(change.holder, change.key, change.original)
             # Modules imported since have taken the replacement by name.
-            for holder, key in _importers(self.package, change.new):
-                _set(holder, key, change.original)
+            for holder, key in _places.importers(self.package, change.new):
+                _places.put(holder, key, change.original)
         self._changes = []
         calls, self._calls = self._calls, {}
         return calls
 
-    def find(self, place: str) -> tuple[Any, str]:
-        """Holder and name of a place, in the version that this is written for."""
-        self._check_version()
-        return self._find(place)
+    @property
+    def tested(self) -> tuple[str, ...]:
+        """The versions that the tests ran with, from the lowest."""
+        return self._known.tested
 
-    def _check_version(self) -> None:
-        wanted = f"{self.package} {self.version}"
+    def check(self, ops: tuple[str, ...] | None = None) -> Check:
+        """Findings of `apply(ops)` in the installed version; nothing is patched.
+
+        Raises:
+            IntegrationError: a place is not there, or is not the trainer's own any more.
+        """
+        return self._compare(self.find(ops))
+
+    def recognised(
+        self, ops: tuple[str, ...] | None = None, *, unknown: str = "refuse"
+    ) -> list[Found]:
+        """The places of `ops`; refuses and warns as `apply` does, and patches nothing."""
+        if unknown not in ("refuse", "compare"):
+            raise ValueError(
+                f"{self.name}: unknown must be 'refuse' or 'compare', got {unknown!r}"
+            )
+        found = self.find(ops)
+        check = self._compare(found)
+        what = f"{self.name}: {self.package} {check.version}"
+        if check.unknown and (unknown == "refuse" or not check.fits):
+            way = ". apply(unknown='compare') patches it all the same, and compares first calls"
+            raise UnknownSourceError(
+                f"{what}, {'; '.join(check.unknown)}{way if check.fits else ''}"
+            )
+        if check.unknown:
+            self._warn(f"{what} is patched although {'; '.join(check.unknown)}")
+        elif not check.tested:
+            self._warn(
+                f"{what} is patched although not tested (tested: {span(self.tested)}): its source"
+                " is a known one at every place, and first calls are compared"
+            )
+        return found
+
+    def _compare(self, found: list[Found]) -> Check:
+        unknown, fits = [], True
+        for one in found:
+            place, known = one.swap.key, self._known.contents(one.swap.key)
+            if any(content.covers(one.content) for content in known):
+                continue
+            fits = fits and any(content.fits(one.content) for content in known)
+            what = difference(one.content, one.statements, known) if known else "it is not known"
+            unknown.append(f"{one.swap.place}: {what} (known: {self._known.versions(place)})")
+        version = self._version()
+        return Check(version, version in self.tested, tuple(unknown), fits)
+
+    def find(self, ops: tuple[str, ...] | None = None) -> list[Found]:
+        """The swaps of `ops` that fit what is there, with what stands at their places."""
+        default = tuple(op for op in self.ops if op not in self.on_request)
+        chosen = default if ops is None else tuple(ops)
+        if not chosen or set(chosen) - set(self.ops):
+            raise ValueError(f"{self.name}: ops must be among {self.ops}, got {chosen}")
+        found = self.present(chosen)
+        missing = [op for op in chosen if op not in {one.swap.op for one in found}]
+        if missing and (ops is not None or not found):
+            raise NoPlaceError(
+                f"{self.name}: {self.package} {self._version()} has no place for"
+                f" {', '.join(missing)} (tested: {span(self.tested)})"
+            )
+        return found
+
+    def present(self, ops: tuple[str, ...]) -> list[Found]:
+        """As `find`, of ops that may be missing."""
+        self._version()
+        each = [self._first(some) for some in self._alternatives if some[0].op in ops]
+        return [one for one in each if one is not None]
+
+    def _first(self, alternatives: tuple[Swap, ...]) -> Found | None:
+        """The first alternative that fits; None if all are optional and none is there."""
+        errors: list[IntegrationError] = []
+        for swap in alternatives:
+            try:
+                return self._look(swap)
+            except (UnknownSourceError, TrainerMissingError) as error:
+                if not (swap.optional and isinstance(error, NoPlaceError)):
+                    errors.append(error)
+        if not errors:
+            return None
+        kind = next((type(e) for e in errors if not isinstance(e, NoPlaceError)), NoPlaceError)
+        reasons = ", ".join(dict.fromkeys(map(str, errors)))
+        raise kind(
+            f"{self.name}: {self.package} {self._version()}, {reasons} (tested:"
+            f" {span(self.tested)})"
+        ) from errors[-1]
+
+    def _look(self, swap: Swap) -> Found:
+        """The place and its content; raises UnknownSourceError where the swap does not fit it."""
+        holder, key = _places.find(self.package, swap.place)
+        original = _places.get(holder, key)
+        check_own(self.name, self.package, swap.place, original)
         try:
-            found = importlib.metadata.version(self.package)
+            if swap.block is None:
+                content, statements = content_of(holder, key)
+                _fit(swap.fused, content.takes)
+            else:
+                part = extract(original, {swap.op: swap.block})[0][swap.op]
+                content, statements = described(part.inputs, part.outputs, part.body)
+            if swap.having and not any(s.text.startswith(swap.having) for s in statements):
+                raise UnknownSourceError(f"there is no statement `{swap.having}`")
+        except UnknownSourceError as error:
+            raise UnknownSourceError(f"{swap.place}: {error}") from error
+        return Found(swap, holder, key, original, content, statements)
+
+    @property
+    def _alternatives(self) -> list[tuple[Swap, ...]]:
+        return [each if isinstance(each, tuple) else (each,) for each in self.swaps]
+
+    @functools.cached_property
+    def _known(self) -> Known:
+        return load(self.name) if self.known is None else self.known
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+    def _version(self) -> str:
+        try:
+            return importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError as error:
             raise TrainerMissingError(
-                f"{self.name}: {wanted} is not installed: pip install 'ppo_fast[{self.extra}]'"
+                f"{self.name}: {self.package} is not installed: pip install"
+                f" 'ppo_fast[{self.extra}]'"
             ) from error
-        if found != self.version and not found.startswith(f"{self.version}."):
-            raise WrongVersionError(f"{self.name}: written for {wanted}, found {found}")
 
-    def _plan(self, swaps: list[Swap], calls: dict[str, Calls]) -> list[Change]:
+    def _plan(self, found: list[Found], calls: dict[str, Calls]) -> list[Change]:
         """Every change; nothing is changed yet."""
         planned = []
-        # All imports first: one module may import another's function by name.
-        places = {swap.place: self._find(swap.place) for swap in swaps}
-        for place, (holder, key) in places.items():
-            here = [swap for swap in swaps if swap.place == place]
-            original = _get(holder, key)
-            check_own(self.name, self.package, place, original)
-            if here[0].block is None:
-                new = self._counted(here[0], original, calls[here[0].op])
+        for place in dict.fromkeys(one.swap.place for one in found):
+            here = [one for one in found if one.swap.place == place]
+            _, holder, key, original, *_ = here[0]
+            swaps = [one.swap for one in here]
+            if swaps[0].block is None:
+                new = self._counted(swaps[0], original, calls[swaps[0].op])
             else:
-                new = self._rebuilt(original, here, calls)
-            held = vars(holder).get(key, _ABSENT)
+                new = self._rebuilt(original, swaps, calls)
+            held = _places.held(holder, key)
             if isinstance(held, staticmethod):
                 new = staticmethod(new)
-            planned.append(Change(holder, key, _place(holder, key), held, new))
+            planned.append(Change(holder, key, _places.named(holder, key), held, new))
             planned += [
-                Change(other, name, _place(other, name), original, new)
-                for other, name in _importers(self.package, original)
+                Change(other, name, _places.named(other, name), original, new)
+                for other, name in _places.importers(self.package, original)
                 if (other, name) != (holder, key)
             ]
         return planned
-
-    def _find(self, place: str) -> tuple[Any, str]:
-        module, _, path = place.partition(":")
-        try:
-            holder = importlib.import_module(module)
-            *inner, key = path.split(".")
-            holder = functools.reduce(getattr, inner, holder)
-            getattr(holder, key)
-        except ImportError as error:
-            raise TrainerMissingError(
-                f"{self.name}: {module} cannot be imported ({error})"
-            ) from error
-        except AttributeError as error:
-            raise UnknownSourceError(f"{self.name}: there is no {place} ({error})") from error
-        return holder, key
 
     def _rebuilt(self, original: Any, swaps: list[Swap], calls: dict[str, Calls]) -> Any:
         """The function around its replaced blocks."""
@@ -283,51 +421,18 @@ class Integration:
         return replacement
 
 
-_ABSENT: Any = object()
-
-
-def _get(holder: Any, key: Any) -> Any:
-    return holder[key] if isinstance(holder, dict) else getattr(holder, key)
-
-
-def _held(holder: Any, key: Any) -> Any:
-    """The attribute as stored: a static method, not the function inside."""
-    return (holder if isinstance(holder, dict) else vars(holder)).get(key)
-
-
-def _set(holder: Any, key: Any, value: Any) -> None:
-    if value is _ABSENT:  # it was inherited
-        delattr(holder, key)
-    elif isinstance(holder, dict):
-        holder[key] = value
-    else:
-        setattr(holder, key, value)
-
-
-def _place(holder: Any, key: Any) -> str:
-    if isinstance(holder, dict):
-        names = [
-            f"{module.__name__}.{name}"
-            for module in [*sys.modules.values()]
-            for name, value in [*getattr(module, "__dict__", {}).items()]
-            if value is holder
-        ]
-        return f"{min(names, default='a registry', key=len)}[{key!r}]"
-    owner = (
-        holder.__name__
-        if inspect.ismodule(holder)
-        else (f"{holder.__module__}.{holder.__qualname__}")
-    )
-    return f"{owner}.{key}"
-
-
-def _importers(package: str, value: Any) -> Iterator[tuple[Any, Any]]:
-    """The modules of the package, and registries in them, that hold `value`, with its name."""
-    for name, module in [*sys.modules.items()]:
-        if module is None or name.partition(".")[0] != package:
-            continue
-        for key, held in [*vars(module).items()]:
-            if held is value:
-                yield module, key
-            elif type(held) is dict:
-                yield from ((held, k) for k, v in [*held.items()] if v is value)
+def _fit(fused: Callable[..., Any], takes: tuple[str, ...]) -> None:
+    """Raise UnknownSourceError unless `fused` can be called as what takes these parameters."""
+    given = inspect.signature(fused).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in given.values()):
+        return
+    names = [name.partition("=")[0] for name in takes if name not in ("/", "*")]
+    by_order = names[: takes.index("*")] if "*" in takes else names
+    foreign = [name for name in names if name not in given]
+    if foreign:
+        raise UnknownSourceError(f"it takes `{foreign[0]}`")
+    if [*given][: len(by_order)] != by_order:
+        raise UnknownSourceError(f"it takes ({', '.join(by_order)}) in this order")
+    needed = [n for n, p in given.items() if p.default is p.empty and n not in names]
+    if needed:
+        raise UnknownSourceError(f"it does not take `{needed[0]}`")

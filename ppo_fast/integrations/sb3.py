@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from typing import Any
 
@@ -50,7 +51,6 @@ def _view(arguments: dict[str, Any], _: None) -> dict[str, Tensor]:
 integration = Integration(
     name="sb3",
     package="stable_baselines3",
-    version="2.9",
     extra="sb3",
     swaps=(
         Swap(
@@ -74,7 +74,9 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def _fast(name: str) -> type:
     """A rollout buffer with these advantages; its first ones are compared with its base's."""
-    base, method = integration.find(f"{_BUFFERS}:{name}.compute_returns_and_advantage")
+    integration.recognised()
+    base = getattr(importlib.import_module(_BUFFERS), name)
+    method = "compute_returns_and_advantage"
     theirs = inspect.unwrap(getattr(base, method))
 
     def compute(self: Any, last_values: Tensor, dones: Array) -> None:

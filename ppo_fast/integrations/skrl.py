@@ -74,7 +74,6 @@ def compute_gae_recurrent(
 integration = Integration(
     name="skrl",
     package="skrl",
-    version="2.1",
     extra="skrl",
     swaps=(
         *(Swap("gae", f"skrl.{agent}:compute_gae", compute_gae) for agent in _AGENTS),

@@ -45,7 +45,6 @@ def _view(_: dict[str, Any], result: dict[str, Array]) -> dict[str, Tensor]:
 integration = Integration(
     name="tianshou",
     package="tianshou",
-    version="2.0",
     extra="tianshou",
     swaps=(
         Swap(

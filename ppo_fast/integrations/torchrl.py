@@ -64,7 +64,6 @@ _FUNCTIONS = "torchrl.objectives.value.functional:"
 integration = Integration(
     name="torchrl",
     package="torchrl",
-    version="0.14",
     extra="torchrl",
     swaps=(
         Swap("gae", f"{_FUNCTIONS}generalized_advantage_estimate", estimate),

@@ -265,7 +265,6 @@ def _some_rows(arguments: Arguments) -> Arguments:
 integration = Integration(
     name="trl_distillation",
     package="trl",
-    version="1.16",
     extra="trl-distillation",
     on_request=("token_divergence", "gkd", "gold"),
     swaps=(

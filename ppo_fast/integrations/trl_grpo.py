@@ -243,7 +243,6 @@ def _compared(arguments: Arguments, result: dict[str, Any]) -> dict[str, Any]:
 integration = Integration(
     name="trl_grpo",
     package="trl",
-    version="1.16",
     extra="trl-grpo",
     on_request=("logprobs",),
     swaps=(

@@ -120,7 +120,6 @@ _MICRO_BATCH = ("logits", "new_logprobs", "mb_logprobs", "mb_advantage", "micro_
 integration = Integration(
     name="trl_ppo",
     package="trl",
-    version="1.12",
     extra="trl-ppo",
     swaps=(
         Swap(

@@ -15,7 +15,6 @@ from ppo_fast.integrations import (
     NeverReachedError,
     NotPatchedError,
     TrainerMissingError,
-    WrongVersionError,
     sb3,
     skrl,
     tianshou,
@@ -61,8 +60,10 @@ def test_twice_and_without(swap: types.ModuleType) -> None:
 def test_another_version(swap: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     before, other = state(swap), NEXT[swap.integration.name]
     monkeypatch.setattr(importlib.metadata, "version", lambda name: other)
-    with pytest.raises(WrongVersionError, match=rf"written for .* found {other}"):
+    with pytest.warns(RuntimeWarning, match=rf"{other} is patched although not tested"):
         swap.apply()
+    with pytest.raises(NeverReachedError):
+        swap.revert()
     assert state(swap) == before
 
 
@@ -89,9 +90,12 @@ def test_not_installed(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_fast_buffer_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
     sb3._fast.cache_clear()
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
-    with pytest.raises(WrongVersionError, match=r"written for stable_baselines3 2\.9, found 1\.0"):
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(TrainerMissingError, match="sb3: stable_baselines3 is not installed"):
         _ = sb3.FastRolloutBuffer
     with pytest.raises(AttributeError, match="FasterRolloutBuffer"):
         _ = sb3.FasterRolloutBuffer

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trainers import needs
+from trainers import needs_version
 
-needs("liger-kernel", "0.8.5")
+needs_version("liger-kernel", "0.8.5")
 
 from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,66 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toy import installed, integration, learnt
 
 from ppo_fast import integrations
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._extract import Block
+from ppo_fast.integrations._known import Known
 from ppo_fast.integrations._patch import Calls, Integration, Swap
-
-SOURCES = {
-    "__init__": "",
-    "core": """
-import torch
-
-def double(x, times=2):
-    return x * times
-
-def scale(x):
-    return x.mul_(3)
-
-TABLE = {"double": double}
-
-class Trainer:
-    rate = 2.0
-
-    def total(self, x):
-        if self.rate > 1:
-            squares = []
-            for item in x:
-                square = item * item
-                squares.append(square)
-            total = sum(squares)
-            mean = total / len(squares)
-        with torch.no_grad():
-            half = mean / self.rate
-            del squares
-        return total, half
-
-def use(x):
-    return double(x)
-""",
-    "user": "from toytrainer.core import double\n\ndef use(x):\n    return double(x)\n",
-    "late": "from toytrainer.core import double\n\ndef use(x):\n    return x + x\n",
-}
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A trainer `toytrainer` 1.2.0; `late` is not imported yet."""
-    package = tmp_path / "toytrainer"
-    info = tmp_path / "toytrainer-1.2.0.dist-info"
-    package.mkdir()
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toytrainer\nVersion: 1.2.0\n")
-    for name, source in SOURCES.items():
-        (package / f"{name}.py").write_text(source)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield SimpleNamespace(
-        core=importlib.import_module("toytrainer.core"),
-        user=importlib.import_module("toytrainer.user"),
-    )
-    for name in [name for name in sys.modules if name.partition(".")[0] == "toytrainer"]:
-        del sys.modules[name]
+def toy(tmp_path: Path) -> Iterator[SimpleNamespace]:
+    with installed(tmp_path) as found:
+        yield found
 
 
 def ours(x: Tensor, times: float = 2) -> Tensor:
@@ -80,9 +32,10 @@ def ours(x: Tensor, times: float = 2) -> Tensor:
     return x + (times - 1) * x
 
 
-def made(*swaps: Swap, **changed: Any) -> Integration:
-    fields = {"name": "toy", "package": "toytrainer", "version": "1.2", "extra": "toy"}
-    return Integration(**{**fields, **changed}, swaps=swaps or (DOUBLE,))
+def made(*swaps: Swap, known: Known | None = None, **changed: Any) -> Integration:
+    """Of what is installed, which is known unless `known` says what is."""
+    swaps = swaps or (DOUBLE,)
+    return integration(*swaps, known=learnt(*swaps) if known is None else known, **changed)
 
 
 DOUBLE = Swap("double", "toytrainer.core:double", ours)
@@ -167,9 +120,12 @@ def test_statements_inside_a_function_are_replaced(toy: SimpleNamespace) -> None
     "block", [Block("squares = {}", "mean = total"), Block("mean = total", "squares = []")]
 )
 def test_a_statement_that_is_not_there(toy: SimpleNamespace, block: Block) -> None:
-    toys = made(DOUBLE, Swap("total", "toytrainer.core:Trainer.total", squares, block=block))
-    before = state(toy.core)
-    with pytest.raises(integrations.UnknownSourceError, match=r"total: 0 places from `"):
+    swaps = DOUBLE, Swap("total", "toytrainer.core:Trainer.total", squares, block=block)
+    before, toys = state(toy.core), made(*swaps, known=Known(("1.2.0",)))
+    with pytest.raises(
+        integrations.UnknownSourceError,
+        match=r"toy: toytrainer 1\.2\.0, toytrainer.core:Trainer.total: 0 blocks from `",
+    ):
         toys.apply()
     assert state(toy.core) == before
 
@@ -246,23 +202,8 @@ def test_applied_twice_and_reverted_without(toy: SimpleNamespace) -> None:
     toys.revert()
 
 
-@pytest.mark.parametrize("version", ["1.1", "2", "1.2.0.1", "1"])
-def test_another_version(toy: SimpleNamespace, version: str) -> None:
-    before, toys = state(toy.core), made(version=version)
-    if version == "1":  # 1.2.0 is a 1
-        toys.apply()
-        toys.calls["double"].fused = 1
-        toys.revert()
-        return
-    with pytest.raises(
-        integrations.WrongVersionError, match=rf"written for toytrainer {version}, found 1\.2\.0"
-    ):
-        toys.apply()
-    assert state(toy.core) == before
-
-
 def test_a_trainer_that_is_not_installed() -> None:
-    toys = made(package="no_such_trainer", extra="none")
+    toys = made(package="no_such_trainer", extra="none", known=Known())
     with pytest.raises(
         integrations.TrainerMissingError, match=r"not installed: pip install 'ppo_fast\[none\]'"
     ):
@@ -272,13 +213,15 @@ def test_a_trainer_that_is_not_installed() -> None:
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("toytrainer.core:triple", integrations.UnknownSourceError),
-        ("toytrainer.core:Trainer.mean", integrations.UnknownSourceError),
-        ("toytrainer.nowhere:double", integrations.TrainerMissingError),
+        ("toytrainer.core:triple", integrations.NoPlaceError),
+        ("toytrainer.core:Trainer.mean", integrations.NoPlaceError),
+        ("toytrainer.nowhere:double", integrations.NoPlaceError),
+        ("toytrainer.needy:double", integrations.TrainerMissingError),
     ],
 )
 def test_a_place_that_is_not_there(toy: SimpleNamespace, place: str, error: Any) -> None:
-    before, toys = state(toy.core), made(DOUBLE, Swap("other", place, ours))
+    before = state(toy.core)
+    toys = made(DOUBLE, Swap("other", place, ours), known=learnt(DOUBLE))
     with pytest.raises(error, match=place.partition(":")[0]):
         toys.apply()
     assert state(toy.core) == before
@@ -293,8 +236,8 @@ def test_ops_that_there_are_not(toy: SimpleNamespace, ops: tuple[str, ...]) -> N
 def test_another_patch_is_there_before(
     toy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(toy.core, "double", ours)
     toys = made()
+    monkeypatch.setattr(toy.core, "double", ours)
     with pytest.raises(
         integrations.ForeignPatchError, match=r"own any more, it comes from .*test_patch"
     ):
@@ -318,7 +261,9 @@ def test_another_patch_comes_after(toy: SimpleNamespace) -> None:
 
 
 def test_ops_on_request(toy: SimpleNamespace) -> None:
-    toys = made(DOUBLE, Swap("scale", "toytrainer.core:scale", ours), on_request=("scale",))
+    toys = made(
+        DOUBLE, Swap("scale", "toytrainer.core:scale", lambda x: 3 * x), on_request=("scale",)
+    )
     with toys.patched() as calls:
         toy.core.double(X)
     assert list(calls) == ["double"]

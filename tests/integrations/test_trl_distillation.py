@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from trainers import needs
 
-needs("trl", "1.16")
+needs("trl_distillation")
 
 import trl_distillation_run
 from trl.experimental.gkd.gkd_trainer import GKDTrainer

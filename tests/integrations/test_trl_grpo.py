@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from trainers import needs
 
-needs("trl", "1.16")
+needs("trl_grpo")
 
 import trl_grpo_run
 from trainer_sides_helpers import prepared, updates

@@ -1,4 +1,4 @@
-"""verl 0.9.1's rollout correction: bypass mode on ppo_fast, and its options as `Correction`."""
+"""verl's rollout correction: bypass mode on ppo_fast, and its options as `Correction`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from trainers import needs
 
-needs("verl", "0.9.1")
+needs("verl")
 os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"  # the tests say when it is patched
 
 from verl.trainer.config.algorithm import RolloutCorrectionConfig

@@ -82,9 +82,9 @@ def test_a_wheel_without_torch_is_pure(checkout: Path, tmp_path: Path) -> None:
     wheel = built(checkout, "*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    assert held == expected((".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".css", ".js")) | {
-        "ppo_fast/py.typed"
-    }
+    assert held == expected(
+        (".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".css", ".js", ".json")
+    ) | {"ppo_fast/py.typed"}
 
 
 def test_an_explicit_request_never_degrades(checkout: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_the_sdist_follows_both_symlinks(checkout: Path) -> None:
         names = archive.getnames()
     held = {name.split("/", 1)[1] for name in names if "/" in name}
     assert (
-        expected((".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".css", ".js"))
+        expected((".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".css", ".js", ".json"))
         | {"ppo_fast/py.typed", "setup.py", "pyproject.toml"}
         <= held
     )
