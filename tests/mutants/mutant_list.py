@@ -400,9 +400,8 @@ MUTANTS = {
     "report": REPORT,
     "runs": RUNS,
     "truncation": TRUNCATION,
-    "surrogates": SURROGATES,
-    "stats": STATS,
     "surrogates": SURROGATES + CONTEXT,
+    "stats": STATS,
     "support": SUPPORT,
     "weights": WEIGHTS,
 }
