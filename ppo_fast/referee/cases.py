@@ -88,12 +88,13 @@ TOKENS = {
     "empty-row": "a sequence without a token",
     "nan-masked": "NaN in masked slots of every input but the model's own outputs",
     "clip-edges": "ratios at, just within and just beyond every bound, both signs of advantage",
-    "huge-log-ratios": "log-ratios of ±21 to ±30",
+    "huge-log-ratios": "log-ratios of ±21 to ±30, a sequence's of one sign, either advantage",
     "zero-advantages": "advantages of 0",
     "one-token": "a batch of a single token",
     "micro-batches": "two micro-batches, of 3 and of 61 tokens",
     "uneven-rows": "two micro-batches, of one and of three sequences",
     "two-ranks": "two ranks, of 5 and of 21 tokens, averaged as DDP does",
+    "uneven-ranks": "two ranks, of one and of three sequences",
     "ranks-and-micro-batches": "two ranks of two micro-batches each",
 }
 LOGITS = {
@@ -122,12 +123,14 @@ _LENGTHS: dict[str, tuple[int, ...]] = {
     "micro-batches": (1, 2, 30, 31),
     "uneven-rows": (12, 3, 2, 7),
     "two-ranks": (1, 4, 9, 12),
+    "uneven-ranks": (12, 3, 2, 7),
     "ranks-and-micro-batches": (1, 4, 9, 12, 2, 2, 11, 5),
 }
 _CUTS: dict[str, Cut] = {
     "micro-batches": (((0, 1), (2, 3)),),
     "uneven-rows": (((0,), (1, 2, 3)),),
     "two-ranks": (((0, 1),), ((2, 3),)),
+    "uneven-ranks": (((0,),), ((1, 2, 3),)),
     "ranks-and-micro-batches": (((0, 1), (2, 3)), ((4, 5), (6, 7))),
 }
 
@@ -149,7 +152,7 @@ def tokens(name: str, seed: int, edges: Edges, per_sequence: bool) -> Tokens:
     mask = torch.arange(width) < lengths[:, None]
     if name == "tool-tokens":
         mask[0, 3:6], mask[3, 5:7], mask[4, 0] = False, False, False
-    logprobs = -_normal(g, rows, width).abs() - 0.1
+    logprobs = (-_normal(g, rows, width).abs() - 0.1).float().double()
     batch = Tokens(
         mask=mask,
         logprobs=logprobs,
@@ -165,48 +168,46 @@ def tokens(name: str, seed: int, edges: Edges, per_sequence: bool) -> Tokens:
         rewards=_normal(g, rows, width),
         cut=_CUTS.get(name, ((tuple(range(rows)),),)),
     )
-    return _nasty(name, batch, edges, per_sequence)
+    return _nasty(name, batch, edges, per_sequence).to(torch.float32).to(torch.float64)
 
 
 def _apart(name: str, g: torch.Generator, logprobs: Tensor, scale: float) -> Tensor:
-    """Log-probabilities of another policy, rounded to fp32."""
+    """Log-probabilities of another policy."""
     gap = _normal(g, *logprobs.shape, scale=scale)
     if name == "huge-log-ratios":
-        gap = gap.sign() * (21 + 9 * torch.rand(gap.shape, generator=g).double())
-    return (logprobs - gap).float().double()
+        sizes = 21 + 9 * torch.rand(gap.shape, generator=g).double()
+        gap = torch.where(torch.arange(len(gap)) % 2 == 0, 1.0, -1.0)[:, None] * sizes
+    return logprobs - gap
+
+
+_INPUTS = ("old_logprobs", "ref_logprobs", "entropies", "old_values", "returns", "rewards")
 
 
 def _nasty(name: str, batch: Tokens, edges: Edges, per_sequence: bool) -> Tokens:
     if name == "zero-advantages":
         return replace(batch, advantages=torch.zeros_like(batch.advantages))
+    if name == "huge-log-ratios":
+        signs = torch.where(torch.arange(len(batch.mask)) % 4 < 2, 1.0, -1.0)[:, None]
+        return replace(batch, advantages=batch.advantages.abs() * signs)
     if name == "clip-edges":
-        return _at_the_edges(batch, edges)
+        return _at_the_edges(batch, edges, per_sequence)
     if name == "nan-masked":
-        names: tuple[str, ...] = (
-            "old_logprobs",
-            "ref_logprobs",
-            "entropies",
-            "old_values",
-            "returns",
-            "rewards",
-        )
-        names += () if per_sequence else ("advantages",)
+        names = _INPUTS if per_sequence else (*_INPUTS, "advantages")
         fields = {k: getattr(batch, k).masked_fill(~batch.mask, math.nan) for k in names}
         return replace(batch, **fields)
     return batch
 
 
-def _at_the_edges(batch: Tokens, edges: Edges) -> Tokens:
-    """Ratios at, within and beyond the bounds in turn; the sign of the advantage as it is."""
+def _at_the_edges(batch: Tokens, edges: Edges, per_sequence: bool) -> Tokens:
+    """Ratios at, within and beyond the bounds in turn, beside advantages of either sign."""
     low, high = max(1 - edges.low, 0.01), 1 + edges.high
     bounds = [low, high, 1.0] if edges.dual is None else [low, high, edges.dual]
     ratios = torch.tensor([b * f for b in bounds for f in (1.0, 0.999, 1.001)]).double()
     index = torch.arange(batch.mask.numel()).reshape(batch.mask.shape)
-    old = (batch.logprobs - ratios[index % len(ratios)].log()).float().double()
-    signs = torch.where(index % 2 == 0, 1.0, -1.0).double()
-    row = batch.advantages[:, :1] == batch.advantages
-    advantages = batch.advantages if bool(row.all()) else batch.advantages.abs() * signs
-    return replace(batch, old_logprobs=old, advantages=advantages)
+    old = batch.logprobs - ratios[index % len(ratios)].log()
+    turn = torch.arange(len(index))[:, None] if per_sequence else index
+    signs = torch.where(turn % 2 == 0, 1.0, -1.0)
+    return replace(batch, old_logprobs=old, advantages=batch.advantages.abs() * signs)
 
 
 def logits(name: str, seed: int, temperature: float) -> Logits:

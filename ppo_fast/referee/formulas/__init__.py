@@ -71,9 +71,28 @@ class Reading:
         ]
 
 
+# Readings of a mask that take a token too many or too few, over the right count.
+SHIFTED = ("longer", "shorter")
+
+
+def counted(mask: Tensor, reading: str) -> Tensor:
+    """The slots that count by a reading of the mask."""
+    if reading == "ignore":
+        return torch.ones_like(mask)
+    none = torch.zeros_like(mask[:, :1])
+    if reading == "longer":
+        return mask | torch.cat([none, mask[:, :-1]], 1)
+    return mask & torch.cat([mask[:, 1:], none], 1) if reading == "shorter" else mask
+
+
+def counting(mask: Tensor, reading: str) -> Tensor:
+    """The slots of a denominator by a reading of the mask."""
+    return mask if reading in SHIFTED else counted(mask, reading)
+
+
 def kept(x: Tensor, keep: Tensor, mask: str) -> Tensor:
     """`x` with 0 in masked slots where the mask is a select, as it is elsewhere."""
-    return torch.where(keep, x, 0.0) if mask == "select" else x
+    return torch.where(keep, x, 0.0) if mask in ("select", *SHIFTED) else x
 
 
 MASKS = (
@@ -93,4 +112,10 @@ MASKS = (
         {"mask": "ignore"},
         "mask.ignored",
     ),
+    Change(
+        "mask: the token after each sequence's last counts too",
+        {"mask": "longer"},
+        "mask.longer",
+    ),
+    Change("mask: each sequence's last token does not count", {"mask": "shorter"}, "mask.shorter"),
 )

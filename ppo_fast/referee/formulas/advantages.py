@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.referee.cases import Groups, Steps, Tokens
-from ppo_fast.referee.formulas import MASKS, Change, Exact, Reading
+from ppo_fast.referee.formulas import MASKS, Change, Exact, Reading, counted
 
 
 def whitened(
@@ -54,7 +54,7 @@ class Whiten(Reading):
 
     def exact(self, batch: Tokens, eps: float) -> dict[str, Exact]:
         """`value` of unmasked slots."""
-        keep = torch.ones_like(batch.mask) if self.mask == "ignore" else batch.mask
+        keep = counted(batch.mask, self.mask)
         x = batch.rewards.double()
         if self.mask == "multiply" and bool(x.isnan().any()):
             y = torch.full_like(x, torch.nan)
@@ -112,7 +112,7 @@ class TokenGAE(Reading):
         if self.holes == "zero":
             rewards, values = rewards * keep, values * keep
         moves = keep if self.holes == "skip" else torch.ones_like(keep)
-        advantages, size = self._scan(rewards, values, moves)
+        advantages, size = self._scan(batch, rewards, values, moves)
         returns, ret_size = advantages + values, size + values.abs().nan_to_num()
         if self.whiten:
             advantages, size = whitened(
@@ -123,8 +123,10 @@ class TokenGAE(Reading):
             "returns": Exact(returns, ret_size, 0.0, keep),
         }
 
-    def _scan(self, rewards: Tensor, values: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
-        last = values[:, -1] if self.bootstrap == "last" else torch.zeros_like(values[:, 0])
+    def _scan(
+        self, batch: Tokens, rewards: Tensor, values: Tensor, moves: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        last = batch.values[:, -1].double() * (self.bootstrap == "last")
         later, reach, after = torch.zeros_like(last), torch.zeros_like(last), last
         found, sizes = [], []
         for t in reversed(range(rewards.shape[1])):

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from ppo_fast.referee.cases import Edges, Tokens
-from ppo_fast.referee.formulas import Change, Exact, Reading, kept, reduction
+from ppo_fast.referee.formulas import (
+    SHIFTED,
+    Change,
+    Exact,
+    Reading,
+    counted,
+    counting,
+    kept,
+    reduction,
+)
 from ppo_fast.referee.formulas.tokens import KL_WORDS, estimate
 
 _PAPERS = {
@@ -42,7 +51,8 @@ class PolicyLoss(Reading):
 
     `clip_high` of CISPO bounds the ratio at 1 + clip_high; `clip_low=None` is no lower bound.
     `kl_coef` adds a KL estimate per token, times the ratio with `kl_weight="ratio"`;
-    `entropy_coef` subtracts the mean entropy, by the loss's reduction unless it has its own.
+    `entropy_coef` subtracts the mean entropy, whose mask, reduction and scope are the loss's where
+    it has none of its own.
     """
 
     part: ClassVar[str] = "policy loss"
@@ -68,8 +78,8 @@ class PolicyLoss(Reading):
     kl: str = "k3"
     kl_weight: str | None = None
     entropy_coef: float = 0.0
-    entropy_scope: str = "step"
-    entropy_mask: str = "select"
+    entropy_scope: str | None = None
+    entropy_mask: str | None = None
     entropy_reduction: str | None = None
 
     @property
@@ -85,22 +95,30 @@ class PolicyLoss(Reading):
 
     def exact(self, batch: Tokens, eps: float) -> dict[str, Exact]:
         """`loss`, `gradient` and, with an entropy bonus, `entropy_gradient`."""
-        new = batch.logprobs.double().requires_grad_()
-        entropies = batch.entropies.double().requires_grad_()
-        keep = torch.ones_like(batch.mask) if self.mask == "ignore" else batch.mask
+        new = batch.logprobs.double().clone().requires_grad_()
+        entropies = batch.entropies.double().clone().requires_grad_()
+        keep = counted(batch.mask, self.mask)
         w = reduction.weights(
-            keep, batch.cut, self.reduction, self.scope, self.empty_rows, self.divisor
+            counting(batch.mask, self.mask),
+            batch.cut,
+            self.reduction,
+            self.scope,
+            self.empty_rows,
+            self.divisor,
         )
         per_token, size, kink = self._per_token(batch, new, keep, eps)
         if self.kl_coef:
             extra, extra_size = self._kl(batch, new, keep)
-            per_token, size = per_token + self.kl_coef * extra, size + self.kl_coef * extra_size
+            per_token, size = (
+                per_token + self.kl_coef * extra,
+                size + abs(self.kl_coef) * extra_size,
+            )
         loss = _summed(w, per_token, keep, self.mask)
         size, kink = _finite(size) * w * keep, _finite(kink) * w * keep
         bonus_size = torch.zeros(())
         if self.entropy_coef:
             bonus, v = self._entropy(batch, entropies)
-            loss, bonus_size = loss - self.entropy_coef * bonus, self.entropy_coef * v.sum()
+            loss, bonus_size = loss - self.entropy_coef * bonus, abs(self.entropy_coef) * v.sum()
         (gradient,) = torch.autograd.grad(loss, new, retain_graph=True)
         out = {
             "loss": Exact(loss.detach(), size.sum() + bonus_size),
@@ -112,10 +130,11 @@ class PolicyLoss(Reading):
         return out
 
     def _entropy(self, batch: Tokens, entropies: Tensor) -> tuple[Tensor, Tensor]:
-        mask = self.entropy_mask
-        keep = torch.ones_like(batch.mask) if mask == "ignore" else batch.mask
-        how = (self.entropy_reduction or self.reduction, self.entropy_scope, self.empty_rows)
-        v = reduction.weights(keep, batch.cut, *how, self.divisor)
+        mask = self.entropy_mask or self.mask
+        keep = counted(batch.mask, mask)
+        scope = self.entropy_scope or self.scope
+        how = (self.entropy_reduction or self.reduction, scope, self.empty_rows)
+        v = reduction.weights(counting(batch.mask, mask), batch.cut, *how, self.divisor)
         size = torch.where(keep, v * entropies.detach().abs().nan_to_num(), 0.0)
         return _summed(v, kept(entropies, keep, mask), keep, mask), size
 
@@ -167,7 +186,7 @@ class PolicyLoss(Reading):
         if self.surrogate == "cispo":
             return -ratio.clamp(low, high).detach() * a * new, ends
         if self.surrogate == "sapo":
-            tau = torch.where(a > 0, self.tau[0], self.tau[1])
+            tau = torch.where(a > 0, self.tau[0], self.tau[1] + torch.zeros_like(a))
             return -a * 4 / tau * torch.sigmoid(tau * (ratio - 1)), []
         if self.surrogate == "gpg":
             return -a * new, []
@@ -192,7 +211,7 @@ class PolicyLoss(Reading):
         """Other readings of clip, ratio, sign, KL, entropy, mask and denominator."""
         return self.others(
             [
-                *reduction.changes(),
+                *reduction.changes(self.reduction),
                 *self._of_the_ratio(),
                 *self._of_the_clip(),
                 *self._of_the_terms(),
@@ -306,10 +325,15 @@ class ValueLoss(Reading):
 
     def exact(self, batch: Tokens, eps: float) -> dict[str, Exact]:
         """`loss`, and its `gradient` by the values."""
-        values = batch.values.double().requires_grad_()
-        keep = torch.ones_like(batch.mask) if self.mask == "ignore" else batch.mask
+        values = batch.values.double().clone().requires_grad_()
+        keep = counted(batch.mask, self.mask)
         w = self.scale * reduction.weights(
-            keep, batch.cut, self.reduction, self.scope, self.empty_rows, self.divisor
+            counting(batch.mask, self.mask),
+            batch.cut,
+            self.reduction,
+            self.scope,
+            self.empty_rows,
+            self.divisor,
         )
         old, target = (kept(x, keep, self.mask) for x in (batch.old_values, batch.returns))
         error = values - target
@@ -347,7 +371,7 @@ class ValueLoss(Reading):
                     "value.larger",
                 )
             ]
-        return self.others([*found, *reduction.changes()])
+        return self.others([*found, *reduction.changes(self.reduction)])
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -356,6 +380,6 @@ def _finite(x: Tensor) -> Tensor:
 
 def _summed(w: Tensor, x: Tensor, keep: Tensor, mask: str) -> Tensor:
     """Σ w·x over unmasked slots, by the mask's reading."""
-    if mask in ("select", "late"):
+    if mask in ("select", "late", *SHIFTED):
         return torch.where(keep, w * x, 0.0).sum()
     return (w * x * keep).sum()

@@ -60,8 +60,8 @@ def weights(
     return out
 
 
-def changes() -> list[Change]:
-    """Other denominators, other masks."""
+def changes(reduction: str) -> list[Change]:
+    """Other denominators, other masks, beside a reduction."""
     scopes = [
         Change(f"denominator: {words}", {"scope": scope}, f"denominator.{scope}")
         for scope, words in _SCOPES.items()
@@ -70,14 +70,13 @@ def changes() -> list[Change]:
         Change(f"denominator: {words}", {"reduction": name}, f"denominator.{name}")
         for name, words in REDUCTIONS.items()
     ]
-    rows = Change(
-        "denominator: sequences without a token are not counted",
-        {"empty_rows": False},
-        "denominator.empty-rows",
-    )
-    counted = Change(
-        "denominator: sequences without a token are counted",
-        {"empty_rows": True},
-        "denominator.empty-rows",
-    )
-    return [*MASKS, *scopes, rows, counted, *others]
+    rows = [
+        Change(
+            f"denominator: sequences without a token are {words}counted",
+            {"empty_rows": counted},
+            "denominator.empty-rows",
+        )
+        for counted, words in ((False, "not "), (True, ""))
+        if reduction.startswith("seq")
+    ]
+    return [*MASKS, *scopes, *rows, *others]

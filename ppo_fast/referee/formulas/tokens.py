@@ -57,7 +57,7 @@ class KL(Reading):
 
     def exact(self, batch: Tokens, eps: float) -> dict[str, Exact]:
         """`value` of unmasked tokens, and `gradient`."""
-        new = batch.logprobs.double().requires_grad_()
+        new = batch.logprobs.double().clone().requires_grad_()
         gap = new - torch.where(batch.mask, batch.ref_logprobs, 0.0)
         value, size = self._value(gap)
         source = self._value(gap)[0] if self.gradient == "own" else gap.square() / 2
@@ -115,7 +115,7 @@ class LogProbs(Reading):
 
     def exact(self, batch: Logits, eps: float) -> dict[str, Exact]:
         """`value` `(N,)` and `gradient` `(N, V)`."""
-        z = batch.logits.double().requires_grad_()
+        z = batch.logits.double().clone().requires_grad_()
         x = _scaled(z, batch.temperature, self.temperature)
         value = x.gather(-1, batch.labels[:, None])[:, 0] - torch.logsumexp(x, -1)
         (gradient,) = torch.autograd.grad(value.sum(), z)
@@ -144,7 +144,7 @@ class Entropy(Reading):
 
     def exact(self, batch: Logits, eps: float) -> dict[str, Exact]:
         """`value` `(N,)` and `gradient` `(N, V)`."""
-        z = batch.logits.double().requires_grad_()
+        z = batch.logits.double().clone().requires_grad_()
         x = _scaled(z, batch.temperature, self.temperature)
         p = torch.softmax(x, -1)
         if self.zeros == "select":

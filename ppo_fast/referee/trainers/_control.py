@@ -16,7 +16,7 @@ _STEPS = "every minibatch is an optimiser step of its own"
 LEFT_OUT = {
     **dict.fromkeys(("tool-tokens", "empty-row", "nan-masked"), _MASKS),
     **dict.fromkeys(("micro-batches", "uneven-rows", "two-ranks"), _STEPS),
-    "ranks-and-micro-batches": _STEPS,
+    **dict.fromkeys(("uneven-ranks", "ranks-and-micro-batches"), _STEPS),
 }
 ONE = {"one-token": "a minibatch of one is not whitened"}
 

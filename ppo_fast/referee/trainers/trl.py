@@ -141,7 +141,9 @@ def _policy_loss(options: dict[str, Any], trainer_type: Any) -> Probe | Missing:
         over_step(trainer.loss, entropies=bool(options["entropy_coef"])),
         formula,
         case={"edges": formula.edges, "per_sequence": True},
-        left_out={"uneven-rows": "TRL's micro-batches have equal numbers of sequences"},
+        left_out=dict.fromkeys(
+            ("uneven-rows", "uneven-ranks"), "TRL's micro-batches have equal numbers of sequences"
+        ),
         documented=_DOCUMENTED,
     )
 
