@@ -37,11 +37,11 @@ ALONE_control := --ignore-requires-python cleanrl==1.2.0
 # Other frameworks' arrays; of the trainers only the sources are read.
 NEEDS_compat := jax==0.10.2 tensorflow-cpu==2.21.0
 ALONE_compat := trl==1.16.0 verl==0.9.1 openrlhf==0.11.2
-TESTS_trl-ppo := trl_ppo
-TESTS_trl-grpo := trl_grpo trl_distillation liger
-TESTS_verl := verl verl_corrections verl_distillation verl_plugin verl_support
-TESTS_openrlhf := openrlhf openrlhf_own
-TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors
+TESTS_trl-ppo := trl_ppo verify_control
+TESTS_trl-grpo := trl_grpo trl_distillation liger verify_trl_grpo
+TESTS_verl := verl verl_corrections verl_distillation verl_plugin verl_support verify_verl
+TESTS_openrlhf := openrlhf openrlhf_own verify_openrlhf
+TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors verify_control
 TESTS_compat := compat compat_arrays
 
 # Dozens of processes import torch in a run of the tests: what Python compiled is kept for the next.

@@ -1,4 +1,4 @@
-"""The command line: `ppo-fast train`, `report`, `info` and `bench`."""
+"""The command line: `ppo-fast train`, `report`, `verify`, `info` and `bench`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _USAGE = """usage: ppo-fast COMMAND [OPTIONS]
 
   train   fine-tune a causal language model with PPO (ppo-fast train --help lists the options)
   report  one HTML page of one or more runs (ppo-fast report --help)
+  verify  a trainer's own losses beside the papers' formulas (ppo-fast verify --help)
   info    versions and usable backends
   bench   measure the ops beside their peers (ppo-fast bench --help lists the options)
 
@@ -38,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         return _train(args)
     if command == "report":
         return _report(args)
+    if command == "verify":
+        from ppo_fast.referee.cli import main as verify
+
+        return verify(args)
     if command == "info":
         return _info(args)
     if command == "bench":
