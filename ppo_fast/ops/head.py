@@ -17,6 +17,7 @@ from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Scoring, Softmax
 from ppo_fast._boundary.schema import backends_of
 from ppo_fast.ops import gemm
+from ppo_fast.ops.distributed_weight import require_whole
 from ppo_fast.ops.shards import Shard, softmax_of
 
 # GEMM libraries give a row the same bits in any batch only if the row count is padded to a
@@ -134,6 +135,7 @@ class Head:
         options: HeadOptions,
     ) -> None:
         size, largest = options.size, options.largest
+        require_whole(weight, size)
         self.hidden, self.weight = hidden, weight[:size]
         self.bias = None if bias is None else bias[:size]
         self.rows, self.options = rows, options

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
+from ppo_fast.ops.distributed_weight import plain_parameter, require_plain
 from ppo_fast.ops.exact import exact_products
 from ppo_fast.ops.head import HeadOptions, HeadRows
 from ppo_fast.ops.logprobs import check_ignore_index, check_temperature, kept_tokens
@@ -159,16 +160,10 @@ def plain_head(
     owner: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A head's tensors, of one type and on one device; `owner` stands before their names."""
-    weight = _plain_tensor(weight, group)
-    bias = None if bias is None else _plain_tensor(bias, group)
+    require_plain(op, f"{owner}hidden", hidden)
+    weight = plain_parameter(op, f"{owner}weight", weight, group)
+    bias = None if bias is None else plain_parameter(op, f"{owner}bias", bias, group)
     return _cast(op, hidden, weight, bias, owner, least=1 if group is None else 0)
-
-
-def _plain_tensor(x: Any, group: dist.ProcessGroup | None) -> Any:
-    """A DTensor as this rank's share with a group, whole without one; others as they are."""
-    if not hasattr(x, "full_tensor"):
-        return x
-    return x.full_tensor() if group is None else x.to_local()
 
 
 def _cast(

@@ -78,10 +78,7 @@ class Tower:
         return self._product
 
     def head(self) -> dict[str, Any]:
-        """Weight, bias and soft cap of the output head, as `linear_ppo_loss` takes them.
-
-        Where the model scales its logits, with the temperature that does so.
-        """
+        """Weight, bias, soft cap and scale of the output head, as `linear_ppo_loss` takes them."""
         options = self.product().options()
         with self.inside():
             weight, bias = weight_and_bias(self.model)
