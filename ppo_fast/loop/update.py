@@ -311,5 +311,5 @@ def logprobs(
 def _head(agent: Agent, tower: Tower, hidden: Tensor | None = None) -> dict[str, Any]:
     """The output head as the linear ops take it, at the temperature of the tower."""
     head = tower.head(hidden)
-    head["temperature"] = agent.temperature(tower) * head.get("temperature", 1.0)
+    head["temperature"] = agent.temperature(tower)
     return head

@@ -18,6 +18,7 @@ from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Scoring, Softmax
 from ppo_fast._boundary.schema import backends_of
 from ppo_fast.ops import gemm
+from ppo_fast.ops.distributed_weight import require_whole
 from ppo_fast.ops.shards import Shard, softmax_of
 
 # GEMM libraries give a row the same bits in any batch only if the row count is padded to a
@@ -146,6 +147,7 @@ class Product:
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, size: int, rows: HeadRows) -> None:
+        require_whole(weight, size)
         self.hidden, self.weight, self.rows = hidden, weight[:size], rows
         self._padded = weight.shape[0]
         self.dx: Tensor | None = None  # in the rows' order

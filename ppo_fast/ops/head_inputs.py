@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast import _backend, _checks, reference
+from ppo_fast.ops.distributed_weight import plain_parameter, require_plain
 from ppo_fast.ops.exact import exact_products
 from ppo_fast.ops.head import HeadOperands, HeadOptions, HeadRows
 from ppo_fast.ops.logprobs import check_ignore_index, check_temperature, kept_tokens
@@ -172,8 +173,13 @@ def plain_head(
 ) -> HeadOperands:
     """A head's tensors, of one type and on one device; `owner` stands before their names."""
     u, b = _pair(op, extra)
-    weight, bias, b = (_plain_tensor(x, group) for x in (weight, bias, b))
     x, w = f"{owner}hidden", f"{owner}weight"
+    require_plain(op, x, hidden)
+    weight = plain_parameter(op, w, weight, group)
+    bias = None if bias is None else plain_parameter(op, f"{owner}bias", bias, group)
+    if extra is not None:
+        require_plain(op, "extra[0]", u)
+        b = plain_parameter(op, "extra[1]", b, group)
     if _checks.floating(op, x, hidden).dim() < 1:
         raise ValueError(f"{op}: {x} must have shape (..., H), got {tuple(hidden.shape)}")
     _check_weight(op, w, weight, hidden, "H")
@@ -193,13 +199,6 @@ def plain_head(
     if bias is not None:
         _checks.sized(op, f"{owner}bias", bias, hidden, (weight.shape[0],), "(V,)")
     return HeadOperands(hidden, weight, bias, u, b)
-
-
-def _plain_tensor(x: Any, group: dist.ProcessGroup | None) -> Any:
-    """A DTensor as this rank's share with a group, whole without one; others as they are."""
-    if not hasattr(x, "full_tensor"):
-        return x
-    return x.full_tensor() if group is None else x.to_local()
 
 
 def _pair(op: str, extra: Any) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from ppo_fast._boundary import calls
 from ppo_fast._boundary.options import Pairs, Scoring, Softmax
 from ppo_fast._boundary.schema import compute_dtype
 from ppo_fast.ops.backward import once_differentiable, saveable
+from ppo_fast.ops.distributed_weight import require_whole
 from ppo_fast.ops.exact import exact_products
 from ppo_fast.ops.head import (
     NOTHING_IGNORED,
@@ -180,6 +181,7 @@ def _gradients(
 def _hidden_gradient(call: _Call, dz: Tensor, hidden: Any, weight: Any) -> Tensor:
     """Of hidden states (..., K) beside a weight (V, K)."""
     o = call.options
+    require_whole(weight, o.size)
     if o.size == 0:
         dx = weight.new_zeros(call.kept.pairs.mask.shape[0], weight.shape[1])
     else:

@@ -171,7 +171,7 @@ def test_the_linear_head_is_the_models_own(name: str) -> None:
 def test_a_scale_that_only_the_config_has_changes_nothing() -> None:
     model = models()["llama"]
     model.config.logit_scale = 0.5
-    assert "temperature" not in Tower(model, 0).head()
+    assert Tower(model, 0).head()["logit_scale"] == 1.0
 
 
 def test_copies_share_frozen_weights_and_own_trainable_ones() -> None:

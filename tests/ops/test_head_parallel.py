@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import ppo_fast
 from ppo_fast import _checks, testing
 from ppo_fast._boundary.schema import VARIANTS
 from ppo_fast.ops import head
+from ppo_fast.ops.distributed_weight import require_plain
 from ppo_fast.teacher import KINDS
 from ppo_fast.testing import (
     Call,
@@ -316,6 +318,29 @@ def with_dtensors(call: Call, group: bool) -> Results:
     return testing.output(out) | grads | {"grad_hidden": hidden.grad}
 
 
+def of_fsdp2(rank: int, world: int) -> tuple[Results, Results]:
+    """Gradients of a head that FSDP2 has sharded, with tokens of each rank's own, and those of one
+    process with all tokens. Of 9 rows the fourth of four ranks has none."""
+    call = linear_ppo_call((world, 6), 9, mask=None, ignored=False, temperature=0.8)
+    leaves = ("hidden", "weight", "bias")
+    whole = testing.run(call.option(denom=6.0 * world), "cpu")
+    model = torch.nn.Linear(24, 9)
+    model.load_state_dict({k: call.tensors[k] for k in leaves[1:]})
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    own = {k: x[rank : rank + 1] for k, x in call.tensors.items() if k not in leaves[1:]}
+    hidden = own["hidden"].clone().requires_grad_()
+    tensors = own | {"hidden": hidden, "weight": model.weight, "bias": model.bias}
+    # The gradients are averaged: each loss is divided by the tokens of one rank.
+    options = call.options | {"denom": 6.0}
+    loss = ppo_fast.linear_ppo_loss(**tensors, **options, backend="cpu").loss
+    loss.backward(call.cotangents["loss"])
+    grads: dict[str, Any] = {f"grad_{k}": getattr(model, k).grad for k in leaves[1:]}
+    got = {k: x.full_tensor() for k, x in grads.items()}
+    got["grad_hidden"] = hidden.grad / world
+    whole["grad_hidden"] = whole["grad_hidden"][rank : rank + 1]
+    return got, {k: whole[k] for k in got}
+
+
 def worker(rank: int, folder: str, world: int) -> None:
     dist.init_process_group(
         "gloo",
@@ -331,7 +356,7 @@ def worker(rank: int, folder: str, world: int) -> None:
         for at, name, call in runs()
         if len(LAYOUTS[at].rows) == world
     }
-    out: list[Any] = [results]
+    out: list[Any] = [results, of_fsdp2(rank, world)]
     if world == WORLD:
         call = linear_ppo_call((3, 5), VOCAB)
         tensors = {str(group): with_dtensors(call, group) for group in (False, True)}
@@ -352,7 +377,7 @@ def runs() -> Iterator[tuple[str, str, Call]]:
 
 
 def findings(folder: Path, world: int) -> list[Any]:
-    """Each rank's findings: results by layout and case; of two, DTensor results and errors."""
+    """Findings of each rank: by layout and case, of FSDP2; of two, of DTensors and errors."""
     mp.start_processes(worker, args=(str(folder), world), nprocs=world, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
@@ -405,12 +430,37 @@ def test_processes_are_one(
     testing.assert_agrees(call, layout.backend, together)
 
 
+@pytest.mark.parametrize("world", ["ranks", "four"])
+def test_a_head_of_fsdp2(request: pytest.FixtureRequest, world: str) -> None:
+    """Its gradient is the mean of the ranks', in uneven shards and in none."""
+    for rank in request.getfixturevalue(world):
+        got, want = rank[1]
+        for name, x in want.items():
+            assert_close(got[name], x, name)
+
+
+def test_a_hidden_state_in_a_dtensor_is_refused() -> None:
+    """Its rows may be all or this rank's: there is no one meaning."""
+    call = linear_call((3, 5), VOCAB)
+
+    class Sharded(torch.Tensor):
+        placements = (Shard(0),)
+        full_tensor = None
+
+    for name in ("hidden", "teacher.hidden"):
+        x = call.tensors["hidden"].as_subclass(Sharded)
+        with pytest.raises(TypeError, match=rf"op: {name} must be a plain tensor.*Shard\(dim=0\)"):
+            require_plain("op", name, x)
+    with pytest.raises(TypeError, match="hidden must be a plain tensor, to_local"):
+        testing.run(call.replace(hidden=x)._replace(cotangents={}), "cpu")
+
+
 @pytest.mark.parametrize("group", [False, True])
 def test_distributed_tensors(ranks: list[Any], group: bool) -> None:
     """With a group the local shard, without one the whole tensor; gradients are sharded again."""
     want = testing.run(linear_ppo_call((3, 5), VOCAB), "cpu")
     for rank in ranks:
-        got = rank[1][str(group)]
+        got = rank[2][str(group)]
         assert got.keys() == want.keys()
         for name, x in want.items():
             assert_close(got[name], x, name)

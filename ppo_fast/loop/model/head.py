@@ -30,9 +30,8 @@ class Product(NamedTuple):
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
     def options(self) -> dict[str, Any]:
-        """Options for the head's ops: cap(s·z) = s · c·tanh(z / c) with c = cap / s."""
-        cap = None if self.softcap is None else self.softcap / self.scale
-        return {"softcap": cap} | ({} if self.scale == 1 else {"temperature": 1 / self.scale})
+        """Options for the head's ops."""
+        return {"softcap": self.softcap, "logit_scale": self.scale}
 
 
 def described(model: Any) -> str:

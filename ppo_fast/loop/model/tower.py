@@ -78,10 +78,10 @@ class Tower:
         return self._product
 
     def head(self, hidden: Tensor | None = None) -> dict[str, Any]:
-        """Weight, bias and soft cap of the output head, as `linear_ppo_loss` takes them.
+        """Weight, bias, soft cap and scale of the output head, as `linear_ppo_loss` takes them.
 
         With peft's adapters on the head as `extra` of the hidden states (n, H), or without these
-        added to the weight. Where the model scales its logits, with the temperature that does so.
+        added to the weight.
         """
         options = self.product().options()
         with self.inside():
