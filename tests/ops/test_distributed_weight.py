@@ -70,7 +70,7 @@ def test_a_partition_of_zero_3_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("kept", [None, 5])
 def test_a_weight_that_is_gone_in_the_backward_is_told(kept: int | None) -> None:
-    """Where the backward reads it again; no gradient is made of nothing."""
+    """No gradient is made of nothing, where the backward reads the weight again."""
     call = linear_call(kept=kept, sparse=None if kept is None else True)
     weight = gathered(call.tensors["weight"])
     tensors = call.tensors | {"hidden": call.tensors["hidden"].requires_grad_()}
