@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mutant import Mutant
+from mutant_shares import SHARES
 
 # Of the extension: built anew for each.
 NUMBERS_CPU = (
@@ -49,6 +50,7 @@ NUMBERS_CPU = (
 )
 
 NUMBERS = (
+    *SHARES,
     Mutant(
         "shards are merged without their maxima",
         "ppo_fast/ops/shards.py",
