@@ -75,14 +75,18 @@ def extract(
     definition = definition_of(function)
     if plain.__code__.co_freevars:
         raise UnknownSourceError(f"it is a closure over {plain.__code__.co_freevars}")
-    parameters = {a.arg for a in ast.walk(definition.args) if isinstance(a, ast.arg)}
     lifted = {name: _lift(definition, block) for name, block in blocks.items()}
     extracted = {}
     for name, (call, body) in lifted.items():
         others = [s for other, (_, b) in lifted.items() if other != name for s in b]
-        rest = [*definition.body, *others]
-        set_before = parameters | _names(rest, ast.Store)
+        # Of functions inside one another, the last is the one whose block it is.
+        around = [
+            f for f in ast.walk(definition) if isinstance(f, Definition) and call in ast.walk(f)
+        ]
+        parameters = {a.arg for f in around for a in ast.walk(f.args) if isinstance(a, ast.arg)}
+        set_before = parameters | _names([*definition.body, *others], ast.Store)
         inputs = tuple(sorted(_reads(body, set())[0] & set_before))
+        rest = [*around[-1].body, *others]
         used = _names(rest, ast.Load) | _names(rest, ast.Del)
         outputs = tuple(sorted(_names(body, ast.Store) & used))
         call.targets = [ast.parse(f"{', '.join(outputs)}, = 0").body[0].targets[0]]  # type: ignore

@@ -1,4 +1,4 @@
-"""Stable-Baselines3 2.9: the rollout buffer's advantages and returns.
+"""Stable-Baselines3: the rollout buffer's advantages and returns.
 
 `PPO(..., rollout_buffer_class=FastRolloutBuffer)` is Stable-Baselines3's own hook, for one model
 (`FastDictRolloutBuffer` for dict observations). `apply()` is for what makes its buffer by itself.

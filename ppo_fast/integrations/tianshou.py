@@ -1,4 +1,4 @@
-"""tianshou 2.0: the recursion of `compute_episodic_return`, on NumPy arrays."""
+"""tianshou: the recursion of `compute_episodic_return`, on NumPy arrays."""
 
 from __future__ import annotations
 
@@ -42,18 +42,20 @@ def _view(_: dict[str, Any], result: dict[str, Array]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(x) for name, x in result.items()}
 
 
+def _swap(holder: str, recursion: str) -> Swap:
+    """Of the statements around the recursion, which every algorithm calls to have it compiled."""
+    block = Block(f"advantage = {recursion}(", "returns = advantage + v_s")
+    return Swap("gae", f"{holder}.compute_episodic_return", _advantages, block=block, view=_view)
+
+
 integration = Integration(
     name="tianshou",
     package="tianshou",
     extra="tianshou",
     swaps=(
-        Swap(
-            "gae",
-            "tianshou.algorithm.algorithm_base:Algorithm.compute_episodic_return",
-            _advantages,
-            # Not `_gae` itself: every algorithm calls that once to have it compiled.
-            block=Block("advantage = _gae(", "returns = advantage + v_s"),
-            view=_view,
+        (
+            _swap("tianshou.algorithm.algorithm_base:Algorithm", "_gae"),
+            _swap("tianshou.policy.base:BasePolicy", "_gae_return"),  # 1.2
         ),
     ),
 )

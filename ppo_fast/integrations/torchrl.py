@@ -1,4 +1,4 @@
-"""torchrl 0.14: generalised advantages, its loop and its vectorised form."""
+"""torchrl: generalised advantages, its loop and its vectorised form."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import types
 from typing import Any
@@ -15,11 +14,13 @@ from ppo_fast.integrations import (
     NeverReachedError,
     NotPatchedError,
     TrainerMissingError,
+    _places,
     sb3,
     skrl,
     tianshou,
     torchrl,
 )
+from ppo_fast.integrations._patch import Found
 
 ALL = (sb3, skrl, tianshou, torchrl)
 NEXT = {"sb3": "2.10.0", "skrl": "2.2.0", "tianshou": "2.1.0", "torchrl": "0.15.0"}
@@ -32,21 +33,13 @@ def swap(request: pytest.FixtureRequest) -> types.ModuleType:
     return request.param
 
 
-def state(swap: types.ModuleType) -> list[Any]:
-    """The object stored at every patched place."""
-    found = []
-    for one in swap.integration.swaps:
-        module, _, path = one.place.partition(":")
-        holder: Any = importlib.import_module(module)
-        *inner, name = path.split(".")
-        for key in inner:
-            holder = getattr(holder, key)
-        found.append(vars(holder)[name])
-    return found
+def state(found: list[Found]) -> list[Any]:
+    """The object stored at every place."""
+    return [_places.held(one.holder, one.key) for one in found]
 
 
 def test_twice_and_without(swap: types.ModuleType) -> None:
-    before = state(swap)
+    before = state(found := swap.integration.find())
     with pytest.raises(NotPatchedError, match="call apply"):
         swap.revert()
     swap.apply()
@@ -54,26 +47,27 @@ def test_twice_and_without(swap: types.ModuleType) -> None:
         swap.apply()
     with pytest.raises(NeverReachedError, match="gae: patched and never called"):
         swap.revert()
-    assert state(swap) == before
+    assert state(found) == before
 
 
 def test_another_version(swap: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, other = state(swap), NEXT[swap.integration.name]
+    other, found = NEXT[swap.integration.name], swap.integration.find()
+    before = state(found)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: other)
     with pytest.warns(RuntimeWarning, match=rf"{other} is patched although not tested"):
         swap.apply()
     with pytest.raises(NeverReachedError):
         swap.revert()
-    assert state(swap) == before
+    assert state(found) == before
 
 
 def test_another_patch_is_there(swap: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, _, path = swap.integration.swaps[-1].place.partition(":")
-    monkeypatch.setattr(f"{module}.{path}", lambda *args, **kwargs: None)
-    before = state(swap)
+    *_, last = found = swap.integration.find()
+    monkeypatch.setattr(last.holder, last.key, lambda *args, **kwargs: None)
+    before = state(found)
     with pytest.raises(ForeignPatchError, match="undo that patch first"):
         swap.apply()
-    assert state(swap) == before
+    assert state(found) == before
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ppo_fast.integrations import MismatchError
 from ppo_fast.integrations._patch import Integration, Swap
 
 sb3 = pytest.importorskip(
-    "stable_baselines3", reason="needs `pip install stable-baselines3==2.9.* gymnasium`"
+    "stable_baselines3", reason="needs `pip install stable-baselines3 gymnasium`, 2.7 to 2.9"
 )
 gymnasium = pytest.importorskip("gymnasium")
 
@@ -154,7 +154,6 @@ def test_unshifted_flags_are_refused() -> None:
     wrong = Integration(
         "sb3",
         "stable_baselines3",
-        "2.9",
         "sb3",
         (Swap("gae", own.place, unshifted, view=own.view),),
     )

@@ -7,14 +7,17 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from control import Weights, assert_near, assert_trains_alike, weights
 from torch import Tensor, nn
 
+from ppo_fast.integrations import NeverReachedError
 from ppo_fast.integrations import skrl as swap
+from ppo_fast.integrations._extract import extract
 
-skrl = pytest.importorskip("skrl", reason="needs `pip install skrl==2.1.* gymnasium`")
+skrl = pytest.importorskip("skrl", reason="needs `pip install skrl gymnasium`, skrl 1.4 to 2.1")
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("torch.utils.tensorboard", reason="needs `pip install tensorboard`")
 
@@ -25,6 +28,9 @@ from skrl.models.torch import CategoricalMixin, DeterministicMixin, Model
 from skrl.trainers.torch import SequentialTrainer
 
 STEPS, UPDATES, ENVS = 32, 6, 2
+# In 1.4 compute_gae is a function inside each agent's `_update`.
+NESTED = not hasattr(importlib.import_module("skrl.agents.torch.ppo.ppo"), "compute_gae")
+OBSERVATIONS = "states" if NESTED else "observations"
 
 
 class Policy(CategoricalMixin, Model):
@@ -39,7 +45,7 @@ class Policy(CategoricalMixin, Model):
         self.net = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2))
 
     def compute(self, inputs: dict[str, Any], role: str) -> tuple[Tensor, dict[str, Any]]:
-        return self.net(inputs["observations"]), {}
+        return self.net(inputs[OBSERVATIONS]), {}
 
 
 class Value(DeterministicMixin, Model):
@@ -54,13 +60,20 @@ class Value(DeterministicMixin, Model):
         self.net = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1))
 
     def compute(self, inputs: dict[str, Any], role: str) -> tuple[Tensor, dict[str, Any]]:
-        return self.net(inputs["observations"]), {}
+        return self.net(inputs[OBSERVATIONS]), {}
+
+
+class Flat(gymnasium.vector.VectorWrapper):
+    """skrl 1.4 gives an action of one element to each environment, gymnasium takes a number."""
+
+    def step(self, actions: np.ndarray) -> Any:
+        return self.env.step(actions.reshape(-1))
 
 
 def agent(time_limit_bootstrap: bool = False) -> tuple[Any, Any]:
     torch.manual_seed(0)
     # Episodes of at most 20 steps, so that some are truncated.
-    env = wrap_env(gymnasium.make_vec("CartPole-v1", ENVS, max_episode_steps=20))
+    env = wrap_env(Flat(gymnasium.make_vec("CartPole-v1", ENVS, max_episode_steps=20)))
     env._env.reset(seed=0)
     env._env.action_space.seed(0)
     ppo = PPO(
@@ -119,23 +132,43 @@ def own_functions() -> set[str]:
 
 
 def test_every_agent_is_patched_and_put_back() -> None:
-    modules = sorted(own_functions())
-    before = {name: importlib.import_module(name).compute_gae for name in modules}
-    places = swap.apply()
+    found = swap.integration.find()
+    assert {one.swap.place.partition(":")[0] for one in found} == own_functions()
+    assert len(swap.apply()) == len(found)
     try:
-        assert sorted(places) == [f"{name}.compute_gae" for name in modules]
-        for name in modules:
-            module = importlib.import_module(name)
-            assert inspect.signature(module.compute_gae) == inspect.signature(before[name])
-            assert_same_estimate(module.compute_gae, before[name])
+        for one in found:
+            patched = getattr(one.holder, one.key)
+            assert patched is not one.original
+            assert inspect.signature(patched) == inspect.signature(one.original)
     finally:
-        calls = swap.revert()
-    assert calls["gae"].fused == len(modules)
-    assert {name: importlib.import_module(name).compute_gae for name in modules} == before
+        with pytest.raises(NeverReachedError):
+            swap.revert()
+    assert all(getattr(one.holder, one.key) is one.original for one in found)
 
 
-def assert_same_estimate(ours: Any, theirs: Any) -> None:
-    """Random flags and values, both kinds of signature, in fp64."""
+@pytest.mark.parametrize("agent", swap._AGENTS)
+def test_every_agents_own_estimate(agent: str) -> None:
+    """Random flags and values, all that its function, or its statements, take, in fp64."""
+    (one,) = (x for x in swap.integration.find() if x.swap.place.startswith(f"skrl.{agent}:"))
+    theirs: Any = one.original
+    names = tuple(inspect.signature(theirs).parameters)
+    if one.swap.block is not None:
+        part = extract(theirs, {"gae": one.swap.block})[0]["gae"]
+        theirs, names = part.original, part.inputs
+        assert part.outputs == ("advantages", "returns")
+    x = inputs()
+    if agent.endswith("amp"):  # it has a next value for every step
+        x["next_values"] = x["values"].flip(0) * ~x["terminated"]
+    ours, own = (f(**{name: x[name] for name in names}) for f in (one.swap.fused, theirs))
+    if one.swap.block is not None:
+        ours, own = ([found[name] for name in part.outputs] for found in (ours, own))
+    for a, b in zip(ours, own, strict=True):
+        assert a.shape == b.shape
+        assert float((a - b).abs().max()) <= 9 * 8 * 2.0**-52 * 10 * float(b.abs().max())
+
+
+def inputs() -> dict[str, Any]:
+    """Of 9 steps of 4 environments, by all names that a version gives them."""
     g = torch.Generator().manual_seed(3)
     x: dict[str, Any] = {
         name: torch.randn(9, 4, 1, generator=g, dtype=torch.float64)
@@ -143,10 +176,6 @@ def assert_same_estimate(ours: Any, theirs: Any) -> None:
     }
     x |= {name: torch.rand(9, 4, 1, generator=g) < 0.2 for name in ("terminated", "truncated")}
     last = torch.randn(4, 1, generator=g, dtype=torch.float64)
-    x |= {"last_values": last, "next_values": last, "time_limit_bootstrap": True}
-    x |= {"discount_factor": 31 / 32, "lambda_coefficient": 29 / 32}
-    names = inspect.signature(theirs).parameters
-    given = {name: value for name, value in x.items() if name in names}
-    for a, b in zip(ours(**given), theirs(**given), strict=True):
-        assert a.shape == b.shape
-        assert float((a - b).abs().max()) <= 9 * 8 * 2.0**-52 * 10 * float(b.abs().max())
+    x |= {"dones": x["terminated"] | x["truncated"], "time_limit_bootstrap": True}
+    x |= {"last_values": last, "next_values": last}
+    return x | {"discount_factor": 31 / 32, "lambda_coefficient": 29 / 32}

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import ppo_fast
 from ppo_fast.integrations import torchrl as swap
 
-torchrl = pytest.importorskip("torchrl", reason="needs `pip install torchrl==0.14.1 gymnasium`")
+torchrl = pytest.importorskip(
+    "torchrl", reason="needs `pip install torchrl gymnasium`, torchrl 0.12 to 0.14"
+)
 pytest.importorskip("gymnasium")
 
 from tensordict.nn import TensorDictModule
