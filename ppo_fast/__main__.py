@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import ppo_fast
+from ppo_fast import integrations
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +26,7 @@ _USAGE = """usage: ppo-fast COMMAND [OPTIONS]
   train   fine-tune a causal language model with PPO (ppo-fast train --help lists the options)
   report  one HTML page of one or more runs (ppo-fast report --help)
   verify  a trainer's own losses beside the papers' formulas (ppo-fast verify --help)
-  info    versions and usable backends
+  info    versions, usable backends and trainers
   bench   measure the ops beside their peers (ppo-fast bench --help lists the options)
 
   --version  the version alone
@@ -215,7 +216,9 @@ def _report(args: list[str]) -> int:
 
 
 def _info(args: list[str]) -> int:
-    argparse.ArgumentParser("ppo-fast info", description="Versions and backends.").parse_args(args)
+    argparse.ArgumentParser(
+        "ppo-fast info", description="Versions, backends and trainers."
+    ).parse_args(args)
     print(f"ppo_fast {ppo_fast.__version__}, Python {sys.version.split()[0]}")
     for package in ("torch", "triton", "transformers"):
         try:
@@ -226,6 +229,8 @@ def _info(args: list[str]) -> int:
     print(f"CPU threads {torch.get_num_threads()}, GPU {cuda}")
     for name, reason in ppo_fast.backends().items():
         print(f"backend {name}: {reason or 'usable'}")
+    for name, line in integrations.installed_versions().items():
+        print(f"integrations.{name}: {line}")
     return 0
 
 

@@ -79,17 +79,28 @@ def definition_of(function: Callable[..., Any]) -> Definition:
     return definition
 
 
-def content_of(holder: Any, key: str) -> tuple[Content, list[Statement]]:
-    """Content of a whole function; of `apply` of an autograd.Function, its two directions'."""
-    if key == "apply" and inspect.isclass(holder) and issubclass(holder, torch.autograd.Function):
-        names = ("forward", "setup_context", "backward")
-        parts = [definition_of(vars(holder)[name]) for name in names if name in vars(holder)]
-        takes = tuple(_parameters(parts[0].args))[1:]  # without ctx
-        return described(takes, (), parts)
-    definition = definition_of(getattr(holder, key))
-    takes = tuple(_parameters(definition.args))
-    decorators = [ast.copy_location(ast.Expr(d), d) for d in definition.decorator_list]
-    return described(takes, (), [*decorators, *definition.body])
+def definitions_of(holder: Any, key: str) -> list[Definition]:
+    """The syntax tree of a function; of `apply` of an autograd.Function, its two directions'."""
+    if key != "apply" or not _is_autograd(holder):
+        return [definition_of(getattr(holder, key))]
+    names = ("forward", "setup_context", "backward")
+    return [definition_of(vars(holder)[name]) for name in names if name in vars(holder)]
+
+
+def content_of(
+    holder: Any, key: str, helpers: Sequence[Definition] = ()
+) -> tuple[Content, list[Statement]]:
+    """Content of a whole function, and of the helpers that it calls after it."""
+    parts = definitions_of(holder, key)
+    takes = tuple(_parameters(parts[0].args))
+    if key == "apply" and _is_autograd(holder):
+        return described(takes[1:], (), [*parts, *helpers])  # without ctx
+    decorators = [ast.copy_location(ast.Expr(d), d) for d in parts[0].decorator_list]
+    return described(takes, (), [*decorators, *parts[0].body, *helpers])
+
+
+def _is_autograd(holder: Any) -> bool:
+    return inspect.isclass(holder) and issubclass(holder, torch.autograd.Function)
 
 
 def described(

@@ -297,25 +297,30 @@ def _kept(arguments: Arguments, result: Any) -> Any:
     return result if mask is None else tuple(x * (mask != 0) for x in result)
 
 
+def _reduced(op: str, place: str, fused: Any, having: str = "") -> Swap:
+    return Swap(op, place, fused, having=having, helpers=("aggregate_loss", "masked_mean"))
+
+
 integration = Integration(
     name="openrlhf",
     package="openrlhf",
     extra="openrlhf",
     swaps=(
         (
-            Swap("policy_loss", _POLICY, _policy_loss(_gate, 5), having=_GATED),
-            Swap("policy_loss", _POLICY, _policy_loss(_gate_by_type, 4), having=_CLAMPED),
-            Swap("policy_loss", _POLICY, _mean_policy_loss),
+            _reduced("policy_loss", _POLICY, _policy_loss(_gate, 5), _GATED),
+            _reduced("policy_loss", _POLICY, _policy_loss(_gate_by_type, 4), _CLAMPED),
+            _reduced("policy_loss", _POLICY, _mean_policy_loss),
         ),
         (
-            Swap("value_loss", _VALUE, _value_loss, having="loss = aggregate_loss("),
-            Swap("value_loss", _VALUE, _mean_value_loss),
+            _reduced("value_loss", _VALUE, _value_loss, "loss = aggregate_loss("),
+            _reduced("value_loss", _VALUE, _mean_value_loss),
         ),
         Swap(
             "logprobs",
             f"{_UTILS}:log_probs_from_logits",
             _logprobs,
             sample=first_tokens("logits", "labels"),
+            helpers=("_logsumexp_by_chunk",),
         ),
         Swap("entropy", f"{_UTILS}:compute_entropy", _entropy, sample=first_tokens("logits")),
         (

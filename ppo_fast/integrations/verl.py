@@ -370,6 +370,7 @@ def _linear(
     return logprobs, entropy.to(hidden_states.dtype)
 
 
+_REDUCING = ("agg_loss", "verl_F.masked_mean", "verl_F.masked_sum")
 # How the loss of gspo ends in 0.9.1; before, its mode was `_BY_SEQUENCE` whatever was given.
 _GSPO_BY_MODE = (
     "pg_loss = agg_loss(loss_mat=pg_losses, loss_mask=response_mask, loss_agg_mode=loss_agg_mode"
@@ -377,7 +378,8 @@ _GSPO_BY_MODE = (
 
 
 def _policy_swap(name: str, fused: Any, **options: Any) -> Swap:
-    return Swap("policy_loss", f"{_CORE}:compute_policy_loss_{name}", fused, **options)
+    place = f"{_CORE}:compute_policy_loss_{name}"
+    return Swap("policy_loss", place, fused, helpers=_REDUCING, **options)
 
 
 integration = Integration(
@@ -395,20 +397,37 @@ integration = Integration(
         ),
         # bypass_mode calls this or vanilla, with weights and a mask that verl has formed.
         _policy_swap("reinforce", _reinforce),
-        Swap("value_loss", f"{_CORE}:compute_value_loss", _value_loss),
-        Swap("kl", f"{_CORE}:kl_penalty", compat.kl_penalty),
-        Swap("gae", f"{_CORE}:compute_gae_advantage_return", _gae, view=_kept),
+        Swap(
+            "value_loss",
+            f"{_CORE}:compute_value_loss",
+            _value_loss,
+            helpers=(*_REDUCING, "verl_F.clip_by_value"),
+        ),
+        Swap("kl", f"{_CORE}:kl_penalty", compat.kl_penalty, helpers=("kl_penalty_forward",)),
+        Swap(
+            "gae",
+            f"{_CORE}:compute_gae_advantage_return",
+            _gae,
+            view=_kept,
+            helpers=("verl_F.masked_whiten", "verl_F.masked_mean", "verl_F.masked_var"),
+        ),
         Swap(
             "logprobs",
             "verl.utils.torch_functional:logprobs_from_logits",
             _logprobs,
             sample=first_tokens("logits", "labels"),
+            helpers=("logprobs_from_logits_flash_attn", "logprobs_from_logits_v2"),
         ),
         Swap(
             "linear_logprobs",
             _FUSED,
             _linear,
             sample=first_of_head("hidden_states", "vocab_weights", "input_ids"),
+            helpers=(
+                "FusedLinearForPPOFunction.apply",
+                "_fused_linear_for_ppo_fwd",
+                "_fused_linear_for_ppo_bwd",
+            ),
         ),
         (
             Swap(

@@ -54,3 +54,12 @@ def killing(prompts: list[str], texts: list[str]) -> list[float]:
         transformers.PreTrainedModel.save_pretrained = slowly  # type: ignore[method-assign]
         os.kill(int(Path(os.environ["RANKS_FOLDER"], "1").read_text()), signal.SIGKILL)
     return letters(prompts, texts)
+
+
+def waiting(prompts: list[str], texts: list[str]) -> list[float]:
+    """Waits until whoever sees that it waits lets it go on."""
+    if _third():
+        Path(os.environ["RANKS_FOLDER"], "waits").touch()
+        while not Path(os.environ["RANKS_FOLDER"], "goes-on").exists():
+            time.sleep(0.1)
+    return letters(prompts, texts)

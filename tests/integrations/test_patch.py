@@ -15,7 +15,7 @@ from toy import installed, integration, learnt
 
 from ppo_fast import integrations
 from ppo_fast.integrations._errors import Uncovered
-from ppo_fast.integrations._extract import Block
+from ppo_fast.integrations._extract import Block, extract
 from ppo_fast.integrations._known import Known
 from ppo_fast.integrations._patch import Calls, Integration, Swap
 
@@ -128,6 +128,29 @@ def test_a_statement_that_is_not_there(toy: SimpleNamespace, block: Block) -> No
     ):
         toys.apply()
     assert state(toy.core) == before
+
+
+def around(x: list[int], gain: int) -> float:
+    last = 2 * gain
+
+    def inner(values: list[int], by: int) -> float:
+        total = 0
+        for i in range(len(values)):
+            total = total + values[i] * last
+        scaled = total / by
+        return max(scaled, 0.0)
+
+    total = i = 5
+    return inner(x, 4) + total + i
+
+
+def test_statements_of_a_function_inside_another() -> None:
+    """What they read may be that one's own or the outer one's, and what they set is their own."""
+    parts, build = extract(around, {"sum": Block("total = 0", "scaled = ")})
+    assert (parts["sum"].inputs, parts["sum"].outputs) == (("by", "last", "values"), ("scaled",))
+    assert parts["sum"].original(by=4, last=6, values=[1, 2])["scaled"] == 4.5
+    again = build({"sum": lambda by, last, values: {"scaled": sum(values) * last / by}})
+    assert again([1, 2], 3) == around([1, 2], 3) == 14.5
 
 
 def test_uncovered_options_are_left_and_said(toy: SimpleNamespace) -> None:

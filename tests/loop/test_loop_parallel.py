@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from loop_ranks import RUNS, WORLD, free_port, one_process, two_ranks
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.loop import RankFailedError, TrainConfig
-from ppo_fast.loop.ranks.ranks import Ranks, processes
+from ppo_fast.loop.ranks import ranks as module
+from ppo_fast.loop.ranks.ranks import Ranks, _answered, _interface_to, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGED = ("reward", "kl", "loss", "value_loss", "entropy", "grad_norm", "ratio_max", "n_tokens")
@@ -249,3 +253,34 @@ def test_a_broken_collective_says_which_rank_stopped_and_why() -> None:
     message = r"rank 1 of 2 stopped: another rank died .* within 5 s \(Connection closed by peer\)"
     with pytest.raises(RankFailedError, match=message):
         Ranks(1, 2, timeout=5.0)._send(broken)
+
+
+def test_gloo_listens_where_the_first_rank_is_reached() -> None:
+    """By the loopback where that is this host, whatever this host's name stands for."""
+    assert _interface_to("127.0.0.1") in [name for _, name in socket.if_nameindex()]
+    with pytest.raises(OSError):
+        _interface_to("no-such-host.invalid")
+
+
+def test_ranks_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", **address}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    message = r"rank 1 of 2 did not meet the others at 127\.0\.0\.1 within 2 s: .*--local-addr"
+    config = TrainConfig(timeout=2.0, device="cpu")
+    with pytest.raises(RankFailedError, match=message), processes(config):
+        pass
+
+
+def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one on a host that fell silent; one whose connection is broken raises."""
+    monkeypatch.setattr(module, "_ANSWER", 0.1)
+    ended = threading.Event()
+    assert _answered(partial(ended.wait, 5.0)) is None
+    ended.set()
+
+    def broken() -> str:
+        raise RuntimeError("Broken pipe")
+
+    assert _answered(broken) is None and _answered(lambda: "died") == "died"

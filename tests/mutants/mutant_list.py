@@ -20,6 +20,7 @@ from mutant_runs import RUNS
 from mutant_stats import STATS, STATS_CPU, STATS_TRITON
 from mutant_support import SUPPORT, SUPPORT_CPU
 from mutant_surrogates import SURROGATES
+from mutant_trainers import TRAINERS
 from mutant_truncation import TRUNCATION
 from mutant_weights import WEIGHTS, WEIGHTS_CPU
 
@@ -402,6 +403,7 @@ MUTANTS = {
     "truncation": TRUNCATION,
     "surrogates": SURROGATES + CONTEXT,
     "stats": STATS,
+    "trainers": TRAINERS,
     "support": SUPPORT,
     "weights": WEIGHTS,
 }

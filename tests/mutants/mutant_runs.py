@@ -148,4 +148,28 @@ RUNS = (
         "loop_evaluation",
         "held_out",
     ),
+    Mutant(
+        "a store on a host that fell silent is waited for",
+        "ppo_fast/loop/ranks/ranks.py",
+        "asking.join(_ANSWER)",
+        "asking.join(10.0)",
+        "loop_parallel",
+        "store_that",
+    ),
+    Mutant(
+        "hosts that do not meet end with a traceback",
+        "ppo_fast/loop/ranks/ranks.py",
+        "except (RuntimeError, OSError) as error:",
+        "except ZeroDivisionError as error:",
+        "loop_parallel",
+        "not_meet",
+    ),
+    Mutant(
+        "a block of an inner function sets the outer one's names",
+        "ppo_fast/integrations/_extract.py",
+        "rest = [*around[-1].body, *others]",
+        "rest = [*around[0].body, *others]",
+        "patch",
+        "inside_another",
+    ),
 )

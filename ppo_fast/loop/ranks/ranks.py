@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
+import struct
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +25,8 @@ from ppo_fast.loop.config import OptionError, TrainConfig
 
 T = TypeVar("T")
 _FAILED = "failed"
+_GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
+_ANSWER = 5.0  # seconds that a store may take
 
 
 class RankFailedError(RuntimeError):
@@ -125,14 +132,21 @@ def processes(config: TrainConfig) -> Iterator[Ranks]:
     _check(config, size)
     device = device_of(config)
     wait = timedelta(seconds=config.timeout)
-    store, rank, size = next(rendezvous("env://", timeout=wait))
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore("ppo_fast", store),
-        rank=rank,
-        world_size=size,
-        timeout=wait,
-    )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    master, rank = os.environ["MASTER_ADDR"], int(os.environ["RANK"])
+    try:
+        if backend == "gloo" and (interface := _interface_to(master)):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        store, rank, size = next(rendezvous("env://", timeout=wait))
+        shared = PrefixStore("ppo_fast", store)
+        dist.init_process_group(backend, None, wait, size, rank, shared)
+    except (RuntimeError, OSError) as error:
+        raise RankFailedError(
+            f"rank {rank} of {size} did not meet the others at {master} within"
+            f" {config.timeout:g} s: {str(error).splitlines()[0]}. Every host must reach that"
+            " address and each other's: see --local-addr of torchrun, GLOO_SOCKET_IFNAME and"
+            " NCCL_SOCKET_IFNAME"
+        ) from error
     ranks = Ranks(rank, size, config.parallel == "fsdp2", config.timeout, device)
     try:
         yield ranks
@@ -140,10 +154,29 @@ def processes(config: TrainConfig) -> Iterator[Ranks]:
         if reason := _reason(store):
             raise RankFailedError(f"rank {rank} of {size} stopped: {reason}") from error
         if not isinstance(error, RankFailedError):
-            store.set(_FAILED, _words(ranks, error))
+            _answered(partial(store.set, _FAILED, _words(ranks, error)))
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _interface_to(host: str) -> str:
+    """Name of the interface by which packets for `host` leave; empty unless it has IPv4.
+
+    gloo would take the interface of this host's own name, which is often the loopback.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            try:
+                found = fcntl.ioctl(probe, _GET_ADDRESS, request)[20:24]
+            except OSError:  # it has no such address
+                continue
+            if socket.inet_ntoa(found) == own:
+                return name
+    return ""
 
 
 def _check(config: TrainConfig, size: int) -> None:
@@ -165,10 +198,22 @@ def _words(ranks: Ranks, error: Exception) -> str:
 
 def _reason(store: Store) -> str:
     """Why another rank failed; empty where none has said so, or its store is gone."""
-    try:
-        return store.get(_FAILED).decode() if store.check([_FAILED]) else ""
-    except RuntimeError:
-        return ""
+    return _answered(lambda: store.get(_FAILED).decode() if store.check([_FAILED]) else "") or ""
+
+
+def _answered(ask: Callable[[], T]) -> T | None:
+    """Answer of a store; None if it is gone, or does not answer because its host is."""
+    answer: list[T] = []
+
+    def run() -> None:
+        with suppress(RuntimeError):  # the connection is broken
+            answer.append(ask())
+
+    # No timeout of a store bounds `check` and `set` once nothing arrives any more.
+    asking = threading.Thread(target=run, daemon=True)
+    asking.start()
+    asking.join(_ANSWER)
+    return answer[0] if answer else None
 
 
 def device_of(config: TrainConfig) -> torch.device:
