@@ -53,7 +53,10 @@ NEEDS_compat := jax==0.10.2 tensorflow-cpu==2.21.0
 ALONE_compat := trl==1.16.0 verl==0.9.1 openrlhf==0.11.2
 TESTS_trl-ppo := trl_ppo verify_control
 TESTS_trl-grpo := trl_grpo trl_distillation liger verify_trl_grpo
+TESTS_LOW_trl-ppo := trl_ppo
 TESTS_LOW_trl-grpo := trl_grpo trl_distillation
+TESTS_LOW_verl := verl verl_corrections verl_distillation verl_plugin verl_support
+TESTS_LOW_openrlhf := openrlhf openrlhf_own
 TESTS_verl := verl verl_corrections verl_distillation verl_plugin verl_support verify_verl
 TESTS_openrlhf := openrlhf openrlhf_own verify_openrlhf
 TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors verify_control

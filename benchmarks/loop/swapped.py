@@ -37,7 +37,7 @@ Run = Callable[[Callable[..., Any]], Any]
 
 
 class Row(NamedTuple):
-    """What is measured, the op and the place that the integration replaces, and a call of it."""
+    """A function that is measured: its op, the place that is replaced, and a call of it."""
 
     what: str
     op: str
