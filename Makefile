@@ -21,32 +21,40 @@ ROOM ?= 4
 KEEP ?= 1
 
 # Trainers that ppo_fast.integrations patches, each in an environment of its own over $(VENV): their
-# pins exclude each other's, and torch must stay the one that is there. What would need a GPU to
-# install, or is not needed to run what is tested, is left out with --no-deps.
-TRAINERS := trl-ppo trl-grpo verl openrlhf control control-low compat
-NEEDS_trl-ppo := trl==1.12.0
-NEEDS_trl-grpo := trl==1.16.0 liger-kernel==0.8.5
+# pins exclude each other's, and torch must stay the one that is there. HIGH is the highest tested
+# version (ppo_fast/integrations/known/) and LOW the lowest, installed over it in its turn. Both, and
+# ALONE, come with --no-deps, without what would need a GPU to install or is not needed to run what
+# is tested. TESTS_LOW is what the lowest version is tested with, if not all of TESTS.
+TRAINERS := trl-ppo trl-grpo verl openrlhf control compat
+TRL := "accelerate>=1.10.1" "datasets>=4.7.0" jinja2 "transformers>=5"
+NEEDS_trl-ppo := $(TRL)
+HIGH_trl-ppo := trl==1.12.0
+LOW_trl-ppo := trl==1.10.0
+NEEDS_trl-grpo := $(TRL) liger-kernel==0.8.5
+HIGH_trl-grpo := trl==1.16.0
+LOW_trl-grpo := trl==1.13.0
 NEEDS_verl := ray omegaconf hydra-core codetiming "tensordict>=0.8,<=0.10,!=0.9" \
 	"transformers>=5.5.3,<5.11,!=5.6.0" datasets peft torchdata cachetools
-ALONE_verl := verl==0.9.1
+HIGH_verl := verl==0.9.1
 NEEDS_openrlhf := ray peft torchdata einops hjson msgpack py-cpuinfo pydantic tqdm datasets aiohttp \
 	jsonlines isort loralib optimum optree torchmetrics pylatexenc
-ALONE_openrlhf := deepspeed==0.19.6 openrlhf==0.11.2
-NEEDS_control := stable-baselines3==2.9.2 torchrl==0.14.1 tianshou==2.0.1 skrl==2.1.1
+ALONE_openrlhf := deepspeed==0.19.6
+HIGH_openrlhf := openrlhf==0.11.2
+HIGH_control := stable-baselines3==2.9.2 torchrl==0.14.1 tensordict==0.14.3 tianshou==2.0.1 skrl==2.1.1
+# Their pins exclude the gymnasium and numpy that are here, on which they run.
+LOW_control := stable-baselines3==2.7.0 torchrl==0.12.0 tensordict==0.12.4 tianshou==1.2.0 skrl==1.4.0
+NEEDS_control := $(HIGH_control)
 ALONE_control := --ignore-requires-python cleanrl==1.2.0
-# The lowest versions of the same, whose pins exclude this torch's gymnasium and numpy, though they run on them.
-NEEDS_control-low := cloudpickle pandas matplotlib packaging tqdm pyvers orjson importlib_metadata \
-	"deepdiff>=7.0.1,<8" h5py numba overrides pettingzoo "sensai-utils>=1.4,<2" tensorboard
-ALONE_control-low := stable-baselines3==2.7.0 torchrl==0.12.0 tensordict==0.12.4 tianshou==1.2.0 skrl==1.4.0
 # Other frameworks' arrays; of the trainers only the sources are read.
 NEEDS_compat := jax==0.10.2 tensorflow-cpu==2.21.0
 ALONE_compat := trl==1.16.0 verl==0.9.1 openrlhf==0.11.2
 TESTS_trl-ppo := trl_ppo
 TESTS_trl-grpo := trl_grpo trl_distillation liger
+TESTS_LOW_trl-grpo := trl_grpo trl_distillation
 TESTS_verl := verl verl_corrections verl_distillation verl_plugin verl_support
 TESTS_openrlhf := openrlhf openrlhf_own
 TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors
-TESTS_control-low := sb3 torchrl tianshou skrl control_errors
+TESTS_LOW_control := sb3 torchrl tianshou skrl control_errors
 TESTS_compat := compat compat_arrays
 
 # Dozens of processes import torch in a run of the tests: what Python compiled is kept for the next.
@@ -92,9 +100,17 @@ test-ptx: $(STAMP)
 
 test-trainers: $(TRAINERS:%=test-%)
 
+# The lowest version first, so that the highest stays. $(1) environment, $(2) LOW or HIGH, $(3) tests
+alone = $(if $(strip $(2)),DS_BUILD_OPS=0 $(VENV)/trainers/$(1)/bin/python -m pip install -q \
+	--no-compile --no-deps --no-build-isolation $(2))
+tested = { $(or $(call alone,$(1),$($(2)_$(1))),true) && OMP_NUM_THREADS=1 \
+	$(VENV)/trainers/$(1)/bin/python -m pytest $(3:%=tests/integrations/test_%.py) $(ARGS); } \
+	|| status=$$?;
+
 $(TRAINERS:%=test-%): test-%: $(VENV)/trainers/%/.installed
-	status=0; OMP_NUM_THREADS=1 $(VENV)/trainers/$*/bin/python -m pytest \
-		$(TESTS_$*:%=tests/integrations/test_%.py) $(ARGS) || status=$$?; \
+	status=0; \
+		$(if $(LOW_$*),$(call tested,$*,LOW,$(or $(TESTS_LOW_$*),$(TESTS_$*)))) \
+		$(call tested,$*,HIGH,$(TESTS_$*)) \
 		$(if $(KEEP),,rm -rf $(VENV)/trainers/$*;) exit $$status
 ifeq ($(KEEP),)
 .NOTPARALLEL:
@@ -137,8 +153,7 @@ $(VENV)/trainers/%/.installed: $(STAMP) Makefile
 	$(RUN) $(PURELIB) > $$($(@D)/bin/python $(PURELIB))/base.pth
 	echo "$(TORCH)" > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install -q --no-compile -c $(@D)/constraints.txt $(NEEDS_$*)
-	$(if $(ALONE_$*),DS_BUILD_OPS=0 $(@D)/bin/python -m pip install -q --no-compile --no-deps \
-		--no-build-isolation $(ALONE_$*))
+	$(call alone,$*,$(ALONE_$*) $(HIGH_$*))
 	@touch $@
 
 $(BENCH_STAMP): $(STAMP)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import ppo_fast
+from ppo_fast import integrations
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +25,7 @@ _USAGE = """usage: ppo-fast COMMAND [OPTIONS]
 
   train   fine-tune a causal language model with PPO (ppo-fast train --help lists the options)
   report  one HTML page of one or more runs (ppo-fast report --help)
-  info    versions and usable backends
+  info    versions, usable backends and trainers
   bench   measure the ops beside their peers (ppo-fast bench --help lists the options)
 
   --version  the version alone
@@ -210,7 +211,9 @@ def _report(args: list[str]) -> int:
 
 
 def _info(args: list[str]) -> int:
-    argparse.ArgumentParser("ppo-fast info", description="Versions and backends.").parse_args(args)
+    argparse.ArgumentParser(
+        "ppo-fast info", description="Versions, backends and trainers."
+    ).parse_args(args)
     print(f"ppo_fast {ppo_fast.__version__}, Python {sys.version.split()[0]}")
     for package in ("torch", "triton", "transformers"):
         try:
@@ -221,6 +224,8 @@ def _info(args: list[str]) -> int:
     print(f"CPU threads {torch.get_num_threads()}, GPU {cuda}")
     for name, reason in ppo_fast.backends().items():
         print(f"backend {name}: {reason or 'usable'}")
+    for name, line in integrations.installed_versions().items():
+        print(f"integrations.{name}: {line}")
     return 0
 
 

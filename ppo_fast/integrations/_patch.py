@@ -129,6 +129,7 @@ class Integration:
     extra: str
     swaps: tuple[Swap | tuple[Swap, ...], ...]
     on_request: tuple[str, ...] = ()  # ops that most runs do not reach: only if named
+    instead: dict[str, str] = field(default_factory=dict)  # ops for others that are not there
     known: Known | None = None  # by default, the file of this name
     _calls: dict[str, Calls] = field(default_factory=dict)
     _changes: list[Change] = field(default_factory=list)
@@ -224,6 +225,16 @@ class Integration:
         """The versions that the tests ran with, from the lowest."""
         return self._known.tested
 
+    def installed(self) -> str:
+        """The installed version of the trainer; raises TrainerMissingError where there is none."""
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise TrainerMissingError(
+                f"{self.name}: {self.package} is not installed: pip install"
+                f" 'ppo_fast[{self.extra}]'"
+            ) from error
+
     def check(self, ops: tuple[str, ...] | None = None) -> Check:
         """Findings of `apply(ops)` in the installed version; nothing is patched.
 
@@ -266,7 +277,7 @@ class Integration:
             fits = fits and any(content.fits(one.content) for content in known)
             what = difference(one.content, one.statements, known) if known else "it is not known"
             unknown.append(f"{one.swap.place}: {what} (known: {self._known.versions(place)})")
-        version = self._version()
+        version = self.installed()
         return Check(version, version in self.tested, tuple(unknown), fits)
 
     def find(self, ops: tuple[str, ...] | None = None) -> list[Found]:
@@ -276,17 +287,19 @@ class Integration:
         if not chosen or set(chosen) - set(self.ops):
             raise ValueError(f"{self.name}: ops must be among {self.ops}, got {chosen}")
         found = self.present(chosen)
-        missing = [op for op in chosen if op not in {one.swap.op for one in found}]
-        if missing and (ops is not None or not found):
+        missing = set(chosen) - {one.swap.op for one in found}
+        if ops is None:
+            found += self.present(tuple(self.instead[op] for op in missing & self.instead.keys()))
+        if not found or (missing and ops is not None):
             raise NoPlaceError(
-                f"{self.name}: {self.package} {self._version()} has no place for"
-                f" {', '.join(missing)} (tested: {span(self.tested)})"
+                f"{self.name}: {self.package} {self.installed()} has no place for"
+                f" {', '.join(op for op in chosen if op in missing)} (tested: {span(self.tested)})"
             )
         return found
 
     def present(self, ops: tuple[str, ...]) -> list[Found]:
         """As `find`, of ops that may be missing."""
-        self._version()
+        self.installed()
         each = [self._first(some) for some in self._alternatives if some[0].op in ops]
         return [one for one in each if one is not None]
 
@@ -304,7 +317,7 @@ class Integration:
         kind = next((type(e) for e in errors if not isinstance(e, NoPlaceError)), NoPlaceError)
         reasons = ", ".join(dict.fromkeys(map(str, errors)))
         raise kind(
-            f"{self.name}: {self.package} {self._version()}, {reasons} (tested:"
+            f"{self.name}: {self.package} {self.installed()}, {reasons} (tested:"
             f" {span(self.tested)})"
         ) from errors[-1]
 
@@ -336,15 +349,6 @@ class Integration:
 
     def _warn(self, text: str) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=4)
-
-    def _version(self) -> str:
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError as error:
-            raise TrainerMissingError(
-                f"{self.name}: {self.package} is not installed: pip install"
-                f" 'ppo_fast[{self.extra}]'"
-            ) from error
 
     def _plan(self, found: list[Found], calls: dict[str, Calls]) -> list[Change]:
         """Every change; nothing is changed yet."""

@@ -1,9 +1,9 @@
-"""TRL 1.16's `DistillationTrainer` on ppo_fast: the loss of two heads, without their logits.
+"""TRL's `DistillationTrainer` on ppo_fast: the loss of two heads, without their logits.
 
 `apply()`, `revert()` and `patched()`. Generation, the entropy metric and the reduction over
-processes stay TRL's own. The op "token_divergence" is the function inside the loss, which the
-trainer does not reach once the loss is replaced, and "gkd" and "gold" are the losses of logits of
-the experimental `GKDTrainer` and `GOLDTrainer`: these are patched when named.
+processes stay TRL's own. The op "token_divergence" is the function inside the loss (from 1.15),
+which the trainer does not reach once the loss is replaced, and "gkd" and "gold" are the losses of
+logits of the experimental `GKDTrainer` and `GOLDTrainer`: these are patched when named.
 """
 
 from __future__ import annotations
@@ -164,6 +164,16 @@ def _loss(
     return {"loss": out.loss, "entropy_sum": out.entropy.sum(), "n_valid_tensor": kept.sum()}
 
 
+def _loss_by_chunks(chunk_size: int, **given: Any) -> dict[str, Tensor]:
+    """TRL before 1.15 takes the tokens in chunks of this size."""
+    return _loss(**given)
+
+
+def _without_slope(_: Arguments, result: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entropies, which are a metric, have a gradient before 1.15."""
+    return result | {"entropy_sum": result["entropy_sum"].detach()}
+
+
 def _beside(x: Tensor, items: Tensor | int | None) -> Tensor | int | None:
     return items.to(x.device) if isinstance(items, Tensor) else items
 
@@ -262,24 +272,37 @@ def _some_rows(arguments: Arguments) -> Arguments:
     return {k: x[: names[k]] if k in names and x is not None else x for k, x in arguments.items()}
 
 
+_TRL_LOSS = "trl.trainer.distillation_trainer:_chunked_divergence_loss"
 integration = Integration(
     name="trl_distillation",
     package="trl",
     extra="trl-distillation",
     on_request=("token_divergence", "gkd", "gold"),
     swaps=(
-        Swap(
-            "loss",
-            "trl.trainer.distillation_trainer:_chunked_divergence_loss",
-            _loss,
-            block=Block("valid = completion_mask", "if num_items_in_batch is None:"),
-            sample=_some_tokens,
+        (
+            Swap(
+                "loss",
+                _TRL_LOSS,
+                _loss_by_chunks,
+                block=Block("h_s = student_hidden", "if num_items_in_batch is None:"),
+                having="for start in range(0, n_padded, chunk_size):",
+                view=_without_slope,
+                sample=_some_tokens,
+            ),
+            Swap(
+                "loss",
+                _TRL_LOSS,
+                _loss,
+                block=Block("valid = completion_mask", "if num_items_in_batch is None:"),
+                sample=_some_tokens,
+            ),
         ),
         Swap(
             "token_divergence",
             "trl.kernels.chunked_divergence:ChunkedDivergenceFunction.apply",
             _token_divergence,
             sample=_some_rows,
+            optional=True,
         ),
         Swap(
             "gkd",

@@ -1,8 +1,8 @@
-"""TRL 1.16's `GRPOTrainer` on ppo_fast: the head's log-probabilities and entropies, and the loss.
+"""TRL's `GRPOTrainer` on ppo_fast: the head's log-probabilities and entropies, and the loss.
 
 `apply()`, `revert()` and `patched()`. The entropy bonus, the clip-ratio metrics, rewards and
-generation stay TRL's own. The op "logprobs", on whole logits, is what TRL's experimental trainers
-call and GRPO does not: it is patched when named.
+generation stay TRL's own. The op "logprobs", on whole logits, is what GRPO calls before 1.15, and
+TRL's experimental trainers alone from there on: it is then patched when named.
 """
 
 from __future__ import annotations
@@ -245,12 +245,14 @@ integration = Integration(
     package="trl",
     extra="trl-grpo",
     on_request=("logprobs",),
+    instead={"linear_logprobs": "logprobs"},
     swaps=(
         Swap(
             "linear_logprobs",
             "trl.kernels.chunked_logprob:ChunkedLogProbFunction.apply",
             _linear_logprobs,
             sample=first_of_head("hidden", "weight", "targets", "bias"),
+            optional=True,
         ),
         Swap(
             "loss",
@@ -273,6 +275,7 @@ integration = Integration(
             "trl.trainer.utils:selective_log_softmax_and_entropy",
             compat.selective_log_softmax_and_entropy,
             sample=first_tokens("logits", "index", "row_mask"),
+            optional=True,
         ),
         Swap(
             "logprobs",

@@ -1,4 +1,4 @@
-"""TRL 1.12's `PPOTrainer`, the last release that has one, on ppo_fast.
+"""TRL's `PPOTrainer` on ppo_fast, which no release after 1.12.0 has.
 
 `apply()`, `revert()` and `patched()` swap the log-probabilities, the whitening, the recursion and
 both losses with their metrics; generation, rewards, optimiser and logging stay TRL's own.

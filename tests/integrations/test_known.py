@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +16,12 @@ from torch import Tensor
 from toy import installed, integration, learnt
 
 from ppo_fast import integrations
+from ppo_fast.__main__ import main
 from ppo_fast.integrations._extract import Block
-from ppo_fast.integrations._known import Known, ordered, span
+from ppo_fast.integrations._known import Known, load, ordered, span
 from ppo_fast.integrations._patch import Integration, Swap
 
+ROOT = Path(__file__).resolve().parents[2]
 X = torch.arange(4.0)
 
 
@@ -185,6 +191,18 @@ def test_other_names_are_never_patched(tmp_path: Path, known: Known, name: str) 
         assert "compare" not in str(raised.value)
 
 
+def test_the_text_of_a_statement_counts(tmp_path: Path) -> None:
+    """Only those of errors do not."""
+    swap, named = DOUBLE, ("return x * times", "return x * {'twice': times}['twice']")
+    with installed(tmp_path / "one", "1.0.0", named):
+        known = learnt(swap)
+    with (
+        installed(tmp_path / "two", "1.0.0", (named[0], named[1].replace("twice", "thrice"))),
+        pytest.raises(integrations.UnknownSourceError, match=r"return x \* \{'thrice'"),
+    ):
+        integration(swap, known=known).apply()
+
+
 def moved(x: Tensor) -> Tensor:
     return 3 * x
 
@@ -273,6 +291,61 @@ TABLE"""
         pytest.raises(integrations.UnknownSourceError, match=r"`return \(grad \* ctx.by, None\)`"),
     ):
         integration(swap, known=known).apply()
+
+
+@pytest.mark.parametrize("name", integrations.tested_versions())
+def test_the_tested_versions_are_said_alike(name: str) -> None:
+    """In the pages, the extra and the Makefile; and every known content is a tested one."""
+    toys: Integration = importlib.import_module(f"ppo_fast.integrations.{name}").integration
+    tested = integrations.tested_versions()[name]
+    assert tested and list(tested) == ordered(tested) and toys.tested == tested
+    for place, contents in load(name).places.items():
+        for seen in contents:
+            assert {*seen.versions} & {*tested}, f"{place}: no test ran with {seen.versions}"
+    pages = [ROOT / f"docs/integrations/{page}.md" for page in ("index", name)]
+    (row,) = [x for x in pages[0].read_text("utf-8").splitlines() if f"]({name}.md)" in x]
+    for text in (row, pages[1].read_text("utf-8")):
+        assert span(tested) in text
+    package = toys.package.replace("_", "-")
+    extras = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert f'\n{toys.extra} = ["{package}>={tested[0]}' in extras
+    made = dict(re.findall(r"^(\S+) := (.+)$", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    (environment,) = [
+        key.removeprefix("TESTS_")
+        for key, files in made.items()
+        if key.startswith("TESTS_") and name in files.split() and "LOW" not in key
+    ]
+    assert f"{package}=={tested[-1]}" in made[f"HIGH_{environment}"].split()
+    if len(tested) > 1:
+        assert f"{package}=={tested[0]}" in made[f"LOW_{environment}"].split()
+
+
+def test_what_is_installed(
+    tmp_path: Path, known: Known, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A line for each trainer, from the function and from `ppo-fast info`."""
+    toys = integration(DOUBLE, known=known)
+    monkeypatch.setattr(integrations, "tested_versions", lambda: {"toy": toys.tested})
+    monkeypatch.setitem(
+        sys.modules, "ppo_fast.integrations.toy", SimpleNamespace(integration=toys)
+    )
+    assert integrations.installed_versions() == {}
+    changed = ("return x * times", "return times * x")
+    for version, changes, line in (
+        ("1.2.0", (), "tested (1.2.0)"),
+        ("1.3.0", (), "not tested (1.2.0 are), its source is known"),
+        ("1.4.0", (changed,), "not tested (1.2.0 are), its source is not known: toytrainer.core:"),
+        (
+            "1.5.0",
+            (("(x, times=2)", "(x, by, times=2)"),),
+            "not tested (1.2.0 are), its source is not known: toy: ",
+        ),
+    ):
+        with installed(tmp_path / version, version, *changes):
+            (said,) = integrations.installed_versions().values()
+            assert said.startswith(f"toytrainer {version}: {line}")
+            assert main(["info"]) == 0
+            assert f"\nintegrations.toy: {said}\n" in capsys.readouterr().out
 
 
 def test_versions_in_order() -> None:

@@ -1,7 +1,9 @@
-"""TRL 1.16's DistillationTrainer: twelve steps on ppo_fast against twelve of its own; its loss."""
+"""TRL's DistillationTrainer: twelve steps on ppo_fast against twelve of its own; its loss."""
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +22,6 @@ from trl.experimental.gkd.gkd_trainer import GKDTrainer
 from trl.experimental.gold.gold_trainer import GOLDTrainer
 from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
 from trl.experimental.sdft import loss_utils
-from trl.kernels import chunked_divergence
 from trl.trainer import distillation_trainer
 
 import ppo_fast
@@ -28,6 +29,13 @@ from ppo_fast import Teacher, testing
 from ppo_fast.integrations import MismatchError, trl_distillation
 
 TIMES = ("step_time", "epoch")
+KERNELS = "trl.kernels.chunked_divergence"
+from_1_15 = pytest.mark.skipif(
+    importlib.util.find_spec("trl.kernels") is None or importlib.util.find_spec(KERNELS) is None,
+    reason="TRL has this function from 1.15",
+)
+takes = inspect.signature(distillation_trainer._chunked_divergence_loss).parameters
+CHUNKS = {"chunk_size": 16} if "chunk_size" in takes else {}
 BETAS = (0.0, 0.3, 1.0)
 B, K, V = 5, 9, 101
 WIDTHS = {"student": 16, "teacher": 24}
@@ -83,47 +91,31 @@ def leaves(x: dict[str, Any]) -> list[Tensor]:
 
 
 def in_float64(x: dict[str, Any], beta: float, slopes: Tensor) -> list[Tensor]:
-    """Divergences, entropies and gradients by TRL's own formulas, on a tile of the whole.
+    """Divergences, entropies and gradients by the formulas; TRL's own compute in fp32 at most.
 
-    `ChunkedDivergenceFunction` computes in fp32 whatever it is given; the functions that it calls
-    with a tile of logits do not.
+    JSD of β as in GKD, arXiv:2306.13649: β·KL(t‖m) + (1 − β)·KL(s‖m), m = βt + (1 − β)s.
     """
-    x = {k: v.detach().double() if isinstance(v, Tensor) else v for k, v in x.items()}
-    tiles = []
-    for side in WIDTHS:
-        z = x[f"{side}_hidden"].flatten(0, 1) @ x[f"{side}_weight"].t()
-        tiles.append(z if x[f"{side}_bias"] is None else z + x[f"{side}_bias"])
-    (s, t), n = tiles, B * K
-    caps = [x.get(f"{side}_final_logit_softcapping") for side in WIDTHS]
-    options = {
-        "s_scale": x.get("student_logit_scale", 1.0),
-        "t_scale": x.get("teacher_logit_scale", 1.0),
-        "s_softcap": caps[0] or 1.0,
-        "t_softcap": caps[1] or 1.0,
-        "S_HAS_SOFTCAP": caps[0] is not None,
-        "T_HAS_SOFTCAP": caps[1] is not None,
-        "inv_t": 1 / x.get("temperature", 1.0),
-        "BLOCK_SIZE": V,
-    }
-    s_max, t_max = torch.full((2, n), -math.inf, dtype=torch.float64)
-    s_sum, s_x, t_sum, t_gap, s_gap, jsd, kl = torch.zeros(7, n, dtype=torch.float64)
-    chunked_divergence._stats_tile(
-        s, V, t, V, s_max, s_sum, s_x, t_max, t_sum, t_gap, s_gap, V, **options
+    x = {k: _leaf(v.detach(), torch.float64) if isinstance(v, Tensor) else v for k, v in x.items()}
+    s, t = (_logprobs(x, side) for side in WIDTHS)
+    mixture = ((1.0 - beta) * s.exp() + beta * t.exp()).log()
+    from_teacher, from_student = (
+        (t.exp() * (t - mixture)).sum(-1),
+        (s.exp() * (s - mixture)).sum(-1),
     )
-    s_log, t_log = s_max + s_sum.log(), t_max + t_sum.log()
-    if beta in (0.0, 1.0):
-        gap, total, sign = (t_gap, t_sum, 1.0) if beta == 0.0 else (s_gap, s_sum, -1.0)
-        jsd = kl = gap / total + sign * (s_log - t_log)
-    else:
-        chunked_divergence._jsd_tile(s, V, t, V, s_log, t_log, jsd, kl, V, beta, **options)
-    mode = {0.0: 0, 1.0: 1}.get(beta, 2)
-    chunked_divergence._backward_tile(
-        s, V, t, V, s_log, t_log, kl, slopes.double().flatten(), V, beta, MODE=mode, **options
-    )
-    grads = [(s @ x["student_weight"]).view(B, K, -1), s.t() @ x["student_hidden"].flatten(0, 1)]
-    if x["student_bias"] is not None:
-        grads.append(s.sum(0))
-    return [jsd, s_log - s_x / s_sum, *grads]
+    found = from_teacher if beta == 0.0 else from_student  # the mixture is then the other side
+    if beta not in (0.0, 1.0):
+        found = beta * from_teacher + (1.0 - beta) * from_student
+    grads = torch.autograd.grad(found, leaves(x), slopes.double().flatten())
+    return [found.detach(), -(s.exp() * s).sum(-1).detach(), *grads]
+
+
+def _logprobs(x: dict[str, Any], side: str) -> Tensor:
+    z = x[f"{side}_hidden"].flatten(0, 1) @ x[f"{side}_weight"].t()
+    if x[f"{side}_bias"] is not None:
+        z = z + x[f"{side}_bias"]
+    z, cap = z * x.get(f"{side}_logit_scale", 1.0), x.get(f"{side}_final_logit_softcapping")
+    z = z if cap is None else cap * (z / cap).tanh()
+    return (z / x.get("temperature", 1.0)).log_softmax(-1)
 
 
 def assert_near(
@@ -148,7 +140,7 @@ def token_divergence(x: dict[str, Any], beta: float, slopes: Tensor) -> list[Ten
     order = ("student_hidden", "student_weight", "student_bias")
     order += tuple(name.replace("student", "teacher") for name in order)
     given = [x[k].flatten(0, 1) if k.endswith("_hidden") else x[k] for k in order]
-    found, entropy = chunked_divergence.ChunkedDivergenceFunction.apply(
+    found, entropy = importlib.import_module(KERNELS).ChunkedDivergenceFunction.apply(
         *given,
         beta,
         x.get("temperature", 1.0),
@@ -166,6 +158,7 @@ def token_divergence(x: dict[str, Any], beta: float, slopes: Tensor) -> list[Ten
     return [found, entropy, *grads[:-2]]
 
 
+@from_1_15
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("head", HEADS)
 def test_the_token_divergence(head: str, beta: float) -> None:
@@ -178,6 +171,7 @@ def test_the_token_divergence(head: str, beta: float) -> None:
         assert (calls["token_divergence"].fused, calls["token_divergence"].left) == (1, 0)
         exact = in_float64(x, beta, slopes)
         assert_near(ours, exact, None if dtype == torch.float64 else theirs)
+    assert_near(theirs, exact)
 
 
 def masks() -> dict[str, Tensor]:
@@ -196,7 +190,7 @@ def loss_of(x: dict[str, Any], mask: Tensor, beta: float, items: Any) -> list[Te
     }
     biases = {f"{side}_lm_head_bias": x[f"{side}_bias"] for side in WIDTHS}
     loss, entropy, count = distillation_trainer._chunked_divergence_loss(
-        **given, **biases, completion_mask=mask, beta=beta, num_items_in_batch=items
+        **given, **biases, **CHUNKS, completion_mask=mask, beta=beta, num_items_in_batch=items
     )
     return [loss, entropy, count, *torch.autograd.grad(loss, leaves(x))]
 
@@ -222,6 +216,7 @@ def test_the_loss(head: str, beta: float) -> None:
             exact = [(tokens * slopes.flatten()).sum(), entropy[kept].sum(), *grads]
             del found[2]
             assert_near(found, exact, eager and [*eager[:2], *eager[3:]])
+        assert_near([*b[:2], *b[3:]], exact)
 
 
 def test_masked_tokens_may_hold_anything() -> None:
@@ -270,6 +265,8 @@ UNCOVERED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", UNCOVERED)
 def test_what_is_left_to_trl(name: str) -> None:
     """Its own result, and a warning that names the reason."""
+    if name == "rows" and CHUNKS:
+        pytest.skip("TRL stacks the two sides' log-probabilities before 1.15, and has an error")
     changed, reason = UNCOVERED[name]
     x, mask = heads("plain") | changed, masks()["some"]
     want = loss_of(x, mask, 0.3, 31)

@@ -1,10 +1,13 @@
-"""TRL 1.16's GRPOTrainer: twelve steps on ppo_fast against twelve of its own; every loss."""
+"""TRL's GRPOTrainer: twelve steps on ppo_fast against twelve of its own; every loss."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import linecache
 import math
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,7 @@ needs("trl_grpo")
 
 import trl_grpo_run
 from trainer_sides_helpers import prepared, updates
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-from trl.trainer import utils
+from trl.trainer import grpo_trainer, utils
 
 import ppo_fast
 from benchmarks.loop.equal_work import Work, differences
@@ -29,6 +31,10 @@ from ppo_fast.integrations import trl_grpo
 
 TIMES = ("step_time", "epoch")
 ROWS, LENGTH = 5, 9
+FUSED_HEAD = "linear_logprobs" in {
+    one.swap.op for one in trl_grpo.integration.present(("linear_logprobs",))
+}
+from_1_15 = pytest.mark.skipif(not FUSED_HEAD, reason="TRL forms no logits from 1.15")
 
 
 @pytest.mark.parametrize(
@@ -51,7 +57,7 @@ def test_a_run_is_the_same(options: dict[str, Any]) -> None:
         ours = trl_grpo_run.run(**options)
     tiny.assert_same_run(ours, theirs, 12, TIMES)
     assert calls["loss"].fused == 24  # 12 steps of 2 micro-batches
-    assert calls["linear_logprobs"].fused >= 24
+    assert calls["linear_logprobs" if FUSED_HEAD else "logprobs"].fused >= 24
     assert not any(n.left for n in calls.values())
 
 
@@ -296,9 +302,12 @@ HEADS = {
 }
 
 
+@from_1_15
 @pytest.mark.parametrize("head", HEADS)
 def test_the_head(head: str) -> None:
     """logit_scale, softcap, bias and temperature; entropy or none. fp32, TRL's own precision."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
     torch.manual_seed(0)
     options, (n, h, v) = HEADS[head], (50, 16, 101)
     hidden, weight = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
@@ -334,15 +343,18 @@ def test_the_head(head: str) -> None:
 
 
 def test_logits_on_request() -> None:
-    """The functions that TRL's experimental trainers call by name."""
+    """The functions that TRL's experimental trainers call by name, and GRPO before 1.15."""
     torch.manual_seed(0)
     logits, index = torch.randn(3, 5, 11), torch.randint(11, (3, 5))
     mask = torch.tensor([1, 0, 1, 1, 0]).expand(3, 5)
-    calls_of = [
-        lambda: [utils.selective_log_softmax(logits, index, 0.7, mask)],
-        lambda: utils.selective_log_softmax_and_entropy(logits, index, temperature=0.7),
-        lambda: [utils.entropy_from_logits(logits)],
-    ]
+    calls_of = [lambda: [utils.entropy_from_logits(logits)]]
+    if hasattr(utils, "selective_log_softmax_and_entropy"):  # from 1.14, with a temperature
+        calls_of += [
+            lambda: [utils.selective_log_softmax(logits, index, 0.7, mask)],
+            lambda: utils.selective_log_softmax_and_entropy(logits, index, temperature=0.7),
+        ]
+    else:
+        calls_of += [lambda: [utils.selective_log_softmax(logits, index)]]
     for call in calls_of:
         theirs = call()
         with trl_grpo.patched(("logprobs",)):
@@ -356,10 +368,71 @@ def test_another_librarys_patch_is_refused(
 ) -> None:
     liger = pytest.importorskip("liger_kernel.ops.grpo_loss")
     monkeypatch.setattr(utils, "selective_log_softmax", liger.fused_selective_log_softmax)
-    apply = ChunkedLogProbFunction.apply
+    loss = grpo_trainer.GRPOTrainer._compute_loss
     with pytest.raises(integrations.ForeignPatchError, match=r"own any more.*liger_kernel"):
-        trl_grpo.apply(("linear_logprobs", "logprobs"))
-    assert ChunkedLogProbFunction.apply == apply and not trl_grpo.integration.calls
+        trl_grpo.apply(("loss", "logprobs"))
+    assert grpo_trainer.GRPOTrainer._compute_loss is loss and not trl_grpo.integration.calls
+
+
+@pytest.fixture
+def edited(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """TRL's `GRPOTrainer._compute_loss` with one text replaced in its source."""
+
+    def edit(old: str, new: str) -> None:
+        original = inspect.unwrap(grpo_trainer.GRPOTrainer._compute_loss)
+        source = textwrap.dedent(inspect.getsource(original))
+        assert old in source
+        file = Path(grpo_trainer.__file__).parent / "edited.py"  # never written: linecache has it
+        text = source.replace(old, new, 1)
+        linecache.cache[str(file)] = (len(text), None, text.splitlines(True), str(file))
+        scope: dict[str, Any] = {}
+        exec(compile(text, str(file), "exec"), vars(grpo_trainer), scope)
+        monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_compute_loss", scope["_compute_loss"])
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("log_ratio = per_token", "# of the sampled token\n    log_ratio = per_token"),
+        ("Unknown loss type: ", "There is no loss "),
+        ("# Two-sided clipping", "logger.info('two-sided clipping')"),
+        (
+            "self.off_policy_mask_threshold is not None:",
+            "(self.off_policy_mask_threshold is not None):",
+        ),
+    ],
+)
+def test_a_harmless_change_of_trl_is_known(edited: Any, made: Any, old: str, new: str) -> None:
+    edited(old, new)
+    with trl_grpo.patched(("loss",)) as calls:
+        loss_of(made, batch())
+    assert calls["loss"].fused == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("1 - self.epsilon_low", "1 / (1 + self.epsilon_low)", r"`coef_2 = torch.clamp\("),
+        (") - 1\n        )", "))", r"`per_token_kl = "),
+        ("per_token_loss = per_token_loss * off_policy_mask", "pass", r": `pass`"),
+        (
+            "coef_1 = torch.exp(log",
+            "log_ratio = log_ratio * 1\n    coef_1 = torch.exp(log",
+            r"`log_ratio = log_ratio \* 1`",
+        ),
+        ("log_ratio = per_token_logps -", "log_ratio = entropies -", r"it takes `entropies`"),
+    ],
+)
+def test_a_changed_statement_of_trl_is_refused_by_name(
+    edited: Any, old: str, new: str, what: str
+) -> None:
+    edited(old, new)
+    before = grpo_trainer.GRPOTrainer._compute_loss
+    with pytest.raises(integrations.UnknownSourceError, match=rf"_compute_loss: .*{what}"):
+        trl_grpo.apply(("loss",))
+    assert grpo_trainer.GRPOTrainer._compute_loss is before
 
 
 def test_it_does_the_work_of_the_loop_in_the_benchmark(tmp_path: Path) -> None:

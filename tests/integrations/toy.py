@@ -91,10 +91,9 @@ def integration(*swaps: Swap | tuple[Swap, ...], known: Known, **changed: Any) -
     return Integration(**{**fields, **changed}, swaps=swaps, known=known)
 
 
-def learnt(*swaps: Swap | tuple[Swap, ...], known: Known = Known(), tested: bool = True) -> Known:  # noqa: B008
+def learnt(
+    *swaps: Swap | tuple[Swap, ...], known: Known | None = None, tested: bool = True
+) -> Known:
     """`known`, and what is installed now."""
-    found = recorded(integration(*swaps, known=known), known)
-    versions = (
-        (*known.tested, importlib.metadata.version("toytrainer")) if tested else known.tested
-    )
-    return Known(versions, found.places)
+    known = known or Known()
+    return recorded(integration(*swaps, known=known), known, tested)

@@ -17,6 +17,7 @@ from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
 from mutant_support import SUPPORT, SUPPORT_CPU
 from mutant_surrogates import SURROGATES
+from mutant_trainers import TRAINERS
 from mutant_truncation import TRUNCATION
 from mutant_weights import WEIGHTS, WEIGHTS_CPU
 
@@ -408,6 +409,7 @@ MUTANTS = {
     "runs": RUNS,
     "truncation": TRUNCATION,
     "surrogates": SURROGATES,
+    "trainers": TRAINERS,
     "support": SUPPORT,
     "weights": WEIGHTS,
 }

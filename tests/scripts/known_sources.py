@@ -1,8 +1,9 @@
 """Records the installed trainer's source at every place that an adapter patches.
 
 `python tests/scripts/known_sources.py ADAPTER [--tested]`, with the Python of an environment that
-has the trainer, adds the contents to ppo_fast/integrations/known/ADAPTER.json; `--tested` lists
-the version among those that the adapter's tests passed with.
+has the trainer, adds the contents to ppo_fast/integrations/known/ADAPTER.json. `--tested` lists
+the version among those that the adapter's tests passed with; without it, what differs from every
+tested version is not added, because nobody has seen that it means the same.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from ppo_fast.integrations._patch import Integration
 TESTS = Path(__file__).resolve().parent.parent / "integrations"
 
 
-def recorded(integration: Integration, known: Known) -> Known:
-    """`known` with the contents of the installed version, which replace those that it had."""
+def recorded(integration: Integration, known: Known, tested: bool) -> Known:
+    """`known` with the installed version's contents in the place of those that it had of it."""
     version = importlib.metadata.version(integration.package)
+    versions = tuple(ordered([*known.tested, version])) if tested else known.tested
     places = {
         place: [replace(s, versions=tuple(v for v in s.versions if v != version)) for s in seen]
         for place, seen in known.places.items()
@@ -37,8 +39,8 @@ def recorded(integration: Integration, known: Known) -> Known:
                 break
         else:
             seen.append(Seen(one.content, (version,)))
-    kept = {place: tuple(s for s in seen if s.versions) for place, seen in places.items()}
-    return Known(known.tested, {place: seen for place, seen in kept.items() if seen})
+    kept = {p: tuple(s for s in seen if {*s.versions} & {*versions}) for p, seen in places.items()}
+    return Known(versions, {place: seen for place, seen in kept.items() if seen})
 
 
 def text(known: Known) -> str:
@@ -68,14 +70,11 @@ def main() -> None:
         sys.path.insert(0, str(TESTS))
         importlib.import_module(stand_ins)
     integration = importlib.import_module(f"ppo_fast.integrations.{given.adapter}").integration
-    known = recorded(integration, load(given.adapter))
-    version = importlib.metadata.version(integration.package)
-    if given.tested:
-        known = replace(known, tested=tuple(ordered([*known.tested, version])))
+    known = recorded(integration, load(given.adapter), given.tested)
     (FOLDER / f"{given.adapter}.json").write_text(text(known), "utf-8")
     for place, seen in known.places.items():
         print(f"{place}: {', '.join(span(s.versions) for s in seen)}")
-    print(f"{integration.package} {version}; tested: {', '.join(known.tested)}", file=sys.stderr)
+    print(f"tested: {', '.join(known.tested)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""Seeded mistakes of recognising and patching a trainer."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+_CONTENT = "ppo_fast/integrations/_content.py"
+_PATCH = "ppo_fast/integrations/_patch.py"
+
+TRAINERS = (
+    Mutant(
+        "a changed statement of a trainer is known",
+        _CONTENT,
+        "return self.fits(other) and self.statements == other.statements",
+        "return self.fits(other)",
+        "known",
+        "changed_source",
+    ),
+    Mutant(
+        "a trainer's default that changed is known",
+        _CONTENT,
+        "    if default is None:\n",
+        "    if default is not None or True:\n",
+        "known",
+        "changed_source",
+    ),
+    Mutant(
+        "statements have no place in the nesting",
+        _CONTENT,
+        "_digest(path + _dump(node))",
+        "_digest(_dump(node))",
+        "known",
+        "changed_source",
+    ),
+    Mutant(
+        "a name that a block sets for new code is not looked at",
+        _CONTENT,
+        "return self.takes == other.takes and set(other.gives) <= set(self.gives)",
+        "return self.takes == other.takes",
+        "known",
+        "changed_source",
+    ),
+    Mutant(
+        "texts of all statements are those of errors",
+        _CONTENT,
+        "    if isinstance(x, ast.Raise):\n",
+        "    if isinstance(x, ast.stmt):\n",
+        "known",
+        "text_of_a_statement",
+    ),
+    Mutant(
+        "a backward is not part of an autograd function's source",
+        _CONTENT,
+        '("forward", "setup_context", "backward")',
+        '("forward", "setup_context")',
+        "known",
+        "autograd",
+    ),
+    Mutant(
+        "an untested version is patched without a word",
+        _PATCH,
+        "        elif not check.tested:\n",
+        "        elif check.tested and not check.tested:\n",
+        "known",
+        "untested",
+    ),
+    Mutant(
+        "unknown source with other names is patched if the user says so",
+        _PATCH,
+        'if check.unknown and (unknown == "refuse" or not check.fits):',
+        'if check.unknown and unknown == "refuse":',
+        "known",
+        "other_names",
+    ),
+    Mutant(
+        "a place that is not optional may be missing",
+        _PATCH,
+        "if not (swap.optional and isinstance(error, NoPlaceError)):",
+        "if not isinstance(error, NoPlaceError):",
+        "patch",
+        "place_that_is_not_there",
+    ),
+    Mutant(
+        "the first alternative is taken whatever its statements are",
+        _PATCH,
+        "if swap.having and not any(s.text.startswith(swap.having) for s in statements):",
+        "if swap.having and not statements:",
+        "known",
+        "alternatives",
+    ),
+)
