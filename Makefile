@@ -25,7 +25,7 @@ KEEP ?= 1
 # version (ppo_fast/integrations/known/) and LOW the lowest, installed over it in its turn. Both, and
 # ALONE, come with --no-deps, without what would need a GPU to install or is not needed to run what
 # is tested. TESTS_LOW is what the lowest version is tested with, if not all of TESTS.
-TRAINERS := trl-ppo trl-grpo verl openrlhf control control-low compat
+TRAINERS := trl-ppo trl-grpo verl openrlhf control compat
 TRL := "accelerate>=1.10.1" "datasets>=4.7.0" jinja2 "transformers>=5"
 NEEDS_trl-ppo := $(TRL)
 HIGH_trl-ppo := trl==1.12.0
@@ -42,12 +42,11 @@ NEEDS_openrlhf := ray peft torchdata einops hjson msgpack py-cpuinfo pydantic tq
 ALONE_openrlhf := deepspeed==0.19.6
 HIGH_openrlhf := openrlhf==0.11.2
 LOW_openrlhf := openrlhf==0.10.0
-NEEDS_control := stable-baselines3==2.9.2 torchrl==0.14.1 tianshou==2.0.1 skrl==2.1.1
+HIGH_control := stable-baselines3==2.9.2 torchrl==0.14.1 tensordict==0.14.3 tianshou==2.0.1 skrl==2.1.1
+# Their pins exclude the gymnasium and numpy that are here, on which they run.
+LOW_control := stable-baselines3==2.7.0 torchrl==0.12.0 tensordict==0.12.4 tianshou==1.2.0 skrl==1.4.0
+NEEDS_control := $(HIGH_control)
 ALONE_control := --ignore-requires-python cleanrl==1.2.0
-# The lowest versions of the same, whose pins exclude this torch's gymnasium and numpy, though they run on them.
-NEEDS_control-low := cloudpickle pandas matplotlib packaging tqdm pyvers orjson importlib_metadata \
-	"deepdiff>=7.0.1,<8" h5py numba overrides pettingzoo "sensai-utils>=1.4,<2" tensorboard
-ALONE_control-low := stable-baselines3==2.7.0 torchrl==0.12.0 tensordict==0.12.4 tianshou==1.2.0 skrl==1.4.0
 # Other frameworks' arrays; of the trainers only the sources are read.
 NEEDS_compat := jax==0.10.2 tensorflow-cpu==2.21.0
 ALONE_compat := trl==1.16.0 verl==0.9.1 openrlhf==0.11.2
@@ -57,10 +56,10 @@ TESTS_LOW_trl-ppo := trl_ppo
 TESTS_LOW_trl-grpo := trl_grpo trl_distillation
 TESTS_LOW_verl := verl verl_corrections verl_distillation verl_plugin verl_support
 TESTS_LOW_openrlhf := openrlhf openrlhf_own
+TESTS_LOW_control := sb3 torchrl tianshou skrl control_errors
 TESTS_verl := verl verl_corrections verl_distillation verl_plugin verl_support verify_verl
 TESTS_openrlhf := openrlhf openrlhf_own verify_openrlhf
 TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors verify_control
-TESTS_control-low := sb3 torchrl tianshou skrl control_errors
 TESTS_compat := compat compat_arrays
 
 # Dozens of processes import torch in a run of the tests: what Python compiled is kept for the next.
