@@ -12,7 +12,6 @@ from mutant_divergence import DIVERGENCE, DIVERGENCE_CPU, DIVERGENCE_TRITON
 from mutant_inputs import INPUTS
 from mutant_models import MODELS
 from mutant_numbers import NUMBERS, NUMBERS_CPU
-from mutant_referee import REFEREE
 from mutant_report import REPORT
 from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
@@ -405,7 +404,6 @@ MUTANTS = {
     "inputs": INPUTS,
     "models": MODELS,
     "numbers": NUMBERS,
-    "referee": REFEREE,
     "report": REPORT,
     "runs": RUNS,
     "truncation": TRUNCATION,
