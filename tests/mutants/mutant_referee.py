@@ -11,7 +11,7 @@ REFEREE = (
         'if scope in ("step", "local"):',
         'if scope == "local":',
         "referee_formulas",
-        "policy_loss or silent",
+        "policy_loss",
     ),
     Mutant(
         "the referee's dual clip holds positive advantages",
@@ -42,8 +42,8 @@ REFEREE = (
         "ppo_fast/referee/cases.py",
         "per_sequence).to(torch.float32).to(torch.float64)",
         "per_sequence).to(torch.float64)",
-        "referee",
-        "faithful and policy",
+        "referee_formulas",
+        "batches",
     ),
     Mutant(
         "a difference within a hundredth is rounding",
