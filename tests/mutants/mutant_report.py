@@ -1,10 +1,12 @@
-"""Seeded mistakes of a run's report and alarms."""
+"""Seeded mistakes of the referee, and of a run's report and alarms."""
 
 from __future__ import annotations
 
 from mutant import Mutant
+from mutant_referee import REFEREE
 
 REPORT = (
+    *REFEREE,
     Mutant(
         "a mean that overflows is infinite",
         "ppo_fast/loop/log/history.py",

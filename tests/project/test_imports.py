@@ -49,6 +49,10 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
         ),
         ("torch",),
     ),
+    # The referee's law: it shares no code with the ops.
+    ("ppo_fast/referee/formulas/", ("ppo_fast.referee",), ("torch",)),
+    ("ppo_fast/referee/cases.py", (), ("torch",)),
+    ("ppo_fast/referee/judge.py", ("ppo_fast.referee",), ("torch",)),
     ("ppo_fast/compat.py", ("ppo_fast.ops", "ppo_fast.reference", "ppo_fast.support"), ("torch",)),
     (
         "ppo_fast/_boundary/",

@@ -342,6 +342,22 @@ def test_every_reading_is_told_from_the_formula(name: str, change: Any) -> None:
         assert not any(differences(theirs, trial, EPS) for trial in ours)
 
 
+@pytest.mark.parametrize("kind", cases.NAMES)
+def test_batches_hold_numbers_of_fp32(kind: str) -> None:
+    """So that a trainer and a formula start from the same; and a seed gives the same ones."""
+    options = {
+        "tokens": {"edges": cases.Edges(0.2, 0.28, 3.0), "per_sequence": False},
+        "logits": {"temperature": 0.7},
+    }.get(kind, {})
+    for name in cases.NAMES[kind]:
+        batch, again = (cases.make(kind, name, 5, **options) for _ in range(2))
+        fields = batch._asdict() if hasattr(batch, "_asdict") else vars(batch)
+        for key, x in fields.items():
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                assert torch.equal(x.float().double().nan_to_num(), x.nan_to_num()), (name, key)
+                assert torch.equal(x.nan_to_num(), getattr(again, key).nan_to_num())
+
+
 def test_two_changes_at_once_are_both_named() -> None:
     f, kind, options = FORMULAS["policy"]
     fields = {"scope": "micro-batch", "kl": "-k3"}

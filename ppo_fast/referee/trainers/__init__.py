@@ -153,6 +153,7 @@ def place(function: Function) -> str:
         plain = vars(plain)["forward"]
     code = getattr(plain, "py_func", plain).__code__
     line = getattr(plain, "line", code.co_firstlineno)
-    name, file = plain.__module__, Path(code.co_filename)
+    file = Path(code.co_filename)
+    name = plain.__module__ or file.stem  # None where it was defined by exec
     path = f"{name.replace('.', '/')}.py" if "." in name else file.name
     return f"{name}.{plain.__qualname__} ({path}:{line})"

@@ -64,7 +64,6 @@ def probes(options: dict[str, Any]) -> list[Probe | Missing]:
     norm: Any = importlib.import_module("openrlhf.utils.loss_utils")
     maker: Any = importlib.import_module("openrlhf.trainer.ppo_utils.experience_maker")
     maker = maker.RemoteExperienceMaker
-    heat = {"temperature": options["temperature"]}
     average = "token-mean" if options["token_level_loss"] else "seq-mean-token-mean"
     value = loss.ValueLoss(options["clip_eps"], options["token_level_loss"])
     normalised = "if args.algo.advantage.estimator in ['gae',"
@@ -99,6 +98,15 @@ def probes(options: dict[str, Any]) -> list[Probe | Missing]:
             taken=("the variance is at least 1e-8",),
         ),
         *(_group(name, maker) for name in _GROUPS),
+        *_of_logits(options, utils),
+        Missing("KL loss and entropy bonus", "their sums are statements of a Ray actor's step"),
+    ]
+
+
+def _of_logits(options: dict[str, Any], utils: Any) -> list[Probe]:
+    heat = {"temperature": options["temperature"]}
+    entropy = utils.compute_entropy
+    return [
         Probe(
             "logprobs",
             utils.log_probs_from_logits,
@@ -109,14 +117,13 @@ def probes(options: dict[str, Any]) -> list[Probe | Missing]:
         ),
         Probe(
             "entropy",
-            getattr(utils.compute_entropy, "_torchdynamo_orig_callable", utils.compute_entropy),
+            getattr(entropy, "_torchdynamo_orig_callable", entropy),
             values_and_gradient(lambda f, x, b: f(x / b.temperature), "logits"),
             Entropy(),
             "logits",
             heat,
             taken=("the logits were divided by the temperature in place before",),
         ),
-        Missing("KL loss and entropy bonus", "their sums are statements of a Ray actor's step"),
     ]
 
 

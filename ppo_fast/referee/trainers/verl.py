@@ -56,11 +56,6 @@ def probes(options: dict[str, Any]) -> list[Probe | Missing]:
     with _without_plugins():
         core_algos: Any = importlib.import_module("verl.trainer.ppo.core_algos")
         torch_functional: Any = importlib.import_module("verl.utils.torch_functional")
-    logprobs = values_and_gradient(
-        lambda f, x, b: f(x / b.temperature, b.labels, inplace_backward=False), "logits"
-    )
-    entropy = values_and_gradient(lambda f, x, b: f(x / b.temperature), "logits")
-    heat = {"temperature": options["temperature"]}
     return [
         _policy_loss(options, core_algos),
         Probe(
@@ -92,17 +87,25 @@ def probes(options: dict[str, Any]) -> list[Probe | Missing]:
             left_out={"one-token": "its deviation is 0/0, and verl refuses it"},
             taken=("1e-8 is added to the variance",),
         ),
-        Probe(
-            "logprobs",
-            torch_functional.logprobs_from_logits,
-            logprobs,
-            LogProbs(),
-            "logits",
-            heat,
-            taken=("the caller divides the logits by the temperature",),
-        ),
-        Probe("entropy", torch_functional.entropy_from_logits, entropy, Entropy(), "logits", heat),
+        *_of_logits(options, torch_functional),
         Missing("ppo_loss", "takes nested tensors of a whole model's output; its terms are above"),
+    ]
+
+
+def _of_logits(options: dict[str, Any], functions: Any) -> list[Probe]:
+    heat = {"temperature": options["temperature"]}
+    divided = ("the caller divides the logits by the temperature",)
+    logprobs = values_and_gradient(
+        lambda f, x, b: f(x / b.temperature, b.labels, inplace_backward=False), "logits"
+    )
+    entropy = values_and_gradient(lambda f, x, b: f(x / b.temperature), "logits")
+    found = {
+        "logprobs": (functions.logprobs_from_logits, logprobs, LogProbs()),
+        "entropy": (functions.entropy_from_logits, entropy, Entropy()),
+    }
+    return [
+        Probe(name, function, call, formula, "logits", heat, taken=divided)
+        for name, (function, call, formula) in found.items()
     ]
 
 
