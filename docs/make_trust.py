@@ -91,7 +91,7 @@ CASES = {
     "I6": "two GPUs in a process",
     "I7": "allocations: outputs and workspace to the byte, nothing kept",
     "I8": "autocast",
-    "I9": "two ranks",
+    "I9": "several ranks",
     "I10": "checkpointed activations",
     "I11": "pickle, copies, export, forked and spawned workers",
     "I12": "no GPU, no Triton",

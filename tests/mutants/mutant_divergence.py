@@ -24,8 +24,8 @@ DIVERGENCE = (
     Mutant(
         "a teacher's scale is not in its temperature",
         "ppo_fast/ops/teacher.py",
-        "number, per_token = number / scale, None if per_token is None else per_token / scale",
-        "number, per_token = number, per_token",
+        "number, per_token, scale = over_scale(op, number, per_token, cap, scale, hidden)",
+        "scale = 1.0 if cap is None else scale",
         "linear_divergence",
         "own_logits",
     ),
@@ -64,8 +64,8 @@ DIVERGENCE = (
     Mutant(
         "vocabularies may differ",
         "ppo_fast/ops/teacher.py",
-        "if weight.shape[0] != vocab:",
-        "if weight.shape[0] < vocab - 1:",
+        "if weight.shape[0] < size or (weight.shape[0] != rows and not padded):",
+        "if weight.shape[0] < size - 1:",
         "teacher_errors",
         "vocabulary or rows",
     ),

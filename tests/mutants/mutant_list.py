@@ -16,6 +16,7 @@ from mutant_numbers import NUMBERS, NUMBERS_CPU
 from mutant_report import REPORT
 from mutant_rollout import ROLLOUT, ROLLOUT_CPU
 from mutant_runs import RUNS
+from mutant_shares import SHARES
 from mutant_support import SUPPORT, SUPPORT_CPU
 from mutant_surrogates import SURROGATES
 from mutant_truncation import TRUNCATION
@@ -394,6 +395,7 @@ MUTANTS = {
     "numbers": NUMBERS,
     "report": REPORT,
     "runs": RUNS,
+    "shares": SHARES,
     "truncation": TRUNCATION,
     "surrogates": SURROGATES,
     "support": SUPPORT,

@@ -80,7 +80,7 @@ SUPPORT = (
     Mutant(
         "a softcap without its slope over a support",
         "ppo_fast/ops/sparse_head.py",
-        "torch.where(dz == 0, 0.0, dz * softcap_slope(z, o.softcap))",
+        "torch.where(dz == 0, 0.0, dz * softcap_slope(z, o.softcap, o.logit_scale))",
         "dz",
         "support",
         "heads_within and cpu and softcap",
@@ -112,8 +112,8 @@ SUPPORT = (
     Mutant(
         "an absent id has a log-probability",
         "ppo_fast/ops/linear_logprobs_at.py",
-        "read = (ids >= 0) & (ids < vocab), ids != ABSENT",
-        "read = (ids >= 0) & (ids < vocab), ids >= ABSENT",
+        "read = (ids >= 0) & (ids < head.options.vocab), ids != ABSENT",
+        "read = (ids >= 0) & (ids < head.options.vocab), ids >= ABSENT",
         "linear_logprobs_at",
         "absent and cpu",
     ),

@@ -20,7 +20,6 @@ import ppo_fast
 from ppo_fast import _checks, testing
 from ppo_fast._boundary.schema import VARIANTS
 from ppo_fast.ops import head
-from ppo_fast.ops.distributed_weight import require_plain
 from ppo_fast.teacher import KINDS
 from ppo_fast.testing import (
     Call,
@@ -400,22 +399,6 @@ def test_a_head_of_fsdp2(request: pytest.FixtureRequest, world: str) -> None:
         got, want = rank[1]
         for name, x in want.items():
             assert_close(got[name], x, name)
-
-
-def test_a_hidden_state_in_a_dtensor_is_refused() -> None:
-    """Its rows may be all or this rank's: there is no one meaning."""
-    call = linear_call((3, 5), VOCAB)
-
-    class Sharded(torch.Tensor):
-        placements = (Shard(0),)
-        full_tensor = None
-
-    for name in ("hidden", "teacher.hidden"):
-        x = call.tensors["hidden"].as_subclass(Sharded)
-        with pytest.raises(TypeError, match=rf"op: {name} must be a plain tensor.*Shard\(dim=0\)"):
-            require_plain("op", name, x)
-    with pytest.raises(TypeError, match="hidden must be a plain tensor, to_local"):
-        testing.run(call.replace(hidden=x)._replace(cotangents={}), "cpu")
 
 
 @pytest.mark.parametrize("group", [False, True])
