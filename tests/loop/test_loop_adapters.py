@@ -252,7 +252,7 @@ def test_no_dense_head_is_formed(names: tuple[str, ...]) -> None:
 
 
 def test_dropout_of_an_adapter_on_the_head() -> None:
-    """Where a model is in training mode, u is of what is left of the hidden states."""
+    """In training mode u is of what the dropout leaves of the hidden states."""
     model = with_adapters_on_the_head("a", lora_dropout=0.5).train()
     hidden = torch.randn(6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(1)

@@ -20,14 +20,6 @@ HEAD = (
         "linear_ppo_loss head_work",
     ),
     Mutant(
-        "u of masked rows reaches the gradient",
-        "ppo_fast/ops/head.py",
-        "return torch.where(rows.keep[at][:, None], x, x.new_zeros(()))",
-        "return x",
-        "head_extra",
-        "garbage and triton and logprobs",
-    ),
-    Mutant(
         "a row's bits follow the rows beside it",
         "ppo_fast/ops/head.py",
         "put(z, _padded(part[at], tall), product.weight)",

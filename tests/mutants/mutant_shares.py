@@ -32,8 +32,8 @@ SHARES = (
     Mutant(
         "kept ids of the padding reach its gradient",
         "ppo_fast/ops/sparse_head.py",
-        "_of_sorted(call.options.backend, call.kept, dz, x, size, padded)",
-        "_of_sorted(call.options.backend, call.kept, dz, x, padded, padded)",
+        "sizes = call.options.size, padded",
+        "sizes = padded, padded",
         "head_form",
         "kept_ids and cpu",
     ),

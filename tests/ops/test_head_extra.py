@@ -85,7 +85,7 @@ def test_precisions(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dty
 
 @pytest.mark.parametrize("name", ["logprobs", "loss", "divergence", "sparse support"])
 def test_half_precision_on_kernels(kernel: str, device: str, name: str) -> None:
-    """Where a kernel rounds the logits' gradient itself."""
+    """Kernels that round the logits' gradient themselves are among them."""
     needs(name, kernel)
     testing.assert_agrees(call_of(name, (2, 3), device=device, dtype=torch.bfloat16), kernel)
 
