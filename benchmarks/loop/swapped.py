@@ -37,7 +37,7 @@ Run = Callable[[Callable[..., Any]], Any]
 
 
 class Row(NamedTuple):
-    """What is measured, the op and the place that the integration replaces, and a call of it."""
+    """A measured call, its name, and the op and place that the integration replaces."""
 
     what: str
     op: str
