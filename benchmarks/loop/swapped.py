@@ -37,7 +37,7 @@ Run = Callable[[Callable[..., Any]], Any]
 
 
 class Row(NamedTuple):
-    """A measured call, its name, and the op and place that the integration replaces."""
+    """A function that is measured: its op, the place that is replaced, and a call of it."""
 
     what: str
     op: str
