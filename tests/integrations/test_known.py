@@ -349,7 +349,7 @@ def test_the_tested_versions_are_said_alike(name: str) -> None:
 
 
 def within(version: str, stated: str) -> bool:
-    """Whether a version is the one stated, or a micro of the minor stated."""
+    """Equality of a version with one that is stated, or with its minor."""
     return f"{version}.".startswith(f"{stated}.")
 
 
