@@ -112,7 +112,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return end_of(folder / "run")
 
 
-@pytest.mark.case("R8")
 @pytest.mark.parametrize("names", hosts.NAMES)
 def test_two_hosts_compute_what_one_does(
     tmp_path: Path, names: str, undisturbed: dict[str, Any]
