@@ -36,10 +36,12 @@ LOW_trl-grpo := trl==1.13.0
 NEEDS_verl := ray omegaconf hydra-core codetiming "tensordict>=0.8,<=0.10,!=0.9" \
 	"transformers>=5.5.3,<5.11,!=5.6.0" datasets peft torchdata cachetools
 HIGH_verl := verl==0.9.1
+LOW_verl := verl==0.8.0
 NEEDS_openrlhf := ray peft torchdata einops hjson msgpack py-cpuinfo pydantic tqdm datasets aiohttp \
 	jsonlines isort loralib optimum optree torchmetrics pylatexenc
 ALONE_openrlhf := deepspeed==0.19.6
 HIGH_openrlhf := openrlhf==0.11.2
+LOW_openrlhf := openrlhf==0.10.0
 HIGH_control := stable-baselines3==2.9.2 torchrl==0.14.1 tensordict==0.14.3 tianshou==2.0.1 skrl==2.1.1
 # Their pins exclude the gymnasium and numpy that are here, on which they run.
 LOW_control := stable-baselines3==2.7.0 torchrl==0.12.0 tensordict==0.12.4 tianshou==1.2.0 skrl==1.4.0

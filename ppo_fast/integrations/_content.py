@@ -75,21 +75,32 @@ def definition_of(function: Callable[..., Any]) -> Definition:
         raise UnknownSourceError(f"its source cannot be read ({error})") from error
     definition = tree.body[0]
     if not isinstance(definition, Definition):
-        raise UnknownSourceError(f"it is no function: `{_text(definition)}`")
+        raise UnknownSourceError(f"it is no function: `{_short(_text(definition))}`")
     return definition
 
 
-def content_of(holder: Any, key: str) -> tuple[Content, list[Statement]]:
-    """Content of a whole function; of `apply` of an autograd.Function, its two directions'."""
-    if key == "apply" and inspect.isclass(holder) and issubclass(holder, torch.autograd.Function):
-        names = ("forward", "setup_context", "backward")
-        parts = [definition_of(vars(holder)[name]) for name in names if name in vars(holder)]
-        takes = tuple(_parameters(parts[0].args))[1:]  # without ctx
-        return described(takes, (), parts)
-    definition = definition_of(getattr(holder, key))
-    takes = tuple(_parameters(definition.args))
-    decorators = [ast.copy_location(ast.Expr(d), d) for d in definition.decorator_list]
-    return described(takes, (), [*decorators, *definition.body])
+def definitions_of(holder: Any, key: str) -> list[Definition]:
+    """The syntax tree of a function; of `apply` of an autograd.Function, its two directions'."""
+    if key != "apply" or not _is_autograd(holder):
+        return [definition_of(getattr(holder, key))]
+    names = ("forward", "setup_context", "backward")
+    return [definition_of(vars(holder)[name]) for name in names if name in vars(holder)]
+
+
+def content_of(
+    holder: Any, key: str, helpers: Sequence[Definition] = ()
+) -> tuple[Content, list[Statement]]:
+    """Content of a whole function, and of the helpers that it calls after it."""
+    parts = definitions_of(holder, key)
+    takes = tuple(_parameters(parts[0].args))
+    if key == "apply" and _is_autograd(holder):
+        return described(takes[1:], (), [*parts, *helpers])  # without ctx
+    decorators = [ast.copy_location(ast.Expr(d), d) for d in parts[0].decorator_list]
+    return described(takes, (), [*decorators, *parts[0].body, *helpers])
+
+
+def _is_autograd(holder: Any) -> bool:
+    return inspect.isclass(holder) and issubclass(holder, torch.autograd.Function)
 
 
 def described(
@@ -115,7 +126,7 @@ def difference(found: Content, statements: list[Statement], known: Sequence[Cont
         before = f"before line {statements[start].line}" if statements[start:] else "at the end"
         return f"a known statement is missing {before}"
     one = statements[start]
-    return f"statement at line {one.line} is not a known one: `{one.text}`"
+    return f"statement at line {one.line} is not a known one: `{_short(one.text)}`"
 
 
 def _other_names(found: Content, nearest: Content) -> str:
@@ -214,5 +225,8 @@ def _digest(text: str) -> str:
 
 
 def _text(node: ast.AST) -> str:
-    line = ast.unparse(node).strip().partition("\n")[0]
+    return ast.unparse(node).strip().partition("\n")[0]
+
+
+def _short(line: str) -> str:
     return line if len(line) <= 80 else f"{line[:77]}..."

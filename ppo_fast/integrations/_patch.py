@@ -18,7 +18,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ppo_fast.integrations import _places
-from ppo_fast.integrations._content import Content, Statement, content_of, described, difference
+from ppo_fast.integrations._content import (
+    Content,
+    Definition,
+    Statement,
+    content_of,
+    definitions_of,
+    described,
+    difference,
+)
 from ppo_fast.integrations._errors import (
     AlreadyPatchedError,
     ForeignPatchError,
@@ -74,6 +82,8 @@ class Swap:
         having: how a statement of the function begins (unparsed), where the signature does not
             tell apart the functions that several swaps replace.
         optional: whether some versions lack the place; nothing is then replaced there.
+        helpers: functions that a whole function calls, by their names in its module: what they
+            compute, `fused` does as well, so they are part of the place's content.
     """
 
     op: str
@@ -84,6 +94,7 @@ class Swap:
     sample: Callable[[Arguments], Arguments] = lambda arguments: arguments
     having: str = ""
     optional: bool = False
+    helpers: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -328,7 +339,7 @@ class Integration:
         check_own(self.name, self.package, swap.place, original)
         try:
             if swap.block is None:
-                content, statements = content_of(holder, key)
+                content, statements = content_of(holder, key, self._helpers(swap))
                 _fit(swap.fused, content.takes)
             else:
                 part = extract(original, {swap.op: swap.block})[0][swap.op]
@@ -338,6 +349,16 @@ class Integration:
         except UnknownSourceError as error:
             raise UnknownSourceError(f"{swap.place}: {error}") from error
         return Found(swap, holder, key, original, content, statements)
+
+    def _helpers(self, swap: Swap) -> list[Definition]:
+        """Those that are there: nothing calls the others, or that statement is not a known one."""
+        module, found = swap.place.partition(":")[0], []
+        for name in swap.helpers:
+            try:
+                found += definitions_of(*_places.find(self.package, f"{module}:{name}"))
+            except NoPlaceError:
+                continue
+        return found
 
     @property
     def _alternatives(self) -> list[tuple[Swap, ...]]:

@@ -49,7 +49,7 @@ def model_outputs(
         temperature=output_args["temperature_rmpad"],
         support=support,
     )
-    count = int(logits.shape[0]) - int(output_args["pad_size"])
+    count = int(logits.shape[0]) - int(output_args.get("pad_size", 0))  # always there from 0.9.0
     names = (
         ["log_probs", "entropy"] if _option(micro_batch, "calculate_entropy") else ["log_probs"]
     )
@@ -148,6 +148,22 @@ def without_support(arguments: Arguments) -> Arguments:
     names = micro_batch.keys()
     dropped = [name for name in (IDS, OFFSETS, _EXTRA) if name in names]
     return arguments | {"micro_batch": micro_batch.exclude(*dropped)}
+
+
+class _Copies:
+    """A model's output whose logits are a copy at each access."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+
+    @property
+    def logits(self) -> Tensor:
+        return self._logits.detach().clone()
+
+
+def of_copied_logits(arguments: Arguments) -> Arguments:
+    """The same where verl divides the logits in place: the step's own would be other ones."""
+    return without_support(arguments) | {"output": _Copies(arguments["output"].logits)}
 
 
 def packed(arguments: Arguments, result: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""OpenRLHF 0.11.2 on ppo_fast: `PolicyLoss`, `ValueLoss`, log-probabilities, entropy, advantages.
+"""OpenRLHF on ppo_fast: `PolicyLoss`, `ValueLoss`, log-probabilities, entropy, advantages.
 
 `apply()`, `revert()` and `patched()` act on this process. The entropy comes after the temperature,
 as there; the KL estimate runs on PyTorch (`compat.compute_approx_kl`).
@@ -6,7 +6,9 @@ as there; the KL estimate runs on PyTorch (`compat.compute_approx_kl`).
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +19,54 @@ from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._first_call import first_tokens
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
 
-_LOSS = "openrlhf.models.loss"
+_POLICY = "openrlhf.models.loss:PolicyLoss.forward"
+_VALUE = "openrlhf.models.loss:ValueLoss.forward"
 _UTILS = "openrlhf.models.utils"
+_KL = f"{_UTILS}:compute_approx_kl"
+# Statements that tell the versions of a function apart, where its parameters do not.
+_GATED, _CLAMPED = "low, high = self.is_correction_threshold", "raw_policy_log_ratio = "
+
+
+class _Gate(NamedTuple):
+    """A correction of the policy term: which units are gated, how, by what, within which bounds.
+
+    `level` is "off", "token" or "seq", `mode` "mask" or "clip", `by` "ratio", "binary_kl" or "tv".
+    """
+
+    level: str
+    mode: str = "mask"
+    by: str = "ratio"
+    bounds: tuple[float, float] = (0.0, math.inf)
+
+
+# `vllm_is_correction_type`, the correction's option up to 0.11.1.
+_TYPES = {"tis": ("token", "clip"), "icepop": ("token", "mask"), "seq-mask-tis": ("seq", "mask")}
+
+
+def _gate(loss: Any) -> _Gate:
+    return _Gate(
+        loss.is_correction_level,
+        loss.is_correction_mode,
+        loss.is_correction_gating,
+        loss.is_correction_threshold,
+    )
+
+
+def _gate_by_type(loss: Any) -> _Gate:
+    if not loss.enable_vllm_is_correction:
+        return _Gate("off")
+    level, mode = _TYPES[loss.vllm_is_correction_type]
+    return _Gate(level, mode, "ratio", loss.vllm_is_truncated_threshold)
+
+
+class _Loss(NamedTuple):
+    """A policy loss and its metrics; the last two are None without a correction of the term."""
+
+    loss: Tensor
+    clipped: Tensor
+    kl: Tensor
+    rollout_kl: Tensor | None
+    filtered: Tensor | None
 
 
 def _divisor(
@@ -38,18 +86,28 @@ def _divisor(
     return {"reduction": reduction, "denom": None if total is None else total / dp_size}
 
 
-def _policy_loss(
+def _mean_divisor(like: Tensor, mask: Tensor | None, by_token: bool) -> dict[str, Any]:
+    """The means of 0.10.0 to 0.10.2, over all rows: NaN if one of them has no token, as there."""
+    if by_token:
+        return {"reduction": "token-mean", "denom": None}
+    rows = torch.full((), float(like.shape[0]), device=like.device)
+    if mask is not None:
+        rows = torch.where((mask != 0).any(-1).all(), rows, math.nan)
+    return {"reduction": "seq-mean-token-mean", "denom": rows}
+
+
+def _policy(
     self: Any,
+    gate: _Gate,
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
-    action_mask: Tensor | None = None,
-    rollout_log_probs: Tensor | None = None,
-    dp_size: int = 1,
-    batch_num_tokens: float | None = None,
-    global_batch_size: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    gspo, corrects = self.policy_loss_type == "gspo", self.is_correction_level != "off"
+    action_mask: Tensor | None,
+    rollout_log_probs: Tensor | None,
+    divisor: dict[str, Any],
+    log_ratio_clamp: float | None = 20.0,
+) -> _Loss:
+    gspo, corrects = self.policy_loss_type == "gspo", gate.level != "off"
     if not gspo and self.policy_loss_type != "ppo":
         raise Uncovered(f"policy_loss_type {self.policy_loss_type!r}")
     if gspo and action_mask is None:
@@ -63,7 +121,7 @@ def _policy_loss(
         if gspo:
             old = rollout_log_probs
         else:
-            weights, filtered = _correction(self, old, rollout_log_probs, keep)
+            weights, filtered = _correction(gate, old, rollout_log_probs, keep)
             gap = _mean(rollout_log_probs - old, keep)
     loss, stats = ppo_fast.ppo_loss(
         log_probs,
@@ -71,39 +129,82 @@ def _policy_loss(
         advantages,
         keep,
         ratio_level="sequence" if gspo else "token",
-        log_ratio_clamp=None if gspo else 20.0,
+        log_ratio_clamp=None if gspo else log_ratio_clamp,
         clip_low=self.clip_eps_low,
         clip_high=self.clip_eps_high,
         dual_clip=self.dual_clip,
         is_weights=weights,
-        **_divisor(
-            action_mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
-        ),
+        **divisor,
     )
     clipped = (stats.field("clip_low") + stats.field("clip_high")) / stats.field("n_tokens")
     # Without the clamp of the ratio that the loss is taken of.
     kl = _mean((old_log_probs - log_probs).detach(), keep)
-    return loss, clipped.to(loss.dtype), kl, gap, filtered
+    return _Loss(loss, clipped.to(loss.dtype), kl, gap, filtered)
 
 
-def _correction(self: Any, old: Tensor, rollout: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The policy term's weights of `is_correction_*`, and the fraction of filtered units.
+def _policy_loss(gate: Callable[[Any], _Gate], count: int) -> Any:
+    """`PolicyLoss.forward` with the first `count` results."""
+
+    def forward(
+        self: Any,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        divisor = _divisor(
+            action_mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
+        )
+        tensors = log_probs, old_log_probs, advantages, action_mask, rollout_log_probs
+        return _policy(self, gate(self), *tensors, divisor)[:count]
+
+    return forward
+
+
+def _mean_policy_loss(
+    self: Any,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    action_mask: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Of 0.10.0 to 0.10.2: the micro-batch's own means, log-ratios without a clamp.
+
+    The KL is of the log-ratio that is formed last: with a correction, of one to the rollout.
+    """
+    gate = _gate_by_type(self)
+    divisor = _mean_divisor(log_probs, action_mask, self.token_level_loss)
+    tensors = log_probs, old_log_probs, advantages, action_mask, rollout_log_probs
+    found = _policy(self, gate, *tensors, divisor, log_ratio_clamp=None)
+    kl = found.kl if found.rollout_kl is None else found.rollout_kl
+    if gate.level != "off" and self.policy_loss_type == "gspo":
+        assert rollout_log_probs is not None and action_mask is not None
+        kl = _mean((rollout_log_probs - log_probs).detach(), action_mask != 0)
+    return found.loss, found.clipped, kl, found.rollout_kl
+
+
+def _correction(gate: _Gate, old: Tensor, rollout: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy term's weights of a gate, and the fraction of filtered units.
 
     In PyTorch, since a gate may be a divergence, which no key of `Correction` is. A unit is a
     token, or at level "seq" a sequence; one without a token counts as filtered, as there.
     """
-    by_ratio = self.is_correction_gating == "ratio"
-    by_sequence = self.is_correction_level == "seq"
-    low, high = self.is_correction_threshold
+    by_ratio, by_sequence = gate.by == "ratio", gate.level == "seq"
+    low, high = gate.bounds
     log_ratio = (old - rollout).detach()
-    gate = log_ratio if by_ratio else _divergence(self.is_correction_gating, old, rollout)
+    found = log_ratio if by_ratio else _divergence(gate.by, old, rollout)
     if by_sequence:
-        gate = _mean(gate, keep, dim=-1)[:, None]
+        found = _mean(found, keep, dim=-1)[:, None]
     if by_ratio:
-        gate = gate.exp()
-    passes = (gate >= low) & (gate <= high)
-    if self.is_correction_mode == "clip":
-        weights = gate.clamp(low, high)
+        found = found.exp()
+    passes = (found >= low) & (found <= high)
+    if gate.mode == "clip":
+        weights = found.clamp(low, high)
     else:
         weights = torch.where(passes, log_ratio.exp(), 0.0)
     failed = (~passes).to(torch.float32)
@@ -134,16 +235,39 @@ def _value_loss(
     batch_num_tokens: float | None = None,
     global_batch_size: float | None = None,
 ) -> Tensor:
-    return ppo_fast.value_loss(
-        values,
-        None if self.clip_eps is None else old_values,
-        returns,
-        action_mask,
-        clip=self.clip_eps,
-        **_divisor(
-            action_mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
-        ),
-    ).loss
+    divisor = _divisor(
+        action_mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
+    )
+    return _value(self, values, old_values, returns, action_mask, divisor)
+
+
+def _mean_value_loss(
+    self: Any,
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    action_mask: Tensor | None = None,
+) -> Tensor:
+    """Of 0.10.0 to 0.10.2."""
+    divisor = _mean_divisor(values, action_mask, self.token_level_loss)
+    return _value(self, values, old_values, returns, action_mask, divisor)
+
+
+def _value(
+    self: Any,
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor | None,
+    divisor: dict[str, Any],
+) -> Tensor:
+    old = None if self.clip_eps is None else old_values
+    return ppo_fast.value_loss(values, old, returns, mask, clip=self.clip_eps, **divisor).loss
+
+
+def _approx_kl(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: str = "k1") -> Tensor:
+    """Of 0.10.0 to 0.11.0: without an unbiased gradient."""
+    return compat.compute_approx_kl(log_probs, log_probs_base, kl_estimator=kl_estimator)
 
 
 def _logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -173,21 +297,36 @@ def _kept(arguments: Arguments, result: Any) -> Any:
     return result if mask is None else tuple(x * (mask != 0) for x in result)
 
 
+def _reduced(op: str, place: str, fused: Any, having: str = "") -> Swap:
+    return Swap(op, place, fused, having=having, helpers=("aggregate_loss", "masked_mean"))
+
+
 integration = Integration(
     name="openrlhf",
     package="openrlhf",
     extra="openrlhf",
     swaps=(
-        Swap("policy_loss", f"{_LOSS}:PolicyLoss.forward", _policy_loss),
-        Swap("value_loss", f"{_LOSS}:ValueLoss.forward", _value_loss),
+        (
+            _reduced("policy_loss", _POLICY, _policy_loss(_gate, 5), _GATED),
+            _reduced("policy_loss", _POLICY, _policy_loss(_gate_by_type, 4), _CLAMPED),
+            _reduced("policy_loss", _POLICY, _mean_policy_loss),
+        ),
+        (
+            _reduced("value_loss", _VALUE, _value_loss, "loss = aggregate_loss("),
+            _reduced("value_loss", _VALUE, _mean_value_loss),
+        ),
         Swap(
             "logprobs",
             f"{_UTILS}:log_probs_from_logits",
             _logprobs,
             sample=first_tokens("logits", "labels"),
+            helpers=("_logsumexp_by_chunk",),
         ),
         Swap("entropy", f"{_UTILS}:compute_entropy", _entropy, sample=first_tokens("logits")),
-        Swap("kl", f"{_UTILS}:compute_approx_kl", compat.compute_approx_kl),
+        (
+            Swap("kl", _KL, compat.compute_approx_kl),
+            Swap("kl", _KL, _approx_kl),
+        ),
         Swap(
             "advantages",
             "openrlhf.trainer.ppo_utils.experience_maker:"

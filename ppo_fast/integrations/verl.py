@@ -1,4 +1,4 @@
-"""verl 0.9.1 on ppo_fast: policy losses by their registry, value loss, KL, GAE, log-probabilities
+"""verl on ppo_fast: policy losses by their registry, value loss, KL, GAE, log-probabilities
 and the fused head.
 
 `apply()`, `revert()` and `patched()` act on this process. verl's workers are processes of their
@@ -8,6 +8,7 @@ own: `ppo_fast.integrations.verl_plugin` patches each of them as it imports verl
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,13 +21,19 @@ from ppo_fast import compat, surrogates
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._first_call import first_of_head, first_tokens
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
-from ppo_fast.integrations._verl_support import model_outputs, packed, without_support
+from ppo_fast.integrations._verl_support import (
+    model_outputs,
+    of_copied_logits,
+    packed,
+    without_support,
+)
 
 _CORE = "verl.trainer.ppo.core_algos"
-_ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
+_OUTPUTS = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.prepare_model_outputs"
 _FUSED = "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward"
 Options = dict[str, Any]
 _MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+_SUM = "token-sum"  # from 0.9.0
 
 
 def _divisor(
@@ -38,7 +45,7 @@ def _divisor(
     loss_scale_factor: float | None = None,
 ) -> tuple[str, float | Tensor | None, float]:
     """`agg_loss`'s mode and batch as (reduction, denom, what the loss is then multiplied by)."""
-    if mode == "token-sum":
+    if mode == _SUM and _SUM in sys.modules[_CORE].agg_loss.__code__.co_consts:
         return mode, None, float(dp_size)
     if mode not in _MODES:
         raise Uncovered(f"loss_agg_mode {mode!r}")
@@ -260,19 +267,16 @@ def _geo_mean_metrics(call: _Call) -> dict[str, Tensor]:
     } | _kl_metrics(call)
 
 
+_BY_SEQUENCE = "seq-mean-token-mean"
+_GSPO = _clip("gspo", log_ratio_clamp=(-math.inf, 10.0)), _gspo_metrics, _BY_SEQUENCE
 _POLICIES = {
     "vanilla": _policy(_vanilla, _clip_metrics),
     "dppo_tv": _policy(_dppo("tv"), _dppo_metrics),
     "dppo_kl": _policy(_dppo("kl"), _dppo_metrics),
-    "gspo": _policy(
-        _clip("gspo", log_ratio_clamp=(-math.inf, 10.0)), _gspo_metrics, "seq-mean-token-mean"
-    ),
-    "sapo": _policy(_sapo, _sapo_metrics, forced="seq-mean-token-mean"),
+    "sapo": _policy(_sapo, _sapo_metrics, forced=_BY_SEQUENCE),
     "gpg": _policy(_gpg, lambda call: {}),
-    "clip_cov": _policy(_clip_cov, _clip_cov_metrics),
     "kl_cov": _policy(_kl_cov, _kl_cov_metrics),
     "geo_mean": _policy(_geo_mean, _geo_mean_metrics),
-    "dro": _policy(_dro, _kl_metrics),
     "cispo": _policy(_clip("cispo"), _cispo_metrics),
 }
 _gpg_with_kl = _policy(_gpg, _kl_metrics)
@@ -366,44 +370,75 @@ def _linear(
     return logprobs, entropy.to(hidden_states.dtype)
 
 
+_REDUCING = ("agg_loss", "verl_F.masked_mean", "verl_F.masked_sum")
+# How the loss of gspo ends in 0.9.1; before, its mode was `_BY_SEQUENCE` whatever was given.
+_GSPO_BY_MODE = (
+    "pg_loss = agg_loss(loss_mat=pg_losses, loss_mask=response_mask, loss_agg_mode=loss_agg_mode"
+)
+
+
+def _policy_swap(name: str, fused: Any, **options: Any) -> Swap:
+    place = f"{_CORE}:compute_policy_loss_{name}"
+    return Swap("policy_loss", place, fused, helpers=_REDUCING, **options)
+
+
 integration = Integration(
     name="verl",
     package="verl",
     extra="verl",
     on_request=("support",),
     swaps=(
-        *(
-            Swap(
-                "policy_loss",
-                f"{_CORE}:compute_policy_loss_{name}",
-                fused,
-                sample=_every_eligible if name == "clip_cov" else lambda arguments: arguments,
-            )
-            for name, fused in _POLICIES.items()
+        *(_policy_swap(name, fused) for name, fused in _POLICIES.items()),
+        _policy_swap("clip_cov", _policy(_clip_cov, _clip_cov_metrics), sample=_every_eligible),
+        _policy_swap("dro", _policy(_dro, _kl_metrics), optional=True),  # from 0.9.0
+        (
+            _policy_swap("gspo", _policy(*_GSPO), having=_GSPO_BY_MODE),
+            _policy_swap("gspo", _policy(*_GSPO, forced=_BY_SEQUENCE)),  # to 0.9.0
         ),
         # bypass_mode calls this or vanilla, with weights and a mask that verl has formed.
-        Swap("policy_loss", f"{_CORE}:compute_policy_loss_reinforce", _reinforce),
-        Swap("value_loss", f"{_CORE}:compute_value_loss", _value_loss),
-        Swap("kl", f"{_CORE}:kl_penalty", compat.kl_penalty),
-        Swap("gae", f"{_CORE}:compute_gae_advantage_return", _gae, view=_kept),
+        _policy_swap("reinforce", _reinforce),
+        Swap(
+            "value_loss",
+            f"{_CORE}:compute_value_loss",
+            _value_loss,
+            helpers=(*_REDUCING, "verl_F.clip_by_value"),
+        ),
+        Swap("kl", f"{_CORE}:kl_penalty", compat.kl_penalty, helpers=("kl_penalty_forward",)),
+        Swap(
+            "gae",
+            f"{_CORE}:compute_gae_advantage_return",
+            _gae,
+            view=_kept,
+            helpers=("verl_F.masked_whiten", "verl_F.masked_mean", "verl_F.masked_var"),
+        ),
         Swap(
             "logprobs",
             "verl.utils.torch_functional:logprobs_from_logits",
             _logprobs,
             sample=first_tokens("logits", "labels"),
+            helpers=("logprobs_from_logits_flash_attn", "logprobs_from_logits_v2"),
         ),
         Swap(
             "linear_logprobs",
             _FUSED,
             _linear,
             sample=first_of_head("hidden_states", "vocab_weights", "input_ids"),
+            helpers=(
+                "FusedLinearForPPOFunction.apply",
+                "_fused_linear_for_ppo_fwd",
+                "_fused_linear_for_ppo_bwd",
+            ),
         ),
-        Swap(
-            "support",
-            f"{_ENGINE}.prepare_model_outputs",
-            model_outputs,
-            sample=without_support,
-            view=packed,
+        (
+            Swap(
+                "support",
+                _OUTPUTS,
+                model_outputs,
+                sample=of_copied_logits,
+                view=packed,
+                having="logits_rmpad.div_(",  # 0.8.0
+            ),
+            Swap("support", _OUTPUTS, model_outputs, sample=without_support, view=packed),
         ),
     ),
 )

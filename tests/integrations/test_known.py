@@ -265,6 +265,29 @@ def test_a_place_that_some_versions_lack(tmp_path: Path) -> None:
         assert list(calls) == ["double", "triple"]
 
 
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (("x.mul_(3)", "x.mul_(4)"), r"core:tripled: statement at line \d+ is not .*x\.mul_\(4\)"),
+        (("scale(x):", "scale(x, by=3):"), r"core:tripled: statement .*`def scale\(x, by=3\):`"),
+    ],
+)
+def test_what_a_place_calls(tmp_path: Path, change: tuple[str, str], what: str) -> None:
+    """A helper's statements and parameters; one that a version lacks counts for nothing."""
+    more = ("TABLE", "def tripled(x):\n    return scale(x.clone())\n\nTABLE")
+    swap = Swap("triple", "toytrainer.core:tripled", moved, helpers=("scale", "no_such"))
+    with installed(tmp_path / "known", "1.0.0", more) as toy:
+        known = learnt(swap)
+        with integration(swap, known=known).patched() as calls:
+            assert torch.equal(toy.core.tripled(X), 3 * X)
+        assert calls["triple"].fused == 1
+    with (
+        installed(tmp_path / "new", "1.1.0", more, change),
+        pytest.raises(integrations.UnknownSourceError, match=what),
+    ):
+        integration(swap, known=known).apply()
+
+
 def test_both_directions_of_an_autograd_function(tmp_path: Path) -> None:
     source = """
 class Half(torch.autograd.Function):
@@ -326,7 +349,7 @@ def test_the_tested_versions_are_said_alike(name: str) -> None:
 
 
 def within(version: str, stated: str) -> bool:
-    """Whether a version is the one stated, or a micro of the minor stated."""
+    """Equality of a version with one that is stated, or with its minor."""
     return f"{version}.".startswith(f"{stated}.")
 
 

@@ -145,7 +145,7 @@ def around(x: list[int], gain: int) -> float:
 
 
 def test_statements_of_a_function_inside_another() -> None:
-    """They read that one's names and the outer one's, and set that one's alone."""
+    """Names that they read may be that one's or the outer one's; those they set are their own."""
     parts, build = extract(around, {"sum": Block("total = 0", "scaled = ")})
     assert (parts["sum"].inputs, parts["sum"].outputs) == (("by", "last", "values"), ("scaled",))
     assert parts["sum"].original(by=4, last=6, values=[1, 2])["scaled"] == 4.5

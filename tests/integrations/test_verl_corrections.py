@@ -1,4 +1,4 @@
-"""verl 0.9.1's rollout correction: bypass mode on ppo_fast, and its options as `Correction`."""
+"""verl's rollout correction: bypass mode on ppo_fast, and its options as `Correction`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verl 0.9.1's distillation losses: the recipes of docs/integrations/verl.md against its own."""
+"""verl's distillation losses: the recipes of docs/integrations/verl.md against its own."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -26,6 +28,14 @@ ACTIVE = (
     "import verl; from ppo_fast.integrations import verl as v; print(sorted(v.integration.calls))"
 )
 ALL = "['gae', 'kl', 'linear_logprobs', 'logprobs', 'policy_loss', 'value_loss']"
+
+
+# 0.8.0 loads no entry points; the module itself is not imported here.
+LOADER = Path(str(importlib.util.find_spec("verl").origin)).read_text()  # type: ignore[union-attr]
+by_entry_point = pytest.mark.skipif(
+    "verl.plugins" not in LOADER,
+    reason=f"verl {importlib.metadata.version('verl')} loads no entry points",
+)
 
 
 def python(code: str, *paths: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -55,20 +65,24 @@ def test_verls_own_tests_pass_on_ppo_fast() -> None:
 import sys, pathlib, pytest, verl
 from ppo_fast.integrations import verl as v
 folder = pathlib.Path(verl.__file__).parent.parent / "tests/trainer/ppo"
+files = [folder / f for f in {OWN!r} if (folder / f).exists()]  # of its version
 rc = pytest.main(["-q", "-p", "no:cacheprovider", "--import-mode=importlib",
-                  "-o", "addopts=", *(str(folder / f) for f in {OWN!r})])
+                  "-o", "addopts=", *map(str, files)])
+print(len(files))
 print({{op: (n.fused, n.left) for op, n in v.integration.calls.items()}})
 sys.exit(rc)
 """
     done = python(code, VERL_USE_EXTERNAL_MODULES=PLUGIN)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    *_, summary, calls = done.stdout.strip().splitlines()
+    *_, summary, files, calls = done.stdout.strip().splitlines()
     assert " passed" in summary and "failed" not in summary
-    counts = eval(calls)
-    assert all(counts[op][0] > 0 for op in ("gae", "kl", "policy_loss", "value_loss")), counts
+    counts, everything = eval(calls), int(files) == len(OWN)
+    assert everything or int(files) >= 3, "0.8.0 comes with three of them"
+    ops = ("gae", "kl", "policy_loss", "value_loss") if everything else ("policy_loss",)
+    assert all(counts[op][0] > 0 for op in ops), counts
     # One test has verl refuse a `dro_beta` of None.
     left = {op: n[1] for op, n in counts.items() if n[1]}
-    assert left == {"policy_loss": 1}, counts
+    assert left == ({"policy_loss": 1} if everything else {}), counts
 
 
 def test_loaded_by_the_environment_variable() -> None:
@@ -84,6 +98,7 @@ def test_ops_by_name() -> None:
     assert done.returncode != 0 and "verl: ops must be among" in done.stderr
 
 
+@by_entry_point
 def test_loaded_by_the_entry_point(tmp_path: Path) -> None:
     """pyproject.toml's own entry point, in the group that verl looks through."""
     assert f'ppo_fast = "{PLUGIN}"' in (ROOT / "pyproject.toml").read_text()
@@ -93,7 +108,7 @@ def test_loaded_by_the_entry_point(tmp_path: Path) -> None:
     assert python(ACTIVE, folder).stdout.strip() == "[]"  # VERL_USE_EXTERNAL_PLUGINS=none
 
 
-@pytest.mark.parametrize("way", ["environment", "entry point"])
+@pytest.mark.parametrize("way", ["environment", pytest.param("entry point", marks=by_entry_point)])
 def test_a_failure_is_heard(tmp_path: Path, way: str) -> None:
     """An op that there is not: the variable stops the import, and both say why."""
     ops = {"PPO_FAST_VERL_OPS": "gea"}
@@ -107,6 +122,16 @@ def test_a_failure_is_heard(tmp_path: Path, way: str) -> None:
     assert "ppo_fast: verl runs without ppo_fast: verl: ops must be among ('policy_loss'," in (
         done.stderr
     )
+
+
+def test_another_version_of_known_source_is_patched(tmp_path: Path) -> None:
+    """With a line that says which versions are tested."""
+    info = tmp_path / "verl-0.99.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: verl\nVersion: 0.99.0\n")
+    done = python(ACTIVE, tmp_path, VERL_USE_EXTERNAL_MODULES=PLUGIN)
+    assert done.stdout.strip() == ALL, done.stderr
+    assert "verl: verl 0.99.0 is patched although not tested (tested: 0.8.0–0.9.1)" in done.stderr
 
 
 def test_a_ray_worker_is_patched() -> None:

@@ -1,4 +1,4 @@
-"""verl 0.9.1: an agent loop's kept ids, up to the FSDP engine's log-probabilities."""
+"""verl: an agent loop's kept ids, up to the FSDP engine's log-probabilities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from trainers import needs
 needs("verl")
 os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"  # the tests say when it is patched
 
+from transformers.modeling_flash_attention_utils import _unpad_input
 from verl import DataProto
+from verl.utils import attention_utils
 from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import entropy_from_logits
 from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
@@ -64,6 +66,14 @@ def imported(module: str) -> Any:
 
 AgentLoopOutput = imported("verl.experimental.agent_loop.agent_loop").AgentLoopOutput
 Engine = imported("verl.workers.engine.fsdp.transformer_impl").FSDPEngineWithLMHead
+
+
+@pytest.fixture(autouse=True)
+def unpad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn's function, which 0.8.0 cannot be without, as transformers has it."""
+    if not hasattr(attention_utils, "_fallback_unpad_input"):
+        found = (None, None, None, _unpad_input)
+        monkeypatch.setattr(attention_utils, "_get_attention_functions", lambda: found)
 
 
 @pytest.fixture
@@ -135,7 +145,9 @@ def run(engine: Any, data: Any, logits: Tensor | None = None) -> tuple[dict[str,
     if logits is None:
         logits = torch.randn(1, rows, V, generator=torch.Generator().manual_seed(5)).double()
     logits.requires_grad_()
-    out = engine.prepare_model_outputs(types.SimpleNamespace(logits=logits), args, data, None)
+    # As a model gives them: 0.8.0 divides them in place.
+    output = types.SimpleNamespace(logits=logits * 1.0)
+    out = engine.prepare_model_outputs(output, args, data, None)
     return out, logits
 
 

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from verl.trainer.ppo import core_algos
 from verl.workers.config import ActorConfig
 
 from ppo_fast import testing
 from ppo_fast.integrations import verl
 
 B, T = 5, 11
+VERSION = f"verl {importlib.metadata.version('verl')}"
+
+
+def _sums() -> bool:
+    try:
+        core_algos.agg_loss(torch.ones(1, 1), torch.ones(1, 1), "token-sum")
+    except ValueError:
+        return False
+    return True
+
+
+# What 0.8.0 has not: a mode of `agg_loss`, and the batch's counts in `compute_value_loss`.
+SUMS = _sums()
+COUNTS = "dp_size" in inspect.signature(core_algos.compute_value_loss).parameters
 MODES = (
     "token-mean",
-    "token-sum",
+    *(["token-sum"] if SUMS else []),
     "seq-mean-token-sum",
     "seq-mean-token-mean",
     "seq-mean-token-sum-norm",

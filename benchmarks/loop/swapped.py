@@ -1,0 +1,201 @@
+"""Functions of verl and OpenRLHF, each in turn with what an integration puts in its place.
+
+    python -m benchmarks.loop.swapped verl
+    PYTHONPATH=.:tests/integrations python -m benchmarks.loop.swapped openrlhf
+
+with the Python of an environment that has the trainer (`make test-verl`, `make test-openrlhf` make
+them; tests/integrations has stand-ins for what OpenRLHF imports and a CPU has not) prints the rows
+of docs/integrations: medians of one interleaved run, the counting of calls included. Times are of
+the processor, on one thread: other work on the cores does not add to them. `apply` compares the
+first call of each with the trainer's own, and raises MismatchError.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.machine import describe
+from benchmarks.harness.timing import Sampler, interleave, median
+from benchmarks.report.tables import describe_facts
+
+BUDGET = 4.0  # seconds for each side of a row
+MIN_SAMPLE = 4e-3  # seconds of a sample, by repeating short calls
+LOGITS, HEAD, TOKENS, STEPS = (512, 50257), (512, 49152, 576), (256, 1024), (8, 512)
+GAMMA, LAM, CLIP = 1.0, 0.95, 0.2
+
+Run = Callable[[Callable[..., Any]], Any]
+
+
+class Row(NamedTuple):
+    """A measured call, its name, and the op and place that the integration replaces."""
+
+    what: str
+    op: str
+    place: str
+    run: Run
+
+
+class Draws:
+    """Inputs, from one seed."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator)
+
+    def leaf(self, *shape: int) -> Tensor:
+        return self.normal(*shape).requires_grad_()
+
+    def tokens(self, rows: int, vocab: int) -> Tensor:
+        return torch.randint(vocab, (rows,), generator=self._generator)
+
+
+def backward(leaves: list[Tensor], run: Run) -> Run:
+    """The call and the gradients of its first result, summed."""
+
+    def both(function: Callable[..., Any]) -> Any:
+        found = run(function)
+        first = found[0] if isinstance(found, tuple) else found
+        return torch.autograd.grad(first.sum(), leaves)
+
+    return both
+
+
+def losses(x: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """New and old log-probabilities, advantages, and a mask of which a tenth is 0."""
+    new = x.normal(*TOKENS).abs().neg().sub(0.1).requires_grad_()
+    old = new.detach() + 0.1 * x.normal(*TOKENS)
+    return new, old, x.normal(*TOKENS), (x.normal(*TOKENS) > -1.28).float()
+
+
+def verl_rows() -> Iterator[Row]:
+    os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+    from verl.workers.config import ActorConfig
+
+    core, x = "verl.trainer.ppo.core_algos", Draws()
+    place = "verl.utils.torch_functional:logprobs_from_logits"
+    logits, tokens = x.normal(*LOGITS), x.tokens(*LOGITS)
+    yield Row("log-probabilities", "logprobs", place, lambda f: f(logits, tokens))
+    leaf = x.leaf(*LOGITS)
+    run = backward([leaf], lambda f: f(leaf, tokens))
+    yield Row("the same with backward", "logprobs", place, run)
+
+    config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True)
+    new, old, advantages, mask = losses(x)
+    run = backward([new], lambda f: f(old, new, advantages, mask, config=config))
+    place = f"{core}:compute_policy_loss_vanilla"
+    yield Row("clipped loss with backward", "policy_loss", place, run)
+    run = backward([new], lambda f: f(new, advantages, old, mask, CLIP))
+    yield Row("value loss with backward", "value_loss", f"{core}:compute_value_loss", run)
+
+    rewards, values = x.normal(*STEPS), x.normal(*STEPS)
+    run = lambda f: f(rewards, values, torch.ones(STEPS), GAMMA, LAM)  # noqa: E731
+    yield Row("GAE and whitening", "gae", f"{core}:compute_gae_advantage_return", run)
+
+    rows, vocab, width = HEAD
+    hidden, weight, head = x.leaf(rows, width), x.leaf(vocab, width), FusedLinearForPPO()
+    tokens_of_head, place = x.tokens(rows, vocab), f"{FusedLinearForPPO.__module__}:"
+    place += "FusedLinearForPPO.forward"
+    args = head, hidden.detach(), weight.detach(), tokens_of_head
+    yield Row("fused head", "linear_logprobs", place, lambda f: f(*args))
+    run = backward([hidden, weight], lambda f: f(head, hidden, weight, tokens_of_head))
+    yield Row("the same with backward", "linear_logprobs", place, run)
+
+
+def openrlhf_rows() -> Iterator[Row]:
+    importlib.import_module("openrlhf_imports")
+    from openrlhf.models import PolicyLoss, ValueLoss
+
+    x = Draws()
+    place = "openrlhf.models.utils:log_probs_from_logits"
+    logits, tokens = x.normal(*LOGITS), x.tokens(*LOGITS)
+    yield Row("log-probabilities", "logprobs", place, lambda f: f(logits, tokens))
+    leaf = x.leaf(*LOGITS)
+    run = backward([leaf], lambda f: f(leaf, tokens))
+    yield Row("the same with backward", "logprobs", place, run)
+    place = "openrlhf.models.utils:compute_entropy"
+    yield Row("entropy", "entropy", place, lambda f: f(logits))
+
+    new, old, advantages, mask = losses(x)
+    policy, value = PolicyLoss(), ValueLoss(CLIP)
+    run = backward([new], lambda f: f(policy, new, old, advantages, mask))
+    place = "openrlhf.models.loss:PolicyLoss.forward"
+    yield Row("clipped loss with backward", "policy_loss", place, run)
+    run = backward([new], lambda f: f(value, new, old, advantages, mask))
+    place = "openrlhf.models.loss:ValueLoss.forward"
+    yield Row("value loss with backward", "value_loss", place, run)
+
+    values, rewards, ones = x.normal(*STEPS), x.normal(*STEPS), torch.ones(STEPS)
+    place = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker."
+    place += "get_advantages_and_returns"
+    run = lambda f: f(SimpleNamespace(), values, rewards, ones, GAMMA, LAM)  # noqa: E731
+    yield Row("GAE", "advantages", place, run)
+
+
+def found(place: str) -> Callable[..., Any]:
+    """The function at "module:name" as it is now."""
+    module, _, path = place.partition(":")
+    held = importlib.import_module(module)
+    for name in path.split("."):
+        held = getattr(held, name)
+    return held  # type: ignore[return-value]
+
+
+def sampler(call: Callable[[], Any]) -> Sampler:
+    """Samples of a call: seconds of the processor each."""
+
+    def seconds(number: int) -> float:
+        start = time.process_time()
+        for _ in range(number):
+            call()
+        return time.process_time() - start
+
+    number = 1
+    while seconds(number) < MIN_SAMPLE:
+        number *= 2
+    return lambda: seconds(number) / number
+
+
+def milliseconds(row: Row, integration: Any) -> tuple[float, float]:
+    """Medians of the trainer's function and of what replaces it."""
+    own = found(row.place)
+    with integration.patched((row.op,)):
+        sides = {"own": own, "here": found(row.place)}
+        for side in sides.values():
+            row.run(side)  # the first call here is compared
+        calls = {name: sampler(partial(row.run, side)) for name, side in sides.items()}
+        taken = interleave(calls, BUDGET)
+    return 1e3 * median(taken["own"]), 1e3 * median(taken["here"])
+
+
+ROWS = {"verl": verl_rows, "openrlhf": openrlhf_rows}
+
+
+def main() -> None:
+    """Print the table of a trainer."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("trainer", choices=ROWS)
+    name = parser.parse_args().trainer
+    torch.set_num_threads(1)
+    print(describe_facts(describe()), f"one thread; load {os.getloadavg()[0]:.1f}")
+    print(f"\n| | {name} | here |\n|---|---:|---:|")
+    for row in ROWS[name]():
+        integration = importlib.import_module(f"ppo_fast.integrations.{name}").integration
+        own, here = milliseconds(row, integration)
+        print(f"| {row.what} | {own:.3g} ms | {here:.3g} ms |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
