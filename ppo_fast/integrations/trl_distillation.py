@@ -289,12 +289,15 @@ integration = Integration(
                 view=_without_slope,
                 sample=_some_tokens,
             ),
-            Swap(
-                "loss",
-                _TRL_LOSS,
-                _loss,
-                block=Block("valid = completion_mask", "if num_items_in_batch is None:"),
-                sample=_some_tokens,
+            *(
+                Swap(
+                    "loss",
+                    _TRL_LOSS,
+                    _loss,
+                    block=Block(first, "if num_items_in_batch is None:"),
+                    sample=_some_tokens,
+                )
+                for first in ("from ..kernels.chunked", "valid = completion_mask")  # 1.15, 1.16
             ),
         ),
         Swap(
