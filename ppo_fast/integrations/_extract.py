@@ -84,7 +84,7 @@ def extract(
             f for f in ast.walk(definition) if isinstance(f, Definition) and call in ast.walk(f)
         ]
         parameters = {a.arg for f in around for a in ast.walk(f.args) if isinstance(a, ast.arg)}
-        set_before = parameters | _names([*definition.body, *others], ast.Store)
+        set_before = parameters | _bound([*definition.body, *others])
         inputs = tuple(sorted(_reads(body, set())[0] & set_before))
         rest = [*around[-1].body, *others]
         used = _names(rest, ast.Load) | _names(rest, ast.Del)
@@ -138,6 +138,17 @@ def _find(definition: Definition, first: str, last: str) -> tuple[list[ast.stmt]
     if len(found) != 1:
         raise UnknownSourceError(f"{len(found)} blocks from `{first}` to `{last}`, not one")
     return found[0]
+
+
+def _bound(body: Sequence[ast.AST]) -> set[str]:
+    """Names that statements assign, import or define."""
+    found = _names(body, ast.Store)
+    for node in (node for statement in body for node in ast.walk(statement)):
+        if isinstance(node, ast.alias):
+            found.add(node.asname or node.name.partition(".")[0])
+        elif isinstance(node, Definition | ast.ClassDef):
+            found.add(node.name)
+    return found
 
 
 def _names(body: Sequence[ast.AST], context: type[ast.expr_context]) -> set[str]:

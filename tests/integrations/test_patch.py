@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -151,6 +152,25 @@ def test_statements_of_a_function_inside_another() -> None:
     assert parts["sum"].original(by=4, last=6, values=[1, 2])["scaled"] == 4.5
     again = build({"sum": lambda by, last, values: {"scaled": sum(values) * last / by}})
     assert again([1, 2], 3) == around([1, 2], 3) == 14.5
+
+
+def imports_inside(x: float) -> float:
+    from math import floor as down
+
+    def half(y: float) -> float:
+        return y / 2
+
+    low = down(x)
+    out = half(low)
+    return max(out, 0.0)
+
+
+def test_names_that_a_function_imports_and_defines_are_read() -> None:
+    """A block that uses them takes them as it does those that are assigned."""
+    parts, build = extract(imports_inside, {"half": Block("low = ", "out = ")})
+    assert (parts["half"].inputs, parts["half"].outputs) == (("down", "half", "x"), ("out",))
+    assert parts["half"].original(down=math.floor, half=lambda y: y / 2, x=5.5)["out"] == 2.5
+    assert build({"half": lambda down, half, x: {"out": half(down(x))}})(5.5) == 2.5
 
 
 def test_uncovered_options_are_left_and_said(toy: SimpleNamespace) -> None:
