@@ -16,7 +16,6 @@ import ast
 import importlib.util
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,14 +28,14 @@ from torch import Tensor
 
 import ppo_fast
 from benchmarks.harness.machine import ROOT, describe
-from benchmarks.harness.timing import Sampler, interleave, median
+from benchmarks.harness.timing import interleave, median
+from benchmarks.loop.swap_rows import Draws, sampler
 from benchmarks.report.tables import describe_facts
 from ppo_fast.integrations import sb3, skrl, tianshou, torchrl
 from ppo_fast.integrations._extract import Block, extract
 from ppo_fast.integrations._first_call import first_call
 
 BUDGET = 3.0  # seconds for each side of a row
-MIN_SAMPLE = 4e-3  # seconds of a sample, by repeating short calls
 GAMMA, LAM, CLIP = 0.99, 0.95, 0.2
 END = 100
 BATCHES = (64, 4096, 65536)
@@ -52,21 +51,6 @@ class Row(NamedTuple):
     ours: Call
 
 
-def sampler(call: Call) -> Sampler:
-    """Samples of a call: seconds of the processor each."""
-
-    def seconds(number: int) -> float:
-        start = time.process_time()
-        for _ in range(number):
-            call()
-        return time.process_time() - start
-
-    number = 1
-    while seconds(number) < MIN_SAMPLE:
-        number *= 2
-    return lambda: seconds(number) / number
-
-
 def milliseconds(row: Row) -> dict[str, float]:
     """Medians by the calls' names, ours under "here"."""
     for name, theirs in row.theirs.items():
@@ -75,19 +59,6 @@ def milliseconds(row: Row) -> dict[str, float]:
     calls = {**row.theirs, "here": row.ours}
     samples = interleave({name: sampler(call) for name, call in calls.items()}, BUDGET)
     return {name: 1e3 * median(taken) for name, taken in samples.items()}
-
-
-class Draws:
-    """Inputs of a row, from one seed."""
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator)
-
-    def leaf(self, *shape: int) -> Tensor:
-        return (0.1 * self.normal(*shape)).requires_grad_()
 
 
 def ends(steps: int, *rest: int) -> Tensor:
@@ -138,7 +109,7 @@ def _sb3_losses() -> Iterator[Row]:
     own = extracted["loss"].original
     for size in BATCHES:
         x = Draws()
-        new = x.leaf(size)
+        new = x.leaf(size, scale=0.1)
         old, advantages = new.detach() + 0.1 * x.normal(size), x.normal(size)
         call = partial(
             _sb3_minibatch, new, SimpleNamespace(old_log_prob=old, advantages=advantages)
@@ -245,7 +216,7 @@ def skrl_rows() -> Iterator[Row]:
     loss = extract(ppo.PPO.update, {"loss": block})[0]["loss"].original
     for size in BATCHES:
         x = Draws()
-        new, advantages = x.leaf(size, 1), x.normal(size, 1)
+        new, advantages = x.leaf(size, 1, scale=0.1), x.normal(size, 1)
         call = partial(_skrl_minibatch, new, new.detach() + 0.1 * x.normal(size, 1), advantages)
         theirs = {"skrl": partial(call, loss)}
         yield Row(f"policy loss, {size}", theirs, partial(call, _skrl_loss))
@@ -288,8 +259,8 @@ def cleanrl_rows() -> Iterator[Row]:
         yield _executed(f"advantages, {steps} × {envs}", sides, scope, "advantages", "returns")
     for size in BATCHES:
         x = Draws()
-        scope = shared | {name: x.leaf(size) for name in ("newlogprob", "entropy")}
-        scope |= {"newvalue": x.leaf(size, 1), "args": SimpleNamespace(**args)}
+        scope = shared | {name: x.leaf(size, scale=0.1) for name in ("newlogprob", "entropy")}
+        scope |= {"newvalue": x.leaf(size, 1, scale=0.1), "args": SimpleNamespace(**args)}
         scope |= {f"b_{name}": x.normal(size) for name in ("advantages", "values", "returns")}
         scope["b_logprobs"] = scope["newlogprob"].detach() + 0.1 * x.normal(size)
         scope |= {"mb_inds": torch.randperm(size), "clipfracs": []}

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -25,11 +24,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.machine import describe
-from benchmarks.harness.timing import Sampler, interleave, median
+from benchmarks.harness.timing import interleave, median
+from benchmarks.loop.swap_rows import Draws, sampler
 from benchmarks.report.tables import describe_facts
 
 BUDGET = 4.0  # seconds for each side of a row
-MIN_SAMPLE = 4e-3  # seconds of a sample, by repeating short calls
 LOGITS, HEAD, TOKENS, STEPS = (512, 50257), (512, 49152, 576), (256, 1024), (8, 512)
 GAMMA, LAM, CLIP = 1.0, 0.95, 0.2
 
@@ -43,22 +42,6 @@ class Row(NamedTuple):
     op: str
     place: str
     run: Run
-
-
-class Draws:
-    """Inputs, from one seed."""
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator)
-
-    def leaf(self, *shape: int) -> Tensor:
-        return self.normal(*shape).requires_grad_()
-
-    def tokens(self, rows: int, vocab: int) -> Tensor:
-        return torch.randint(vocab, (rows,), generator=self._generator)
 
 
 def backward(leaves: list[Tensor], run: Run) -> Run:
@@ -151,21 +134,6 @@ def found(place: str) -> Callable[..., Any]:
     for name in path.split("."):
         held = getattr(held, name)
     return held  # type: ignore[return-value]
-
-
-def sampler(call: Callable[[], Any]) -> Sampler:
-    """Samples of a call: seconds of the processor each."""
-
-    def seconds(number: int) -> float:
-        start = time.process_time()
-        for _ in range(number):
-            call()
-        return time.process_time() - start
-
-    number = 1
-    while seconds(number) < MIN_SAMPLE:
-        number *= 2
-    return lambda: seconds(number) / number
 
 
 def milliseconds(row: Row, integration: Any) -> tuple[float, float]:
