@@ -91,7 +91,7 @@ SUPPORT = (
         "torch.where(shard.holds(s.tokens), own, dz[at])",
         "dz[at]",
         "head_parallel",
-        "two_processes and support",
+        "processes_are_one and support",
     ),
     Mutant(
         "parts of many pairs lose the first",
