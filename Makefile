@@ -30,7 +30,7 @@ TRL := "accelerate>=1.10.1" "datasets>=4.7.0" jinja2 "transformers>=5"
 NEEDS_trl-ppo := $(TRL)
 HIGH_trl-ppo := trl==1.12.0
 LOW_trl-ppo := trl==1.10.0
-NEEDS_trl-grpo := $(TRL) liger-kernel==0.8.5
+NEEDS_trl-grpo := $(TRL) peft liger-kernel==0.8.5
 HIGH_trl-grpo := trl==1.16.0
 LOW_trl-grpo := trl==1.13.0
 NEEDS_verl := ray omegaconf hydra-core codetiming "tensordict>=0.8,<=0.10,!=0.9" \

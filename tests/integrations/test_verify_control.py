@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from trainers import needs
+from trainers import needs_version
 from verify_runs import keys_of, keys_with
 
 from ppo_fast.referee.verify import verify
@@ -13,19 +13,19 @@ from ppo_fast.referee.verify import verify
 ONE_STEP = {"policy_loss": set(), "whiten": set()}
 EXPECTED: dict[str, tuple[str, str, dict[str, set[str]]]] = {
     "sb3": (
-        "stable_baselines3", "2.9", {"gae": set(), "value_loss": {"value.larger"}, **ONE_STEP}
+        "stable_baselines3", "2.9.2", {"gae": set(), "value_loss": {"value.larger"}, **ONE_STEP}
     ),
-    "torchrl": ("torchrl", "0.14", {"gae": set(), "vec_gae": set(), "policy_loss": set()}),
-    "tianshou": ("tianshou", "2.0", {"gae": set(), "value_loss": set(), **ONE_STEP}),
+    "torchrl": ("torchrl", "0.14.1", {"gae": set(), "vec_gae": set(), "policy_loss": set()}),
+    "tianshou": ("tianshou", "2.0.1", {"gae": set(), "value_loss": set(), **ONE_STEP}),
     "skrl": (
-        "skrl", "2.1",
+        "skrl", "2.1.1",
         {"gae": {"gae.goes-on"}, "value_loss": {"value.larger"}, "policy_loss": set()},
     ),
     "cleanrl": (
         "cleanrl", "1.2.0", {"gae": {"gae.truncation"}, "value_loss": set(), **ONE_STEP}
     ),
     "trl_ppo": (
-        "trl", "1.12",
+        "trl", "1.12.0",
         {
             "policy_loss": {"denominator.micro-batch", "mask.multiply"},
             "value_loss": {"denominator.micro-batch", "mask.multiply"},
@@ -40,7 +40,7 @@ EXPECTED: dict[str, tuple[str, str, dict[str, set[str]]]] = {
 def required(trainer: str) -> dict[str, set[str]]:
     package, version, parts = EXPECTED[trainer]
     try:
-        needs(package, version)
+        needs_version(package, version)
     except pytest.skip.Exception as error:
         pytest.skip(str(error))
     return parts

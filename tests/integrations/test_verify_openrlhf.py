@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from trainers import needs
+from trainers import needs_version
 
-needs("openrlhf", "0.11.2")
+needs_version("openrlhf", "0.11.2")
 
 import openrlhf_imports  # noqa: F401
 from openrlhf.models import loss as losses

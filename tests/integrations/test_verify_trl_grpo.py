@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from trainers import needs
+from trainers import needs_version
 
-needs("trl", "1.16")
+needs_version("trl", "1.16.0")
 
 from trl.trainer.grpo_trainer import GRPOTrainer
 from verify_runs import keys_of, keys_with

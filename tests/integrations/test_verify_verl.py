@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 import pytest
-from trainers import needs
+from trainers import needs_version
 
-needs("verl", "0.9.1")
+needs_version("verl", "0.9.1")
 # Its own plugin would replace what is to be judged.
 os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"
 
