@@ -161,7 +161,8 @@ class Product:
             self.dx = self.hidden.new_zeros(count, k)
         if weight:
             self.dw = self.weight.new_empty(self._padded, k, dtype=wide)
-            self.dw[size:].zero_()
+            if self._padded > size:
+                self.dw[size:].zero_()
 
     def inputs(self, at: Tensor | slice) -> Tensor:
         """Rows of a chunk, (R, K); 0 where masked: 0·NaN would reach dW."""
@@ -319,7 +320,7 @@ class Head:
         """
         size = self.weight.shape[0]
         if self.db is not None:
-            self.db[:size] += dz.sum(0, dtype=self.wide)[:size]
+            self.db[:size].add_(dz.sum(0, dtype=self.wide)[:size])
         if dz.is_cuda and dz.dtype != self.weight.dtype:
             dz = gemm.narrowed(dz, self.weight.dtype)
         for product, rows in zip(self.products, x, strict=True):

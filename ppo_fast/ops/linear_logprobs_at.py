@@ -150,8 +150,9 @@ class _LinearLogProbsAt(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
-        logprobs, *part = ctx.saved_tensors[:4]
-        *operands, ids, places, keep, temperature = ctx.saved_tensors[4:]
+        saved = ctx.saved_tensors
+        logprobs, *part = saved[:4]
+        *operands, ids, places, keep, temperature = saved[4:]
         given: HeadInputs = ctx.given
         numbers = Softmax(part[0], *part)  # no kernel reads the label's own
         rows = HeadRows(places, given.rows.tokens, keep, temperature, given.rows.n)

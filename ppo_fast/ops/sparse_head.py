@@ -126,7 +126,8 @@ class _SparseHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if all(grad is None for grad in grads):
             return (None,) * 7
-        operands, saved = HeadOperands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        every = ctx.saved_tensors
+        operands, saved = HeadOperands(*every[:5]), every[5:]
         call: _Call = ctx.call.with_saved(*saved[:6])
         z, y, softmax = saved[6], saved[7], Softmax(*saved[8:])
         dz = call.gradient(z, y, softmax, grads)
@@ -269,8 +270,8 @@ class _DenseHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if all(grad is None for grad in grads):
             return (None,) * 8
-        operands = HeadOperands(*ctx.saved_tensors[:5])
-        places, *saved = ctx.saved_tensors[5:]
+        every = ctx.saved_tensors
+        operands, (places, *saved) = HeadOperands(*every[:5]), every[5:]
         call: _Call = ctx.call.with_saved(*saved[:6])
         numbers = Softmax(*saved[6:10])
         rows = HeadRows(places, call.s.tokens, call.kept.pairs.mask, None, ctx.n)

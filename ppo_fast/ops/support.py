@@ -204,8 +204,9 @@ class _KeptLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None, None
-        logits, tokens, mask, temperature, ids, offsets, live, rows, z = ctx.saved_tensors[:9]
-        numbers = ctx.saved_tensors[9:]
+        logits, tokens, mask, temperature, ids, offsets, live, rows, z, *numbers = (
+            ctx.saved_tensors
+        )
         number, ignored, ends, has_whole, shard, backend, inplace = ctx.constants
         s = Scoring(tokens, mask, temperature, number, ignored)
         kept, vocab = Kept(Pairs(ids, offsets, live), rows, ends), logits.shape[-1]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from context_parts import LAYOUTS, Results, joined, part
+from test_head_parallel import LAYOUTS as SHARES
 from test_head_parallel import SHARE, VOCAB, share
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -280,7 +281,8 @@ def worker(rank: int, folder: str) -> None:
     both = {"context_group": across[rank % 2], "process_group": pairs[rank // 2]}
     found["crossed"] = {
         name: testing.run(
-            share(part(call, rank // 2, 2, "blocks"), rank % 2).option(**both), "cpu"
+            share(part(call, rank // 2, 2, "blocks"), SHARES["equal"], rank % 2).option(**both),
+            "cpu",
         )
         for name, call in crossed().items()
     }
