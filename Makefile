@@ -25,7 +25,7 @@ KEEP ?= 1
 # version (ppo_fast/integrations/known/) and LOW the lowest, installed over it in its turn. Both, and
 # ALONE, come with --no-deps, without what would need a GPU to install or is not needed to run what
 # is tested. TESTS_LOW is what the lowest version is tested with, if not all of TESTS.
-TRAINERS := trl-ppo trl-grpo verl openrlhf control compat
+TRAINERS := trl-ppo trl-grpo verl openrlhf ms-swift control compat
 TRL := "accelerate>=1.10.1" "datasets>=4.7.0" jinja2 "transformers>=5"
 NEEDS_trl-ppo := $(TRL)
 HIGH_trl-ppo := trl==1.12.0
@@ -42,6 +42,11 @@ NEEDS_openrlhf := ray peft torchdata einops hjson msgpack py-cpuinfo pydantic tq
 ALONE_openrlhf := deepspeed==0.19.6
 HIGH_openrlhf := openrlhf==0.11.2
 LOW_openrlhf := openrlhf==0.10.0
+NEEDS_ms-swift := "trl<1" "transformers<5.20" "datasets<4.8.5" "peft<0.21" modelscope addict attrdict \
+	binpacking cpm-kernels dacite einops json-repair matplotlib msgspec nltk openai oss2 rouge sentencepiece \
+	simplejson sortedcontainers tiktoken transformers-stream-generator zstandard fastapi uvicorn \
+	aiohttp
+HIGH_ms-swift := ms-swift==4.6.0
 HIGH_control := stable-baselines3==2.9.2 torchrl==0.14.1 tensordict==0.14.3 tianshou==2.0.1 skrl==2.1.1
 # Their pins exclude the gymnasium and numpy that are here, on which they run.
 LOW_control := stable-baselines3==2.7.0 torchrl==0.12.0 tensordict==0.12.4 tianshou==1.2.0 skrl==1.4.0
@@ -51,7 +56,7 @@ ALONE_control := --ignore-requires-python cleanrl==1.2.0
 NEEDS_compat := jax==0.10.2 tensorflow-cpu==2.21.0
 ALONE_compat := trl==1.16.0 verl==0.9.1 openrlhf==0.11.2
 TESTS_trl-ppo := trl_ppo verify_control
-TESTS_trl-grpo := trl_grpo trl_distillation liger verify_trl_grpo
+TESTS_trl-grpo := trl_grpo trl_experimental trl_distillation liger verify_trl_grpo
 TESTS_LOW_trl-ppo := trl_ppo
 TESTS_LOW_trl-grpo := trl_grpo trl_distillation
 TESTS_LOW_verl := verl verl_corrections verl_distillation verl_plugin verl_support
@@ -59,6 +64,7 @@ TESTS_LOW_openrlhf := openrlhf openrlhf_own
 TESTS_LOW_control := sb3 torchrl tianshou skrl control_errors
 TESTS_verl := verl verl_corrections verl_distillation verl_plugin verl_support verify_verl
 TESTS_openrlhf := openrlhf openrlhf_own verify_openrlhf
+TESTS_ms-swift := ms_swift
 TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors verify_control
 TESTS_compat := compat compat_arrays
 

@@ -142,8 +142,14 @@ class Integration:
     on_request: tuple[str, ...] = ()  # ops that most runs do not reach: only if named
     instead: dict[str, str] = field(default_factory=dict)  # ops for others that are not there
     known: Known | None = None  # by default, the file of this name
+    module: str = ""  # what is imported, if it has another name than the package
     _calls: dict[str, Calls] = field(default_factory=dict)
     _changes: list[Change] = field(default_factory=list)
+
+    @property
+    def root(self) -> str:
+        """Name of the trainer's top module."""
+        return self.module or self.package
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -225,7 +231,7 @@ class Integration:
         for change in self._changes:
             _places.put(change.holder, change.key, change.original)
             # Modules imported since have taken the replacement by name.
-            for holder, key in _places.importers(self.package, change.new):
+            for holder, key in _places.importers(self.root, change.new):
                 _places.put(holder, key, change.original)
         self._changes = []
         calls, self._calls = self._calls, {}
@@ -334,9 +340,9 @@ class Integration:
 
     def _look(self, swap: Swap) -> Found:
         """The place and its content; raises UnknownSourceError where the swap does not fit it."""
-        holder, key = _places.find(self.package, swap.place)
+        holder, key = _places.find(self.root, swap.place)
         original = _places.get(holder, key)
-        check_own(self.name, self.package, swap.place, original)
+        check_own(self.name, self.root, swap.place, original)
         try:
             if swap.block is None:
                 content, statements = content_of(holder, key, self._helpers(swap))
@@ -355,7 +361,7 @@ class Integration:
         module, found = swap.place.partition(":")[0], []
         for name in swap.helpers:
             try:
-                found += definitions_of(*_places.find(self.package, f"{module}:{name}"))
+                found += definitions_of(*_places.find(self.root, f"{module}:{name}"))
             except NoPlaceError:
                 continue
         return found
@@ -388,7 +394,7 @@ class Integration:
             planned.append(Change(holder, key, _places.named(holder, key), held, new))
             planned += [
                 Change(other, name, _places.named(other, name), original, new)
-                for other, name in _places.importers(self.package, original)
+                for other, name in _places.importers(self.root, original)
                 if (other, name) != (holder, key)
             ]
         return planned

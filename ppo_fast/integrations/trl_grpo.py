@@ -7,17 +7,17 @@ TRL's experimental trainers alone from there on: it is then patched when named.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast import Surrogate, TokenTerms, compat, surrogates
+from ppo_fast import compat, surrogates
 from ppo_fast.integrations._errors import Uncovered
 from ppo_fast.integrations._extract import Block
 from ppo_fast.integrations._first_call import first_of_head, first_tokens
+from ppo_fast.integrations._grpo import cispo, clip
 from ppo_fast.integrations._patch import Arguments, Integration, Swap
 
 _OUTPUTS = {"log_probs", "entropy"}
@@ -142,7 +142,7 @@ def _level(self: Any, advantages: Tensor, weights: Tensor | None) -> str:
 
 def _policy(self: Any) -> dict[str, Any]:
     """The policy term, as ppo_loss's options."""
-    low, high, delta = min(self.epsilon_low, 1.0), self.epsilon_high, self.args.delta
+    low, high, delta = self.epsilon_low, self.epsilon_high, self.args.delta
     if self.loss_type == "vespo":
         # −φ·A·logprobs: the advantages have φ, and a ratio clipped to [1, 1] is none.
         return {"variant": "cispo", "clip_low": 0.0, "clip_high": 0.0}
@@ -150,28 +150,8 @@ def _policy(self: Any) -> dict[str, Any]:
         pos, neg = self.args.sapo_temperature_pos, self.args.sapo_temperature_neg
         return {"variant": surrogates.sapo(pos, neg)}
     if self.loss_type == "cispo":
-        if high < 1.0:
-            return {"variant": "reinforce", "ratio_cap": high}
-        return {"variant": "cispo", "clip_low": 1.0, "clip_high": high - 1.0}
-    if delta is None:
-        return {"variant": "clip", "clip_low": low, "clip_high": high}
-    # −min(min(ρ, δ)·A, clip(ρ)·A): the smaller of δ and 1 + ε bounds ρ where A > 0, and the
-    # larger where A < 0, which is the dual clip.
-    least, most = sorted((delta, 1.0 + high))
-    if least < 1.0 or most == 1.0:
-        bounds = (1.0 - low, least, most)
-        return {"variant": Surrogate(partial(_two_sided, bounds))}
-    return {"variant": "clip", "clip_low": low, "clip_high": least - 1.0, "dual_clip": most}
-
-
-def _two_sided(bounds: tuple[float, float, float], t: TokenTerms) -> tuple[Tensor, Tensor]:
-    """−A·min(ρ, least) where A > 0, else −A·clip(ρ, low, most); any bounds."""
-    low, least, most = bounds
-    ratio = t.ratio.detach()
-    held = torch.where(t.advantages > 0, ratio.clamp(max=least), ratio.clamp(low, most))
-    dropped = (held != ratio) & (ratio >= 0)  # a NaN is not dropped
-    passing = torch.where(dropped, 0.0, t.log_ratio).exp()
-    return -t.advantages * torch.where(dropped, held, passing), dropped
+        return cispo(high)
+    return clip(low, high, delta)
 
 
 def _reduction(self: Any, inputs: dict[str, Any], rows: int) -> tuple[dict[str, Any], float]:

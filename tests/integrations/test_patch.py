@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -243,6 +244,20 @@ def test_applied_twice_and_reverted_without(toy: SimpleNamespace) -> None:
     assert state(toy.core) == patched
     toy.core.double(X)
     toys.revert()
+
+
+def test_a_package_whose_module_has_another_name(toy: SimpleNamespace) -> None:
+    """The version is the package's; modules, import sites and files are the module's."""
+    swaps = Swap("double", "toytrainer.core:double", ours)
+    toys = made(swaps, package="torch", module="toytrainer")
+    assert toys.installed() == importlib.metadata.version("torch")
+    before = state(toy.core)
+    with pytest.warns(RuntimeWarning, match="toy: torch .* although not tested"):
+        places = toys.apply()
+    assert "toytrainer.core.double" in places and len(places) > 1
+    toy.core.double(X)
+    toys.revert()
+    assert state(toy.core) == before
 
 
 def test_a_trainer_that_is_not_installed() -> None:

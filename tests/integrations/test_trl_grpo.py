@@ -28,6 +28,7 @@ import ppo_fast
 from benchmarks.loop.equal_work import Work, differences
 from ppo_fast import integrations, testing
 from ppo_fast.integrations import trl_grpo
+from ppo_fast.integrations._grpo import two_sided
 
 TIMES = ("step_time", "epoch")
 ROWS, LENGTH = 5, 9
@@ -233,13 +234,13 @@ def test_two_sided_clip_beside_a_ratio_that_overflows() -> None:
     gaps, adv = [400.0, 800.0, 800.0, -800.0, 0.1, 0.1], [1.0, 1.0, -1.0, 1.0, -2.0, 0.0]
     logprobs = torch.full((1, 6), -1.0, dtype=torch.float64, requires_grad=True)
     old = logprobs.detach() - torch.tensor([gaps], dtype=torch.float64)
-    two_sided = partial(trl_grpo._two_sided, (0.8, 0.7, 1.3))
+    held = partial(two_sided, (0.8, 0.7, 1.3))
     for backend in ("cpu", "reference"):
         loss = ppo_fast.ppo_loss(
             logprobs,
             old,
             torch.tensor([adv], dtype=torch.float64),
-            variant=ppo_fast.Surrogate(two_sided),
+            variant=ppo_fast.Surrogate(held),
             log_ratio_clamp=None,
             reduction="token-sum",
             backend=backend,

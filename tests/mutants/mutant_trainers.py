@@ -88,4 +88,20 @@ TRAINERS = (
         "known",
         "alternatives",
     ),
+    Mutant(
+        "modules are those of the package's name",
+        _PATCH,
+        "return self.module or self.package",
+        "return self.package",
+        "patch",
+        "another_name",
+    ),
+    Mutant(
+        "a cap of the ratio below 1 is a dual clip",
+        "ppo_fast/integrations/_grpo.py",
+        "ratio.clamp(max=least), ratio.clamp(low, most)",
+        "ratio.clamp(max=most), ratio.clamp(low, most)",
+        "trl_grpo",
+        "two_sided",
+    ),
 )
