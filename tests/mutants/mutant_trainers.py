@@ -114,14 +114,6 @@ TRAINERS = (
         "dppo",
     ),
     Mutant(
-        "skyrl: logits are overwritten before the entropies' backward",
-        _SKYRL,
-        "return compat.logprobs_from_logits(logits, labels)",
-        "return compat.logprobs_from_logits(logits, labels, inplace_backward)",
-        "skyrl",
-        "both_from",
-    ),
-    Mutant(
         "skyrl: the critic's mean is over rows with a token alone",
         _SKYRL,
         "denom=float(len(values)),",
