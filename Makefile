@@ -25,7 +25,7 @@ KEEP ?= 1
 # version (ppo_fast/integrations/known/) and LOW the lowest, installed over it in its turn. Both, and
 # ALONE, come with --no-deps, without what would need a GPU to install or is not needed to run what
 # is tested. TESTS_LOW is what the lowest version is tested with, if not all of TESTS.
-TRAINERS := trl-ppo trl-grpo verl openrlhf ms-swift control compat
+TRAINERS := trl-ppo trl-grpo verl openrlhf ms-swift skyrl control compat
 TRL := "accelerate>=1.10.1" "datasets>=4.7.0" jinja2 "transformers>=5"
 NEEDS_trl-ppo := $(TRL)
 HIGH_trl-ppo := trl==1.12.0
@@ -47,6 +47,11 @@ NEEDS_ms-swift := "trl<1" "transformers<5.20" "datasets<4.8.5" "peft<0.21" model
 	simplejson sortedcontainers tiktoken transformers-stream-generator zstandard fastapi uvicorn \
 	aiohttp
 HIGH_ms-swift := ms-swift==4.6.0
+# SkyRL asks for Python 3.12; what is tested runs on 3.11, too.
+NEEDS_skyrl := "ray>=2.57" "transformers>=5.6.1" peft datasets aiohttp cloudpathlib httpx jaxtyping loguru omegaconf \
+	orjson pybase64 torchdata typing_extensions
+ALONE_skyrl := --ignore-requires-python skyrl-gym==0.4.0
+HIGH_skyrl := skyrl==0.4.0
 HIGH_control := stable-baselines3==2.9.2 torchrl==0.14.1 tensordict==0.14.3 tianshou==2.0.1 skrl==2.1.1
 # Their pins exclude the gymnasium and numpy that are here, on which they run.
 LOW_control := stable-baselines3==2.7.0 torchrl==0.12.0 tensordict==0.12.4 tianshou==1.2.0 skrl==1.4.0
@@ -59,12 +64,13 @@ TESTS_trl-ppo := trl_ppo verify_control
 TESTS_trl-grpo := trl_grpo trl_experimental trl_distillation liger verify_trl_grpo
 TESTS_LOW_trl-ppo := trl_ppo
 TESTS_LOW_trl-grpo := trl_grpo trl_distillation
-TESTS_LOW_verl := verl verl_corrections verl_distillation verl_plugin verl_support
-TESTS_LOW_openrlhf := openrlhf openrlhf_own
+TESTS_LOW_verl := verl verl_plugin verl_support
+TESTS_LOW_openrlhf := openrlhf
 TESTS_LOW_control := sb3 torchrl tianshou skrl control_errors
 TESTS_verl := verl verl_corrections verl_distillation verl_plugin verl_support verify_verl
 TESTS_openrlhf := openrlhf openrlhf_own verify_openrlhf
 TESTS_ms-swift := ms_swift
+TESTS_skyrl := skyrl skyrl_workers
 TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors verify_control
 TESTS_compat := compat compat_arrays
 

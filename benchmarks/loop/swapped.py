@@ -1,13 +1,13 @@
-"""Functions of verl and OpenRLHF, each in turn with what an integration puts in its place.
+"""Functions of verl, OpenRLHF and SkyRL, each in turn with what an integration puts in its place.
 
     python -m benchmarks.loop.swapped verl
-    PYTHONPATH=.:tests/integrations python -m benchmarks.loop.swapped openrlhf
+    PYTHONPATH=.:tests/integrations python -m benchmarks.loop.swapped openrlhf|skyrl
 
-with the Python of an environment that has the trainer (`make test-verl`, `make test-openrlhf` make
-them; tests/integrations has stand-ins for what OpenRLHF imports and a CPU has not) prints the rows
-of docs/integrations: medians of one interleaved run, the counting of calls included. Times are of
-the processor, on one thread: other work on the cores does not add to them. `apply` compares the
-first call of each with the trainer's own, and raises MismatchError.
+with the Python of an environment that has the trainer (`make test-verl`, `make test-openrlhf`,
+`make test-skyrl` make them; tests/integrations has stand-ins for what the last two import and a
+CPU has not) prints the rows of docs/integrations: medians of one interleaved run, the counting of
+calls included. Times are of the processor, on one thread: other work on the cores does not add to
+them. `apply` compares the first call of each with the trainer's own, and raises MismatchError.
 """
 
 from __future__ import annotations
@@ -127,6 +127,34 @@ def openrlhf_rows() -> Iterator[Row]:
     yield Row("GAE", "advantages", place, run)
 
 
+def skyrl_rows() -> Iterator[Row]:
+    importlib.import_module("skyrl_imports")
+    from skyrl.train.config import AlgorithmConfig
+
+    core, x = "skyrl.backends.skyrl_train.utils.ppo_utils", Draws()
+    torch_utils, own = "skyrl.backends.skyrl_train.utils.torch_utils", AlgorithmConfig()
+    logits, tokens = (part[None] for part in (x.normal(*LOGITS), x.tokens(*LOGITS)))
+    leaf, place = x.leaf(1, *LOGITS), f"{torch_utils}:logprobs_from_logits"
+    yield Row("log-probabilities", "logprobs", place, lambda f: f(logits, tokens))
+    run = backward([leaf], lambda f: f(leaf, tokens))
+    yield Row("the same with backward", "logprobs", place, run)
+    place = f"{torch_utils}:chunked_entropy_from_logits"
+    yield Row("entropy", "entropy", place, lambda f: f(logits))
+    run = backward([leaf], lambda f: f(leaf, requires_grad=True))
+    yield Row("the same with backward", "entropy", place, run)
+
+    new, old, advantages, mask = losses(x)
+    run = backward([new], lambda f: f(new, old, advantages, own, mask))
+    place = f"{core}:ppo_policy_loss"
+    yield Row("clipped loss with backward", "policy_loss", place, run)
+    run = backward([new], lambda f: f(new, old, advantages, own, mask))
+    yield Row("critic loss with backward", "value_loss", f"{core}:ppo_critic_loss", run)
+
+    rewards, values, ones = x.normal(*STEPS), x.normal(*STEPS), torch.ones(STEPS)
+    run = lambda f: f(rewards, values, ones, GAMMA, LAM)  # noqa: E731
+    yield Row("GAE and whitening", "gae", f"{core}:compute_gae_advantage_return", run)
+
+
 def found(place: str) -> Callable[..., Any]:
     """The function at "module:name" as it is now."""
     module, _, path = place.partition(":")
@@ -148,7 +176,7 @@ def milliseconds(row: Row, integration: Any) -> tuple[float, float]:
     return 1e3 * median(taken["own"]), 1e3 * median(taken["here"])
 
 
-ROWS = {"verl": verl_rows, "openrlhf": openrlhf_rows}
+ROWS = {"verl": verl_rows, "openrlhf": openrlhf_rows, "skyrl": skyrl_rows}
 
 
 def main() -> None:

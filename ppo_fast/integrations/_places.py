@@ -64,8 +64,8 @@ def named(holder: Any, key: Any) -> str:
         names = [
             f"{module.__name__}.{name}"
             for module in [*sys.modules.values()]
-            for name, value in [*getattr(module, "__dict__", {}).items()]
-            if value is holder
+            for name, registry in _registries(module)
+            if registry is holder
         ]
         return f"{min(names, default='a registry', key=len)}[{key!r}]"
     if inspect.ismodule(holder):
@@ -78,8 +78,16 @@ def importers(package: str, value: Any) -> Iterator[tuple[Any, Any]]:
     for name, module in [*sys.modules.items()]:
         if module is None or name.partition(".")[0] != package:
             continue
-        for key, it in [*vars(module).items()]:
-            if it is value:
-                yield module, key
-            elif type(it) is dict:
-                yield from ((it, k) for k, v in [*it.items()] if v is value)
+        yield from ((module, key) for key, it in [*vars(module).items()] if it is value)
+        for _, registry in _registries(module):
+            yield from ((registry, key) for key, it in [*registry.items()] if it is value)
+
+
+def _registries(module: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """The dicts of a module and of the classes written in it, by their names there."""
+    for name, it in [*getattr(module, "__dict__", {}).items()]:
+        if type(it) is dict:
+            yield name, it
+        elif issubclass(type(it), type) and it.__module__ == module.__name__:
+            of_class = [*vars(it).items()]
+            yield from ((f"{name}.{key}", x) for key, x in of_class if type(x) is dict)

@@ -52,6 +52,7 @@ def test_every_import_site_is_patched_and_put_back(toy: SimpleNamespace) -> None
     before, toys = state(toy.core), made()
     places = toys.apply()
     assert sorted(places) == [
+        "toytrainer.core.Registry.table['twice']",
         "toytrainer.core.TABLE['double']",
         "toytrainer.core.double",
         "toytrainer.user.double",
@@ -59,8 +60,10 @@ def test_every_import_site_is_patched_and_put_back(toy: SimpleNamespace) -> None
     late = importlib.import_module("toytrainer.late")
     for use in (toy.core.use, toy.user.use, late.double, toy.core.TABLE["double"]):
         assert torch.equal(use(X), 2 * X)
-    assert toys.calls == {"double": Calls(fused=4)}
-    assert toys.revert() == {"double": Calls(fused=4)}
+    assert torch.equal(toy.core.Registry.table["twice"](X), 2 * X)
+    assert toys.calls == {"double": Calls(fused=5)}
+    assert toys.revert() == {"double": Calls(fused=5)}
+    assert toy.core.Registry.table["twice"] is before["double"]
     assert state(toy.core) == before and toys.calls == {}
     assert toy.user.double is toy.core.double is late.double is before["double"]
     with made().patched() as calls:

@@ -51,6 +51,9 @@ class Trainer:
 
 def use(x):
     return double(x)
+
+class Registry:
+    table = {"twice": double}
 """,
     "user": "from toytrainer.core import double\n\ndef use(x):\n    return double(x)\n",
     "needy": "import no_such_module\n",

@@ -6,6 +6,7 @@ from mutant import Mutant
 
 _CONTENT = "ppo_fast/integrations/_content.py"
 _PATCH = "ppo_fast/integrations/_patch.py"
+_SKYRL = "ppo_fast/integrations/skyrl.py"
 
 TRAINERS = (
     Mutant(
@@ -103,5 +104,37 @@ TRAINERS = (
         "ratio.clamp(max=most), ratio.clamp(low, most)",
         "trl_grpo",
         "two_sided",
+    ),
+    Mutant(
+        "a registry that a class holds is not patched",
+        "ppo_fast/integrations/_places.py",
+        "if type(x) is dict)",
+        "if type(x) is list)",
+        "patch",
+        "import_site",
+    ),
+    Mutant(
+        "skyrl: a rejected token keeps its weight",
+        _SKYRL,
+        "weights = torch.where(mask != 0, weights, 0.0)",
+        "weights = torch.where(mask != 0, weights, weights)",
+        "skyrl",
+        "corrections",
+    ),
+    Mutant(
+        "skyrl: dppo counts tokens without advantage as dropped",
+        _SKYRL,
+        "dropped & (t.advantages != 0)",
+        "dropped",
+        "skyrl",
+        "dppo",
+    ),
+    Mutant(
+        "skyrl: the critic's mean is over rows with a token alone",
+        _SKYRL,
+        "denom=float(len(values)),",
+        "denom=None,",
+        "skyrl",
+        "value_loss",
     ),
 )
