@@ -133,13 +133,14 @@ def dppo(kind: str, low: float, high: float, ratio_cap: float | None = None) -> 
 
 def _dppo(kind: str, low: float, high: float, cap: float | None, t: TokenTerms) -> Any:
     p, q = t.logprobs.detach().exp(), t.old_logprobs.exp()
+    # A NaN compares as False: its token is not dropped, so that the loss shows it.
     if kind == "tv":
-        kept = torch.where(t.advantages > 0, p - q <= high, p - q >= -low)
+        dropped = torch.where(t.advantages > 0, p - q > high, p - q < -low)
     else:
         shift = t.old_logprobs - t.logprobs.detach()
         kl = q * shift + (1.0 - q) * ((1.0 - q + 1e-8) / (1.0 - p + 1e-8)).log()
-        kept = torch.where(t.advantages > 0, (kl <= high) | (p <= q), (kl <= low) | (p >= q))
-    return torch.where(kept, _weighted_logprobs(t, cap, ~kept), 0.0), ~kept
+        dropped = torch.where(t.advantages > 0, (kl > high) & (p > q), (kl > low) & (p < q))
+    return torch.where(dropped, 0.0, _weighted_logprobs(t, cap, dropped)), dropped
 
 
 def reinforce(ratio_cap: float | None = None) -> Surrogate:
@@ -208,7 +209,7 @@ def _vespo(k: tuple[float, float], lam: tuple[float, float], t: TokenTerms) -> T
     good = t.advantages >= 0
     shape, rate = _either(good, k, d), _either(good, lam, d).clamp(min=1e-4)
     phi = (rate + shape * log_w - rate * log_w.exp()).exp()
-    phi = torch.where(phi.isfinite(), phi, 0.0)
+    phi = torch.where(phi.isinf(), 0.0, phi)
     return -phi * t.advantages * t.logprobs
 
 

@@ -421,3 +421,23 @@ def test_an_advantage_of_zero_beside_a_ratio_that_overflows() -> None:
         loss, _ = ppo_fast.ppo_loss(new, old, adv, variant=variant, log_ratio_clamp=None)
         (grad,) = torch.autograd.grad(loss, new)
         assert bool(loss.isfinite()) and grad[0, 0] == 0 and bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *("clip", "sapo", "dppo-tv", "dppo-kl", "reinforce", "cispo", "gspo"),
+        *(surrogates.dro(0.1), surrogates.gmpo(), surrogates.vespo()),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v.name,
+)
+@pytest.mark.parametrize("argument", ["logprobs", "old_logprobs"])
+def test_a_nan_of_a_token_that_counts_is_seen(argument: str, variant: Any) -> None:
+    """It is not taken for a token that a bound drops."""
+    x = {
+        "logprobs": torch.tensor([[-0.5, -1.0, -2.0]]),
+        "old_logprobs": torch.tensor([[-0.6, -1.1, -2.1]]),
+    }
+    x[argument][0, 0] = math.nan
+    loss, _ = ppo_fast.ppo_loss(**x, advantages=torch.ones(1, 3), variant=variant)
+    assert bool(loss.isnan())
