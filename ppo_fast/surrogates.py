@@ -133,13 +133,14 @@ def dppo(kind: str, low: float, high: float, ratio_cap: float | None = None) -> 
 
 def _dppo(kind: str, low: float, high: float, cap: float | None, t: TokenTerms) -> Any:
     p, q = t.logprobs.detach().exp(), t.old_logprobs.exp()
-    # A NaN compares as False: its token is not dropped, so that the loss shows it.
+    # A NaN log-probability compares as False: its token is not dropped, so that the loss shows it.
     if kind == "tv":
         dropped = torch.where(t.advantages > 0, p - q > high, p - q < -low)
     else:
         shift = t.old_logprobs - t.logprobs.detach()
         kl = q * shift + (1.0 - q) * ((1.0 - q + 1e-8) / (1.0 - p + 1e-8)).log()
-        dropped = torch.where(t.advantages > 0, (kl > high) & (p > q), (kl > low) & (p < q))
+        up, down = ~(kl <= high) & (p > q), ~(kl <= low) & (p < q)
+        dropped = torch.where(t.advantages > 0, up, down)
     return torch.where(dropped, 0.0, _weighted_logprobs(t, cap, dropped)), dropped
 
 

@@ -16,8 +16,8 @@ SURROGATES = (
     Mutant(
         "DPPO drops what moves against its advantage",
         "ppo_fast/surrogates.py",
-        "(kl > high) & (p > q)",
-        "(kl > high) | (p > q)",
+        "~(kl <= high) & (p > q)",
+        "~(kl <= high) | (p > q)",
         "surrogates",
         "formula and dppo-kl and cpu",
     ),
