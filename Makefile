@@ -121,7 +121,7 @@ test-trainers: $(TRAINERS:%=test-%)
 alone = $(if $(strip $(2)),DS_BUILD_OPS=0 $(VENV)/trainers/$(1)/bin/python -m pip install -q \
 	--no-compile --no-deps --no-build-isolation $(2))
 tested = { $(or $(call alone,$(1),$($(2)_$(1))),true) && OMP_NUM_THREADS=1 \
-	$(VENV)/trainers/$(1)/bin/python -m pytest $(3:%=tests/integrations/test_%.py) $(ARGS); } \
+	$(VENV)/trainers/$(1)/bin/python -m pytest -n $(JOBS) --dist loadfile $(3:%=tests/integrations/test_%.py) $(ARGS); } \
 	|| status=$$?;
 
 $(TRAINERS:%=test-%): test-%: $(VENV)/trainers/%/.installed
