@@ -50,7 +50,7 @@ def known(tmp_path: Path) -> Known:
         return learnt(DOUBLE, TOTAL)
 
 
-def apply_and_revert(toys: Integration, core: Any, **options: Any) -> None:
+def assert_patched_and_reverted(toys: Integration, core: Any, **options: Any) -> None:
     toys.apply(**options)
     assert torch.equal(core.double(X), 2 * X)
     total, half = core.Trainer().total(X)
@@ -80,7 +80,7 @@ HARMLESS = {
 def test_a_harmless_change_is_known(tmp_path: Path, known: Known, change: tuple[str, str]) -> None:
     with installed(tmp_path / "new", "1.2.0", change) as toy, warnings.catch_warnings():
         warnings.simplefilter("error")
-        apply_and_revert(integration(DOUBLE, TOTAL, known=known), toy.core)
+        assert_patched_and_reverted(integration(DOUBLE, TOTAL, known=known), toy.core)
 
 
 CHANGED = {
@@ -140,7 +140,7 @@ def test_an_untested_version_of_known_source(tmp_path: Path, known: Known, versi
         with pytest.warns(
             RuntimeWarning, match=r"although not tested \(tested: 1\.2\.0\)"
         ) as said:
-            apply_and_revert(toys, toy.core)
+            assert_patched_and_reverted(toys, toy.core)
         assert len(said) == 1 and f"toy: toytrainer {version} is" in str(said[0].message)
         assert (toys.check().tested, toys.check().unknown) == (False, ())
 
@@ -149,7 +149,7 @@ def test_a_content_that_is_known_of_several_versions(tmp_path: Path, known: Know
     changed = ("return x * times", "return times * x")
     with installed(tmp_path / "new", "1.10.0", changed) as toy:
         toys = integration(DOUBLE, TOTAL, known=learnt(DOUBLE, TOTAL, known=known))
-        apply_and_revert(toys, toy.core)
+        assert_patched_and_reverted(toys, toy.core)
         assert toys.tested == ("1.2.0", "1.10.0")
     with (
         installed(tmp_path / "newer", "1.11.0", ("return x * times", "return x")),
@@ -171,7 +171,7 @@ def test_unknown_source_is_patched_if_the_user_says_so(tmp_path: Path, known: Kn
         with pytest.raises(integrations.UnknownSourceError, match=r"apply\(unknown='compare'\)"):
             toys.apply()
         with pytest.warns(RuntimeWarning, match=r"1\.3\.0 is patched although .*line 10") as said:
-            apply_and_revert(toys, toy.core, unknown="compare")
+            assert_patched_and_reverted(toys, toy.core, unknown="compare")
         assert len(said) == 1
     with installed(tmp_path / "other", "1.4.0", ("return x * times", "return x + times")) as toy:
         with pytest.warns(RuntimeWarning, match=r"1\.4\.0 is patched"):

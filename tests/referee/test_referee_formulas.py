@@ -32,7 +32,7 @@ def rows(batch: cases.Tokens) -> Iterator[tuple[int, list[int]]]:
         yield row, [t for t in range(batch.mask.shape[1]) if batch.mask[row, t]]
 
 
-def near(exact: Exact | torch.Tensor, want: Any) -> None:
+def assert_near(exact: Exact | torch.Tensor, want: Any) -> None:
     value = exact.value if isinstance(exact, Exact) else exact
     torch.testing.assert_close(
         value, torch.as_tensor(want, dtype=torch.float64), rtol=1e-11, atol=1e-12
@@ -88,7 +88,7 @@ def test_policy_loss(name: str, reduction: str) -> None:
         entropy_coef=0.02,
     )
     batch = tokens(name)
-    near(f.exact(batch, EPS)["loss"], spelled_policy(batch, f))
+    assert_near(f.exact(batch, EPS)["loss"], spelled_policy(batch, f))
 
 
 @pytest.mark.parametrize("variant", ["clip", "gspo", "cispo"])
@@ -108,7 +108,7 @@ def test_surrogates(variant: str, reduction: str) -> None:
         0.2,
         0.3,
     )
-    near(f.exact(batch, EPS)["loss"], want)
+    assert_near(f.exact(batch, EPS)["loss"], want)
 
 
 def spelled_term(surrogate: str, new: float, old: float, a: float) -> float:
@@ -134,7 +134,7 @@ def test_other_surrogates(surrogate: str) -> None:
         for row, steps in rows(batch)
         for t in steps
     ]
-    near(f.exact(batch, EPS)["loss"], math.fsum(values) / len(values))
+    assert_near(f.exact(batch, EPS)["loss"], math.fsum(values) / len(values))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -166,7 +166,7 @@ def test_value_loss(larger: bool, form: str) -> None:
         for t in steps
     ]
     f = ValueLoss(clip=0.2, larger=larger)
-    near(f.exact(batch, EPS)["loss"], math.fsum(values) / len(values))
+    assert_near(f.exact(batch, EPS)["loss"], math.fsum(values) / len(values))
 
 
 @pytest.mark.parametrize(("holes", "masked"), [("skip", "carry"), ("zero", "zero")])
@@ -182,8 +182,8 @@ def test_token_gae(holes: str, masked: str) -> None:
             mask=batch.mask[row].int().tolist(),
             masked=masked,
         )
-        near(exact["advantages"].value[row][steps], [advantages[t] for t in steps])
-        near(exact["returns"].value[row][steps], [returns[t] for t in steps])
+        assert_near(exact["advantages"].value[row][steps], [advantages[t] for t in steps])
+        assert_near(exact["returns"].value[row][steps], [returns[t] for t in steps])
 
 
 @pytest.mark.parametrize("name", cases.STEPS)
@@ -197,8 +197,8 @@ def test_step_gae(name: str) -> None:
             terminated=batch.terminated[:, env].int().tolist(),
             truncated=batch.truncated[:, env].int().tolist(),
         )
-        near(exact["advantages"].value[:, env], advantages)
-        near(exact["returns"].value[:, env], returns)
+        assert_near(exact["advantages"].value[:, env], advantages)
+        assert_near(exact["returns"].value[:, env], returns)
 
 
 def spelled_moments(x: list[float], unbiased: bool) -> tuple[float, float]:
@@ -216,7 +216,7 @@ def test_whitening(unbiased: bool, shift: bool, eps_at: str) -> None:
     mean, variance = spelled_moments(x, unbiased)
     scale = math.sqrt(variance + 1e-3) if eps_at == "variance" else math.sqrt(variance) + 1e-3
     want = [(v - mean) / scale + (0.0 if shift else mean) for v in x]
-    near(f.exact(batch, EPS)["value"].value[batch.mask], want)
+    assert_near(f.exact(batch, EPS)["value"].value[batch.mask], want)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -232,7 +232,7 @@ def test_group_advantages(scale: str, baseline: str) -> None:
         variance = spelled_moments(own if scale == "group" else scores, True)[1]
         divisor = 1.0 if scale == "none" else math.sqrt(variance) + 1e-6
         want.append((score - centre) / divisor)
-    near(GroupAdvantages(baseline, scale).exact(batch, EPS)["value"], want)
+    assert_near(GroupAdvantages(baseline, scale).exact(batch, EPS)["value"], want)
 
 
 @pytest.mark.parametrize("name", ["random", "large-logits", "equal-logits"])
@@ -240,9 +240,9 @@ def test_logprobs_and_entropy(name: str) -> None:
     batch = cases.logits(name, 0, 0.7)
     logs = [spelled_out.log_softmax([z / 0.7 for z in row]) for row in batch.logits.tolist()]
     want = [row[label] for row, label in zip(logs, batch.labels.tolist(), strict=True)]
-    near(LogProbs().exact(batch, EPS)["value"], want)
+    assert_near(LogProbs().exact(batch, EPS)["value"], want)
     want = [-math.fsum(math.exp(x) * x for x in row) for row in logs]
-    near(Entropy().exact(batch, EPS)["value"], want)
+    assert_near(Entropy().exact(batch, EPS)["value"], want)
 
 
 def test_entropy_without_the_removed_tokens() -> None:
@@ -250,7 +250,7 @@ def test_entropy_without_the_removed_tokens() -> None:
     left = [[z / 0.7 for z in row[:40]] for row in batch.logits.tolist()]
     logs = [spelled_out.log_softmax(row) for row in left]
     exact = Entropy().exact(batch, EPS)
-    near(exact["value"], [-math.fsum(math.exp(x) * x for x in row) for row in logs])
+    assert_near(exact["value"], [-math.fsum(math.exp(x) * x for x in row) for row in logs])
     assert bool(exact["gradient"].value.isfinite().all())
 
 
@@ -259,15 +259,15 @@ def test_kl(kind: str) -> None:
     batch = tokens()
     exact = KL(kind).exact(batch, EPS)
     gaps = (batch.logprobs - batch.ref_logprobs)[batch.mask].tolist()
-    near(exact["value"].value[batch.mask], [spelled_out.kl(x, kind, None) for x in gaps])
+    assert_near(exact["value"].value[batch.mask], [spelled_out.kl(x, kind, None) for x in gaps])
     slope = {
         "k1": lambda x: 1.0,
         "k2": lambda x: x,
         "k3": lambda x: 1 - math.exp(-x),
         "abs": lambda x: math.copysign(1.0, x),
     }[kind]
-    near(exact["gradient"].value[batch.mask], [slope(x) for x in gaps])
-    near(KL(kind, "k2").exact(batch, EPS)["gradient"].value[batch.mask], gaps)
+    assert_near(exact["gradient"].value[batch.mask], [slope(x) for x in gaps])
+    assert_near(KL(kind, "k2").exact(batch, EPS)["gradient"].value[batch.mask], gaps)
 
 
 def trials_of(f: Any, kind: str, **options: Any) -> list[Trial]:
