@@ -38,7 +38,7 @@ def load() -> str | None:
     except ModuleNotFoundError as error:
         if error.name != "ppo_fast._C":
             return f"the C++ extension did not load ({error})"
-        why = f" ({_NOT_BUILT.read_text().strip()})" if _NOT_BUILT.exists() else ""
+        why = f": {_NOT_BUILT.read_text().strip()}" if _NOT_BUILT.exists() else ""
         return (
             f"the C++ extension was not built{why}; run `{mend}` in a checkout, where torch and a"
             " C++ compiler are, or set PPO_FAST_JIT=1 to compile it on first use"

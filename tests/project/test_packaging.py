@@ -129,7 +129,7 @@ def test_a_package_without_the_extension_says_why(
 
     monkeypatch.setattr(_ext, "module", missing)
     reason = _ext.load.__wrapped__()
-    assert "the C++ extension was not built (there is no C++ compiler 'c++'); run `PPO" in reason
+    assert "the C++ extension was not built: there is no C++ compiler 'c++'; run `PPO" in reason
 
 
 def test_an_isolated_build_sees_the_torch_that_is_installed(
