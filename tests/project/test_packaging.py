@@ -235,7 +235,8 @@ def test_the_extension_links_torch_and_the_c_library_alone() -> None:
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", shown)
     assert needed and [name for name in needed if not re.fullmatch(LINKED, name)] == []
     assert "RPATH" not in shown and "RUNPATH" not in shown
-    assert path.endswith(".abi3.so") or sysconfig.get_config_var("Py_GIL_DISABLED")
+    stable = path.endswith(".abi3.so") or sysconfig.get_config_var("Py_GIL_DISABLED")
+    assert stable, f"{path} is of a build before the stable ABI, and hides a newer one: delete it"
 
 
 def test_the_changelog_begins_with_this_version() -> None:
