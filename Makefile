@@ -77,7 +77,7 @@ TESTS_compat := compat compat_arrays
 # Dozens of processes import torch in a run of the tests: what Python compiled is kept for the next.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-long test-ptx docs mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz lint bench bench-trainers clean
+.PHONY: train test test-long test-ptx docs mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz wheels test-wheels lint bench bench-trainers clean
 
 # The folder of a run that names none is the demonstration's own, and is written anew.
 train: $(STAMP)
@@ -150,6 +150,18 @@ fuzz: $(STAMP)
 	$(RUN) -m pip install -q --no-compile atheris==3.0.0
 	$(RUN) tests/scripts/sanitizers.py fuzz $(MINUTES)
 
+# A wheel for this platform, with the CPU kernels, and an sdist. Where `make test-wheels` installs
+# both, each of PYTHONS imports torch; CONTRIBUTING.md, "Releasing".
+wheels: $(STAMP)
+	$(RUN) -m pip install -q --no-compile build twine
+	rm -rf dist
+	PPO_FAST_BUILD=cpu $(RUN) -m build --no-isolation
+	$(RUN) -m twine check --strict dist/*
+
+PYTHONS ?= $(abspath $(RUN))
+test-wheels:
+	$(PYTHON) tests/scripts/wheels.py dist $(PYTHONS)
+
 # torch first and alone: anything that depends on it would choose a multi-gigabyte build.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -157,7 +169,7 @@ $(VENV)/bin/python:
 
 ifneq ($(VENV),)
 $(STAMP): $(VENV)/bin/python pyproject.toml $(EXTENSION)
-	$(RUN) -m pip install -q --no-compile "setuptools>=77" wheel "pybind11>=3" ninja
+	$(RUN) -m pip install -q --no-compile "setuptools>=77" ninja
 	$(RUN) -m pip install -q --no-compile --no-deps $(DATA)
 	$(RUN) -m pip install -q --no-compile --no-build-isolation -e ".[train,tasks,test]"
 	@touch $@

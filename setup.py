@@ -1,21 +1,32 @@
-"""Builds the wheel: with the C++ extension where torch is installed, else pure Python.
+"""Builds the wheel: with the C++ extension where torch and a compiler are, else pure Python.
 
-PPO_FAST_BUILD=auto|none|cpu|cuda (auto): auto builds the extension if torch can be imported, with
-the CUDA kernels if torch has CUDA and there is an nvcc for it; cpu and cuda insist; none never
-builds it. An explicit request never degrades.
+PPO_FAST_BUILD=auto|none|cpu|cuda (auto): auto builds the extension if it can, with the CUDA
+kernels if torch has CUDA and there is an nvcc for it; cpu and cuda insist; none never builds it.
+An explicit request never degrades. A wheel without the extension holds the reason, in
+ppo_fast/not_built.txt, because pip shows no output of a build that succeeds.
 """
 
+import importlib.util
 import os
 import re
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 os.chdir(Path(__file__).parent)
 MODES = ("auto", "none", "cpu", "cuda")
+OLDEST_TORCH = (2, 10)
+MEND = (
+    " (torch and a C++ compiler must be there first; other installers than pip see an installed"
+    " torch with --no-build-isolation alone)"
+)
 # Named through the package's symlink: an sdist and a wheel then hold the sources too.
 CSRC = Path("ppo_fast/csrc")
 
@@ -25,6 +36,31 @@ def chosen_mode() -> str:
     if mode not in MODES:
         sys.exit(f"PPO_FAST_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
     return mode
+
+
+def see_installed_torch() -> None:
+    """Let an isolated build import the torch of the interpreter that pip installs for.
+
+    pip hides its packages by these two variables; after ours on the path, they replace none.
+    """
+    hiding = ("PYTHONPATH", "PYTHONNOUSERSITE")
+    env = {name: value for name, value in os.environ.items() if name not in hiding}
+    command = [sys.executable, "-c", "import sys; print(*sys.path[1:], sep='\\n')"]
+    shown = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    sys.path += [path for path in shown.splitlines() if path not in sys.path]
+
+
+def cpu_problem() -> str | None:
+    """Why the extension cannot be built here."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch could not be imported ({error})"
+    found = tuple(map(int, re.match(r"(\d+)\.(\d+)", torch.__version__).groups()))
+    if found < OLDEST_TORCH:
+        return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]  # as torch's build has it
+    return None if shutil.which(compiler) else f"there is no C++ compiler {compiler!r}"
 
 
 def nvcc_version(nvcc: Path) -> tuple[int, int]:
@@ -71,14 +107,14 @@ def architectures(known: dict[str, range]) -> list[str]:
 
 
 def extension(with_cuda: bool) -> dict:
-    """Keyword arguments of setup() for `ppo_fast._C`. Raises ImportError without torch."""
-    import pybind11
+    """Keyword arguments of setup() for `ppo_fast._C`."""
     from torch.utils import cpp_extension
 
     build = runpy.run_path("ppo_fast/_cflags.py")
     sources, flags = build["cpu_sources"](CSRC), {"cxx": build["build_flags"]()}
-    # Only the stable C symbols are used: no torch_python, so one build serves torch >= 2.10.
+    # Stable symbols alone: one build serves torch >= 2.10 and, if it has a GIL, Python >= 3.10.
     libraries = ["c10", "torch_cpu", "torch"]
+    stable = not sysconfig.get_config_var("Py_GIL_DISABLED")
     if with_cuda:
         names = architectures(build["ARCHITECTURES"])
         sources += build["cuda_sources"](CSRC)
@@ -89,42 +125,49 @@ def extension(with_cuda: bool) -> dict:
         "ppo_fast._C",
         sources=sources,
         depends=[str(header) for e in ("*.h", "*.cuh") for header in sorted(CSRC.rglob(e))],
-        # torch bundles an older pybind11, so ours comes first.
-        include_dirs=[
-            pybind11.get_include(),
-            *cpp_extension.include_paths("cuda" if with_cuda else "cpu"),
-        ],
+        include_dirs=cpp_extension.include_paths("cuda" if with_cuda else "cpu"),
         library_dirs=cpp_extension.library_paths("cuda" if with_cuda else "cpu"),
         libraries=libraries,
         extra_compile_args=flags,
         extra_link_args=build["link_flags"](),
         language="c++",
+        py_limited_api=stable,
     )
     return {
         "ext_modules": [module],
         "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}} if stable else {},
     }
+
+
+def pure(reason: str) -> dict:
+    """Keyword arguments of setup() for a package without the extension, which says why."""
+
+    class BuildPy(build_py):
+        def run(self) -> None:
+            super().run()
+            if not self.editable_mode:
+                Path(self.build_lib, "ppo_fast/not_built.txt").write_text(f"{reason}\n")
+
+    print(f"ppo_fast: building without the C++ extension: {reason}{MEND}")
+    return {"cmdclass": {"build_py": BuildPy}}
 
 
 def build_arguments() -> dict:
     mode = chosen_mode()
     if mode == "none":
-        return {}
-    try:
-        problem = "" if mode == "cpu" else cuda_problem()
-        if problem and mode == "cuda":
-            sys.exit(f"PPO_FAST_BUILD=cuda: {problem}")
-        return extension(with_cuda=problem is None)
-    except ImportError as error:
-        if mode != "auto":
-            sys.exit(
-                f"PPO_FAST_BUILD={mode} needs torch and pybind11 in this environment ({error})"
-            )
-        print(
-            f"ppo_fast: {error}; building without the C++ extension (pip install torch first, then"
-            " pip install --no-build-isolation, to have it)"
-        )
-        return {}
+        return pure("PPO_FAST_BUILD=none")
+    if importlib.util.find_spec("torch") is None:
+        see_installed_torch()
+    problem = cpu_problem()
+    if problem and mode == "auto":
+        return pure(problem)
+    if problem:
+        sys.exit(f"PPO_FAST_BUILD={mode}: {problem}{MEND}")
+    without_cuda = None if mode == "cpu" else cuda_problem()
+    if without_cuda and mode == "cuda":
+        sys.exit(f"PPO_FAST_BUILD=cuda: {without_cuda}")
+    return extension(with_cuda=mode != "cpu" and without_cuda is None)
 
 
 setup(**build_arguments())

@@ -1,45 +1,90 @@
 // The Python module: facts about this build, and the choice of instruction set. Tensors cross the
-// dispatcher, never this file, so it includes no torch header.
-#include <pybind11/pybind11.h>
+// dispatcher, never this file, so it includes no torch header. It keeps to the stable ABI of
+// Python 3.10, as the ops keep to torch's, so that one build serves every later Python too.
+#include <pyconfig.h>
+#ifndef Py_GIL_DISABLED  // A free-threaded Python has no stable ABI.
+#undef Py_LIMITED_API    // torch's own choice
+#define Py_LIMITED_API 0x030a0000
+#endif
+#include <Python.h>
+
+#include <stdexcept>
 
 #include "cpu/simd/foreach_isa.h"
 
-namespace py = pybind11;
-
 namespace {
 
-py::dict build_info() {
-  py::list compiled;
-  compiled.append(ppo::isa_name(ppo::Isa::scalar));
-  if (PPO_X86) {
-    compiled.append(ppo::isa_name(ppo::Isa::avx2));
-    compiled.append(ppo::isa_name(ppo::Isa::avx512));
+// What `body` returns; ValueError for a name of an instruction set that it does not take.
+template <class Body>
+PyObject* guarded(Body body) {
+  try {
+    return body();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
   }
-  py::dict info;
-#if defined(__clang__)
-  info["compiler"] = __VERSION__;
-#else
-  info["compiler"] = "GCC " __VERSION__;
-#endif
-  info["flags"] = PPO_FAST_FLAGS;
-  info["isa_compiled"] = py::tuple(compiled);
-  info["isa_best"] = ppo::isa_name(ppo::best_isa());
-  info["isa"] = ppo::isa_name(ppo::active_isa());
-  info["torch_target"] =
-      py::make_tuple(int(TORCH_TARGET_VERSION >> 56), int((TORCH_TARGET_VERSION >> 48) & 0xff));
-#ifdef PPO_FAST_CUDA
-  info["cuda"] = py::dict(py::arg("architectures") = py::str(PPO_FAST_CUDA).attr("split")());
-#else
-  info["cuda"] = py::none();
-#endif
-  return info;
+  return nullptr;
 }
+
+PyObject* compiled_isas() {
+  using ppo::Isa;
+  if (!PPO_X86) return Py_BuildValue("(s)", isa_name(Isa::scalar));
+  return Py_BuildValue("(sss)", isa_name(Isa::scalar), isa_name(Isa::avx2), isa_name(Isa::avx512));
+}
+
+// {"architectures": ["80", ...]}, or None.
+PyObject* cuda_facts() {
+#ifdef PPO_FAST_CUDA
+  PyObject* names = PyUnicode_FromString(PPO_FAST_CUDA);
+  if (!names) return nullptr;
+  PyObject* split = PyUnicode_Split(names, nullptr, -1);
+  Py_DECREF(names);
+  return Py_BuildValue("{s:N}", "architectures", split);
+#else
+  return Py_BuildValue("");
+#endif
+}
+
+PyObject* build_info(PyObject*, PyObject*) {
+#ifdef __clang__
+  const char* compiler = __VERSION__;
+#else
+  const char* compiler = "GCC " __VERSION__;
+#endif
+  return guarded([&] {
+    const char* active = isa_name(ppo::active_isa());
+    return Py_BuildValue("{s:s,s:s,s:N,s:s,s:s,s:(ii),s:N}", "compiler", compiler, "flags",
+                         PPO_FAST_FLAGS, "isa_compiled", compiled_isas(), "isa_best",
+                         isa_name(ppo::best_isa()), "isa", active, "torch_target",
+                         int(TORCH_TARGET_VERSION >> 56), int((TORCH_TARGET_VERSION >> 48) & 0xff),
+                         "cuda", cuda_facts());
+  });
+}
+
+PyObject* set_isa(PyObject*, PyObject* args) {
+  const char* name;
+  if (!PyArg_ParseTuple(args, "s:set_isa", &name)) return nullptr;
+  return guarded([&] {
+    ppo::set_isa(name);
+    return Py_BuildValue("");
+  });
+}
+
+PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS,
+     "Compiler, flags, instruction sets and torch target of this build."},
+    {"set_isa", set_isa, METH_VARARGS,
+     "Run the kernels on 'scalar', 'avx2' or 'avx512'; 'auto' goes back to the CPU's best."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "ppo_fast._C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr,
+};
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("build_info", &build_info,
-        "Compiler, flags, instruction sets and torch target of this build.");
-  m.def("set_isa", &ppo::set_isa, py::arg("name"),
-        "Run the kernels on 'scalar', 'avx2' or 'avx512'; 'auto' goes back to the CPU's best.");
-}
+#define PPO_CONCATENATED(a, b) a##b
+#define PPO_INIT(name) PPO_CONCATENATED(PyInit_, name)
+PyMODINIT_FUNC PPO_INIT(TORCH_EXTENSION_NAME)() { return PyModuleDef_Init(&definition); }

@@ -20,7 +20,8 @@ import torch
 import ppo_fast._boundary.schema  # noqa: F401  (the library implements schemas that must exist first)
 from ppo_fast import _cflags
 
-_MEND = "PPO_FAST_BUILD={} pip install --no-build-isolation --force-reinstall --no-deps ppo_fast"
+_MEND = "PPO_FAST_BUILD={} pip install --force-reinstall --no-deps ."
+_NOT_BUILT = Path(__file__).with_name("not_built.txt")  # written by setup.py
 _CSRC = Path(__file__).parent / "csrc"
 # "1", or the compute capability to emulate: "80" runs what older GPUs than sm_90 run.
 EMULATED = os.environ.get("PPO_FAST_CUDA_EMULATE", "0") not in ("", "0")
@@ -37,9 +38,10 @@ def load() -> str | None:
     except ModuleNotFoundError as error:
         if error.name != "ppo_fast._C":
             return f"the C++ extension did not load ({error})"
+        why = f": {_NOT_BUILT.read_text().strip()}" if _NOT_BUILT.exists() else ""
         return (
-            f"the C++ extension is not built; run `{mend}` (in a checkout `pip install"
-            " --no-build-isolation -e .`), or set PPO_FAST_JIT=1 to compile it on first use"
+            f"the C++ extension was not built{why}; run `{mend}` in a checkout, where torch and a"
+            " C++ compiler are, or set PPO_FAST_JIT=1 to compile it on first use"
         )
     except (ImportError, OSError) as error:
         return f"the C++ extension did not load ({error}); rebuild it with `{mend}`"
@@ -58,9 +60,9 @@ def load_cuda() -> str | None:
         return reason
     if not module().build_info()["cuda"]:
         return (
-            f"the C++ extension was built without CUDA; run `{_MEND.format('cuda')}` where nvcc"
-            " and a GPU's torch are, or set PPO_FAST_CUDA_EMULATE=1 before Python starts to run"
-            " the kernels on the CPU, slowly"
+            f"the C++ extension was built without CUDA; run `{_MEND.format('cuda')}` in a"
+            " checkout, where nvcc and a GPU's torch are, or set PPO_FAST_CUDA_EMULATE=1 before"
+            " Python starts to run the kernels on the CPU, slowly"
         )
     if not torch.cuda.is_available():
         return "there is no GPU; set PPO_FAST_CUDA_EMULATE=1 before Python starts to emulate one"

@@ -172,4 +172,28 @@ RUNS = (
         "patch",
         "inside_another",
     ),
+    Mutant(
+        "an isolated build without the torch that is installed",
+        "setup.py",
+        "        see_installed_torch()",
+        "        pass",
+        "packaging",
+        "isolated",
+    ),
+    Mutant(
+        "a build that was asked for and gives a pure package",
+        "setup.py",
+        'if problem and mode == "auto":',
+        "if problem:",
+        "packaging",
+        "never_degrades",
+    ),
+    Mutant(
+        "a pure package that does not say why it is",
+        "setup.py",
+        "if not self.editable_mode:",
+        "if self.editable_mode:",
+        "packaging",
+        "says_why",
+    ),
 )

@@ -1,18 +1,22 @@
-"""Contents of a wheel and an sdist, built with torch at hand and without."""
+"""Contents of a wheel and an sdist, built with torch at hand and without, and what is linked."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from ppo_fast import testing
+import ppo_fast
+from ppo_fast import _ext, testing
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("ppo_fast", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -71,29 +75,86 @@ def expected(suffixes: tuple[str, ...]) -> set[str]:
     return names
 
 
-def test_a_wheel_without_torch_is_pure(checkout: Path, tmp_path: Path) -> None:
-    """It builds, says so, and holds kernels, C++ sources and py.typed; no tests."""
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    (blocked / "torch.py").write_text(NO_TORCH)
-    done = setup(checkout, "bdist_wheel", path=blocked)
+SOURCES = expected((".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".css", ".js", ".json")) | {
+    "ppo_fast/py.typed"
+}
+
+
+def modules(tmp_path: Path, torch: str) -> Path:
+    """A folder for PYTHONPATH, where `torch` is this source."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "torch.py").write_text(torch)
+    return folder
+
+
+# torch, the compiler, and the reason that setup.py gives for a build without the extension.
+PROBLEMS = (
+    (NO_TORCH, "c++", "torch could not be imported (No module named 'torch')"),
+    ("__version__ = '2.9.1'", "c++", "torch 2.9.1 is older than 2.10"),
+    (
+        "__version__ = '2.10.0'",
+        "no-such-compiler -O2",
+        "there is no C++ compiler 'no-such-compiler'",
+    ),
+)
+
+
+@pytest.mark.parametrize(("torch", "compiler", "reason"), PROBLEMS)
+def test_a_wheel_without_the_extension_is_pure_and_says_why(
+    checkout: Path, tmp_path: Path, torch: str, compiler: str, reason: str
+) -> None:
+    """The build's output has the reason; so has the wheel beside kernels, C++ and py.typed."""
+    done = setup(checkout, "bdist_wheel", path=modules(tmp_path, torch), CXX=compiler)
     assert done.returncode == 0, done.stderr
-    assert "building without the C++ extension" in done.stdout
+    assert f"building without the C++ extension: {reason}" in done.stdout
     wheel = built(checkout, "*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
-    held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    assert held == expected(
-        (".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".css", ".js", ".json")
-    ) | {"ppo_fast/py.typed"}
+    with zipfile.ZipFile(wheel) as archive:
+        held = {n for n in archive.namelist() if ".dist-info/" not in n}
+        assert archive.read("ppo_fast/not_built.txt").decode() == f"{reason}\n"
+    assert held == SOURCES | {"ppo_fast/not_built.txt"}
+
+
+def test_a_package_without_the_extension_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip shows no output of a build that succeeds: the reason is kept for `backends()`."""
+    why = tmp_path / "not_built.txt"
+    why.write_text("there is no C++ compiler 'c++'\n")
+    monkeypatch.setattr(_ext, "_NOT_BUILT", why)
+
+    def missing() -> None:
+        raise ModuleNotFoundError(name="ppo_fast._C")
+
+    monkeypatch.setattr(_ext, "module", missing)
+    reason = _ext.load.__wrapped__()
+    assert "the C++ extension was not built: there is no C++ compiler 'c++'; run `PPO" in reason
+
+
+def test_an_isolated_build_sees_the_torch_that_is_installed(
+    checkout: Path, tmp_path: Path
+) -> None:
+    """Isolated as by pip: packages on PYTHONPATH, and a sitecustomize that hides others."""
+    import setuptools
+
+    path = tmp_path / "isolated"
+    path.mkdir()
+    (path / "setuptools").symlink_to(Path(setuptools.__file__).parent)
+    (path / "sitecustomize.py").write_text(
+        "import sys; sys.path[:] = [p for p in sys.path if '-packages' not in p]"
+    )
+    seen = setup(checkout, "--version", path=path, PPO_FAST_BUILD="cpu", PYTHONNOUSERSITE="1")
+    assert seen.returncode == 0, seen.stderr
+    assert seen.stdout.splitlines()[-1] == ppo_fast.__version__
 
 
 def test_an_explicit_request_never_degrades(checkout: Path, tmp_path: Path) -> None:
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    (blocked / "torch.py").write_text(NO_TORCH)
+    blocked = modules(tmp_path, NO_TORCH)
     for mode in ("cpu", "cuda"):
         done = setup(checkout, "bdist_wheel", path=blocked, PPO_FAST_BUILD=mode)
-        assert done.returncode != 0 and f"PPO_FAST_BUILD={mode} needs torch" in done.stderr
+        assert done.returncode != 0
+        assert f"PPO_FAST_BUILD={mode}: torch could not be imported" in done.stderr
     wrong = setup(checkout, "bdist_wheel", PPO_FAST_BUILD="gpu")
     assert (
         wrong.returncode != 0 and "must be one of auto, none, cpu, cuda, got 'gpu'" in wrong.stderr
@@ -143,11 +204,10 @@ def test_the_sdist_follows_both_symlinks(checkout: Path) -> None:
     with tarfile.open(built(checkout, "*.tar.gz")) as archive:
         names = archive.getnames()
     held = {name.split("/", 1)[1] for name in names if "/" in name}
-    assert (
-        expected((".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".css", ".js", ".json"))
-        | {"ppo_fast/py.typed", "setup.py", "pyproject.toml"}
-        <= held
-    )
+    folders = {str(parent) for name in SOURCES for parent in Path(name).parents} - {"."}
+    metadata = {n for n in held if n.startswith("ppo_fast.egg-info")} | {"PKG-INFO", "setup.cfg"}
+    root = {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    assert held - folders - metadata == SOURCES | root
 
 
 def install(archive: Path, target: Path) -> None:
@@ -158,12 +218,41 @@ def install(archive: Path, target: Path) -> None:
     subprocess.run(command, env=env, check=True)
 
 
+# What a process that has imported torch holds already, or every Linux has. A runtime of OpenMP is
+# not among it: threads are torch's own, by its stable ABI.
+LINKED = r"lib(c10|torch|torch_cpu|c10_cuda|torch_cuda|cudart|stdc\+\+|m|gcc_s|c)\.so.*|ld-linux.*"
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="there is no readelf")
+def test_the_extension_links_torch_and_the_c_library_alone() -> None:
+    """One extension for every Python, so no libpython; a wheel carries no library."""
+    spec = importlib.util.find_spec("ppo_fast._C")
+    if spec is None:
+        pytest.skip("the C++ extension is not built")
+    path = str(spec.origin)
+    command = ["readelf", "-d", "-W", path]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", shown)
+    assert needed and [name for name in needed if not re.fullmatch(LINKED, name)] == []
+    assert "RPATH" not in shown and "RUNPATH" not in shown
+    stable = path.endswith(".abi3.so") or sysconfig.get_config_var("Py_GIL_DISABLED")
+    assert stable, f"{path} is of a build before the stable ABI, and hides a newer one: delete it"
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    """And a release's tag, v and the version, is what wheels.yml runs for."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    (first, *_) = re.findall(r"(?m)^## \[(.+)\] - (Unreleased|\d{4}-\d\d-\d\d)$", text)
+    assert first[0] == ppo_fast.__version__
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["bdist_wheel", "sdist"])
 def test_what_is_installed_runs(checkout: Path, tmp_path: Path, kind: str) -> None:
     """From a wheel and from an sdist, outside the checkout: every op agrees with the reference."""
     done = setup(checkout, kind, PPO_FAST_BUILD="cpu")
     assert done.returncode == 0, done.stderr
+    assert kind == "sdist" or "-cp310-abi3-" in built(checkout, "*.whl").name
     target = tmp_path / "site"
     install(built(checkout, "*.whl" if kind == "bdist_wheel" else "*.tar.gz"), target)
     env = os.environ | {"PYTHONPATH": str(target)}
