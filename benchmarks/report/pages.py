@@ -17,7 +17,7 @@ BUSY = 0.5  # load before a run from which on others' work shared the cores
 _INTRO = """# Benchmarks
 
 Written by `python -m benchmarks.report` from the newest file of each machine in
-[results](results). `--compare a.json b.json` prints the differences between two files.
+`benchmarks/results`. `--compare a.json b.json` prints the differences between two files.
 
 **Method.** Every result is checked against the fp64 reference before it is timed. *red* is a
 provider that disagrees, *error* one that raised, *skipped* one that is absent. The providers of a
@@ -34,8 +34,8 @@ _TRAINERS = """## One update beside TRL
 
 `make bench-trainers` makes an environment for each trainer and runs every comparison, in twelve
 minutes. `python -m benchmarks.loop.bench_trainers --help` has the options; `--save-results` writes
-into the folder `trainers` of [results](results). SmolLM2-135M, all layers trained with AdamW, two
-threads. The sides take turns and are never at work at once. Each counts what it does: the tokens
+into `benchmarks/results/trainers`. SmolLM2-135M, all layers trained with AdamW, two threads.
+The sides take turns and are never at work at once. Each counts what it does: the tokens
 of prompts and responses, those with a gradient, forwards, optimiser steps, weights that a step
 moved. Where one count differs from the other side's there is no ratio.
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import tiny
 import torch
@@ -22,6 +23,7 @@ needs("trl_grpo")
 
 import trl_grpo_run
 from trainer_sides_helpers import prepared, updates
+from transformers import GPT2LMHeadModel
 from trl.trainer import grpo_trainer, utils
 
 import ppo_fast
@@ -445,3 +447,16 @@ def test_it_does_the_work_of_the_loop_in_the_benchmark(tmp_path: Path) -> None:
         assert other.counts.trained_tokens == 2 * 8 * 3 and other.counts.value_tokens == 0
         assert other.counts.logprobs == 2 * 8 * 3 and other.counts.optimizer_steps == 4
         assert min(other.phases.values()) > 0 and 0.0 <= other.reward <= 1.0
+
+
+def test_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script of docs/quickstart/trainers.md, with a small model in the place of the hub's."""
+    GPT2LMHeadModel(tiny.config(tiny.WORDS)).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code = pages.block("quickstart/trainers.md", "GRPOTrainer(")
+    hub, scope = "HuggingFaceTB/SmolLM2-135M-Instruct", {}
+    assert code.count(hub) == 1
+    exec(code.replace(hub, str(tmp_path)), scope)
+    assert scope["calls"]["loss"].fused == 2
+    assert not any(n.left for n in scope["calls"].values())
