@@ -24,17 +24,8 @@ from areal.trainer.ppo.actor import PPOActor
 from areal.utils import functional as exported
 from areal.utils.dynamic_import import import_from_string
 from areal.utils.functional import functional, vocab_parallel
-from areal_calls import (
-    REJECTIONS,
-    B,
-    T,
-    actor,
-    assert_alike,
-    mask_of,
-    normal,
-    results,
-    rows,
-)
+from areal_calls import REJECTIONS, actor, assert_alike, normal, results, rows
+from both_sides import B, T, mask_of
 
 from ppo_fast import integrations, testing
 from ppo_fast.integrations import areal
@@ -164,7 +155,7 @@ def advantages_of(values: Tensor | None, **options: Any) -> dict[str, Tensor]:
     """AReaL's `compute_advantages` without normalisation, on rows with holes and without EOS."""
     attention = torch.ones(B, T, dtype=torch.long)
     attention[1, 7:], attention[2, 9:] = 0, 0
-    loss_mask = mask_of().long() * attention
+    loss_mask = mask_of("bool").long() * attention
     loss_mask[:, :2] = 0
     own = areal_run.actor_config(**options)
     data = {
@@ -235,7 +226,7 @@ def test_actor_loss(rejection: str, level: str, cap: float | None) -> None:
     cases = [rows(packed) for packed in (False, True)]
     assert_alike(call, *cases)
     found = results(call, cases[0].to(torch.float32))
-    assert 0 < found["clip_mask"].sum() < mask_of().sum()
+    assert 0 < found["clip_mask"].sum() < mask_of("bool").sum()
     assert (found["dual_clip_mask"].sum() > 0) == (cap is not None)
     if rejection not in ("none", "clamped sequences"):
         assert 0 < float(found["filtered_fraction"]) < 1
@@ -260,7 +251,7 @@ def test_what_masked_slots_hold_is_not_read() -> None:
 def test_critic_loss(masked: bool) -> None:
     """Loss, gradient and what is logged; targets that were made under inference mode."""
     value = normal(B, T).requires_grad_()
-    old, mask = value.detach() + 0.3 * normal(B, T, seed=1), mask_of() if masked else None
+    old, mask = value.detach() + 0.3 * normal(B, T, seed=1), mask_of("bool") if masked else None
     with torch.inference_mode():
         target = normal(B, T, seed=2)
 
