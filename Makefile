@@ -27,7 +27,7 @@ KEEP ?= 1
 # version (ppo_fast/integrations/known/) and LOW the lowest, installed over it in its turn. Both, and
 # ALONE, come with --no-deps, without what would need a GPU to install or is not needed to run what
 # is tested. TESTS_LOW is what the lowest version is tested with, if not all of TESTS.
-TRAINERS := trl-ppo trl-grpo verl openrlhf ms-swift skyrl control compat
+TRAINERS := trl-ppo trl-grpo verl openrlhf ms-swift skyrl areal control compat
 TRL := "accelerate>=1.10.1" "datasets>=4.7.0" jinja2 "transformers>=5"
 NEEDS_trl-ppo := $(TRL)
 HIGH_trl-ppo := trl==1.12.0
@@ -54,6 +54,11 @@ NEEDS_skyrl := "ray>=2.57" "transformers>=5.6.1" peft datasets aiohttp cloudpath
 	orjson pybase64 torchdata typing_extensions
 ALONE_skyrl := --ignore-requires-python skyrl-gym==0.4.0
 HIGH_skyrl := skyrl==0.4.0
+# What its engines, trainer and controllers import; AReaL asks for a torch below 2.11.
+NEEDS_areal := ray peft datasets "transformers>=5" omegaconf hydra-core aiofiles aiohttp colorlog einops flask httpx \
+	lark numba openai orjson pillow psutil pybase64 pydantic requests swanlab tabulate tenacity tensorboardX torchdata \
+	trackio uvloop wandb
+HIGH_areal := areal==1.0.4
 HIGH_control := stable-baselines3==2.9.2 torchrl==0.14.1 tensordict==0.14.3 tianshou==2.0.1 skrl==2.1.1
 # Their pins exclude the gymnasium and numpy that are here, on which they run.
 LOW_control := stable-baselines3==2.7.0 torchrl==0.12.0 tensordict==0.12.4 tianshou==1.2.0 skrl==1.4.0
@@ -73,6 +78,7 @@ TESTS_verl := verl verl_corrections verl_distillation verl_plugin verl_support v
 TESTS_openrlhf := openrlhf openrlhf_own verify_openrlhf
 TESTS_ms-swift := ms_swift
 TESTS_skyrl := skyrl skyrl_workers
+TESTS_areal := areal
 TESTS_control := sb3 torchrl tianshou skrl cleanrl control_errors verify_control
 TESTS_compat := compat compat_arrays
 

@@ -1,13 +1,13 @@
-"""Functions of verl, OpenRLHF and SkyRL, each in turn with what an integration puts in its place.
+"""Functions of trainers, each in turn with what an integration puts in its place.
 
-    python -m benchmarks.loop.swapped verl
+    python -m benchmarks.loop.swapped verl|areal
     PYTHONPATH=.:tests/integrations python -m benchmarks.loop.swapped openrlhf|skyrl
 
-with the Python of an environment that has the trainer (`make test-verl`, `make test-openrlhf`,
-`make test-skyrl` make them; tests/integrations has stand-ins for what the last two import and a
-CPU has not) prints the rows of docs/integrations: medians of one interleaved run, the counting of
-calls included. Times are of the processor, on one thread: other work on the cores does not add to
-them. `apply` compares the first call of each with the trainer's own, and raises MismatchError.
+with the Python of an environment that has the trainer (`make test-verl`, ... make them;
+tests/integrations has stand-ins for what OpenRLHF and SkyRL import and a CPU has not) prints the
+rows of docs/integrations: medians of one interleaved run, the counting of calls included. Times
+are of the processor, on one thread: other work on the cores does not add to them. `apply` compares
+the first call of each with the trainer's own, and raises MismatchError.
 """
 
 from __future__ import annotations
@@ -159,6 +159,37 @@ def skyrl_rows() -> Iterator[Row]:
     yield Row("GAE and whitening", "gae", f"{core}:compute_gae_advantage_return", run)
 
 
+def areal_rows() -> Iterator[Row]:
+    from areal.api.cli_args import PPOActorConfig
+    from areal.trainer.ppo.actor import PPOActor
+
+    logits_of, losses_of = (
+        f"areal.utils.functional.{m}" for m in ("vocab_parallel", "functional")
+    )
+    x = Draws()
+    logits, tokens, leaf = x.normal(*LOGITS), x.tokens(*LOGITS), x.leaf(*LOGITS)
+    place = f"{logits_of}:gather_logprobs"
+    yield Row("log-probabilities", "logprobs", place, lambda f: f(logits, tokens))
+    place = f"{logits_of}:gather_logprobs_entropy"
+    yield Row("with entropies", "logprobs", place, lambda f: f(logits, tokens))
+    run = backward([leaf], lambda f: f(leaf, tokens))
+    yield Row("the same with backward", "logprobs", place, run)
+
+    new, old, advantages, mask = losses(x)
+    keep = mask.bool()
+    run = backward([new], lambda f: f(new, old, old, advantages, CLIP, keep))
+    place = f"{losses_of}:ppo_actor_loss_fn"
+    yield Row("clipped loss with backward", "policy_loss", place, run)
+    run = backward([new], lambda f: f(new, old, advantages, CLIP, keep))
+    yield Row("critic loss with backward", "value_loss", f"{losses_of}:ppo_critic_loss_fn", run)
+
+    actor = PPOActor(PPOActorConfig(), engine=None)
+    given = {k: x.normal(*STEPS) for k in ("logprobs", "values")} | {"rewards": x.normal(STEPS[0])}
+    ones = {k: torch.ones(STEPS) for k in ("input_ids", "attention_mask", "loss_mask")}
+    place = f"{PPOActor.__module__}:PPOActor._compute_advantages"
+    yield Row("advantages", "gae", place, lambda f: f(actor, given | ones))
+
+
 def found(place: str) -> Callable[..., Any]:
     """The function at "module:name" as it is now."""
     module, _, path = place.partition(":")
@@ -180,7 +211,7 @@ def milliseconds(row: Row, integration: Any) -> tuple[float, float]:
     return 1e3 * median(taken["own"]), 1e3 * median(taken["here"])
 
 
-ROWS = {"verl": verl_rows, "openrlhf": openrlhf_rows, "skyrl": skyrl_rows}
+ROWS = {"verl": verl_rows, "openrlhf": openrlhf_rows, "skyrl": skyrl_rows, "areal": areal_rows}
 
 
 def main() -> None:

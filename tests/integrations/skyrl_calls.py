@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import pytest
+import both_sides
 import skyrl_imports  # noqa: F401
-import torch
+from both_sides import B, T, mask_of, normal
 from skyrl.backends.skyrl_train.utils import ppo_utils
 from skyrl.train.config import AlgorithmConfig
 from skyrl.train.config.config import (
@@ -19,10 +20,10 @@ from skyrl.train.config.config import (
 )
 from torch import Tensor
 
-from ppo_fast import testing
 from ppo_fast.integrations import skyrl
 
-B, T = 5, 11
+assert_all_alike = partial(both_sides.assert_all_alike, skyrl.patched)
+
 LOSSES = [name for name in ppo_utils.PolicyLossRegistry._functions if name != "cross_entropy"]
 CORRECTED = [n for n in LOSSES if n not in ("clip_cov", "kl_cov", "importance_sampling")]
 # Such that every option acts on a few tokens; the correction's own, by name.
@@ -57,17 +58,6 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def mask_of(kind: str) -> Tensor:
-    """Holes (tool tokens), a whole sequence left out, padding on the right."""
-    mask = torch.ones(B, T, dtype=torch.bool)
-    mask[0, 3:6], mask[1, 7:], mask[3] = False, False, False
-    return mask.to({"bool": torch.bool, "int": torch.int64, "float": torch.float64}[kind])
-
-
 def config(name: str, correction: str = "none", **given: Any) -> AlgorithmConfig:
     own = OffPolicyCorrectionConfig(**CORRECTIONS[correction])
     return AlgorithmConfig(policy_loss_type=name, off_policy_correction=own, **OWN | given)
@@ -87,44 +77,3 @@ def call_of(name: str, new: Tensor, correction: str = "none", **given: Any) -> A
         "rollout_logprobs": old + 0.2 * normal(B, T, seed=3),
     } | given
     return lambda: ppo_utils.PolicyLossRegistry.get(name)(**arguments)
-
-
-def assert_near(ours: Any, theirs: Any, size: float, terms: int = B * T) -> None:
-    """fp32's budget for fp64 inputs: SkyRL's ratios are of fp32."""
-    assert type(ours) is type(theirs)
-    if isinstance(ours, Tensor):
-        testing.assert_within_budget(
-            ours.detach().double(),
-            theirs.detach().double(),
-            condition=size,
-            ops=8 + terms,
-            compute=torch.float32,
-        )
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_near(ours[key], theirs[key], size, terms)
-    else:
-        assert ours is theirs is None or ours == pytest.approx(
-            theirs, rel=1e-6, abs=1e-7, nan_ok=True
-        )
-
-
-def assert_all_alike(
-    op: str, calls: list[Any], *leaves: Tensor, size: float, terms: int = B * T
-) -> None:
-    """Results and gradients on SkyRL and on ppo_fast, under one patch: none may be left."""
-    theirs = [_results(call, leaves) for call in calls]
-    with skyrl.patched((op,)) as counts:
-        ours = [_results(call, leaves) for call in calls]
-    assert (counts[op].fused, counts[op].left) == (len(calls), 0)
-    for a, b in zip(ours, theirs, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert_near(x, y, size, terms)
-
-
-def _results(call: Any, leaves: tuple[Tensor, ...]) -> list[Any]:
-    found = call()
-    results = list(found) if isinstance(found, tuple) else [found]
-    total = sum(x.sum() for x in results if isinstance(x, Tensor) and x.requires_grad)
-    return [*results, *(torch.autograd.grad(total, leaves) if leaves else ())]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from both_sides import B, T, assert_near, mask_of, normal
 from torch import Tensor
 from trainers import needs
 
@@ -17,19 +18,7 @@ import skyrl_imports  # noqa: F401
 from skyrl.backends.skyrl_train.utils import ppo_utils, torch_utils
 from skyrl.train.config import AlgorithmConfig
 from skyrl.train.config.config import DPPOConfig
-from skyrl_calls import (
-    CORRECTED,
-    CORRECTIONS,
-    LOSSES,
-    OWN,
-    B,
-    T,
-    assert_all_alike,
-    assert_near,
-    call_of,
-    mask_of,
-    normal,
-)
+from skyrl_calls import CORRECTED, CORRECTIONS, LOSSES, OWN, assert_all_alike, call_of
 
 from ppo_fast import integrations
 from ppo_fast.integrations import skyrl

@@ -11,6 +11,7 @@ from typing import Any
 import pages
 import pytest
 import torch
+from both_sides import B, T, assert_near, mask_of, normal
 from torch import Tensor
 from trainers import needs
 
@@ -22,14 +23,7 @@ from skyrl.backends.skyrl_train.utils import ppo_utils, torch_utils
 from skyrl.backends.skyrl_train.workers import model_wrapper, worker
 from skyrl.train.config.config import TrainerConfig
 from skyrl.train.trainer import RayPPOTrainer
-from skyrl_calls import (
-    B,
-    T,
-    assert_near,
-    config,
-    mask_of,
-    normal,
-)
+from skyrl_calls import config
 from transformers import GPT2LMHeadModel
 
 from ppo_fast import integrations

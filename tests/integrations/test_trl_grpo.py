@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import linecache
 import math
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pages
 import pytest
 import tiny
 import torch
+from edited import edit
 from torch import Tensor
 from trainers import needs
 
@@ -377,24 +375,6 @@ def test_another_librarys_patch_is_refused(
     assert grpo_trainer.GRPOTrainer._compute_loss is loss and not trl_grpo.integration.calls
 
 
-@pytest.fixture
-def edited(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """TRL's `GRPOTrainer._compute_loss` with one text replaced in its source."""
-
-    def edit(old: str, new: str) -> None:
-        original = inspect.unwrap(grpo_trainer.GRPOTrainer._compute_loss)
-        source = textwrap.dedent(inspect.getsource(original))
-        assert old in source
-        file = Path(grpo_trainer.__file__).parent / "edited.py"  # never written: linecache has it
-        text = source.replace(old, new, 1)
-        linecache.cache[str(file)] = (len(text), None, text.splitlines(True), str(file))
-        scope: dict[str, Any] = {}
-        exec(compile(text, str(file), "exec"), vars(grpo_trainer), scope)
-        monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_compute_loss", scope["_compute_loss"])
-
-    return edit
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -407,8 +387,10 @@ def edited(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
         ),
     ],
 )
-def test_a_harmless_change_of_trl_is_known(edited: Any, made: Any, old: str, new: str) -> None:
-    edited(old, new)
+def test_a_harmless_change_of_trl_is_known(
+    monkeypatch: pytest.MonkeyPatch, made: Any, old: str, new: str
+) -> None:
+    edit(monkeypatch, grpo_trainer.GRPOTrainer, "_compute_loss", old, new)
     with trl_grpo.patched(("loss",)) as calls:
         loss_of(made, batch())
     assert calls["loss"].fused == 1
@@ -429,9 +411,9 @@ def test_a_harmless_change_of_trl_is_known(edited: Any, made: Any, old: str, new
     ],
 )
 def test_a_changed_statement_of_trl_is_refused_by_name(
-    edited: Any, old: str, new: str, what: str
+    monkeypatch: pytest.MonkeyPatch, old: str, new: str, what: str
 ) -> None:
-    edited(old, new)
+    edit(monkeypatch, grpo_trainer.GRPOTrainer, "_compute_loss", old, new)
     before = grpo_trainer.GRPOTrainer._compute_loss
     with pytest.raises(integrations.UnknownSourceError, match=rf"_compute_loss: .*{what}"):
         trl_grpo.apply(("loss",))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from both_sides import B, T, mask_of, normal
 from torch import Tensor
 from trainers import needs
 
@@ -18,19 +19,7 @@ from verl.utils import torch_functional
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.config import PolicyLossConfig
 from verl.workers.utils import losses
-from verl_calls import (
-    COUNTS,
-    MODES,
-    SUMS,
-    VERSION,
-    B,
-    T,
-    assert_alike,
-    assert_all_alike,
-    config,
-    mask_of,
-    normal,
-)
+from verl_calls import COUNTS, MODES, SUMS, VERSION, assert_alike, assert_all_alike, config
 
 from ppo_fast import integrations
 from ppo_fast.integrations import verl

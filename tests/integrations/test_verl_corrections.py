@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from both_sides import B, T, mask_of, normal
 from torch import Tensor
 from trainers import needs
 
@@ -20,7 +21,7 @@ from verl.trainer.ppo.rollout_corr_helper import (
     compute_rollout_correction_and_rejection_mask,
 )
 from verl.workers.config import PolicyLossConfig
-from verl_calls import MODES, B, T, assert_all_alike, config, mask_of, normal
+from verl_calls import MODES, assert_all_alike, config
 
 import ppo_fast
 from ppo_fast import testing

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from both_sides import B, T, assert_near, mask_of, normal
 from torch import Tensor
 from trainers import needs
 
@@ -19,7 +20,7 @@ from verl.trainer.distillation import losses
 from verl.trainer.distillation.fsdp.losses import compute_forward_kl_topk
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.workers.config import DistillationConfig, DistillationLossConfig
-from verl_calls import MODES, B, T, config, mask_of, near, normal
+from verl_calls import MODES, config
 
 import ppo_fast
 from ppo_fast import Surrogate, Teacher, TokenTerms, compat, surrogates
@@ -118,7 +119,7 @@ def with_gradients(loss: Tensor, x: Drawn) -> list[Tensor]:
 def assert_same(ours: Tensor, theirs: Tensor, x: Drawn) -> None:
     """The loss and its gradients: verl adds 1e-8 to counts, and forms its first K's KL in fp32."""
     for a, b in zip(with_gradients(ours, x), with_gradients(theirs, x), strict=True):
-        near(a, b, size=float(b.abs().max()))
+        assert_near(a, b, size=float(b.abs().max()))
 
 
 def verls(made: DistillationConfig, output: dict[str, Tensor], mode: str, **data: Any) -> Tensor:
@@ -151,7 +152,7 @@ def test_forward_kl_of_the_teachers_first_k(mode: str) -> None:
     assert_same(agg_loss(ours.divergence, mask, mode), want, x)
     for name in ("student_mass", "teacher_mass"):
         theirs = losses.no_padding_2_padding(output[name], batch())
-        near(getattr(ours, name)[mask], theirs[mask], size=1.0)
+        assert_near(getattr(ours, name)[mask], theirs[mask], size=1.0)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,6 +6,7 @@ from mutant import Mutant
 
 _CONTENT = "ppo_fast/integrations/_content.py"
 _PATCH = "ppo_fast/integrations/_patch.py"
+_AREAL = "ppo_fast/integrations/areal.py"
 _SKYRL = "ppo_fast/integrations/skyrl.py"
 
 TRAINERS = (
@@ -136,5 +137,30 @@ TRAINERS = (
         "denom=None,",
         "skyrl",
         "value_loss",
+    ),
+    Mutant(
+        "areal: a divisor without the tokens that rejection sampling drops",
+        _AREAL,
+        "loss_mask, weights = found.loss_mask, found.behave_imp_weight",
+        "loss_mask, weights = found.loss_mask, found.behave_imp_weight\n"
+        "        count = loss_mask.count_nonzero()",
+        "areal",
+        "actor_loss",
+    ),
+    Mutant(
+        "areal: a value follows sequences that have ended",
+        _AREAL,
+        "torch.where(seq_no_eos_mask, values[:, -1], 0.0)",
+        "values[:, -1]",
+        "areal",
+        "gae",
+    ),
+    Mutant(
+        "areal: shards of a vocabulary are taken for the whole",
+        _AREAL,
+        "group = tp_group if shared else None",
+        "group = None if shared else tp_group",
+        "areal",
+        "shared_vocabulary",
     ),
 )

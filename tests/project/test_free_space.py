@@ -62,7 +62,8 @@ def trainers(folder: Path, *options: str, fails: str = "nothing") -> tuple[int, 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_environments_of_trainers(tmp_path: Path) -> None:
-    every = ["trl-ppo", "trl-grpo", "verl", "openrlhf", "ms-swift", "skyrl", "control", "compat"]
+    every = ["trl-ppo", "trl-grpo", "verl", "openrlhf", "ms-swift", "skyrl", "areal"]
+    every += ["control", "compat"]
     status, tested, said = trainers(tmp_path / "ci", "KEEP=", "ROOM=0")
     assert (status, tested) == (0, every), said
     assert not list((tmp_path / "ci" / "trainers").iterdir())
