@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast import _dispatch, _ext
+from ppo_fast._torch_private import constant_in_graphs
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 _AUTOMATIC = {"cpu": "cpu", "cuda": "triton"}
@@ -187,12 +188,9 @@ def _cuda_is_default(work: _dispatch.Work, x: Tensor) -> bool:
     )
 
 
+@constant_in_graphs  # a compiled graph cannot look into the extension module
 def _cuda_runs_on(index: int) -> tuple[int, int] | None:
     """The capability of a GPU that the built kernels run on, else None."""
     if _ext.wrong_gpu(index) is not None:
         return None
     return torch.cuda.get_device_capability(index)
-
-
-# A constant of a compiled graph, which cannot look into the extension module.
-_cuda_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ppo_fast._torch_private import graph_break
+
 
 class _Gathered(torch.autograd.Function):
     """Every rank's `x`, stacked in rank order (W, ...); the gradient is the sum of all ranks'."""
@@ -136,7 +138,7 @@ class Sequences:
     def _gathered(self, own: Tensor) -> Tensor:
         """Every rank's, (W, ...)."""
         if torch.compiler.is_compiling():
-            torch._dynamo.graph_break()
+            graph_break()
         every: Tensor = _Gathered.apply(own, self.group)
         return every
 

@@ -10,10 +10,27 @@ import torch
 from torch import Tensor
 
 from ppo_fast._boundary import calls
+from ppo_fast._torch_private import keeps_graph
 
 T = TypeVar("T", Tensor, Tensor | None)
 
-_TWICE = b"ppo_fast: trying to differentiate twice through an op that is once_differentiable"
+
+class _Once(torch.autograd.Function):
+    """Gradients that are no constants, and that have no derivative."""
+
+    @staticmethod
+    def forward(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "ppo_fast: trying to differentiate twice through an op that is once_differentiable"
+        )
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,8 +48,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             out = backward(ctx, *grads)
         if torch.compiler.is_compiling():
             return out
-        fail: Any = torch._C._functions.DelayedError(_TWICE, len(out))
-        return fail(*(None if x is None else x.detach().requires_grad_() for x in out))
+        return _Once.apply(*(None if x is None else x.detach().requires_grad_() for x in out))
 
     return wrapper
 
@@ -70,7 +86,7 @@ def _last_use() -> bool:
     """True in a backward after which the graph, and what it saved, is freed."""
     if torch.compiler.is_compiling():
         return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+    return not keeps_graph()
 
 
 def scaled(backend: str, grads: Tensor, factor: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ppo_fast import _backend
+from ppo_fast._torch_private import in_forward_mode
 from ppo_fast.teacher import Teacher
 
 P = ParamSpec("P")
@@ -34,7 +35,7 @@ def derivatives(*learns: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(op)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if forward_ad._current_level < 0:  # no forward mode, which is all but always
+            if not in_forward_mode():  # all but always
                 return op(*args, **kwargs)
             given = signature.bind(*args, **kwargs)
             names = [n for n, x in _tensors(given.arguments) if _has_tangent(x)]

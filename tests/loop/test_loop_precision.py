@@ -147,8 +147,8 @@ def test_heads_that_are_tied_or_not_train_and_save(tmp_path: Path, tied: bool) -
 def test_auto_is_bf16_where_the_cpu_multiplies_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    able = {"amx_bf16": amx, "avx512_bf16": avx512}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     chosen = amx or avx512
     config = TrainConfig(out=tmp_path, dtype="auto", train_layers=1, model="tiny", device="cpu")
     t = Trainer(config, *tiny(), TEXTS, letters)

@@ -162,4 +162,20 @@ NUMBERS = (
         "0.0 <= value",
         "errors head_errors",
     ),
+    Mutant(
+        "gradients of gradients are constants",
+        "ppo_fast/ops/backward.py",
+        "x.detach().requires_grad_() for x in out",
+        "x.detach() for x in out",
+        "strides",
+        "double_backward",
+    ),
+    Mutant(
+        "a name that torch has dropped is not missed",
+        "ppo_fast/_torch_private.py",
+        "if not hasattr(module, name):",
+        "if not module:",
+        "private_names",
+        "dropped",
+    ),
 )

@@ -41,6 +41,7 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
             "ppo_fast._boundary",
             "ppo_fast._results",
             "ppo_fast._sequences",
+            "ppo_fast._torch_private",
             "ppo_fast.corrections",
             "ppo_fast.reference",
             "ppo_fast.support",
@@ -63,13 +64,18 @@ LAYERS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("ppo_fast/support.py", (), ("torch",)),
     ("ppo_fast/teacher.py", (), ("torch",)),
     ("ppo_fast/surrogates.py", ("ppo_fast._sequences",), ("torch",)),
-    ("ppo_fast/_sequences.py", (), ("torch",)),
+    ("ppo_fast/_sequences.py", ("ppo_fast._torch_private",), ("torch",)),
+    ("ppo_fast/_torch_private.py", (), ("torch",)),
     ("ppo_fast/_results.py", (), ("torch",)),
     ("ppo_fast/_checks.py", (), ("torch",)),
     ("ppo_fast/_cflags.py", (), ()),
     ("ppo_fast/_ext.py", ("ppo_fast._cflags", "ppo_fast._boundary"), ("torch",)),
     ("ppo_fast/_dispatch.py", (), ("torch",)),
-    ("ppo_fast/_backend.py", ("ppo_fast._ext", "ppo_fast._dispatch"), ("torch",)),
+    (
+        "ppo_fast/_backend.py",
+        ("ppo_fast._ext", "ppo_fast._dispatch", "ppo_fast._torch_private"),
+        ("torch",),
+    ),
     (
         "ppo_fast/__init__.py",
         (

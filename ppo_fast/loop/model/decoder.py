@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, DynamicLayer
 
 from ppo_fast.loop.data.sequences import position_ids
 from ppo_fast.loop.model.layers import UnsupportedModelError

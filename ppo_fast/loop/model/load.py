@@ -132,13 +132,13 @@ def tiny_model(texts: list[str], vocab: int = 300, hidden: int = 32, layers: int
 
 
 def _tiny_tokenizer(texts: list[str], vocab: int = 300) -> Any:
-    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocab, special_tokens=["<eos>"], show_progress=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>"
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token="<eos>", pad_token="<eos>"
     )
 
 

@@ -14,16 +14,16 @@ from ppo_fast.loop.model.layers import UnsupportedModelError
 def chosen_dtype(asked: Dtype, device: torch.device) -> Dtype:
     """The option `dtype` with "auto" decided: "bfloat16" where the device multiplies in it.
 
-    That is a GPU with bf16 units, or an x86 CPU with AMX or AVX512-BF16. Elsewhere a product of
-    bf16 numbers is slower than one of fp32 numbers.
+    That is a GPU with bf16 units, or an x86 CPU with AMX or AVX512-BF16, which torch 2.10
+    cannot tell. Elsewhere a product of bf16 numbers is slower than one of fp32 numbers.
     """
     if asked != "auto":
         return asked
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        units = (torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported)
-        able = device.type == "cpu" and any(unit() for unit in units)
+        has: Any = getattr(torch.cpu, "get_capabilities", dict)()
+        able = device.type == "cpu" and bool(has.get("amx_bf16") or has.get("avx512_bf16"))
     return "bfloat16" if able else "float32"
 
 

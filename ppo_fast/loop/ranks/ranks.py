@@ -12,16 +12,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 import ppo_fast
 from ppo_fast.loop.config import OptionError, TrainConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 _FAILED = "failed"
@@ -138,7 +140,7 @@ def processes(config: TrainConfig) -> Iterator[Ranks]:
         if backend == "gloo" and (interface := _interface_to(master)):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         store, rank, size = next(rendezvous("env://", timeout=wait))
-        shared = PrefixStore("ppo_fast", store)
+        shared = dist.PrefixStore("ppo_fast", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, None, wait, size, rank, shared)
     except (RuntimeError, OSError) as error:
         raise RankFailedError(
