@@ -11,6 +11,7 @@ namespace {
 py::dict build_info() {
   py::list compiled;
   compiled.append(ppo::isa_name(ppo::Isa::scalar));
+  if (PPO_ARM) compiled.append(ppo::isa_name(ppo::Isa::neon));
   if (PPO_X86) {
     compiled.append(ppo::isa_name(ppo::Isa::avx2));
     compiled.append(ppo::isa_name(ppo::Isa::avx512));
@@ -41,5 +42,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info,
         "Compiler, flags, instruction sets and torch target of this build.");
   m.def("set_isa", &ppo::set_isa, py::arg("name"),
-        "Run the kernels on 'scalar', 'avx2' or 'avx512'; 'auto' goes back to the CPU's best.");
+        "Run the kernels on 'scalar', 'neon', 'avx2' or 'avx512'; 'auto' is the CPU's best.");
 }
