@@ -85,7 +85,7 @@ TESTS_compat := compat compat_arrays
 # Dozens of processes import torch in a run of the tests: what Python compiled is kept for the next.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-long test-ptx docs mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz wheels test-wheels lint bench bench-trainers clean
+.PHONY: train test test-long test-ptx test-arm docs mutants coverage test-trainers $(TRAINERS:%=test-%) sanitize fuzz wheels test-wheels lint bench bench-trainers clean
 
 # The folder of a run that names none is the demonstration's own, and is written anew.
 train: $(STAMP)
@@ -124,6 +124,11 @@ test-ptx: $(STAMP)
 		tests/contract/test_strides.py tests/contract/test_invariance.py \
 		tests/backends/test_sparse_head_kernel.py tests/backends/test_divergence_kernel.py \
 		tests/backends/test_divergence_triton.py $(ARGS)
+
+# A cross build for aarch64 in build/arm and its tests under qemu: half an hour, 1 GB. Debian, apt-get and
+# dpkg-deb; the first line says what to install where something is missing. ARGS="build code" are steps.
+test-arm: $(STAMP)
+	$(RUN) tests/arm $(ARGS)
 
 test-trainers: $(TRAINERS:%=test-%)
 

@@ -29,8 +29,10 @@ PyObject* guarded(Body body) {
 
 PyObject* compiled_isas() {
   using ppo::Isa;
-  if (!PPO_X86) return Py_BuildValue("(s)", isa_name(Isa::scalar));
-  return Py_BuildValue("(sss)", isa_name(Isa::scalar), isa_name(Isa::avx2), isa_name(Isa::avx512));
+  const char* scalar = isa_name(Isa::scalar);
+  if (PPO_ARM) return Py_BuildValue("(ss)", scalar, isa_name(Isa::neon));
+  if (!PPO_X86) return Py_BuildValue("(s)", scalar);
+  return Py_BuildValue("(sss)", scalar, isa_name(Isa::avx2), isa_name(Isa::avx512));
 }
 
 // {"architectures": ["80", ...]}, or None.
@@ -75,7 +77,7 @@ PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS,
      "Compiler, flags, instruction sets and torch target of this build."},
     {"set_isa", set_isa, METH_VARARGS,
-     "Run the kernels on 'scalar', 'avx2' or 'avx512'; 'auto' goes back to the CPU's best."},
+     "Run the kernels on 'scalar', 'neon', 'avx2' or 'avx512'; 'auto' is the CPU's best."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -18,9 +18,10 @@ CFLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fvisibility=hidden",
-    # GCC 12 warns of its own intrinsics.
+    # GCC 12 warns of its own intrinsics; clang does not know that warning.
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
+    "-Wno-unknown-warning-option",
 )
 # Added by PPO_FAST_SANITIZE=address,undefined (what the compiler's -fsanitize takes): a build for
 # `make sanitize` and `make fuzz` that stops at the first finding and names its line.

@@ -93,7 +93,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=("scalar", "avx2", "avx512"))
+@pytest.fixture(params=("scalar", "neon", "avx2", "avx512"))
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that the CPU's kernels were compiled for and this machine has."""
     usable("cpu")

@@ -54,3 +54,22 @@ def test_includes_point_down(room: str) -> None:
         if not other.exists() or room_of(other) not in (room, *ROOMS[room])
     }
     assert not bad
+
+
+def functions(text: str) -> set[str]:
+    """Functions and operators that a header of lanes defines, those of a PPO_FOLD included."""
+    names = re.findall(r"(?m)^PPO_(?:INLINE [^(]*?|FOLD\()(operator[^\w(]+|\w+)[(,]", text)
+    return set(names)
+
+
+def test_every_instruction_set_has_the_same_functions() -> None:
+    """NEON beside the eight lanes of x86: no machine compiles both."""
+    simd = CSRC / "cpu/simd"
+    eight, sixteen = (simd / "x86.h").read_text().split("\n#else\nstruct F {")
+    neon = functions((simd / "neon.h").read_text())
+    assert {"operator!=", "reduce_max", "near_one", "or_later"} <= functions(eight)
+    assert functions(eight) - neon == set()
+    shared = functions(sixteen) & functions(eight)
+    assert {"load_n_as", "store_mask_n", "select", "count", "vsqrt"} <= shared
+    helpers = {"bf16_rounded", "earlier_of", "halves", "pow2_of"}
+    assert neon - functions(eight) == helpers

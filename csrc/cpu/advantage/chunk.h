@@ -237,52 +237,25 @@ PPO_INLINE Column<T> first_flagged(const Flags<T, kSteps>& m, const Column<T>& x
 
 #if PPO_ISA_WIDTH == 8
 template <int s>
-PPO_INLINE __m256 later_half(__m256 x) {
-  if constexpr (s == 1) return _mm256_movehdup_ps(x);
-  if constexpr (s == 2) return _mm256_permute_ps(x, 0xfa);
-  return _mm256_permutevar8x32_ps(x, _mm256_set1_epi32(4));
-}
-template <int s>
-constexpr int kEarlier = s == 1   ? 0x55
-                         : s == 2 ? 0x33
-                                  : 0x0f;
-template <int s>
-PPO_INLINE __m256 earlier_half(__m256 later, __m256 earlier) {
-  return _mm256_blend_ps(later, earlier, kEarlier<s>);
-}
-
-template <int s>
 PPO_INLINE void fold(const Row& a, Row& b) {
-  __m256& x = b.r[0].v;
-#ifdef PPO_MASKED
-  x = _mm256_mask3_fmadd_ps(a.r[0].v, later_half<s>(x), x, kEarlier<s>);
-#else
-  x = earlier_half<s>(x, _mm256_fmadd_ps(a.r[0].v, later_half<s>(x), x));
-#endif
+  b.r[0] = fold_half<s>(a.r[0], b.r[0]);
 }
 template <int s>
 PPO_INLINE void fold_factors(Row& a) {
-  __m256& x = a.r[0].v;
-  x = earlier_half<s>(x, _mm256_mul_ps(x, later_half<s>(x)));
+  a.r[0] = earlier_half<s>(a.r[0], a.r[0] * later_half<s>(a.r[0]));
 }
 template <int s>
 PPO_INLINE void fold_cut(Flags<F, 1>& cut, const Row& a, Row& b) {
   Row folded = b;
   fold<s>(a, folded);
   b = select(cut, b, folded);
-  __m256& x = cut.r[0].v;
-  x = earlier_half<s>(x, _mm256_or_ps(x, later_half<s>(x)));
+  cut.r[0] = or_later<s>(cut.r[0]);
 }
-PPO_INLINE Row next_step(const Row& x, F carried) {
-  const __m256i one_on = _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 7);
-  return {{{_mm256_blend_ps(_mm256_permutevar8x32_ps(x.r[0].v, one_on), carried.v, 0x80)}}};
-}
+PPO_INLINE Row next_step(const Row& x, F carried) { return {{shift_in(x.r[0], carried)}}; }
 PPO_INLINE Row next_in_memory(const Row&, const float* p, F) { return {{load<F>(p + 1)}}; }
-PPO_INLINE F first_step(const Row& x) {
-  return {_mm256_broadcastss_ps(_mm256_castps256_ps128(x.r[0].v))};
-}
+PPO_INLINE F first_step(const Row& x) { return first_lane(x.r[0]); }
 PPO_INLINE Row first_flagged(const Flags<F, 1>& m, const Row& x, F carried) {
-  const int set = _mm256_movemask_ps(m.r[0].v);
+  const int set = mask_bits(m.r[0]);
   if ((set & (set + 1)) == 0) return {{select(m.r[0], x.r[0], carried)}};  // the first so many
   float y[kSteps], last[kSteps];
   store(y, x.r[0]);

@@ -1,6 +1,6 @@
 // Instruction sets: the choice of one at run time and, where PPO_KERNEL names a header, that
-// header compiled once per instruction set, as ppo::scalar, ppo::avx2 and ppo::avx512 (PPO_ISA is
-// the name). In csrc/cpu/<family>/<op>.cpp:
+// header compiled once per instruction set, as ppo::scalar, ppo::avx2 and ppo::avx512 on x86 and
+// as ppo::scalar and ppo::neon on ARM (PPO_ISA is the name). In csrc/cpu/<family>/<op>.cpp:
 //
 //   #define PPO_KERNEL "../<family>/<op>_simd.h"
 //   #include "../simd/foreach_isa.h"
@@ -28,10 +28,16 @@
 #else
 #define PPO_X86 0
 #endif
+#if defined(__aarch64__) && defined(__ARM_NEON)
+#define PPO_ARM 1
+#include <arm_neon.h>
+#else
+#define PPO_ARM 0
+#endif
 
 namespace ppo {
 
-enum class Isa { scalar, avx2, avx512 };
+enum class Isa { scalar, neon, avx2, avx512 };
 
 const char* isa_name(Isa isa);
 Isa best_isa();    // the widest of this CPU
@@ -39,9 +45,9 @@ Isa active_isa();  // best_isa(), or PPO_FAST_ISA, or what set_isa() chose
 // Throws std::invalid_argument for an unknown name or one that this CPU lacks; "auto" resets.
 void set_isa(const char* name);
 
+#if PPO_X86
 template <class Fn>
-inline Fn select_isa([[maybe_unused]] Fn scalar, [[maybe_unused]] Fn avx2,
-                     [[maybe_unused]] Fn avx512) {
+inline Fn select_isa(Fn scalar, Fn avx2, Fn avx512) {
   switch (active_isa()) {
     case Isa::avx512:
       return avx512;
@@ -51,6 +57,12 @@ inline Fn select_isa([[maybe_unused]] Fn scalar, [[maybe_unused]] Fn avx2,
       return scalar;
   }
 }
+#elif PPO_ARM
+template <class Fn>
+inline Fn select_isa(Fn scalar, Fn neon) {
+  return active_isa() == Isa::neon ? neon : scalar;
+}
+#endif
 
 }  // namespace ppo
 
@@ -63,6 +75,8 @@ inline Fn select_isa([[maybe_unused]] Fn scalar, [[maybe_unused]] Fn avx2,
 #define PPO_SELECT(...)                                                     \
   ::ppo::select_isa(&::ppo::scalar::__VA_ARGS__, &::ppo::avx2::__VA_ARGS__, \
                     &::ppo::avx512::__VA_ARGS__)
+#elif PPO_ARM
+#define PPO_SELECT(...) ::ppo::select_isa(&::ppo::scalar::__VA_ARGS__, &::ppo::neon::__VA_ARGS__)
 #else
 #define PPO_SELECT(...) (&::ppo::scalar::__VA_ARGS__)
 #endif
@@ -122,5 +136,12 @@ inline Fn select_isa([[maybe_unused]] Fn scalar, [[maybe_unused]] Fn avx2,
 #else
 #pragma GCC pop_options
 #endif
+#elif PPO_ARM
+#define PPO_ISA neon  // every aarch64 has it: no target of its own
+#define PPO_ISA_WIDTH 8
+#include "simd.h"
+#include PPO_KERNEL
+#undef PPO_ISA
+#undef PPO_ISA_WIDTH
 #endif  // PPO_X86
 #endif  // PPO_KERNEL

@@ -13,7 +13,7 @@
 namespace ppo {
 namespace {
 
-constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512};
+constexpr Isa kAll[] = {Isa::scalar, Isa::neon, Isa::avx2, Isa::avx512};
 
 #if PPO_X86
 // __builtin_cpu_supports("f16c") does not compile with clang 14.
@@ -34,18 +34,19 @@ Isa detect() {
     return Isa::avx2;
   }
 #endif
-  return Isa::scalar;
+  return PPO_ARM ? Isa::neon : Isa::scalar;
 }
 
 Isa parse(const std::string& name) {
   if (name == "auto") return best_isa();
   for (Isa isa : kAll) {
     if (name != isa_name(isa)) continue;
-    if (isa <= best_isa()) return isa;
+    if (isa <= best_isa() && (PPO_ARM || isa != Isa::neon)) return isa;
     throw std::invalid_argument("PPO_FAST_ISA: this CPU has no " + name + ", its best is " +
                                 isa_name(best_isa()));
   }
-  throw std::invalid_argument("PPO_FAST_ISA: must be auto, scalar, avx2 or avx512, got " + name);
+  throw std::invalid_argument("PPO_FAST_ISA: must be auto, scalar, neon, avx2 or avx512, got " +
+                              name);
 }
 
 // A function-local static, so that a bad PPO_FAST_ISA is an exception and not a failed dlopen.
@@ -65,6 +66,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::avx2:
       return "avx2";
+    case Isa::neon:
+      return "neon";
     default:
       return "scalar";
   }

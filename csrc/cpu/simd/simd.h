@@ -18,6 +18,14 @@
 //   vlog(float)  vlog(double)
 //   near_one(x)       for x > 0: (scale, k), scale = 2^-k, with scale * x in [sqrt(1/2), sqrt(2))
 //   Acc<T>            sum in double: add(x), add_square(x), total()
+// With eight lanes also these of F, for steps along the lanes. A level s = 1, 2 or 4 sees blocks
+// of 2s lanes, and in each its earlier and its later half:
+//   later_half<s>(x)             the first lane of the later half, in every lane of the earlier
+//   one earlier_half<s>(a, b)        b in the earlier halves, a in the later ones
+//   fold_half<s>(a, x)           a * later_half<s>(x) + x in the earlier halves, x in the later
+//   ones or_later<s>(m)               m | later_half<s>(m) in the earlier halves, m in the later
+//   ones shift_in(x, last)            lane i + 1 in lane i, and `last`, which is the same in all
+//   lanes first_lane(x)                the first lane in all lanes mask_bits(m) lane i as bit i
 // The fp32 functions run the same operations in every lane and tail. Multiply-add is never
 // contracted (-ffp-contract=off); vfma is fused wherever the instruction set can.
 namespace ppo::PPO_ISA {
@@ -183,7 +191,11 @@ PPO_INLINE void add_deviation(ScalarAcc& sum, ScalarAcc& squares, double x, doub
 }  // namespace ppo::PPO_ISA
 
 #if PPO_ISA_WIDTH > 1
+#if PPO_X86
 #include "x86.h"
+#else
+#include "neon.h"
+#endif
 #endif
 
 namespace ppo::PPO_ISA {

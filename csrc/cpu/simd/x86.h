@@ -143,9 +143,10 @@ PPO_INLINE M operator!(M a) {
   return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))};
 }
 PPO_INLINE F select(M m, F a, F b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
-PPO_INLINE bool any(M m) { return _mm256_movemask_ps(m.v) != 0; }
-PPO_INLINE bool all(M m) { return _mm256_movemask_ps(m.v) == 0xff; }
-PPO_INLINE int count(M m) { return __builtin_popcount(unsigned(_mm256_movemask_ps(m.v))); }
+PPO_INLINE int mask_bits(M m) { return _mm256_movemask_ps(m.v); }
+PPO_INLINE bool any(M m) { return mask_bits(m) != 0; }
+PPO_INLINE bool all(M m) { return mask_bits(m) == 0xff; }
+PPO_INLINE int count(M m) { return __builtin_popcount(unsigned(mask_bits(m))); }
 
 // Fold halves: lane i with lane i + 4, then + 2, then + 1.
 #define PPO_FOLD(name, op)                                                          \
@@ -183,6 +184,39 @@ PPO_INLINE void add_deviation(VectorAcc& sum, VectorAcc& squares, F x, double pi
   squares.lo = _mm256_fmadd_pd(lo, lo, squares.lo);
   squares.hi = _mm256_fmadd_pd(hi, hi, squares.hi);
 }
+
+template <int s>
+PPO_INLINE F later_half(F x) {
+  if constexpr (s == 1) return {_mm256_movehdup_ps(x.v)};
+  if constexpr (s == 2) return {_mm256_permute_ps(x.v, 0xfa)};
+  return {_mm256_permutevar8x32_ps(x.v, _mm256_set1_epi32(4))};
+}
+template <int s>
+constexpr int kEarlier = s == 1   ? 0x55
+                         : s == 2 ? 0x33
+                                  : 0x0f;
+template <int s>
+PPO_INLINE F earlier_half(F later, F earlier) {
+  return {_mm256_blend_ps(later.v, earlier.v, kEarlier<s>)};
+}
+template <int s>
+PPO_INLINE F fold_half(F a, F x) {
+#ifdef PPO_MASKED
+  return {_mm256_mask3_fmadd_ps(a.v, later_half<s>(x).v, x.v, kEarlier<s>)};
+#else
+  return earlier_half<s>(x, vfma(a, later_half<s>(x), x));
+#endif
+}
+template <int s>
+PPO_INLINE M or_later(M m) {
+  const F x = {m.v};
+  return {earlier_half<s>(x, {_mm256_or_ps(m.v, later_half<s>(x).v)}).v};
+}
+PPO_INLINE F shift_in(F x, F last) {
+  const __m256i one_on = _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 7);
+  return {_mm256_blend_ps(_mm256_permutevar8x32_ps(x.v, one_on), last.v, 0x80)};
+}
+PPO_INLINE F first_lane(F x) { return {_mm256_broadcastss_ps(_mm256_castps256_ps128(x.v))}; }
 
 #else
 struct F {
