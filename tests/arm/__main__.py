@@ -42,7 +42,7 @@ WHEELS = (
         "pluggy",
         "pygments",
     ),
-    *("hypothesis", "sortedcontainers", "attrs", "pybind11", "setuptools<82", "wheel"),
+    *("hypothesis", "sortedcontainers", "attrs", "setuptools<82", "wheel"),
 )
 PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_17_aarch64", "manylinux_2_28_aarch64")
 CPUS = ("max", "cortex-a72")  # with SVE and without
