@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from ppo_fast.integrations import areal
 
 WORDS, WORLD = 13, 2
 CLIPPED = actor({}, eps_clip=0.2)
+WHITENED = ("ppo_actor/advantages/avg",)  # 0 but for rounding
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +80,9 @@ def test_a_run_is_the_same(
     theirs = areal_run.run(folder, critic, **options)
     with areal.patched(areal.integration.ops if critic else None) as calls:
         ours = areal_run.run(folder, critic, **options)
-    # The mean of whitened advantages is 0 but for rounding; AReaL counts a value as clipped where
-    # old + (value - old) is off by rounding, too.
+    # AReaL counts a value as clipped where old + (value - old) is off by rounding, too.
     names = [name for name in theirs.metrics[0] if name.startswith("ppo_critic/clip")]
-    tiny.assert_same_run(ours, theirs, 3, (*names, "ppo_actor/advantages/avg"))
+    tiny.assert_same_run(ours, theirs, 3, (*names, *WHITENED))
     assert calls["gae"].fused == 3 and calls["policy_loss"].fused == 6
     assert calls["logprobs"].fused >= 6 and not any(n.left for n in calls.values())
 
@@ -121,7 +122,9 @@ def test_logprobs_and_entropies(dtype: torch.dtype, temperature: float) -> None:
 
 
 def of_shard(rank: int, place: str) -> None:
-    """Both functions on this rank's half of the words, on AReaL and patched; no error is lost."""
+    """Both functions on this rank's half of the words, then a run, on AReaL and patched."""
+    torch.compiler.set_stance("force_eager")
+    os.environ["LOCAL_RANK"] = "0"
     where = f"file://{place}/rendezvous"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=WORLD)
     logits, labels = 3 * normal(20, 2 * WORDS), torch.arange(20) % (2 * WORDS)
@@ -137,16 +140,22 @@ def of_shard(rank: int, place: str) -> None:
     theirs = both()
     with areal.patched(("logprobs",)) as calls:
         ours = both()
-    torch.save((ours, theirs, calls["logprobs"].fused, calls["logprobs"].left), f"{place}/{rank}")
+    assert (calls["logprobs"].fused, calls["logprobs"].left) == (2, 0)
+    run = areal_run.run(place, backend=f"fsdp:d1t{WORLD}")
+    with areal.patched() as calls:
+        patched = areal_run.run(place, backend=f"fsdp:d1t{WORLD}")
+    assert calls["logprobs"].fused >= 6 and not any(n.left for n in calls.values())
+    tiny.assert_same_run(patched, run, 3, WHITENED)
+    torch.save((ours, theirs), f"{place}/{rank}")
     dist.destroy_process_group()
 
 
 def test_logprobs_of_a_shared_vocabulary(tmp_path: Path) -> None:
-    """Two ranks with half of the words each: AReaL's tensor parallelism."""
+    """Two ranks with half of the words each, AReaL's tensor parallelism: calls and updates."""
+    areal_run.save_model(str(tmp_path))
     mp.start_processes(of_shard, args=(str(tmp_path),), nprocs=WORLD, start_method="spawn")
     for rank in range(WORLD):
-        ours, theirs, fused, left = torch.load(tmp_path / str(rank))
-        assert (fused, left) == (2, 0)
+        ours, theirs = torch.load(tmp_path / str(rank))
         for a, b in zip(ours, theirs, strict=True):
             testing.assert_within_budget(a, b, condition=20.0, ops=8 * WORDS)
 
