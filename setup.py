@@ -24,8 +24,8 @@ os.chdir(Path(__file__).parent)
 MODES = ("auto", "none", "cpu", "cuda")
 OLDEST_TORCH = (2, 10)
 MEND = (
-    " (torch and a C++ compiler must be there first; other installers than pip see an installed"
-    " torch with --no-build-isolation alone)"
+    "; torch and a C++ compiler must be there first, and other installers than pip see a torch"
+    " that is installed with --no-build-isolation alone"
 )
 # Named through the package's symlink: an sdist and a wheel then hold the sources too.
 CSRC = Path("ppo_fast/csrc")

@@ -35,8 +35,11 @@ class OptionError(ValueError):
     """An option, or what it names, of which no run can be made: `ppo-fast train` ends with 2."""
 
 
-class Given(frozenset[str]):
-    """The names of the options that were given, those at their default's value too."""
+class Given(frozenset):  # type: ignore[type-arg]
+    """The names of the options that were given, those at their default's value too.
+
+    With Python 3.14, tyro 1.0 cannot read a subclass of `frozenset[str]`.
+    """
 
 
 @dataclass(frozen=True)
@@ -347,6 +350,10 @@ class TrainConfig:
         paths = {name: getattr(self, name) for name in ("out", "transitions", "save_transitions")}
         moved: dict[str, Any] = {k: Path(v).absolute() for k, v in paths.items() if v is not None}
         return dataclasses.replace(self, **moved)
+
+
+# By which tyro reads it: get_type_hints of Python 3.10 refuses an InitVar.
+TrainConfig.__annotations__["_given"] = "object"
 
 
 def _check(config: TrainConfig) -> None:
