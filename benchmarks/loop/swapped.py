@@ -84,6 +84,8 @@ def verl_rows() -> Iterator[Row]:
     run = backward([new], lambda f: f(old, new, advantages, mask, config=config))
     place = f"{core}:compute_policy_loss_vanilla"
     yield Row("clipped loss with backward", "policy_loss", place, run)
+    place = f"{core}:compute_policy_loss_sapo"
+    yield Row("SAPO's loss with backward", "policy_loss", place, run)
     run = backward([new], lambda f: f(new, advantages, old, mask, CLIP))
     yield Row("value loss with backward", "value_loss", f"{core}:compute_value_loss", run)
 
