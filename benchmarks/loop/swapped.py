@@ -74,6 +74,10 @@ def verl_rows() -> Iterator[Row]:
     leaf = x.leaf(*LOGITS)
     run = backward([leaf], lambda f: f(leaf, tokens))
     yield Row("the same with backward", "logprobs", place, run)
+    place = "verl.utils.torch_functional:entropy_from_logits"
+    yield Row("entropy", "entropy", place, lambda f: f(logits))
+    run = backward([leaf], lambda f: f(leaf))
+    yield Row("the same with backward", "entropy", place, run)
 
     config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True)
     new, old, advantages, mask = losses(x)

@@ -29,6 +29,7 @@ from ppo_fast.integrations._verl_support import (
 )
 
 _CORE = "verl.trainer.ppo.core_algos"
+_TORCH = "verl.utils.torch_functional"
 _OUTPUTS = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.prepare_model_outputs"
 _FUSED = "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward"
 Options = dict[str, Any]
@@ -413,10 +414,22 @@ integration = Integration(
         ),
         Swap(
             "logprobs",
-            "verl.utils.torch_functional:logprobs_from_logits",
+            f"{_TORCH}:logprobs_from_logits",
             _logprobs,
             sample=first_tokens("logits", "labels"),
             helpers=("logprobs_from_logits_flash_attn", "logprobs_from_logits_v2"),
+        ),
+        Swap(
+            "entropy",
+            f"{_TORCH}:entropy_from_logits",
+            compat.entropy_from_logits,
+            sample=first_tokens("logits"),
+        ),
+        Swap(
+            "entropy",
+            f"{_TORCH}:entropy_from_logits_with_chunking",
+            compat.entropy_from_logits,
+            sample=first_tokens("logits"),
         ),
         Swap(
             "linear_logprobs",

@@ -224,6 +224,22 @@ def test_logprobs(shape: tuple[int, ...]) -> None:
     )
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("entropy_from_logits", {}), ("entropy_from_logits_with_chunking", {"chunk_size": 5})],
+)
+def test_entropy(name: str, options: dict[str, int], compiled: bool) -> None:
+    """verl's engine compiles the function that it finds, patched or not."""
+    logits = (3 * normal(7, 13)).float().requires_grad_()
+
+    def call() -> Tensor:
+        function = getattr(torch_functional, name)
+        return (torch.compile(function, dynamic=True) if compiled else function)(logits, **options)
+
+    assert_alike("entropy", call, logits, size=20.0, terms=13)
+
+
 @pytest.mark.parametrize("shape", [(70, 16), (2, 5, 16)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_fused_head(shape: tuple[int, ...], temperature: float) -> None:

@@ -27,7 +27,7 @@ OWN = (
 ACTIVE = (
     "import verl; from ppo_fast.integrations import verl as v; print(sorted(v.integration.calls))"
 )
-ALL = "['gae', 'kl', 'linear_logprobs', 'logprobs', 'policy_loss', 'value_loss']"
+ALL = "['entropy', 'gae', 'kl', 'linear_logprobs', 'logprobs', 'policy_loss', 'value_loss']"
 
 
 # 0.8.0 loads no entry points; the module itself is not imported here.
