@@ -1,4 +1,4 @@
-"""Seeded mistakes of the referee, and of a run's report and alarms."""
+"""Seeded mistakes of the referee, of a run's report and alarms, and of the site."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from mutant_referee import REFEREE
 
 REPORT = (
     *REFEREE,
+    Mutant(
+        "the site's anchors lose what is not ASCII",
+        "docs/site_hooks.py",
+        r're.sub(r"[^\w\- ]"',
+        r're.sub(r"[^a-z0-9_\- ]"',
+        "site",
+        "anchors_are",
+    ),
+    Mutant(
+        "a page of the site may load over http",
+        "docs/site_hooks.py",
+        '"(?:https?:)?//',
+        '"(?:https:)?//',
+        "site",
+        "network",
+    ),
     Mutant(
         "a mean that overflows is infinite",
         "ppo_fast/loop/log/history.py",
