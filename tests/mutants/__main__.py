@@ -24,7 +24,8 @@ from mutant import Mutant, files_of_tests, mutated
 from mutant_list import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_BEHIND = (".git", ".venv", "__pycache__", "*_cache", ".hypothesis", "results", "shared")
+CACHES = ("__pycache__", "*_cache", ".hypothesis", "sysroot")
+LEFT_BEHIND = (".git", ".venv", "results", "shared", *CACHES)
 TESTS_FAILED = 1  # pytest's exit status
 
 

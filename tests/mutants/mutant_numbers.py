@@ -50,6 +50,14 @@ NUMBERS_CPU = (
 )
 
 NUMBERS = (
+    Mutant(
+        "a function of the lanes that NEON lacks",
+        "csrc/cpu/simd/neon.h",
+        "PPO_INLINE F vsqrt(F a)",
+        "PPO_INLINE F vroot(F a)",
+        "csrc",
+        "same_functions",
+    ),
     *SHARES,
     Mutant(
         "shards are merged without their maxima",
