@@ -25,6 +25,7 @@ py::dict build_info() {
   info["isa_compiled"] = py::tuple(compiled);
   info["isa_best"] = ppo::isa_name(ppo::best_isa());
   info["isa"] = ppo::isa_name(ppo::active_isa());
+  info["bf16_dot"] = ppo::bf16_dot();
   info["torch_target"] =
       py::make_tuple(int(TORCH_TARGET_VERSION >> 56), int((TORCH_TARGET_VERSION >> 48) & 0xff));
 #ifdef PPO_FAST_CUDA

@@ -196,3 +196,11 @@ def _cuda_runs_on(index: int) -> tuple[int, int] | None:
 
 # A constant of a compiled graph, which cannot look into the extension module.
 _cuda_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def bf16_dot() -> bool:
+    """True where the extension is built and this CPU has dot products of bf16 that it may use."""
+    return _REASONS["cpu"] is None and bool(_ext.module().build_info()["bf16_dot"])
+
+
+bf16_dot._dynamo_marked_constant = True  # type: ignore[attr-defined]
