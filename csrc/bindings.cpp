@@ -56,9 +56,10 @@ PyObject* build_info(PyObject*, PyObject*) {
 #endif
   return guarded([&] {
     const char* active = isa_name(ppo::active_isa());
-    return Py_BuildValue("{s:s,s:s,s:N,s:s,s:s,s:(ii),s:N}", "compiler", compiler, "flags",
+    return Py_BuildValue("{s:s,s:s,s:N,s:s,s:s,s:O,s:(ii),s:N}", "compiler", compiler, "flags",
                          PPO_FAST_FLAGS, "isa_compiled", compiled_isas(), "isa_best",
-                         isa_name(ppo::best_isa()), "isa", active, "torch_target",
+                         isa_name(ppo::best_isa()), "isa", active, "bf16_dot",
+                         ppo::bf16_dot() ? Py_True : Py_False, "torch_target",
                          int(TORCH_TARGET_VERSION >> 56), int((TORCH_TARGET_VERSION >> 48) & 0xff),
                          "cuda", cuda_facts());
   });

@@ -194,3 +194,9 @@ def _cuda_runs_on(index: int) -> tuple[int, int] | None:
     if _ext.wrong_gpu(index) is not None:
         return None
     return torch.cuda.get_device_capability(index)
+
+
+@constant_in_graphs
+def bf16_dot() -> bool:
+    """True where the extension is built and this CPU has dot products of bf16 that it may use."""
+    return _REASONS["cpu"] is None and bool(_ext.module().build_info()["bf16_dot"])

@@ -50,6 +50,7 @@ _WHITEN = HANDLES["whiten"]
 _SCALED = HANDLES["scaled"]
 _SCALED_ = HANDLES["scaled_"]
 _FEW_ROWS_LINEAR = HANDLES["few_rows_linear"]
+_BF16_PRODUCT_ = HANDLES["bf16_product_"]["cpu"]
 _ROLLOUT_WEIGHTS = HANDLES["rollout_weights"]
 
 
@@ -459,6 +460,15 @@ def few_rows_linear(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None
     """x (R, K) · weightᵀ + bias, (R, V) float32."""
     out: Tensor = _FEW_ROWS_LINEAR[backend](x, weight, bias)
     return out
+
+
+def bf16_product_(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """out (M, N) float32 = a (M, K) · b (K, N), or that more; b is bfloat16, a that or float32.
+
+    An element of a float32 `a` is taken as the sum of two bf16 numbers, which leaves 2^-16 of it.
+    Raises RuntimeError where `_backend.bf16_dot()` is false.
+    """
+    _BF16_PRODUCT_(a, b, out, add)
 
 
 def rollout_weights(

@@ -171,6 +171,8 @@ _WHITEN = (
 # grads times factor and scale, 0-d both. In place nothing is touched where that is exactly 1.
 _SCALED_ARGS = "({grads} grads, Tensor factor, Tensor? scale)"
 _FEW_ROWS_LINEAR = "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+# out (M, N) fp32 = a (M, K) · b (K, N), or that more; b is bf16, a that or fp32.
+_BF16_PRODUCT_ = "(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()"
 # windows: `Correction.windows()`, end to end; stats are in the order of ROLLOUT_FIELDS.
 _ROLLOUT_WEIGHTS = (
     "(Tensor old_logprobs, Tensor rollout_logprobs, Tensor? mask, Tensor? cu_seqlens, int level,"
@@ -338,6 +340,7 @@ OPS: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda x, weight, bias: _empty(x, (x.shape[0], weight.shape[0])),
         "few_rows_linear",
     ),
+    "bf16_product_": (_BF16_PRODUCT_, lambda *_: None, "bf16_product"),
     "rollout_weights": (_ROLLOUT_WEIGHTS, _fake_rollout, "rollout_weights"),
 }
 # Ops that not every backend has.
@@ -357,6 +360,7 @@ _BACKENDS_OF = {
     "divergence_bwd_": ("cpu", "triton"),
     "divergence_bwd_bf16_": ("triton",),
     "few_rows_linear": ("cpu",),
+    "bf16_product_": ("cpu",),
     "rollout_weights": ("cpu",),
 }
 

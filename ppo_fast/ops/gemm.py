@@ -1,8 +1,9 @@
 """Matrix products of the head, with fp32-grade results for inputs of any precision.
 
 `z` and its gradient are fp32 (fp64 for fp64 inputs); a gradient that a kernel has rounded has the
-inputs' dtype. On CUDA the GEMM takes 16-bit operands and gives fp32; on a CPU, where such a GEMM
-is slow or absent, operands become fp32 a piece at a time.
+inputs' dtype. On CUDA the GEMM takes 16-bit operands and gives fp32. So does a kernel of ours for
+bf16 on a CPU with its dot products, where dz is the sum of two bf16 numbers. On other CPUs such a
+GEMM is slow or absent: operands become fp32 a piece at a time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ppo_fast import _backend
+from ppo_fast._boundary import calls
+
 # Rows of a 16-bit weight that are fp32 at one time on a CPU.
 _PIECE = 8192
 # Rows that are rounded through memory of their own.
@@ -20,6 +24,11 @@ _FIRST = 64
 
 def _direct(x: Tensor, wide: torch.dtype) -> bool:
     return x.dtype == wide
+
+
+def _dots(x: Tensor) -> bool:
+    """True for an operand of a CPU that has products of bf16 with fp32 sums."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _backend.bf16_dot()
 
 
 def _pieces(weight: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -34,6 +43,8 @@ def logits_into(z: Tensor, x: Tensor, weight: Tensor) -> None:
         torch.mm(x, weight.t(), out=z)
     elif x.is_cuda:
         torch.ops.aten.mm.dtype_out(x, weight.t(), z.dtype, out=z)
+    elif _dots(weight):
+        calls.bf16_product_(x, weight.t(), z, add=False)
     else:
         x = x.to(z.dtype)
         for piece, w in _pieces(weight, z.dtype):
@@ -46,6 +57,8 @@ def add_logits(z: Tensor, x: Tensor, weight: Tensor) -> None:
         torch.addmm(z, x, weight.t(), out=z)
     elif x.is_cuda:
         torch.ops.aten.addmm.dtype_out(z, x, weight.t(), z.dtype, out=z)
+    elif _dots(weight):
+        calls.bf16_product_(x, weight.t(), z, add=True)
     else:
         x = x.to(z.dtype)
         for piece, w in _pieces(weight, z.dtype):
@@ -73,6 +86,10 @@ def hidden_gradient(dz: Tensor, weight: Tensor) -> Tensor:
     """dz (R, V) · weight, in dz's dtype, which on CUDA is the weight's."""
     if _direct(weight, dz.dtype):
         return dz @ weight
+    if _dots(weight):
+        out = dz.new_empty(dz.shape[0], weight.shape[1])
+        calls.bf16_product_(dz, weight, out, add=False)
+        return out
     out = dz.new_zeros(dz.shape[0], weight.shape[1])
     for piece, w in _pieces(weight, dz.dtype):
         out.addmm_(dz[:, piece], w)
@@ -85,6 +102,8 @@ def add_weight_gradient(total: Tensor, dz: Tensor, x: Tensor, beta: int) -> None
         torch.addmm(total, dz.t(), x, beta=beta, out=total)
     elif x.is_cuda:
         torch.ops.aten.addmm.dtype_out(total, dz.t(), x, total.dtype, beta=beta, out=total)
+    elif _dots(x):
+        calls.bf16_product_(dz.t(), x, total, add=beta == 1)
     else:
         dz, x = dz.to(total.dtype), x.to(total.dtype)
         torch.addmm(total, dz.t(), x, beta=beta, out=total)

@@ -108,11 +108,21 @@ def _budgets(
 ) -> Conditions:
     eps = torch.finfo(compute).eps
     main = next(iter(call.tensors.values()))
-    on_gpu = backend in ("triton", "cuda")  # interpreted or emulated, or it is there
-    gpu = on_gpu or (main.is_cuda and backend != "reference")
-    if call.op in (HEADS | DIVERGENCES) and gpu and main.dtype in _HALVES:
-        return CONDITIONS[call.op](promoted(call), exact, eps, narrow=main.dtype)
+    if call.op in (HEADS | DIVERGENCES):
+        return CONDITIONS[call.op](promoted(call), exact, eps, narrow=_narrow(main, backend))
     return CONDITIONS[call.op](promoted(call), exact, eps)
+
+
+def _narrow(main: Tensor, backend: str) -> tuple[float, float] | None:
+    """Largest relative and absolute rounding of dlogits before their products; None for none."""
+    on_gpu = backend in ("triton", "cuda")  # interpreted or emulated, or it is there
+    if main.dtype in _HALVES and (on_gpu or (main.is_cuda and backend != "reference")):
+        info = torch.finfo(main.dtype)
+        return info.eps / 2, info.smallest_normal * info.eps / 2
+    if main.dtype == torch.bfloat16 and backend == "cpu":
+        # Where the CPU has dot products of bf16, two such numbers; a subnormal one counts as 0.
+        return 2.0**-16, torch.finfo(torch.bfloat16).smallest_normal
+    return None
 
 
 def _stores(op: str, name: str, interpreted: bool) -> float:

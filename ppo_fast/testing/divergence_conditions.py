@@ -14,7 +14,13 @@ from ppo_fast.reference.common import keep_of, token_weights
 from ppo_fast.reference.divergence import divergence_terms
 from ppo_fast.teacher import check_kind
 from ppo_fast.testing.calls import Call
-from ppo_fast.testing.loss_conditions import Conditions, Softmax, finite, seqs_value
+from ppo_fast.testing.loss_conditions import (
+    Conditions,
+    Narrow,
+    Softmax,
+    finite,
+    seqs_value,
+)
 
 
 class Pair:
@@ -105,7 +111,7 @@ def weighted_loss(
 
 
 def logits_divergence_condition(
-    call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
+    call: Call, exact: dict[str, Tensor], eps: float, narrow: Narrow = None
 ) -> Conditions:
     """Of two softmaxes, their divergence, the loss of it and its gradient by the logits."""
     t, o = call.tensors, call.options

@@ -1,6 +1,6 @@
 """The magnitudes whose roundings reach each output of the head: through logits and softmax.
 
-As `conditions.py`; `narrow` is the type that a GPU rounds dlogits to before their products.
+As `conditions.py`; `narrow` is the rounding of dlogits before their products.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ppo_fast.testing.divergence_conditions import (
 )
 from ppo_fast.testing.loss_conditions import (
     Conditions,
+    Narrow,
     Softmax,
     finite,
     over_support,
@@ -109,17 +110,15 @@ def _upward(
     return dz * logits.bend, error / temperature * logits.bend + dz.abs() * logits.bend_error
 
 
-def _gradients(
-    call: Call, dz: Tensor, error: Tensor, eps: float, narrow: torch.dtype | None
-) -> Conditions:
-    """Of the products with the weight and the hidden states, whose operands may be `narrow`."""
+def _gradients(call: Call, dz: Tensor, error: Tensor, eps: float, narrow: Narrow) -> Conditions:
+    """Of the products with the weight and the hidden states, whose operand dz may be `narrow`."""
     t = call.tensors
     if "logits" in t:
         return {"grad_logits": (8, error, False)}
     size, error = (x.reshape(-1, x.shape[-1]) for x in (dz.abs(), error))
     if narrow is not None:
-        info = torch.finfo(narrow)
-        error = error + (size * info.eps + info.smallest_normal * info.eps) / (16 * eps)
+        relative, absolute = narrow
+        error = error + (size * relative + absolute) / (8 * eps)
     rows, vocab = size.shape
     summed = error + _adds(rows) * size
     # What is rounded in the gradient of padding is nothing.
@@ -135,7 +134,7 @@ def _gradients(
 
 
 def linear_logprobs_condition(
-    call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
+    call: Call, exact: dict[str, Tensor], eps: float, narrow: Narrow = None
 ) -> Conditions:
     """Of the product, the softcap and the softmax, and of the two products of the backward."""
     logits, temperature = _logits(call, _kept(call)), temperature_of(call)
@@ -150,7 +149,7 @@ def linear_logprobs_condition(
 
 
 def linear_token_stats_condition(
-    call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
+    call: Call, exact: dict[str, Tensor], eps: float, narrow: Narrow = None
 ) -> Conditions:
     """Of the product, the softcap and sums over a row's columns.
 
@@ -178,7 +177,7 @@ def linear_token_stats_condition(
 
 
 def linear_logprobs_at_condition(
-    call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
+    call: Call, exact: dict[str, Tensor], eps: float, narrow: Narrow = None
 ) -> Conditions:
     """The same at the ids of a row, whose gradients are summed before they meet its softmax."""
     ids = call.tensors["ids"]
@@ -237,7 +236,7 @@ def _by_pair(
 
 
 def linear_divergence_condition(
-    call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
+    call: Call, exact: dict[str, Tensor], eps: float, narrow: Narrow = None
 ) -> Conditions:
     """Of both heads' products, the divergences, and the products of the backward."""
     counted = _kept(call)
@@ -261,7 +260,7 @@ def linear_divergence_condition(
 
 
 def head_loss_condition(
-    call: Call, exact: dict[str, Tensor], eps: float, narrow: torch.dtype | None = None
+    call: Call, exact: dict[str, Tensor], eps: float, narrow: Narrow = None
 ) -> Conditions:
     """Of the softmax, of the loss of what comes out of it, and back."""
     logits, temperature = _logits(call, _kept(call)), temperature_of(call)

@@ -19,6 +19,8 @@ from ppo_fast.testing.calls import Call
 
 EPS64 = torch.finfo(torch.float64).eps
 Conditions = dict[str, tuple[float, Tensor, bool]]
+# Largest relative and absolute rounding of dlogits before the products of the backward.
+Narrow = tuple[float, float] | None
 
 
 def finite(x: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ def boundary(device: str) -> dict[str, tuple[Any, ...]]:
                             0.99, 0.95, 0.1, 5.0, -3.0, 3.0),
         "moments": (x(3, 5), mask),
         "whiten": (x(3, 5), mask, moments, True, True, False, 1e-8),
-        "scaled": (x(3, 5), x(), x()),
-        "scaled_": (x(3, 5), x(), none),
+        "scaled": (x(3, 5), x(), x()), "scaled_": (x(3, 5), x(), none),
         "few_rows_linear": (x(3, 5), x(7, 5), x(7)),
+        "bf16_product_": (x(3, 5), x(5, 7).bfloat16(), x(3, 7), True),
         "rollout_weights": (logs, logs + 0.1, mask, none, 2, 1, 0.9, 1.1,
                             [-1.0, 1.0, 0.5, 0.4] * 5),
     }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
@@ -47,21 +47,21 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 class Allocations(TorchDispatchMode):
-    """The shapes of all tensors that ops make for themselves, views apart."""
+    """Shapes and dtypes of all tensors that ops make for themselves, views apart."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: list[torch.Size] = []
+        self.dtypes: defaultdict[torch.Size, Counter[torch.dtype]] = defaultdict(Counter)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {x.data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
-            self.shapes += [
-                x.shape
-                for x in tree_leaves(out)
-                if isinstance(x, torch.Tensor) and x.data_ptr() not in known
-            ]
+            for x in tree_leaves(out):
+                if isinstance(x, torch.Tensor) and x.data_ptr() not in known:
+                    self.shapes.append(x.shape)
+                    self.dtypes[x.shape][x.dtype] += 1
         return out
 
     def largest(self) -> int:

@@ -33,7 +33,7 @@ HEAD = (
         "z[:, piece].addmm_(x, w.t())",
         "torch.mm(x, w.t(), out=z[:, piece])",
         "head_extra",
-        "precisions and bfloat16 and logprobs",
+        "precisions and float16 and not bfloat16 and logprobs",
     ),
     Mutant(
         "each block's gradient by b replaces the former",
@@ -107,5 +107,29 @@ HEAD = (
         "        if name not in getattr(head, 'lora_A', {}):\n            continue\n",
         "loop_adapters",
         "other_kinds",
+    ),
+    Mutant(
+        "bf16 u and b replace the logits where the CPU has dot products",
+        "ppo_fast/ops/gemm.py",
+        "z, add=True)",
+        "z, add=False)",
+        "head_extra",
+        "precisions and bfloat16 and logprobs",
+    ),
+    Mutant(
+        "bf16 dot products are never used",
+        "ppo_fast/_backend.py",
+        'bool(_ext.module().build_info()["bf16_dot"])',
+        "False",
+        "bf16_product",
+        "within_budget",
+    ),
+    Mutant(
+        "an fp32 operand is one bf16 number",
+        "csrc/cpu/linear/bf16_product_simd.h",
+        "part < (both ? 2 : 1)",
+        "part < 1",
+        "bf16_product",
+        "within_the_bound",
     ),
 )

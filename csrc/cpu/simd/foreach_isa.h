@@ -44,6 +44,8 @@ Isa best_isa();    // the widest of this CPU
 Isa active_isa();  // best_isa(), or PPO_FAST_ISA, or what set_isa() chose
 // Throws std::invalid_argument for an unknown name or one that this CPU lacks; "auto" resets.
 void set_isa(const char* name);
+// True where kernels may use AVX512-BF16: the CPU has it, and the active set is avx512.
+bool bf16_dot();
 
 #if PPO_X86
 template <class Fn>

@@ -82,4 +82,13 @@ Isa active_isa() { return choice().load(std::memory_order_relaxed); }
 
 void set_isa(const char* name) { choice().store(parse(name), std::memory_order_relaxed); }
 
+bool bf16_dot() {
+#if PPO_X86
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has && active_isa() == Isa::avx512;
+#else
+  return false;
+#endif
+}
+
 }  // namespace ppo
