@@ -13,8 +13,10 @@ from ppo_fast.integrations._errors import ForeignPatchError
 def file_of(value: Any) -> str:
     """The file that a function or class was written in."""
     value = getattr(value, "_torchdynamo_orig_callable", value)
-    if inspect.ismethod(value):
-        value = value.__self__ if inspect.isclass(value.__self__) else value.__func__
+    if inspect.isclass(owner := getattr(value, "__self__", None)):
+        value = owner  # whose method it is: built in is an autograd.Function's, from torch 2.14
+    elif inspect.ismethod(value):
+        value = value.__func__
     code = getattr(value, "__code__", None)
     if code is not None:
         return str(code.co_filename)
