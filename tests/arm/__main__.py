@@ -29,7 +29,7 @@ TOOLS = {
     "ninja": "ninja-build",
 }
 DEBIAN = ("python3.11", "libpython3.11-dev", "libgomp1", "libstdc++6")
-# Torch's oldest supported release is the newest whose aarch64 wheel comes without CUDA.
+# The oldest torch that is supported: its aarch64 wheel comes without CUDA, as 2.13's does not.
 WHEELS = (
     *("torch==2.10.0", "numpy", "typing_extensions", "sympy", "mpmath", "filelock", "jinja2"),
     *(
