@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.ops.inputs import on
 from ppo_fast import RolloutStats, Stats, TokenStats, reference
 from ppo_fast.testing import Call, assert_within_budget, promoted, run
+from ppo_fast.testing.budget import narrow_of
 from ppo_fast.testing.conditions import CONDITIONS, Conditions
 
 # A statistic that is a mean over tokens: its sum's field in `Stats`, where the names differ.
@@ -68,12 +69,12 @@ def _sampled(call: Call) -> tuple[Call, Tensor | None]:
 
 
 def _budgets(wide: Call, exact: dict[str, Tensor], eps: float, call: Call) -> Conditions:
-    """On a GPU a head's gradient is rounded to its inputs' type before the products."""
+    """A head's gradient by the logits may be rounded before the products."""
     condition = CONDITIONS[call.op]
     hidden = call.tensors.get("hidden")
-    if hidden is None or not hidden.is_cuda or hidden.dtype == torch.float32:
+    if hidden is None:
         return condition(wide, exact, eps)
-    return condition(wide, exact, eps, hidden.dtype)
+    return condition(wide, exact, eps, narrow_of(hidden, "cuda" if hidden.is_cuda else "cpu"))
 
 
 class Gate:

@@ -21,6 +21,7 @@ LENGTHS = tuple(Shape(f"head-{n}k", (1024 * n, 8192, 64)) for n in (1, 4, 16, 64
 CHOSEN_R2 = Shape("qwen-r2-3-rows-of-10", QWEN_R2.dims)
 
 LINEAR_LOSS_BOTH = Case(NAME, BOTH, SMOLLM2_HEAD_2K)
+BF16_BOTH = Case(NAME, BOTH, SMOLLM2_HEAD_2K, "bf16")
 WITH_TEACHER = Case(NAME, BOTH, teacher.taught(SMOLLM2_HEAD_2K))
 WITH_ADAPTER = Case(NAME, BOTH, adapter.SHAPE)
 OF_SUPPORT = {name: Case(NAME, BOTH, shape) for name, shape in support.SHAPES.items()}
@@ -29,6 +30,7 @@ GPU_CHOSEN_ROWS = Case(NAME, BOTH, CHOSEN_R2, "bf16", device="cuda")
 GPU_WITH_TEACHER = Case(NAME, BOTH, teacher.taught(QWEN_R2), "bf16", device="cuda")
 CASES = (
     LINEAR_LOSS_BOTH,
+    BF16_BOTH,
     *(Case(NAME, BOTH, shape) for shape in LENGTHS),
     WITH_TEACHER,
     *OF_SUPPORT.values(),
@@ -41,6 +43,7 @@ GOALS = (
     Goal(LINEAR_LOSS_BOTH, CPU, "gemms", 1.15, 1.05, faster=False),
     Goal(LINEAR_LOSS_BOTH, CPU, "eager", 4, 10, memory=True),
     Goal(LINEAR_LOSS_BOTH, f"{CPU}-surrogate", CPU, 1.05, 1.02, faster=False),
+    Goal(BF16_BOTH, CPU, f"{CPU}-fp32-operands", 1.5, 1.9),
     *(
         Goal(OF_SUPPORT[name], CPU, "dense-head", times, None)
         for name, times in (

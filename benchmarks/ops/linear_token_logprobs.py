@@ -5,24 +5,27 @@ from __future__ import annotations
 from benchmarks.ops import support
 from benchmarks.ops.case import BOTH, DTYPES, FORWARD, Case, Shape
 from benchmarks.ops.inputs import logprobs_inputs
-from benchmarks.ops.op import Cost, Op, device_time
+from benchmarks.ops.op import CPU, Cost, Goal, Op, device_time
 from benchmarks.ops.sizes import QWEN_R2
 from ppo_fast.testing import Call
 
 NAME = "linear_token_logprobs"
 SMOLLM2_HEAD = Shape("smollm2-head", (512, 49152, 576))
 
+BF16_FORWARD = Case(NAME, FORWARD, SMOLLM2_HEAD, "bf16")
 GPU_LINEAR_FORWARD = Case(NAME, FORWARD, QWEN_R2, "bf16", device="cuda")
 GPU_OF_SUPPORT = {
     n: Case(NAME, BOTH, shape, "bf16", device="cuda") for n, shape in support.GPU_SHAPES.items()
 }
 CASES = (
     Case(NAME, FORWARD, SMOLLM2_HEAD),
+    BF16_FORWARD,
     Case(NAME, FORWARD, support.SHAPES[support.K128]),
     GPU_LINEAR_FORWARD,
     *GPU_OF_SUPPORT.values(),
 )
 GOALS = (
+    Goal(BF16_FORWARD, CPU, f"{CPU}-fp32-operands", 1.5, 1.9),
     device_time(GPU_LINEAR_FORWARD, 16500, 13700),
     # 8 KB of every pair in each of three products, and the weight's gradient once.
     device_time(GPU_OF_SUPPORT[20], 2600, 1700, "triton"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import ppo_fast
 from benchmarks.ops import teacher
@@ -13,6 +15,7 @@ from benchmarks.ops.registry import OPS
 from benchmarks.ops.support import kept
 from benchmarks.peers.base import Bound, Provider, leaves, pair, restore, timed
 from ppo_fast import surrogates
+from ppo_fast._backend import bf16_dot
 from ppo_fast.testing import Call, arguments, output
 
 # The reference's recurrence launches about 25 kernels a step.
@@ -33,6 +36,8 @@ def of(case: Case) -> Iterator[Provider]:
             yield _apart(case, backend)
         elif case.op == "linear_ppo_loss" and not kept(case) and not is_adapted(case):
             yield _surrogate(case, backend)
+        if backend == "cpu" and case.op.startswith("linear_") and case.dtype == "bf16":
+            yield _with_fp32_operands()
     yield _backend(case, "reference")
 
 
@@ -54,6 +59,27 @@ def _backend(case: Case, backend: str, *, inplace: bool = False) -> Provider:
         missing,
         plain=backend == "reference",
     )
+
+
+def _with_fp32_operands() -> Provider:
+    """The head without the CPU's dot products of bf16: its operands become fp32 in pieces."""
+
+    def bind(case: Case, call: Call) -> Bound:
+        bound = bind_backend(case, call, "cpu")
+
+        def run() -> Any:
+            with patch("ppo_fast._backend.bf16_dot", lambda: False):
+                return bound.call()
+
+        return replace(bound, call=run)
+
+    def missing() -> str | None:
+        reason = ppo_fast.backends()["cpu"]
+        if reason is None and not bf16_dot():
+            return "this CPU has no dot products of bf16: it is what ppo_fast-cpu does"
+        return reason
+
+    return Provider("ppo_fast-cpu-fp32-operands", bind, missing)
 
 
 def _surrogate(case: Case, backend: str) -> Provider:

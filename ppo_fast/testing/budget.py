@@ -21,6 +21,7 @@ from ppo_fast import reference
 from ppo_fast.testing.calls import Call, promoted, run
 from ppo_fast.testing.conditions import CONDITIONS, Conditions
 from ppo_fast.testing.head_inputs import DIVERGENCES, HEADS
+from ppo_fast.testing.loss_conditions import Narrow
 
 _HALVES = (torch.bfloat16, torch.float16)
 _LOSSES = ("logits_ppo_loss", "linear_ppo_loss", "linear_divergence")
@@ -109,11 +110,11 @@ def _budgets(
     eps = torch.finfo(compute).eps
     main = next(iter(call.tensors.values()))
     if call.op in (HEADS | DIVERGENCES):
-        return CONDITIONS[call.op](promoted(call), exact, eps, narrow=_narrow(main, backend))
+        return CONDITIONS[call.op](promoted(call), exact, eps, narrow=narrow_of(main, backend))
     return CONDITIONS[call.op](promoted(call), exact, eps)
 
 
-def _narrow(main: Tensor, backend: str) -> tuple[float, float] | None:
+def narrow_of(main: Tensor, backend: str) -> Narrow:
     """Largest relative and absolute rounding of dlogits before their products; None for none."""
     on_gpu = backend in ("triton", "cuda")  # interpreted or emulated, or it is there
     if main.dtype in _HALVES and (on_gpu or (main.is_cuda and backend != "reference")):

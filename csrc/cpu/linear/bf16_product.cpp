@@ -11,7 +11,7 @@ namespace {
 
 // Blocks of the product that a thread takes at a time, and how much of K they are packed for: both
 // packed operands stay in a core's second cache.
-constexpr int64_t kBlockRows = 512, kBlockCols = 384, kBlockDepth = 512;
+constexpr int64_t kBlockRows = 512, kBlockCols = 384, kBlockDepth = 256;
 
 struct ProductArgs {
   View a, b;   // (M, K) and (N, K), any strides

@@ -5,7 +5,8 @@
 // vdpbf16ps adds two products to each lane: a product of bf16 numbers is exact in fp32, each of
 // the two sums is rounded to nearest even, subnormal operands and sums count as 0 (Intel's
 // "Architecture Instruction Set Extensions Programming Reference", VDPBF16PS). An element's sum
-// runs over K in order, through fp32 memory between blocks, so no blocking changes its bits.
+// runs over each block of K in order, and the blocks' sums are added in order: a block's length
+// bounds the rounding errors, and no blocking of rows or columns changes a bit.
 namespace ppo::avx512bf16 {
 
 constexpr int kLanes = 16;
@@ -163,9 +164,7 @@ inline void tile(const Pair* a, const Pair* b, int64_t pairs, float* out, int64_
   for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 3
     for (int v = 0; v < kTileVectors; ++v) {
-      sum[i][v] = add && i < rows ? _mm512_maskz_loadu_ps(first(cols - v * kLanes),
-                                                          out + i * stride + v * kLanes)
-                                  : _mm512_setzero_ps();
+      sum[i][v] = _mm512_setzero_ps();
     }
   }
   for (int64_t k = 0; k < pairs; ++k, a += kLanes, b += kTileCols) {
@@ -184,7 +183,11 @@ inline void tile(const Pair* a, const Pair* b, int64_t pairs, float* out, int64_
     if (i >= rows) break;
 #pragma GCC unroll 3
     for (int v = 0; v < kTileVectors; ++v) {
-      _mm512_mask_storeu_ps(out + i * stride + v * kLanes, first(cols - v * kLanes), sum[i][v]);
+      const __mmask16 live = first(cols - v * kLanes);
+      float* const to = out + i * stride + v * kLanes;
+      const __m512 total =
+          add ? _mm512_add_ps(_mm512_maskz_loadu_ps(live, to), sum[i][v]) : sum[i][v];
+      _mm512_mask_storeu_ps(to, live, total);
     }
   }
 }
