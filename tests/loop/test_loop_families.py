@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaForCausalLM
 
 from ppo_fast.loop import TrainConfig, Trainer, UnsupportedModelError
-from ppo_fast.loop.model.decoder import Decoder
+from ppo_fast.loop.model.decoder import Decoder, cache_argument
 from ppo_fast.loop.model.layers import decoder_layers, freeze_below
 from ppo_fast.loop.model.load import prompt_limit
 from ppo_fast.loop.model.rounding import allowed_gap
@@ -104,9 +104,37 @@ def test_a_recurrent_model_samples_as_without_padding(name: str) -> None:
             assert float(gap.abs().max()) < allowed_gap(torch.float32)
 
 
+class ByItsFormerName(nn.Module):
+    """A model whose forward calls its cache `cache_params`, as Mamba's did before 5.24."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner, self.config = model, model.config
+
+    def forward(self, cache_params: Any = None, **inputs: Any) -> Any:
+        return self.inner(**inputs, **{cache_argument(self.inner): cache_params})
+
+
+def test_a_cache_by_its_former_name_is_the_cache() -> None:
+    model, tokens = build("mamba"), torch.arange(1, 13).view(2, 6)
+    with torch.no_grad():
+        decoders = [
+            Decoder(m, tokens, torch.ones_like(tokens), 1) for m in (model, ByItsFormerName(model))
+        ]
+        for decoder in decoders:
+            decoder.step(torch.tensor([20, 21]))
+    torch.testing.assert_close(decoders[1].logits, decoders[0].logits, rtol=0, atol=0)
+
+
 REFUSED = [
-    ("openai-gpt", "OpenAIGPTLMHeadModel's forward takes neither 'cache' nor 'past_key_values'"),
-    ("rwkv", "RwkvForCausalLM's forward takes neither 'cache' nor 'past_key_values'"),
+    (
+        "openai-gpt",
+        "OpenAIGPTLMHeadModel's forward takes none of 'cache', 'past_key_values'",
+    ),
+    (
+        "rwkv",
+        "RwkvForCausalLM's forward takes none of 'cache', 'past_key_values'",
+    ),
     ("xlstm", "xLSTMForCausalLM cannot be trained by the loop: a forward of it raised"),
     ("minimax", "MiniMaxForCausalLM cannot be trained by the loop: a forward of it raised"),
     ("roberta", "RobertaForCausalLM computes other log-probabilities with the loop's positions"),

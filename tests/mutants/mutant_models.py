@@ -62,6 +62,14 @@ MODELS = (
         "recurrent",
     ),
     Mutant(
+        "a cache is found by its former name",
+        "ppo_fast/loop/model/decoder.py",
+        '("cache", "past_key_values", "cache_params")',
+        '("cache", "past_key_values")',
+        "loop_families",
+        "former_name",
+    ),
+    Mutant(
         "padding is cut where positions count it",
         "ppo_fast/loop/model/decoder.py",
         "spare if self._cuts else tokens.numel()",

@@ -151,14 +151,15 @@ class StaticLayer(DynamicLayer):
 def cache_argument(model: Any) -> str:
     """Name of the cache argument of a model's forward: `cache` from transformers 5.24 on.
 
+    Before it Mamba's was `cache_params`, which takes the others' kind of cache from 5.5 on.
     Raises UnsupportedModelError for a model that has none.
     """
-    for name in ("cache", "past_key_values"):
+    for name in ("cache", "past_key_values", "cache_params"):
         if takes(model, name):
             return name
     raise UnsupportedModelError(
         f"model must keep a key-value cache to be sampled from: {type(model).__name__}'s forward"
-        " takes neither 'cache' nor 'past_key_values'"
+        " takes none of 'cache', 'past_key_values' and 'cache_params'"
     )
 
 
