@@ -32,6 +32,7 @@ TESTS = (
     "linear_logprobs_at",
     "linear_token_stats",
     "linear_ppo_loss",
+    "bf16_product",
     "support",
     "sparse_head",
     "divergence_kernel",
