@@ -124,6 +124,9 @@ HEAD = (
         "bf16_product",
         "within_budget",
     ),
+)
+
+HEAD_CPU = (
     Mutant(
         "an fp32 operand is one bf16 number",
         "csrc/cpu/linear/bf16_product_simd.h",

@@ -10,7 +10,7 @@ from mutant import Mutant
 from mutant_context import CONTEXT
 from mutant_distill import DISTILL
 from mutant_divergence import DIVERGENCE, DIVERGENCE_CPU, DIVERGENCE_TRITON
-from mutant_head import HEAD
+from mutant_head import HEAD, HEAD_CPU
 from mutant_inputs import INPUTS
 from mutant_models import MODELS
 from mutant_numbers import NUMBERS, NUMBERS_CPU
@@ -388,7 +388,7 @@ MUTANTS = {
     "triton": TRITON + DIVERGENCE_TRITON + STATS_TRITON,
     "cpu": (
         *(CPU + NUMBERS_CPU + ROLLOUT_CPU + WEIGHTS_CPU + SUPPORT_CPU + DIVERGENCE_CPU),
-        *STATS_CPU,
+        *(STATS_CPU + HEAD_CPU),
     ),
     "cuda": CUDA,
     "python": PYTHON + ROLLOUT,

@@ -26,3 +26,9 @@ def test_a_text_that_is_gone_is_named() -> None:
 
 def test_there_are_enough_of_them() -> None:
     assert len(ALL) >= 20 and len({(m.path, m.before) for m in ALL}) == len(ALL)
+
+
+def test_a_mistake_in_a_cpu_kernel_is_compiled() -> None:
+    """But for one that test_csrc.py reads as text: NEON's file is not compiled here."""
+    in_kernels = {m for m in ALL if m.path.startswith("csrc/cpu/") and m.tests != "csrc"}
+    assert in_kernels and in_kernels <= {*MUTANTS["cpu"]}
