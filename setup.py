@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -69,10 +70,19 @@ def nvcc_version(nvcc: Path) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def links_cudart(folders: list[str]) -> bool:
+    """True where the C++ compiler finds CUDA's runtime, which some packages of nvcc leave out."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["-shared", "-o", f"{folder}/out", *(f"-L{path}" for path in folders)]
+        command = [*shlex.split(os.environ.get("CXX", "c++")), *options, "-x", "c", os.devnull]
+        done = subprocess.run([*command, "-x", "none", "-lcudart"], capture_output=True)
+    return done.returncode == 0
+
+
 def cuda_problem() -> str | None:
     """Why the CUDA kernels cannot be built here, and what mends it. Raises without torch."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
+    from torch.utils.cpp_extension import CUDA_HOME, library_paths
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA; install a build of torch that has"
@@ -87,6 +97,8 @@ def cuda_problem() -> str | None:
             f"{nvcc} is CUDA {found[0]}.{found[1]}, torch is built for {name}; install the CUDA"
             f" {name} toolkit, or set CUDA_HOME to it"
         )
+    if not links_cudart(library_paths("cuda")):
+        return f"{nvcc} is without libcudart; install the whole CUDA {name} toolkit"
     return None
 
 

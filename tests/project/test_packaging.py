@@ -177,22 +177,25 @@ version = types.SimpleNamespace(cuda={cuda!r})
         ("13.0", "12.8", "is CUDA 12.8, torch is built for 13.0; install the CUDA 13.0 toolkit"),
         ("12.4", "13.1", "is CUDA 13.1, torch is built for 12.4; install the CUDA 12.4 toolkit"),
         ("12.8", "12.6", "is CUDA 12.6, torch is built for 12.8; install the CUDA 12.8 toolkit"),
+        ("12.8", "12.8", "is without libcudart; install the whole CUDA 12.8 toolkit"),
     ],
 )
 def test_cuda_asked_for_and_not_to_be_had(
     checkout: Path, tmp_path: Path, cuda: str | None, release: str | None, message: str
 ) -> None:
-    """One line with the mend."""
+    """One line with the mend; a linker that finds nothing is `false`."""
     home, torch = tmp_path / "cuda", tmp_path / "modules/torch"
     (torch / "utils").mkdir(parents=True)
     (torch / "__init__.py").write_text(TORCH.format(cuda=cuda))
     (torch / "utils/__init__.py").touch()
-    (torch / "utils/cpp_extension.py").write_text(f"CUDA_HOME = {str(home)!r}\n")
+    (torch / "utils/cpp_extension.py").write_text(
+        f"CUDA_HOME = {str(home)!r}\nlibrary_paths = lambda device: [CUDA_HOME]\n"
+    )
     if release is not None:
         (home / "bin").mkdir(parents=True)
         (home / "bin/nvcc").write_text(f"#!/bin/sh\necho 'tools, release {release}, V{release}'\n")
         (home / "bin/nvcc").chmod(0o755)
-    done = setup(checkout, "build_ext", path=torch.parent, PPO_FAST_BUILD="cuda")
+    done = setup(checkout, "build_ext", path=torch.parent, PPO_FAST_BUILD="cuda", CXX="false")
     assert done.returncode != 0
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("PPO_FAST_BUILD=cuda: ") and message in line
