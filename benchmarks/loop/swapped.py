@@ -1,20 +1,22 @@
 """Functions of trainers, each in turn with what an integration puts in its place.
 
     python -m benchmarks.loop.swapped verl|areal
-    PYTHONPATH=.:tests/integrations python -m benchmarks.loop.swapped openrlhf|skyrl
+    PYTHONPATH=.:tests/integrations python -m benchmarks.loop.swapped openrlhf|skyrl|trl_grpo
 
 with the Python of an environment that has the trainer (`make test-verl`, ... make them;
-tests/integrations has stand-ins for what OpenRLHF and SkyRL import and a CPU has not) prints the
-rows of docs/integrations: medians of one interleaved run, the counting of calls included. Times
-are of the processor, on one thread: other work on the cores does not add to them. `apply` compares
-the first call of each with the trainer's own, and raises MismatchError.
+tests/integrations has stand-ins for what OpenRLHF and SkyRL import and a CPU has not, and a small
+trainer of TRL's) prints the rows of docs/integrations: medians of one interleaved run, counting of
+calls included. Times are of the processor, on one thread: other work on the cores does not add
+to them. `apply` compares the first call of each with the trainer's own, and raises MismatchError.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -192,6 +194,42 @@ def areal_rows() -> Iterator[Row]:
     yield Row("advantages", "gae", place, lambda f: f(actor, given | ones))
 
 
+def trl_grpo_rows() -> Iterator[Row]:
+    """The loss of a trainer that is given its log-probabilities, its metrics included."""
+    rows, length = 16, 1024
+    trainer = importlib.import_module("trl_grpo_run").trainer(tempfile.mkdtemp())
+    trainer.current_gradient_accumulation_steps = 2
+    trainer.accelerator.gradient_state._set_sync_gradients(True)
+    trainer.model.train()
+    x, ones = Draws(), torch.ones(rows, length, dtype=torch.int64)
+    new = x.leaf(rows, length)
+    entropy = x.normal(rows, length)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (new, entropy, None)
+    given = dict.fromkeys(("completion_ids", "completion_mask"), ones)
+    given |= dict.fromkeys(("prompt_ids", "prompt_mask"), ones[:, :2])
+    given |= {
+        name: new.detach() + 0.1 * x.normal(rows, length)
+        for name in ("old_per_token_logps", "ref_per_token_logps")
+    }
+    given |= {"advantages": x.normal(rows), "num_items_in_batch": ones.sum().float()}
+
+    def loss(function: Callable[..., Any], options: dict[str, Any]) -> Tensor:
+        for name, value in options.items():
+            setattr(trainer if hasattr(trainer, name) else trainer.args, name, value)
+        trainer._metrics["train"].clear()
+        return function(trainer, trainer.model, dict(given))
+
+    place = "trl.trainer.grpo_trainer:GRPOTrainer._compute_loss"
+    levels = {"token": ("dapo", "cispo", "vespo", "sapo"), "sequence": ("grpo", "cispo")}
+    for level, kinds in levels.items():
+        for kind, kl in itertools.product(kinds, ("no", "corrected")):
+            options = {"loss_type": kind, "importance_sampling_level": level}
+            options |= {"epsilon_high": 2.0 if kind == "cispo" else 0.2}
+            options |= {"beta": 0.0 if kl == "no" else 0.3, "use_bias_correction_kl": kl != "no"}
+            run = backward([new], partial(loss, options=options))
+            yield Row(f"{kind}, {level}, {kl} KL", "loss", place, run)
+
+
 def found(place: str) -> Callable[..., Any]:
     """The function at "module:name" as it is now."""
     module, _, path = place.partition(":")
@@ -213,7 +251,13 @@ def milliseconds(row: Row, integration: Any) -> tuple[float, float]:
     return 1e3 * median(taken["own"]), 1e3 * median(taken["here"])
 
 
-ROWS = {"verl": verl_rows, "openrlhf": openrlhf_rows, "skyrl": skyrl_rows, "areal": areal_rows}
+ROWS = {
+    "verl": verl_rows,
+    "openrlhf": openrlhf_rows,
+    "skyrl": skyrl_rows,
+    "areal": areal_rows,
+    "trl_grpo": trl_grpo_rows,
+}
 
 
 def main() -> None:

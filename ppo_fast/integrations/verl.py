@@ -419,17 +419,14 @@ integration = Integration(
             sample=first_tokens("logits", "labels"),
             helpers=("logprobs_from_logits_flash_attn", "logprobs_from_logits_v2"),
         ),
-        Swap(
-            "entropy",
-            f"{_TORCH}:entropy_from_logits",
-            compat.entropy_from_logits,
-            sample=first_tokens("logits"),
-        ),
-        Swap(
-            "entropy",
-            f"{_TORCH}:entropy_from_logits_with_chunking",
-            compat.entropy_from_logits,
-            sample=first_tokens("logits"),
+        *(
+            Swap(
+                "entropy",
+                f"{_TORCH}:{name}",
+                compat.entropy_from_logits,
+                sample=first_tokens("logits"),
+            )
+            for name in ("entropy_from_logits", "entropy_from_logits_with_chunking")
         ),
         Swap(
             "linear_logprobs",

@@ -3,7 +3,7 @@
     python tests/mutants [GROUP ...] [words of a mutant's name]
 
 Groups: triton, cpu, cuda, python, divergence, head, loop, inputs, models, numbers,
-report, runs, stats, support, surrogates, truncation, weights.
+report, runs, stats, support, surrogates, trainers, truncation, weights.
 
 Works on a copy of the checkout. A mutant is killed by a test that fails with it and passes without
 it, not by a build that breaks. Exits with 1 unless all are killed.
